@@ -1,0 +1,21 @@
+# Two commands, on a machine with Python 3.11 or newer and make:
+#   make train    writes demo images into a .beton file and pretrains on it (about five minutes on two CPU cores)
+#   make test     lint, types and the whole test suite
+# Either sets the checkout up first where that is not done yet (scripts/setup). PYTHON=python3.12 make test chooses
+# the interpreter; ARGS are passed on: make train ARGS="--steps 20", make test ARGS="-k beton".
+
+venv := .venv/bin
+
+.PHONY: setup train test
+
+setup:
+	@scripts/setup
+
+train: setup
+	@$(venv)/python -m fastpmae.demo $(ARGS)
+
+test: setup
+	$(venv)/ruff check .
+	$(venv)/ruff format --check .
+	$(venv)/pyright
+	$(venv)/python -m pytest $(ARGS)
