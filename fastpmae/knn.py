@@ -1,0 +1,102 @@
+"""k-nearest-neighbour classification of frozen features: how well a network sorts images without a trained head."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastpmae_loaders.errors import UserError
+
+
+@torch.no_grad()
+def knn_predict(
+    train_features: Float[Tensor, "train dim"],
+    train_labels: Int[Tensor, "train"],
+    test_features: Float[Tensor, "test dim"],
+    k: int = 10,
+    *,
+    leave_one_out: bool = False,
+    chunk_bytes: int = 256 * 2**20,
+) -> Int[Tensor, "test"]:
+    """The label of each test row by a majority vote of its k nearest training rows, by cosine similarity.
+
+    The similarity is computed in float32, a part of the test rows at a time, so that no more than about
+    `chunk_bytes` are held at once. Where several training rows are equally near at the k-th place, those that
+    come first in the training set vote. Where labels draw in the vote, the smallest of them wins, as in
+    scikit-learn. A row of zeros has similarity 0 to everything.
+
+    With `leave_one_out`, `test_features` are the training features in the same order, and a row never votes on
+    itself.
+
+    Raises UserError for rows without a label (-1), for k outside 1..number of training rows that may vote, for
+    shapes that do not fit together, and for features that are not finite.
+    """
+    _check(train_features, train_labels, test_features, k, leave_one_out)
+    train = F.normalize(train_features.float(), dim=1)
+    count, classes = len(train), int(train_labels.max()) + 1
+    train_labels = train_labels.long()
+    rows = max(1, chunk_bytes // (4 * (count + classes)))
+    predicted = []
+    for begin in range(0, len(test_features), rows):
+        test = F.normalize(test_features[begin : begin + rows].float(), dim=1)
+        similarity = test @ train.T
+        if leave_one_out:
+            own = torch.arange(len(test), device=test.device)
+            similarity[own, begin + own] = -torch.inf
+        votes = torch.zeros(len(test), classes, dtype=torch.int32, device=test.device)
+        labels = train_labels[_nearest(similarity, k)]
+        votes.scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.int32))
+        predicted.append(votes.argmax(1))  # the first of equal maxima: the smallest label
+    return torch.cat(predicted) if predicted else train_labels.new_empty(0)
+
+
+def knn_accuracy(
+    train_features: Float[Tensor, "train dim"],
+    train_labels: Int[Tensor, "train"],
+    test_features: Float[Tensor, "test dim"] | None = None,
+    test_labels: Int[Tensor, "test"] | None = None,
+    k: int = 10,
+    leave_one_out: bool = False,
+) -> float:
+    """The share (0 to 1) of test rows whose label `knn_predict` finds.
+
+    With `leave_one_out` the training rows are tested against each other; leave the test arguments out then.
+    """
+    if leave_one_out:
+        if test_features is not None or test_labels is not None:
+            raise UserError("k-NN with leave_one_out tests the training rows themselves: give no test rows.")
+        test_features, test_labels = train_features, train_labels
+    if test_features is None or test_labels is None:
+        raise UserError("k-NN needs test features and their labels, or leave_one_out=True.")
+    if test_labels.shape != test_features.shape[:1] or len(test_labels) == 0:
+        raise UserError(f"k-NN got {len(test_features)} test rows and {tuple(test_labels.shape)} test labels.")
+    predicted = knn_predict(train_features, train_labels, test_features, k, leave_one_out=leave_one_out)
+    return (predicted == test_labels.to(predicted.device)).double().mean().item()
+
+
+def _nearest(similarity: Float[Tensor, "test train"], k: int) -> Int[Tensor, "test k"]:
+    """The indices of each row's k largest entries; of entries equal to the k-th, the first ones."""
+    if k == similarity.shape[1]:
+        return torch.arange(k, device=similarity.device).expand(len(similarity), k)
+    values, indices = similarity.topk(k + 1, dim=1)
+    # Which of several equal entries topk returns is not defined. It matters only where the k-th and the next one
+    # are equal, which is rare, so only those rows are sorted in full.
+    unclear = (values[:, k - 1] == values[:, k]).nonzero().flatten()
+    indices = indices[:, :k]
+    if len(unclear):
+        indices[unclear] = similarity[unclear].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return indices
+
+
+def _check(train: Tensor, labels: Tensor, test: Tensor, k: int, leave_one_out: bool) -> None:
+    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
+        raise UserError(f"k-NN compares rows of one width, not {tuple(train.shape)} with {tuple(test.shape)}.")
+    if labels.shape != train.shape[:1]:
+        raise UserError(f"k-NN got {len(train)} training rows and {tuple(labels.shape)} labels.")
+    voters = len(train) - leave_one_out
+    if not 1 <= k <= voters:
+        raise UserError(f"k-NN with k = {k} needs k between 1 and the {voters} training rows that may vote.")
+    if int(labels.min()) < 0:
+        raise UserError("k-NN needs a label for every row; a flat folder of images has none.")
+    if not (bool(torch.isfinite(train).all()) and bool(torch.isfinite(test).all())):
+        raise UserError("k-NN got features that are not finite.")
