@@ -1,0 +1,57 @@
+"""Pseudo-MAE pretraining of vision transformers: one decode, two views, two teachers.
+
+    from fastpmae import PRESETS, pretrain
+    folder = pretrain(PRESETS["demo"].using(beton=Path("images.beton"), out=Path("runs/first")))
+
+Names are imported when they are first used, so that the commands that need no torch start without it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastpmae.config import PRESETS, Config, preset, read_config
+    from fastpmae.embed import embed_images, load_encoder
+    from fastpmae.errors import RunError, UserError
+    from fastpmae.export import export_encoder
+    from fastpmae.knn import knn_accuracy
+    from fastpmae.train import pretrain
+    from fastpmae.write import write_beton
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "PRESETS": "config",
+    "Config": "config",
+    "preset": "config",
+    "read_config": "config",
+    "embed_images": "embed",
+    "load_encoder": "embed",
+    "RunError": "errors",
+    "UserError": "errors",
+    "export_encoder": "export",
+    "knn_accuracy": "knn",
+    "pretrain": "train",
+    "write_beton": "write",
+}
+
+__all__ = [  # noqa: RUF022
+    "PRESETS",
+    "Config",
+    "RunError",
+    "UserError",
+    "embed_images",
+    "export_encoder",
+    "knn_accuracy",
+    "load_encoder",
+    "preset",
+    "read_config",
+    "pretrain",
+    "write_beton",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastpmae' has no attribute {name!r}")
+    return getattr(import_module(f"fastpmae.{_HOMES[name]}"), name)

@@ -1,0 +1,200 @@
+"""From settings to networks: what a model's name stands for, and whether the settings fit together."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpmae.config import Config, Model
+from fastpmae.errors import UserError
+from fastpmae.model import Decoder, Encoder, Head, Student, initialise
+from fastpmae.teachers import Teachers, make_teachers
+from fastpmae.weights import start_encoder
+from fastpmae_loaders import ViewSettings
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that make a ViT."""
+
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+
+SHAPES = {
+    "vit_tiny": Shape(16, 192, 12, 3),
+    "vit_small": Shape(16, 384, 12, 6),
+    "vit_base": Shape(16, 768, 12, 12),
+    "vit_large": Shape(16, 1024, 24, 16),
+    "vit_huge": Shape(14, 1280, 32, 16),
+}
+
+
+@functools.cache
+def shape_of(model: Model) -> Shape:
+    """The sizes of a model by its name, or by a timm name, with the settings that override them.
+
+    Raises:
+        UserError: for a name that nobody knows, or a timm model that is more than a plain ViT.
+    """
+    own = SHAPES[model.model] if model.model in SHAPES else _timm_shape(model.model)
+    return Shape(
+        model.patch_size or own.patch_size,
+        model.width or own.width,
+        model.depth or own.depth,
+        model.heads or own.heads,
+        own.mlp_ratio,
+    )
+
+
+def _timm_shape(name: str) -> Shape:
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    known = f"choose one of {', '.join(SHAPES)} or the timm name of a plain ViT, such as vit_base_patch16_224"
+    if not timm.is_model(name):
+        raise UserError(f"--model {name}: there is no such model; {known}")
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+        if not isinstance(model, VisionTransformer):
+            raise UserError(f"--model {name}: it is no plain ViT but a {type(model).__name__}; {known}")
+        image_size, patch_size = model.patch_embed.img_size, model.patch_embed.patch_size
+        block: Any = model.blocks[0]
+        shape = Shape(
+            patch_size[0],
+            model.embed_dim,
+            len(model.blocks),
+            block.attn.num_heads,
+            block.mlp.fc1.out_features / model.embed_dim,
+        )
+        ours = Encoder(
+            image_size[0], shape.patch_size, shape.width, shape.depth, shape.heads, shape.mlp_ratio
+        ).state_dict()
+    theirs = {key: value for key, value in model.state_dict().items() if not key.startswith("fc_norm")}
+    if model.fc_norm.state_dict():
+        # Models that pool the patches keep their last norm under another name.
+        theirs |= {f"norm.{key}": value for key, value in model.fc_norm.state_dict().items()}
+    odd = sorted(
+        key
+        for key in ours.keys() | theirs.keys()
+        if key not in ours or key not in theirs or ours[key].shape != theirs[key].shape
+    )
+    if odd:
+        raise UserError(f"--model {name}: it is no plain ViT (it differs in {', '.join(odd[:3])}, ...); {known}")
+    return shape
+
+
+def check(config: Config) -> None:
+    """Whether the settings make a run. Raises UserError with the flag that does not fit."""
+    loss, teachers, optimiser = config.loss, config.teachers, config.optimiser
+    shape = shape_of(config.model)
+    view_settings(config)
+    labels = loss.lambda_c > 0 or loss.lambda_p > 0
+    rules = [
+        (shape.width % shape.heads == 0, f"--width {shape.width} is no multiple of --heads {shape.heads}"),
+        (shape.width % 4 == 0, f"--width {shape.width} is no multiple of 4, which sine-cosine positions need"),
+        (config.model.decoder_width % config.model.decoder_heads == 0 and config.model.decoder_width % 4 == 0,
+         f"--decoder-width {config.model.decoder_width} is no multiple of 4 and of --decoder-heads"),
+        (min(config.model.decoder_depth, config.model.prototypes, config.model.head_hidden,
+             config.model.head_bottleneck) >= 1, "sizes of the decoder and the head must be at least 1"),
+        (0 <= config.model.drop_path < 1, f"--drop-path {config.model.drop_path} is not in [0, 1)"),
+        (not labels or teachers.teachers in ("dual", "single"),
+         f"--teachers {teachers.teachers} gives no pseudo labels: set --lambda-c 0 --lambda-p 0, or another teacher"),
+        (not labels or config.model.decoder_class_token,
+         "--no-decoder-class-token leaves no class token for the pseudo-label losses (--lambda-c, --lambda-p)"),
+        (loss.target == "pixels" or teachers.teachers != "none",
+         "--teachers none gives no target tokens: set --target pixels, or another teacher"),
+        (loss.target == "tokens" or teachers.teachers == "none",
+         f"--target pixels leaves the teachers idle: set --teachers none, not {teachers.teachers}"),
+        (max(loss.lambda_m, loss.lambda_c, loss.lambda_p) > 0, "all three loss weights are 0"),
+        (min(loss.lambda_m, loss.lambda_c, loss.lambda_p) >= 0, "a loss weight is negative"),
+        (min(loss.epsilon, loss.student_temperature) > 0, "--epsilon and --student-temperature must be above 0"),
+        (loss.sinkhorn_iterations >= 1, "--sinkhorn-iterations must be at least 1"),
+        (optimiser.epochs >= 1, f"--epochs {optimiser.epochs}: at least 1"),
+        (optimiser.batch_size >= 1, f"--batch-size {optimiser.batch_size}: at least 1"),
+        (optimiser.accumulate >= 1, f"--accumulate {optimiser.accumulate}: at least 1"),
+        (0 <= warmup_epochs(config) <= optimiser.epochs,
+         f"--warmup-epochs {optimiser.warmup_epochs} is not between 0 and --epochs {optimiser.epochs}"),
+        (config.run.log_every >= 1, f"--log-every {config.run.log_every}: at least 1"),
+        (config.run.keep >= 0, f"--keep {config.run.keep}: 0 or more"),
+        (config.run.save_steps >= 0, f"--save-steps {config.run.save_steps}: 0 or more"),
+        (config.run.steps is None or config.run.steps >= 0, f"--steps {config.run.steps}: 0 or more"),
+        (config.efficiency.workers >= 0, f"--workers {config.efficiency.workers}: 0 or more"),
+        (0 <= config.run.seed < 2**63, f"--seed {config.run.seed} is not between 0 and 2**63 - 1"),
+        *((0 <= start <= 1 and 0 <= end <= 1, f"--{name} {start} {end} is not within 0 and 1")
+          for name, (start, end) in (("labelling-momentum", teachers.labelling_momentum),
+                                     ("reconstruction-momentum", teachers.reconstruction_momentum))),
+    ]  # fmt: skip
+    for fits, sentence in rules:
+        if not fits:
+            raise UserError(sentence)
+
+
+def view_settings(config: Config) -> ViewSettings:
+    """The loader's settings for these views. Raises UserError where they make none."""
+    views = config.views
+    return ViewSettings(
+        image_size=views.image_size,
+        patch_size=shape_of(config.model).patch_size,
+        mask_ratio=views.mask_ratio,
+        folds=views.folds,
+        simple_scale=views.simple_scale,
+        complex_scale=views.complex_scale,
+        complex_recipe=views.complex_recipe,
+    )
+
+
+def warmup_epochs(config: Config) -> float:
+    """Epochs of warm-up: as set, or 20 % of all."""
+    set_to = config.optimiser.warmup_epochs
+    return 0.2 * config.optimiser.epochs if set_to is None else set_to
+
+
+def make_encoder(config: Config) -> Encoder:
+    """The encoder of these settings, with weights as torch leaves them."""
+    shape = shape_of(config.model)
+    return Encoder(config.views.image_size, shape.patch_size, shape.width, shape.depth, shape.heads, shape.mlp_ratio)
+
+
+def make_student(config: Config, generator: torch.Generator) -> Student:
+    """A student with starting weights drawn from the generator, on the CPU in fp32."""
+    model, shape = config.model, shape_of(config.model)
+    output = 3 * shape.patch_size**2 if config.loss.target == "pixels" else shape.width
+    decoder = Decoder(
+        config.views.image_size,
+        shape.patch_size,
+        shape.width,
+        output,
+        model.decoder_width,
+        model.decoder_depth,
+        model.decoder_heads,
+        model.decoder_class_token,
+    )
+    head = None
+    if config.teachers.teachers in ("dual", "single"):
+        head = Head(output, model.head_hidden, model.head_bottleneck, model.prototypes)
+    student = Student(make_encoder(config), decoder, head)
+    initialise(student, generator)
+    return student
+
+
+def make_networks(
+    config: Config, total_steps: int, device: torch.device, init: Path | None
+) -> tuple[Student, Teachers]:
+    """Student and teachers on the device, all weights from the run's seed, so that every rank starts alike.
+
+    Args:
+        total_steps: of the whole run, which the momentum schedules stretch over.
+        init: weights that the encoder starts from instead.
+    """
+    generator = torch.Generator().manual_seed(config.run.seed)
+    student = make_student(config, generator)
+    if init is not None:
+        start_encoder(student.encoder, init)
+    student.to(device)
+    return student, make_teachers(student, config.teachers, total_steps, config.optimiser.epochs, generator)

@@ -1,0 +1,366 @@
+"""Every setting of a run, as one tree of frozen dataclasses, and the presets that carry the paper's own numbers.
+
+Each leaf is a flag of `fastpmae-train` with the same name (`batch_size` is `--batch-size`), so names are unique over
+the whole tree. The docstring under a field is its help text.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fastpmae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the images come from."""
+
+    beton: Path | None = None
+    """The .beton file to pretrain on (`fastpmae-write` makes one)."""
+    loader: Literal["ffcv", "torch"] = "ffcv"
+    """Engine that reads it; both give the same views."""
+    bad_fraction: float = 0.01
+    """Stop when more than this share of the images seen does not decode."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """What each image is turned into, and which view each teacher sees."""
+
+    image_size: int = 224
+    """Side of both views, in pixels."""
+    mask_ratio: float = 0.75
+    """Share of the patches that the student does not see."""
+    folds: int = 3
+    """K: the masked patches are shown to the teachers in this many folds."""
+    simple_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the simple (MAE) view's crop, smallest and largest share of the image."""
+    complex_scale: tuple[float, float] = (0.14, 1.0)
+    """The same for the complex (DINO) view."""
+    complex_recipe: Literal["coin", "t1", "t2"] = "coin"
+    """Blur and solarise of the complex view: DINO's first or second global crop, or either by a coin."""
+    reconstruction_view: Literal["simple", "complex"] = "simple"
+    """View that the reconstruction teacher sees (the student always sees the simple one)."""
+    labelling_view: Literal["simple", "complex"] = "complex"
+    """View that the labelling teacher sees."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of the networks."""
+
+    model: str = "vit_base"
+    """vit_tiny, vit_small, vit_base, vit_large, vit_huge, or the timm name of a plain ViT."""
+    patch_size: int = 0
+    """Side of a patch in pixels; 0 is the model's own (16, or 14 for vit_huge)."""
+    width: int = 0
+    """Token width; 0 is the model's own."""
+    depth: int = 0
+    """Blocks of the encoder; 0 is the model's own."""
+    heads: int = 0
+    """Attention heads of the encoder; 0 is the model's own."""
+    drop_path: float = 0.25
+    """Largest rate of stochastic depth, in the encoder's last block."""
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    decoder_class_token: bool = True
+    """Keep the class token in the decoder; pseudo labels need it, SdAE drops it."""
+    head_hidden: int = 2048
+    """Width of the projection head's two hidden layers."""
+    head_bottleneck: int = 256
+    """Width of its output, in which tokens meet prototypes."""
+    prototypes: int = 4096
+    """P: prototypes for class tokens, and as many for patch tokens."""
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Which teachers there are and how they follow the student."""
+
+    teachers: Literal["dual", "single", "reconstruction", "none"] = "dual"
+    """Two teachers (the paper's), one for both roles, one for reconstruction alone (SdAE), or none (MAE)."""
+    reconstruction_cadence: Literal["step", "epoch"] = "epoch"
+    """How often the reconstruction teacher follows."""
+    reconstruction_momentum: tuple[float, float] = (0.96, 0.99)
+    """Its momentum, first and last, on a cosine."""
+    labelling_cadence: Literal["step", "epoch"] = "step"
+    """How often the labelling teacher (or a single one) follows."""
+    labelling_momentum: tuple[float, float] = (0.996, 1.0)
+    """Its momentum, first and last, on a cosine."""
+    teacher_init: Literal["copy", "random"] = "copy"
+    """Teachers start as copies of the student, or from random weights of their own."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The losses of equations 1 to 5."""
+
+    target: Literal["tokens", "pixels"] = "tokens"
+    """What masked patches are reconstructed to: a teacher's tokens, or normalised pixels (MAE)."""
+    lambda_m: float = 1.0
+    """Weight of the reconstruction loss."""
+    lambda_c: float = 1.0
+    """Weight of the class pseudo-label loss."""
+    lambda_p: float = 1.0
+    """Weight of the patch pseudo-label loss."""
+    cosine_axis: Literal["feature", "token"] = "feature"
+    """Axis of the reconstruction cosine; "token" is what SdAE's released code does."""
+    match_metric: Literal["cosine", "l2"] = "cosine"
+    """How near a teacher patch is to a student patch."""
+    match_scope: Literal["image", "fold"] = "image"
+    """Match among all masked patches of the image, or within the fold."""
+    student_temperature: float = 0.1
+    epsilon: float = 0.05
+    """Temperature of the Sinkhorn assignment."""
+    sinkhorn_iterations: int = 3
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW and its schedule."""
+
+    epochs: int = 300
+    batch_size: int = 768
+    """Images in one optimiser step, over all ranks and accumulated parts."""
+    accumulate: int = 1
+    """Parts that a step's images are computed in, one after the other, on each rank."""
+    lr: float = 2.666e-4
+    """Peak learning rate for 256 images; it grows in proportion with the batch size."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up; by default 20 % of all."""
+    weight_decay: float = 0.05
+    """Not on biases, norms and tokens."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the run lives and what it leaves behind."""
+
+    out: Path | None = None
+    """Run folder; by default runs/<date>-<name>."""
+    name: str = ""
+    """Name of the run; by default the preset's."""
+    preset: str = "paper"
+    """The named settings that this run started from."""
+    seed: int = 0
+    """Decides views, masks, order, weights and stochastic depth."""
+    steps: int | None = None
+    """Stop after so many optimiser steps in all; changes no schedule."""
+    init: Path | None = None
+    """Start the encoder from these weights (MAE, timm or our own)."""
+    resume: str | None = None
+    """Go on with the run in --out ("auto", the default when no value follows) or from this checkpoint."""
+    accept_changes: bool = False
+    """Resume although settings differ from the run's own."""
+    log_every: int = 20
+    """Steps between two rows of metrics.jsonl."""
+    save_every: float = 10.0
+    """Minutes between two checkpoints within an epoch (one is written at each epoch's end)."""
+    save_steps: int = 0
+    """Also save every so many steps; 0 does not."""
+    keep: int = 1
+    """Older checkpoints to keep beside the newest."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases too, where it is installed."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What changes speed and memory and not the method."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast; auto takes it on a GPU that has it, and fp32 elsewhere."""
+    workers: int = 0
+    """Loader threads of each rank; 0 takes all cores, shared among the ranks of a machine."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the student, the teachers and the losses; auto compiles on a GPU."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. Raises UserError from `check` where they do not fit together."""
+
+    data: Data = field(default_factory=Data)
+    views: Views = field(default_factory=Views)
+    model: Model = field(default_factory=Model)
+    teachers: TeacherSettings = field(default_factory=TeacherSettings)
+    loss: Loss = field(default_factory=Loss)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    run: Run = field(default_factory=Run)
+    efficiency: Efficiency = field(default_factory=Efficiency)
+
+    def using(self, **settings: Any) -> "Config":
+        """A copy with these settings changed, named as the flags are: `config.using(epochs=100, seed=1)`.
+
+        Raises:
+            UserError: for a name that is no setting.
+        """
+        groups = settings_by_name()
+        changes: dict[str, dict[str, Any]] = {}
+        for name, value in settings.items():
+            if name not in groups:
+                raise UserError(f"there is no setting called {name!r}")
+            changes.setdefault(groups[name], {})[name] = value
+        return replace(self, **{group: replace(getattr(self, group), **new) for group, new in changes.items()})
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """Every setting by group and name, as plain JSON values; `config_from` takes them back."""
+        nested: dict[str, dict[str, Any]] = {}
+        for name, group in settings_by_name().items():
+            nested.setdefault(group, {})[name] = _plain(getattr(getattr(self, group), name))
+        return nested
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name, as plain JSON values."""
+        return {name: value for group in self.groups().values() for name, value in group.items()}
+
+
+def settings_by_name() -> dict[str, str]:
+    """Each setting's name and the group it belongs to."""
+    hints = get_type_hints(Config)
+    return {leaf.name: group for group, kind in hints.items() for leaf in dataclasses.fields(kind)}
+
+
+def preset(name: str) -> Config:
+    """The settings called `name`. Raises UserError with the names there are."""
+    if name not in PRESETS:
+        raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _named(name: str, base: Config, **settings: Any) -> Config:
+    return base.using(preset=name, **settings)
+
+
+_PAPER = Config().using(preset="paper", warmup_epochs=60.0)
+_ABLATION = _named("ablation", Config(), model="vit_small", epochs=100)
+_SDAE = _named("sdae", _PAPER, teachers="reconstruction", lambda_c=0.0, lambda_p=0.0, decoder_class_token=False)
+
+PRESETS: dict[str, Config] = {
+    # Appendix A of the paper
+    "paper": _PAPER,
+    # section 4 of the paper
+    "paper-800": _named("paper-800", _PAPER, epochs=800),
+    # section 5
+    "ablation": _ABLATION,
+    # SdAE as the paper describes it, and as its authors released it
+    "sdae": _SDAE,
+    "sdae-code": _named("sdae-code", _SDAE, cosine_axis="token", teacher_init="random", weight_decay=0.04),
+    # MAE's own settings
+    "mae": _named(
+        "mae",
+        Config(),
+        teachers="none",
+        target="pixels",
+        lambda_c=0.0,
+        lambda_p=0.0,
+        drop_path=0.0,
+        epochs=1600,
+        batch_size=4096,
+        lr=1.5e-4,
+        warmup_epochs=40.0,
+    ),
+    # Table 6: one teacher for both targets
+    "single-step": _named("single-step", _ABLATION, teachers="single"),
+    "single-epoch": _named(
+        "single-epoch",
+        _ABLATION,
+        teachers="single",
+        labelling_cadence="epoch",
+        labelling_momentum=(0.96, 0.99),
+    ),
+    # minutes on a laptop
+    "demo": _named(
+        "demo",
+        Config(),
+        model="vit_tiny",
+        image_size=64,
+        patch_size=8,
+        depth=6,
+        drop_path=0.05,
+        decoder_width=128,
+        decoder_depth=2,
+        decoder_heads=4,
+        head_hidden=512,
+        head_bottleneck=128,
+        prototypes=128,
+        epochs=5,
+        batch_size=64,
+        lr=1e-3,
+        log_every=5,
+    ),
+}
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write every setting to a JSON file that `read_config` takes back."""
+    path.write_text(json.dumps(config.groups(), indent=2) + "\n")
+
+
+def read_config(path: Path) -> Config:
+    """The settings in a file of `write_config`, or in one written by hand that names only some of them.
+
+    Raises:
+        UserError: for a file that is not JSON, an unknown setting or a value of the wrong kind.
+    """
+    try:
+        groups = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"the config {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"the config {path} is not JSON: {error}") from None
+    return config_from(groups, str(path))
+
+
+def config_from(groups: Any, source: str) -> Config:
+    """A Config from nested plain values; `source` names where they come from in the errors."""
+    hints = get_type_hints(Config)
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise UserError(f"{source} does not hold groups of settings, like {{'optimiser': {{'epochs': 100}}}}")
+    preset_name = groups.get("run", {}).get("preset")
+    config = preset(preset_name) if isinstance(preset_name, str) else Config()
+    for group, settings in groups.items():
+        if group not in hints:
+            raise UserError(f"{source} has a group {group!r}; the groups are {', '.join(hints)}")
+        kinds = get_type_hints(hints[group])
+        for name, value in settings.items():
+            if name not in kinds:
+                raise UserError(f"{source} has a setting {group}.{name}, which does not exist")
+            config = config.using(**{name: _typed(value, kinds[name], f"{group}.{name} in {source}")})
+    return config
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    """`value`, read from JSON, as the field's type."""
+    choices = get_args(kind)
+    if get_origin(kind) is Literal:
+        if value in choices:
+            return value
+    elif type(None) in choices:
+        return None if value is None else _typed(value, next(c for c in choices if c is not type(None)), where)
+    elif get_origin(kind) is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(choices):
+            return tuple(_typed(part, choice, where) for part, choice in zip(value, choices, strict=True))
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is kind:
+        return value
+    expected = " or ".join(map(repr, choices)) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
+    raise UserError(f"{where} is {value!r}; expected {expected}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

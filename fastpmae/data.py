@@ -1,0 +1,126 @@
+"""The images of a run: opened, identified, and turned into batches on the device with the next one on its way."""
+
+import hashlib
+import os
+import time
+from collections.abc import Generator
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastpmae.architecture import shape_of, view_settings
+from fastpmae.config import Config
+from fastpmae.errors import UserError
+from fastpmae.world import World
+from fastpmae_loaders import Batch, Beton, PairedViews, uniforms
+from fastpmae_loaders.plan import CALLERS
+
+DROP_PATH = CALLERS
+"""Stochastic depth's own counters in the plan."""
+
+
+def open_beton(config: Config) -> Beton:
+    """The run's .beton file. Raises UserError without --beton, or when the file is no sound .beton."""
+    if config.data.beton is None:
+        raise UserError("--beton FILE is missing: name the images to train on (fastpmae-write makes the file)")
+    return Beton(config.data.beton)
+
+
+def fingerprint(beton: Beton) -> str:
+    """A digest that tells one set of images from another wherever the file lies."""
+    total = hashlib.sha256()
+    for column in (beton.width, beton.height, beton.mode, beton.size, beton.label):
+        total.update(np.ascontiguousarray(column).tobytes())
+    return total.hexdigest()[:16]
+
+
+def micro_batch_size(config: Config, world: World) -> int:
+    """Images that one rank computes at a time. Raises UserError where the batch cannot be shared out evenly."""
+    size, rest = divmod(config.optimiser.batch_size, world.size * config.optimiser.accumulate)
+    if rest or size == 0:
+        raise UserError(
+            f"--batch-size {config.optimiser.batch_size} does not share out evenly over {world.size} ranks "
+            f"x --accumulate {config.optimiser.accumulate}"
+        )
+    return size
+
+
+def make_loader(beton: Beton, config: Config, world: World) -> PairedViews:
+    """This rank's loader: micro-batches of both views, masks and folds.
+
+    Raises:
+        UserError: when the file holds less than one batch.
+    """
+    size = micro_batch_size(config, world)
+    if len(beton) < config.optimiser.batch_size:
+        raise UserError(
+            f"{beton.path} holds {len(beton)} images, less than one batch of {config.optimiser.batch_size}: "
+            "choose a smaller --batch-size"
+        )
+    return PairedViews(
+        beton,
+        size,
+        engine=config.data.loader,
+        settings=view_settings(config),
+        seed=config.run.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.efficiency.workers or max(1, (os.cpu_count() or 1) // world.ranks_here),
+        bad_fraction=config.data.bad_fraction,
+        drop_last=True,
+    )
+
+
+def stochastic_depth(
+    config: Config, epoch: int, index: Tensor, device: torch.device
+) -> Float[Tensor, "batch depth 2"] | None:
+    """What each block's two branches are scaled by for each image: 0 where dropped, else 1 / (1 - rate).
+
+    A function of (seed, epoch, sample, block) alone; the rate grows evenly from 0 in the first block.
+    """
+    if config.model.drop_path == 0:
+        return None
+    depth = shape_of(config.model).depth
+    drawn = uniforms(config.run.seed, epoch, index.numpy(), DROP_PATH, 2 * depth)
+    rate = torch.linspace(0, config.model.drop_path, depth).view(1, depth, 1)
+    keep = (torch.from_numpy(drawn).view(-1, depth, 2) >= rate).float() / (1 - rate)
+    return keep.to(device, non_blocking=True)
+
+
+class Feed:
+    """Micro-batches on the device; counts the time spent waiting for them and the images that did not decode."""
+
+    def __init__(self, loader: PairedViews, config: Config, device: torch.device, bad_images: int = 0):
+        self.loader, self.config, self.device = loader, config, device
+        self.waited = 0.0
+        self.bad_images = bad_images
+        self.unreported: list[int] = []
+
+    def epoch(
+        self, epoch: int, first_batch: int
+    ) -> Generator[tuple[Batch, Float[Tensor, "batch depth 2"] | None], None, None]:
+        """The micro-batches of an epoch from `first_batch` on, each with its stochastic depth."""
+        self.loader.load_state_dict({**self.loader.state_dict(), "epoch": epoch, "batch": first_batch})
+        batches = iter(self.loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            self.bad_images += len(batch.failed)
+            self.unreported += batch.failed
+            keep = stochastic_depth(self.config, epoch, batch.index, self.device)
+            yield batch.to(self.device, non_blocking=True), keep
+
+    def take_wait(self) -> float:
+        """Seconds waited since the last call."""
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+    def take_failed(self) -> list[int]:
+        """Samples that did not decode since the last call."""
+        failed, self.unreported = self.unreported, []
+        return failed

@@ -1,0 +1,137 @@
+"""Frozen features: what an encoder makes of whole images."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from fastpmae.architecture import make_encoder, make_student
+from fastpmae.checkpoint import find_checkpoint
+from fastpmae.config import Config
+from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae.model import Encoder
+from fastpmae_loaders import Beton, PlainViews
+
+Network = Literal["student", "labelling_teacher", "reconstruction_teacher", "random"]
+Pool = Literal["class", "mean"]
+
+
+def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encoder, Config]:
+    """An encoder of a checkpoint or run folder, in evaluation mode on the CPU, and the run's settings.
+
+    Args:
+        network: whose encoder; "random" gives the weights that the run started from, for comparison.
+
+    Raises:
+        UserError: when the checkpoint cannot be read or the run has no such teacher.
+    """
+    checkpoint = find_checkpoint(Path(path))
+    config = checkpoint.config
+    if network == "random":
+        return make_student(config, torch.Generator().manual_seed(config.run.seed)).encoder.eval(), config
+    single = config.teachers.teachers == "single"
+    weights = checkpoint.part(f"{'labelling_teacher' if single and network != 'student' else network}.encoder")
+    if not weights:
+        raise UserError(f"{checkpoint.path} holds no {network}: its run used --teachers {config.teachers.teachers}")
+    encoder = make_encoder(config)
+    encoder.load_state_dict(weights)
+    return encoder.eval(), config
+
+
+@torch.no_grad()
+def features(
+    encoder: Encoder, images: UInt8[Tensor, "batch 3 height width"], pool: Pool = "class"
+) -> Float[Tensor, "batch dim"]:
+    """The class token, or the mean of the patch tokens, of whole images after the final norm."""
+    side = images.shape[-1] // encoder.patch_embed.patch_size
+    ids = torch.arange(side * side, device=images.device).expand(len(images), -1)
+    tokens = encoder(images, ids)
+    return tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(dim=1)
+
+
+def embed_images(
+    checkpoint: Path | str,
+    beton: Path | str,
+    *,
+    network: Network = "student",
+    pool: Pool = "class",
+    batch_size: int = 64,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    workers: int = 2,
+) -> tuple[Float[np.ndarray, "images dim"], Int[np.ndarray, " images"]]:
+    """Features of every image of a .beton, resized and cut at the centre, in the file's order.
+
+    Args:
+        checkpoint: a checkpoint or a run folder.
+        network: whose encoder (see `load_encoder`).
+        pool: the class token, or the mean of the patch tokens.
+
+    Returns:
+        Features in fp32 and labels in int64.
+
+    Raises:
+        UserError: when the checkpoint or the images cannot be used.
+    """
+    encoder, config = load_encoder(checkpoint, network)
+    chosen = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    encoder.to(chosen)
+    rows, labels = [], []
+    with PlainViews(
+        Beton(beton),
+        batch_size,
+        image_size=config.views.image_size,
+        engine=config.data.loader,
+        workers=workers,
+    ) as views:
+        for images, label, _ in views:
+            rows.append(features(encoder, images.to(chosen), pool).float().cpu().numpy())
+            labels.append(label.numpy())
+    return np.concatenate(rows), np.concatenate(labels)
+
+
+def embed_command(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    beton: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    network: Network = "student",
+    pool: Pool = "class",
+    batch_size: int = 64,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    workers: int = 2,
+) -> None:
+    """Write the frozen features of every image of a .beton to OUT.npz, as `features` [n, dim] and `labels` [n].
+
+    Args:
+        checkpoint: A checkpoint or a run folder.
+        beton: The images.
+        out: The file to write.
+        network: Whose encoder; "random" is what the run started from.
+        pool: The class token, or the mean of the patch tokens.
+        batch_size: Images at a time.
+        device: Where to compute.
+        workers: Loader threads.
+    """
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: there is no folder {out.parent}")
+    rows, labels = embed_images(
+        checkpoint, beton, network=network, pool=pool, batch_size=batch_size, device=device, workers=workers
+    )
+    beside = out.with_name(f".{out.name}.tmp")
+    with beside.open("wb") as file:
+        np.savez(file, features=rows, labels=labels)
+    beside.rename(out)
+    print(f"{out}: {rows.shape[0]} features of {rows.shape[1]} numbers")
+
+
+def main() -> int:
+    """`fastpmae-embed`."""
+    return exit_with_sentence("fastpmae-embed", lambda: tyro.cli(embed_command, prog="fastpmae-embed"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""How a command ends when something is wrong: one sentence, no traceback."""
+
+import sys
+from collections.abc import Callable
+
+from fastpmae_loaders.errors import BetonError, UserError
+
+__all__ = ["BetonError", "RunError", "UserError", "exit_with_sentence"]
+
+
+class RunError(Exception):
+    """A run that had to stop though nothing in its input was wrong (a loss that is not finite, say)."""
+
+
+def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
+    """Run a command and return its exit status: 2 for bad input, 1 for a run that failed, 130 after ctrl-C."""
+    try:
+        return function() or 0
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"{name}: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,236 @@
+"""What a run tells: a progress bar in a terminal, plain lines elsewhere, metrics.jsonl, TensorBoard, W&B."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastpmae.config import Config
+from fastpmae.errors import UserError
+
+TIMINGS = ("images_per_second", "data_wait")
+"""The figures of a row that differ from run to run."""
+
+
+class Meter:
+    """Running sums of a step's figures, kept on the device so that no step waits for the host.
+
+    It also remembers the first step whose update was skipped, and that step's samples.
+    """
+
+    names = ("loss", "loss_m", "loss_c", "loss_p", "grad_norm")
+
+    def __init__(self, device: torch.device, batch_size: int):
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.bad_index = torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+    def add(
+        self,
+        step: int,
+        losses: Float[Tensor, " 4"],
+        norm: Float[Tensor, ""],
+        skipped: Float[Tensor, ""],
+        index: Int[Tensor, " batch"],
+    ) -> None:
+        """Take in a step's losses (in the order of `Losses`), gradient norm, whether it was skipped, its samples."""
+        self.sums += torch.cat([losses, norm.unsqueeze(0)]).double()
+        self.count += 1
+        first = (skipped > 0) & (self.bad_step < 0)
+        self.bad_step = torch.where(first, step, self.bad_step)
+        self.bad_index = torch.where(first, index, self.bad_index)
+
+    def is_bad(self) -> bool:
+        """Whether any step since the start was skipped; waits for the device."""
+        return self.bad_step.item() >= 0
+
+    def means(self, group: dist.ProcessGroup | None = None, *, anew: bool = True) -> dict[str, float]:
+        """The mean of each figure since it last started anew, over all ranks; waits for the device."""
+        sums = self.sums / self.count
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+            sums /= group.size()
+        means = sums.tolist()
+        if anew:
+            self.sums.zero_()
+            self.count.zero_()
+        return dict(zip(self.names, means, strict=True))
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums, as a checkpoint holds them: a run that is resumed between two rows writes the same row."""
+        return {"log.sums": self.sums, "log.count": self.count}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take the sums of a checkpoint."""
+        self.sums.copy_(state["sums"])
+        self.count.copy_(state["count"])
+
+
+class Log:
+    """The run's rows and sentences. On other ranks than the first it says nothing.
+
+    Args:
+        folder: the run's.
+        first_step: steps that are done already; rows past it are dropped.
+        last_step: where this start of the run ends.
+        speaks: whether this is the first rank.
+    """
+
+    def __init__(self, folder: Path, config: Config, first_step: int, last_step: int, *, speaks: bool = True):
+        self.folder, self.config, self.speaks = folder, config, speaks
+        self.console = Console(stderr=True)
+        self.live = speaks and self.console.is_terminal
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("training", total=last_step, completed=first_step, figures="")
+        self.writers: list[Any] = []
+        if speaks:
+            _drop_rows_past(folder / "metrics.jsonl", first_step)
+            self.metrics = (folder / "metrics.jsonl").open("a")
+            self.writers = _writers(folder, config, first_step)
+
+    def __enter__(self) -> "Log":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+        if self.speaks:
+            self.metrics.close()
+            for writer in self.writers:
+                writer.close()
+
+    def say(self, sentence: str) -> None:
+        """A line for the user and for train.log."""
+        if not self.speaks:
+            return
+        with (self.folder / "train.log").open("a") as file:
+            file.write(sentence + "\n")
+        if self.live:
+            self.console.print(sentence, highlight=False, markup=False)
+        else:
+            print(sentence, file=sys.stderr, flush=True)
+
+    def start_clock(self, step: int) -> None:
+        """Rates in the next row count from now and from this step."""
+        self.clock, self.clock_step = time.perf_counter(), step
+
+    def step(self, step: int, epoch: int, failed: list[int]) -> None:
+        """Move the progress bar, and report the samples that did not decode."""
+        for index in failed:
+            self.say(f"warning: image {index} of {self.config.data.beton} does not decode; the next good one stands in")
+        self.progress.update(self.task, completed=step, description=f"epoch {epoch + 1}/{self.config.optimiser.epochs}")
+
+    def row(self, row: dict[str, float], waited: float, *, partial: bool) -> None:
+        """Write a row of metrics wherever this run writes them.
+
+        Args:
+            row: its figures; rates are added here.
+            waited: seconds that the loop has waited for data since the last row.
+            partial: the row stands off the grid of --log-every because the run stops here. A resumed run drops it,
+                and writes the rows that a run without the stop would have written.
+        """
+        seconds = time.perf_counter() - self.clock
+        images = (row["step"] - self.clock_step) * self.config.optimiser.batch_size
+        row = row | {"images_per_second": images / seconds, "data_wait": waited / seconds}
+        if partial:
+            row["partial"] = True
+        self.start_clock(int(row["step"]))
+        if not self.speaks:
+            return
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        for writer in self.writers:
+            writer.row(row)
+        figures = (
+            f"loss {row['loss']:.3f} (m {row['loss_m']:.3f} c {row['loss_c']:.3f} p {row['loss_p']:.3f})  "
+            f"{row['images_per_second']:.0f} images/s"
+        )
+        self.progress.update(self.task, figures=figures)
+        if not self.live:
+            waiting = f", waiting for data {row['data_wait']:.0%}"
+            self.say(f"step {row['step']:.0f}  epoch {row['epoch']:.2f}  {figures}{waiting}")
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def row(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WandB:
+    def __init__(self, folder: Path, config: Config):
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise UserError("--wandb: the package is not installed; pip install wandb, or leave the flag out") from None
+        # One id a folder, so that a resumed run goes on in the same place.
+        self.run = wandb.init(
+            project="fastpmae",
+            name=folder.name,
+            id=folder.name,
+            resume="allow",
+            dir=folder,
+            config=config.flat(),
+        )
+
+    def row(self, row: dict[str, float]) -> None:
+        self.run.log(row, step=int(row["step"]))
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _writers(folder: Path, config: Config, first_step: int) -> list[Any]:
+    writers: list[Any] = []
+    if config.run.tensorboard:
+        writers.append(_TensorBoard(folder, first_step))
+    if config.run.wandb:
+        writers.append(_WandB(folder, config))
+    return writers
+
+
+def _drop_rows_past(path: Path, step: int) -> None:
+    """Keep the full rows up to `step`: what came after it is computed again, and a torn last line goes."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if row["step"] <= step and not row.get("partial"):
+                kept.append(line + "\n")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text("".join(kept))
+    beside.rename(path)

@@ -1,0 +1,110 @@
+"""The three losses of the paper (equations 1 to 5) and MAE's, as functions of tokens and logits."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from fastpmae.patches import normalise
+from fastpmae_kernels.match import Metric, Scope, nearest_patch_ref
+from fastpmae_kernels.prototype_loss import prototype_cross_entropy_ref
+from fastpmae_kernels.sinkhorn import sinkhorn_bias_ref
+
+
+class PseudoLabels(NamedTuple):
+    """Pseudo labels as the loss reads them: label r is `softmax(logits[r] / epsilon + logv)`."""
+
+    logits: Float[Tensor, "labels prototypes"]
+    logv: Float[Tensor, " prototypes"]
+    epsilon: float
+
+
+def reconstruction_target(tokens: Float[Tensor, "batch masked dim"]) -> Float[Tensor, "batch masked dim"]:
+    """The teacher's tokens, each with mean 0 and variance 1 over its features (equation 2, unbiased variance)."""
+    variance, mean = torch.var_mean(tokens.float() if tokens.dtype != torch.float64 else tokens, -1, keepdim=True)
+    return (tokens - mean) / (variance + 1e-6).sqrt()
+
+
+def reconstruction_loss(
+    predicted: Float[Tensor, "batch masked dim"],
+    target: Float[Tensor, "batch masked dim"],
+    axis: Literal["feature", "token"] = "feature",
+) -> Float[Tensor, ""]:
+    """L_m: one minus the cosine, over the features of each masked token (equation 1).
+
+    SdAE's released code takes the cosine of each feature over the tokens instead, which `axis="token"` gives.
+    """
+    cosine = F.cosine_similarity(predicted.to(target.dtype), target, dim=2 if axis == "feature" else 1, eps=1e-8)
+    return 1 - cosine.mean()
+
+
+def pixel_target(pixels: UInt8[Tensor, "batch masked pixels"]) -> Float[Tensor, "batch masked pixels"]:
+    """MAE's target: each patch with mean 0 and variance 1 over its values, pixel by pixel and channels last.
+
+    The mean and spread of a patch are taken over its normalised values, all channels together.
+    """
+    values = normalise(pixels).unflatten(-1, (3, -1)).mT.flatten(-2)
+    variance, mean = torch.var_mean(values, -1, keepdim=True)
+    return (values - mean) / (variance + 1e-6).sqrt()
+
+
+def pixel_loss(
+    predicted: Float[Tensor, "batch masked values"], target: Float[Tensor, "batch masked values"]
+) -> Float[Tensor, ""]:
+    """MAE's loss: the mean squared error over the masked patches."""
+    return F.mse_loss(predicted.to(target.dtype), target)
+
+
+def pseudo_labels(
+    logits: Float[Tensor, "labels prototypes"],
+    epsilon: float,
+    iterations: int,
+    group: dist.ProcessGroup | None = None,
+) -> PseudoLabels:
+    """Labels of these rows, balanced together with the rows of every rank of `group`."""
+    return PseudoLabels(logits, sinkhorn_bias_ref(logits, epsilon, iterations, group), epsilon)
+
+
+def class_loss(
+    student_logits: Float[Tensor, "batch prototypes"], labels: PseudoLabels, folds: int, temperature: float
+) -> Float[Tensor, ""]:
+    """L_c: the student's class token against the mean label of the teacher's class tokens of all folds (equation 4).
+
+    The cross-entropy is linear in its target, so the mean over the folds of the losses is the loss of the mean.
+
+    Args:
+        labels: of batch x folds rows, the folds of one image side by side.
+    """
+    rows = student_logits.repeat_interleave(folds, dim=0)
+    index = torch.arange(len(rows), device=rows.device)
+    return prototype_cross_entropy_ref(rows, labels.logits, labels.logv, index, labels.epsilon, temperature).mean()
+
+
+def patch_loss(
+    student_logits: Float[Tensor, "batch*masked prototypes"],
+    labels: PseudoLabels,
+    match: Int[Tensor, "batch masked"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """L_p: each masked patch of the student against the label of its matched teacher patch (equation 3)."""
+    batch, masked = match.shape
+    index = (match + torch.arange(batch, device=match.device).unsqueeze(1) * masked).flatten()
+    return prototype_cross_entropy_ref(
+        student_logits, labels.logits, labels.logv, index, labels.epsilon, temperature
+    ).mean()
+
+
+@torch.no_grad()
+def nearest_patch(
+    student_tokens: Float[Tensor, "batch masked dim"],
+    teacher_tokens: Float[Tensor, "batch masked dim"],
+    metric: Metric,
+    scope: Scope,
+    fold_sizes: Sequence[int],
+) -> Int[Tensor, "batch masked"]:
+    """Which teacher patch each masked student patch takes its label from (section 3.3)."""
+    return nearest_patch_ref(student_tokens, teacher_tokens, metric, scope, fold_sizes)

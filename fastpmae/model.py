@@ -1,0 +1,260 @@
+"""The networks: a ViT encoder with timm's parameter names, the decoder, the projection head, the student.
+
+Nothing here knows of teachers, losses or the loop. Tokens are named by their place: `ids` are patch numbers, row by
+row, and a network only ever sees the patches it is given.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from fastpmae.attention import attention
+from fastpmae.patches import normalise, pixel_patches, sincos_positions
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        batch, count, dim = tokens.shape
+        qkv = self.qkv(tokens).view(batch, count, 3, self.heads, dim // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(attention(query, key, value).transpose(1, 2).reshape(batch, count, dim))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; `keep` scales each of its two branches per image (stochastic depth)."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"], keep: Float[Tensor, "batch 2"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        if keep is None:
+            tokens = tokens + self.attn(self.norm1(tokens))
+            return tokens + self.mlp(self.norm2(tokens))
+        keep = keep.to(tokens.dtype)
+        tokens = tokens + keep[:, 0, None, None] * self.attn(self.norm1(tokens))
+        return tokens + keep[:, 1, None, None] * self.mlp(self.norm2(tokens))
+
+
+class PatchEmbed(nn.Module):
+    """timm's patch embedding by name and shape, applied as a product to the patches that are asked for."""
+
+    def __init__(self, patch_size: int, dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(
+        self, images: UInt8[Tensor, "batch 3 height width"], ids: Int[Tensor, "batch count"]
+    ) -> Float[Tensor, "batch count dim"]:
+        weight = self.proj.weight.flatten(1)
+        return F.linear(normalise(pixel_patches(images, ids, self.patch_size), weight.dtype), weight, self.proj.bias)
+
+
+class Encoder(nn.Module):
+    """A ViT that embeds and encodes only the patches it is asked for.
+
+    Args:
+        image_size, patch_size: in pixels; the patch size divides the image size.
+        dim, depth, heads, mlp_ratio: the ViT's.
+    """
+
+    def __init__(self, image_size: int, patch_size: int, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        side = image_size // patch_size
+        self.dim, self.depth = dim, depth
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        positions = torch.cat([torch.zeros(1, dim), sincos_positions(side, side, dim)])
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", positions.unsqueeze(0))
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(
+        self,
+        images: UInt8[Tensor, "batch 3 height width"],
+        ids: Int[Tensor, "batch count"],
+        keep: Float[Tensor, "batch depth 2"] | None = None,
+    ) -> Float[Tensor, "batch 1+count dim"]:
+        """The class token, then the tokens of the patches `ids` in that order, after the final norm."""
+        return self.encode(self.embed(images, ids), keep)
+
+    def embed(
+        self, images: UInt8[Tensor, "batch 3 height width"], ids: Int[Tensor, "batch count"]
+    ) -> Float[Tensor, "batch count dim"]:
+        """Patch embeddings with their positions, without the class token."""
+        return self.patch_embed(images, ids) + self.pos_embed[0, 1:][ids]
+
+    def encode(
+        self, tokens: Float[Tensor, "batch count dim"], keep: Float[Tensor, "batch depth 2"] | None = None
+    ) -> Float[Tensor, "batch 1+count dim"]:
+        class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        tokens = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
+        for depth, block in enumerate(self.blocks):
+            tokens = block(tokens, None if keep is None else keep[:, depth])
+        return self.norm(tokens)
+
+    def encode_folds(
+        self,
+        images: UInt8[Tensor, "batch 3 height width"],
+        folds: Int[Tensor, "batch masked"],
+        fold_sizes: Sequence[int],
+    ) -> tuple[Float[Tensor, "batch folds dim"], Float[Tensor, "batch masked dim"]]:
+        """Each fold of each image on its own, with a class token of its own (paper, section 3.1, multifold).
+
+        Returns:
+            The folds' class tokens, and all patch tokens in the order of `folds`.
+        """
+        batch, dim = len(images), self.dim
+        embedded = self.embed(images, folds)
+        class_tokens, patch_tokens = [], []
+        start = 0
+        # Folds differ in size by at most one, the larger first: one stacked pass for each of the two sizes.
+        for size in sorted(set(fold_sizes), reverse=True):
+            count = list(fold_sizes).count(size)
+            stacked = embedded[:, start : start + count * size].reshape(batch * count, size, dim)
+            encoded = self.encode(stacked).view(batch, count, 1 + size, dim)
+            class_tokens.append(encoded[:, :, 0])
+            patch_tokens.append(encoded[:, :, 1:].reshape(batch, count * size, dim))
+            start += count * size
+        return torch.cat(class_tokens, dim=1), torch.cat(patch_tokens, dim=1)
+
+
+class Decoder(nn.Module):
+    """A few blocks that predict the tokens of the masked patches from the encoded visible ones.
+
+    Attention does not care for the order of tokens, so nothing is put back in its place: each token carries the
+    position of its patch, and the masked ones come last, in fold order.
+    """
+
+    def __init__(
+        self, image_size: int, patch_size: int, encoder_dim: int, output_dim: int, dim: int, depth: int, heads: int,
+        class_token: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        side = image_size // patch_size
+        self.class_token = class_token
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        positions = torch.cat([torch.zeros(1, dim), sincos_positions(side, side, dim)])
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", positions.unsqueeze(0))
+        self.blocks = nn.ModuleList(Block(dim, heads, 4.0) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.output = nn.Linear(dim, output_dim)
+
+    def forward(
+        self,
+        encoded: Float[Tensor, "batch 1+visible encoder_dim"],
+        visible: Int[Tensor, "batch visible"],
+        masked: Int[Tensor, "batch masked"],
+    ) -> tuple[Float[Tensor, "batch output_dim"] | None, Float[Tensor, "batch masked output_dim"]]:
+        """The class prediction (None without a class token) and the predictions of the masked patches."""
+        positions = self.pos_embed[0, 1:]
+        mask = self.mask_token + positions[masked]
+        known = self.embed(encoded)
+        visible_tokens = known[:, 1:] + positions[visible]
+        tokens = torch.cat([known[:, :1]] * self.class_token + [visible_tokens, mask.to(known.dtype)], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        # Nothing reads the predictions of visible patches: they skip the norm and the output layer.
+        masked_prediction = self.output(self.norm(tokens[:, -masked.shape[1] :]))
+        class_prediction = self.output(self.norm(tokens[:, 0])) if self.class_token else None
+        return class_prediction, masked_prediction
+
+
+class Head(nn.Module):
+    """Tokens to prototype logits: an MLP, a unit vector, and its cosine with each prototype (MC-SSL, DINO).
+
+    The prototypes are the rows of two weight-normed layers without bias whose gain is frozen at 1, one layer for
+    class tokens and one for patch tokens.
+    """
+
+    def __init__(self, dim: int, hidden: int, bottleneck: int, prototypes: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.fc3 = nn.Linear(hidden, bottleneck)
+        self.class_prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        self.patch_prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+
+    def forward(
+        self, class_tokens: Float[Tensor, "classes dim"], patch_tokens: Float[Tensor, "patches dim"]
+    ) -> tuple[Float[Tensor, "classes prototypes"], Float[Tensor, "patches prototypes"]]:
+        def project(tokens: Tensor, prototypes: Tensor) -> Tensor:
+            hidden = F.gelu(self.fc2(F.gelu(self.fc1(tokens))))
+            return F.linear(F.normalize(self.fc3(hidden), dim=-1), F.normalize(prototypes, dim=-1))
+
+        return project(class_tokens, self.class_prototypes), project(patch_tokens, self.patch_prototypes)
+
+
+class Student(nn.Module):
+    """Encoder over the visible patches, decoder, and (where pseudo labels are learnt) the head."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, head: Head | None):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.head = head
+
+    def forward(
+        self,
+        images: UInt8[Tensor, "batch 3 height width"],
+        visible: Int[Tensor, "batch visible"],
+        masked: Int[Tensor, "batch masked"],
+        keep: Float[Tensor, "batch depth 2"] | None = None,
+    ) -> tuple[
+        Float[Tensor, "batch masked dim"],
+        Float[Tensor, "batch prototypes"] | None,
+        Float[Tensor, "batch*masked prototypes"] | None,
+    ]:
+        """Predicted tokens of the masked patches, and the class and patch logits over the prototypes."""
+        class_prediction, masked_prediction = self.decoder(self.encoder(images, visible, keep), visible, masked)
+        if self.head is None or class_prediction is None:
+            return masked_prediction, None, None
+        class_logits, patch_logits = self.head(class_prediction, masked_prediction.flatten(0, 1))
+        return masked_prediction, class_logits, patch_logits
+
+
+def initialise(network: nn.Module, generator: torch.Generator) -> None:
+    """Weights as MAE starts them (xavier-uniform products, normal .02 tokens), and the head as DINO (truncated .02)."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            # MAE takes the patch embedding for the product it is.
+            weight = module.weight.data.flatten(1)
+            if name.split(".")[0] == "head":
+                nn.init.trunc_normal_(weight, std=0.02, generator=generator)
+            else:
+                nn.init.xavier_uniform_(weight, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, parameter in network.named_parameters():
+        if name.endswith(("cls_token", "mask_token")):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        elif name.endswith("_prototypes"):
+            nn.init.trunc_normal_(parameter, std=0.02, generator=generator)

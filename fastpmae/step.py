@@ -1,0 +1,99 @@
+"""The work of one training step as functions of networks and a batch: no state, no host syncs, no logging."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fastpmae.architecture import shape_of
+from fastpmae.config import Config
+from fastpmae.losses import (
+    PseudoLabels,
+    class_loss,
+    nearest_patch,
+    patch_loss,
+    pixel_loss,
+    pixel_target,
+    pseudo_labels,
+    reconstruction_loss,
+    reconstruction_target,
+)
+from fastpmae.patches import pixel_patches
+from fastpmae.teachers import Teacher, Teachers
+from fastpmae_loaders import Batch
+
+
+class Targets(NamedTuple):
+    """What the teachers give: nothing here carries a gradient."""
+
+    reconstruction: Float[Tensor, "batch masked values"]
+    tokens: Float[Tensor, "batch masked dim"] | None
+    """The reconstruction teacher's tokens before they are normalised; the log looks at their spread."""
+    label_tokens: Float[Tensor, "batch masked dim"] | None
+    class_labels: PseudoLabels | None
+    patch_labels: PseudoLabels | None
+
+
+class Losses(NamedTuple):
+    """The sum of equation 5 and its three parts, unweighted."""
+
+    total: Float[Tensor, ""]
+    reconstruction: Float[Tensor, ""]
+    class_label: Float[Tensor, ""]
+    patch_label: Float[Tensor, ""]
+
+
+@torch.no_grad()
+def teach(teachers: Teachers, batch: Batch, config: Config, group: dist.ProcessGroup | None = None) -> Targets:
+    """Both teachers' targets for a batch: target tokens of one view, pseudo labels of the other (section 3.2)."""
+    if config.loss.target == "pixels":
+        target = pixel_target(pixel_patches(batch.simple, batch.folds, shape_of(config.model).patch_size))
+        return Targets(target, None, None, None, None)
+    assert teachers.reconstruction is not None
+    view = getattr(batch, config.views.reconstruction_view)
+    _, tokens = teachers.reconstruction.encoder.encode_folds(view, batch.folds, batch.fold_sizes)
+    target = reconstruction_target(tokens)
+    if teachers.labelling is None:
+        return Targets(target, tokens, None, None, None)
+    return Targets(target, tokens, *label(teachers.labelling, batch, config, group))
+
+
+def label(
+    teacher: Teacher, batch: Batch, config: Config, group: dist.ProcessGroup | None
+) -> tuple[Float[Tensor, "batch masked dim"], PseudoLabels, PseudoLabels]:
+    """The labelling teacher's tokens, and pseudo labels of its class and patch tokens, balanced apart."""
+    loss = config.loss
+    view = getattr(batch, config.views.labelling_view)
+    class_tokens, patch_tokens = teacher.encoder.encode_folds(view, batch.folds, batch.fold_sizes)
+    assert teacher.head is not None
+    logits = teacher.head(class_tokens.flatten(0, 1), patch_tokens.flatten(0, 1))
+    labels = [pseudo_labels(rows, loss.epsilon, loss.sinkhorn_iterations, group) for rows in logits]
+    return patch_tokens, labels[0], labels[1]
+
+
+def learn(
+    student: nn.Module,
+    batch: Batch,
+    keep: Float[Tensor, "batch depth 2"] | None,
+    targets: Targets,
+    config: Config,
+) -> Losses:
+    """The student's pass and the three losses (equations 1 to 5)."""
+    loss = config.loss
+    predicted, class_logits, patch_logits = student(batch.simple, batch.visible, batch.folds, keep)
+    if loss.target == "pixels":
+        reconstruction = pixel_loss(predicted, targets.reconstruction)
+    else:
+        reconstruction = reconstruction_loss(predicted, targets.reconstruction, loss.cosine_axis)
+    if targets.class_labels is None or targets.patch_labels is None or targets.label_tokens is None:
+        nothing = torch.zeros_like(reconstruction)
+        return Losses(loss.lambda_m * reconstruction, reconstruction, nothing, nothing)
+    match = nearest_patch(
+        predicted.detach(), targets.label_tokens, loss.match_metric, loss.match_scope, batch.fold_sizes
+    )
+    of_class = class_loss(class_logits, targets.class_labels, len(batch.fold_sizes), loss.student_temperature)
+    of_patch = patch_loss(patch_logits, targets.patch_labels, match, loss.student_temperature)
+    total = loss.lambda_m * reconstruction + loss.lambda_c * of_class + loss.lambda_p * of_patch
+    return Losses(total, reconstruction, of_class, of_patch)

@@ -1,0 +1,46 @@
+"""Stopping a run in good order: a signal is noted, the step finishes, a checkpoint is written."""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from fastpmae.errors import RunError
+
+
+class Interrupted(RunError):
+    """A run that a signal ended, after its checkpoint was written."""
+
+    def __init__(self, number: int, step: int, last_step: int, folder: Path):
+        super().__init__(
+            f"{signal.Signals(number).name} after step {step} of {last_step}: the checkpoint is written; "
+            f"go on with --resume --out {folder}"
+        )
+        self.number = number
+
+
+class Stop:
+    """Within it, SIGTERM, SIGINT and SIGUSR1 are noted in `signal`; a second ctrl-C interrupts at once."""
+
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.before: dict[int, object] = {}
+
+    def __enter__(self) -> "Stop":
+        # Python lets only the main thread set handlers; called from another, the run is simply not watched.
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in self.watched}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number

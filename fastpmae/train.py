@@ -1,0 +1,183 @@
+"""Pretraining, from a .beton file to checkpoints: the whole loop on one page."""
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastpmae.architecture import check, make_networks
+from fastpmae.checkpoint import (
+    checkpoint_path,
+    checkpoints_in,
+    gather,
+    read_checkpoint,
+    scatter,
+    write_checkpoint,
+)
+from fastpmae.command import read_command
+from fastpmae.config import Config
+from fastpmae.data import Feed, fingerprint, make_loader, open_beton
+from fastpmae.errors import RunError, exit_with_sentence
+from fastpmae.health import health
+from fastpmae.log import Log, Meter
+from fastpmae.optimiser import learning_rate, make_optimiser, update
+from fastpmae.run import describe_run, open_run, resolve, write_machine
+from fastpmae.step import learn, teach
+from fastpmae.stop import Interrupted, Stop
+from fastpmae.world import World, join_world
+
+
+def pretrain(config: Config) -> Path:
+    """Pretrain as `config` says and return the run's folder.
+
+    Raises:
+        UserError: for settings, images or a run folder that do not fit.
+        RunError: when a loss or a gradient is no longer finite.
+        Interrupted: after SIGTERM, SIGINT or SIGUSR1, once the checkpoint is written.
+    """
+    check(config)
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(join_world(config.efficiency.device))
+        config = resolve(config, world.device)
+        beton = open_beton(config)
+        loader = stack.enter_context(make_loader(beton, config, world))
+        images = fingerprint(beton)
+        run = world.from_first(lambda: open_run(config, images))
+
+        epochs, accumulate = config.optimiser.epochs, config.optimiser.accumulate
+        steps_per_epoch = len(loader) // accumulate
+        total_steps = steps_per_epoch * epochs
+        last_step = total_steps if config.run.steps is None else min(total_steps, config.run.steps)
+
+        init = config.run.init if run.checkpoint is None else None
+        student, teachers = make_networks(config, total_steps, world.device, init)
+        optimiser = make_optimiser(student, config)
+        meter = Meter(world.device, loader.batch_size * accumulate)
+        feed = Feed(loader, config, world.device)
+        step = 0
+        if run.checkpoint is not None:
+            checkpoint = read_checkpoint(run.checkpoint)
+            scatter(checkpoint, student, teachers, optimiser)
+            meter.load(checkpoint.part("log"))
+            step, feed.bad_images = checkpoint.progress["step"], checkpoint.progress["bad_images"]
+
+        parallel = share_gradients(student, world)
+        on_gpu = world.device.type == "cuda"
+        if config.efficiency.compile == "on" or (config.efficiency.compile == "auto" and on_gpu):
+            taught, learnt = torch.compile(teach), torch.compile(learn)
+        else:
+            taught, learnt = teach, learn
+        autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.efficiency.precision == "bf16")
+
+        stop = stack.enter_context(Stop())
+        log = stack.enter_context(Log(run.folder, config, step, last_step, speaks=world.first))
+        for sentence in run.remarks + describe_run(config, beton, world, student, steps_per_epoch, run.folder):
+            log.say(sentence)
+        if world.first:
+            write_machine(run.folder)
+
+        def save() -> None:
+            # After a step that was not finite nothing is saved: the last good checkpoint stays the newest.
+            if world.first and not meter.is_bad():
+                progress = {
+                    "step": step,
+                    "steps_per_epoch": steps_per_epoch,
+                    "bad_images": feed.bad_images,
+                    "loader": loader.state_dict(),
+                    "fingerprint": images,
+                    "config": config.groups(),
+                }
+                tensors = gather(student, teachers, optimiser) | meter.state()
+                write_checkpoint(checkpoint_path(run.folder, step), tensors, progress, config.run.keep)
+
+        saved_at = time.monotonic()
+        log.start_clock(step)
+        for epoch in range(step // steps_per_epoch, epochs):
+            batches = feed.epoch(epoch, first_batch=step % steps_per_epoch * accumulate)
+            while step < min((epoch + 1) * steps_per_epoch, last_step):
+                lr = learning_rate(config, step, steps_per_epoch)
+                losses, index = [], []
+                for part in range(accumulate):
+                    batch, keep = next(batches)
+                    # Gradients travel between the ranks with the last part alone.
+                    travels = world.group is None or part == accumulate - 1
+                    with contextlib.nullcontext() if travels else parallel.no_sync():  # pyright: ignore
+                        with autocast:
+                            targets = taught(teachers, batch, config, world.group)
+                            of_part = learnt(parallel, batch, keep, targets, config)
+                        (of_part.total / accumulate).backward()
+                    losses.append(torch.stack(of_part).detach())
+                    index.append(batch.index)
+                mean_losses = torch.stack(losses).mean(dim=0)
+                norm, skipped = update(optimiser, mean_losses[0], lr, config.optimiser.clip_grad, world)
+                teachers.follow(student, "step", step)
+                meter.add(step, mean_losses, norm, skipped, torch.cat(index))
+                step += 1
+                ends_epoch = step % steps_per_epoch == 0
+                if ends_epoch:
+                    teachers.follow(student, "epoch", epoch)
+
+                log.step(step, epoch, feed.take_failed())
+                interrupted = world.agree(stop.signal)
+                ends = step == last_step or interrupted
+                on_grid = step % config.run.log_every == 0 or step == total_steps
+                if on_grid or ends:
+                    stop_if_bad(meter, world, run.folder)
+                    figures = {
+                        "step": step,
+                        "epoch": step / steps_per_epoch,
+                        "lr": lr,
+                        "bad_images": feed.bad_images,
+                    }
+                    figures |= meter.means(world.group, anew=on_grid) | teachers.momenta(step - 1, epoch)
+                    log.row(figures | health(targets), feed.take_wait(), partial=not on_grid)
+
+                on_steps = config.run.save_steps > 0 and step % config.run.save_steps == 0
+                on_time = time.monotonic() - saved_at >= 60 * config.run.save_every
+                if ends or ends_epoch or on_steps or on_time:
+                    save()
+                    saved_at = time.monotonic()
+                if interrupted:
+                    raise Interrupted(interrupted, step, last_step, run.folder)
+            batches.close()
+        log.say(f"done: {step} of {total_steps} steps, in {run.folder}")
+    return run.folder
+
+
+def share_gradients(student: nn.Module, world: World) -> nn.Module:
+    """The student as it is, or averaging its gradients over the ranks."""
+    return student if world.group is None else DistributedDataParallel(student, gradient_as_bucket_view=True)
+
+
+def stop_if_bad(meter: Meter, world: World, folder: Path) -> None:
+    """Raise RunError, on every rank, when a step since the start was not finite."""
+    if meter.is_bad():
+        samples = sorted(set(world.gathered(meter.bad_index).tolist()))
+        newest = next(iter(checkpoints_in(folder)), "none yet")
+        raise RunError(
+            f"the loss or a gradient of step {int(meter.bad_step) + 1} is not finite (its update was skipped). "
+            f"Samples of that step: {samples}. Last good checkpoint: {newest}. "
+            "A lower --lr, --clip-grad 1 or --precision fp32 usually helps"
+        )
+
+
+def main() -> int:
+    """`fastpmae-train`."""
+
+    def run() -> int:
+        try:
+            pretrain(read_command())
+        except Interrupted as stopped:
+            print(f"fastpmae-train: {stopped}", file=sys.stderr)
+            return 128 + stopped.number
+        return 0
+
+    return exit_with_sentence("fastpmae-train", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
