@@ -1,0 +1,190 @@
+"""The job behind `make train`: demo images, a .beton of them, a short pretraining, and what came of it."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fastpmae.config import PRESETS
+from fastpmae.embed import Network, Pool, embed_images
+from fastpmae.errors import exit_with_sentence
+from fastpmae.knn import knn_accuracy
+from fastpmae.photographs import PHOTOGRAPHS, write_demo_images
+from fastpmae.run import folder_of
+from fastpmae.stop import Interrupted
+from fastpmae.train import pretrain
+from fastpmae.write import write_beton
+from fastpmae_loaders import Beton, PlainViews
+
+NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """k-NN accuracy (0 to 1) on the validation crops, and of what."""
+
+    features: str
+    accuracy: float
+
+
+def write_demo_betons(folder: Path) -> tuple[Path, Path]:
+    """The demo's training and validation file under `folder`, written unless they are there already.
+
+    Raises:
+        UserError: when the photographs are not installed or the folder cannot be written.
+    """
+    train, validation = folder / "train.beton", folder / "validation.beton"
+    if not (train.exists() and validation.exists()):
+        print(f"demo: cutting {len(PHOTOGRAPHS)} photographs into labelled crops under {folder / 'images'}", flush=True)
+        write_demo_images(folder / "images")
+        # a file appears whole or not at all, so what a cut-off demo left behind is never taken for done
+        write_beton(folder / "images" / "train", train)
+        write_beton(folder / "images" / "validation", validation)
+    return train, validation
+
+
+def demo(
+    folder: Path = Path("demo"),
+    out: Path | None = None,
+    steps: int | None = None,
+    minutes: Annotated[float, tyro.conf.arg(metavar="MINUTES")] = 5.0,
+) -> None:
+    """Pretrain on demo images with the `demo` preset, and compare the features with those of a random start.
+
+    Args:
+        folder: Where the demo images and .beton files are, or are written to.
+        out: Run folder; by default a new one, runs/<date>-demo.
+        steps: Stop after so many steps.
+        minutes: Stop the training after so long, wherever it is.
+    """
+    train, validation = write_demo_betons(folder)
+    config = PRESETS["demo"].using(beton=train, out=out, steps=steps)
+    run = folder_of(config)
+    with _time_limit(minutes) as limit:
+        try:
+            pretrain(config.using(out=run))
+        except Interrupted:
+            if not limit.passed:
+                raise
+            print(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` goes on", flush=True)
+    show_summary(run, rows_of(run), accuracies(run, train, validation), train)
+
+
+class _time_limit:
+    """Sends this process SIGUSR1 once the time is over: the trainer then finishes its step and saves."""
+
+    def __init__(self, minutes: float):
+        self.timer = threading.Timer(60 * minutes, self._end)
+        self.timer.daemon = True
+        self.passed = False
+
+    def _end(self) -> None:
+        self.passed = True
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    def __enter__(self) -> "_time_limit":
+        # Outside the training loop nobody listens, and the signal would end the process.
+        self.before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        self.timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.timer.cancel()
+        signal.signal(signal.SIGUSR1, self.before)
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def accuracies(run: Path, train: Path, validation: Path) -> list[Accuracy]:
+    """How well k-NN sorts the validation crops, by the run's features and by what they must be compared with."""
+    networks: list[tuple[str, Network]] = [("pretrained", "student"), ("random start", "random")]
+    pools: list[tuple[str, Pool]] = [("class token", "class"), ("mean of patch tokens", "mean")]
+    found = []
+    for name, network in networks:
+        for pool_name, pool in pools:
+            ours = [embed_images(run, beton, network=network, pool=pool) for beton in (train, validation)]
+            sets = [torch.from_numpy(array) for pair in ours for array in pair]
+            found.append(Accuracy(f"{name}, {pool_name}", knn_accuracy(*sets, k=NEIGHBOURS)))
+    rows, labels = thumbnails(train)
+    test_rows, test_labels = thumbnails(validation)
+    centre = rows.mean(0)
+    accuracy = knn_accuracy(rows - centre, labels, test_rows - centre, test_labels, k=NEIGHBOURS)
+    found.append(Accuracy("8 x 8 pixel thumbnails", accuracy))
+    found.append(Accuracy("chance", 1 / len(labels.unique())))
+    return found
+
+
+def thumbnails(beton: Path, side: int = 8) -> tuple[Tensor, Tensor]:
+    """Each image brought down to side x side pixels, as rows of numbers, and the labels."""
+    rows, labels = [], []
+    with PlainViews(Beton(beton), 256, image_size=PRESETS["demo"].views.image_size) as views:
+        for images, label, _ in views:
+            rows.append(F.adaptive_avg_pool2d(images.float() / 255, side).flatten(1))
+            labels.append(label)
+    return torch.cat(rows), torch.cat(labels)
+
+
+def show_summary(run: Path, rows: list[dict[str, float]], found: list[Accuracy], train: Path) -> None:
+    """Print what the run did: losses, k-NN, speed, where it lies and what to do next."""
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    first, last = rows[0], rows[-1]
+    losses = Table("loss", f"steps to {first['step']:.0f}", f"steps to {last['step']:.0f}", title="Losses")
+    for name, words in (
+        ("loss", "sum"),
+        ("loss_m", "L_m, reconstruction"),
+        ("loss_c", "L_c, class pseudo labels"),
+        ("loss_p", "L_p, patch pseudo labels"),
+    ):
+        losses.add_row(words, f"{first[name]:.3f}", f"{last[name]:.3f}")
+    knn = Table("features", "accuracy", title=f"{NEIGHBOURS}-NN on validation crops, frozen features")
+    for row in found:
+        knn.add_row(row.features, f"{row.accuracy:.1%}")
+    console.print(losses)
+    console.print(knn)
+    speed = sorted(row["images_per_second"] for row in rows)[len(rows) // 2]
+    waited = sorted(row["data_wait"] for row in rows)[len(rows) // 2]
+    console.print(
+        f"{speed:.0f} images/s (median), {waited:.0%} of the time waiting for data. The run lies in {run}\n"
+        "A run this short shows that everything works; it does not show how good the method is.\n\n"
+        "Next:\n"
+        f"  .venv/bin/fastpmae-view {train} views.png\n"
+        f"  .venv/bin/fastpmae-embed {run} {train} features.npz\n"
+        f"  .venv/bin/fastpmae-export {run} encoder.safetensors\n"
+        "  .venv/bin/fastpmae-write FOLDER_OF_IMAGES images.beton\n"
+        "  .venv/bin/fastpmae-train --beton images.beton --preset ablation",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def main() -> int:
+    """`python -m fastpmae.demo`."""
+
+    def run() -> int:
+        try:
+            tyro.cli(demo, prog="python -m fastpmae.demo")
+        except Interrupted as stopped:
+            print(f"demo: {stopped}", file=sys.stderr)
+            return 128 + stopped.number
+        return 0
+
+    return exit_with_sentence("demo", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

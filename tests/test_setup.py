@@ -1,0 +1,226 @@
+"""scripts/setup on machines that are missing something, played by a PATH of stand-ins."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = [
+    "bash",
+    "cat",
+    "cksum",
+    "cut",
+    "dirname",
+    "env",
+    "flock",
+    "grep",
+    "id",
+    "mkdir",
+    "rm",
+    "sleep",
+    "tail",
+    "tr",
+    "uname",
+    "touch",
+    "chmod",
+]
+
+
+class Machine:
+    """A checkout with scripts/setup in it, and a PATH on which only `TOOLS` and the given stand-ins are."""
+
+    def __init__(self, folder: Path):
+        self.checkout, self.bin = folder / "checkout", folder / "bin"
+        (self.checkout / "scripts").mkdir(parents=True)
+        self.bin.mkdir()
+        shutil.copy(ROOT / "scripts/setup", self.checkout / "scripts/setup")
+        (self.checkout / "pyproject.toml").write_text("[project]\n")
+        for tool in TOOLS:
+            found = shutil.which(tool)
+            assert found or tool == "flock", tool
+            if found:
+                (self.bin / tool).symlink_to(found)
+
+    def put(self, name: str, script: str) -> None:
+        path = self.bin / name
+        path.unlink(missing_ok=True)
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+
+    def complete(self) -> None:
+        """Everything that FFCV needs, a Python whose venvs are stand-ins too, and an apt that must not be asked."""
+        for name in ("gcc", "g++", "pkg-config"):
+            self.put(name, "exit 0")
+        for name in ("apt-get", "sudo"):
+            self.put(name, f'touch "{self.checkout}/apt-was-asked"; exit 1')
+        self.put(
+            "python3",
+            f"""
+if [ "$1 $2" = "-m venv" ]; then
+  echo venv >>"{self.checkout}/done"
+  mkdir -p "$3/bin"
+  printf '#!{self.checkout}/.venv/bin/python\\n' >"$3/bin/pip"
+  cat >"$3/bin/python" <<'END'
+#!/bin/bash
+if [ "$1 $2" = "-m pip" ]; then
+  echo pip >>"{self.checkout}/done"
+  if [ -e "{self.checkout}/no-network" ]; then echo "no route to the package index"; exit 1; fi
+  exit 0
+fi
+case "$*" in *ImportWarning*) echo "torch 9.9.9 CUDA False" ;; *) exec "{sys.executable}" "$@" ;; esac
+END
+  chmod +x "$3/bin/python" "$3/bin/pip"
+  exit 0
+fi
+case "$*" in *Python.h*) exit 0 ;; esac  # the headers are not what is tested
+exec "{sys.executable}" "$@"
+""",
+        )
+
+    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self.checkout / "scripts/setup")],
+            env={"PATH": str(self.bin), "HOME": str(self.checkout), **environment},
+            text=True,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+        )
+
+    def done(self) -> list[str]:
+        path = self.checkout / "done"
+        return path.read_text().split() if path.exists() else []
+
+
+@pytest.fixture
+def machine(tmp_path):
+    if os.name != "posix" or shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    return Machine(tmp_path)
+
+
+def test_a_complete_machine_is_set_up_once_without_apt(machine):
+    machine.complete()
+    first = machine.run()
+    assert first.returncode == 0, first.stderr
+    assert "ready: torch 9.9.9" in first.stdout
+    assert machine.done() == ["venv", "pip"]
+    again = machine.run()
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert machine.done() == ["venv", "pip"]
+    assert not (machine.checkout / "apt-was-asked").exists()
+
+
+def test_a_changed_pyproject_installs_again_into_the_same_venv(machine):
+    machine.complete()
+    machine.run()
+    (machine.checkout / "pyproject.toml").write_text("[project]\nname = 'other'\n")
+    assert machine.run().returncode == 0
+    assert machine.done() == ["venv", "pip", "pip"]
+
+
+def test_a_failed_step_is_named_with_its_log_and_taken_up_again(machine):
+    machine.complete()
+    (machine.checkout / "no-network").touch()
+    failed = machine.run()
+    assert failed.returncode == 1
+    assert "no route to the package index" in failed.stderr
+    log = machine.checkout / ".setup/packages.log"
+    assert "the step 'packages'" in failed.stderr
+    assert str(log) in failed.stderr
+    assert "no route" in log.read_text()
+    (machine.checkout / "no-network").unlink()
+    assert machine.run().returncode == 0
+    assert machine.done() == ["venv", "pip", "pip"]
+
+
+def test_a_venv_that_was_cut_off_or_moved_is_made_anew(machine):
+    machine.complete()
+    (machine.checkout / ".venv/bin").mkdir(parents=True)
+    run = machine.run()
+    assert run.returncode == 0, run.stderr
+    assert "making it anew" in run.stdout
+    moved = machine.checkout.with_name("moved")
+    machine.checkout.rename(moved)
+    machine.checkout = moved
+    machine.complete()
+    assert "making it anew" in machine.run().stdout
+
+
+def test_without_apt_the_message_names_what_to_install(machine):
+    machine.complete()
+    (machine.bin / "apt-get").unlink()
+    machine.put("pkg-config", "exit 1")
+    run = machine.run()
+    assert run.returncode == 1
+    for word in ("no apt", "libturbojpeg", "OpenCV", "dnf install", "pacman -S", "brew install"):
+        assert word in run.stderr
+    machine.put("uname", "echo Darwin")
+    run = machine.run()
+    assert "brew install pkg-config jpeg-turbo opencv" in run.stderr
+    assert "dnf" not in run.stderr
+    machine.put("pkg-config", "exit 0")  # installed meanwhile
+    assert machine.run().returncode == 0
+
+
+def test_without_root_and_sudo_the_message_is_the_command(machine):
+    machine.complete()
+    (machine.bin / "sudo").unlink()
+    machine.put("id", "echo 1000")
+    machine.put("pkg-config", "exit 1")
+    run = machine.run()
+    assert run.returncode == 1
+    assert "apt-get install -y --no-install-recommends libturbojpeg0-dev libopencv-dev\n" in run.stderr
+    assert not (machine.checkout / "apt-was-asked").exists()
+
+
+def test_with_sudo_apt_installs_what_is_missing_and_nothing_else(machine):
+    machine.complete()
+    machine.put("id", "echo 1000")
+    machine.put("sudo", 'exec "$@"')
+    machine.put("pkg-config", f'[ -e "{machine.checkout}/apt-was-asked" ] || [ "$2" != opencv4 -a "$2" != opencv ]')
+    machine.put("apt-get", f'case "$*" in *install*) echo "$*" >"{machine.checkout}/apt-was-asked" ;; esac')
+    run = machine.run()
+    assert run.returncode == 0, run.stderr
+    assert (machine.checkout / "apt-was-asked").read_text().split()[-1] == "libopencv-dev"
+    assert "libturbojpeg0-dev" not in (machine.checkout / "apt-was-asked").read_text()
+
+
+def test_a_failing_apt_ends_the_set_up_with_its_last_lines(machine):
+    machine.complete()
+    machine.put("id", "echo 0")
+    machine.put("pkg-config", "exit 1")
+    machine.put("apt-get", 'echo "E: Unable to locate package"; exit 100')
+    run = machine.run()
+    assert run.returncode == 1
+    assert "E: Unable to locate package" in run.stderr
+    assert "the step 'apt-install'" in run.stderr
+    assert "status 100" in run.stderr
+    assert machine.done() == []
+
+
+def test_python_missing_or_too_old_is_said(machine):
+    machine.complete()
+    (machine.bin / "python3").unlink()
+    run = machine.run()
+    assert run.returncode == 1
+    assert "no Python 3.11 or newer" in run.stderr
+    machine.put("python3.9", "echo 3.9")
+    run = machine.run(PYTHON="python3.9")
+    assert run.returncode == 1
+    assert "python3.9 is Python 3.9, and fastpmae needs 3.11" in run.stderr
+    run = machine.run(PYTHON="python4")
+    assert run.returncode == 1
+    assert "PYTHON=python4 does not run" in run.stderr
+
+
+def test_an_older_python3_is_passed_over_for_a_newer_one(machine):
+    machine.complete()
+    (machine.bin / "python3").rename(machine.bin / "python3.12")
+    machine.put("python3", "echo 3.9")
+    run = machine.run()
+    assert run.returncode == 0, run.stderr
