@@ -1,0 +1,255 @@
+"""`PairedViews`: the training loader. One decode, two views, visible patches, folds."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from .batch import Batch, batch_of
+from .beton import Beton
+from .engine import ATTEMPTS, Job, Source, make_job
+from .errors import UserError
+from .plan import check_key, epoch_order
+from .runner import Runner
+from .settings import ViewSettings
+
+FEW = 4
+"""So many different samples must fail before their share counts: one bad image in a small file stops nothing."""
+
+
+class PairedViews:
+    """Batches of two views and a mask, the same bits for the same (seed, epoch, sample) always.
+
+    `batch_size` is that of one rank. Global batch b of an epoch is places b G ... (b + 1) G - 1 of the epoch's
+    order, G = batch_size * world_size, and rank r shows the r-th part of them. Without `drop_last` the last
+    global batch may be short: it is shared out as evenly as it goes, and a rank may get an empty batch of it,
+    so that all ranks see the same number of batches.
+
+    `iter()` goes on from the loader's position in its epoch, which counts the batches that were taken, and
+    does not move on to the next epoch: call `set_epoch`. A loader that has reached the end of its epoch shows
+    that epoch again. Several iterations may run at once.
+
+    Args:
+        beton: a .beton file, or its path.
+        engine: "ffcv", or "torch" (Pillow decodes) where ffcv does not build.
+        shuffle: a new order each epoch; otherwise the file's own.
+        page_order: shuffle page by page (see epoch_order); None does so where the file is larger than memory.
+        workers: threads. torch's own number of threads is never touched.
+        bad_fraction: above this share of samples that do not decode the iteration stops.
+        ahead: batches made before they are asked for.
+
+    Raises:
+        UserError: for arguments that do not fit, files that cannot be read, and too many bad images.
+    """
+
+    def __init__(
+        self,
+        beton: Beton | str | os.PathLike[str],
+        batch_size: int,
+        engine: str = "ffcv",
+        settings: ViewSettings | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 2,
+        bad_fraction: float = 0.01,
+        page_order: bool | None = None,
+        ahead: int = 2,
+    ) -> None:
+        self.beton = beton if isinstance(beton, Beton) else Beton(Path(beton))
+        self.settings = settings or ViewSettings()
+        if batch_size < 1:
+            raise UserError(f"batch_size = {batch_size} must be at least 1")
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank {rank} must be at least 0 and below world_size {world_size}")
+        if not 0 <= bad_fraction <= 1:
+            raise UserError(f"bad_fraction = {bad_fraction} must be between 0 and 1")
+        check_key(seed, 0)
+        self.batch_size = batch_size
+        self.global_batch = batch_size * world_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.bad_fraction = bad_fraction
+        self.page_order = _larger_than_memory(self.beton) if page_order is None else page_order
+        if len(self) == 0:
+            raise UserError(
+                f"{self.beton.path}: {len(self.beton)} samples make no batch of {self.global_batch}; "
+                "lower the batch size or set drop_last=False"
+            )
+        self.failed: list[int] = []
+        """Samples that did not decode so far, in the order in which they were met, each once."""
+        self._epoch = 0
+        self._batch = 0
+        self._resumed = False
+        self._seen = 0
+        self._label = torch.from_numpy(np.array(self.beton.label, np.int64))
+        self._order: tuple[tuple[int, bool], np.ndarray] | None = None
+        self._runner = Runner(Source(self.beton, self.settings, seed), engine, workers, ahead)
+
+    def __len__(self) -> int:
+        """Batches an epoch, the same on every rank."""
+        whole, rest = divmod(len(self.beton), self.global_batch)
+        return whole + (rest > 0 and not self.drop_last)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose views the next iteration shows."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Turn to an epoch's beginning. The epoch that the loader is in the middle of goes on where it is."""
+        check_key(self.seed, epoch)
+        if epoch != self._epoch or (self._batch >= len(self) and not self._resumed):
+            self._batch = 0
+            self._resumed = False
+        self._epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, as plain integers."""
+        return {
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "seed": self.seed,
+            "samples": len(self.beton),
+            "global_batch": self.global_batch,
+            "shuffle": int(self.shuffle),
+            "page_order": int(self.page_order),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a position: the next `iter()` continues there, bit for bit, also on another number of ranks.
+
+        Raises:
+            UserError: where the state is of other data, another seed or order, or falls within a batch.
+        """
+        for name, ours in (("seed", self.seed), ("samples", len(self.beton)), ("shuffle", int(self.shuffle))):
+            if state.get(name, ours) != ours:
+                raise UserError(f"the loader's saved position has {name} {state[name]}, this loader {ours}")
+        check_key(self.seed, state["epoch"])
+        if state["batch"] < 0:
+            raise UserError(f"the loader's saved position is batch {state['batch']}")
+        place = state["batch"] * state.get("global_batch", self.global_batch)
+        batch, rest = divmod(place, self.global_batch)
+        if state["batch"] and state["batch"] * self.global_batch != place and rest:
+            raise UserError(
+                f"the saved position is sample {place} of its epoch, within a global batch of {self.global_batch}; "
+                "resume with a batch size that divides it"
+            )
+        self._epoch = state["epoch"]
+        self._batch = min(batch, len(self))
+        self._resumed = True
+        self.page_order = bool(state.get("page_order", self.page_order))
+
+    def __iter__(self) -> "Iteration":
+        start = self._batch
+        if start >= len(self) and not self._resumed:
+            start = self._batch = 0
+        self._resumed = False
+        return Iteration(self, start)
+
+    def close(self) -> None:
+        """End every iteration and its threads."""
+        self._runner.close()
+
+    def __enter__(self) -> "PairedViews":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Sample indices of a whole epoch over all ranks: int64 [n]."""
+        key = (epoch, self.page_order)
+        if self._order is None or self._order[0] != key:
+            if self.shuffle:
+                pages = self.beton.page_of if self.page_order else None
+                order = epoch_order(self.seed, epoch, len(self.beton), pages)
+            else:
+                order = np.arange(len(self.beton), dtype=np.int64)
+            self._order = (key, order)
+        return self._order[1]
+
+    def _job(self, order: np.ndarray, epoch: int, number: int) -> Job:
+        part = order[number * self.global_batch : (number + 1) * self.global_batch]
+        # 64-bit products; all parts are equal unless the batch is short
+        first, last = (len(part) * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return make_job(part[first:last], epoch, self.settings)
+
+    def _account(self, job: Job) -> list[int]:
+        """The samples of a job that did not decode; UserError when they are too many."""
+        wanted, shown = job.indices, job.rows.index
+        failed: list[int] = []
+        for row in np.flatnonzero(wanted != shown):
+            first, n = int(wanted[row]), len(self.beton)
+            if shown[row] < 0:
+                raise UserError(
+                    f"{self.beton.path}: {min(ATTEMPTS, n)} samples in a row, from {first} on, do not decode; "
+                    f"look at it with fastpmae-write --check {self.beton.path}"
+                )
+            failed += [(first + step) % n for step in range((int(shown[row]) - first) % n)]
+        self._seen += len(wanted)
+        self.failed += [index for index in dict.fromkeys(failed) if index not in self.failed]
+        if len(self.failed) >= FEW and len(self.failed) > self.bad_fraction * self._seen:
+            some = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self.failed) > 10 else "")
+            raise UserError(
+                f"{self.beton.path}: {len(self.failed)} of {self._seen} samples do not decode (samples {some}), "
+                f"above the limit of {self.bad_fraction:.3g}; look at the file with "
+                f"fastpmae-write --check {self.beton.path}, or raise bad_fraction"
+            )
+        return failed
+
+
+class Iteration(Iterator[Batch]):
+    """One pass over the rest of an epoch. Its threads end with it: at the end, on `close`, or when dropped."""
+
+    def __init__(self, loader: PairedViews, start: int) -> None:
+        self._loader = loader
+        self._number = start
+        order, epoch = loader.order(loader.epoch), loader.epoch
+        self._epoch = epoch
+        self._stream = loader._runner.stream(lambda number: loader._job(order, epoch, number), start, len(loader))
+
+    def __iter__(self) -> "Iteration":
+        return self
+
+    def __next__(self) -> Batch:
+        loader = self._loader
+        try:
+            job = self._stream.take()
+            if job is None:
+                raise StopIteration
+            failed = loader._account(job)
+        except BaseException:
+            self.close()
+            raise
+        self._number += 1
+        if loader._epoch == self._epoch:
+            loader._batch = self._number
+        label = loader._label[job.tensors["index"]]
+        return batch_of(job, label, loader.settings.fold_sizes, failed)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._loader._runner.end(self._stream)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_stream"):
+            self.close()
+
+
+def _larger_than_memory(beton: Beton) -> bool:
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return False
+    return beton.data.nbytes > 0.8 * memory

@@ -1,0 +1,85 @@
+"""`PlainViews`: every image once, in the file's order, as evaluation shows it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .beton import Beton
+from .engine import Source, make_job
+from .errors import UserError
+from .runner import Runner
+from .settings import ViewSettings
+
+
+class PlainViews:
+    """Shorter side resized to image_size / crop_ratio with antialiased bicubic, then the centre.
+
+    Yields (images uint8 [B, 3, S, S], label int64 [B], index int64 [B]); the last batch may be short.
+
+    Raises:
+        UserError: for arguments that do not fit, and for an image that does not decode, naming it: a feature
+            of another image in its place would be a silent error.
+    """
+
+    def __init__(
+        self,
+        beton: Beton | str | os.PathLike[str],
+        batch_size: int,
+        image_size: int = 224,
+        crop_ratio: float = 0.875,
+        engine: str = "ffcv",
+        workers: int = 2,
+        ahead: int = 2,
+    ) -> None:
+        self.beton = beton if isinstance(beton, Beton) else Beton(Path(beton))
+        if batch_size < 1:
+            raise UserError(f"batch_size = {batch_size} must be at least 1")
+        if not 0.1 <= crop_ratio <= 1:
+            raise UserError(f"crop_ratio = {crop_ratio} must be between 0.1 and 1")
+        if not 2 <= image_size <= 4096:
+            raise UserError(f"image_size = {image_size} must be between 2 and 4096")
+        self.batch_size = batch_size
+        # there are no masks here; the settings only want some that are possible
+        self._settings = ViewSettings(image_size=image_size, patch_size=1, folds=1, mask_ratio=0.5)
+        self._label = torch.from_numpy(np.array(self.beton.label, np.int64))
+        shorter = round(image_size / crop_ratio)
+        self._runner = Runner(Source(self.beton, self._settings, 0, shorter), engine, workers, ahead)
+
+    def __len__(self) -> int:
+        """Batches."""
+        return -(-len(self.beton) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        order = np.arange(len(self.beton), dtype=np.int64)
+
+        def job(number: int):
+            part = order[number * self.batch_size : (number + 1) * self.batch_size]
+            return make_job(part, 0, self._settings, pair=False)
+
+        stream = self._runner.stream(job, 0, len(self))
+        try:
+            while (done := stream.take()) is not None:
+                wrong = np.flatnonzero(done.indices != done.rows.index)
+                if len(wrong):
+                    raise UserError(
+                        f"{self.beton.path}: sample {done.indices[wrong[0]]} does not decode; look at the file "
+                        f"with fastpmae-write --check {self.beton.path}"
+                    )
+                index = done.tensors["index"]
+                yield done.tensors["simple"], self._label[index], index
+        finally:
+            self._runner.end(stream)
+
+    def close(self) -> None:
+        """End every iteration and its threads."""
+        self._runner.close()
+
+    def __enter__(self) -> "PlainViews":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

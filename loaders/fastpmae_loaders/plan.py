@@ -1,0 +1,240 @@
+"""Everything random about a sample, as a pure function of (seed, epoch, sample index).
+
+Each purpose has counters of its own, so that one more draw for one purpose shifts no other: a change of
+the jitter leaves every mask as it was.
+"""
+
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from .elementary import exponential, round_half_even
+from .errors import UserError
+from .philox import fill_uniforms, uniform_pair, words
+from .settings import Recipe, ViewSettings
+
+SIMPLE_CROP: Final = 0
+COMPLEX_CROP: Final = 1
+FLIPS: Final = 2
+JITTER_COIN: Final = 3
+JITTER_FACTORS: Final = 4
+JITTER_ORDER: Final = 5
+GRAYSCALE: Final = 6
+RECIPE_COIN: Final = 7
+BLUR: Final = 8
+SOLARISE: Final = 9
+MASK: Final = 10
+EPOCH_ORDER: Final = 11
+PAGE_ORDER: Final = 12
+# purposes of callers start here and so never meet those above
+CALLERS: Final = 1 << 16
+
+# columns of a plan's `choices`
+ORDER: Final = 0  # four columns: which of brightness, contrast, saturation, hue comes first, second, ...
+JITTER: Final = 4
+GRAY: Final = 5
+BLURRED: Final = 6
+SOLARISED: Final = 7
+FIRST_RECIPE: Final = 8
+CHOICES: Final = 9
+# columns of a plan's `factors`: brightness, contrast, saturation, hue, and
+SIGMA: Final = 4
+FACTORS: Final = 5
+
+
+class Plans(NamedTuple):
+    """What is drawn for B samples.
+
+    boxes: int32 [B, 2, 4], top, left, height, width of the simple and the complex crop in source pixels.
+    flips: bool [B, 2].
+    factors: float64 [B, 5], brightness, contrast, saturation, hue, blur sigma (drawn even where unused).
+    choices: uint8 [B, 9], the order of the four jitters, then coins: jitter, grayscale, blur, solarise, recipe t1.
+    order: int64 [B, N], a permutation of the patches: the first V are visible, the rest are the folds.
+    """
+
+    boxes: np.ndarray
+    flips: np.ndarray
+    factors: np.ndarray
+    choices: np.ndarray
+    order: np.ndarray
+
+
+@njit(cache=True, nogil=True)
+def draw_crop(seed, epoch, index, purpose, height, width, area_range, log_ratio, box):
+    """One crop as torchvision's RandomResizedCrop.get_params draws it: ten tries, then the central fallback."""
+    area = np.float64(height) * np.float64(width)
+    for attempt in range(10):
+        share, shape = uniform_pair(seed, epoch, index, purpose, 2 * attempt)
+        wanted = area * (area_range[0] + share * (area_range[1] - area_range[0]))
+        aspect = exponential(log_ratio[0] + shape * (log_ratio[1] - log_ratio[0]))
+        w = round_half_even(np.sqrt(wanted * aspect))
+        h = round_half_even(np.sqrt(wanted / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            down, across = uniform_pair(seed, epoch, index, purpose, 2 * attempt + 1)
+            box[0] = np.int64(down * (height - h + 1))
+            box[1] = np.int64(across * (width - w + 1))
+            box[2] = h
+            box[3] = w
+            return
+    narrowest = exponential(log_ratio[0])
+    widest = exponential(log_ratio[1])
+    h = height
+    w = width
+    if width / height < narrowest:
+        h = round_half_even(width / narrowest)
+    elif width / height > widest:
+        w = round_half_even(height * widest)
+    box[0] = (height - h) // 2
+    box[1] = (width - w) // 2
+    box[2] = h
+    box[3] = w
+
+
+@njit(cache=True, nogil=True)
+def draw_permutation(seed, epoch, index, purpose, out):
+    """Fisher-Yates over a sample's patches; below 2^16 of them the bias is under 2^-16 of a chance."""
+    count = out.shape[0]
+    for i in range(count):
+        out[i] = i
+    drawn = words(seed, epoch, index, purpose, 0)
+    for step in range(count - 1):
+        if step % 4 == 0 and step:
+            drawn = words(seed, epoch, index, purpose, step // 4)
+        left = count - step
+        j = step + np.int64((drawn[step % 4] * np.uint64(left)) >> np.uint64(32))
+        out[step], out[j] = out[j], out[step]
+
+
+@njit(cache=True, nogil=True)
+def _between(u, strength):
+    low = max(0.0, 1.0 - strength)
+    return low + u * (1.0 + strength - low)
+
+
+@njit(cache=True, nogil=True)
+def draw_plan(seed, epoch, index, height, width, recipe, boxes, flips, factors, choices, order):
+    """Draw one sample's plan into the rows given (see Plans)."""
+    log_ratio = (recipe.log_ratio_low, recipe.log_ratio_high)
+    simple_scale = (recipe.simple_low, recipe.simple_high)
+    complex_scale = (recipe.complex_low, recipe.complex_high)
+    draw_crop(seed, epoch, index, SIMPLE_CROP, height, width, simple_scale, log_ratio, boxes[0])
+    draw_crop(seed, epoch, index, COMPLEX_CROP, height, width, complex_scale, log_ratio, boxes[1])
+    u, v = uniform_pair(seed, epoch, index, FLIPS, 0)
+    flips[0] = u < recipe.flip
+    flips[1] = v < recipe.flip
+
+    u, v = uniform_pair(seed, epoch, index, JITTER_COIN, 0)
+    choices[JITTER] = u < recipe.jitter
+    u, v = uniform_pair(seed, epoch, index, JITTER_FACTORS, 0)
+    factors[0] = _between(u, recipe.brightness)
+    factors[1] = _between(v, recipe.contrast)
+    u, v = uniform_pair(seed, epoch, index, JITTER_FACTORS, 1)
+    factors[2] = _between(u, recipe.saturation)
+    factors[3] = recipe.hue * (2.0 * v - 1.0)
+    draw_permutation(seed, epoch, index, JITTER_ORDER, choices[ORDER : ORDER + 4])
+
+    u, v = uniform_pair(seed, epoch, index, GRAYSCALE, 0)
+    choices[GRAY] = u < recipe.grayscale
+    u, v = uniform_pair(seed, epoch, index, RECIPE_COIN, 0)
+    first = u < recipe.first_share
+    choices[FIRST_RECIPE] = first
+    u, v = uniform_pair(seed, epoch, index, BLUR, 0)
+    choices[BLURRED] = u < (recipe.first_blur if first else recipe.second_blur)
+    factors[SIGMA] = recipe.sigma_low + v * (recipe.sigma_high - recipe.sigma_low)
+    u, v = uniform_pair(seed, epoch, index, SOLARISE, 0)
+    choices[SOLARISED] = u < (recipe.first_solarise if first else recipe.second_solarise)
+    draw_permutation(seed, epoch, index, MASK, order)
+
+
+@njit(cache=True, nogil=True)
+def _draw_plans(seed, epoch, index, height, width, recipe, boxes, flips, factors, choices, order):
+    for i in range(index.shape[0]):
+        draw_plan(
+            seed, epoch, index[i], height[i], width[i], recipe, boxes[i], flips[i], factors[i], choices[i], order[i]
+        )
+
+
+def draw_plans(
+    seed: int, epoch: int, index: np.ndarray, height: np.ndarray, width: np.ndarray, settings: ViewSettings
+) -> Plans:
+    """The plans of samples `index` [B] whose images are `height` by `width` pixels ([B] each)."""
+    check_key(seed, epoch)
+    recipe: Recipe = settings.recipe()
+    count = len(index)
+    plans = Plans(
+        np.zeros((count, 2, 4), np.int32),
+        np.zeros((count, 2), np.bool_),
+        np.zeros((count, FACTORS), np.float64),
+        np.zeros((count, CHOICES), np.uint8),
+        np.zeros((count, settings.patches), np.int64),
+    )
+    _draw_plans(
+        seed,
+        epoch,
+        np.ascontiguousarray(index, np.int64),
+        np.ascontiguousarray(height, np.int64),
+        np.ascontiguousarray(width, np.int64),
+        recipe,
+        *plans,
+    )
+    return plans
+
+
+def check_key(seed: int, epoch: int) -> None:
+    """Refuse seeds and epochs that do not fit the generator's key and counter."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed {seed} must be between 0 and 2^63 - 1")
+    if not 0 <= epoch < 2**32:
+        raise UserError(f"epoch {epoch} must be between 0 and 2^32 - 1")
+
+
+def uniforms(seed: int, epoch: int, index: np.ndarray, purpose: int, count: int) -> np.ndarray:
+    """Random numbers of the caller's own for samples `index` [B]: float32 [B, count] in [0, 1).
+
+    `purpose` (0 to 65,535) keeps two uses apart; the views' and the masks' own draws are never touched.
+    """
+    check_key(seed, epoch)
+    if not 0 <= purpose < CALLERS:
+        raise UserError(f"purpose {purpose} must be between 0 and {CALLERS - 1}")
+    out = np.empty((len(index), count), np.float32)
+    fill_uniforms(seed, epoch, np.ascontiguousarray(index, np.int64), CALLERS + purpose, out)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _shuffle(seed, epoch, part, purpose, values):
+    for i in range(values.shape[0] - 1, 0, -1):
+        u, _ = uniform_pair(seed, epoch, part, purpose, i)
+        j = np.int64(u * (i + 1))
+        values[i], values[j] = values[j], values[i]
+
+
+def epoch_order(
+    seed: int, epoch: int, n: int, page_of: np.ndarray | None = None, pages_together: int = 32
+) -> np.ndarray:
+    """The order in which an epoch shows samples 0 ... n-1: int64 [n], a permutation keyed by (seed, epoch).
+
+    With `page_of` [n], the page of the file each sample lies in, the pages are shuffled, and the samples only
+    within each group of `pages_together` consecutive pages of that order: a disk then reads long runs, and
+    a file larger than memory is read once an epoch rather than a page for every sample.
+    """
+    check_key(seed, epoch)
+    if page_of is None:
+        order = np.arange(n, dtype=np.int64)
+        _shuffle(seed, epoch, 0, EPOCH_ORDER, order)
+        return order
+    if len(page_of) != n:
+        raise UserError(f"page_of names the pages of {len(page_of)} samples, not of {n}")
+    pages, place = np.unique(np.asarray(page_of), return_inverse=True)
+    shuffled = np.arange(len(pages), dtype=np.int64)
+    _shuffle(seed, epoch, 0, PAGE_ORDER, shuffled)
+    rank_of_page = np.empty_like(shuffled)
+    rank_of_page[shuffled] = np.arange(len(pages))
+    group = rank_of_page[place] // pages_together
+    order = np.argsort(group, kind="stable").astype(np.int64)
+    edges = np.searchsorted(group[order], np.arange(group.max(initial=-1) + 2))
+    for part, (start, stop) in enumerate(pairwise(edges)):
+        _shuffle(seed, epoch, part, EPOCH_ORDER, order[start:stop])
+    return order

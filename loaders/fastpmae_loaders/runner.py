@@ -1,0 +1,63 @@
+"""An engine, the memory of its threads, and the streams now running on it."""
+
+import weakref
+from collections.abc import Callable
+from typing import Literal
+
+from .engine import Engine, Job, Source
+from .errors import UserError
+from .scratch import Scratch, scratch_for
+from .stream import Stream
+
+EngineName = Literal["ffcv", "torch"]
+
+
+def make_engine(name: str, source: Source) -> Engine:
+    """The engine of that name. UserError where there is none, or its package is missing."""
+    if name == "ffcv":
+        from .ffcv_engine import FFCVEngine
+
+        return FFCVEngine(source)
+    if name == "torch":
+        from .torch_engine import TorchEngine
+
+        return TorchEngine(source)
+    raise UserError(f"engine {name!r} is unknown; there are 'ffcv' and 'torch'")
+
+
+class Runner:
+    """Opens the engine at once, so that a missing package is known before the first batch."""
+
+    def __init__(self, source: Source, engine: str, workers: int, ahead: int) -> None:
+        if not 1 <= workers <= 256:
+            raise UserError(f"workers = {workers} must be between 1 and 256 threads")
+        if not 1 <= ahead <= 64:
+            raise UserError(f"ahead = {ahead} must be between 1 and 64 batches")
+        self._source = source
+        self._workers = workers
+        self._ahead = ahead
+        self._engine = make_engine(engine, source)
+        self._idle: list[Scratch] = []
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+    def stream(self, job_of: Callable[[int], Job], start: int, count: int) -> Stream:
+        """A new stream of batches; scratch of streams that ended is used again."""
+        scratches = [
+            self._idle.pop() if self._idle else scratch_for(self._source.beton, self._source.settings)
+            for _ in range(self._workers)
+        ]
+        stream = Stream(self._engine, job_of, start, count, scratches, self._ahead)
+        self._streams.add(stream)
+        return stream
+
+    def end(self, stream: Stream) -> None:
+        """Stop a stream, wait for its threads, keep their scratch. Harmless when done twice."""
+        stream.close()
+        if stream in self._streams:
+            self._streams.discard(stream)
+            self._idle.extend(stream.scratches)
+
+    def close(self) -> None:
+        """Stop every stream."""
+        for stream in list(self._streams):
+            self.end(stream)

@@ -1,0 +1,156 @@
+"""What the views and the masks are: one frozen dataclass, and the same numbers as numba reads them."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from .errors import UserError
+
+
+class Recipe(NamedTuple):
+    """ViewSettings as plain numbers, for compiled code."""
+
+    side: int
+    patches: int
+    visible: int
+    simple_low: float
+    simple_high: float
+    complex_low: float
+    complex_high: float
+    log_ratio_low: float
+    log_ratio_high: float
+    flip: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    jitter: float
+    grayscale: float
+    first_share: float
+    first_blur: float
+    first_solarise: float
+    second_blur: float
+    second_solarise: float
+    sigma_low: float
+    sigma_high: float
+    solarise_threshold: int
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """Views and masks of one sample; the defaults are MAE's and DINO's own.
+
+    Attributes:
+        image_size: side of both views, pixels.
+        patch_size: side of a patch, pixels; divides image_size.
+        mask_ratio: share of the patches that is hidden from the student.
+        folds: K, the number of parts the hidden patches are cut into.
+        simple_scale, complex_scale: smallest and largest share of the image's area in a crop.
+        ratio: smallest and largest aspect ratio (width / height) of a crop.
+        complex_recipe: "t1" (always blur, never solarise), "t2" (seldom blur, sometimes solarise), or "coin".
+        flip: probability of a left-right flip, drawn for each view apart.
+        jitter: largest change of brightness, contrast, saturation and hue.
+        sigma: smallest and largest width of the blur, pixels.
+        t1_blur ... t2_solarise: probabilities of blur and solarise in the two recipes.
+
+    Raises:
+        UserError: for numbers that make no views.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    mask_ratio: float = 0.75
+    folds: int = 3
+    simple_scale: tuple[float, float] = (0.2, 1.0)
+    complex_scale: tuple[float, float] = (0.14, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    complex_recipe: Literal["coin", "t1", "t2"] = "coin"
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_probability: float = 0.8
+    grayscale_probability: float = 0.2
+    sigma: tuple[float, float] = (0.1, 2.0)
+    t1_blur: float = 1.0
+    t1_solarise: float = 0.0
+    t2_blur: float = 0.1
+    t2_solarise: float = 0.2
+    solarise_threshold: int = 128
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, must: str) -> None:
+            raise UserError(f"views: {name} = {getattr(self, name)!r} must be {must}")
+
+        if not 1 <= self.patch_size <= self.image_size <= 4096 or self.image_size % self.patch_size:
+            raise UserError(
+                f"views: image_size {self.image_size} must be a multiple of patch_size {self.patch_size}, at most 4096"
+            )
+        if not 0 < self.mask_ratio < 1:
+            refuse("mask_ratio", "above 0 and below 1")
+        if not 1 <= self.folds < self.patches:
+            refuse("folds", f"at least 1 and below the number of patches, {self.patches}")
+        for name in ("simple_scale", "complex_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                refuse(name, "two shares of the image's area, 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            refuse("ratio", "two positive numbers, the smaller first")
+        if self.complex_recipe not in ("coin", "t1", "t2"):
+            refuse("complex_recipe", "one of coin, t1, t2")
+        probabilities = ("flip", "jitter_probability", "grayscale_probability")
+        for name in (*probabilities, "t1_blur", "t1_solarise", "t2_blur", "t2_solarise"):
+            if not 0 <= getattr(self, name) <= 1:
+                refuse(name, "a probability between 0 and 1")
+        if len(self.jitter) != 4 or not all(0 <= v <= 1 for v in self.jitter) or self.jitter[3] > 0.5:
+            refuse("jitter", "four numbers between 0 and 1, the last (hue) at most 0.5")
+        if not 0.05 <= self.sigma[0] <= self.sigma[1] <= 5:
+            refuse("sigma", "two widths between 0.05 and 5 pixels, the smaller first")
+        if not 0 <= self.solarise_threshold <= 255:
+            refuse("solarise_threshold", "a pixel value between 0 and 255")
+
+    @property
+    def patches(self) -> int:
+        """N, the patches of a view."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def visible(self) -> int:
+        """V, the patches that the student sees: at least one, and at least one hidden patch for each fold."""
+        kept = int(self.patches * (1 - self.mask_ratio) + 1e-6)
+        return min(max(kept, 1), self.patches - self.folds)
+
+    @property
+    def fold_sizes(self) -> tuple[int, ...]:
+        """Hidden patches of each fold: equal within one, the larger first."""
+        masked = self.patches - self.visible
+        return tuple(masked // self.folds + (fold < masked % self.folds) for fold in range(self.folds))
+
+    def recipe(self) -> Recipe:
+        """The same settings as compiled code takes them."""
+        share = {"coin": 0.5, "t1": 1.0, "t2": 0.0}[self.complex_recipe]
+        return Recipe(
+            side=self.image_size,
+            patches=self.patches,
+            visible=self.visible,
+            simple_low=float(self.simple_scale[0]),
+            simple_high=float(self.simple_scale[1]),
+            complex_low=float(self.complex_scale[0]),
+            complex_high=float(self.complex_scale[1]),
+            # rounded, since maths libraries differ in the last bit of a logarithm
+            log_ratio_low=round(math.log(self.ratio[0]), 12),
+            log_ratio_high=round(math.log(self.ratio[1]), 12),
+            flip=float(self.flip),
+            brightness=float(self.jitter[0]),
+            contrast=float(self.jitter[1]),
+            saturation=float(self.jitter[2]),
+            hue=float(self.jitter[3]),
+            jitter=float(self.jitter_probability),
+            grayscale=float(self.grayscale_probability),
+            first_share=share,
+            first_blur=float(self.t1_blur),
+            first_solarise=float(self.t1_solarise),
+            second_blur=float(self.t2_blur),
+            second_solarise=float(self.t2_solarise),
+            sigma_low=float(self.sigma[0]),
+            sigma_high=float(self.sigma[1]),
+            solarise_threshold=int(self.solarise_threshold),
+        )

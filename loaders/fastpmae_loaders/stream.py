@@ -1,0 +1,113 @@
+"""Threads that make batches ahead of the consumer.
+
+Every thread works on the earliest batch that has rows left and then goes on to the next, so none waits at
+a batch's end for the slowest. No numba parallel region is used: its thread pools cannot be entered twice.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from .engine import Engine, Job
+from .scratch import Scratch
+
+
+class Stream:
+    """Batches start ... count-1, made in order of need by `workers` threads, at most `ahead` before their time.
+
+    `job_of(number)` makes the empty job of a batch; `scratches` are lent to the threads and given back.
+    An exception in a thread reaches the consumer in `take`; `close` ends every thread and waits for it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        job_of: Callable[[int], Job],
+        start: int,
+        count: int,
+        scratches: list[Scratch],
+        ahead: int,
+    ) -> None:
+        self.scratches = scratches
+        self._engine = engine
+        self._job_of = job_of
+        self._taken = start
+        self._count = count
+        self._ahead = ahead
+        self._jobs: dict[int, Job] = {}
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._work, args=(scratch,), name=f"fastpmae-loader-{i}", daemon=True)
+            for i, scratch in enumerate(scratches)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self) -> Job | None:
+        """The next batch, in order; None when there is no more. Raises what a thread raised."""
+        with self._changed:
+            if self._taken >= self._count:
+                return None
+            number = self._taken
+            while not self._stopped and self._error is None:
+                job = self._jobs.get(number)
+                if job is not None and job.left == 0:
+                    break
+                self._changed.wait()
+            if self._error is not None:
+                raise self._error
+            if self._stopped:
+                return None
+            job = self._jobs.pop(number)
+            self._taken = number + 1
+            self._changed.notify_all()
+            return job
+
+    def close(self) -> None:
+        """End the threads and wait until they are gone. Harmless when done twice."""
+        with self._changed:
+            self._stopped = True
+            self._jobs.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                # an interpreter that is shutting down no longer lets threads be joined
+                with suppress(RuntimeError):
+                    thread.join()
+
+    def _next_job(self, number: int) -> tuple[int, Job | None]:
+        """The first job from `number` on that the consumer has not taken, once it may be begun."""
+        with self._changed:
+            while True:
+                number = max(number, self._taken)
+                if self._stopped or self._error is not None or number >= self._count:
+                    return number, None
+                if number <= self._taken + self._ahead:
+                    break
+                self._changed.wait()
+            job = self._jobs.get(number)
+            if job is None:
+                job = self._jobs[number] = self._job_of(number)
+            return number, job
+
+    def _work(self, scratch: Scratch) -> None:
+        number = 0
+        try:
+            while True:
+                number, job = self._next_job(number)
+                if job is None:
+                    return
+                done = self._engine.fill(job, scratch)
+                number += 1
+                if done:
+                    with self._changed:
+                        job.left -= done
+                        if job.left == 0:
+                            self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                if self._error is None:
+                    self._error = error
+                self._changed.notify_all()
