@@ -9,6 +9,7 @@ import hashlib
 import io
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from fastpmae_loaders.jpeg import JPEG_MAX_SIDE, jpeg_header, turbo_available, t
 
 RAW_MAX_SIDE = 65535  # the metadata keep sides in 16 bits
 # Everything photographs come in. Pillow reads more, some of it (EPS) by running another program on the file.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
 _BASELINE_TO_PROGRESSIVE = (0xC0, 0xC1, 0xC2)
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,6 +33,12 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # Pillow may be built without some
 
 
 class ImageError(UserError):
@@ -118,7 +125,7 @@ def store(data: bytes, settings: ImageSettings, place: int = 0) -> StoredImage:
 def _load(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
     """The first frame, fully decoded, and its EXIF orientation (1 to 8)."""
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_formats())
         if image.width * image.height > max_pixels:
             raise ImageError(
                 f"{image.width}x{image.height} pixels are more than --max-pixels {max_pixels:,} "

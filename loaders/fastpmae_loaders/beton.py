@@ -116,9 +116,7 @@ class Beton:
         try:
             size = jpeg_size(payload)
             if size != (width, height):
-                raise BetonError(
-                    f"the JPEG is {size[0]}x{size[1]} pixels, its metadata say {width}x{height}"
-                )
+                raise BetonError(f"the JPEG is {size[0]}x{size[1]} pixels, its metadata say {width}x{height}")
             return _pillow_rgb(payload.tobytes())
         except BetonError as error:
             raise BetonError(f"{self.path}: sample {int(index)}: {error}") from None

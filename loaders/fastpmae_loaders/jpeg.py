@@ -30,7 +30,7 @@ class JpegHeader:
 
     @property
     def is_ycbcr(self) -> bool:
-        """Three components that libjpeg takes for YCbCr (it asks JFIF, then Adobe, then the component ids)."""
+        """Three components that libjpeg takes for YCbCr (asking JFIF, then Adobe, then the ids)."""
         if len(self.component_ids) != 3:
             return False
         if self.jfif:

@@ -1,0 +1,78 @@
+"""Progress of a long count: a bar with the rate in a terminal, now and then a line elsewhere, or silence."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Tally:
+    """Counts things done. With `live` it shows them on stderr; without, it is silent."""
+
+    def __init__(self, live: bool = False):
+        self._live = live
+        self._done = self._total = 0
+        self._unit = "images"
+        self._started = self._told = self._ended = 0.0
+        self._bar = None
+        self._task = None
+
+    def phase(self, text: str) -> None:
+        """Says what is being done, in a terminal: elsewhere the first line of progress is soon enough."""
+        if self._live and sys.stderr.isatty():
+            print(f"{text} ...", file=sys.stderr)
+
+    def tell(self, sentence: str) -> None:
+        """A line for the user that must not break the bar."""
+        if not self._live:
+            return
+        if self._bar is not None:
+            self._bar.console.print(sentence, markup=False, highlight=False)
+        else:
+            print(sentence, file=sys.stderr)
+
+    @contextlib.contextmanager
+    def count(self, total: int, unit: str) -> Iterator[None]:
+        """Within it, `advance` counts up to `total`."""
+        self._done, self._total, self._unit = 0, total, unit
+        self._started = self._told = time.monotonic()
+        try:
+            with self._shown():
+                yield
+        finally:
+            self._ended = time.monotonic()
+
+    def advance(self) -> None:
+        """One more is done."""
+        if not self._done:  # the rate leaves out the time that worker processes take to start
+            self._started = time.monotonic()
+        self._done += 1
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done, rate=self.rate())
+        elif self._live and time.monotonic() - self._told >= _SECONDS_BETWEEN_LINES:
+            self._told = time.monotonic()
+            line = f"{self._done:,} of {self._total:,} {self._unit}, {self.rate()}"
+            print(line, file=sys.stderr, flush=True)
+
+    def rate(self) -> str:
+        """Done per second, since the first was."""
+        end = self._ended if self._ended > self._started else time.monotonic()
+        return f"{max(self._done - 1, 0) / max(end - self._started, 1e-9):,.0f} {self._unit}/s"
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[None]:
+        if not (self._live and sys.stderr.isatty()):
+            yield
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), refresh_per_second=5, transient=True) as bar:
+            self._bar, self._task = bar, bar.add_task("", total=self._total, rate="")
+            try:
+                yield
+            finally:
+                self._bar = None
