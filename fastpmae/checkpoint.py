@@ -2,7 +2,7 @@
 
 Tensors are named by whose they are (`student.`, `reconstruction_teacher.`, `labelling_teacher.`, `optimiser.`, `rng.`,
 `log.`); numbers, the loader's position and the config are JSON in the header. A digest over every tensor's name, shape
-and bytes tells a damaged file from a sound one.
+and bytes, and over that JSON, tells a damaged file from a sound one.
 """
 
 import contextlib
@@ -91,10 +91,15 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str,
     """Write beside, flush to the disk, rename, and remove all but `keep` of the older checkpoints."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"format": FORMAT, "digest": digest(tensors), "progress": json.dumps(progress)}
+    told = json.dumps(progress)
+    header = {"format": FORMAT, "digest": digest(tensors, told), "progress": told}
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, beside, header)
+        # safetensors writes for its owner alone; a checkpoint is as readable as any other file of the user's.
+        mask = os.umask(0)
+        os.umask(mask)
+        beside.chmod(0o666 & ~mask)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.rename(path)
@@ -120,7 +125,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    if digest(tensors) != header["digest"]:
+    if digest(tensors, header["progress"]) != header["digest"]:
         raise CheckpointError(f"{path} is damaged: its contents do not match its digest")
     return Checkpoint(path, tensors, json.loads(header["progress"]))
 
@@ -131,7 +136,10 @@ def read_progress(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as `read_checkpoint`.
     """
-    return json.loads(_header(path)["progress"])
+    try:
+        return json.loads(_header(path)["progress"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -183,9 +191,9 @@ def _header(path: Path) -> dict[str, str]:
     return header
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over every tensor's name, type, shape and bytes."""
-    total = hashlib.sha256()
+def digest(tensors: dict[str, Tensor], progress: str) -> str:
+    """SHA-256 over the progress and every tensor's name, type, shape and bytes."""
+    total = hashlib.sha256(progress.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

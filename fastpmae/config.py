@@ -21,6 +21,8 @@ class Data:
     """The .beton file to pretrain on (`fastpmae-write` makes one)."""
     loader: Literal["ffcv", "torch"] = "ffcv"
     """Engine that reads it; both give the same views."""
+    page_order: Literal["auto", "on", "off"] = "auto"
+    """Shuffle page by page, which reads a disk in long stretches; auto does so where the file outgrows the memory."""
     bad_fraction: float = 0.01
     """Stop when more than this share of the images seen does not decode."""
 
@@ -64,8 +66,11 @@ class Model:
     drop_path: float = 0.25
     """Largest rate of stochastic depth, in the encoder's last block."""
     decoder_width: int = 512
+    """Token width of the decoder."""
     decoder_depth: int = 8
+    """Its blocks."""
     decoder_heads: int = 16
+    """Its attention heads."""
     decoder_class_token: bool = True
     """Keep the class token in the decoder; pseudo labels need it, SdAE drops it."""
     head_hidden: int = 2048
@@ -113,9 +118,11 @@ class Loss:
     match_scope: Literal["image", "fold"] = "image"
     """Match among all masked patches of the image, or within the fold."""
     student_temperature: float = 0.1
+    """Divides the student's logits."""
     epsilon: float = 0.05
     """Temperature of the Sinkhorn assignment."""
     sinkhorn_iterations: int = 3
+    """How often columns and rows of the assignment are normalised."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,7 @@ class Optimiser:
     """AdamW and its schedule."""
 
     epochs: int = 300
+    """Passes over the images; the schedules stretch over them."""
     batch_size: int = 768
     """Images in one optimiser step, over all ranks and accumulated parts."""
     accumulate: int = 1
@@ -134,6 +142,7 @@ class Optimiser:
     weight_decay: float = 0.05
     """Not on biases, norms and tokens."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's two averaging rates."""
     clip_grad: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
 
@@ -177,6 +186,7 @@ class Efficiency:
     """What changes speed and memory and not the method."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast; auto takes it on a GPU that has it, and fp32 elsewhere."""
     workers: int = 0
@@ -295,7 +305,7 @@ PRESETS: dict[str, Config] = {
         prototypes=128,
         epochs=5,
         batch_size=64,
-        lr=1e-3,
+        lr=4e-3,
         log_every=5,
     ),
 }

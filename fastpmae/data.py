@@ -15,10 +15,9 @@ from fastpmae.config import Config
 from fastpmae.errors import UserError
 from fastpmae.world import World
 from fastpmae_loaders import Batch, Beton, PairedViews, uniforms
-from fastpmae_loaders.plan import CALLERS
 
-DROP_PATH = CALLERS
-"""Stochastic depth's own counters in the plan."""
+DROP_PATH = 0
+"""Stochastic depth's own counters, beside those of views and masks."""
 
 
 def open_beton(config: Config) -> Beton:
@@ -69,6 +68,7 @@ def make_loader(beton: Beton, config: Config, world: World) -> PairedViews:
         world_size=world.size,
         workers=config.efficiency.workers or max(1, (os.cpu_count() or 1) // world.ranks_here),
         bad_fraction=config.data.bad_fraction,
+        page_order=config.data.page_order == "on",
         drop_last=True,
     )
 

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from fastpmae_loaders import Beton
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
 COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimiser")
-COMPARED_SETTINGS = ("seed", "precision")
+COMPARED_SETTINGS = ("seed", "precision", "page_order")
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,24 @@ class OpenRun:
     remarks: list[str]
 
 
-def resolve(config: Config, device: torch.device) -> Config:
-    """The settings with everything that was left to us decided, as the run folder records them."""
+def resolve(config: Config, device: torch.device, beton: Beton) -> Config:
+    """The settings with everything that was left to us decided, as the run folder records them.
+
+    What would depend on the machine is decided once, so that a run goes on the same on another.
+    """
+    page_order = config.data.page_order
+    if page_order == "auto":
+        page_order = "on" if beton.path.stat().st_size > memory_size() else "off"
     precision = config.efficiency.precision
     if precision == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if bf16 else "fp32"
-    return config.using(precision=precision, warmup_epochs=float(warmup_epochs(config)))
+    return config.using(precision=precision, page_order=page_order, warmup_epochs=float(warmup_epochs(config)))
+
+
+def memory_size() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def open_run(config: Config, fingerprint: str) -> OpenRun:

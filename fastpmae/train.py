@@ -42,8 +42,8 @@ def pretrain(config: Config) -> Path:
     check(config)
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join_world(config.efficiency.device))
-        config = resolve(config, world.device)
         beton = open_beton(config)
+        config = resolve(config, world.device, beton)
         loader = stack.enter_context(make_loader(beton, config, world))
         images = fingerprint(beton)
         run = world.from_first(lambda: open_run(config, images))
@@ -54,6 +54,7 @@ def pretrain(config: Config) -> Path:
         last_step = total_steps if config.run.steps is None else min(total_steps, config.run.steps)
 
         init = config.run.init if run.checkpoint is None else None
+        torch.manual_seed(config.run.seed)
         student, teachers = make_networks(config, total_steps, world.device, init)
         optimiser = make_optimiser(student, config)
         meter = Meter(world.device, loader.batch_size * accumulate)

@@ -1,0 +1,417 @@
+"""The loop: what it leaves behind, and that no stop of any kind changes what it computes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastpmae import PRESETS, Config, RunError, UserError, preset, pretrain, write_beton
+from fastpmae import train as loop
+from fastpmae.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint
+from fastpmae.log import TIMINGS
+from tests.made import REPOSITORY, write_tree
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without the figures that a clock gives."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Weights, teachers, optimiser and metrics of two runs, bit for bit."""
+    first, second = (read_checkpoint(checkpoint_path(folder, step)) for folder in (one, other))
+    assert first.tensors.keys() == second.tensors.keys()
+    different = [name for name, tensor in first.tensors.items() if not torch.equal(tensor, second.tensors[name])]
+    assert different == []
+    assert rows_of(one) == rows_of(other)
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join(str(REPOSITORY / part) for part in ("", "kernels", "loaders"))
+    return {**os.environ, "PYTHONPATH": paths}
+
+
+def flags_of(config: Config) -> list[str]:
+    """The command line that asks for these settings."""
+    flags = ["--preset", config.run.preset]
+    for name, value in config.flat().items():
+        if value == preset(config.run.preset).flat()[name]:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fastpmae.train", *arguments]
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    process = start(*arguments)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output + errors
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until a file is there; it is an error if the process ends before."""
+    limit = time.monotonic() + 240
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def test_run_folder_holds_what_a_user_looks_for(tiny: Config):
+    folder = pretrain(tiny.using(steps=7, log_every=2, tensorboard=True, keep=0))
+
+    rows = rows_of(folder)
+    assert [row["step"] for row in rows] == [2, 4, 6, 7]
+    assert [row.get("partial", False) for row in rows] == [False, False, False, True]
+    for row in rows:
+        parts = row["loss_m"] + row["loss_c"] + row["loss_p"]
+        assert row["loss"] == pytest.approx(parts, rel=1e-5)
+        assert row["entropy_limit"] == pytest.approx(3.178, abs=1e-3)
+        assert 0 < row["patch_label_entropy"] <= row["entropy_limit"]
+        assert 1 <= row["patch_prototypes_used"] <= 24
+        assert row["labelling_rank"] > 1
+        assert row["labelling_std"] > 0
+        assert row["grad_norm"] > 0
+    assert rows[0]["epoch"] == pytest.approx(2 / 5)
+    assert rows[-1]["labelling_momentum"] > 0.996
+    assert rows[-1]["reconstruction_momentum"] > rows[0]["reconstruction_momentum"] == pytest.approx(0.96)
+    assert [path.name for path in checkpoints_in(folder)] == ["step-00000007.safetensors"]
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert "44 images" in (folder / "train.log").read_text()
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "machine.jsonl", "train.log"}
+
+
+def test_same_settings_give_the_same_run(tiny: Config, tmp_path: Path):
+    one = pretrain(tiny.using(steps=6))
+    other = pretrain(tiny.using(steps=6, out=tmp_path / "other", workers=3))
+    assert_same_run(one, other, 6)
+
+
+def test_another_seed_gives_another_run(tiny: Config, tmp_path: Path):
+    one = pretrain(tiny.using(steps=2))
+    other = pretrain(tiny.using(steps=2, out=tmp_path / "other", seed=1))
+    assert rows_of(one)[0]["loss"] != rows_of(other)[0]["loss"]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 7], ids=["first step", "end of an epoch", "mid-epoch"])
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_a_run_stopped_and_resumed_is_the_run_never_stopped(tiny: Config, tmp_path: Path, cut: int, log_every: int):
+    tiny = tiny.using(log_every=log_every)
+    straight = pretrain(tiny.using(steps=12))
+    parted = pretrain(tiny.using(steps=cut, out=tmp_path / "parted"))
+    assert pretrain(tiny.using(steps=12, out=parted, resume="auto", workers=2)) == parted
+    assert_same_run(straight, parted, 12)
+
+
+def test_saving_at_an_epoch_end_includes_the_epoch_update(tiny: Config, tmp_path: Path):
+    """The reconstruction teacher follows at the epoch's end; a checkpoint of that very step must hold the update."""
+    straight = pretrain(tiny.using(steps=10))
+    parted = pretrain(tiny.using(steps=5, out=tmp_path / "parted", save_steps=5))
+    teacher, student = (
+        read_checkpoint(checkpoint_path(parted, 5)).part(part) for part in ("reconstruction_teacher", "student")
+    )
+    assert not torch.equal(teacher["encoder.norm.bias"], torch.zeros_like(teacher["encoder.norm.bias"]))
+    assert not torch.equal(teacher["encoder.norm.bias"], student["encoder.norm.bias"])
+    pretrain(tiny.using(steps=10, out=parted, resume="auto"))
+    assert_same_run(straight, parted, 10)
+
+
+@pytest.mark.slow
+def test_kill_9_then_resume_is_bit_for_bit(tiny: Config, tmp_path: Path):
+    straight = pretrain(tiny.using(steps=12))
+    out = tmp_path / "killed"
+    process = start(*flags_of(tiny.using(out=out, save_steps=5)))
+    wait_for(checkpoint_path(out, 5), process)
+    process.kill()
+    process.wait()
+    status, text = command(*flags_of(tiny.using(out=out, steps=12, workers=2)), "--resume")
+    assert status == 0, text
+    assert "resumed from" in text
+    assert_same_run(straight, out, 12)
+
+
+KILL_OFTEN = """
+import os, random, signal, sys, time
+from pathlib import Path
+from fastpmae import pretrain, read_config
+import fastpmae.train, fastpmae.health, torch
+
+out, config = Path(sys.argv[1]), read_config(Path(sys.argv[2]))
+moments, killed = random.Random(7), 0
+while killed < 20:
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            pretrain(config.using(out=out, resume="auto"))
+        except BaseException as error:
+            Path(sys.argv[3]).write_text(repr(error))
+            os._exit(1)
+        os._exit(0)
+    # at a random moment once it writes checkpoints, half of the time in the middle of writing one
+    before, limit = sorted(out.glob("checkpoints/step-*")), time.monotonic() + 60
+    while sorted(out.glob("checkpoints/step-*")) == before and os.waitpid(child, os.WNOHANG)[0] == 0:
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+    if killed % 2:
+        while not list(out.glob("checkpoints/.step-*.tmp")) and os.waitpid(child, os.WNOHANG)[0] == 0:
+            pass
+    else:
+        time.sleep(moments.uniform(0, 0.1))
+    try:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    except ProcessLookupError:
+        sys.exit("the run ended before it was killed often enough")
+    except ChildProcessError:
+        sys.exit("the run ended by itself: " + Path(sys.argv[3]).read_text())
+    killed += 1
+print(killed)
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing(tiny: Config, tmp_path: Path):
+    tiny = tiny.using(epochs=60, save_steps=1)
+    straight = pretrain(tiny.using(steps=120, save_steps=120))
+    out = tmp_path / "killed"
+    config = straight / "config.json"
+    error = tmp_path / "error"
+    result = subprocess.run(
+        [sys.executable, "-c", KILL_OFTEN, out, config, error],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )
+    assert result.returncode == 0, result.stderr
+    reached = json.loads((out / "metrics.jsonl").read_text().splitlines()[-2])["step"]
+    assert 20 <= reached <= 120
+    pretrain(tiny.using(out=out, resume="auto", steps=120))
+    assert_same_run(straight, out, 120)
+    assert not list(out.glob("checkpoints/.*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tiny: Config, tmp_path: Path, number: signal.Signals):
+    out = tmp_path / "signalled"
+    flags = flags_of(tiny.using(out=out, epochs=1000, save_steps=3))
+    process = start(*flags)
+    wait_for(checkpoint_path(out, 3), process)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert number.name in text
+    assert f"--resume --out {out}" in text
+    newest = read_checkpoint(checkpoints_in(out)[0])
+    assert f"after step {newest.progress['step']} of" in text
+    status, text = command(*flags_of(tiny.using(out=out, epochs=1000, steps=newest.progress["step"] + 1)), "--resume")
+    assert status == 0, text
+    assert f"resumed from {newest.path}" in text
+
+
+def test_damaged_checkpoints_are_passed_over_for_the_one_before(tiny: Config, tmp_path: Path):
+    straight = pretrain(tiny.using(steps=9))
+    parted = pretrain(tiny.using(steps=8, out=tmp_path / "parted", save_steps=1, keep=3))
+    torn, altered = checkpoint_path(parted, 8), checkpoint_path(parted, 7)
+    torn.write_bytes(torn.read_bytes()[:-1000])
+    data = bytearray(altered.read_bytes())
+    data[-1000] ^= 1
+    altered.write_bytes(data)
+    pretrain(tiny.using(steps=9, out=parted, resume="auto"))
+    said = (parted / "train.log").read_text()
+    assert said.count("is damaged") == 2
+    assert f"resumed from {checkpoint_path(parted, 6)}" in said
+    assert_same_run(straight, parted, 9)
+
+
+def test_keep_older_checkpoints(tiny: Config):
+    folder = pretrain(tiny.using(steps=7, save_steps=2, keep=2))
+    assert [int(path.stem[5:]) for path in checkpoints_in(folder)] == [7, 6, 5]
+
+
+def test_a_folder_that_holds_a_run_is_refused(tiny: Config):
+    folder = pretrain(tiny.using(steps=1))
+    with pytest.raises(UserError, match=r"already holds a run: add --resume"):
+        pretrain(tiny.using(steps=2))
+    assert len(rows_of(folder)) == 1
+
+
+def test_resume_lists_changed_settings_and_refuses(tiny: Config, small_beton: Path, tmp_path: Path):
+    folder = pretrain(tiny.using(steps=2))
+    changed = tiny.using(steps=4, resume="auto", lr=1e-2, folds=3)
+    with pytest.raises(UserError, match=r"--folds was 5 and is now 3; --lr was 0.001 and is now 0.01") as refusal:
+        pretrain(changed)
+    assert "--accept-changes" in str(refusal.value)
+    assert pretrain(changed.using(accept_changes=True)) == folder
+    assert "changed setting: --lr was 0.001" in (folder / "train.log").read_text()
+    # another place, pace and speed are no changes; the same images under another name are the same images
+    copy = tmp_path / "copy.beton"
+    copy.write_bytes(small_beton.read_bytes())
+    pretrain(changed.using(steps=5, beton=copy, workers=2, log_every=2, save_steps=1, keep=5, save_every=1.0))
+
+
+def test_resume_refuses_other_images(tiny: Config, tmp_path: Path):
+    pretrain(tiny.using(steps=1))
+    other = tmp_path / "other.beton"
+    write_beton(write_tree(tmp_path / "tree", 40), other)
+    with pytest.raises(UserError, match="holds other images"):
+        pretrain(tiny.using(steps=2, resume="auto", beton=other))
+
+
+def test_resume_with_nothing_to_resume_starts_anew(tiny: Config):
+    folder = pretrain(tiny.using(steps=1, resume="auto"))
+    assert "nothing to resume" in (folder / "train.log").read_text()
+
+
+def test_resume_from_a_checkpoint_by_its_path(tiny: Config, tmp_path: Path):
+    folder = pretrain(tiny.using(steps=6, save_steps=3, keep=5))
+    branch = pretrain(tiny.using(steps=6, out=tmp_path / "branch", resume=str(checkpoint_path(folder, 3))))
+    first, second = (read_checkpoint(checkpoint_path(f, 6)) for f in (folder, branch))
+    assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_weights(tiny: Config, monkeypatch: pytest.MonkeyPatch):
+    calls = 0
+
+    def learn(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        losses = LEARN(*arguments)
+        return losses._replace(total=losses.total * float("nan")) if calls == 4 else losses
+
+    LEARN = loop.learn
+    monkeypatch.setattr(loop, "learn", learn)
+    with pytest.raises(RunError, match=r"step 4 is not finite") as stopped:
+        pretrain(tiny.using(log_every=3, save_steps=1, keep=9))
+    folder = tiny.run.out
+    assert folder is not None
+    # nothing was saved after the bad step, and what was saved before is named
+    assert [int(path.stem[5:]) for path in checkpoints_in(folder)] == [3, 2, 1]
+    assert str(checkpoint_path(folder, 3)) in str(stopped.value)
+    samples = str(stopped.value).split("Samples of that step: [")[1].split("]")[0]
+    assert len(samples.split(",")) == 8
+    # a run that goes on without the bad step is the run that never met it
+    monkeypatch.setattr(loop, "learn", LEARN)
+    pretrain(tiny.using(steps=6, resume="auto", log_every=3))
+    assert all(torch.isfinite(t).all() for t in read_checkpoint(checkpoint_path(folder, 6)).part("student").values())
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(tiny: Config, tmp_path: Path):
+    """Without pseudo labels, which are balanced within a part, parts add up to the batch."""
+    sdae = tiny.using(teachers="reconstruction", lambda_c=0.0, lambda_p=0.0, steps=3, warmup_epochs=0.0)
+    whole = rows_of(pretrain(sdae))
+    parts = rows_of(pretrain(sdae.using(accumulate=4, out=tmp_path / "parts")))
+    for one, other in zip(whole, parts, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_what_one_process_computes(tiny: Config, tmp_path: Path):
+    tiny = tiny.using(steps=6, warmup_epochs=0.0)
+    alone = rows_of(pretrain(tiny))
+    out = tmp_path / "ranks"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    result = subprocess.run(
+        [*launch, "fastpmae.train", *flags_of(tiny.using(out=out))],
+        env={**environment(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    for one, two in zip(alone, rows_of(out), strict=True):
+        for figure in ("loss", "loss_m", "loss_c", "loss_p", "grad_norm"):
+            assert one[figure] == pytest.approx(two[figure], rel=2e-4), figure
+
+
+@pytest.mark.slow
+def test_compiled_passes_compute_the_same(tiny: Config, tmp_path: Path):
+    eager = rows_of(pretrain(tiny.using(steps=4)))
+    compiled = rows_of(pretrain(tiny.using(steps=4, compile="on", out=tmp_path / "compiled")))
+    for one, two in zip(eager, compiled, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["paper", "sdae", "sdae-code", "mae", "single-step", "single-epoch"])
+def test_every_method_trains(tiny: Config, name: str):
+    method = PRESETS[name]
+    settings = {
+        setting: getattr(getattr(method, group), setting)
+        for group in ("teachers", "loss")
+        for setting in type(getattr(method, group)).__dataclass_fields__
+    }
+    folder = pretrain(
+        tiny.using(
+            **settings, decoder_class_token=method.model.decoder_class_token, steps=11, warmup_epochs=0.0, lr=0.05
+        )
+    )
+    rows = rows_of(folder)
+    assert rows[-1]["loss_m"] < rows[0]["loss_m"]
+
+
+def test_config_file_of_a_run_gives_the_run_again(tiny: Config, tmp_path: Path):
+    one = pretrain(tiny.using(steps=2))
+    status, text = command("--config", str(one / "config.json"), "--out", str(tmp_path / "again"))
+    assert status == 0, text
+    assert_same_run(one, tmp_path / "again", 2)
+
+
+def test_resume_alone_needs_nothing_but_the_folder(tiny: Config):
+    one = pretrain(tiny.using(steps=2))
+    status, text = command("--resume", "--out", str(one), "--steps", "3")
+    assert status == 0, text
+    assert [row["step"] for row in rows_of(one)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--preset", "demo"], "--beton FILE is missing"),
+        (["--beton", "/nowhere.beton"], "/nowhere.beton"),
+        (["--preset", "papper"], "there is no preset 'papper': choose one of paper,"),
+        (["--config", "/nowhere.json"], "the config /nowhere.json cannot be read"),
+        (["--model", "resnet50"], "--model resnet50: it is no plain ViT"),
+        (["--preset", "demo", "--image-size", "60"], "image_size 60 must be a multiple of patch_size 8"),
+        (["--preset", "demo", "--teachers", "none"], "--teachers none gives no pseudo labels"),
+        (["--resume", "/nowhere.safetensors"], "there is no checkpoint /nowhere.safetensors"),
+        (["--batch-size", "sixty"], "--batch-size"),
+        (["--epoch", "3"], "--epochs"),
+    ],
+)
+def test_bad_flags_get_a_sentence_and_status_2(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fastpmae-train", *flags])
+        try:
+            status = loop.main()
+        except SystemExit as ended:
+            status = ended.code
+    said = capsys.readouterr()
+    assert status == 2
+    assert sentence in said.err + said.out
+    assert "Traceback" not in said.err
+
+
+def test_a_file_with_less_than_a_batch_is_refused(tiny: Config):
+    with pytest.raises(UserError, match=r"holds 44 images, less than one batch of 64: choose a smaller --batch-size"):
+        pretrain(tiny.using(batch_size=64))
+    assert tiny.run.out is not None
+    assert not tiny.run.out.exists()
