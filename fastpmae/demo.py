@@ -12,12 +12,13 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import tyro
+from jaxtyping import Float, Int, UInt8
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from fastpmae.config import PRESETS
-from fastpmae.embed import Network, Pool, embed_images
+from fastpmae.embed import Network, load_encoder
 from fastpmae.errors import exit_with_sentence
 from fastpmae.knn import knn_accuracy
 from fastpmae.photographs import PHOTOGRAPHS, write_demo_images
@@ -49,8 +50,8 @@ def write_demo_betons(folder: Path) -> tuple[Path, Path]:
         print(f"demo: cutting {len(PHOTOGRAPHS)} photographs into labelled crops under {folder / 'images'}", flush=True)
         write_demo_images(folder / "images")
         # a file appears whole or not at all, so what a cut-off demo left behind is never taken for done
-        write_beton(folder / "images" / "train", train)
-        write_beton(folder / "images" / "validation", validation)
+        write_beton(folder / "images" / "train", train, force=True)
+        write_beton(folder / "images" / "validation", validation, force=True)
     return train, validation
 
 
@@ -71,7 +72,7 @@ def demo(
     train, validation = write_demo_betons(folder)
     config = PRESETS["demo"].using(beton=train, out=out, steps=steps)
     run = folder_of(config)
-    with _time_limit(minutes) as limit:
+    with _TimeLimit(minutes) as limit:
         try:
             pretrain(config.using(out=run))
         except Interrupted:
@@ -81,26 +82,31 @@ def demo(
     show_summary(run, rows_of(run), accuracies(run, train, validation), train)
 
 
-class _time_limit:
+class _TimeLimit:
     """Sends this process SIGUSR1 once the time is over: the trainer then finishes its step and saves."""
 
     def __init__(self, minutes: float):
-        self.timer = threading.Timer(60 * minutes, self._end)
-        self.timer.daemon = True
+        self.seconds = 60 * minutes
         self.passed = False
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
 
-    def _end(self) -> None:
-        self.passed = True
-        os.kill(os.getpid(), signal.SIGUSR1)
+    def _watch(self) -> None:
+        wait = self.seconds
+        # again and again, since before the first step the trainer does not listen yet
+        while not self.over.wait(wait):
+            self.passed, wait = True, 1.0
+            os.kill(os.getpid(), signal.SIGUSR1)
 
-    def __enter__(self) -> "_time_limit":
-        # Outside the training loop nobody listens, and the signal would end the process.
+    def __enter__(self) -> "_TimeLimit":
+        # Where nobody listens the signal would end the process.
         self.before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        self.timer.start()
+        self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.timer.cancel()
+        self.over.set()
+        self.thread.join()
         signal.signal(signal.SIGUSR1, self.before)
 
 
@@ -111,31 +117,48 @@ def rows_of(run: Path) -> list[dict[str, float]]:
 
 def accuracies(run: Path, train: Path, validation: Path) -> list[Accuracy]:
     """How well k-NN sorts the validation crops, by the run's features and by what they must be compared with."""
-    networks: list[tuple[str, Network]] = [("pretrained", "student"), ("random start", "random")]
-    pools: list[tuple[str, Pool]] = [("class token", "class"), ("mean of patch tokens", "mean")]
+    side = PRESETS["demo"].views.image_size
+    (images, labels), (test_images, test_labels) = (whole_images(beton, side) for beton in (train, validation))
+
+    def accuracy(rows: Tensor, test_rows: Tensor) -> float:
+        return knn_accuracy(rows, labels, test_rows, test_labels, k=NEIGHBOURS)
+
     found = []
+    networks: list[tuple[str, Network]] = [("pretrained", "student"), ("random start", "random")]
     for name, network in networks:
-        for pool_name, pool in pools:
-            ours = [embed_images(run, beton, network=network, pool=pool) for beton in (train, validation)]
-            sets = [torch.from_numpy(array) for pair in ours for array in pair]
-            found.append(Accuracy(f"{name}, {pool_name}", knn_accuracy(*sets, k=NEIGHBOURS)))
-    rows, labels = thumbnails(train)
-    test_rows, test_labels = thumbnails(validation)
-    centre = rows.mean(0)
-    accuracy = knn_accuracy(rows - centre, labels, test_rows - centre, test_labels, k=NEIGHBOURS)
-    found.append(Accuracy("8 x 8 pixel thumbnails", accuracy))
+        tokens, test_tokens = (first_and_mean(run, network, part) for part in (images, test_images))
+        for words, rows, test_rows in zip(("class token", "mean of patch tokens"), tokens, test_tokens, strict=True):
+            found.append(Accuracy(f"{name}, {words}", accuracy(rows, test_rows)))
+    small, test_small = (F.adaptive_avg_pool2d(part.float(), 8).flatten(1) for part in (images, test_images))
+    # without the mean taken off, brightness alone would decide what is near
+    centre = small.mean(0)
+    found.append(Accuracy("8 x 8 pixel thumbnails", accuracy(small - centre, test_small - centre)))
     found.append(Accuracy("chance", 1 / len(labels.unique())))
     return found
 
 
-def thumbnails(beton: Path, side: int = 8) -> tuple[Tensor, Tensor]:
-    """Each image brought down to side x side pixels, as rows of numbers, and the labels."""
-    rows, labels = [], []
-    with PlainViews(Beton(beton), 256, image_size=PRESETS["demo"].views.image_size) as views:
-        for images, label, _ in views:
-            rows.append(F.adaptive_avg_pool2d(images.float() / 255, side).flatten(1))
-            labels.append(label)
-    return torch.cat(rows), torch.cat(labels)
+def whole_images(beton: Path, side: int) -> tuple[UInt8[Tensor, "images 3 side side"], Int[Tensor, " images"]]:
+    """Every image of a file, resized and cut at the centre, and the labels."""
+    with PlainViews(Beton(beton), 64, image_size=side) as views:
+        batches = [(images, label) for images, label, _ in views]
+    return torch.cat([images for images, _ in batches]), torch.cat([label for _, label in batches])
+
+
+@torch.no_grad()
+def first_and_mean(
+    run: Path, network: Network, images: UInt8[Tensor, "images 3 side side"]
+) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "images dim"]]:
+    """The class token and the mean of the patch tokens of each image, by an encoder of the run."""
+    encoder, _ = load_encoder(run, network)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder.to(device)
+    ids = torch.arange((images.shape[-1] // encoder.patch_embed.patch_size) ** 2, device=device)
+    first, mean = [], []
+    for part in images.split(64):
+        tokens = encoder(part.to(device), ids.expand(len(part), -1))
+        first.append(tokens[:, 0].cpu())
+        mean.append(tokens[:, 1:].mean(1).cpu())
+    return torch.cat(first), torch.cat(mean)
 
 
 def show_summary(run: Path, rows: list[dict[str, float]], found: list[Accuracy], train: Path) -> None:
