@@ -78,6 +78,8 @@ def _damage_at(path: str, offset: int) -> str | None:
     with Path(path).open("rb") as file:
         file.seek(offset)
         block = file.read(_BLOCK)
+    if not block:
+        return "the shard ends without the zeros that close a tar file: it is truncated"
     if block.strip(b"\0"):
         return f"the shard is damaged at byte {offset}: what follows there was not read"
     return None

@@ -33,6 +33,11 @@ _START_SECONDS = 120.0
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fastpmae.workers import serve; serve()"
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Failure:
     """In place of a result: why there is none."""
@@ -211,8 +216,11 @@ class WorkerPool:
         return worker
 
     def _cause_of_death(self, worker: _Worker) -> str:
-        worker.process.kill()
-        status = worker.process.wait()
+        try:
+            status = worker.process.wait(timeout=5)  # its connection closes a little before it ends
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            status = worker.process.wait()
         if status < 0 and -status != signal.SIGKILL:
             return f"the decoder crashed ({signal.Signals(-status).name})"
         if status < 0:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -17,7 +17,7 @@ from fastpmae.images import ImageSettings, StoredImage, store
 from fastpmae.pages import LARGEST_PAGE, PageWriter
 from fastpmae.sources import Item, Source, SourceSettings, find_images, printable, read_item
 from fastpmae.tally import Tally
-from fastpmae.workers import Failure, WorkerPool
+from fastpmae.workers import Failure, WorkerPool, usable_cores
 
 PAGE_SIZE = 8 << 20
 SMALLEST_PAGE = 2 << 20  # FFCV's own limit
@@ -75,8 +75,8 @@ def write_beton(
     them out and lists them in `out` + ".bad.txt"; UserError for anything else that is wrong.
     """
     out = Path(out)
-    images = ImageSettings(**settings) if settings or images is None else images
-    count = workers if workers is not None else len(os.sched_getaffinity(0)) if _has_affinity else 1
+    images = replace(images or ImageSettings(), **settings)
+    count = workers if workers is not None else usable_cores()
     _check_numbers(count, limit, page_size, timeout)
     _check_out(Path(source), out, force)
     tally = tally or Tally()
@@ -101,9 +101,6 @@ def write_beton(
         written.file_size = pages.finish(found.class_names)
         _list_bad(out, written.bad)
     return written
-
-
-_has_affinity = hasattr(os, "sched_getaffinity")
 
 
 def converter(settings: ImageSettings):
@@ -306,7 +303,7 @@ def _print_bad(bad: list[tuple[str, str]]) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    count = options.workers if options.workers is not None else os.cpu_count() or 1
+    count = options.workers if options.workers is not None else usable_cores()
     _check_numbers(count, None, PAGE_SIZE, options.timeout)
     tally = Tally(live=True)
     checked = check_beton(options.check, workers=count, timeout=options.timeout, tally=tally)
