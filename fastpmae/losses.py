@@ -56,7 +56,8 @@ def pixel_loss(
     predicted: Float[Tensor, "batch masked values"], target: Float[Tensor, "batch masked values"]
 ) -> Float[Tensor, ""]:
     """MAE's loss: the mean squared error over the masked patches."""
-    return F.mse_loss(predicted.to(target.dtype), target)
+    finer = torch.promote_types(predicted.dtype, target.dtype)
+    return F.mse_loss(predicted.to(finer), target.to(finer))
 
 
 def pseudo_labels(
