@@ -1,6 +1,7 @@
 """From settings to networks: what a model's name stands for, and whether the settings fit together."""
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def _timm_shape(name: str) -> Shape:
 def check(config: Config) -> None:
     """Whether the settings make a run. Raises UserError with the flag that does not fit."""
     loss, teachers, optimiser = config.loss, config.teachers, config.optimiser
+    _check_numbers(config)
     shape = shape_of(config.model)
     view_settings(config)
     labels = loss.lambda_c > 0 or loss.lambda_p > 0
@@ -100,8 +102,6 @@ def check(config: Config) -> None:
         (shape.width % 4 == 0, f"--width {shape.width} is no multiple of 4, which sine-cosine positions need"),
         (config.model.decoder_width % config.model.decoder_heads == 0 and config.model.decoder_width % 4 == 0,
          f"--decoder-width {config.model.decoder_width} is no multiple of 4 and of --decoder-heads"),
-        (min(config.model.decoder_depth, config.model.prototypes, config.model.head_hidden,
-             config.model.head_bottleneck) >= 1, "sizes of the decoder and the head must be at least 1"),
         (0 <= config.model.drop_path < 1, f"--drop-path {config.model.drop_path} is not in [0, 1)"),
         (not labels or teachers.teachers in ("dual", "single"),
          f"--teachers {teachers.teachers} gives no pseudo labels: set --lambda-c 0 --lambda-p 0, or another teacher"),
@@ -115,6 +115,10 @@ def check(config: Config) -> None:
         (min(loss.lambda_m, loss.lambda_c, loss.lambda_p) >= 0, "a loss weight is negative"),
         (min(loss.epsilon, loss.student_temperature) > 0, "--epsilon and --student-temperature must be above 0"),
         (loss.sinkhorn_iterations >= 1, "--sinkhorn-iterations must be at least 1"),
+        (optimiser.lr >= 0, f"--lr {optimiser.lr} is negative"),
+        (optimiser.weight_decay >= 0, f"--weight-decay {optimiser.weight_decay} is negative"),
+        (optimiser.clip_grad >= 0, f"--clip-grad {optimiser.clip_grad} is negative; 0 does not clip"),
+        (all(0 <= beta < 1 for beta in optimiser.betas), f"--betas {optimiser.betas} are not in [0, 1)"),
         (optimiser.epochs >= 1, f"--epochs {optimiser.epochs}: at least 1"),
         (optimiser.batch_size >= 1, f"--batch-size {optimiser.batch_size}: at least 1"),
         (optimiser.accumulate >= 1, f"--accumulate {optimiser.accumulate}: at least 1"),
@@ -133,6 +137,19 @@ def check(config: Config) -> None:
     for fits, sentence in rules:
         if not fits:
             raise UserError(sentence)
+
+
+def _check_numbers(config: Config) -> None:
+    """Refuse what no rule could reason about: numbers that are not finite, sizes below 1."""
+    for name, value in config.flat().items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"--{name.replace('_', '-')} {number} is no finite number")
+    for name, size in vars(config.model).items():
+        # the sizes of the encoder may be 0: then they are the model's own
+        least = 0 if name in ("patch_size", "width", "depth", "heads") else 1
+        if isinstance(size, int) and not isinstance(size, bool) and size < least:
+            raise UserError(f"--{name.replace('_', '-')} {size}: at least {least}")
 
 
 def view_settings(config: Config) -> ViewSettings:

@@ -1,0 +1,307 @@
+"""The settings: what the presets stand for, and that a file of settings says what it means or is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from fastpmae import PRESETS, Config, UserError, preset, read_config
+from fastpmae.architecture import SHAPES, check, shape_of, view_settings, warmup_epochs
+from fastpmae.config import write_config
+
+# the paper: section 3.2 (teachers), 3.3 (prototypes), equation 5 (weights), 4 and appendix A (everything else)
+PAPER: dict[str, Any] = {
+    "model": "vit_base",
+    "image_size": 224,
+    "mask_ratio": 0.75,
+    "folds": 3,
+    "prototypes": 4096,
+    "teachers": "dual",
+    "teacher_init": "copy",
+    "reconstruction_cadence": "epoch",
+    "reconstruction_momentum": (0.96, 0.99),
+    "labelling_cadence": "step",
+    "labelling_momentum": (0.996, 1.0),
+    "reconstruction_view": "simple",
+    "labelling_view": "complex",
+    "target": "tokens",
+    "lambda_m": 1.0,
+    "lambda_c": 1.0,
+    "lambda_p": 1.0,
+    "epochs": 300,
+    "batch_size": 768,
+    "lr": 2.666e-4,
+    "weight_decay": 0.05,
+    "drop_path": 0.25,
+    # left open by the paper; MAE's, DINO's, SwAV's and MC-SSL's own
+    "simple_scale": (0.2, 1.0),
+    "complex_scale": (0.14, 1.0),
+    "complex_recipe": "coin",
+    "decoder_depth": 8,
+    "decoder_width": 512,
+    "decoder_heads": 16,
+    "decoder_class_token": True,
+    "head_hidden": 2048,
+    "head_bottleneck": 256,
+    "cosine_axis": "feature",
+    "match_metric": "cosine",
+    "match_scope": "image",
+    "epsilon": 0.05,
+    "sinkhorn_iterations": 3,
+    "student_temperature": 0.1,
+    "betas": (0.9, 0.95),
+    "clip_grad": 0.0,
+}
+WITHOUT_LABELS = {"teachers": "reconstruction", "lambda_c": 0.0, "lambda_p": 0.0, "decoder_class_token": False}
+ABLATION = {"model": "vit_small", "epochs": 100}
+DIFFERENT: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "paper-800": {"epochs": 800},
+    "ablation": ABLATION,
+    "sdae": WITHOUT_LABELS,
+    "sdae-code": {**WITHOUT_LABELS, "cosine_axis": "token", "teacher_init": "random", "weight_decay": 0.04},
+    "single-step": {**ABLATION, "teachers": "single"},
+    "single-epoch": {
+        **ABLATION,
+        "teachers": "single",
+        "labelling_cadence": "epoch",
+        "labelling_momentum": (0.96, 0.99),
+    },
+    "mae": {
+        "teachers": "none",
+        "target": "pixels",
+        "lambda_c": 0.0,
+        "lambda_p": 0.0,
+        "drop_path": 0.0,
+        "epochs": 1600,
+        "batch_size": 4096,
+        "lr": 1.5e-4,
+    },
+}
+WARMUP = {"paper": 60, "paper-800": 60, "ablation": 20, "sdae": 60, "sdae-code": 60, "single-step": 20,
+          "single-epoch": 20, "mae": 40, "demo": 1}  # fmt: skip
+
+
+def value_of(config: Config, name: str) -> Any:
+    (group,) = (field.name for field in dataclasses.fields(Config) if hasattr(getattr(config, field.name), name))
+    return getattr(getattr(config, group), name)
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_presets_carry_their_numbers(name: str) -> None:
+    config = PRESETS[name]
+    expected = PAPER | DIFFERENT[name]
+    assert {setting: value_of(config, setting) for setting in expected} == expected
+    assert config.run.preset == name
+
+
+def test_these_are_the_presets() -> None:
+    assert set(PRESETS) == {*DIFFERENT, "demo"}
+
+
+@pytest.mark.parametrize("name", WARMUP)
+def test_every_preset_fits_together(name: str) -> None:
+    check(PRESETS[name])
+    assert warmup_epochs(PRESETS[name]) == pytest.approx(WARMUP[name])
+
+
+def test_the_demo_scales_prototypes_down_to_its_rows() -> None:
+    demo = PRESETS["demo"]
+    assert demo.model.prototypes <= demo.optimiser.batch_size * demo.views.folds
+    assert demo.teachers == PRESETS["paper"].teachers
+    assert dataclasses.replace(demo.loss) == PRESETS["paper"].loss
+
+
+def test_the_papers_patches() -> None:
+    """Appendix A: 49 patches for the student, three groups of 49 for the teachers."""
+    views = view_settings(PRESETS["paper"])
+    assert (views.patches, views.visible, views.fold_sizes) == (196, 49, (49, 49, 49))
+
+
+@pytest.mark.parametrize("folds", [1, 2, 4, 5, 7, 146])
+def test_fold_sizes_differ_by_at_most_one(folds: int) -> None:
+    sizes = view_settings(PRESETS["paper"].using(folds=folds)).fold_sizes
+    assert len(sizes) == folds
+    assert sum(sizes) == 147
+    assert list(sizes) == sorted(sizes, reverse=True)
+    assert sizes[0] - sizes[-1] <= 1
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        ("vit_tiny", (16, 192, 12, 3)),
+        ("vit_small", (16, 384, 12, 6)),
+        ("vit_base", (16, 768, 12, 12)),
+        ("vit_large", (16, 1024, 24, 16)),
+        ("vit_huge", (14, 1280, 32, 16)),
+    ],
+)
+def test_model_sizes(model: str, shape: tuple[int, ...]) -> None:
+    found = shape_of(PRESETS["paper"].using(model=model).model)
+    assert (found.patch_size, found.width, found.depth, found.heads) == shape
+    assert found.mlp_ratio == 4
+    assert set(SHAPES) == {"vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"}
+
+
+def test_timms_names_mean_timms_sizes() -> None:
+    found = shape_of(PRESETS["paper"].using(model="vit_small_patch32_224").model)
+    assert (found.patch_size, found.width, found.depth, found.heads) == (32, 384, 12, 6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "resnet50"},
+        {"model": "nothing_of_the_sort"},
+        {"model": "swin_tiny_patch4_window7_224"},
+        {"image_size": 225},
+        {"folds": 0},
+        {"folds": 500},
+        {"mask_ratio": 1.0},
+        {"width": 100, "heads": 3},
+        {"decoder_width": 30},
+        {"teachers": "reconstruction"},
+        {"teachers": "none", "lambda_c": 0.0, "lambda_p": 0.0},
+        {"target": "pixels"},
+        {"decoder_class_token": False},
+        {"lambda_m": 0.0, "lambda_c": 0.0, "lambda_p": 0.0},
+        {"lambda_m": -1.0},
+        {"epsilon": 0.0},
+        {"student_temperature": 0.0},
+        {"sinkhorn_iterations": 0},
+        {"epochs": 0},
+        {"warmup_epochs": 301.0},
+        {"batch_size": 0},
+        {"accumulate": 0},
+        {"labelling_momentum": (0.9, 1.1)},
+        {"reconstruction_momentum": (-0.1, 0.99)},
+        {"drop_path": 1.0},
+        {"prototypes": 0},
+        {"log_every": 0},
+        {"seed": -1},
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"weight_decay": -0.1},
+        {"betas": (0.9, 1.0)},
+        {"clip_grad": -1.0},
+        {"lambda_m": float("nan")},
+        {"lambda_m": float("inf")},
+        {"epsilon": float("inf")},
+        {"depth": -1},
+        {"patch_size": -16},
+        {"warmup_epochs": float("nan")},
+        {"decoder_heads": 0},
+        {"decoder_depth": 0},
+        {"decoder_width": 0},
+        {"heads": -3},
+        {"width": -192},
+        {"save_every": float("inf")},
+        {"labelling_momentum": (float("nan"), 1.0)},
+        {"drop_path": float("nan")},
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"\w+ \w+"):
+        check(PRESETS["paper"].using(**settings))
+
+
+def test_every_name_is_there_once() -> None:
+    hints = get_type_hints(Config)
+    names = [leaf.name for kind in hints.values() for leaf in dataclasses.fields(kind)]
+    assert len(names) == len(set(names))
+    assert list(PRESETS["paper"].flat()) == names
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PRESETS["paper"].optimiser.epochs = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_using_changes_a_copy() -> None:
+    config = PRESETS["paper"].using(epochs=100, seed=1, beton=Path("a.beton"), labelling_momentum=(0.9, 1.0))
+    assert (config.optimiser.epochs, config.run.seed, config.data.beton) == (100, 1, Path("a.beton"))
+    assert config.teachers.labelling_momentum == (0.9, 1.0)
+    assert PRESETS["paper"].optimiser.epochs == 300
+    changed = {name for name, value in config.flat().items() if value != PRESETS["paper"].flat()[name]}
+    assert changed == {"epochs", "seed", "beton", "labelling_momentum"}
+    with pytest.raises(UserError, match="epoch_count"):
+        config.using(epoch_count=3)
+
+
+def test_a_preset_by_name() -> None:
+    assert preset("sdae") is PRESETS["sdae"]
+    with pytest.raises(UserError, match="paper-800"):
+        preset("papre")
+
+
+@pytest.mark.parametrize("name", WARMUP)
+def test_settings_come_back_from_their_file(name: str, tmp_path: Path) -> None:
+    config = PRESETS[name].using(beton=tmp_path / "a.beton", out=tmp_path, steps=7, warmup_epochs=1.5, seed=2**62)
+    write_config(config, tmp_path / "config.json")
+    assert read_config(tmp_path / "config.json") == config
+    write_config(PRESETS[name], tmp_path / "config.json")
+    assert read_config(tmp_path / "config.json") == PRESETS[name]
+
+
+def test_a_file_may_name_a_preset_and_a_few_settings(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"run": {"preset": "sdae"}, "optimiser": {"epochs": 5, "lr": 1}}')
+    assert read_config(tmp_path / "c.json") == PRESETS["sdae"].using(epochs=5, lr=1.0)
+    (tmp_path / "c.json").write_text("{}")
+    assert read_config(tmp_path / "c.json") == Config()
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("optimiser", "epochs", "ten"),
+        ("optimiser", "epochs", 1.5),
+        ("optimiser", "epochs", True),
+        ("optimiser", "epochs", None),
+        ("optimiser", "lr", "1e-3"),
+        ("optimiser", "lr", [1e-3]),
+        ("optimiser", "betas", [0.9]),
+        ("optimiser", "betas", [0.9, 0.95, 0.99]),
+        ("optimiser", "betas", 0.9),
+        ("optimiser", "betas", ["0.9", "0.95"]),
+        ("optimiser", "warmup_epochs", "1"),
+        ("teachers", "teachers", "triple"),
+        ("teachers", "teachers", 1),
+        ("teachers", "teachers", ["dual"]),
+        ("model", "decoder_class_token", 1),
+        ("data", "beton", 3),
+        ("run", "preset", "papre"),
+        ("run", "preset", 3),
+        ("run", "steps", 1.0),
+        ("run", "name", None),
+        ("optimiser", "epoch", 3),
+        ("optimizer", "epochs", 3),
+        ("run", "epochs", 3),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_named(group: str, name: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({group: {name: value}}))
+    with pytest.raises(UserError) as caught:
+        read_config(path)
+    assert group in str(caught.value) or str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"run": 3}', '{"run": null}', '{"run": []}', "\x00"])
+def test_a_file_of_something_else_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="settings"):
+        read_config(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.json"):
+        with pytest.raises(UserError, match=path.name):
+            read_config(path)
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match="binary"):
+        read_config(tmp_path / "binary.json")
