@@ -63,6 +63,7 @@ def embed_images(
     batch_size: int = 64,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: int = 2,
+    crop_ratio: float = 0.875,
 ) -> tuple[Float[np.ndarray, "images dim"], Int[np.ndarray, " images"]]:
     """Features of every image of a .beton, resized and cut at the centre, in the file's order.
 
@@ -70,6 +71,7 @@ def embed_images(
         checkpoint: a checkpoint or a run folder.
         network: whose encoder (see `load_encoder`).
         pool: the class token, or the mean of the patch tokens.
+        crop_ratio: the shorter side is resized to the image size over this ratio before the centre is cut out.
 
     Returns:
         Features in fp32 and labels in int64.
@@ -85,6 +87,7 @@ def embed_images(
         Beton(beton),
         batch_size,
         image_size=config.views.image_size,
+        crop_ratio=crop_ratio,
         engine=config.data.loader,
         workers=workers,
     ) as views:
@@ -103,6 +106,7 @@ def embed_command(
     batch_size: int = 64,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: int = 2,
+    crop_ratio: float = 0.875,
 ) -> None:
     """Write the frozen features of every image of a .beton to OUT.npz, as `features` [n, dim] and `labels` [n].
 
@@ -115,11 +119,19 @@ def embed_command(
         batch_size: Images at a time.
         device: Where to compute.
         workers: Loader threads.
+        crop_ratio: The shorter side is resized to the image size over this ratio before the centre is cut out.
     """
     if not out.parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent}")
     rows, labels = embed_images(
-        checkpoint, beton, network=network, pool=pool, batch_size=batch_size, device=device, workers=workers
+        checkpoint,
+        beton,
+        network=network,
+        pool=pool,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        crop_ratio=crop_ratio,
     )
     beside = out.with_name(f".{out.name}.tmp")
     with beside.open("wb") as file:

@@ -1,6 +1,10 @@
 """Images and settings that every test may use."""
 
+import os
 from pathlib import Path
+
+# Networks in the tests are so small that a second thread costs more than it brings, and tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -139,7 +139,7 @@ def test_kill_9_then_resume_is_bit_for_bit(tiny: Config, tmp_path: Path):
     process = start(*flags_of(tiny.using(out=out, save_steps=5)))
     wait_for(checkpoint_path(out, 5), process)
     process.kill()
-    process.wait()
+    process.communicate()
     status, text = command(*flags_of(tiny.using(out=out, steps=12, workers=2)), "--resume")
     assert status == 0, text
     assert "resumed from" in text
@@ -257,11 +257,11 @@ def test_a_folder_that_holds_a_run_is_refused(tiny: Config):
 def test_resume_lists_changed_settings_and_refuses(tiny: Config, small_beton: Path, tmp_path: Path):
     folder = pretrain(tiny.using(steps=2))
     changed = tiny.using(steps=4, resume="auto", lr=1e-2, folds=3)
-    with pytest.raises(UserError, match=r"--folds was 5 and is now 3; --lr was 0.001 and is now 0.01") as refusal:
+    with pytest.raises(UserError, match=r"--folds was 5 and is now 3; --lr was 0.004 and is now 0.01") as refusal:
         pretrain(changed)
     assert "--accept-changes" in str(refusal.value)
     assert pretrain(changed.using(accept_changes=True)) == folder
-    assert "changed setting: --lr was 0.001" in (folder / "train.log").read_text()
+    assert "changed setting: --lr was 0.004" in (folder / "train.log").read_text()
     # another place, pace and speed are no changes; the same images under another name are the same images
     copy = tmp_path / "copy.beton"
     copy.write_bytes(small_beton.read_bytes())
