@@ -83,7 +83,8 @@ def write_beton(
     tally.phase(f"Looking for images in {printable(str(source))}")
     found = find_images(source, listing)
     if limit is not None and limit < len(found.items):
-        found.items = [found.items[place * len(found.items) // limit] for place in range(limit)]
+        every = len(found.items) / limit
+        found.items = [found.items[int((place + 0.5) * every)] for place in range(limit)]
     for note in found.notes:
         tally.tell(note)
     written = Written(out, passed_over=found.passed_over, class_names=found.class_names, notes=found.notes)

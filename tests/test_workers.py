@@ -78,9 +78,11 @@ def test_a_slow_consumer_is_no_hanging_worker() -> None:
 def test_processes_that_only_die_end_in_a_sentence() -> None:
     with pytest.raises(UserError, match="keep dying"):
         answers(["crash"] * 200)
-    with pytest.raises(UserError, match="RuntimeError: this never starts"):
-        with WorkerPool("tests.tasks:broken", (), 1, 30.0) as pool:
-            list(pool.in_order(["a"]))
+    with (
+        WorkerPool("tests.tasks:broken", (), 1, 30.0) as pool,
+        pytest.raises(UserError, match="RuntimeError: this never starts"),
+    ):
+        list(pool.in_order(["a"]))
 
 
 def alive(pid: int) -> bool:
