@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numba
+import numba.typed
 import numpy as np
 import torch
 from numba import njit, objmode
@@ -95,6 +96,20 @@ def _fill(counter, indices, images, data, decoder, seed, epoch, recipe, shorter,
 
 
 @contextmanager
+def _plain_dict() -> Iterator[None]:
+    """FFCV keeps its two storage modes in a compiled numba dictionary, which costs every import four seconds.
+
+    Only Python code ever reads it, so for the time of the import a Python dictionary takes its place.
+    """
+    compiled = numba.typed.Dict
+    numba.typed.Dict = dict
+    try:
+        yield
+    finally:
+        numba.typed.Dict = compiled
+
+
+@contextmanager
 def _thread_counts_kept() -> Iterator[None]:
     before, compiled = torch.get_num_threads(), numba.get_num_threads()
     try:
@@ -106,7 +121,7 @@ def _thread_counts_kept() -> Iterator[None]:
 
 
 def _import_ffcv() -> Any:
-    with _thread_counts_kept(), warnings.catch_warnings():
+    with _thread_counts_kept(), _plain_dict(), warnings.catch_warnings():
         # it imports distutils and builds syntax trees in deprecated ways
         warnings.simplefilter("ignore")
         try:

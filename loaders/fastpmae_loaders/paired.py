@@ -138,7 +138,7 @@ class PairedViews:
             raise UserError(f"the loader's saved position is batch {state['batch']}")
         place = state["batch"] * state.get("global_batch", self.global_batch)
         batch, rest = divmod(place, self.global_batch)
-        if state["batch"] and state["batch"] * self.global_batch != place and rest:
+        if rest:
             raise UserError(
                 f"the saved position is sample {place} of its epoch, within a global batch of {self.global_batch}; "
                 "resume with a batch size that divides it"

@@ -193,11 +193,11 @@ def check_key(seed: int, epoch: int) -> None:
 def uniforms(seed: int, epoch: int, index: np.ndarray, purpose: int, count: int) -> np.ndarray:
     """Random numbers of the caller's own for samples `index` [B]: float32 [B, count] in [0, 1).
 
-    `purpose` (0 to 65,535) keeps two uses apart; the views' and the masks' own draws are never touched.
+    `purpose` (0 to 2^31 - 1) keeps two uses apart; the views' and the masks' own draws are never touched.
     """
     check_key(seed, epoch)
-    if not 0 <= purpose < CALLERS:
-        raise UserError(f"purpose {purpose} must be between 0 and {CALLERS - 1}")
+    if not 0 <= purpose < 2**31:
+        raise UserError(f"purpose {purpose} must be between 0 and 2^31 - 1")
     out = np.empty((len(index), count), np.float32)
     fill_uniforms(seed, epoch, np.ascontiguousarray(index, np.int64), CALLERS + purpose, out)
     return out

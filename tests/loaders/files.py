@@ -1,9 +1,15 @@
 """Small .beton files for the loaders' tests, written with numpy alone from the format's description."""
 
+import io
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
+from PIL import Image
+
+from tests.made import SHARED_DATA
 
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 RECORD = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
@@ -47,3 +53,27 @@ def write_beton(
         file.seek(at)
         file.write(table.tobytes())
     return path
+
+
+def photographs(name: str, count: int) -> list[np.ndarray]:
+    """Some RGB photographs of a tar in shared/data, uint8 [H, W, 3]; skips the test where it is missing."""
+    return [np.array(Image.open(io.BytesIO(data)).convert("RGB")) for data in photograph_bytes(name, count)]
+
+
+def photograph_bytes(name: str, count: int) -> list[bytes]:
+    """The same as the JPEGs they are, spread evenly over the tar."""
+    path = SHARED_DATA / f"{name}.tar"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    with tarfile.open(path) as archive:
+        members = [m for m in archive.getmembers() if m.isfile() and m.name.endswith((".JPEG", ".jpg"))]
+        files = [archive.extractfile(m) for m in members[:: max(1, len(members) // count)][:count]]
+        return [file.read() for file in files if file is not None]
+
+
+def made_pixels(number: int, height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3] out of whole numbers alone: the same on every machine and with every library."""
+    y, x = np.mgrid[:height, :width].astype(np.int64)
+    smooth = np.stack([x * 5 + y * 2, (x * y) // 7 + 40 * number, (x + 3 * y) ** 2 // 31], -1)
+    edges = ((x // 7 + y // 5 + number) % 3 == 0)[..., None] * 131
+    return ((smooth + edges) % 256).astype(np.uint8)

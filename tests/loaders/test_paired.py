@@ -1,0 +1,400 @@
+"""What `PairedViews` promises, for both engines."""
+
+import hashlib
+import threading
+import time
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastpmae_loaders import Batch, Beton, PairedViews, UserError, ViewSettings, draw_plans, epoch_order
+
+ENGINES = ["ffcv", "torch"]
+TENSORS = ("simple", "complex", "visible", "folds", "label", "index", "simple_box", "complex_box")
+TENSORS += ("simple_flip", "complex_flip", "source_size")
+
+
+def loader(beton, batch_size=4, engine="torch", **options) -> PairedViews:
+    options.setdefault("settings", ViewSettings(image_size=32, patch_size=8, folds=5))
+    return PairedViews(beton, batch_size, engine=engine, **options)
+
+
+def rows(batches) -> dict[int, dict[str, torch.Tensor]]:
+    """Every sample's own tensors, by its index."""
+    found = {}
+    for batch in batches:
+        for i in range(len(batch)):
+            found[int(batch.index[i])] = {name: getattr(batch, name)[i].clone() for name in TENSORS}
+    return found
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[i][name], b[i][name]) for i in a for name in TENSORS)
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fastpmae-loader")]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_shapes_and_contents(mixed, engine):
+    with loader(mixed, 5, engine, seed=3) as views:
+        assert len(views) == 4
+        batches = list(views)
+    assert [len(batch) for batch in batches] == [5] * 4
+    beton = Beton(mixed)
+    order = epoch_order(3, 0, 23)
+    assert torch.cat([batch.index for batch in batches]).tolist() == order[:20].tolist()
+    for batch in batches:
+        assert isinstance(batch, Batch)
+        for view in (batch.simple, batch.complex):
+            assert view.dtype == torch.uint8
+            assert view.shape == (5, 3, 32, 32)
+            assert view.is_contiguous()
+        assert batch.visible.shape == (5, 4)
+        assert batch.folds.shape == (5, 12)
+        assert batch.fold_sizes == (3, 3, 2, 2, 2)
+        assert batch.visible.dtype == batch.folds.dtype == batch.index.dtype == batch.label.dtype == torch.int64
+        assert (batch.label == batch.index * 10).all()
+        assert batch.failed == []
+        index = batch.index.numpy()
+        plan = draw_plans(3, 0, index, beton.height[index], beton.width[index], views.settings)
+        assert (batch.simple_box.numpy() == plan.boxes[:, 0]).all()
+        assert (batch.complex_box.numpy() == plan.boxes[:, 1]).all()
+        assert (batch.simple_flip.numpy() == plan.flips[:, 0]).all()
+        assert (batch.complex_flip.numpy() == plan.flips[:, 1]).all()
+        assert (torch.cat([batch.visible, batch.folds], 1).numpy() == plan.order).all()
+        assert (batch.source_size.numpy() == np.stack([beton.height, beton.width], 1)[index]).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_same_bits_at_any_threads_and_batch_size(mixed, engine):
+    kept = None
+    for workers in (1, 2, 3):
+        for batch_size in (1, 4, 23):
+            with loader(mixed, batch_size, engine, workers=workers, drop_last=False) as views:
+                views.set_epoch(2)
+                found = rows(views)
+            assert len(found) == 23
+            assert kept is None or same(found, kept)
+            kept = found
+
+
+def test_the_engines_agree(mixed):
+    """Raw samples bit for bit; JPEGs, which two decoders decode, in everything but the last bits of colours."""
+    raw = Beton(mixed).mode == 1
+    with loader(mixed, 4, "ffcv", drop_last=False) as a, loader(mixed, 4, "torch", drop_last=False) as b:
+        first, second = rows(a), rows(b)
+    for index, sample in first.items():
+        for name in TENSORS:
+            if raw[index] or name not in ("simple", "complex"):
+                assert torch.equal(sample[name], second[index][name])
+            elif name == "simple":
+                assert (sample[name].int() - second[index][name].int()).abs().float().mean() < 2
+
+
+def test_the_first_batch_of_every_epoch_differs(mixed):
+    with loader(mixed) as views:
+        seen = []
+        for epoch in range(3):
+            views.set_epoch(epoch)
+            seen.append(next(iter(views)).index.tolist())
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_seeds_differ(mixed):
+    with loader(mixed, 23, seed=1, shuffle=False) as a, loader(mixed, 23, seed=2, shuffle=False) as b:
+        first, second = next(iter(a)), next(iter(b))
+    assert torch.equal(first.index, second.index)
+    assert not torch.equal(first.simple, second.simple)
+    assert not torch.equal(first.visible, second.visible)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_global_batch(mixed, engine, drop_last, world_size):
+    batch_size = 6 // world_size
+    ranks = []
+    for rank in range(world_size):
+        with loader(mixed, batch_size, engine, rank=rank, world_size=world_size, drop_last=drop_last) as views:
+            ranks.append([batch.index.tolist() for batch in views])
+            assert len(ranks[-1]) == len(views)
+    assert len({len(batches) for batches in ranks}) == 1
+    order = epoch_order(0, 0, 23).tolist()
+    together = [list(chain.from_iterable(rank[b] for rank in ranks)) for b in range(len(ranks[0]))]
+    assert together == [order[b * 6 : b * 6 + 6] for b in range(3 if drop_last else 4)]
+    assert max(len(rank[-1]) for rank in ranks) - min(len(rank[-1]) for rank in ranks) <= 1
+
+
+def test_unshuffled_is_the_files_order(mixed):
+    with loader(mixed, 4, shuffle=False, drop_last=False) as views:
+        assert torch.cat([batch.index for batch in views]).tolist() == list(range(23))
+
+
+def test_page_order(mixed):
+    page_of = Beton(mixed).page_of
+    assert len(np.unique(page_of)) > 1
+    with loader(mixed, 4, page_order=True, drop_last=False) as views:
+        found = torch.cat([batch.index for batch in views]).tolist()
+    assert found == epoch_order(0, 0, 23, page_of).tolist()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_in_mid_epoch(mixed, engine):
+    options = {"engine": engine, "drop_last": False, "seed": 9}
+    with loader(mixed, 4, **options) as views:
+        views.set_epoch(1)
+        straight = rows(views)
+    with loader(mixed, 4, **options) as views:
+        views.set_epoch(1)
+        taken = iter(views)
+        before = rows([next(taken), next(taken)])
+        state = views.state_dict()
+    assert state["epoch"] == 1
+    assert state["batch"] == 2
+    assert all(type(value) is int for value in state.values())
+    with loader(mixed, 4, workers=3, **options) as views:
+        views.load_state_dict(state)
+        views.set_epoch(1)  # as a training loop does; it must not lose the place
+        after = rows(views)
+        assert views.state_dict()["batch"] == len(views)
+        assert not before.keys() & after.keys()
+        assert same({**before, **after}, straight)
+        # at the end of an epoch a new iteration shows it again, and another epoch begins at its beginning
+        assert len(list(views)) == len(views)
+        views.set_epoch(2)
+        assert views.state_dict()["batch"] == 0
+
+
+def test_resume_on_other_ranks(mixed):
+    with loader(mixed, 6) as views:
+        taken = iter(views)
+        next(taken)
+        state = views.state_dict()
+        rest = next(taken).index.tolist()
+    halves = []
+    for rank in (0, 1):
+        with loader(mixed, 3, rank=rank, world_size=2) as views:
+            views.load_state_dict(state)
+            halves += next(iter(views)).index.tolist()
+    assert halves == rest
+    with loader(mixed, 3) as views:
+        views.load_state_dict(state)
+        assert views.state_dict()["batch"] == 2
+    with loader(mixed, 4) as views, pytest.raises(UserError, match="within a global batch"):
+        views.load_state_dict(state)
+    for name in ("seed", "samples", "shuffle"):
+        with loader(mixed, 6) as views, pytest.raises(UserError, match=name):
+            views.load_state_dict({**state, name: 77})
+
+
+def test_a_finished_epoch_resumes_finished(mixed):
+    with loader(mixed, 6) as views:
+        assert len(list(views)) == 3
+        state = views.state_dict()
+    with loader(mixed, 6) as views:
+        views.load_state_dict(state)
+        views.set_epoch(state["epoch"])
+        assert list(views) == []
+
+
+def test_positions_count_what_was_taken(mixed):
+    with loader(mixed, 2, ahead=5) as views:
+        taken = iter(views)
+        next(taken)
+        time.sleep(0.2)  # the threads are several batches ahead by now
+        assert views.state_dict()["batch"] == 1
+
+
+def test_batches_belong_to_the_taker(mixed):
+    with loader(mixed, 2, "ffcv") as views:
+        taken = iter(views)
+        first = next(taken)
+        before = hashlib.sha256(first.simple.numpy().tobytes()).hexdigest()
+        others = list(taken)
+        assert hashlib.sha256(first.simple.numpy().tobytes()).hexdigest() == before
+        assert len({batch.simple.data_ptr() for batch in [first, *others]}) == len(others) + 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_broken_images_are_replaced_and_named(broken, engine):
+    kept = None
+    for workers, batch_size in ((1, 400), (3, 50)):
+        with loader(broken, batch_size, engine, workers=workers, shuffle=False, bad_fraction=0.02) as views:
+            batches = list(views)
+            assert views.failed == [5, 6, 7, 399]
+        assert sorted({index for batch in batches for index in batch.failed}) == [5, 6, 7, 399]
+        index = torch.cat([batch.index for batch in batches]).tolist()
+        assert index == [0, 1, 2, 3, 4, 8, 8, 8, *range(8, 399), 0]
+        simple = torch.cat([batch.simple for batch in batches])
+        visible = torch.cat([batch.visible for batch in batches])
+        # the stand-in comes with its own plan
+        assert torch.equal(simple[5], simple[8])
+        assert torch.equal(visible[5], visible[8])
+        assert torch.equal(simple[399], simple[0])
+        assert torch.cat([batch.label for batch in batches])[5] == 80
+        assert kept is None or torch.equal(simple, kept)
+        kept = simple
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_too_many_broken_images_stop_the_run(broken, engine):
+    before = len(loader_threads())
+    with loader(broken, 20, engine, bad_fraction=0.009) as views:
+        with pytest.raises(UserError, match=r"4 of \d+ samples do not decode.*fastpmae-write --check") as caught:
+            list(views)
+        assert "399" in str(caught.value)
+    assert len(loader_threads()) == before
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_but_broken_images(tmp_path, engine):
+    from tests.loaders.files import write_beton
+
+    file = write_beton(tmp_path / "bad.beton", [b"\xff\xd8 no picture"] * 6, [(20, 20)] * 6)
+    with loader(file, 3, engine, bad_fraction=1.0) as views, pytest.raises(UserError, match="in a row"):
+        list(views)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_leaving_early_leaves_no_thread(mixed, engine):
+    torch_threads = torch.get_num_threads()
+    before = threading.active_count()
+    with loader(mixed, 2, engine, workers=3) as views:
+        for _ in range(3):
+            for _batch in views:
+                break
+            assert threading.active_count() == before
+        held = iter(views)
+        next(held)
+        assert len(loader_threads()) == 3
+        assert torch.get_num_threads() == torch_threads
+    assert threading.active_count() == before
+    assert next(held, None) is None
+    assert torch.get_num_threads() == torch_threads
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_iterations_at_once(mixed, engine):
+    with loader(mixed, 4, engine, workers=2) as views:
+        alone = rows(views)
+        views.set_epoch(1)
+        views.set_epoch(0)
+        first, second = [], []
+        for a, b in zip(views, views, strict=True):
+            first.append(a)
+            second.append(b)
+        assert same(rows(first), alone)
+        assert same(rows(second), alone)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_loaders_in_two_threads(mixed, engine):
+    found, errors = [], []
+
+    def read():
+        try:
+            with loader(mixed, 4, engine, drop_last=False) as views:
+                found.append(rows(views))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert same(found[0], found[1])
+
+
+def test_a_worker_exception_reaches_the_consumer(mixed):
+    before = threading.active_count()
+    with loader(mixed, 4) as views:
+        fill, calls = views._runner._engine.fill, []
+
+        def fails(job, scratch):
+            calls.append(0)
+            if len(calls) > 3:
+                raise ZeroDivisionError("in a worker")
+            return fill(job, scratch)
+
+        views._runner._engine.fill = fails
+        with pytest.raises(ZeroDivisionError, match="in a worker"):
+            list(views)
+        assert threading.active_count() == before
+
+
+def test_an_interrupt_leaves_no_thread(mixed):
+    before = threading.active_count()
+    with loader(mixed, 2) as views:
+        try:
+            for _batch in views:
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
+        assert threading.active_count() == before
+
+
+def test_a_dropped_loader_takes_its_threads_along(mixed):
+    before = threading.active_count()
+    views = loader(mixed, 2)
+    taken = iter(views)
+    next(taken)
+    del views, taken
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 24}, "make no batch"),
+        ({"rank": 1}, "rank 1"),
+        ({"workers": 0}, "workers"),
+        ({"ahead": 0}, "ahead"),
+        ({"bad_fraction": 2.0}, "bad_fraction"),
+        ({"engine": "dali"}, "engine 'dali'"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_arguments_that_do_not_fit(mixed, wrong, said):
+    with pytest.raises(UserError, match=said):
+        loader(mixed, **wrong)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        loader(tmp_path / "none.beton")
+
+
+def test_moving_a_batch(mixed):
+    with loader(mixed) as views:
+        batch = next(iter(views))
+    moved = batch.to("meta")
+    assert moved.simple.device.type == moved.source_size.device.type == "meta"
+    assert moved.fold_sizes == batch.fold_sizes
+    assert len(moved) == 4
+
+
+def test_repeated_epochs_keep_the_memory_flat(mixed):
+    psutil = pytest.importorskip("psutil")
+    process = psutil.Process()
+    with loader(mixed, 4, "ffcv") as views:
+        sizes = []
+        for epoch in range(60):
+            views.set_epoch(epoch)
+            for _batch in views:
+                pass
+            sizes.append(process.memory_info().rss)
+    assert sizes[-1] <= sizes[20] * 1.02
+
+
+def test_path_or_beton(mixed):
+    assert isinstance(mixed, Path)
+    with loader(Beton(mixed)) as a, loader(str(mixed)) as b:
+        assert torch.equal(next(iter(a)).simple, next(iter(b)).simple)
