@@ -177,9 +177,10 @@ class Decoder(nn.Module):
         """The class prediction (None without a class token) and the predictions of the masked patches."""
         positions = self.pos_embed[0, 1:]
         mask = self.mask_token + positions[masked]
-        known = self.embed(encoded)
+        # Autocast gives bf16 here; positions and the sums along the blocks stay in the weights' own precision.
+        known = self.embed(encoded).to(mask.dtype)
         visible_tokens = known[:, 1:] + positions[visible]
-        tokens = torch.cat([known[:, :1]] * self.class_token + [visible_tokens, mask.to(known.dtype)], dim=1)
+        tokens = torch.cat([known[:, :1]] * self.class_token + [visible_tokens, mask], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
         # Nothing reads the predictions of visible patches: they skip the norm and the output layer.
@@ -253,6 +254,8 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
                 nn.init.xavier_uniform_(weight, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
     for name, parameter in network.named_parameters():
         if name.endswith(("cls_token", "mask_token")):
             nn.init.normal_(parameter, std=0.02, generator=generator)

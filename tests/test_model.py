@@ -210,6 +210,17 @@ def test_the_decoder_does_not_mind_the_order() -> None:
     torch.testing.assert_close(other_tokens.flip(1), tokens, rtol=1e-10, atol=1e-10)
 
 
+def test_autocast_keeps_the_decoders_positions_in_fp32() -> None:
+    decoder = made_decoder().float()
+    seen: list[Tensor] = []
+    decoder.blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    order = made_ids(2, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder(torch.randn(2, 5, 16), order[:, :4], order[:, 4:])
+    truth = decoder.mask_token + decoder.pos_embed[0, 1:][order[:, 4:]]
+    torch.testing.assert_close(seen[0][:, 5:], truth, rtol=0, atol=0)
+
+
 def test_the_decoders_names() -> None:
     names = set(dict(Decoder(16, 4, 16, 16, 8, 1, 2).named_parameters()))
     block = [f"blocks.0.{layer}.{kind}" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")

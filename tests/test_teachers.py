@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastpmae.architecture import make_networks
 from fastpmae.model import Student
-from fastpmae.teachers import Schedule, Teachers
+from fastpmae.teachers import Schedule, Teachers, make_teachers
 from tests import reference
 from tests.tiny import disturb, made_batch, tiny_config, tiny_networks
 
@@ -195,6 +195,18 @@ def test_teachers_start_at_random() -> None:
         assert_same(teacher, state, 0)
     # the student is the one that copying teachers would have had
     assert_same(made()[0], own, 0)
+
+
+def test_random_teachers_keep_nothing_of_a_student_with_weights() -> None:
+    """A student that starts from a checkpoint has norms of its own; a random teacher's are 1 and 0."""
+    student, _ = made()
+    disturb(student, 7, 0.5)
+    config = tiny_config(teacher_init="random")
+    teachers = make_teachers(student, config.teachers, 10, 10, torch.Generator().manual_seed(0))
+    for teacher in teachers.modules().values():
+        for name, parameter in teacher.named_parameters():
+            if "norm" in name:
+                assert (parameter == float(name.endswith("weight"))).all(), name
 
 
 def test_teachers_do_not_change_while_they_teach() -> None:

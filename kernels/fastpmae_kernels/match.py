@@ -29,19 +29,22 @@ def nearest_patch_ref(
         fold_sizes: patches in each fold; needed by scope "fold", where both sides have the same folds.
 
     Returns:
-        Indices into `patches`; of equally near patches, the lowest.
+        Indices into `patches`, found in fp32 or better; of equally near patches, the lowest.
 
     Raises:
         ValueError: for an unknown metric or scope, or fold sizes that do not add up to the patches.
     """
-    if metric == "cosine":
-        # The student's own length changes no order, but a common scale keeps low precision away from overflow.
-        similarity = F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).mT
-    elif metric == "l2":
-        # |s - t|^2 = |s|^2 - 2 s.t + |t|^2, and |s|^2 is the same for every candidate of a row.
-        similarity = 2 * student @ teacher.mT - teacher.square().sum(dim=-1).unsqueeze(1)
-    else:
+    if metric not in ("cosine", "l2"):
         raise ValueError(f"unknown match metric {metric!r}: 'cosine' or 'l2'")
+    if student.dtype != torch.float64:
+        student, teacher = student.float(), teacher.float()
+    # Autocast would take the product in bf16, where patches that are merely near would tie.
+    with torch.autocast(student.device.type, enabled=False):
+        if metric == "cosine":
+            similarity = F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).mT
+        else:
+            # |s - t|^2 = |s|^2 - 2 s.t + |t|^2, and |s|^2 is the same for every candidate of a row.
+            similarity = 2 * student @ teacher.mT - teacher.square().sum(dim=-1).unsqueeze(1)
     if scope == "fold":
         if sum(fold_sizes) != teacher.shape[1] or student.shape[1] != teacher.shape[1]:
             raise ValueError(f"fold sizes {tuple(fold_sizes)} do not add up to {teacher.shape[1]} patches")

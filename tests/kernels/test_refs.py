@@ -142,6 +142,15 @@ def test_the_nearest_patch(metric: str, scope: str, fold_sizes: tuple[int, ...])
     assert nearest_patch_ref(student.float(), teacher.float(), metric, scope, fold_sizes).tolist() == found.tolist()
 
 
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_autocast_does_not_blur_the_match(metric: str) -> None:
+    """A product in bf16 has 8 bits: near patches would tie, and ties go to the lowest index."""
+    student, teacher = tokens(1, 2, 150, 64).float(), (tokens(2, 2, 150, 64) * 0.05 + tokens(3, 2, 1, 64)).float()
+    truth = nearest_patch_ref(student, teacher, metric)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_patch_ref(student, teacher, metric), truth)
+
+
 def test_cosine_and_l2_differ() -> None:
     student = torch.tensor([[[1.0, 0.0]]])
     teacher = torch.tensor([[[100.0, 1.0], [1.0, 1.0]]])
