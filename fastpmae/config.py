@@ -134,7 +134,8 @@ class Optimiser:
     batch_size: int = 768
     """Images in one optimiser step, over all ranks and accumulated parts."""
     accumulate: int = 1
-    """Parts that a step's images are computed in, one after the other, on each rank."""
+    """Parts that a step's images are computed in, one after the other, on each rank; pseudo labels are balanced within
+    a part."""
     lr: float = 2.666e-4
     """Peak learning rate for 256 images; it grows in proportion with the batch size."""
     warmup_epochs: float | None = None

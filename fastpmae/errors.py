@@ -1,5 +1,6 @@
 """How a command ends when something is wrong: one sentence, no traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -22,6 +23,10 @@ def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
     except RunError as error:
         print(f"{name}: stopped: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # whoever read our output (head, less) has seen enough; what is left in the buffer must go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

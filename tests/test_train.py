@@ -351,6 +351,14 @@ def test_compiled_passes_compute_the_same(tiny: Config, tmp_path: Path):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
 
+def test_bf16_trains_close_to_fp32(tiny: Config, tmp_path: Path):
+    full = rows_of(pretrain(tiny.using(steps=4)))
+    half = rows_of(pretrain(tiny.using(steps=4, precision="bf16", out=tmp_path / "half")))
+    for one, other in zip(full, half, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+        assert one["loss"] != other["loss"]
+
+
 @pytest.mark.parametrize("name", ["paper", "sdae", "sdae-code", "mae", "single-step", "single-epoch"])
 def test_every_method_trains(tiny: Config, name: str):
     method = PRESETS[name]
