@@ -1,0 +1,189 @@
+"""FFCV's own behaviour that the engine must hold off, and what it must take from FFCV."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastpmae_loaders import Beton, PairedViews, UserError, ViewSettings
+from tests.loaders.files import made_pixels, write_beton
+from tests.made import REPOSITORY
+
+
+def run_python(code: str, **environment: str) -> str:
+    paths = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_loaders_imports_none_of_the_rest():
+    run_python(
+        """
+        import sys
+        import fastpmae_loaders
+        from fastpmae_loaders import PairedViews, PlainViews, Batch, ViewSettings, Beton, draw_plans
+        for name in ("fastpmae", "fastpmae_kernels", "triton", "xformers", "ffcv", "torchvision", "jaxtyping"):
+            assert name not in sys.modules, name
+        """
+    )
+
+
+def test_a_fresh_process_keeps_its_thread_counts_and_warns_of_nothing(mixed):
+    """With warnings as errors from the first import on."""
+    run_python(
+        f"""
+        import sys, threading, torch, numba
+        torch.set_num_threads(3)
+        before = numba.get_num_threads()
+        from fastpmae_loaders import PairedViews, ViewSettings
+        settings = ViewSettings(image_size=32, patch_size=8)
+        with PairedViews({str(mixed)!r}, 4, settings=settings) as views:
+            assert torch.get_num_threads() == 3
+            for batch in views:
+                assert torch.get_num_threads() == 3
+        assert "ffcv" in sys.modules
+        assert "triton" not in sys.modules
+        assert torch.get_num_threads() == 3
+        assert numba.get_num_threads() == before
+        assert threading.active_count() == 1
+        """
+    )
+
+
+def test_leaving_in_mid_epoch_ends_the_process_at_once(mixed):
+    """No thread may hold the interpreter back, nor crash it on the way out."""
+    run_python(
+        f"""
+        from fastpmae_loaders import PairedViews, ViewSettings
+        views = PairedViews({str(mixed)!r}, 2, settings=ViewSettings(image_size=32, patch_size=8), workers=3)
+        taken = iter(views)
+        next(taken)
+        """
+    )
+
+
+def test_without_ffcv_one_sentence(mixed, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    with pytest.raises(UserError, match="pip install ffcv") as caught:
+        PairedViews(mixed, 4)
+    assert "\n" not in str(caught.value)
+
+
+# FFCV compiles in its own thread, where a warning that is an error would hang the consumer
+@pytest.mark.filterwarnings("ignore::numba.NumbaWarning")
+@pytest.mark.timeout(60)
+def test_the_operation_runs_in_ffcvs_own_loader(mixed):
+    """Under FFCV's own iterator, with FFCV's memory, the pictures are the same."""
+    from fastpmae_loaders.engine import Source
+    from fastpmae_loaders.ffcv_engine import open_ffcv
+
+    settings = ViewSettings(image_size=32, patch_size=8, folds=5)
+    with PairedViews(mixed, 5, settings=settings, shuffle=False, drop_last=False) as views:
+        expected = list(views)
+    threads = torch.get_num_threads()
+    stock, operation = open_ffcv(Source(Beton(mixed), settings, 0), 5)
+    operation.epoch = 0
+    found = [[np.array(part) for part in rows] for (rows,) in stock]
+    torch.set_num_threads(threads)  # FFCV's iterator sets it
+    assert len(found) == len(expected)
+    for rows, batch in zip(found, expected, strict=True):
+        assert (rows[0] == batch.simple.numpy()).all()
+        assert (rows[1] == batch.complex.numpy()).all()
+        assert (rows[2] == batch.visible.numpy()).all()
+        assert (rows[3] == batch.folds.numpy()).all()
+
+
+def test_a_file_of_ffcvs_own_writer(tmp_path):
+    """Other field names, two image fields, a float field: the first image and the first int count."""
+    fields = pytest.importorskip("ffcv.fields")
+    from ffcv.writer import DatasetWriter
+
+    class Samples:
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            return float(i), made_pixels(i, 40 + i, 50), made_pixels(i + 50, 8, 8), i * 3
+
+    kinds = {
+        "weight": fields.FloatField(),
+        "picture": fields.RGBImageField(write_mode="raw"),
+        "thumbnail": fields.RGBImageField(write_mode="raw"),
+        "kind": fields.IntField(),
+    }
+    threads = torch.get_num_threads()
+    DatasetWriter(str(tmp_path / "stock.beton"), kinds, num_workers=1).from_indexed_dataset(Samples())
+    torch.set_num_threads(threads)
+    ours = write_beton(tmp_path / "ours.beton", [made_pixels(i, 40 + i, 50) for i in range(6)])
+    settings = ViewSettings(image_size=32, patch_size=8)
+    with PairedViews(tmp_path / "stock.beton", 6, settings=settings) as a, PairedViews(ours, 6, settings=settings) as b:
+        first, second = next(iter(a)), next(iter(b))
+    assert torch.equal(first.simple, second.simple)
+    assert torch.equal(first.complex, second.complex)
+    assert (first.label == first.index * 3).all()
+
+
+@pytest.mark.slow
+def test_one_huge_image_does_not_multiply_by_the_batch(tmp_path):
+    """Batches of 64 beside one image of 4000 x 3000: FFCV's own decoders would allocate gigabytes."""
+    import io
+
+    from PIL import Image
+
+    from tests.made import made_image
+
+    def jpeg(number: int, width: int, height: int) -> bytes:
+        file = io.BytesIO()
+        made_image(number, width, height).save(file, "jpeg", quality=80)
+        return file.getvalue()
+
+    small = [jpeg(number, 500, 375) for number in range(8)]
+    huge = jpeg(9, 4000, 3000)
+    assert Image.open(io.BytesIO(huge)).size == (4000, 3000)
+    images, sizes = [huge] + [small[i % 8] for i in range(255)], [(4000, 3000)] + [(500, 375)] * 255
+    file = write_beton(tmp_path / "huge.beton", images, sizes, page_size=1 << 23)
+    peak = run_python(
+        f"""
+        import resource
+        from fastpmae_loaders import PairedViews
+        with PairedViews({str(file)!r}, 64, workers=2) as views:
+            for batch in views:
+                pass
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        """
+    )
+    assert int(peak) * 1024 < 1.2e9
+
+
+def test_a_jpeg_larger_than_its_record_writes_nowhere(broken):
+    """Sample 7 of the file is 80 x 60 where its record, which sizes the buffer, says 40 x 30."""
+    settings = ViewSettings(image_size=32, patch_size=8)
+    with PairedViews(broken, 8, settings=settings, shuffle=False) as views:
+        assert next(iter(views)).failed == [5, 6, 7, 6, 7, 7]
+
+
+def test_hidden_cache_folder(tmp_path: Path):
+    """A package folder that may not be written to: compiled code goes elsewhere and everything works."""
+    run_python(
+        """
+        import numpy as np
+        from fastpmae_loaders import uniforms
+        assert uniforms(0, 0, np.arange(3), 0, 2).shape == (3, 2)
+        """,
+        NUMBA_CACHE_DIR=str(tmp_path / "cache"),
+    )
+    assert list((tmp_path / "cache").rglob("*.nbi"))
