@@ -48,9 +48,9 @@ def pretrain(config: Config) -> Path:
         images = fingerprint(beton)
         run = world.from_first(lambda: open_run(config, images))
 
-        epochs, accumulate = config.optimiser.epochs, config.optimiser.accumulate
+        accumulate = config.optimiser.accumulate
         steps_per_epoch = len(loader) // accumulate
-        total_steps = steps_per_epoch * epochs
+        total_steps = steps_per_epoch * config.optimiser.epochs
         last_step = total_steps if config.run.steps is None else min(total_steps, config.run.steps)
 
         init = config.run.init if run.checkpoint is None else None
@@ -97,7 +97,8 @@ def pretrain(config: Config) -> Path:
 
         saved_at = time.monotonic()
         log.start_clock(step)
-        for epoch in range(step // steps_per_epoch, epochs):
+        while step < last_step:
+            epoch = step // steps_per_epoch
             batches = feed.epoch(epoch, first_batch=step % steps_per_epoch * accumulate)
             while step < min((epoch + 1) * steps_per_epoch, last_step):
                 lr = learning_rate(config, step, steps_per_epoch)

@@ -344,6 +344,30 @@ def test_two_ranks_compute_what_one_process_computes(tiny: Config, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_torchrun_passes_a_preemption_on_and_the_run_goes_on_alone(tiny: Config, tmp_path: Path):
+    """SIGTERM to torchrun, as a scheduler sends it: both ranks stop after the same step, and one process resumes."""
+    tiny = tiny.using(epochs=1000, save_steps=3)
+    out = tmp_path / "ranks"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    process = subprocess.Popen(
+        [*launch, "fastpmae.train", *flags_of(tiny.using(out=out))],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(checkpoint_path(out, 3), process)
+    process.terminate()
+    _, text = process.communicate(timeout=60)
+    assert process.returncode != 0
+    newest = read_checkpoint(checkpoints_in(out)[0])
+    step = newest.progress["step"]
+    assert text.count(f"SIGTERM after step {step} of") == 2, text
+    pretrain(tiny.using(out=out, resume="auto", steps=step + 2))
+    assert rows_of(out)[-1]["step"] == step + 2
+    assert f"resumed from {newest.path}" in (out / "train.log").read_text()
+
+
+@pytest.mark.slow
 def test_compiled_passes_compute_the_same(tiny: Config, tmp_path: Path):
     eager = rows_of(pretrain(tiny.using(steps=4)))
     compiled = rows_of(pretrain(tiny.using(steps=4, compile="on", out=tmp_path / "compiled")))
