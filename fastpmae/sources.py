@@ -26,6 +26,7 @@ _OTHER_SUFFIXES = frozenset((
 ))
 # fmt: on
 _TAR_SUFFIXES = (".tar",)
+_PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|....ftypavif"
@@ -121,6 +122,11 @@ def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = 
         source, note = _list_folder(root, files, settings)
     source.items += files.bad
     source.notes[:0] = note
+    if not source.items and files.packed:
+        raise UserError(
+            f"{printable(str(root))} holds no images, but packed files such as {printable(files.packed[0])}: "
+            "unpack them first (tar shards must be plain .tar files)"
+        )
     if not source.items:
         raise UserError(
             f"{printable(str(root))} holds no images ({files.others:,} other files); a folder of images, tar "
@@ -137,6 +143,7 @@ class _Files:
         self.tars: list[str] = []
         self.tables: list[str] = []
         self.others = 0
+        self.packed: list[str] = []
         self.bad: list[Item] = []
         if root.is_dir():
             self._walk(str(root))
@@ -198,6 +205,8 @@ class _Files:
             self.tables.append(relative)
         else:
             self.others += 1
+            if name.lower().endswith(_PACKED_SUFFIXES):
+                self.packed.append(relative)
 
     def _unusable(self, path: str, reason: str) -> None:
         self.bad.append(Item("bad", path, (reason,), -1))

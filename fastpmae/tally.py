@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_UPDATES = 0.1
 
 
 class Tally:
@@ -18,6 +19,7 @@ class Tally:
         self._started = self._told = self._ended = 0.0
         self._bar = None
         self._task = None
+        self._pause = _SECONDS_BETWEEN_LINES
 
     def phase(self, text: str) -> None:
         """Says what is being done, in a terminal: elsewhere the first line of progress is soon enough."""
@@ -47,12 +49,14 @@ class Tally:
     def advance(self) -> None:
         """One more is done."""
         if not self._done:  # the rate leaves out the time that worker processes take to start
-            self._started = time.monotonic()
+            self._started = self._told = time.monotonic()
         self._done += 1
+        if not self._live or time.monotonic() < self._told + self._pause:
+            return
+        self._told = time.monotonic()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, rate=self.rate())
-        elif self._live and time.monotonic() - self._told >= _SECONDS_BETWEEN_LINES:
-            self._told = time.monotonic()
+        else:
             line = f"{self._done:,} of {self._total:,} {self._unit}, {self.rate()}"
             print(line, file=sys.stderr, flush=True)
 
@@ -72,6 +76,7 @@ class Tally:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), refresh_per_second=5, transient=True) as bar:
             self._bar, self._task = bar, bar.add_task("", total=self._total, rate="")
+            self._pause = _SECONDS_BETWEEN_UPDATES
             try:
                 yield
             finally:

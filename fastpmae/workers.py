@@ -193,10 +193,18 @@ class WorkerPool:
 
     def _start(self) -> _Worker:
         ours, theirs = Pipe()
+        paths = json.dumps([str(path) for path in sys.path])
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         try:
             process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())],
+                [
+                    sys.executable,
+                    "-c",
+                    _BOOT,
+                    json.dumps([str(path) for path in sys.path]),
+                    str(theirs.fileno()),
+                    str(os.getpid()),
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ from fastpmae.pages import LARGEST_PAGE, PageWriter
 from fastpmae.sources import Item, Source, SourceSettings, find_images, printable, read_item
 from fastpmae.tally import Tally
 from fastpmae.workers import Failure, WorkerPool, usable_cores
+from fastpmae_loaders.beton import Beton
 
 PAGE_SIZE = 8 << 20
 SMALLEST_PAGE = 2 << 20  # FFCV's own limit
@@ -100,6 +101,8 @@ def write_beton(
         if not pages.samples:
             raise UserError(f"{printable(str(source))}: none of {len(found.items):,} images can be stored")
         written.file_size = pages.finish(found.class_names)
+        file.flush()
+        Beton(file.name)  # what is about to take its place opens, by the rules for files of strangers
         _list_bad(out, written.bad)
     return written
 

@@ -101,9 +101,10 @@ def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
 
 def test_nothing_to_list(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    tree(tmp_path, "packed/set.tar.gz", content=b"hello")
     tree(tmp_path, "text/readme.txt", content=b"hello")
     for name, says in [("missing", "does not exist"), ("empty", "no images"), ("text", r"no images \(1 other"),
-                       ("text/readme.txt", "no images"), ("a\0b", "does not exist")]:  # fmt: skip
+                       ("text/readme.txt", "no images"), ("packed", "unpack"), ("a\0b", "does not exist")]:  # fmt: skip
         with pytest.raises(UserError, match=says):
             find_images(f"{tmp_path}/{name}")
 
