@@ -69,7 +69,8 @@ def _describe(beton: Beton) -> list[str]:
     longer = np.maximum(beton.width, beton.height)
     smallest, largest = int(np.argmin(longer)), int(np.argmax(longer))
     if beton.class_names is not None:
-        labels = f"{len(beton.class_names):,} named classes"
+        count = len(beton.class_names)
+        labels = f"{count:,} named {'class' if count == 1 else 'classes'}"
     else:
         labels = f"labels {beton.label.min()} to {beton.label.max()}, no class names"
     shapes = ", ".join(f"{beton.width[i]}x{beton.height[i]}" for i in (smallest, largest))

@@ -197,14 +197,7 @@ class WorkerPool:
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         try:
             process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    _BOOT,
-                    json.dumps([str(path) for path in sys.path]),
-                    str(theirs.fileno()),
-                    str(os.getpid()),
-                ],
+                [sys.executable, "-c", _BOOT, paths, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
