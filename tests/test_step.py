@@ -69,7 +69,12 @@ def computed(config: Config, student: Any, teachers: Any, batch: Any, keep: Tens
     return losses, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in student.named_parameters()}
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("dual, folds of 5, 4 and 4", "single, both views", "SdAE as released", "MAE")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_losses_and_gradients_in_float64(name: str) -> None:
     config, student, teachers, batch = set_up(CASES[name])
     keep = keep_of(config, len(batch)) if config.model.drop_path else None
@@ -93,7 +98,7 @@ def test_losses_and_gradients_in_float64(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["dual, folds of 5, 4 and 4", "single, both views", "SdAE as released", "MAE"])
+@pytest.mark.parametrize("name", FAST)
 def test_losses_and_gradients_in_fp32(name: str) -> None:
     """The same weights rounded to fp32: losses within 1e-5, and each gradient within 1e-3 of its largest entry."""
     config, student, teachers, batch = set_up(CASES[name])
@@ -112,6 +117,7 @@ def test_losses_and_gradients_in_fp32(name: str) -> None:
         assert error <= 1e-3 * scale, f"{parameter}: {error / scale:.1e} of its largest entry"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dual", "single, both views", "SdAE as released", "MAE", "match within folds"])
 def test_gradients_are_finite_differences(name: str) -> None:
     """(loss(w + hd) - loss(w - hd)) / 2h in random directions d, for each part of the student on its own."""

@@ -16,6 +16,7 @@ EPOCHS, PER_EPOCH = 3, 5
 STEPS = EPOCHS * PER_EPOCH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dual", "single-epoch", "random"])
 def test_every_step_of_a_run(method: str, tiny: Config) -> None:
     settings = {
@@ -85,6 +86,7 @@ def check_following(before: dict[str, Tensor], after: dict[str, Tensor], role: s
         torch.testing.assert_close(after[role + name].double(), truth, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_logged_losses_and_gradients_are_the_references(tiny: Config) -> None:
     """Batches of the real loader through the reference, with the weights that the run had before the step."""
     config = tiny.using(save_steps=1, keep=100)
