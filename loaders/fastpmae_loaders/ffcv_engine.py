@@ -101,12 +101,13 @@ def _plain_dict() -> Iterator[None]:
 
     Only Python code ever reads it, so for the time of the import a Python dictionary takes its place.
     """
-    compiled = numba.typed.Dict
-    numba.typed.Dict = dict
+    typed: Any = numba.typed
+    compiled = typed.Dict
+    typed.Dict = dict
     try:
         yield
     finally:
-        numba.typed.Dict = compiled
+        typed.Dict = compiled
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """`PairedViews`: the training loader. One decode, two views, visible patches, folds."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -154,6 +154,30 @@ class PairedViews:
             start = self._batch = 0
         self._resumed = False
         return Iteration(self, start)
+
+    def batch_of(self, index: Sequence[int] | np.ndarray) -> Batch:
+        """The samples named, as the current epoch shows them; the position does not change.
+
+        Raises:
+            UserError: for samples that the file does not hold, or that do not decode.
+        """
+        wanted = np.array(index, np.int64)
+        for sample in wanted[(wanted < 0) | (wanted >= len(self.beton))]:
+            raise UserError(f"{self.beton.path} has no sample {sample}: it holds {len(self.beton)}, counted from 0")
+        stream = self._runner.stream(lambda _: make_job(wanted, self._epoch, self.settings), 0, 1)
+        try:
+            job = stream.take()
+        finally:
+            self._runner.end(stream)
+        if job is None:
+            raise UserError("the loader was closed")
+        wrong = wanted[wanted != job.rows.index]
+        if len(wrong):
+            raise UserError(
+                f"{self.beton.path}: sample {wrong[0]} does not decode; look at the file with "
+                f"fastpmae-write --check {self.beton.path}"
+            )
+        return batch_of(job, self._label[wanted], self.settings.fold_sizes, [])
 
     def close(self) -> None:
         """End every iteration and its threads."""

@@ -7,6 +7,9 @@ so every machine, with whichever vector width, gives the same bits.
 Addresses are integers (`array.ctypes.data` plus an offset in bytes); nothing here checks bounds.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -31,6 +34,11 @@ class Vector(types.Type):
 class _VectorModel(PrimitiveModel):
     def __init__(self, manager, kind) -> None:
         super().__init__(manager, kind, _llvm(kind.bits, kind.lanes))
+
+
+def _operation(define: Callable[..., Any]) -> Callable[..., Any]:
+    """numba's `intrinsic`, whose first argument callers do not see and type checkers would ask for."""
+    return intrinsic(define)
 
 
 _BYTES = Vector(8, 16)
@@ -67,7 +75,7 @@ def _to_byte(builder, sums, lanes: int):
     return builder.select(builder.icmp_signed("<", low, top), low, top)
 
 
-@intrinsic
+@_operation
 def load_bytes(typingctx, address):
     """16 bytes."""
 
@@ -77,7 +85,7 @@ def load_bytes(typingctx, address):
     return _BYTES(types.int64), code
 
 
-@intrinsic
+@_operation
 def load_shorts(typingctx, address):
     """16 numbers of 16 bits."""
 
@@ -87,7 +95,7 @@ def load_shorts(typingctx, address):
     return _SHORTS(types.int64), code
 
 
-@intrinsic
+@_operation
 def load_pair(typingctx, address):
     """One pair of 16-bit numbers, repeated eight times."""
 
@@ -99,7 +107,7 @@ def load_pair(typingctx, address):
     return _SHORTS(types.int64), code
 
 
-@intrinsic
+@_operation
 def rounding(typingctx):
     """Eight sums, begun at one half."""
 
@@ -109,7 +117,7 @@ def rounding(typingctx):
     return _INTS(), code
 
 
-@intrinsic
+@_operation
 def rounding_half(typingctx):
     """Eight sums of which the first and last four will be added up: the first four begun at one half."""
 
@@ -120,7 +128,7 @@ def rounding_half(typingctx):
     return _INTS(), code
 
 
-@intrinsic
+@_operation
 def four_pixels(typingctx, pixels):
     """Bytes r0 g0 b0 r1 g1 b1 ... to 16-bit pairs r0 r1, g0 g1, b0 b1, 0 0, r2 r3, g2 g3, b2 b3, 0 0."""
 
@@ -131,30 +139,27 @@ def four_pixels(typingctx, pixels):
     return _SHORTS(_BYTES), code
 
 
-def _interleave(start: int):
-    def make(typingctx, first, second):
-        def code(context, builder, signature, args):
-            places = [place for lane in range(start, start + 8) for place in (lane, 16 + lane)]
-            return builder.zext(_shuffle(builder, args[0], args[1], places), _llvm(16, 16))
+def _interleave(start: int, first, second):
+    def code(context, builder, signature, args):
+        places = [place for lane in range(start, start + 8) for place in (lane, 16 + lane)]
+        return builder.zext(_shuffle(builder, args[0], args[1], places), _llvm(16, 16))
 
-        return _SHORTS(_BYTES, _BYTES), code
-
-    return make
+    return _SHORTS(_BYTES, _BYTES), code
 
 
-@intrinsic
+@_operation
 def interleave_low(typingctx, first, second):
     """The first eight bytes of both, in pairs of 16-bit numbers."""
-    return _interleave(0)(typingctx, first, second)
+    return _interleave(0, first, second)
 
 
-@intrinsic
+@_operation
 def interleave_high(typingctx, first, second):
     """The last eight bytes of both, in pairs of 16-bit numbers."""
-    return _interleave(8)(typingctx, first, second)
+    return _interleave(8, first, second)
 
 
-@intrinsic
+@_operation
 def add_products(typingctx, sums, numbers, weights):
     """sums[i] + numbers[2i] * weights[2i] + numbers[2i+1] * weights[2i+1]."""
 
@@ -168,7 +173,7 @@ def add_products(typingctx, sums, numbers, weights):
     return _INTS(_INTS, _SHORTS, _SHORTS), code
 
 
-@intrinsic
+@_operation
 def store_pixel(typingctx, address, sums):
     """Add the two halves of `sums`, shift, clamp, and store four bytes (the fourth has no meaning)."""
 
@@ -182,7 +187,7 @@ def store_pixel(typingctx, address, sums):
     return types.none(types.int64, _INTS), code
 
 
-@intrinsic
+@_operation
 def pack(typingctx, low, high):
     """Sixteen sums to sixteen bytes: shifted and clamped."""
 
@@ -193,7 +198,7 @@ def pack(typingctx, low, high):
     return _BYTES(_INTS, _INTS), code
 
 
-@intrinsic
+@_operation
 def store_bytes(typingctx, address, pixels):
     """Store 16 bytes."""
 
@@ -204,7 +209,7 @@ def store_bytes(typingctx, address, pixels):
     return types.none(types.int64, _BYTES), code
 
 
-@intrinsic
+@_operation
 def store_planes(typingctx, address, plane, first, second, third):
     """Sixteen interleaved pixels (48 bytes) to 16 bytes in each of three planes `plane` bytes apart."""
 
@@ -224,7 +229,7 @@ def store_planes(typingctx, address, plane, first, second, third):
     return types.none(types.int64, types.int64, _BYTES, _BYTES, _BYTES), code
 
 
-@intrinsic
+@_operation
 def copy_bytes(typingctx, target, source, count):
     """memcpy."""
 
@@ -236,7 +241,7 @@ def copy_bytes(typingctx, target, source, count):
     return types.none(types.int64, types.int64, types.int64), code
 
 
-@intrinsic
+@_operation
 def load_byte(typingctx, address):
     """One byte, as int64."""
 
@@ -246,7 +251,7 @@ def load_byte(typingctx, address):
     return types.int64(types.int64), code
 
 
-@intrinsic
+@_operation
 def store_byte(typingctx, address, value):
     """Store the low byte of an int64."""
 
@@ -258,7 +263,7 @@ def store_byte(typingctx, address, value):
     return types.none(types.int64, types.int64), code
 
 
-@intrinsic
+@_operation
 def _fetch_add(typingctx, address):
     def code(context, builder, signature, args):
         number = ir.IntType(64)
@@ -273,7 +278,7 @@ def fetch_add(counter):
     return _fetch_add(np.int64(counter.ctypes.data))
 
 
-@intrinsic
+@_operation
 def call_decoder(typingctx, function, source, size, height, width, target):
     """Call FFCV's `imdecode` at the address `function`: a whole JPEG to uint8 [height, width, 3]. 0 is success.
 
