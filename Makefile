@@ -5,6 +5,8 @@
 # the interpreter; ARGS are passed on: make train ARGS="--steps 20", make test ARGS="-k beton".
 
 venv := .venv/bin
+# torch's waiting threads sleep and do not spin: on a machine that does something else as well, that is twice as fast
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup train test
 

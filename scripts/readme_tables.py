@@ -1,0 +1,79 @@
+"""Writes two parts of README.md from the code: the tables of fastpmae-train's settings, and the map of the modules.
+
+.venv/bin/python scripts/readme_tables.py      rewrites the parts of README.md between their markers
+"""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import fastpmae.config
+from fastpmae.config import PRESETS, Config
+
+ROOT = Path(__file__).resolve().parents[1]
+MAPPED = ("fastpmae", "loaders/fastpmae_loaders", "kernels/fastpmae_kernels", "scripts")
+
+
+def settings() -> str:
+    """One table for each group of settings, with the values of the `paper` preset."""
+    texts, lines = _help_texts(), []
+    for group, kind in get_type_hints(Config).items():
+        lines += [f"**{group}**: {kind.__doc__}", "", "| flag | value | meaning |", "| --- | --- | --- |"]
+        hints = get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            hint, text = hints[field.name], texts.get((kind.__name__, field.name), "")
+            if get_origin(hint) is Literal:
+                text = ", ".join(f"`{choice}`" for choice in get_args(hint)) + ". " + text
+            value = _plain(getattr(getattr(PRESETS["paper"], group), field.name))
+            lines.append(f"| `--{field.name.replace('_', '-')}` | {value} | {text.replace('|', '/')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def modules() -> str:
+    """A row for each module, with the first paragraph of its docstring."""
+    lines = ["| module | what it is |", "| --- | --- |"]
+    for folder in MAPPED:
+        for path in sorted((ROOT / folder).glob("*.py")):
+            text = ast.get_docstring(ast.parse(path.read_text())) or ""
+            if path.name != "__init__.py":
+                first = text.split("\n\n")[0].replace("\n", " ").replace("|", "/")
+                lines.append(f"| `{path.relative_to(ROOT)}` | {first} |")
+    return "\n".join([*lines, ""])
+
+
+def rewritten(readme: str) -> str:
+    """The README with both parts as they should be."""
+    for name, part in (("settings", settings()), ("modules", modules())):
+        begin, end = f"<!-- {name}: written by scripts/readme_tables.py -->", f"<!-- end of {name} -->"
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n\n{part}\n{end}{rest.split(end)[1]}"
+    return readme
+
+
+def _help_texts() -> dict[tuple[str, str], str]:
+    """The docstring under each field of the settings, by class and field."""
+    texts = {}
+    for node in ast.parse(inspect.getsource(fastpmae.config)).body:
+        if isinstance(node, ast.ClassDef):
+            for field, below in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                    texts[node.name, ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+    return texts
+
+
+def _plain(value: Any) -> str:
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(rewritten(path.read_text()))
