@@ -4,6 +4,7 @@ Nothing here knows of teachers, losses or the loop. Tokens are named by their pl
 row, and a network only ever sees the patches it is given.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -134,9 +135,9 @@ class Encoder(nn.Module):
         embedded = self.embed(images, folds)
         class_tokens, patch_tokens = [], []
         start = 0
-        # Folds differ in size by at most one, the larger first: one stacked pass for each of the two sizes.
-        for size in sorted(set(fold_sizes), reverse=True):
-            count = list(fold_sizes).count(size)
+        # Folds differ in size by at most one, the larger first, so this is one stacked pass, or two.
+        for size, same in itertools.groupby(fold_sizes):
+            count = len(list(same))
             stacked = embedded[:, start : start + count * size].reshape(batch * count, size, dim)
             encoded = self.encode(stacked).view(batch, count, 1 + size, dim)
             class_tokens.append(encoded[:, :, 0])

@@ -54,6 +54,9 @@ def resolve(config: Config, device: torch.device, beton: Beton) -> Config:
     if precision == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if bf16 else "fp32"
+    if config.teachers.teachers == "dual" and not (config.loss.lambda_c or config.loss.lambda_p):
+        # without a loss that reads its labels, the labelling teacher would only cost time
+        config = config.using(teachers="reconstruction")
     return config.using(precision=precision, page_order=page_order, warmup_epochs=float(warmup_epochs(config)))
 
 

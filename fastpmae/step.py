@@ -68,7 +68,10 @@ def label(
     view = getattr(batch, config.views.labelling_view)
     class_tokens, patch_tokens = teacher.encoder.encode_folds(view, batch.folds, batch.fold_sizes)
     assert teacher.head is not None
-    logits = teacher.head(class_tokens.flatten(0, 1), patch_tokens.flatten(0, 1))
+    # Where the rest is in bf16 the head is in fp16: as fast, and its logits are eight times as fine.
+    kind = view.device.type
+    with torch.autocast(kind, torch.float16, enabled=torch.is_autocast_enabled(kind)):
+        logits = teacher.head(class_tokens.flatten(0, 1), patch_tokens.flatten(0, 1))
     labels = [pseudo_labels(rows, loss.epsilon, loss.sinkhorn_iterations, group) for rows in logits]
     return patch_tokens, labels[0], labels[1]
 

@@ -104,7 +104,7 @@ def test_a_dropped_branch_adds_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "fold_sizes", [(4, 4, 4), (12,), (5, 4, 3), (5, 4, 4), (3, 3, 2, 2), (4, 4, 4, 1), (1, 1)], ids=str
+    "fold_sizes", [(4, 4, 4), (4, 5, 4), (12,), (5, 4, 3), (5, 4, 4), (3, 3, 2, 2), (4, 4, 4, 1), (1, 1)], ids=str
 )
 def test_folds_are_encoded_on_their_own(fold_sizes: tuple[int, ...]) -> None:
     encoder = made_encoder()

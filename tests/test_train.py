@@ -375,6 +375,12 @@ def test_compiled_passes_compute_the_same(tiny: Config, tmp_path: Path):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
 
+def test_two_teachers_without_a_loss_for_labels_are_one(tiny: Config, tmp_path: Path):
+    dual = pretrain(tiny.using(lambda_c=0.0, lambda_p=0.0, steps=3))
+    one = pretrain(tiny.using(lambda_c=0.0, lambda_p=0.0, steps=3, teachers="reconstruction", out=tmp_path / "one"))
+    assert_same_run(dual, one, 3)
+
+
 def test_bf16_trains_close_to_fp32(tiny: Config, tmp_path: Path):
     full = rows_of(pretrain(tiny.using(steps=4)))
     half = rows_of(pretrain(tiny.using(steps=4, precision="bf16", out=tmp_path / "half")))
