@@ -20,4 +20,4 @@ test: setup
 	$(venv)/ruff check .
 	$(venv)/ruff format --check .
 	$(venv)/pyright
-	$(venv)/python -m pytest $(ARGS)
+	$(venv)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
