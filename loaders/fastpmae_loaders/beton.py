@@ -294,7 +294,7 @@ def _reason(error: Exception) -> str:
 
 
 def _pillow_rgb(payload: bytes) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -305,5 +305,7 @@ def _pillow_rgb(payload: bytes) -> np.ndarray:
                 return np.array(image.convert("RGB"))
     except BetonError:
         raise
+    except UnidentifiedImageError:
+        raise BetonError("the JPEG does not decode: Pillow finds no image in it") from None
     except Exception as error:  # Pillow raises nearly every kind there is on damaged data
         raise BetonError(f"the JPEG does not decode: {_reason(error)}") from None
