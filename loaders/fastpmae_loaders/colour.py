@@ -6,9 +6,9 @@ every machine gives the same bits.
 """
 
 import numpy as np
-from numba import njit
 
 from . import vectors as v
+from .compiled import helper, kernel
 from .elementary import exponential
 from .vectors import WEIGHT_BITS
 
@@ -19,20 +19,20 @@ _ZERO = np.float32(0)
 _TOP = np.float32(255)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@helper
 def _byte(x):
     low = x if x > _ZERO else _ZERO
     return np.uint8(low if low < _TOP else _TOP)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@helper
 def _luma(r, g, b):
     red = np.float32(r) * np.float32(0.2989)
     green = np.float32(g) * np.float32(0.587)
     return (red + green) + np.float32(b) * np.float32(0.114)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def brightness(image, factor):
     """Multiply by `factor`."""
     flat = image.reshape(-1)
@@ -41,7 +41,7 @@ def brightness(image, factor):
         flat[i] = _byte(np.float32(flat[i]) * f)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def contrast(image, factor):
     """Blend with the image's mean luma."""
     flat = image.reshape(3, -1)
@@ -56,7 +56,7 @@ def contrast(image, factor):
         every[i] = _byte(np.float32(every[i]) * f + rest)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def saturation(image, factor):
     """Blend each pixel with its luma."""
     flat = image.reshape(3, -1)
@@ -70,7 +70,7 @@ def saturation(image, factor):
         blue[i] = _byte(np.float32(blue[i]) * f + grey)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@helper
 def _ramp(k):
     """How far a channel lies below the largest at hue distance k (in sixths of the circle): 0 to 1."""
     k = k - np.float32(6) if k >= np.float32(6) else k
@@ -80,7 +80,7 @@ def _ramp(k):
     return low if low < np.float32(1) else np.float32(1)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def hue(image, factor):
     """Turn the hue by `factor` (-0.5 to 0.5) of the circle."""
     flat = image.reshape(3, -1)
@@ -113,7 +113,7 @@ def hue(image, factor):
         blue[i] = _byte((high - spread * _ramp(h + one)) * scale)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def grayscale(image):
     """Each pixel's luma in all three channels."""
     flat = image.reshape(3, -1)
@@ -125,7 +125,7 @@ def grayscale(image):
         blue[i] = grey
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def solarise(image, threshold):
     """Turn bytes of `threshold` and above upside down."""
     flat = image.reshape(-1)
@@ -134,7 +134,7 @@ def solarise(image, threshold):
         flat[i] = ~flat[i] if flat[i] >= bound else flat[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_taps(sigma, taps):
     """Weights of a 23-tap Gaussian in fixed point: taps[0] the middle's, taps[k] those k pixels away.
 
@@ -159,7 +159,7 @@ def fill_taps(sigma, taps):
     return reach
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _mirror(i, size):
     """The place that a place beyond the edge shows, the edge itself not repeated."""
     if size == 1:
@@ -169,7 +169,7 @@ def _mirror(i, size):
     return i
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _blur_slowly(plane, taps, reach, columnwise, between):
     height, width = plane.shape
     for y in range(height):
@@ -187,7 +187,7 @@ def _blur_slowly(plane, taps, reach, columnwise, between):
             plane[y, x] = between[y * width + x]
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _blur_line(upper, lower, taps, reach, width, out):
     """One line of a blur: `upper` and `lower` hold the addresses of the lines k away on either side."""
     x = 0
@@ -205,7 +205,7 @@ def _blur_line(upper, lower, taps, reach, width, out):
         x += 16
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def blur(image, sigma, scratch):
     """Gaussian blur of 23 taps, width `sigma` pixels, edges mirrored; rows first, then columns.
 

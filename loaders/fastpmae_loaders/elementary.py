@@ -5,14 +5,15 @@ additions, multiplications and comparisons, which IEEE 754 fixes.
 """
 
 import numpy as np
-from numba import njit
+
+from .compiled import kernel
 
 _LOG2_E = 1.4426950408889634
 _LN2_HIGH = 0.693147180369123816490
 _LN2_LOW = 1.90821492927058770002e-10
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def exponential(x):
     """e^x for |x| < 700 within two units in the last place."""
     n = np.floor(x * _LOG2_E + 0.5)
@@ -27,7 +28,7 @@ def exponential(x):
     return total * scale
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def round_half_even(x):
     """Python's `round` of a non-negative float to an integer."""
     low = np.floor(x)

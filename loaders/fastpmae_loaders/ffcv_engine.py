@@ -18,9 +18,10 @@ import numba
 import numba.typed
 import numpy as np
 import torch
-from numba import njit, objmode
+from numba import objmode
 
 from .beton import RAW, Beton
+from .compiled import helper, kernel
 from .engine import ATTEMPTS, Job, Source, make_job
 from .errors import UserError
 from .scratch import Scratch, scratch_for
@@ -43,7 +44,7 @@ class Images(NamedTuple):
     mode: np.ndarray
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _jpeg_has_size(address, size, height, width):
     """Does the JPEG's own header say height x width? The metadata, which sized the buffer, may not lie."""
     at = 2
@@ -65,7 +66,7 @@ def _jpeg_has_size(address, size, height, width):
     return False
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _fill(counter, indices, images, data, decoder, seed, epoch, recipe, shorter, scratch, out):
     """Rows of a batch until none is left to take; how many were done here."""
     count = images.mode.shape[0]

@@ -10,7 +10,8 @@ Source of the generator: Salmon, Moraes, Dror and Shaw, "Parallel random numbers
 from typing import Final
 
 import numpy as np
-from numba import njit
+
+from .compiled import helper, kernel
 
 # Numba turns a mix of signed and unsigned 64-bit integers into floats, so every constant here is uint64.
 _WORD: Final = np.uint64(0xFFFFFFFF)
@@ -23,7 +24,7 @@ _ELEVEN: Final = np.uint64(11)
 _ULP: Final = 2.0**-53
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def philox(c0, c1, c2, c3, k0, k1):
     """Ten rounds of philox4x32 on a counter of four words and a key of two (uint64s below 2^32): four words."""
     for _ in range(10):
@@ -35,7 +36,7 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@njit(cache=True, nogil=True)
+@helper
 def words(seed, epoch, index, purpose, block):
     """Four 32-bit words (as uint64) of one block of one purpose of one sample in one epoch."""
     key = np.uint64(seed)
@@ -49,7 +50,7 @@ def words(seed, epoch, index, purpose, block):
     )
 
 
-@njit(cache=True, nogil=True)
+@helper
 def uniform_pair(seed, epoch, index, purpose, block):
     """Two independent float64 numbers in [0, 1), 53 random bits each."""
     w0, w1, w2, w3 = words(seed, epoch, index, purpose, block)
@@ -58,7 +59,7 @@ def uniform_pair(seed, epoch, index, purpose, block):
     return first, second
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_uniforms(seed, epoch, index, purpose, out):
     """Fill `out` float32 [B, count] with numbers in [0, 1), row i for sample `index[i]`."""
     for row in range(out.shape[0]):

@@ -8,8 +8,8 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from .compiled import helper, kernel
 from .elementary import exponential, round_half_even
 from .errors import UserError
 from .philox import fill_uniforms, uniform_pair, words
@@ -61,7 +61,7 @@ class Plans(NamedTuple):
     order: np.ndarray
 
 
-@njit(cache=True, nogil=True)
+@helper
 def draw_crop(seed, epoch, index, purpose, height, width, area_range, log_ratio, box):
     """One crop as torchvision's RandomResizedCrop.get_params draws it: ten tries, then the central fallback."""
     area = np.float64(height) * np.float64(width)
@@ -92,7 +92,7 @@ def draw_crop(seed, epoch, index, purpose, height, width, area_range, log_ratio,
     box[3] = w
 
 
-@njit(cache=True, nogil=True)
+@helper
 def draw_permutation(seed, epoch, index, purpose, out):
     """Fisher-Yates over a sample's patches; below 2^16 of them the bias is under 2^-16 of a chance."""
     count = out.shape[0]
@@ -107,13 +107,13 @@ def draw_permutation(seed, epoch, index, purpose, out):
         out[step], out[j] = out[j], out[step]
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _between(u, strength):
     low = max(0.0, 1.0 - strength)
     return low + u * (1.0 + strength - low)
 
 
-@njit(cache=True, nogil=True)
+@helper
 def draw_plan(seed, epoch, index, height, width, recipe, boxes, flips, factors, choices, order):
     """Draw one sample's plan into the rows given (see Plans)."""
     log_ratio = (recipe.log_ratio_low, recipe.log_ratio_high)
@@ -148,7 +148,7 @@ def draw_plan(seed, epoch, index, height, width, recipe, boxes, flips, factors, 
     draw_permutation(seed, epoch, index, MASK, order)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw_plans(seed, epoch, index, height, width, recipe, boxes, flips, factors, choices, order):
     for i in range(index.shape[0]):
         draw_plan(
@@ -203,7 +203,7 @@ def uniforms(seed: int, epoch: int, index: np.ndarray, purpose: int, count: int)
     return out
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _shuffle(seed, epoch, part, purpose, values):
     for i in range(values.shape[0] - 1, 0, -1):
         u, _ = uniform_pair(seed, epoch, part, purpose, i)

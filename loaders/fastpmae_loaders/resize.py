@@ -7,9 +7,9 @@ A flip costs nothing: the table of the columns is written backwards.
 """
 
 import numpy as np
-from numba import njit
 
 from . import vectors as v
+from .compiled import helper, kernel
 from .vectors import WEIGHT_BITS
 
 ONE = 1 << WEIGHT_BITS
@@ -17,7 +17,7 @@ SLACK = 64
 """Bytes that may be read past the end of what a row needs."""
 
 
-@njit(cache=True, nogil=True)
+@helper
 def bicubic(x):
     """The cubic convolution kernel with a = -0.5 (Keys), Pillow's BICUBIC."""
     x = abs(x)
@@ -28,7 +28,7 @@ def bicubic(x):
     return 0.0
 
 
-@njit(cache=True, nogil=True)
+@helper
 def fill_table(source, target, offset, count, backwards, first, weights):
     """Weights of `count` output pixels, from number `offset` on, of a resize from `source` to `target` pixels.
 
@@ -75,7 +75,7 @@ def table_width(source: int, target: int) -> int:
     return (int(np.ceil(2 * max(source / target, 1.0))) * 2 + 1 + 3) // 4 * 4
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _expand(weights, count, taps, table):
     """Repeat each four weights as `four_pixels` lays its pixels out."""
     for i in range(count):
@@ -87,7 +87,7 @@ def _expand(weights, count, taps, table):
                     table[i, at + 1] = weights[i, quad * 4 + pair * 2 + 1]
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _horizontal(rows, first, table, table_stride, quads, count, out, out_stride):
     """Four rows of interleaved pixels, at the four addresses `rows`, to `count` pixels each at `out`."""
     row0, row1, row2, row3 = rows
@@ -112,7 +112,7 @@ def _horizontal(rows, first, table, table_stride, quads, count, out, out_stride)
         v.store_pixel(at + 3 * out_stride, sum3)
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _vertical(source, stride, first, weights, weights_stride, pairs, count, width, out, plane):
     """Weighted sums of rows of `width` interleaved pixels (at least 16) to `count` rows of three planes."""
     for y in range(count):
@@ -149,7 +149,7 @@ def _vertical(source, stride, first, weights, weights_stride, pairs, count, widt
             x += 16
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _vertical_rows(source, stride, first, weights, weights_stride, taps, last, count, width, out, out_stride):
     """Weighted sums of rows of `width` bytes (at least 16), none below row `last`, to `count` rows."""
     for y in range(count):
@@ -173,7 +173,7 @@ def _vertical_rows(source, stride, first, weights, weights_stride, taps, last, c
             x += 16
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _vertical_slowly(source, stride, first, weights, taps, last, count, width, out, out_stride):
     """The same for rows of fewer than 16 bytes, one number at a time; source and out are arrays' addresses."""
     for y in range(count):
@@ -184,7 +184,7 @@ def _vertical_slowly(source, stride, first, weights, taps, last, count, width, o
             v.store_byte(out + y * out_stride + x, min(max(total >> WEIGHT_BITS, 0), 255))
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _split(source, stride, count, width, out):
     """Rows of interleaved pixels to three planes."""
     for y in range(count):
@@ -207,13 +207,13 @@ def _split(source, stride, count, width, out):
                     out[channel, y, x] = v.load_byte(source + y * stride + 3 * x + channel)
 
 
-@njit(cache=True, nogil=True)
+@helper
 def vertical_goes_first(height, width, full_height, full_width):
     """Pillow's choice (version 13) between the two orders."""
     return height - full_height > max(0, 2 * (width - full_width))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def resize(pixels, height, width, box, full_height, full_width, down, across, flip, out, scratch):
     """Resize the crop `box` of an image to full_height x full_width and keep a window of it.
 
@@ -269,7 +269,7 @@ def resize(pixels, height, width, box, full_height, full_width, down, across, fl
         _split(mixed, mixed_stride, rows, columns, out)
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _vertical_any(job, out, out_stride):
     source, stride, first, weights, taps, last, count, width = job
     if width >= 16:
@@ -281,7 +281,7 @@ def _vertical_any(job, out, out_stride):
         _vertical_slowly(source, stride, first, weights, taps, last, count, width, out, out_stride)
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _horizontal_rows(job, first, table, taps, columns, out, out_stride, edge):
     """All rows of a crop, four at a time; `edge` takes a copy of a row whose loads would pass `last_byte`."""
     source, stride, count, reach, used, last_byte = job
@@ -300,7 +300,7 @@ def _horizontal_rows(job, first, table, taps, columns, out, out_stride, edge):
         row += 4
 
 
-@njit(cache=True, nogil=True)
+@helper
 def _safe_row(address, reach, used, last_byte, edge):
     if address + reach <= last_byte:
         return address

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import PrimitiveModel
 from numba.extending import intrinsic, register_model
+
+from .compiled import kernel
 
 WEIGHT_BITS = 14
 """Fraction bits of the fixed-point weights: 1.0 is 16384, so every bicubic weight fits 16 bits."""
@@ -272,7 +274,7 @@ def _fetch_add(typingctx, address):
     return types.int64(types.int64), code
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fetch_add(counter):
     """Add one to int64 [1] in one indivisible step; its value before."""
     return _fetch_add(np.int64(counter.ctypes.data))

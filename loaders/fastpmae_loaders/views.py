@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from . import colour
+from .compiled import helper, kernel
 from .plan import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED, draw_plan
 from .resize import resize
 
@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     index: np.ndarray
 
 
-@njit(cache=True, nogil=True)
+@helper
 def change_colours(image, factors, choices, recipe, scratch):
     """DINO's order: jitter, grayscale, blur, solarise, each where its coin fell so."""
     if choices[JITTER]:
@@ -50,50 +50,48 @@ def change_colours(image, factors, choices, recipe, scratch):
         colour.solarise(image, recipe.solarise_threshold)
 
 
-@njit(cache=True, nogil=True)
-def fill_pair(row, index, pixels, height, width, seed, epoch, recipe, scratch, out):
-    """Both views, mask and plan of sample `index`, whose uint8 [height, width, 3] lie at address `pixels`."""
-    boxes, flips = out.boxes[row], out.flips[row]
-    draw_plan(seed, epoch, index, height, width, recipe, boxes, flips, scratch.factors, scratch.choices, scratch.order)
-    visible, folds = out.visible[row], out.folds[row]
-    for i in range(visible.shape[0]):
-        visible[i] = scratch.order[i]
-    for i in range(folds.shape[0]):
-        folds[i] = scratch.order[visible.shape[0] + i]
-    side = recipe.side
-    resize(pixels, height, width, boxes[0], side, side, 0, 0, flips[0], out.simple[row], scratch)
-    resize(pixels, height, width, boxes[1], side, side, 0, 0, flips[1], out.complex[row], scratch)
-    change_colours(out.complex[row], scratch.factors, scratch.choices, recipe, scratch)
+@helper
+def _centre(size, side):
+    """First place of the middle `side` of `size`; half a pixel goes to the even side, as Python rounds."""
+    place = (size - side) // 2
+    return place + (size - side) % 2 * (place % 2)
 
 
-@njit(cache=True, nogil=True)
-def fill_plain(row, pixels, height, width, shorter, scratch, out):
-    """The evaluation view: the shorter side resized to `shorter`, then the centre."""
-    side = out.simple.shape[2]
-    if height <= width:
-        full_height, full_width = shorter, shorter * width // height
-    else:
-        full_height, full_width = shorter * height // width, shorter
-    # half a pixel goes to the even side, as Python rounds
-    down = (full_height - side) // 2
-    down += (full_height - side) % 2 * (down % 2)
-    across = (full_width - side) // 2
-    across += (full_width - side) % 2 * (across % 2)
-    box = out.boxes[row, 0]
-    box[0] = 0
-    box[1] = 0
-    box[2] = height
-    box[3] = width
-    resize(pixels, height, width, box, full_height, full_width, down, across, False, out.simple[row], scratch)
-
-
-@njit(cache=True, nogil=True)
+@kernel
 def fill_row(row, index, pixels, height, width, seed, epoch, recipe, shorter, scratch, out):
-    """One row of a batch: the pair of views, or with `shorter` above 0 the evaluation view of that size."""
+    """Sample `index`, whose uint8 [height, width, 3] lie at address `pixels`, as one row of a batch.
+
+    With `shorter` above 0 that is the evaluation view: the shorter side resized to it, then the centre.
+    Otherwise it is both views, mask and plan.
+    """
     out.index[row] = index
     out.size[row, 0] = height
     out.size[row, 1] = width
+    boxes, flips = out.boxes[row], out.flips[row]
+    side = out.simple.shape[2]
+    full_height, full_width = side, side
+    views = 2
     if shorter > 0:
-        fill_plain(row, pixels, height, width, shorter, scratch, out)
+        views = 1
+        full_height = max(shorter, shorter * height // width)
+        full_width = max(shorter, shorter * width // height)
+        boxes[0, 0] = 0
+        boxes[0, 1] = 0
+        boxes[0, 2] = height
+        boxes[0, 3] = width
+        flips[0] = False
     else:
-        fill_pair(row, index, pixels, height, width, seed, epoch, recipe, scratch, out)
+        factors, choices, order = scratch.factors, scratch.choices, scratch.order
+        draw_plan(seed, epoch, index, height, width, recipe, boxes, flips, factors, choices, order)
+        visible, folds = out.visible[row], out.folds[row]
+        for i in range(visible.shape[0]):
+            visible[i] = order[i]
+        for i in range(folds.shape[0]):
+            folds[i] = order[visible.shape[0] + i]
+    down, across = _centre(full_height, side), _centre(full_width, side)
+    # one call for both views, so that it is compiled once
+    for view in range(views):
+        target = out.simple[row] if view == 0 else out.complex[row]
+        resize(pixels, height, width, boxes[view], full_height, full_width, down, across, flips[view], target, scratch)
+    if shorter == 0:
+        change_colours(out.complex[row], scratch.factors, scratch.choices, recipe, scratch)

@@ -176,14 +176,37 @@ def test_a_jpeg_larger_than_its_record_writes_nowhere(broken):
         assert next(iter(views)).failed == [5, 6, 7, 6, 7, 7]
 
 
-def test_hidden_cache_folder(tmp_path: Path):
-    """A package folder that may not be written to: compiled code goes elsewhere and everything works."""
-    run_python(
-        """
-        import numpy as np
-        from fastpmae_loaders import uniforms
-        assert uniforms(0, 0, np.arange(3), 0, 2).shape == (3, 2)
-        """,
-        NUMBA_CACHE_DIR=str(tmp_path / "cache"),
-    )
+DRAW = """
+    import numpy as np
+    from fastpmae_loaders import uniforms
+    assert uniforms(0, 0, np.arange(3), 0, 2).shape == (3, 2)
+    """
+
+
+def test_compiled_code_is_kept_where_the_user_says(tmp_path: Path):
+    run_python(DRAW, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
     assert list((tmp_path / "cache").rglob("*.nbi"))
+
+
+def test_without_a_folder_to_write_to_all_works(tmp_path: Path):
+    """The package's folder, the user's cache and NUMBA_CACHE_DIR all closed: compiled anew, no error."""
+    closed = """
+    import os
+    import numba.core.caching as caching
+    def refuse(path, *rest, **options):
+        raise OSError("read-only")
+    caching.tempfile.TemporaryFile = refuse
+    caching.tempfile.NamedTemporaryFile = refuse
+    os.makedirs = refuse
+    """
+    run_python(closed + DRAW, NUMBA_CACHE_DIR=str(tmp_path / "none"))
+
+
+def test_kept_code_is_bound_to_all_of_its_sources():
+    """numba alone would go on using a kernel after a change of what it calls in another file."""
+    from fastpmae_loaders.compiled import _STAMP
+    from fastpmae_loaders.resize import resize
+    from fastpmae_loaders.views import fill_row
+
+    for function in (fill_row, resize):
+        assert function._cache._cache_file._source_stamp == _STAMP

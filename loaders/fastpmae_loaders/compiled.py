@@ -1,0 +1,51 @@
+"""numba's compiler as these modules use it: no lock held, and machine code kept on disk between runs."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import caching
+
+# what compiled code is made of; numba itself asks only whether the one file that a function stands in changed
+_SOURCES = ("compiled", "elementary", "philox", "vectors", "settings", "plan", "resize", "colour", "scratch", "views")
+
+
+def _stamp() -> str:
+    here = Path(__file__).parent
+    total = hashlib.sha256()
+    for name in (*_SOURCES, "ffcv_engine"):
+        total.update((here / f"{name}.py").read_bytes())
+    return total.hexdigest()
+
+
+_STAMP = _stamp()
+
+
+def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Compile a function that Python calls, or many compiled ones do, and keep the code on disk.
+
+    The kept code is used as long as none of these modules changed, and lies beside them, or where
+    NUMBA_CACHE_DIR says, or in the user's own cache folder where theirs may not be written to. Where nothing
+    may be written, each process compiles anew.
+    """
+    if function is None:
+        return lambda wrapped: kernel(wrapped, **options)
+    compiled: Any = numba.njit(nogil=True, **options)(function)
+    try:
+        compiled.enable_caching()
+    except RuntimeError:  # no folder may be written to
+        return compiled
+    file = getattr(compiled._cache, "_cache_file", None)
+    if isinstance(file, caching.IndexDataCacheFile):
+        file._source_stamp = _STAMP
+    return compiled
+
+
+def helper(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Compile a function that only compiled ones call: as a part of them, and without what Python would need."""
+    if function is None:
+        return lambda wrapped: helper(wrapped, **options)
+    compile_with: Any = numba.njit
+    return compile_with(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
