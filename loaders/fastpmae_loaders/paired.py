@@ -84,8 +84,7 @@ class PairedViews:
                 f"{self.beton.path}: {len(self.beton)} samples make no batch of {self.global_batch}; "
                 "lower the batch size or set drop_last=False"
             )
-        self.failed: list[int] = []
-        """Samples that did not decode so far, in the order in which they were met, each once."""
+        self._failed: dict[int, None] = {}
         self._epoch = 0
         self._batch = 0
         self._resumed = False
@@ -103,6 +102,11 @@ class PairedViews:
     def epoch(self) -> int:
         """The epoch whose views the next iteration shows."""
         return self._epoch
+
+    @property
+    def failed(self) -> list[int]:
+        """Samples that did not decode so far, each once, in the order in which they were met."""
+        return list(self._failed)
 
     def set_epoch(self, epoch: int) -> None:
         """Turn to an epoch's beginning. The epoch that the loader is in the middle of goes on where it is."""
@@ -222,11 +226,11 @@ class PairedViews:
                 )
             failed += [(first + step) % n for step in range((int(shown[row]) - first) % n)]
         self._seen += len(wanted)
-        self.failed += [index for index in dict.fromkeys(failed) if index not in self.failed]
-        if len(self.failed) >= FEW and len(self.failed) > self.bad_fraction * self._seen:
-            some = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self.failed) > 10 else "")
+        self._failed.update(dict.fromkeys(failed))
+        if len(self._failed) >= FEW and len(self._failed) > self.bad_fraction * self._seen:
+            some = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self._failed) > 10 else "")
             raise UserError(
-                f"{self.beton.path}: {len(self.failed)} of {self._seen} samples do not decode (samples {some}), "
+                f"{self.beton.path}: {len(self._failed)} of {self._seen} samples do not decode (samples {some}), "
                 f"above the limit of {self.bad_fraction:.3g}; look at the file with "
                 f"fastpmae-write --check {self.beton.path}, or raise bad_fraction"
             )

@@ -69,6 +69,9 @@ class Stream:
         """End the threads and wait until they are gone. Harmless when done twice."""
         with self._changed:
             self._stopped = True
+            for job in self._jobs.values():
+                # no row is left to take: the threads come back after the one each is at
+                job.counter[0] = len(job.indices)
             self._jobs.clear()
             self._changed.notify_all()
         for thread in self._threads:

@@ -394,6 +394,39 @@ def test_repeated_epochs_keep_the_memory_flat(mixed):
     assert sizes[-1] <= sizes[20] * 1.02
 
 
+def test_samples_by_name(mixed):
+    with loader(mixed, 4, drop_last=False) as views:
+        views.set_epoch(3)
+        everything = rows(views)
+        views.set_epoch(4)
+        views.set_epoch(3)
+        batch = views.batch_of([7, 2, 7])
+        assert views.state_dict()["batch"] == 0
+        with pytest.raises(UserError, match="no sample 23"):
+            views.batch_of([23])
+    assert same(rows([batch]), {i: everything[i] for i in (7, 2)})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_leaving_at_any_moment(mixed, engine):
+    """Two hundred iterations left after some batches, now and then with a pause for the threads to run ahead."""
+    rng = np.random.default_rng(0)
+    before = threading.active_count()
+    with loader(mixed, 3, engine, workers=3) as views:
+        for turn in range(200):
+            views.set_epoch(turn % 2)
+            views.set_epoch(turn)
+            taken = iter(views)
+            for _ in range(rng.integers(0, 7)):
+                next(taken)
+            if turn % 20 == 0:
+                time.sleep(0.005)
+            if turn % 3:
+                taken.close()
+        del taken
+        assert threading.active_count() == before
+
+
 def test_path_or_beton(mixed):
     assert isinstance(mixed, Path)
     with loader(Beton(mixed)) as a, loader(str(mixed)) as b:
