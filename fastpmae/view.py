@@ -181,8 +181,8 @@ def _legend(settings: ViewSettings) -> list[Patch]:
 
 
 def view_command(
-    beton: Annotated[Path, tyro.conf.Positional],
-    out: Annotated[Path, tyro.conf.Positional],
+    beton: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="F.beton")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.png")],
     samples: int = 6,
     index: tuple[int, ...] = (),
     seed: int = 0,

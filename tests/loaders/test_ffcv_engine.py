@@ -176,6 +176,34 @@ def test_a_jpeg_larger_than_its_record_writes_nowhere(broken):
         assert next(iter(views)).failed == [5, 6, 7, 6, 7, 7]
 
 
+def test_damaged_payloads_never_crash(tmp_path):
+    """Bytes changed, cut out and doubled all over JPEGs: each sample comes out as some picture or as failed."""
+    import io
+
+    from tests.made import made_image
+
+    rng = np.random.default_rng(0)
+    images = []
+    for number in range(600):
+        file = io.BytesIO()
+        made_image(number % 7, 48, 40).save(file, "jpeg", progressive=number % 2 == 0)
+        data = bytearray(file.getvalue())
+        for _ in range(rng.integers(1, 6)):
+            data[rng.integers(2, len(data))] = rng.integers(0, 256)
+        if number % 5 == 0:
+            del data[rng.integers(2, len(data)) :]
+        if number % 7 == 0:
+            at = rng.integers(2, len(data))
+            data[at:at] = data[2:at]
+        images.append(bytes(data))
+    file = write_beton(tmp_path / "damaged.beton", images, [(48, 40)] * 600)
+    settings = ViewSettings(image_size=32, patch_size=8)
+    with PairedViews(file, 50, settings=settings, shuffle=False, bad_fraction=1.0, workers=3) as views:
+        batches = list(views)
+        assert 60 < len(views.failed) < 600
+    assert sum(len(batch) for batch in batches) == 600
+
+
 DRAW = """
     import numpy as np
     from fastpmae_loaders import uniforms
