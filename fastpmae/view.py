@@ -129,7 +129,9 @@ def _pictures(beton: Beton, batch: Batch, settings: ViewSettings, row: int) -> l
     hidden = np.array(to_rgb(HIDDEN)) * 255
     student = np.where(owner < 0, simple, hidden)
     tints = np.array([to_rgb(FOLDS[number % len(FOLDS)]) for number in range(settings.folds)]) * 255
-    tinted = np.where(owner < 0, simple * 0.0 + hidden, simple * 0.45 + tints[owner[..., 0]] * 0.55)
+    # gray below the tint, or a picture's own colours would mix with the folds'
+    luma = simple @ np.array([[0.299], [0.587], [0.114]])
+    tinted = np.where(owner < 0, hidden, luma * 0.45 + tints[owner[..., 0]] * 0.55)
     # thin lines between the patches, where a patch has room for them
     if patch >= 8:
         for picture in (student, tinted):
