@@ -79,6 +79,7 @@ def demo(
             if not limit.passed:
                 raise
             print(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` goes on", flush=True)
+    print("demo: comparing the features with those of a random start", flush=True)
     show_summary(run, rows_of(run), accuracies(run, train, validation), train)
 
 
@@ -165,7 +166,7 @@ def show_summary(run: Path, rows: list[dict[str, float]], found: list[Accuracy],
     """Print what the run did: losses, k-NN, speed, where it lies and what to do next."""
     console = Console(width=None if sys.stdout.isatty() else 100)
     first, last = rows[0], rows[-1]
-    losses = Table("loss", f"steps to {first['step']:.0f}", f"steps to {last['step']:.0f}", title="Losses")
+    losses = Table("loss", f"at step {first['step']:.0f}", f"at step {last['step']:.0f}", title="Losses")
     for name, words in (
         ("loss", "sum"),
         ("loss_m", "L_m, reconstruction"),

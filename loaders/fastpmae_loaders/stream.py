@@ -4,7 +4,9 @@ Every thread works on the earliest batch that has rows left and then goes on to 
 a batch's end for the slowest. No numba parallel region is used: its thread pools cannot be entered twice.
 """
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -44,6 +46,7 @@ class Stream:
         ]
         for thread in self._threads:
             thread.start()
+        _open.add(self)
 
     def take(self) -> Job | None:
         """The next batch, in order; None when there is no more. Raises what a thread raised."""
@@ -79,6 +82,7 @@ class Stream:
                 # an interpreter that is shutting down no longer lets threads be joined
                 with suppress(RuntimeError):
                     thread.join()
+        _open.discard(self)
 
     def _next_job(self, number: int) -> tuple[int, Job | None]:
         """The first job from `number` on that the consumer has not taken, once it may be begun."""
@@ -114,3 +118,13 @@ class Stream:
                 if self._error is None:
                     self._error = error
                 self._changed.notify_all()
+
+
+_open: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End what the program left open while threads can still end: later on Python 3.13 waits for them for ever."""
+    for stream in list(_open):
+        stream.close()
