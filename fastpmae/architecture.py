@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastpmae.config import Config, Model
 from fastpmae.errors import UserError
@@ -55,6 +56,7 @@ def shape_of(model: Model) -> Shape:
 
 def _timm_shape(name: str) -> Shape:
     import timm
+    from timm.models.vision_transformer import Block as TimmBlock
     from timm.models.vision_transformer import VisionTransformer
 
     known = f"choose one of {', '.join(SHAPES)} or the timm name of a plain ViT, such as vit_base_patch16_224"
@@ -66,6 +68,9 @@ def _timm_shape(name: str) -> Shape:
             raise UserError(f"--model {name}: it is no plain ViT but a {type(model).__name__}; {known}")
         image_size, patch_size = model.patch_embed.img_size, model.patch_embed.patch_size
         block: Any = model.blocks[0]
+        block_type = type(block)
+        if block_type is not TimmBlock or not isinstance(block.mlp.act, nn.GELU) or block.norm1.eps != 1e-6:
+            raise UserError(f"--model {name}: its blocks are not those of a plain ViT; {known}")
         shape = Shape(
             patch_size[0],
             model.embed_dim,
@@ -129,6 +134,7 @@ def check(config: Config) -> None:
         (config.run.save_steps >= 0, f"--save-steps {config.run.save_steps}: 0 or more"),
         (config.run.steps is None or config.run.steps >= 0, f"--steps {config.run.steps}: 0 or more"),
         (config.efficiency.workers >= 0, f"--workers {config.efficiency.workers}: 0 or more"),
+        (config.run.save_every >= 0, f"--save-every {config.run.save_every} is negative"),
         (0 <= config.run.seed < 2**63, f"--seed {config.run.seed} is not between 0 and 2**63 - 1"),
         *((0 <= start <= 1 and 0 <= end <= 1, f"--{name} {start} {end} is not within 0 and 1")
           for name, (start, end) in (("labelling-momentum", teachers.labelling_momentum),

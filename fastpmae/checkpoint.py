@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastpmae.config import Config, config_from
-from fastpmae.errors import UserError
+from fastpmae.errors import RunError, UserError
+from fastpmae.files import appearing
 from fastpmae.teachers import Teachers
 
 FORMAT = "fastpmae-checkpoint-1"
+NAME = re.compile(r"step-\d{8,15}\.safetensors")
+PROGRESS = {"step": int, "steps_per_epoch": int, "bad_images": int, "fingerprint": str, "config": dict}
+"""What every checkpoint's progress holds."""
 
 
 class CheckpointError(UserError):
@@ -69,47 +74,69 @@ def scatter(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, opti
     """Put a checkpoint's tensors back where `gather` found them.
 
     Raises:
-        CheckpointError: when it belongs to a model of other sizes or another method.
+        CheckpointError: when it belongs to a model of other sizes or another method, or lacks a part.
     """
     modules: dict[str, nn.Module] = {"student": student, **teachers.modules()}
     for role, module in modules.items():
-        try:
-            module.load_state_dict(checkpoint.part(role))
-        except RuntimeError as error:
-            detail = str(error).splitlines()[-1].strip()
-            raise CheckpointError(f"{checkpoint.path} does not fit this run's {role}: {detail}") from None
+        require(checkpoint, role, module.state_dict())
+        module.load_state_dict(checkpoint.part(role))
+    if not checkpoint.part("optimiser"):
+        raise CheckpointError(f"{checkpoint.path} lacks the optimiser's state")
     for name, parameter in student.named_parameters():
         state = checkpoint.part(f"optimiser.{name}")
-        # The step count stays where the fused kernels want it, beside the parameter.
+        if not state:  # a parameter that no loss has reached yet
+            continue
+        like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        require(checkpoint, f"optimiser.{name}", like)
         optimiser.state[parameter] = {key: value.to(parameter.device).clone() for key, value in state.items()}
+    require(checkpoint, "rng", {"cpu": torch.get_rng_state()}, others=("cuda",))
     torch.set_rng_state(checkpoint.tensors["rng.cpu"])
     if "rng.cuda" in checkpoint.tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"])
 
 
+def require(checkpoint: Checkpoint, prefix: str, like: dict[str, Tensor], others: tuple[str, ...] = ()) -> None:
+    """Raise CheckpointError unless the tensors under a prefix have the names, shapes and types of `like`.
+
+    Compiled code takes sizes as given, so nothing from a file may reach it unchecked.
+    """
+    found = checkpoint.part(prefix)
+    for name in sorted(like.keys() | found.keys() - set(others)):
+        ours, theirs = (
+            (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else None for tensors in (like, found)
+        )
+        if ours != theirs:
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit this run: {prefix}.{name} is {_described(theirs)} in it "
+                f"and {_described(ours)} here"
+            )
+
+
+def _described(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "missing" if tensor is None else f"{str(tensor[1]).removeprefix('torch.')} {list(tensor[0])}"
+
+
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any], keep: int) -> None:
-    """Write beside, flush to the disk, rename, and remove all but `keep` of the older checkpoints."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write beside, flush to the disk, rename, and remove all but `keep` of the other checkpoints.
+
+    Raises:
+        RunError: when the disk is full or the folder gone.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     told = json.dumps(progress)
     header = {"format": FORMAT, "digest": digest(tensors, told), "progress": told}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    others = checkpoints_in(path.parent.parent)
     try:
-        save_file(tensors, beside, header)
-        # safetensors writes for its owner alone; a checkpoint is as readable as any other file of the user's.
-        mask = os.umask(0)
-        os.umask(mask)
-        beside.chmod(0o666 & ~mask)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.rename(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as beside:
+            save_file(tensors, beside, header)
+    except (UserError, OSError) as error:
+        raise RunError(f"{error}. Last checkpoint: {next(iter(others), 'none yet')}") from None
     with contextlib.suppress(OSError):  # a folder cannot be flushed on every file system
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    for old in checkpoints_in(path.parent.parent)[keep + 1 :]:
+    for old in [other for other in others if other != path][keep:]:
         old.unlink(missing_ok=True)
 
 
@@ -119,15 +146,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: when it is missing, no checkpoint of ours, truncated or altered.
     """
-    header = _header(path)
+    header, progress = _header(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
+        sound = digest(tensors, header["progress"]) == header["digest"]
+    except (safetensors.SafetensorError, OSError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    if digest(tensors, header["progress"]) != header["digest"]:
+    if not sound:
         raise CheckpointError(f"{path} is damaged: its contents do not match its digest")
-    return Checkpoint(path, tensors, json.loads(header["progress"]))
+    return Checkpoint(path, tensors, progress)
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -136,10 +164,7 @@ def read_progress(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as `read_checkpoint`.
     """
-    try:
-        return json.loads(_header(path)["progress"])
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+    return _header(path)[1]
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -169,16 +194,17 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, newest first."""
-    return sorted((folder / "checkpoints").glob("step-*.safetensors"), reverse=True)
+    found = (path for path in (folder / "checkpoints").glob("step-*") if NAME.fullmatch(path.name))
+    return sorted(found, key=step_of, reverse=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for leftover in (folder / "checkpoints").glob(".step-*.tmp"):
-        leftover.unlink(missing_ok=True)
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step-"))
 
 
-def _header(path: Path) -> dict[str, str]:
+def _header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """A checkpoint's header, and the progress in it with the kinds of values that a run relies on."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -188,7 +214,15 @@ def _header(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from None
     if header.get("format") != FORMAT or not {"digest", "progress"} <= header.keys():
         raise CheckpointError(f"{path} is a safetensors file but no fastpmae checkpoint")
-    return header
+    try:
+        progress = json.loads(header["progress"])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    for name, kind in PROGRESS.items():
+        value = progress.get(name) if isinstance(progress, dict) else None
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63):
+            raise CheckpointError(f"{path} is damaged: its progress holds no sound {name!r}")
+    return header, progress
 
 
 def digest(tensors: dict[str, Tensor], progress: str) -> str:

@@ -1,5 +1,6 @@
 """The command line of `fastpmae-train`: every setting is a flag, over a preset, a file or the run that is resumed."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from fastpmae.checkpoint import find_checkpoint, read_progress
+from fastpmae.checkpoint import CheckpointError, checkpoints_in, read_progress
 from fastpmae.config import PRESETS, Config, config_from, preset, read_config
 from fastpmae.errors import UserError
 from fastpmae.run import run_of
@@ -56,17 +57,30 @@ def _base(words: list[str]) -> Config:
         return preset(name)
     if resume is not None:
         path = Path(out) if resume == "auto" and out is not None else Path(resume)
-        folder = run_of(path)
-        if folder is not None and (folder / "config.json").exists():
-            return read_config(folder / "config.json").using(resume=None, out=None, steps=None)
-        if resume != "auto":
-            found = path if path.is_file() else find_checkpoint(path).path
-            return config_from(read_progress(found)["config"], str(found)).using(steps=None, out=None)
+        return settings_of_run(path).using(steps=None)
     return PRESETS["paper"]
 
 
+def settings_of_run(path: Path) -> Config:
+    """The settings of a checkpoint or run folder; those of the preset `paper` where there is no run yet.
+
+    The newest checkpoint tells, since the run goes on from there; config.json only where there is none.
+
+    Raises:
+        UserError: when the checkpoint or the config cannot be read.
+    """
+    folder = run_of(path)
+    if path.is_file() or (folder is None and path.name.endswith(".safetensors")):
+        return config_from(read_progress(path)["config"], str(path))
+    for checkpoint in checkpoints_in(folder) if folder is not None else []:
+        with contextlib.suppress(CheckpointError):  # a damaged one is reported when the run is resumed
+            return config_from(read_progress(checkpoint)["config"], str(checkpoint))
+    config = path / "config.json"
+    return read_config(config) if config.exists() else PRESETS["paper"]
+
+
 def _with_values(words: list[str]) -> list[str]:
-    """`--resume` alone means `--resume auto`."""
+    """The words with every `--flag=value` as two, and `--resume` alone as `--resume auto`."""
     spread = []
     for position, word in enumerate(words):
         flag, equals, value = word.partition("=")

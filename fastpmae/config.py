@@ -20,11 +20,11 @@ class Data:
     beton: Path | None = None
     """The .beton file to pretrain on (`fastpmae-write` makes one)."""
     loader: Literal["ffcv", "torch"] = "ffcv"
-    """Engine that reads it; both give the same views."""
+    """Engine that reads it: the same crops, flips and masks, and pixels that differ a little by the JPEG decoder."""
     page_order: Literal["auto", "on", "off"] = "auto"
     """Shuffle page by page, which reads a disk in long stretches; auto does so where the file outgrows the memory."""
     bad_fraction: float = 0.01
-    """Stop when more than this share of the images seen does not decode."""
+    """Stop when more than this share of the images seen, and at least four of them, do not decode."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ def read_config(path: Path) -> Config:
         groups = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"the config {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the config {path} is not JSON: {error}") from None
     return config_from(groups, str(path))
 

@@ -10,11 +10,13 @@ import tyro
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from fastpmae.architecture import make_encoder, make_student
-from fastpmae.checkpoint import find_checkpoint
+from fastpmae.architecture import check, make_encoder, make_student
+from fastpmae.checkpoint import find_checkpoint, require
 from fastpmae.config import Config
 from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae.files import appearing
 from fastpmae.model import Encoder
+from fastpmae.world import choose_device
 from fastpmae_loaders import Beton, PlainViews
 
 Network = Literal["student", "labelling_teacher", "reconstruction_teacher", "random"]
@@ -25,19 +27,24 @@ def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encode
     """An encoder of a checkpoint or run folder, in evaluation mode on the CPU, and the run's settings.
 
     Args:
-        network: whose encoder; "random" gives the weights that the run started from, for comparison.
+        network: whose encoder; "random" draws the weights from the run's seed, for comparison.
 
     Raises:
         UserError: when the checkpoint cannot be read or the run has no such teacher.
     """
     checkpoint = find_checkpoint(Path(path))
     config = checkpoint.config
+    check(config)
     if network == "random":
         return make_student(config, torch.Generator().manual_seed(config.run.seed)).encoder.eval(), config
     single = config.teachers.teachers == "single"
-    weights = checkpoint.part(f"{'labelling_teacher' if single and network != 'student' else network}.encoder")
+    role = "labelling_teacher" if single and network != "student" else network
+    weights = checkpoint.part(f"{role}.encoder")
     if not weights:
         raise UserError(f"{checkpoint.path} holds no {network}: its run used --teachers {config.teachers.teachers}")
+    with torch.device("meta"):
+        like = make_encoder(config).state_dict()
+    require(checkpoint, f"{role}.encoder", like)
     encoder = make_encoder(config)
     encoder.load_state_dict(weights)
     return encoder.eval(), config
@@ -80,7 +87,7 @@ def embed_images(
         UserError: when the checkpoint or the images cannot be used.
     """
     encoder, config = load_encoder(checkpoint, network)
-    chosen = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    chosen = choose_device(device)
     encoder.to(chosen)
     rows, labels = [], []
     with PlainViews(
@@ -98,9 +105,9 @@ def embed_images(
 
 
 def embed_command(
-    checkpoint: Annotated[Path, tyro.conf.Positional],
-    beton: Annotated[Path, tyro.conf.Positional],
-    out: Annotated[Path, tyro.conf.Positional],
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")],
+    beton: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="F.beton")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.npz")],
     network: Network = "student",
     pool: Pool = "class",
     batch_size: int = 64,
@@ -114,15 +121,13 @@ def embed_command(
         checkpoint: A checkpoint or a run folder.
         beton: The images.
         out: The file to write.
-        network: Whose encoder; "random" is what the run started from.
+        network: Whose encoder; "random" weights are drawn from the run's seed.
         pool: The class token, or the mean of the patch tokens.
         batch_size: Images at a time.
         device: Where to compute.
         workers: Loader threads.
         crop_ratio: The shorter side is resized to the image size over this ratio before the centre is cut out.
     """
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: there is no folder {out.parent}")
     rows, labels = embed_images(
         checkpoint,
         beton,
@@ -133,10 +138,8 @@ def embed_command(
         workers=workers,
         crop_ratio=crop_ratio,
     )
-    beside = out.with_name(f".{out.name}.tmp")
-    with beside.open("wb") as file:
+    with appearing(out) as beside, beside.open("wb") as file:
         np.savez(file, features=rows, labels=labels)
-    beside.rename(out)
     print(f"{out}: {rows.shape[0]} features of {rows.shape[1]} numbers")
 
 

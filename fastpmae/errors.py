@@ -27,6 +27,10 @@ def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
         # whoever read our output (head, less) has seen enough; what is left in the buffer must go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # a disk that fills up, a folder that goes: the sentence is the system's own
+        print(f"{name}: stopped: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

@@ -1,7 +1,6 @@
 """The encoder as others load it: timm's names in a safetensors file."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,8 @@ from safetensors.torch import save_file
 from fastpmae.architecture import SHAPES, shape_of
 from fastpmae.config import Config
 from fastpmae.embed import Network, load_encoder
-from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae.errors import exit_with_sentence
+from fastpmae.files import appearing
 
 
 def timm_arguments(config: Config) -> dict[str, Any]:
@@ -46,24 +46,15 @@ def export_encoder(checkpoint: Path | str, out: Path | str, network: Network = "
     """
     encoder, config = load_encoder(checkpoint, network)
     arguments = timm_arguments(config)
-    out = Path(out)
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: there is no folder {out.parent}")
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    try:
+    with appearing(Path(out)) as beside:
         save_file(tensors, beside, {"format": "pt", "timm": json.dumps(arguments)})
-        beside.rename(out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
-    finally:
-        beside.unlink(missing_ok=True)
     return arguments
 
 
 def export_command(
-    checkpoint: Annotated[Path, tyro.conf.Positional],
-    out: Annotated[Path, tyro.conf.Positional],
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.safetensors")],
     network: Network = "student",
 ) -> None:
     """Write the encoder of a run to OUT.safetensors with timm's names, and print the lines that load it.

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fastpmae.checkpoint import CheckpointError
 from fastpmae.config import Config
 from fastpmae.errors import UserError
+from fastpmae.files import appearing
 
 TIMINGS = ("images_per_second", "data_wait")
 """The figures of a row that differ from run to run."""
@@ -73,7 +74,9 @@ class Meter:
         return {"log.sums": self.sums, "log.count": self.count}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take the sums of a checkpoint."""
+        """Take the sums of a checkpoint. Raises CheckpointError where it holds none."""
+        if {name: tuple(tensor.shape) for name, tensor in state.items()} != {"sums": (len(self.names),), "count": ()}:
+            raise CheckpointError("the checkpoint holds no sound sums of the log")
         self.sums.copy_(state["sums"])
         self.count.copy_(state["count"])
 
@@ -104,10 +107,11 @@ class Log:
         )
         self.task = self.progress.add_task("training", total=last_step, completed=first_step, figures="")
         self.writers: list[Any] = []
+        self.reported: set[int] = set()
         if speaks:
+            self.writers = _writers(folder, config, first_step)
             _drop_rows_past(folder / "metrics.jsonl", first_step)
             self.metrics = (folder / "metrics.jsonl").open("a")
-            self.writers = _writers(folder, config, first_step)
 
     def __enter__(self) -> "Log":
         self.progress.start()
@@ -139,8 +143,15 @@ class Log:
 
     def step(self, step: int, epoch: int, failed: list[int]) -> None:
         """Move the progress bar, and report the samples that did not decode."""
-        for index in failed:
-            self.say(f"warning: image {index} of {self.config.data.beton} does not decode; the next good one stands in")
+        for index in sorted(set(failed) - self.reported):
+            self.reported.add(index)
+            sentence = (
+                f"warning: image {index} of {self.config.data.beton} does not decode; the next good one stands in"
+            )
+            if self.speaks:
+                self.say(sentence)
+            else:  # each rank sees other images
+                print(sentence, file=sys.stderr, flush=True)
         self.progress.update(self.task, completed=step, description=f"epoch {epoch + 1}/{self.config.optimiser.epochs}")
 
     def row(self, row: dict[str, float], waited: float, *, partial: bool) -> None:
@@ -226,11 +237,10 @@ def _drop_rows_past(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
-            if row["step"] <= step and not row.get("partial"):
+            if isinstance(row, dict) and row.get("step", step + 1) <= step and not row.get("partial"):
                 kept.append(line + "\n")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text("".join(kept))
-    beside.rename(path)
+    with appearing(path) as beside:
+        beside.write_text("".join(kept))

@@ -1,6 +1,8 @@
 """A run's folder: where it is, whether it may be used, and what a resumed run has to agree with."""
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -16,21 +18,21 @@ from torch import nn
 from fastpmae.architecture import warmup_epochs
 from fastpmae.checkpoint import (
     Checkpoint,
-    CheckpointError,
     checkpoints_in,
     newest_checkpoint,
     read_checkpoint,
-    remove_leftovers,
+    step_of,
 )
 from fastpmae.config import Config, settings_by_name, write_config
 from fastpmae.errors import UserError
+from fastpmae.files import appearing, remove_partial
 from fastpmae.world import World
 from fastpmae_loaders import Beton
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
 COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimiser")
-COMPARED_SETTINGS = ("seed", "precision", "page_order")
+COMPARED_SETTINGS = ("seed", "precision", "page_order", "loader")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def resolve(config: Config, device: torch.device, beton: Beton) -> Config:
     if config.teachers.teachers == "dual" and not (config.loss.lambda_c or config.loss.lambda_p):
         # without a loss that reads its labels, the labelling teacher would only cost time
         config = config.using(teachers="reconstruction")
+    # absolute, so that the run can be taken up from any folder
+    config = config.using(beton=beton.path.resolve())
     return config.using(precision=precision, page_order=page_order, warmup_epochs=float(warmup_epochs(config)))
 
 
@@ -65,53 +69,91 @@ def memory_size() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def open_run(config: Config, fingerprint: str) -> OpenRun:
-    """Make or reopen the run's folder, and find the checkpoint that a resumed run starts from.
+def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
+    """Find the run's folder and the checkpoint that a resumed run starts from; nothing is written yet.
 
     Args:
         config: resolved settings.
-        fingerprint: of the images, as `Beton.fingerprint` gives it.
+        fingerprint: of the images.
+        steps_per_epoch: that these settings and images give.
 
     Raises:
-        UserError: when the folder holds a run and --resume was not given, when there is nothing to resume, or when
-            the settings differ from the run's own.
+        UserError: when the folder holds a run and --resume was not given, when there is nothing sound to resume, or
+            when the settings differ from the run's own.
     """
     resume, folder = config.run.resume, folder_of(config)
-    remarks: list[str] = []
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
     if resume is None:
         if holds_run(folder):
             raise UserError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
-        checkpoint = None
-    elif resume == "auto":
-        checkpoint, remarks = newest_checkpoint(folder)
-        remarks = [f"passed over a checkpoint: {remark}" for remark in remarks]
-        if checkpoint is None:
-            if remarks:
-                raise UserError(f"no checkpoint in {folder} is sound; {'; '.join(remarks)}")
-            remarks.append(f"nothing to resume in {folder}: starting anew")
+        return OpenRun(folder, None, [])
+    remarks: list[str] = []
+    path = folder if resume == "auto" else Path(resume)
+    if resume == "auto" or path.is_dir():
+        checkpoint, complaints = newest_checkpoint(path)
+        remarks = [f"passed over a checkpoint: {complaint}" for complaint in complaints]
     else:
-        path = Path(resume)
-        checkpoint, remarks = newest_checkpoint(path) if path.is_dir() else (read_checkpoint(path), [])
-        if checkpoint is None:
-            raise CheckpointError("; ".join([f"there is no sound checkpoint in {path}", *remarks]))
-    if checkpoint is not None:
-        changes = differences(checkpoint, config, fingerprint)
-        if changes and not config.run.accept_changes:
-            raise UserError(
-                f"the run in {folder} was started with other settings: {'; '.join(changes)}. "
-                "Resume with the run's own, or add --accept-changes"
-            )
-        remarks += [f"resumed with a changed setting: {change}" for change in changes]
-        remarks.append(f"resumed from {checkpoint.path}")
+        checkpoint = read_checkpoint(path)
+    if checkpoint is None:
+        if remarks or resume != "auto":
+            raise UserError("; ".join([f"there is no sound checkpoint in {path}", *remarks]))
+        return OpenRun(folder, None, [f"nothing to resume in {folder}: starting anew"])
+    before = checkpoint.progress["steps_per_epoch"]
+    if before != steps_per_epoch:
+        raise UserError(
+            f"{checkpoint.path} counts {before} steps an epoch, and these images and --batch-size give "
+            f"{steps_per_epoch}: its place in the epoch and its schedules would jump. A new run can start from its "
+            f"weights: --init {checkpoint.path}"
+        )
+    changes = differences(checkpoint, config, fingerprint)
+    if changes and not config.run.accept_changes:
+        raise UserError(
+            f"the run in {folder} was started with other settings: {'; '.join(changes)}. "
+            "Resume with the run's own, or add --accept-changes"
+        )
+    remarks += [f"resumed with a changed setting: {change}" for change in changes]
+    return OpenRun(folder, checkpoint.path, [*remarks, f"resumed from {checkpoint.path}"])
+
+
+@contextlib.contextmanager
+def claim(run: OpenRun, config: Config) -> Iterator[None]:
+    """Make the folder this process's own: lock it, clear what killed processes left, record the settings.
+
+    Checkpoints past the one that is resumed are set aside, so that the newest in the folder is always the run's own.
+
+    Raises:
+        UserError: when another process trains there, or the folder cannot be written.
+    """
+    checkpoints = run.folder / "checkpoints"
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        beside = folder / ".config.json.tmp"
-        write_config(config.using(resume=None, accept_changes=False), beside)
-        beside.rename(folder / "config.json")
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        lock = (run.folder / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from None
-    return OpenRun(folder, None if checkpoint is None else checkpoint.path, remarks)
+        raise UserError(f"--out {run.folder} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another process is training in {run.folder}; wait for it or choose another --out"
+            ) from None
+        remove_partial(run.folder)
+        remove_partial(checkpoints)
+        if run.checkpoint is not None and run.checkpoint.parent.resolve() == checkpoints.resolve():
+            past = [path for path in checkpoints_in(run.folder) if step_of(path) > step_of(run.checkpoint)]
+            aside = checkpoints / f"past-{run.checkpoint.stem}"
+            for path in past:
+                aside.mkdir(exist_ok=True)
+                path.replace(aside / path.name)
+        with appearing(run.folder / "config.json") as beside:
+            write_config(recorded(config), beside)
+        yield
+
+
+def recorded(config: Config) -> Config:
+    """The settings without those that belong to one start of the run."""
+    return config.using(out=None, resume=None, accept_changes=False)
 
 
 def folder_of(config: Config) -> Path:
@@ -125,6 +167,8 @@ def folder_of(config: Config) -> Path:
             raise UserError("--resume: say which run with --out FOLDER, or name a checkpoint of a run folder")
         return folder
     name = config.run.name or config.run.preset
+    if Path(name).name != name:
+        raise UserError(f"--name {name}: a name without folders; --out chooses the place")
     stem = Path("runs") / f"{datetime.date.today().isoformat()}-{name}"
     return next(path for path in _numbered(stem) if not path.exists())
 
@@ -137,8 +181,9 @@ def run_of(path: Path) -> Path | None:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether there is anything of a run in a folder."""
-    return (folder / "config.json").exists() or (folder / "metrics.jsonl").exists() or bool(checkpoints_in(folder))
+    """Whether a run in this folder got as far as a row or a checkpoint."""
+    metrics = folder / "metrics.jsonl"
+    return bool(checkpoints_in(folder)) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> list[str]:

@@ -313,13 +313,13 @@ def _list_folder(root: Path, files: _Files, settings: SourceSettings) -> tuple[S
     base = root if root.is_dir() else root.parent
     number = {} if settings.flat else {name: label for label, name in enumerate(classes)}
     items = [
-        Item("file", f"{base}/{relative}", (), number.get(parts[0], 0) if len(parts) > 1 else 0)
+        Item("file", f"{base}/{relative}", (), number.get(parts[0], -1) if len(parts) > 1 else -1)
         for relative, parts in images
     ]
     source = Source(items, [printable(name) for name in classes] if number else None)
     source.passed_over = files.others + len(files.tars) + len(files.tables)
     if items and not number:
-        source.notes.append("The images have no labels: all of them get label 0.")
+        source.notes.append("The images have no labels: all of them get label −1.")
     return source, notes
 
 
@@ -346,7 +346,7 @@ def labels_from(values: Iterable[int | str | None]) -> tuple[list[int], list[str
     values = list(values)
     missing = sum(value is None for value in values)
     if missing == len(values):
-        return [0] * len(values), None, ["The images have no labels: all of them get label 0."]
+        return [-1] * len(values), None, ["The images have no labels: all of them get label −1."]
     notes = [f"{missing:,} images have no label and get −1."] if missing else []
     if all(value is None or (isinstance(value, int) and -(2**63) <= value < 2**63) for value in values):
         return [-1 if value is None else int(value) for value in values], None, notes

@@ -25,7 +25,7 @@ from fastpmae.errors import RunError, exit_with_sentence
 from fastpmae.health import health
 from fastpmae.log import Log, Meter
 from fastpmae.optimiser import learning_rate, make_optimiser, update
-from fastpmae.run import describe_run, open_run, resolve, write_machine
+from fastpmae.run import claim, describe_run, open_run, recorded, resolve, write_machine
 from fastpmae.step import learn, teach
 from fastpmae.stop import Interrupted, Stop
 from fastpmae.world import World, join_world
@@ -41,15 +41,16 @@ def pretrain(config: Config) -> Path:
     """
     check(config)
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Stop())
         world = stack.enter_context(join_world(config.efficiency.device))
         beton = open_beton(config)
         config = resolve(config, world.device, beton)
         loader = stack.enter_context(make_loader(beton, config, world))
         images = fingerprint(beton)
-        run = world.from_first(lambda: open_run(config, images))
-
         accumulate = config.optimiser.accumulate
         steps_per_epoch = len(loader) // accumulate
+        run = world.from_first(lambda: open_run(config, images, steps_per_epoch))
+
         total_steps = steps_per_epoch * config.optimiser.epochs
         last_step = total_steps if config.run.steps is None else min(total_steps, config.run.steps)
 
@@ -74,7 +75,7 @@ def pretrain(config: Config) -> Path:
             taught, learnt = teach, learn
         autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.efficiency.precision == "bf16")
 
-        stop = stack.enter_context(Stop())
+        world.from_first(lambda: stack.enter_context(claim(run, config)))
         log = stack.enter_context(Log(run.folder, config, step, last_step, speaks=world.first))
         for sentence in run.remarks + describe_run(config, beton, world, student, steps_per_epoch, run.folder):
             log.say(sentence)
@@ -90,7 +91,7 @@ def pretrain(config: Config) -> Path:
                     "bad_images": feed.bad_images,
                     "loader": loader.state_dict(),
                     "fingerprint": images,
-                    "config": config.groups(),
+                    "config": recorded(config).groups(),
                 }
                 tensors = gather(student, teachers, optimiser) | meter.state()
                 write_checkpoint(checkpoint_path(run.folder, step), tensors, progress, config.run.keep)

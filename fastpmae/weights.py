@@ -58,9 +58,8 @@ def _pickled_tensors(path: Path) -> dict[str, Tensor]:
     try:
         # weights_only: a file from a stranger may hold tensors and plain values and nothing that runs.
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--init {path} is neither safetensors nor a .pth of plain tensors ({reason})") from None
+    except Exception:  # torch's own words advise to load the file with less care
+        raise UserError(f"--init {path} is neither safetensors nor a .pth of plain tensors") from None
     for key in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]

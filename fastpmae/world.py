@@ -68,6 +68,17 @@ class World:
         return torch.cat(values)
 
 
+def choose_device(device: Literal["auto", "cpu", "cuda"], number: int = 0) -> torch.device:
+    """The CPU, or GPU `number` of this machine. Raises UserError when a GPU is asked for that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; check the driver, or choose --device cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if number >= torch.cuda.device_count():
+        raise UserError(f"rank {number} of this machine has no GPU: there are {torch.cuda.device_count()} here")
+    return torch.device("cuda", number)
+
+
 @contextlib.contextmanager
 def join_world(device: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
     """Join the other ranks where torchrun (or SLURM through it) started several, and choose the device.
@@ -80,14 +91,8 @@ def join_world(device: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
         int(os.environ.get("LOCAL_RANK", 0)),
         int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
     )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; check the driver, or choose --device cpu")
-    if device == "cpu" or not torch.cuda.is_available():
-        chosen = torch.device("cpu")
-    elif local_rank >= torch.cuda.device_count():
-        raise UserError(f"rank {rank} wants GPU {local_rank}, but there are {torch.cuda.device_count()} here")
-    else:
-        chosen = torch.device("cuda", local_rank)
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size == 1:
         yield World(0, 1, 1, chosen, None)

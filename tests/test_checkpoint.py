@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastpmae import RunError
 from fastpmae.checkpoint import (
     CheckpointError,
     checkpoint_path,
@@ -21,18 +22,19 @@ TENSORS = {
     "rng.cpu": torch.arange(5, dtype=torch.uint8),
     "optimiser.weight.step": torch.tensor(3.0),
 }
+PROGRESS = {"step": 7, "steps_per_epoch": 5, "bad_images": 0, "fingerprint": "f", "config": {}}
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     path = checkpoint_path(tmp_path, 7)
-    write_checkpoint(path, TENSORS, {"step": 7, "config": {}}, keep=1)
+    write_checkpoint(path, TENSORS, PROGRESS, keep=1)
     return path
 
 
 def test_what_is_written_is_read(written: Path):
     checkpoint = read_checkpoint(written)
-    assert checkpoint.progress == read_progress(written) == {"step": 7, "config": {}}
+    assert checkpoint.progress == read_progress(written) == PROGRESS
     assert checkpoint.tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in checkpoint.tensors.items())
     assert checkpoint.part("optimiser.weight").keys() == {"step"}
@@ -58,7 +60,7 @@ def test_every_single_flipped_byte_is_noticed(written: Path):
         # what passes is spelt otherwise and means the same
         assert checkpoint.tensors.keys() == TENSORS.keys(), place
         assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in checkpoint.tensors.items()), place
-        assert checkpoint.progress == {"step": 7, "config": {}}, place
+        assert checkpoint.progress == PROGRESS, place
 
 
 def test_a_safetensors_file_by_others_is_no_checkpoint(tmp_path: Path):
@@ -69,7 +71,7 @@ def test_a_safetensors_file_by_others_is_no_checkpoint(tmp_path: Path):
 
 def test_the_older_ones_go(tmp_path: Path):
     for step in range(1, 6):
-        write_checkpoint(checkpoint_path(tmp_path, step), TENSORS, {"step": step}, keep=2)
+        write_checkpoint(checkpoint_path(tmp_path, step), TENSORS, {**PROGRESS, "step": step}, keep=2)
     assert [path.name for path in checkpoints_in(tmp_path)] == [f"step-0000000{step}.safetensors" for step in (5, 4, 3)]
 
 
@@ -78,8 +80,8 @@ def test_a_failed_write_leaves_nothing(written: Path, monkeypatch: pytest.Monkey
         raise OSError("no space left on device")
 
     monkeypatch.setattr("fastpmae.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        write_checkpoint(checkpoint_path(written.parent.parent, 8), TENSORS, {"step": 8}, keep=1)
+    with pytest.raises(RunError, match=r"no space left on device. Last checkpoint: .*step-00000007"):
+        write_checkpoint(checkpoint_path(written.parent.parent, 8), TENSORS, {**PROGRESS, "step": 8}, keep=1)
     assert list(written.parent.iterdir()) == [written]
 
 

@@ -41,7 +41,7 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     source = find_images(tree(tmp_path, "2.jpg", "10.jpg"))
-    assert listed(source, tmp_path) == [("10.jpg", 0), ("2.jpg", 0)]
+    assert listed(source, tmp_path) == [("10.jpg", -1), ("2.jpg", -1)]
     assert source.class_names is None
     assert "no labels" in source.notes[0]
 
@@ -80,7 +80,7 @@ def test_splits_without_train_must_be_chosen(tmp_path: Path) -> None:
 
 def test_flat_splits(tmp_path: Path) -> None:
     source = find_images(tree(tmp_path, "train/1.jpg", "test/2.jpg"))
-    assert listed(source, tmp_path) == [("train/1.jpg", 0)]
+    assert listed(source, tmp_path) == [("train/1.jpg", -1)]
     assert source.class_names is None
 
 
@@ -178,7 +178,7 @@ def test_shards_with_numbers(tmp_path: Path) -> None:
 def test_shards_with_words_and_without_labels(tmp_path: Path) -> None:
     members = [(f"{i}.jpg", picture(i)) for i in range(4)]
     source = find_images(shard(tmp_path / "plain.tar", members))
-    assert [item.label for item in source.items] == [0] * 4
+    assert [item.label for item in source.items] == [-1] * 4
     assert source.class_names is None
     words = [(f"{i}.cls", word) for i, word in enumerate((b"dog", b"cat", b"dog", b"ant"))]
     both = [member for pair in zip(members, words, strict=True) for member in pair]

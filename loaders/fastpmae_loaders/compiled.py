@@ -1,12 +1,18 @@
 """numba's compiler as these modules use it: no lock held, and machine code kept on disk between runs."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core import caching
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None
 
 # what compiled code is made of; numba itself asks only whether the one file that a function stands in changed
 _SOURCES = ("compiled", "elementary", "philox", "vectors", "settings", "plan", "resize", "colour", "scratch", "views")
@@ -40,7 +46,35 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     file = getattr(compiled._cache, "_cache_file", None)
     if isinstance(file, caching.IndexDataCacheFile):
         file._source_stamp = _STAMP
+        file.load, file.save = _one_at_a_time(file, file.load), _one_at_a_time(file, file.save)
     return compiled
+
+
+def _one_at_a_time(file: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep other processes out of a function's kept code meanwhile.
+
+    numba numbers the files of a function's overloads by what its index holds: two processes that compile different
+    overloads at once would give both the same number, and each then loads the other's code.
+    """
+
+    def locked(*arguments: Any) -> Any:
+        with _alone(Path(file._cache_path) / "fastpmae.lock"):
+            return function(*arguments)
+
+    return locked
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    try:
+        lock = path.open("a")
+    except OSError:  # a folder that is not there yet, or may only be read: nobody writes to it
+        yield
+        return
+    with lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def helper(function: Callable[..., Any] | None = None, **options: Any) -> Any:

@@ -131,7 +131,9 @@ def _import_ffcv() -> Any:
             import ffcv.fields
             import ffcv.libffcv
             import ffcv.loader
+            import ffcv.memory_managers
             import ffcv.pipeline.allocation_query
+            import ffcv.pipeline.compiler
             import ffcv.pipeline.operation
             import ffcv.reader
             import ffcv.traversal_order.base
@@ -141,7 +143,31 @@ def _import_ffcv() -> Any:
             raise UserError(f"the package ffcv is installed but {error.name!r}, which it needs, is not") from None
         except (ImportError, OSError) as error:
             raise UserError(f"the package ffcv is installed but does not load: {error}") from None
+    _leave_shared_types_alone(ffcv)
     return ffcv
+
+
+def _leave_shared_types_alone(ffcv: Any) -> None:
+    """Give FFCV's memory map a reader whose types are its own.
+
+    FFCV declares the map read-only by changing numba's one and only uint8[::1], whose hash changes with it: every
+    function that was compiled for such an array before is then lost to numba (a KeyError in the next compilation).
+    """
+    from ffcv.memory_managers import OSCacheManager
+
+    data = numba.types.Array(numba.uint8, 1, "C", readonly=True)
+    table = numba.types.Array(numba.uint64, 1, "C")
+    state = numba.types.Tuple([data, table, table])
+
+    def compile_reader(self: Any) -> Any:
+        def region(pointer: Any, state: Any) -> Any:
+            data, pointers, sizes = state
+            return data[pointer : pointer + sizes[np.searchsorted(pointers, pointer)]]
+
+        return ffcv.pipeline.compiler.Compiler.compile(region, data(numba.uint64, state))
+
+    OSCacheManager.state_type = property(lambda self: state)
+    OSCacheManager.compile_reader = compile_reader
 
 
 # the compiled pipeline finds its operation here by number; dropping the operation clears its entry

@@ -88,6 +88,10 @@ class ViewSettings:
             refuse("mask_ratio", "above 0 and below 1")
         if not 1 <= self.folds < self.patches:
             refuse("folds", f"at least 1 and below the number of patches, {self.patches}")
+        if self.folds > self.patches - self.visible:
+            refuse(
+                "folds", f"at most the {self.patches - self.visible} patches that mask_ratio {self.mask_ratio} hides"
+            )
         for name in ("simple_scale", "complex_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
@@ -114,9 +118,8 @@ class ViewSettings:
 
     @property
     def visible(self) -> int:
-        """V, the patches that the student sees: at least one, and at least one hidden patch for each fold."""
-        kept = int(self.patches * (1 - self.mask_ratio) + 1e-6)
-        return min(max(kept, 1), self.patches - self.folds)
+        """V, the patches that the student sees: at least one."""
+        return max(int(self.patches * (1 - self.mask_ratio) + 1e-6), 1)
 
     @property
     def fold_sizes(self) -> tuple[int, ...]:

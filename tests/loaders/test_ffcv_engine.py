@@ -40,6 +40,33 @@ def test_importing_the_loaders_imports_none_of_the_rest():
     )
 
 
+@pytest.mark.slow
+def test_ffcv_leaves_what_was_compiled_before_it_usable(mixed, tmp_path):
+    """FFCV's Loader would change the hash of numba's uint8[::1], and with it lose every function compiled for one."""
+    said = run_python(
+        f"""
+        import warnings
+        import numba, numpy as np
+        from fastpmae_loaders import PairedViews, ViewSettings, draw_plans
+        settings = ViewSettings(image_size=32, patch_size=8)
+        shared, before = numba.uint8[::1], hash(numba.uint8[::1])
+        draw_plans(0, 0, np.array([5]), np.array([30]), np.array([40]), settings)
+        with PairedViews({str(mixed)!r}, 4, settings=settings) as views:
+            next(iter(views))
+        assert numba.uint8[::1] is shared and shared.mutable and hash(shared) == before
+        # and FFCV's own pipelines read the file as ever
+        warnings.simplefilter("ignore")
+        from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+        from ffcv.loader import Loader
+        pipelines = {{"image": [CenterCropRGBImageDecoder((8, 8), 1)]}}
+        batches = Loader({str(mixed)!r}, 2, num_workers=1, pipelines=pipelines)
+        print(sum(len(batch[0]) for batch in batches))
+        """,
+        NUMBA_CACHE_DIR=str(tmp_path),
+    )
+    assert int(said) >= 2
+
+
 def test_a_fresh_process_keeps_its_thread_counts_and_warns_of_nothing(mixed):
     """With warnings as errors from the first import on."""
     run_python(

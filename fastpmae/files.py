@@ -1,0 +1,48 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fastpmae.errors import UserError
+
+PARTIAL = ".partial-"
+"""What the hidden folders of unfinished files begin with."""
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A place to write a file, which takes the name `path` when the block succeeds and is gone when it does not.
+
+    The place lies in a hidden folder beside `path`, so that what a library puts there on its way goes too.
+
+    Raises:
+        UserError: when the file cannot be written.
+    """
+    folder = path.parent / f"{PARTIAL}{path.name[:200]}-{os.getpid()}"
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name the file to write")
+        folder.mkdir()
+        yield folder / path.name
+        # Some writers keep their file to its owner; ours is as readable as any other file of the user's.
+        mask = os.umask(0)
+        os.umask(mask)
+        (folder / path.name).chmod(0o666 & ~mask)
+        with (folder / path.name).open("rb") as file:
+            os.fsync(file.fileno())
+        (folder / path.name).replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes left unfinished in a folder."""
+    for leftover in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
