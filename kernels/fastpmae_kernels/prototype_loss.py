@@ -117,11 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
         factor = gradients[0].float() / ctx.expected
-        if torch.compiler.is_compiling():
-            # A compiled backward must not change what was saved for it.
-            gradient = torch.ops.fastpmae.scaled_rows(gradient, factor)
-        else:
-            torch.ops.fastpmae.scale_rows(gradient, factor)
+        torch.ops.fastpmae.scale_rows(gradient, factor)
         return gradient, None, None, None, None, None, None, None
 
 
@@ -153,12 +149,7 @@ def prototype_loss_over(
 @operation("scale_rows", mutates=("rows",))
 def scale_rows(rows: Tensor, factor: Tensor) -> None:
     if not bool((factor == 1).all()):
-        rows.mul_(factor.unsqueeze(1).to(rows.dtype) if rows.dtype == torch.float32 else factor.unsqueeze(1))
-
-
-@operation("scaled_rows")
-def scaled_rows(rows: Tensor, factor: Tensor) -> Tensor:
-    return (rows * factor.unsqueeze(1)).to(rows.dtype)
+        rows.mul_(factor.unsqueeze(1))
 
 
 def _on_cpu(
@@ -248,11 +239,6 @@ def _(rows, factor):
     return None
 
 
-@scaled_rows.register_fake
-def _(rows, factor):
-    return rows.new_empty(rows.shape)
-
-
 # The Triton form.
 
 
@@ -282,11 +268,6 @@ def scale_rows_triton(rows, factor):
     scale_kernel[(len(rows),)](
         rows, factor.contiguous(), rows.shape[1], rows.stride(0), COLUMNS=min(4096, next_power_of_two(rows.shape[1]))
     )
-
-
-@scaled_rows.register_kernel("cuda")
-def scaled_rows_triton(rows, factor):
-    return (rows * factor.unsqueeze(1)).to(rows.dtype)
 
 
 def on_gpu(
