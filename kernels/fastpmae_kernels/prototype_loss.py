@@ -84,7 +84,12 @@ def prototype_cross_entropy_ref(
 def _check(
     student: Tensor, teacher: Tensor, logv: Tensor, index: Tensor, epsilon: float, temperature: float
 ) -> None:  # fmt: skip
-    if student.ndim != 2 or teacher.ndim != 2 or student.shape[1:] != teacher.shape[1:] or logv.shape != student.shape[1:]:
+    if (
+        student.ndim != 2
+        or teacher.ndim != 2
+        or student.shape[1:] != teacher.shape[1:]
+        or logv.shape != student.shape[1:]
+    ):
         raise ValueError(
             f"student logits {tuple(student.shape)}, teacher logits {tuple(teacher.shape)} and logv "
             f"{tuple(logv.shape)} must agree on the prototypes"
@@ -157,7 +162,9 @@ def _on_cpu(
     expected: float, gradient: Tensor | None,
 ) -> Tensor:  # fmt: skip
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(teacher):
-        raise IndexError(f"index reaches from {int(index.min())} to {int(index.max())}, there are {len(teacher)} labels")
+        raise IndexError(
+            f"index reaches from {int(index.min())} to {int(index.max())}, there are {len(teacher)} labels"
+        )
     loss = torch.empty(len(student))
     bias, places, losses = as_fp32(logv), index.long().contiguous().numpy(), loss.numpy()
     whole = as_fp32(teacher) if teacher.dtype == torch.float32 else None

@@ -241,7 +241,9 @@ def _(logits: Tensor, logv: Tensor, epsilon: float) -> Tensor:
     return logits.new_empty(logits.shape[1], dtype=torch.float32)
 
 
-def _merge(peaks: Float[Tensor, "parts prototypes"], totals: Float[Tensor, "parts prototypes"]) -> tuple[Tensor, Tensor]:
+def _merge(
+    peaks: Float[Tensor, "parts prototypes"], totals: Float[Tensor, "parts prototypes"]
+) -> tuple[Tensor, Tensor]:
     """Maxima of parts of the rows, and their sums relative to them, to those of all rows."""
     if len(peaks) == 0:
         return peaks.new_full(peaks.shape[1:], -torch.inf), totals.new_zeros(totals.shape[1:])

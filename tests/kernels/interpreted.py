@@ -16,11 +16,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from fastpmae_kernels.match import nearest_patch_ref, nearest_patch_triton
 from fastpmae_kernels.patch_tokens import IMAGENET_MEAN, IMAGENET_STD, patch_tokens_ref, patch_tokens_triton
 from fastpmae_kernels.prototype_loss import on_gpu, prototype_cross_entropy_ref, scale_rows_triton
 from fastpmae_kernels.sinkhorn import assigned_sums_triton, column_logsumexp_triton
-from torch import Tensor
 
 # Interpreted, a masked lane's inf - inf makes numpy warn.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -222,6 +223,8 @@ def test_patch_tokens(patch_size: int, dtype: torch.dtype):
     images = torch.randint(256, (2, 3, 3 * patch_size, 2 * patch_size), generator=generator, dtype=torch.uint8)
     ids = torch.tensor([[5, 0, 0, 3], [1, 4, 2, 5]])
     got = patch_tokens_triton(images, ids, patch_size, dtype, list(IMAGENET_MEAN), list(IMAGENET_STD))
-    assert_close(got, patch_tokens_ref(images, ids, patch_size, torch.float64), 2e-6 if dtype == torch.float32 else 1e-3)
+    assert_close(
+        got, patch_tokens_ref(images, ids, patch_size, torch.float64), 2e-6 if dtype == torch.float32 else 1e-3
+    )
     lost = patch_tokens_triton(images, ids + 1, patch_size, dtype, list(IMAGENET_MEAN), list(IMAGENET_STD))
     assert lost.isnan().all(dim=2).tolist() == (ids == 5).tolist()
