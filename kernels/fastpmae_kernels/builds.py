@@ -89,12 +89,12 @@ def builds(prototypes: int = 4096, patch_size: int = 16) -> list[Build]:
             Build(
                 f"column_logsumexp {name}", column_kernel,
                 _types(column_kernel, {"logits": dtype, "peaks": whole, "totals": whole}, ("scale",)),
-                {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}, registers=168, aligned=strides,
+                {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}, registers=128, aligned=strides,
             ),
             Build(
                 f"assigned_sums {name}", assigned_kernel,
                 _types(assigned_kernel, {"logits": dtype, "logv": whole, "sums": whole}, ("scale",)),
-                assigned_meta(prototypes), registers=168, aligned=strides,
+                assigned_meta(prototypes), registers=128, aligned=strides,
             ),
             Build(
                 f"cross_entropy {name}", cross_entropy_kernel,
@@ -104,11 +104,11 @@ def builds(prototypes: int = 4096, patch_size: int = 16) -> list[Build]:
                      "gradient": dtype},
                     ("label_scale", "scale", "expected"),
                 ),
-                {"GRADIENT": True, **cross_entropy_meta(prototypes)}, registers=128, aligned=strides,
+                {"GRADIENT": True, **cross_entropy_meta(prototypes)}, registers=80, aligned=strides,
             ),
             Build(
                 f"scale_rows {name}", scale_kernel, _types(scale_kernel, {"rows": dtype, "factor": whole}),
-                {"COLUMNS": 4096, "num_warps": 4}, registers=128, aligned=strides,
+                {"COLUMNS": 4096, "num_warps": 4}, registers=64, aligned=strides,
             ),
         ]  # fmt: skip
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -117,7 +117,7 @@ def builds(prototypes: int = 4096, patch_size: int = 16) -> list[Build]:
         found.append(
             Build(
                 f"nearest_patch {name}", nearest_kernel, _types(nearest_kernel, pointers),
-                {"COSINE": True, "FOLDS": False, **nearest_meta(dtype)}, registers=255,
+                {"COSINE": True, "FOLDS": False, **nearest_meta(dtype)}, registers=128,
                 tensor_cores=dtype != torch.float32, aligned=tokens,
             )
         )  # fmt: skip
@@ -126,7 +126,7 @@ def builds(prototypes: int = 4096, patch_size: int = 16) -> list[Build]:
         Build(
             "patch_tokens bf16", tokens_kernel,
             _types(tokens_kernel, {"images": "*u8", "ids": "*i64", "tokens": "*bf16"}, affine),
-            {"SIZE": patch_size, **tokens_meta(patch_size)}, registers=64, aligned=tokens,
+            {"SIZE": patch_size, **tokens_meta(patch_size)}, registers=48, aligned=tokens,
         )
     )  # fmt: skip
     return found
@@ -135,6 +135,8 @@ def builds(prototypes: int = 4096, patch_size: int = 16) -> list[Build]:
 def examine(build: Build, target: str) -> Findings:
     """Compile for the target and read the machine code."""
     options = {name: number for name, number in build.tile.items() if name.startswith("num_")}
+    if build.kernel is tokens_kernel:
+        options["num_warps"] = tokens_meta(build.tile["SIZE"], TARGETS[target].warp_size)["num_warps"]
     constants = {name: number for name, number in build.tile.items() if name not in options}
     aligned = {
         (place,): [["tt.divisibility", 16]]
@@ -174,16 +176,20 @@ def faults(build: Build, target: str, found: Findings) -> list[str]:
     return [sentence for sentence, wrong in checks.items() if wrong]
 
 
-def spoilt() -> Iterator[tuple[str, Build]]:
-    """Builds that must be found faulty, each with the words of the fault: proof that every check can fail."""
+def spoilt() -> Iterator[tuple[str, str, Build]]:
+    """The words of a fault, a target, and a build that must have it: proof that every check can fail."""
     known = {build.name: build for build in builds()}
     sweep, nearest = known["assigned_sums fp16"], known["nearest_patch bf16"]
-    yield "spills", replace(sweep, tile={"ROWS": 2, "COLUMNS": 16384, "num_warps": 4})
-    yield "registers", replace(sweep, tile={"ROWS": 2, "COLUMNS": 16384, "num_warps": 4})
-    yield "no 16-byte load", replace(sweep, unaligned=True)
-    yield "no tensor-core instruction", replace(known["nearest_patch fp32"], tensor_cores=True)
-    wide = {**nearest.tile, "ROWS": 128, "PATCHES": 128, "FEATURES": 128, "num_stages": 6}
-    yield "shared memory", replace(nearest, tile=wide)
+    long_rows = replace(sweep, tile={"ROWS": 2, "COLUMNS": 16384, "num_warps": 4})
+    large = replace(nearest, tile={**nearest.tile, "ROWS": 128, "PATCHES": 128, "FEATURES": 128, "num_stages": 6})
+    yield "spills", "sm_90", long_rows
+    yield "spills", "gfx942", large
+    yield "registers", "sm_100", long_rows
+    for target in ("sm_80", "gfx942"):
+        yield "no 16-byte load", target, replace(sweep, unaligned=True)
+    yield "no tensor-core instruction", "sm_80", replace(known["nearest_patch fp32"], tensor_cores=True)
+    yield "no tensor-core instruction", "gfx942", replace(sweep, tensor_cores=True)
+    yield "shared memory", "sm_80", large
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

@@ -189,7 +189,7 @@ def nearest_patch_triton(
 
 def nearest_meta(dtype: torch.dtype) -> dict[str, int]:
     """Tile of `nearest_kernel`: 128 bytes of a token at a time."""
-    return {"ROWS": 64, "PATCHES": 64, "FEATURES": 128 // dtype.itemsize, "num_warps": 4, "num_stages": 3}
+    return {"ROWS": 64, "PATCHES": 64, "FEATURES": 128 // dtype.itemsize, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
@@ -205,14 +205,12 @@ def nearest_kernel(
     teacher += image * teacher_image
     best = tl.full([ROWS], -float("inf"), tl.float32)
     best_at = tl.zeros([ROWS], tl.int32)
-    own = tl.zeros([ROWS], tl.float32)
     if FOLDS:
         own_fold = tl.load(fold + row, mask=row < masked, other=-1)
     for start in range(0, patches, PATCHES):
         patch = start + tl.arange(0, PATCHES)
         product = tl.zeros([ROWS, PATCHES], tl.float32)
         length = tl.zeros([PATCHES], tl.float32)
-        own = tl.zeros([ROWS], tl.float32)
         for first in range(0, dim, FEATURES):
             feature = first + tl.arange(0, FEATURES)
             place = student + row.to(tl.int64)[:, None] * student_row + feature[None, :]
@@ -223,7 +221,6 @@ def nearest_kernel(
             # "ieee": fp32 tokens are multiplied in fp32, as in the plain form, not in tf32.
             product = tl.dot(ours, tl.trans(theirs), product, input_precision="ieee")
             length += tl.sum(theirs.to(tl.float32) * theirs.to(tl.float32), axis=1)
-            own += tl.sum(ours.to(tl.float32) * ours.to(tl.float32), axis=1)
         if COSINE:
             score = product / tl.maximum(tl.sqrt(length), 1e-12)[None, :]
         else:
@@ -236,6 +233,13 @@ def nearest_kernel(
         # Only a strictly higher score moves the best: of equals the lowest index stays.
         best_at = tl.where(highest > best, start + at, best_at)
         best = tl.maximum(highest, best)
+    # The student's own length changes no order and waits for the end, where registers are free.
+    own = tl.zeros([ROWS], tl.float32)
+    for first in range(0, dim, FEATURES):
+        feature = first + tl.arange(0, FEATURES)
+        place = student + row.to(tl.int64)[:, None] * student_row + feature[None, :]
+        ours = tl.load(place, mask=(row < masked)[:, None] & (feature < dim)[None, :], other=0.0).to(tl.float32)
+        own += tl.sum(ours * ours, axis=1)
     if COSINE:
         best = best / tl.maximum(tl.sqrt(own), 1e-12)
     else:

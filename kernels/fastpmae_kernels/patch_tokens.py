@@ -145,10 +145,11 @@ def patch_tokens_triton(
     return tokens
 
 
-def tokens_meta(patch_size: int) -> dict[str, int]:
-    """Tile of `tokens_kernel`: all three channels of a patch, a line of it a thread's load where it is 16 pixels."""
-    columns = next_power_of_two(patch_size)
-    return {"LINES": next_power_of_two(3 * patch_size), "COLUMNS": columns, "num_warps": 2 if patch_size <= 16 else 4}
+def tokens_meta(patch_size: int, warp_size: int = 64 if torch.version.hip else 32) -> dict[str, int]:
+    """Tile of `tokens_kernel`: all three channels of a patch, a line of 16 pixels a thread's load."""
+    columns, lines = next_power_of_two(patch_size), next_power_of_two(3 * patch_size)
+    threads = min(256, max(64, lines * columns // 16))
+    return {"LINES": lines, "COLUMNS": columns, "num_warps": threads // warp_size}
 
 
 @triton.jit
