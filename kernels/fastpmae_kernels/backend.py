@@ -7,17 +7,25 @@ torch's CUDA and ROCm builds only).
 import contextlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the kernels below are then never launched
-    triton: Any = SimpleNamespace(jit=lambda function: function)
-    tl: Any = SimpleNamespace(constexpr=object)
+    import triton as _triton
+    import triton.language as _language
+except ImportError:  # the kernels are then never launched
+    _triton = SimpleNamespace(jit=lambda function: function)
+    _language = SimpleNamespace(constexpr=object)
+
+# A kernel's source is no Python that a type checker could follow.
+triton: Any = _triton
+tl: Any = _language
+if TYPE_CHECKING:
+    Constant = Any
+else:
+    Constant = tl.constexpr
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -37,7 +45,7 @@ def use(choice: Literal["device", "ref"]) -> Iterator[None]:
 
 
 def runs_plain(*tensors: Tensor) -> bool:
-    """Whether the `_ref` form is to run: where it is asked for, for float64, and on devices without a form of their own."""
+    """Whether the `_ref` form is to run: where asked for, for float64, and on devices without a form of their own."""
     if _choice == "ref":
         return True
     return any(tensor.dtype == torch.float64 or tensor.device.type not in ("cpu", "cuda") for tensor in tensors)

@@ -4,7 +4,6 @@ Triton's compiler needs no driver. The code is read with the tools in its wheel:
 loads, tensor-core instructions, shared memory. A process that interprets Triton cannot build: see `certify.py`.
 """
 
-import os
 import re
 import subprocess
 import tempfile
@@ -202,4 +201,4 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
             for tool, *flags in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
         )
     finally:
-        os.unlink(file.name)
+        Path(file.name).unlink()

@@ -30,8 +30,8 @@ def build_table() -> tuple[list[str], list[str]]:
             budget = "" if target.startswith("gfx") else f" ({build.registers})"
             cores = found.tensor_cores if build.tensor_cores or found.tensor_cores else "–"
             lines.append(
-                f"| {build.name} | {target} | {found.registers}{budget} | {found.spills} | {found.wide_loads} | {cores} "
-                f"| {found.shared} |"
+                f"| {build.name} | {target} | {found.registers}{budget} | {found.spills} | {found.wide_loads} "
+                f"| {cores} | {found.shared} |"
             )
             wrong += [f"{build.name} for {target}: {fault}" for fault in faults(build, target, found)]
     for words, target, build in spoilt():
@@ -51,8 +51,9 @@ def traffic_table(batch: int = 768, masked: int = 147, prototypes: int = 4096, d
         ("patch tokens (one view's folds)", traffic.patch_tokens(batch, masked, 16), rows * 768 * 3),
         ("the whole loss", traffic.loss(batch, masked, 3, prototypes), None),
     ]
+    times_on = [f"least time {device}" for device in BANDWIDTH]
     lines = [
-        "| work | least possible | read | written | usual code | " + " | ".join(f"least time {d}" for d in BANDWIDTH) + " |",
+        "| " + " | ".join(["work", "least possible", "read", "written", "usual code", *times_on]) + " |",
         "|---|---|---|---|---|" + "---|" * len(BANDWIDTH),
     ]
     for name, moved, least in cases:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastpmae_kernels import backend
-from fastpmae_kernels.backend import ceil_div, operation, tl, triton
+from fastpmae_kernels.backend import Constant, ceil_div, operation, tl, triton
 
 Metric = Literal["cosine", "l2"]
 Scope = Literal["image", "fold"]
@@ -196,7 +196,7 @@ def nearest_meta(dtype: torch.dtype) -> dict[str, int]:
 def nearest_kernel(
     student, teacher, fold, index, similarity, masked, patches, dim,
     student_image, student_row, teacher_image, teacher_row,
-    COSINE: tl.constexpr, FOLDS: tl.constexpr, ROWS: tl.constexpr, PATCHES: tl.constexpr, FEATURES: tl.constexpr,
+    COSINE: Constant, FOLDS: Constant, ROWS: Constant, PATCHES: Constant, FEATURES: Constant,
 ):  # fmt: skip
     """The nearest patches of ROWS student patches of one image, with a running best over tiles of teacher patches."""
     image = tl.program_id(0).to(tl.int64)

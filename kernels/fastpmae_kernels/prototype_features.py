@@ -141,7 +141,7 @@ class _FromFeatures(torch.autograd.Function):
 
 
 def _lift(logits: Tensor) -> float:
-    """What the gradient is multiplied with while it is in 16 bits: 1 / rows times a probability is too small for fp16."""
+    """What the gradient is multiplied with while it is in fp16, where 1 / rows times a probability is too small."""
     return float(2**14) if logits.dtype == torch.float16 else 1.0
 
 

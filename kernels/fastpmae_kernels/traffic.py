@@ -58,7 +58,8 @@ def scale_rows(rows: int) -> Traffic:
 
 def nearest_patch(batch: int, masked: int, patches: int, dim: int, itemsize: int = 2) -> Traffic:
     ours, theirs = (batch * count * dim * itemsize for count in (masked, patches))
-    again = ours * (ceil_div(patches, 64) - 1) + theirs * (ceil_div(masked, 64) - 1)
+    # The student's tile comes once with each tile of the teacher's, and once for its own length.
+    again = ours * ceil_div(patches, 64) + theirs * (ceil_div(masked, 64) - 1)
     return Traffic(ours + theirs, batch * masked * 12, again)
 
 

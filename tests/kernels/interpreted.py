@@ -11,13 +11,13 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import math
 import mmap
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from fastpmae_kernels import traffic
 from fastpmae_kernels.match import nearest_patch_ref, nearest_patch_triton
 from fastpmae_kernels.patch_tokens import IMAGENET_MEAN, IMAGENET_STD, patch_tokens_ref, patch_tokens_triton
 from fastpmae_kernels.prototype_loss import on_gpu, prototype_cross_entropy_ref, scale_rows_triton
@@ -39,7 +39,7 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the launchers allocate holds NaN (or a huge index) until a kernel writes to it."""
     empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
 
@@ -49,7 +49,6 @@ def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
-    yield
 
 
 def amid_nan(values: Tensor) -> Tensor:
@@ -228,3 +227,65 @@ def test_patch_tokens(patch_size: int, dtype: torch.dtype):
     )
     lost = patch_tokens_triton(images, ids + 1, patch_size, dtype, list(IMAGENET_MEAN), list(IMAGENET_STD))
     assert lost.isnan().all(dim=2).tolist() == (ids == 5).tolist()
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes that interpreted kernels load and store from here on."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    bytes_of = {"loaded": 0, "stored": 0}
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counting_load(self, pointers, mask, *rest):
+        bytes_of["loaded"] += int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self, pointers, value, mask, *rest):
+        bytes_of["stored"] += int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
+    return bytes_of
+
+
+def assert_moved(counted: dict[str, int], model: traffic.Traffic) -> None:
+    assert counted == {"loaded": model.read + model.again, "stored": model.written}
+    counted.update(loaded=0, stored=0)
+
+
+@pytest.mark.parametrize(("rows", "prototypes"), [(5, 17), (70, 300), (40, 2048), (130, 40)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_traffic_model_counts_what_the_kernels_move(
+    rows: int, prototypes: int, dtype: torch.dtype, counted: dict[str, int]
+):
+    logits, logv, size = made_logits(rows, prototypes, dtype), torch.zeros(prototypes), dtype.itemsize
+    column_logsumexp_triton(logits, 0.05)
+    assert_moved(counted, traffic.column_logsumexp(rows, prototypes, size))
+    assigned_sums_triton(logits, logv, 0.05)
+    assert_moved(counted, traffic.assigned_sums(rows, prototypes, size))
+    index = torch.arange(rows)
+    on_gpu(logits, logits, logv, index, 0.05, 0.1, 1.0, None)
+    assert_moved(counted, traffic.cross_entropy(rows, prototypes, size, gradient=False))
+    on_gpu(logits, logits.clone(), logv, index, 0.05, 0.1, 1.0, logits)
+    assert_moved(counted, traffic.cross_entropy(rows, prototypes, size))
+    scale_rows_triton(logits, torch.ones(rows))
+    assert_moved(counted, traffic.scale_rows(rows))
+
+
+@pytest.mark.parametrize(("masked", "patches", "dim"), [(5, 7, 3), (65, 130, 40), (147, 147, 64)])
+def test_the_traffic_model_counts_what_the_match_moves(
+    masked: int, patches: int, dim: int, counted: dict[str, int]
+):  # fmt: skip
+    student, teacher = torch.randn(2, masked, dim), torch.randn(2, patches, dim)
+    nearest_patch_triton(student, teacher, True, [])
+    assert_moved(counted, traffic.nearest_patch(2, masked, patches, dim, 4))
+
+
+@pytest.mark.parametrize("patch_size", [3, 16])
+def test_the_traffic_model_counts_what_patch_tokens_move(patch_size: int, counted: dict[str, int]):
+    images = torch.zeros(2, 3, 2 * patch_size, 2 * patch_size, dtype=torch.uint8)
+    ids = torch.tensor([[3, 0, 1], [1, 1, 2]])
+    patch_tokens_triton(images, ids, patch_size, torch.float16, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert_moved(counted, traffic.patch_tokens(2, 3, patch_size, 2))
