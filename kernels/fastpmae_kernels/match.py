@@ -3,19 +3,22 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from numba import njit
 from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import Constant, ceil_div, operation, tl, triton
+from fastpmae_kernels.rows import maximum, share_out
 
 Metric = Literal["cosine", "l2"]
 Scope = Literal["image", "fold"]
 
-IMAGES = 8
-"""Images whose similarities the CPU form holds at once: they stay in its cache."""
+IMAGES = 128
+"""Images whose similarities the CPU form holds at once; fewer would leave its threads waiting for each other."""
 
 
 @torch.no_grad()
@@ -115,48 +118,63 @@ def _fold_of(folds: Sequence[int], device: torch.device) -> Int[Tensor, " patche
     return torch.arange(len(folds), device=device).repeat_interleave(sizes, output_size=sum(folds))
 
 
-# The CPU form: products of a few images at a time, the student's own length left out until the winners are known.
+# The CPU form: torch's product, then one scan that scales, compares and keeps the first of the highest.
 
 
 @operation("nearest_patch")
 def nearest_patch_op(student: Tensor, teacher: Tensor, cosine: bool, folds: Sequence[int]) -> tuple[Tensor, Tensor]:
     batch, masked, _ = student.shape
-    index = torch.empty(batch, masked, dtype=torch.int64)
-    similarity = torch.empty(batch, masked)
+    index = torch.zeros(batch, masked, dtype=torch.int64)
+    similarity = torch.zeros(batch, masked)
     # Autocast reaches into an operator's own products.
     with torch.autocast("cpu", enabled=False):
-        _on_cpu(student, teacher, cosine, folds, index, similarity)
+        for first in range(0, batch, IMAGES):
+            images = slice(first, first + IMAGES)
+            ours, theirs = (t[images].to(torch.float32) for t in (student, teacher))
+            length = torch.linalg.vector_norm(theirs, dim=-1)
+            scale = length.clamp_min(1e-12).reciprocal() if cosine else torch.full_like(length, 2)
+            shift = torch.zeros_like(length) if cosine else -length.square()
+            start = 0
+            for size in folds or [masked]:
+                mine = slice(start, start + size)
+                among = mine if folds else slice(0, teacher.shape[1])
+                product = torch.bmm(ours[:, mine], theirs[:, among].mT)
+                _choose(product, scale[:, among], shift[:, among], index[images, mine], similarity[images, mine])
+                index[images, mine] += among.start
+                start += size
+            length = torch.linalg.vector_norm(ours, dim=-1)
+            if cosine:
+                similarity[images] /= length.clamp_min(1e-12)
+            else:
+                similarity[images] -= length.square()
     return index, similarity
 
 
-def _on_cpu(
-    student: Tensor, teacher: Tensor, cosine: bool, folds: Sequence[int], index: Tensor, similarity: Tensor
-) -> None:  # fmt: skip
-    for first in range(0, len(student), IMAGES):
-        ours, theirs = (t[first : first + IMAGES].to(torch.float32) for t in (student, teacher))
-        length = torch.linalg.vector_norm(theirs, dim=-1)
-        start = 0
-        for size in folds or [student.shape[1]]:
-            stop = start + size
-            among = slice(start, stop) if folds else slice(0, teacher.shape[1])
-            if cosine:
-                score = torch.bmm(ours[:, start:stop], theirs[:, among].mT)
-                score *= length[:, among].clamp_min(1e-12).reciprocal().unsqueeze(1)
-            else:
-                score = torch.baddbmm(
-                    length[:, among].square().unsqueeze(1), ours[:, start:stop], theirs[:, among].mT, beta=-1, alpha=2
-                )
-            best = score.argmax(dim=-1) if score.numel() else score.new_zeros(score.shape[:2], dtype=torch.int64)
-            index[first : first + IMAGES, start:stop] = best + among.start
-            if score.numel():
-                similarity[first : first + IMAGES, start:stop] = score.gather(2, best.unsqueeze(2)).squeeze(2)
-            start = stop
-        length = torch.linalg.vector_norm(ours, dim=-1)
-        part = similarity[first : first + IMAGES]
-        if cosine:
-            part /= length.clamp_min(1e-12)
-        else:
-            part -= length.square()
+def _choose(product: Tensor, scale: Tensor, shift: Tensor, index: Tensor, similarity: Tensor) -> None:
+    scores, by, plus = product.numpy(), scale.contiguous().numpy(), shift.contiguous().numpy()
+    places, best = index.numpy(), similarity.numpy()
+
+    def work(block: int, start: int, stop: int) -> None:
+        for image in range(start, stop):
+            _choose_in_image(scores[image], by[image], plus[image], places[image], best[image])
+
+    share_out([(start, min(start + 8, len(scores))) for start in range(0, len(scores), 8)], work)
+
+
+@njit(cache=True, nogil=True, fastmath={"nsz"})
+def _choose_in_image(product, scale, shift, index, best):
+    rows, patches = product.shape
+    score = np.empty(patches, np.float32)
+    for r in range(rows):
+        row = product[r]
+        for j in range(patches):
+            score[j] = row[j] * scale[j] + shift[j]
+        peak = maximum(score)
+        place = 0
+        while place < patches - 1 and score[place] != peak:
+            place += 1
+        # A NaN equals nothing: the last patch is as good as any then, and within bounds.
+        index[r], best[r] = place, score[place]
 
 
 @nearest_patch_op.register_fake
