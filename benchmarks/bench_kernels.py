@@ -113,9 +113,10 @@ def our_loss_in_chunks(given: dict[str, Tensor]) -> Tensor:
 
 LOSSES: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
     "usual": usual_loss,
-    "loss": our_loss,
-    "loss-in-chunks": our_loss_in_chunks,
+    "loss": our_loss_in_chunks,
+    "loss-with-logits": our_loss,
 }
+"""From features to gradients. "loss" never holds a whole matrix of logits, "loss-with-logits" holds the two."""
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
@@ -193,21 +194,40 @@ def time_rows(device: str, rounds: int) -> list[Row]:
         [("prototype_cross_entropy", "usual")],
         gates,
     )
-    del labels, student, teacher
+    del labels
 
     generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randn(BATCH, MASKED, DIM, generator=generator).to(device) for _ in range(2)]
-    cosine = F.normalize(tokens[0].double(), dim=-1) @ F.normalize(tokens[1].double(), dim=-1).mT
+    student, teacher = (torch.randn(BATCH, MASKED, DIM, generator=generator).to(device) for _ in range(2))
+    cosine = F.normalize(student.double(), dim=-1) @ F.normalize(teacher.double(), dim=-1).mT
     gates = {}
     for name, run in (("nearest_patch", nearest_patch), ("cdist", nearest_by_cdist)):
-        chosen = cosine.gather(2, run(*tokens).unsqueeze(2)).squeeze(2)
+        chosen = cosine.gather(2, run(student, teacher).unsqueeze(2)).squeeze(2)
         gates[name] = bool((cosine.amax(dim=2) - chosen).max() <= 1e-6)
     compare(
-        [Case("nearest_patch", lambda: nearest_patch(*tokens)), Case("cdist", lambda: nearest_by_cdist(*tokens))],
+        [
+            Case("nearest_patch", lambda: nearest_patch(student, teacher)),
+            Case("cdist", lambda: nearest_by_cdist(student, teacher)),
+        ],
         [("nearest_patch", "cdist")],
         gates,
     )
     return rows
+
+
+def whole_loss_rows(device: str, rounds: int) -> list[Row]:
+    """What the memory saved by chunks costs in time: the losses of `memory_rows`, taking turns."""
+    given = made(device)
+    for key in ("student", "student_prototypes"):
+        given[key].requires_grad_()
+    truth = usual_loss(given)
+    gates = {name: close(run(given), truth, 1e-4) for name, run in LOSSES.items()}
+    seconds = alternating([Case(name, lambda run=run: run(given)) for name, run in LOSSES.items()], rounds, device)
+    where = device_name(device)
+    return [
+        make_row(f"whole-{name}", "time", "s", seconds[name], where, gates[name], baseline)
+        for name in LOSSES
+        for baseline in [None if name == "usual" else ("whole-usual", seconds["usual"])]
+    ]
 
 
 def memory_rows(device: str, rounds: int) -> list[Row]:
@@ -286,6 +306,8 @@ def main() -> int:
         measure(given.measure, given.device)
         return 0
     rows = time_rows(given.device, 4 if given.quick else 15) + memory_rows(given.device, 1 if given.quick else 3)
+    if not given.quick:
+        rows += whole_loss_rows(given.device, 5)
     status = finish(rows, "Pseudo labels and their loss", given.json, given.plot)
     if given.device == "cuda":
         print_bandwidth(rows)

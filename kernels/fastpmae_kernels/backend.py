@@ -23,9 +23,9 @@ except ImportError:  # the kernels are then never launched
 triton: Any = _triton
 tl: Any = _language
 if TYPE_CHECKING:
-    Constant = Any
+    constexpr = Any
 else:
-    Constant = tl.constexpr
+    constexpr = tl.constexpr  # the interpreter knows it by this very name
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 

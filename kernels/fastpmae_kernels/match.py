@@ -11,7 +11,7 @@ from numba import njit
 from torch import Tensor
 
 from fastpmae_kernels import backend
-from fastpmae_kernels.backend import Constant, ceil_div, operation, tl, triton
+from fastpmae_kernels.backend import ceil_div, constexpr, operation, tl, triton
 from fastpmae_kernels.rows import maximum, share_out
 
 Metric = Literal["cosine", "l2"]
@@ -214,7 +214,7 @@ def nearest_meta(dtype: torch.dtype) -> dict[str, int]:
 def nearest_kernel(
     student, teacher, fold, index, similarity, masked, patches, dim,
     student_image, student_row, teacher_image, teacher_row,
-    COSINE: Constant, FOLDS: Constant, ROWS: Constant, PATCHES: Constant, FEATURES: Constant,
+    COSINE: constexpr, FOLDS: constexpr, ROWS: constexpr, PATCHES: constexpr, FEATURES: constexpr,
 ):  # fmt: skip
     """The nearest patches of ROWS student patches of one image, with a running best over tiles of teacher patches."""
     image = tl.program_id(0).to(tl.int64)

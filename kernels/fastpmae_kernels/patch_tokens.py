@@ -10,7 +10,7 @@ from numpy import float32
 from torch import Tensor
 
 from fastpmae_kernels import backend
-from fastpmae_kernels.backend import Constant, next_power_of_two, operation, tl, triton
+from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton
 from fastpmae_kernels.rows import share_out
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -155,7 +155,7 @@ def tokens_meta(patch_size: int, warp_size: int = 64 if torch.version.hip else 3
 @triton.jit
 def tokens_kernel(
     images, ids, tokens, height, width, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
-    SIZE: Constant, LINES: Constant, COLUMNS: Constant,
+    SIZE: constexpr, LINES: constexpr, COLUMNS: constexpr,
 ):  # fmt: skip
     """One patch of one image."""
     image = tl.program_id(0).to(tl.int64)

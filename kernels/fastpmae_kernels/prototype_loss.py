@@ -12,7 +12,7 @@ from numpy import empty, float32, log
 from torch import Tensor
 
 from fastpmae_kernels import backend
-from fastpmae_kernels.backend import Constant, next_power_of_two, operation, tl, triton
+from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton
 from fastpmae_kernels.rows import as_fp32, exponential, maximum, row_blocks, share_out
 
 LONGEST_ROW = 16384
@@ -319,7 +319,7 @@ def _in_chunks(student, teacher, logv, index, epsilon, temperature, expected, gr
 @triton.jit
 def cross_entropy_kernel(
     student, teacher, logv, index, loss, gradient, labels, prototypes, student_stride, teacher_stride, gradient_stride,
-    label_scale, scale, expected, GRADIENT: Constant, COLUMNS: Constant,
+    label_scale, scale, expected, GRADIENT: constexpr, COLUMNS: constexpr,
 ):  # fmt: skip
     """One student row: its label from the matched teacher row, the loss, and the gradient from the same registers."""
     row = tl.program_id(0).to(tl.int64)
@@ -347,7 +347,7 @@ def cross_entropy_kernel(
 
 
 @triton.jit
-def scale_kernel(rows, factor, prototypes, stride, COLUMNS: Constant):
+def scale_kernel(rows, factor, prototypes, stride, COLUMNS: constexpr):
     """One row times its factor in place; a row whose factor is 1 is not touched."""
     row = tl.program_id(0).to(tl.int64)
     by = tl.load(factor + row)

@@ -20,7 +20,7 @@ from numpy import float32
 from torch import Tensor
 
 from fastpmae_kernels import backend
-from fastpmae_kernels.backend import Constant, ceil_div, next_power_of_two, operation, tl, triton
+from fastpmae_kernels.backend import ceil_div, constexpr, next_power_of_two, operation, tl, triton
 from fastpmae_kernels.rows import as_fp32, exponential, maximum, row_blocks, share_out
 
 LONGEST_ROW = 16384
@@ -337,7 +337,9 @@ def _unit_stride(logits: Tensor) -> Tensor:
 
 
 @triton.jit
-def column_kernel(logits, peaks, totals, rows, prototypes, stride, rows_each, scale, ROWS: Constant, COLUMNS: Constant):
+def column_kernel(
+    logits, peaks, totals, rows, prototypes, stride, rows_each, scale, ROWS: constexpr, COLUMNS: constexpr
+):
     """A block of columns over one part of the rows. Each lane keeps a maximum and a sum of its own until the end."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
@@ -363,7 +365,9 @@ def column_kernel(logits, peaks, totals, rows, prototypes, stride, rows_each, sc
 
 
 @triton.jit
-def assigned_kernel(logits, logv, sums, rows, prototypes, stride, rows_each, scale, ROWS: Constant, COLUMNS: Constant):
+def assigned_kernel(
+    logits, logv, sums, rows, prototypes, stride, rows_each, scale, ROWS: constexpr, COLUMNS: constexpr
+):
     """Whole rows of one part, read once: softmax in registers, column sums in registers until the end."""
     column = tl.arange(0, COLUMNS)
     known = column < prototypes
