@@ -7,12 +7,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from numba import njit
 from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import ceil_div, constexpr, operation, tl, triton
-from fastpmae_kernels.rows import maximum, share_out
+from fastpmae_kernels.rows import compiled, maximum, share_out
 
 Metric = Literal["cosine", "l2"]
 Scope = Literal["image", "fold"]
@@ -161,7 +160,7 @@ def _choose(product: Tensor, scale: Tensor, shift: Tensor, index: Tensor, simila
     share_out([(start, min(start + 8, len(scores))) for start in range(0, len(scores), 8)], work)
 
 
-@njit(cache=True, nogil=True, fastmath={"nsz"})
+@compiled("nsz")
 def _choose_in_image(product, scale, shift, index, best):
     rows, patches = product.shape
     score = np.empty(patches, np.float32)

@@ -5,13 +5,12 @@ import functools
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from numba import njit
 from numpy import float32
 from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton
-from fastpmae_kernels.rows import share_out
+from fastpmae_kernels.rows import compiled, share_out
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -103,7 +102,7 @@ def patch_tokens_op(
     return tokens if dtype == torch.float32 else tokens.to(dtype)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "nsz"})
+@compiled("contract", "nsz")
 def _tokens_block(images, ids, size, scale, shift, tokens):
     batch, count = ids.shape
     columns = images.shape[3] // size

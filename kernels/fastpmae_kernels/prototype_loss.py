@@ -7,13 +7,12 @@ both, and can write the gradient where the student's logits were.
 
 import torch
 from jaxtyping import Float, Int
-from numba import njit
 from numpy import empty, float32, log
 from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton
-from fastpmae_kernels.rows import as_fp32, exponential, maximum, row_blocks, share_out
+from fastpmae_kernels.rows import as_fp32, compiled, exponential, maximum, row_blocks, share_out
 
 LONGEST_ROW = 16384
 """Prototypes that one Triton program holds in registers; with more, chunks of plain torch do the work."""
@@ -194,7 +193,7 @@ def _on_cpu(
     return loss
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+@compiled("contract", "reassoc", "nsz")
 def _cross_entropy_block(student, teacher, logv, index, label_scale, scale, expected, loss, gradient):
     rows, prototypes = student.shape
     label, value = empty(prototypes, float32), empty(prototypes, float32)

@@ -8,12 +8,38 @@ a millisecond, and nothing is left that a fork could lose.
 import itertools
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
+from numba.core.caching import IndexDataCacheFile
 from numpy import float32, int32
 from torch import Tensor
+
+
+def compiled(*freedoms: str) -> Callable[[Callable], Any]:
+    """numba's compiler without Python's lock, allowed these freedoms of arithmetic, its machine code kept on disk.
+
+    The kept code is used while neither its own file nor this one, whose functions become part of it, has changed.
+    Where no folder may be written to, each process compiles anew.
+    """
+
+    def compile_it(function: Callable) -> Any:
+        result: Any = njit(nogil=True, fastmath=set(freedoms))(function)
+        try:
+            result.enable_caching()
+        except RuntimeError:
+            return result
+        kept = getattr(result._cache, "_cache_file", None)
+        if isinstance(kept, IndexDataCacheFile):
+            here = Path(__file__).stat()
+            kept._source_stamp = (kept._source_stamp, here.st_mtime, here.st_size)
+        return result
+
+    return compile_it
+
 
 BLOCK = 64
 """Rows a thread takes at a time, at least."""
@@ -51,7 +77,7 @@ def as_fp32(rows: Tensor) -> np.ndarray:
     return rows.detach().to(torch.float32).contiguous().numpy()
 
 
-@njit(cache=True, fastmath={"contract"})
+@compiled("contract")
 def exponential(x):
     """exp(x) for x <= 88 to 1.5 units in the last place, in steps that LLVM turns into vector instructions.
 
@@ -76,7 +102,7 @@ def exponential(x):
     return float32(0.0) if vanishes else p * int32(power).view(float32)
 
 
-@njit(cache=True, fastmath={"nnan", "nsz", "reassoc"})
+@compiled("nnan", "nsz", "reassoc")
 def maximum(row):
     """The row's maximum; with a NaN in the row, any of its values."""
     peak = float32(-np.inf)

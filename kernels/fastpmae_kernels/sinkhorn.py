@@ -15,13 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from numba import njit
 from numpy import float32
 from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import ceil_div, constexpr, next_power_of_two, operation, tl, triton
-from fastpmae_kernels.rows import as_fp32, exponential, maximum, row_blocks, share_out
+from fastpmae_kernels.rows import as_fp32, compiled, exponential, maximum, row_blocks, share_out
 
 LONGEST_ROW = 16384
 """Prototypes that one Triton program holds in registers; with more, chunks of plain torch do the work."""
@@ -251,7 +250,7 @@ def _merge(
     return peak, (totals * (peaks - peak.clamp_min(torch.finfo(peak.dtype).min)).exp()).sum(dim=0)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "nsz"})
+@compiled("contract", "nsz")
 def _column_block(logits, scale, peak, total):
     rows, prototypes = logits.shape
     for r in range(rows):
@@ -269,7 +268,7 @@ def _column_block(logits, scale, peak, total):
             total[j] = 0.0
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+@compiled("contract", "reassoc", "nsz")
 def _assigned_block(logits, scale, logv, sums):
     rows, prototypes = logits.shape
     values = np.empty(prototypes, np.float32)

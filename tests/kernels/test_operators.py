@@ -1,6 +1,7 @@
 """The operators as torch sees them: registered soundly, compiled whole, and chosen by device or by a test."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +94,12 @@ def test_a_failure_in_a_thread_reaches_the_caller_and_leaves_no_thread():
     with pytest.raises(MemoryError, match="no room"):
         rows.share_out(rows.row_blocks(1000), work)
     assert threading.active_count() == before
+
+
+def test_kept_machine_code_goes_stale_with_either_of_its_files():
+    """A block's code contains the exponential's, which stands in another file than the block."""
+    from fastpmae_kernels import prototype_loss
+
+    _, *of_shared = prototype_loss._cross_entropy_block._cache._cache_file._source_stamp
+    shared = Path(rows.__file__).stat()
+    assert of_shared == [shared.st_mtime, shared.st_size]
