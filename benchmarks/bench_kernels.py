@@ -305,7 +305,7 @@ def main() -> int:
     if given.measure:
         measure(given.measure, given.device)
         return 0
-    rows = time_rows(given.device, 4 if given.quick else 15) + memory_rows(given.device, 1 if given.quick else 3)
+    rows = time_rows(given.device, 3 if given.quick else 15) + memory_rows(given.device, 1 if given.quick else 3)
     if not given.quick:
         rows += whole_loss_rows(given.device, 5)
     status = finish(rows, "Pseudo labels and their loss", given.json, given.plot)
