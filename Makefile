@@ -8,7 +8,7 @@ venv := .venv/bin
 # torch's waiting threads sleep and do not spin: on a machine that does something else as well, that is twice as fast
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup train test
+.PHONY: setup train test certify
 
 setup:
 	@scripts/setup
@@ -21,3 +21,7 @@ test: setup
 	$(venv)/ruff format --check .
 	$(venv)/pyright
 	$(venv)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+
+# Builds every GPU kernel ahead of time, checks the machine code and renews the tables of kernels/README.md.
+certify: setup
+	PYTHONPATH=kernels $(venv)/python -m fastpmae_kernels.certify

@@ -10,9 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fastpmae.patches import normalise
-from fastpmae_kernels.match import Metric, Scope, nearest_patch_ref
-from fastpmae_kernels.prototype_loss import prototype_cross_entropy_ref
-from fastpmae_kernels.sinkhorn import sinkhorn_bias_ref
+from fastpmae_kernels import prototype_cross_entropy, sinkhorn_biases
 
 
 class PseudoLabels(NamedTuple):
@@ -61,13 +59,14 @@ def pixel_loss(
 
 
 def pseudo_labels(
-    logits: Float[Tensor, "labels prototypes"],
+    logits: Sequence[Float[Tensor, "labels prototypes"]],
     epsilon: float,
     iterations: int,
     group: dist.ProcessGroup | None = None,
-) -> PseudoLabels:
-    """Labels of these rows, balanced together with the rows of every rank of `group`."""
-    return PseudoLabels(logits, sinkhorn_bias_ref(logits, epsilon, iterations, group), epsilon)
+) -> list[PseudoLabels]:
+    """Labels of the rows of each matrix, balanced apart, and together with the rows of every rank of `group`."""
+    biases = sinkhorn_biases(logits, epsilon, iterations, group)
+    return [PseudoLabels(matrix, logv, epsilon) for matrix, logv in zip(logits, biases, strict=True)]
 
 
 def class_loss(
@@ -82,7 +81,9 @@ def class_loss(
     """
     rows = student_logits.repeat_interleave(folds, dim=0)
     index = torch.arange(len(rows), device=rows.device)
-    return prototype_cross_entropy_ref(rows, labels.logits, labels.logv, index, labels.epsilon, temperature).mean()
+    return prototype_cross_entropy(
+        rows, labels.logits, labels.logv, index, labels.epsilon, temperature, expected_gradient=1 / len(rows)
+    ).mean()
 
 
 def patch_loss(
@@ -91,21 +92,15 @@ def patch_loss(
     match: Int[Tensor, "batch masked"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """L_p: each masked patch of the student against the label of its matched teacher patch (equation 3)."""
+    """L_p: each masked patch of the student against the label of its matched teacher patch (equation 3).
+
+    Args:
+        student_logits: the gradient is written over them, so nothing may read them afterwards (a leaf's are spared).
+    """
     batch, masked = match.shape
     index = (match + torch.arange(batch, device=match.device).unsqueeze(1) * masked).flatten()
-    return prototype_cross_entropy_ref(
-        student_logits, labels.logits, labels.logv, index, labels.epsilon, temperature
-    ).mean()
-
-
-@torch.no_grad()
-def nearest_patch(
-    student_tokens: Float[Tensor, "batch masked dim"],
-    teacher_tokens: Float[Tensor, "batch masked dim"],
-    metric: Metric,
-    scope: Scope,
-    fold_sizes: Sequence[int],
-) -> Int[Tensor, "batch masked"]:
-    """Which teacher patch each masked student patch takes its label from (section 3.3)."""
-    return nearest_patch_ref(student_tokens, teacher_tokens, metric, scope, fold_sizes)
+    rows, spared = len(student_logits), student_logits.is_leaf
+    return prototype_cross_entropy(
+        student_logits, labels.logits, labels.logv, index, labels.epsilon, temperature,
+        overwrite=not spared, expected_gradient=1 / rows,
+    ).mean()  # fmt: skip

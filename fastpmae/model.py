@@ -13,7 +13,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from fastpmae.attention import attention
-from fastpmae.patches import normalise, pixel_patches, sincos_positions
+from fastpmae.patches import sincos_positions
+from fastpmae_kernels import patch_tokens
 
 
 class Attention(nn.Module):
@@ -73,7 +74,10 @@ class PatchEmbed(nn.Module):
         self, images: UInt8[Tensor, "batch 3 height width"], ids: Int[Tensor, "batch count"]
     ) -> Float[Tensor, "batch count dim"]:
         weight = self.proj.weight.flatten(1)
-        return F.linear(normalise(pixel_patches(images, ids, self.patch_size), weight.dtype), weight, self.proj.bias)
+        # The product would round the pixels to autocast's type anyway: they are written in it at once.
+        device = images.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return F.linear(patch_tokens(images, ids, self.patch_size, dtype), weight, self.proj.bias)
 
 
 class Encoder(nn.Module):

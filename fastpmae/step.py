@@ -12,7 +12,6 @@ from fastpmae.config import Config
 from fastpmae.losses import (
     PseudoLabels,
     class_loss,
-    nearest_patch,
     patch_loss,
     pixel_loss,
     pixel_target,
@@ -22,6 +21,7 @@ from fastpmae.losses import (
 )
 from fastpmae.patches import pixel_patches
 from fastpmae.teachers import Teacher, Teachers
+from fastpmae_kernels import nearest_patch
 from fastpmae_loaders import Batch
 
 
@@ -72,8 +72,8 @@ def label(
     kind = view.device.type
     with torch.autocast(kind, torch.float16, enabled=torch.is_autocast_enabled(kind)):
         logits = teacher.head(class_tokens.flatten(0, 1), patch_tokens.flatten(0, 1))
-    labels = [pseudo_labels(rows, loss.epsilon, loss.sinkhorn_iterations, group) for rows in logits]
-    return patch_tokens, labels[0], labels[1]
+    of_class, of_patch = pseudo_labels(logits, loss.epsilon, loss.sinkhorn_iterations, group)
+    return patch_tokens, of_class, of_patch
 
 
 def learn(

@@ -42,7 +42,7 @@ def test_sinkhorn_hides_a_collapse_that_raw_logits_show():
     """All rows alike: balanced labels look healthy, the count of prototypes in use does not."""
     logits = torch.linspace(-1, 1, 8).expand(64, 8)
     tokens = torch.ones(4, 16, 6)
-    labels = pseudo_labels(logits, 0.05, 3)
+    (labels,) = pseudo_labels([logits], 0.05, 3)
     figures = health(Targets(tokens, tokens, tokens, labels, labels))
     assert figures["patch_label_entropy"] == pytest.approx(math.log(8), abs=1e-3)
     assert figures["patch_prototypes_used"] == 1

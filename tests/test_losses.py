@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fastpmae import losses
+from fastpmae_kernels import nearest_patch
 from tests import reference
 
 
@@ -97,7 +98,7 @@ def test_class_loss(batch: int, folds: int, dtype: torch.dtype, tolerance: float
     ).mean()
     torch.testing.assert_close(truth, each, rtol=1e-12, atol=0)
     (true_gradient,) = torch.autograd.grad(truth, student)
-    labels = losses.pseudo_labels(teacher.to(dtype), 0.05, 3)
+    (labels,) = losses.pseudo_labels([teacher.to(dtype)], 0.05, 3)
     ours = student.detach().to(dtype).requires_grad_()
     value = losses.class_loss(ours, labels, folds, 0.1)
     (gradient,) = torch.autograd.grad(value, ours)
@@ -118,7 +119,7 @@ def test_patch_loss(batch: int, masked: int, dtype: torch.dtype, tolerance: floa
     ]
     truth = torch.stack(terms).mean()
     (true_gradient,) = torch.autograd.grad(truth, student)
-    labels = losses.pseudo_labels(teacher.to(dtype), 0.05, 3)
+    (labels,) = losses.pseudo_labels([teacher.to(dtype)], 0.05, 3)
     ours = student.detach().to(dtype).requires_grad_()
     value = losses.patch_loss(ours, labels, match, 0.1)
     (gradient,) = torch.autograd.grad(value, ours)
@@ -128,6 +129,6 @@ def test_patch_loss(batch: int, masked: int, dtype: torch.dtype, tolerance: floa
 
 def test_the_match_follows_no_gradient() -> None:
     student = tokens(1).requires_grad_()
-    match = losses.nearest_patch(student, tokens(2), "cosine", "image", (4, 3))
+    match = nearest_patch(student, tokens(2), "cosine", "image", (4, 3))
     assert not match.requires_grad
     assert [reference.nearest(list(a), list(b)) for a, b in zip(student, tokens(2), strict=True)] == match.tolist()

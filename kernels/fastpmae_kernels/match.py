@@ -3,13 +3,64 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastpmae_kernels import backend
+from fastpmae_kernels.backend import ceil_div, constexpr, operation, tl, triton
+from fastpmae_kernels.rows import compiled, maximum, share_out
+
 Metric = Literal["cosine", "l2"]
 Scope = Literal["image", "fold"]
+
+IMAGES = 128
+"""Images whose similarities the CPU form holds at once; fewer would leave its threads waiting for each other."""
+
+
+@torch.no_grad()
+def nearest_patch(
+    student: Float[Tensor, "batch masked dim"],
+    teacher: Float[Tensor, "batch patches dim"],
+    metric: Metric = "cosine",
+    scope: Scope = "image",
+    fold_sizes: Sequence[int] = (),
+) -> Int[Tensor, "batch masked"]:
+    """For each student patch the index of the nearest teacher patch of the same image; no gradient flows.
+
+    Args:
+        student: the decoder's masked tokens, in fold order.
+        teacher: the labelling teacher's tokens, in fold order. Sums are in fp32 for every dtype; where the two differ
+            a GPU rounds the teacher's to the student's for the product.
+        metric: highest cosine, or smallest Euclidean distance.
+        scope: among all patches of the image, or only those of the student patch's own fold.
+        fold_sizes: patches in each fold; needed by scope "fold", where both sides have the same folds.
+
+    Returns:
+        Indices into `patches`; of equally near patches, the lowest.
+
+    Raises:
+        ValueError: for an unknown metric or scope, shapes that do not fit each other, no patch to choose from, or fold
+            sizes that do not add up to the patches.
+    """
+    return nearest_patch_similarity(student, teacher, metric, scope, fold_sizes)[0]
+
+
+@torch.no_grad()
+def nearest_patch_similarity(
+    student: Float[Tensor, "batch masked dim"],
+    teacher: Float[Tensor, "batch patches dim"],
+    metric: Metric = "cosine",
+    scope: Scope = "image",
+    fold_sizes: Sequence[int] = (),
+) -> tuple[Int[Tensor, "batch masked"], Float[Tensor, "batch masked"]]:
+    """`nearest_patch` together with how near it is: the cosine, or minus the squared distance, in fp32."""
+    folds = _checked_folds(student, teacher, metric, scope, fold_sizes)
+    if backend.runs_plain(student, teacher):
+        return _nearest_ref(student, teacher, metric, folds)
+    return torch.ops.fastpmae.nearest_patch(student, teacher, metric == "cosine", folds)
 
 
 def nearest_patch_ref(
@@ -19,23 +70,11 @@ def nearest_patch_ref(
     scope: Scope = "image",
     fold_sizes: Sequence[int] = (),
 ) -> Int[Tensor, "batch masked"]:
-    """For each student patch the index of the nearest teacher patch of the same image.
+    """The plain form of `nearest_patch`."""
+    return _nearest_ref(student, teacher, metric, _checked_folds(student, teacher, metric, scope, fold_sizes))[0]
 
-    Args:
-        student: the decoder's masked tokens, in fold order.
-        teacher: the labelling teacher's tokens, in fold order.
-        metric: highest cosine, or smallest Euclidean distance.
-        scope: among all patches of the image, or only those of the student patch's own fold.
-        fold_sizes: patches in each fold; needed by scope "fold", where both sides have the same folds.
 
-    Returns:
-        Indices into `patches`, found in fp32 or better; of equally near patches, the lowest.
-
-    Raises:
-        ValueError: for an unknown metric or scope, or fold sizes that do not add up to the patches.
-    """
-    if metric not in ("cosine", "l2"):
-        raise ValueError(f"unknown match metric {metric!r}: 'cosine' or 'l2'")
+def _nearest_ref(student: Tensor, teacher: Tensor, metric: Metric, folds: Sequence[int]) -> tuple[Tensor, Tensor]:
     if student.dtype != torch.float64:
         student, teacher = student.float(), teacher.float()
     # Autocast would take the product in bf16, where patches that are merely near would tie.
@@ -43,16 +82,185 @@ def nearest_patch_ref(
         if metric == "cosine":
             similarity = F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).mT
         else:
-            # |s - t|^2 = |s|^2 - 2 s.t + |t|^2, and |s|^2 is the same for every candidate of a row.
-            similarity = 2 * student @ teacher.mT - teacher.square().sum(dim=-1).unsqueeze(1)
-    if scope == "fold":
-        if sum(fold_sizes) != teacher.shape[1] or student.shape[1] != teacher.shape[1]:
-            raise ValueError(f"fold sizes {tuple(fold_sizes)} do not add up to {teacher.shape[1]} patches")
-        sizes = torch.tensor(fold_sizes, device=student.device)
-        fold = torch.arange(len(fold_sizes), device=student.device).repeat_interleave(
-            sizes, output_size=teacher.shape[1]
-        )
+            lengths = student.square().sum(dim=-1).unsqueeze(2) + teacher.square().sum(dim=-1).unsqueeze(1)
+            similarity = 2 * student @ teacher.mT - lengths
+    if len(folds) > 1:
+        fold = _fold_of(folds, student.device)
         similarity = similarity.masked_fill(fold[:, None] != fold[None, :], -torch.inf)
-    elif scope != "image":
+    index = similarity.argmax(dim=-1)
+    return index, similarity.gather(2, index.unsqueeze(2)).squeeze(2)
+
+
+def _checked_folds(
+    student: Tensor, teacher: Tensor, metric: str, scope: str, fold_sizes: Sequence[int]
+) -> list[int]:  # fmt: skip
+    """The folds that a patch may look within: none where it may look anywhere."""
+    if metric not in ("cosine", "l2"):
+        raise ValueError(f"unknown match metric {metric!r}: 'cosine' or 'l2'")
+    if scope not in ("image", "fold"):
         raise ValueError(f"unknown match scope {scope!r}: 'image' or 'fold'")
-    return similarity.argmax(dim=-1)
+    if student.ndim != 3 or teacher.ndim != 3 or student.shape[::2] != teacher.shape[::2]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be [batch, patches, dim]"
+        )
+    if teacher.shape[1] == 0 and student.shape[0] * student.shape[1] > 0:
+        raise ValueError("there is no teacher patch to choose from")
+    if scope == "image":
+        return []
+    if sum(fold_sizes) != teacher.shape[1] or student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"fold sizes {tuple(fold_sizes)} do not add up to {teacher.shape[1]} patches")
+    return [size for size in fold_sizes if size > 0]
+
+
+def _fold_of(folds: Sequence[int], device: torch.device) -> Int[Tensor, " patches"]:
+    sizes = torch.tensor(folds, device=device)
+    return torch.arange(len(folds), device=device).repeat_interleave(sizes, output_size=sum(folds))
+
+
+# The CPU form: torch's product, then one scan that scales, compares and keeps the first of the highest.
+
+
+@operation("nearest_patch")
+def nearest_patch_op(student: Tensor, teacher: Tensor, cosine: bool, folds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    batch, masked, _ = student.shape
+    index = torch.zeros(batch, masked, dtype=torch.int64)
+    similarity = torch.zeros(batch, masked)
+    # Autocast reaches into an operator's own products.
+    with torch.autocast("cpu", enabled=False):
+        for first in range(0, batch, IMAGES):
+            images = slice(first, first + IMAGES)
+            ours, theirs = (t[images].to(torch.float32) for t in (student, teacher))
+            length = torch.linalg.vector_norm(theirs, dim=-1)
+            scale = length.clamp_min(1e-12).reciprocal() if cosine else torch.full_like(length, 2)
+            shift = torch.zeros_like(length) if cosine else -length.square()
+            start = 0
+            for size in folds or [masked]:
+                mine = slice(start, start + size)
+                among = mine if folds else slice(0, teacher.shape[1])
+                product = torch.bmm(ours[:, mine], theirs[:, among].mT)
+                _choose(product, scale[:, among], shift[:, among], index[images, mine], similarity[images, mine])
+                index[images, mine] += among.start
+                start += size
+            length = torch.linalg.vector_norm(ours, dim=-1)
+            if cosine:
+                similarity[images] /= length.clamp_min(1e-12)
+            else:
+                similarity[images] -= length.square()
+    return index, similarity
+
+
+def _choose(product: Tensor, scale: Tensor, shift: Tensor, index: Tensor, similarity: Tensor) -> None:
+    scores, by, plus = product.numpy(), scale.contiguous().numpy(), shift.contiguous().numpy()
+    places, best = index.numpy(), similarity.numpy()
+
+    def work(block: int, start: int, stop: int) -> None:
+        for image in range(start, stop):
+            _choose_in_image(scores[image], by[image], plus[image], places[image], best[image])
+
+    share_out([(start, min(start + 8, len(scores))) for start in range(0, len(scores), 8)], work)
+
+
+@compiled("nsz")
+def _choose_in_image(product, scale, shift, index, best):
+    rows, patches = product.shape
+    score = np.empty(patches, np.float32)
+    for r in range(rows):
+        row = product[r]
+        for j in range(patches):
+            score[j] = row[j] * scale[j] + shift[j]
+        peak = maximum(score)
+        place = 0
+        while place < patches - 1 and score[place] != peak:
+            place += 1
+        # A NaN equals nothing: the last patch is as good as any then, and within bounds.
+        index[r], best[r] = place, score[place]
+
+
+@nearest_patch_op.register_fake
+def _(student: Tensor, teacher: Tensor, cosine: bool, folds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    shape = student.shape[:2]
+    return student.new_empty(shape, dtype=torch.int64), student.new_empty(shape, dtype=torch.float32)
+
+
+# The Triton form.
+
+
+@nearest_patch_op.register_kernel("cuda")
+def nearest_patch_triton(
+    student: Tensor, teacher: Tensor, cosine: bool, folds: Sequence[int]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    student, teacher = (t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous() for t in (student, teacher))
+    batch, masked, dim = student.shape
+    index = torch.empty(batch, masked, dtype=torch.int64, device=student.device)
+    similarity = torch.empty(batch, masked, dtype=torch.float32, device=student.device)
+    fold = _fold_of(folds, student.device).to(torch.int32) if folds else index
+    if index.numel():
+        # Images go along the grid's first axis: the others end at 65,535.
+        nearest_kernel[(batch, ceil_div(masked, 64))](
+            student, teacher, fold, index, similarity, masked, teacher.shape[1], dim,
+            student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1),
+            COSINE=cosine, FOLDS=bool(folds), **nearest_meta(student.dtype),
+        )  # fmt: skip
+    return index, similarity
+
+
+def nearest_meta(dtype: torch.dtype) -> dict[str, int]:
+    """Tile of `nearest_kernel`: 128 bytes of a token at a time."""
+    return {"ROWS": 64, "PATCHES": 64, "FEATURES": 128 // dtype.itemsize, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def nearest_kernel(
+    student, teacher, fold, index, similarity, masked, patches, dim,
+    student_image, student_row, teacher_image, teacher_row,
+    COSINE: constexpr, FOLDS: constexpr, ROWS: constexpr, PATCHES: constexpr, FEATURES: constexpr,
+):  # fmt: skip
+    """The nearest patches of ROWS student patches of one image, with a running best over tiles of teacher patches."""
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    student += image * student_image
+    teacher += image * teacher_image
+    best = tl.full([ROWS], -float("inf"), tl.float32)
+    best_at = tl.zeros([ROWS], tl.int32)
+    if FOLDS:
+        own_fold = tl.load(fold + row, mask=row < masked, other=-1)
+    for start in range(0, patches, PATCHES):
+        patch = start + tl.arange(0, PATCHES)
+        product = tl.zeros([ROWS, PATCHES], tl.float32)
+        length = tl.zeros([PATCHES], tl.float32)
+        for first in range(0, dim, FEATURES):
+            feature = first + tl.arange(0, FEATURES)
+            place = student + row.to(tl.int64)[:, None] * student_row + feature[None, :]
+            ours = tl.load(place, mask=(row < masked)[:, None] & (feature < dim)[None, :], other=0.0)
+            place = teacher + patch.to(tl.int64)[:, None] * teacher_row + feature[None, :]
+            theirs = tl.load(place, mask=(patch < patches)[:, None] & (feature < dim)[None, :], other=0.0)
+            theirs = theirs.to(ours.dtype)
+            # "ieee": fp32 tokens are multiplied in fp32, as in the plain form, not in tf32.
+            product = tl.dot(ours, tl.trans(theirs), product, input_precision="ieee")
+            length += tl.sum(theirs.to(tl.float32) * theirs.to(tl.float32), axis=1)
+        if COSINE:
+            score = product / tl.maximum(tl.sqrt(length), 1e-12)[None, :]
+        else:
+            score = 2.0 * product - length[None, :]
+        allowed = (patch < patches)[None, :] & (row < masked)[:, None]
+        if FOLDS:
+            allowed = allowed & (tl.load(fold + patch, mask=patch < patches, other=-2)[None, :] == own_fold[:, None])
+        score = tl.where(allowed, score, -float("inf"))
+        highest, at = tl.max(score, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        # Only a strictly higher score moves the best: of equals the lowest index stays.
+        best_at = tl.where(highest > best, start + at, best_at)
+        best = tl.maximum(highest, best)
+    # The student's own length changes no order and waits for the end, where registers are free.
+    own = tl.zeros([ROWS], tl.float32)
+    for first in range(0, dim, FEATURES):
+        feature = first + tl.arange(0, FEATURES)
+        place = student + row.to(tl.int64)[:, None] * student_row + feature[None, :]
+        ours = tl.load(place, mask=(row < masked)[:, None] & (feature < dim)[None, :], other=0.0).to(tl.float32)
+        own += tl.sum(ours * ours, axis=1)
+    if COSINE:
+        best = best / tl.maximum(tl.sqrt(own), 1e-12)
+    else:
+        best = best - own
+    place = image * masked + row
+    tl.store(index + place, best_at.to(tl.int64), mask=row < masked)
+    tl.store(similarity + place, best, mask=row < masked)

@@ -1,0 +1,186 @@
+"""What every benchmark shares: alternating runs, the rows they make, the table, the plot and the JSON file.
+
+A row is one measured case, compared with one baseline or with none; its keys are those of `Row`. All cases of a
+comparison run in one process and take turns, so that a machine that is busy or slow is so for all of them.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "numba", "numpy", "torchvision")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a benchmark's result."""
+
+    case: str
+    metric: str
+    unit: str
+    value: float
+    """The median."""
+    low: float
+    """The 20th percentile."""
+    high: float
+    """The 80th percentile."""
+    baseline: str | None
+    """The case it is compared with."""
+    ratio: float | None
+    """How many times better than the baseline: above 1 is better."""
+    gate: bool
+    """Whether the output passed its check."""
+    device: str
+    versions: dict[str, str]
+    date: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to be timed: `run` takes what `prepare`, untimed, gives."""
+
+    name: str
+    run: Callable
+    prepare: Callable[[], tuple] = tuple
+
+
+def alternating(cases: Sequence[Case], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each case, which take turns; one round more comes first and is not counted."""
+    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    for turn in range(rounds + 1):
+        for case in cases:
+            given = case.prepare()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            result = case.run(*given)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            taken = time.perf_counter() - start
+            del given, result
+            if turn:
+                seconds[case.name].append(taken)
+    return seconds
+
+
+def make_row(
+    case: str,
+    metric: str,
+    unit: str,
+    samples: Sequence[float],
+    device: str,
+    gate: bool,
+    baseline: tuple[str, Sequence[float]] | None = None,
+) -> Row:
+    """A row of samples of which less is better. A case that failed its check gets no ratio."""
+    ordered = sorted(samples)
+    middle = statistics.median(ordered)
+    ratio = statistics.median(baseline[1]) / middle if baseline and gate else None
+    return Row(
+        case, metric, unit, middle, _quantile(ordered, 0.2), _quantile(ordered, 0.8), baseline[0] if baseline else None,
+        ratio, gate, device, versions(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def _quantile(ordered: Sequence[float], part: float) -> float:
+    place = part * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's with the threads in use."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def arguments(name: str, description: str) -> argparse.ArgumentParser:
+    """The flags that every benchmark has."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: done within 50 seconds on two cores")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the rows to this file")
+    parser.add_argument("--plot", type=Path, metavar="F", default=Path("runs/benchmarks") / f"{name}.png")
+    return parser
+
+
+def finish(rows: Sequence[Row], title: str, json_file: Path | None, plot_file: Path) -> int:
+    """Print, draw and write the rows. Returns the exit status: 1 where a case failed its check."""
+    print(table(rows))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    draw(rows, title, plot_file)
+    failed = sorted({row.case for row in rows if not row.gate})
+    if failed:
+        print(f"failed their check, so nothing is claimed of them: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| case | metric | median | 20th to 80th percentile | baseline | times better | check |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f} ×"
+        spread = f"{row.low:.4g} to {row.high:.4g}"
+        check = "passed" if row.gate else "FAILED"
+        lines.append(
+            f"| {row.case} | {row.metric} | {row.value:.4g} {row.unit} | {spread} | {row.baseline or ''} | {ratio} "
+            f"| {check} |"
+        )
+    if rows:
+        packages = ", ".join(f"{name} {number}" for name, number in rows[0].versions.items())
+        lines += ["", f"{rows[0].device}; {packages}; {rows[0].date}"]
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], title: str, file: Path) -> None:
+    """How many times better each case is than its baseline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    compared = [row for row in rows if row.ratio is not None]
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * len(compared)))
+    names = [f"{row.case} / {row.baseline} ({row.metric})" for row in compared]
+    bars = axes.barh(names, [row.ratio or 0 for row in compared])
+    axes.bar_label(bars, fmt="%.2f ×", padding=3)
+    axes.axvline(1, color="gray", linewidth=1)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(xlabel="times better than the baseline", title=title)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,204 @@
+"""The Triton kernels built for GPUs that are not there, and what their machine code says.
+
+Triton's compiler needs no driver. The code is read with the tools in its wheel: registers, spills to memory, 16-byte
+loads, tensor-core instructions, shared memory. A process that interprets Triton cannot build: see `certify.py`.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastpmae_kernels.match import nearest_kernel, nearest_meta
+from fastpmae_kernels.patch_tokens import tokens_kernel, tokens_meta
+from fastpmae_kernels.prototype_loss import cross_entropy_kernel, cross_entropy_meta, scale_kernel
+from fastpmae_kernels.sinkhorn import assigned_kernel, assigned_meta, column_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes of shared memory that one block may use on the part."""
+
+TENSOR_CORES = r"\b(HMMA|HGMMA|UTC\w*MMA)\b|v_mfma"
+SPILLS = r"\b(STL|LDL)\b"
+WIDE_LOADS = r"\bLDG\.\S*128|\bLDGSTS\.\S*128|\bUTMALDG|(global|buffer)_load_dwordx4"
+
+
+@dataclass(frozen=True)
+class Build:
+    """A kernel with the types and tile it is launched with, and what its machine code must show."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    """Of each argument, in Triton's notation."""
+    tile: dict[str, Any]
+    registers: int
+    """At most, a thread."""
+    wide_loads: bool = True
+    tensor_cores: bool = False
+    aligned: tuple[str, ...] = ()
+    """Numbers that 16 divides at the paper's sizes; all pointers are 16-byte aligned."""
+    unaligned: bool = field(default=False)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the machine code of a build says."""
+
+    registers: int
+    spills: int
+    wide_loads: int
+    tensor_cores: int
+    shared: int
+
+
+def _types(kernel: Any, pointers: dict[str, str], floats: tuple[str, ...] = ()) -> dict[str, str]:
+    """Types by name: what is neither a pointer nor among `floats` is an integer; capitals are constants."""
+    kinds = {}
+    for name in kernel.arg_names:
+        if name.isupper():
+            kinds[name] = "constexpr"
+        else:
+            kinds[name] = pointers.get(name, "fp32" if name in floats else "i32")
+    return kinds
+
+
+def builds(prototypes: int = 4096, patch_size: int = 16) -> list[Build]:
+    """Every kernel as the paper's sizes launch it."""
+    strides = ("prototypes", "stride", "student_stride", "teacher_stride", "gradient_stride")
+    tokens = ("dim", "student_image", "student_row", "teacher_image", "teacher_row", "height", "width")
+    half, whole = "*fp16", "*fp32"
+    found = []
+    for dtype in (half, whole):
+        name = {half: "fp16", whole: "fp32"}[dtype]
+        found += [
+            Build(
+                f"column_logsumexp {name}", column_kernel,
+                _types(column_kernel, {"logits": dtype, "peaks": whole, "totals": whole}, ("scale",)),
+                {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}, registers=128, aligned=strides,
+            ),
+            Build(
+                f"assigned_sums {name}", assigned_kernel,
+                _types(assigned_kernel, {"logits": dtype, "logv": whole, "sums": whole}, ("scale",)),
+                assigned_meta(prototypes), registers=128, aligned=strides,
+            ),
+            Build(
+                f"cross_entropy {name}", cross_entropy_kernel,
+                _types(
+                    cross_entropy_kernel,
+                    {"student": dtype, "teacher": dtype, "logv": whole, "index": "*i64", "loss": whole,
+                     "gradient": dtype},
+                    ("label_scale", "scale", "expected"),
+                ),
+                {"GRADIENT": True, **cross_entropy_meta(prototypes)}, registers=80, aligned=strides,
+            ),
+            Build(
+                f"scale_rows {name}", scale_kernel, _types(scale_kernel, {"rows": dtype, "factor": whole}),
+                {"COLUMNS": 4096, "num_warps": 4}, registers=64, aligned=strides,
+            ),
+        ]  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+        pointers = {"student": f"*{name}", "teacher": f"*{name}", "fold": "*i64", "index": "*i64", "similarity": whole}
+        found.append(
+            Build(
+                f"nearest_patch {name}", nearest_kernel, _types(nearest_kernel, pointers),
+                {"COSINE": True, "FOLDS": False, **nearest_meta(dtype)}, registers=128,
+                tensor_cores=dtype != torch.float32, aligned=tokens,
+            )
+        )  # fmt: skip
+    affine = tuple(f"{kind}_{channel}" for kind in ("scale", "shift") for channel in "rgb")
+    found.append(
+        Build(
+            "patch_tokens bf16", tokens_kernel,
+            _types(tokens_kernel, {"images": "*u8", "ids": "*i64", "tokens": "*bf16"}, affine),
+            {"SIZE": patch_size, **tokens_meta(patch_size)}, registers=48, aligned=tokens,
+        )
+    )  # fmt: skip
+    return found
+
+
+def examine(build: Build, target: str) -> Findings:
+    """Compile for the target and read the machine code."""
+    options = {name: number for name, number in build.tile.items() if name.startswith("num_")}
+    if build.kernel is tokens_kernel:
+        options["num_warps"] = tokens_meta(build.tile["SIZE"], TARGETS[target].warp_size)["num_warps"]
+    constants = {name: number for name, number in build.tile.items() if name not in options}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(build.types.items())
+        if (kind.startswith("*") or name in build.aligned) and not build.unaligned
+    }
+    source = ASTSource(build.kernel, build.types, constants, aligned)
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    if target.startswith("gfx"):
+        code = compiled.asm["amdgcn"]
+        spills = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", code)))
+        registers = max(map(int, re.findall(r"\.vgpr_count:\s*(\d+)", code)))
+    else:
+        code, usage = _disassemble(compiled.asm["cubin"])
+        spills = len(re.findall(SPILLS, code))
+        registers = int(re.findall(r"REG:(\d+)", usage)[0])
+    return Findings(
+        registers,
+        spills,
+        len(re.findall(WIDE_LOADS, code)),
+        len(re.findall(TENSOR_CORES, code)),
+        compiled.metadata.shared,
+    )
+
+
+def faults(build: Build, target: str, found: Findings) -> list[str]:
+    """In which ways the machine code is not what it must be."""
+    # AMD counts registers of another width and file; there spills alone say that they did not suffice.
+    too_many = found.registers > build.registers and not target.startswith("gfx")
+    checks = {
+        f"{found.registers} registers, more than {build.registers}": too_many,
+        f"{found.spills} spills": found.spills > 0,
+        "no 16-byte load": build.wide_loads and found.wide_loads == 0,
+        "no tensor-core instruction": build.tensor_cores and found.tensor_cores == 0,
+        f"{found.shared} bytes of shared memory": found.shared > SHARED_LIMIT[target],
+    }
+    return [sentence for sentence, wrong in checks.items() if wrong]
+
+
+def spoilt() -> Iterator[tuple[str, str, Build]]:
+    """The words of a fault, a target, and a build that must have it: proof that every check can fail."""
+    known = {build.name: build for build in builds()}
+    sweep, nearest = known["assigned_sums fp16"], known["nearest_patch bf16"]
+    long_rows = replace(sweep, tile={"ROWS": 2, "COLUMNS": 16384, "num_warps": 4})
+    large = replace(nearest, tile={**nearest.tile, "ROWS": 128, "PATCHES": 128, "FEATURES": 128, "num_stages": 6})
+    yield "spills", "sm_90", long_rows
+    yield "spills", "gfx942", large
+    yield "registers", "sm_100", long_rows
+    for target in ("sm_80", "gfx942"):
+        yield "no 16-byte load", target, replace(sweep, unaligned=True)
+    yield "no tensor-core instruction", "sm_80", replace(known["nearest_patch fp32"], tensor_cores=True)
+    yield "no tensor-core instruction", "gfx942", replace(sweep, tensor_cores=True)
+    yield "shared memory", "sm_80", large
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
+        file.write(cubin)
+    try:
+        return tuple(  # pyright: ignore[reportReturnType]
+            subprocess.run([tools / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, *flags in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
+        )
+    finally:
+        Path(file.name).unlink()

@@ -1,0 +1,98 @@
+"""`python -m fastpmae_kernels.certify [--dry-run]`: build every kernel for every GPU, check the code, write the table.
+
+No GPU is needed. The tables of builds and of modelled traffic go into `kernels/README.md`, between its two marks.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from fastpmae_kernels import traffic
+from fastpmae_kernels.traffic import BANDWIDTH, Traffic
+
+README = Path(__file__).parents[1] / "README.md"
+MARKS = "<!-- certified: start -->\n", "<!-- certified: end -->\n"
+
+
+def build_table() -> tuple[list[str], list[str]]:
+    """A line of Markdown for each build, and a sentence for each fault: of a kernel, or of a check that cannot fail."""
+    from fastpmae_kernels.builds import TARGETS, builds, examine, faults, spoilt
+
+    lines = [
+        "| kernel | GPU | registers (budget) | spills | 16-byte loads | tensor-core instructions | shared memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    wrong = []
+    for build in builds():
+        for target in TARGETS:
+            found = examine(build, target)
+            budget = "" if target.startswith("gfx") else f" ({build.registers})"
+            cores = found.tensor_cores if build.tensor_cores or found.tensor_cores else "–"
+            lines.append(
+                f"| {build.name} | {target} | {found.registers}{budget} | {found.spills} | {found.wide_loads} "
+                f"| {cores} | {found.shared} |"
+            )
+            wrong += [f"{build.name} for {target}: {fault}" for fault in faults(build, target, found)]
+    for words, target, build in spoilt():
+        if not any(words in fault for fault in faults(build, target, examine(build, target))):
+            wrong.append(f"the check for {words!r} does not fail on {target} for a build made to fail it")
+    return lines, wrong
+
+
+def traffic_table(batch: int = 768, masked: int = 147, prototypes: int = 4096, dim: int = 768) -> list[str]:
+    """Modelled bytes and least times at the paper's sizes, logits and tokens in 16 bits."""
+    rows = batch * masked
+    matrix = rows * prototypes * 2
+    cases: list[tuple[str, Traffic, int | None]] = [
+        ("Sinkhorn, 3 iterations", traffic.sinkhorn(rows, prototypes), 3 * matrix),
+        ("cross-entropy with gradient", traffic.cross_entropy(rows, prototypes), 3 * matrix),
+        ("nearest patch", traffic.nearest_patch(batch, masked, masked, dim), 2 * rows * dim * 2),
+        ("patch tokens (one view's folds)", traffic.patch_tokens(batch, masked, 16), rows * 768 * 3),
+        ("the whole loss", traffic.loss(batch, masked, 3, prototypes), None),
+    ]
+    times_on = [f"least time {device}" for device in BANDWIDTH]
+    lines = [
+        "| " + " | ".join(["work", "least possible", "read", "written", "usual code", *times_on]) + " |",
+        "|---|---|---|---|---|" + "---|" * len(BANDWIDTH),
+    ]
+    for name, moved, least in cases:
+        usual = gigabytes(traffic.usual_loss(batch, masked, 3, prototypes)) if least is None else "–"
+        times = " | ".join(f"{1e3 * moved.seconds(device):.2f} ms" for device in BANDWIDTH)
+        lines.append(
+            f"| {name} | {'–' if least is None else gigabytes(least)} | {gigabytes(moved.read)} "
+            f"| {gigabytes(moved.written)} | {usual} | {times} |"
+        )
+    return lines
+
+
+def gigabytes(number: int) -> str:
+    return f"{number / 1e9:.2f} GB"
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(prog="fastpmae_kernels.certify", description=(__doc__ or "").split("\n\n")[0])
+    arguments.add_argument("--dry-run", action="store_true", help="check, and leave kernels/README.md as it is")
+    dry_run = arguments.parse_args().dry_run
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("certify: error: Triton interprets here and cannot build; unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    try:
+        import triton
+    except ImportError:
+        print("certify: error: there is no Triton beside this torch, so there are no kernels to build", file=sys.stderr)
+        return 2
+    lines, wrong = build_table()
+    for sentence in wrong:
+        print(f"certify: {sentence}", file=sys.stderr)
+    tables = [f"Built with Triton {triton.__version__}.", "", *lines, "", *traffic_table()]
+    print("\n".join(tables))
+    if not dry_run and not wrong:
+        start, end = MARKS
+        before, rest = README.read_text().split(start)
+        README.write_text(before + start + "\n" + "\n".join(tables) + "\n\n" + end + rest.split(end)[1])
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

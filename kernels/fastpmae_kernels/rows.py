@@ -1,0 +1,111 @@
+"""Row-wise work on the CPU: blocks of rows shared out over threads, and the arithmetic that all of it needs.
+
+The blocks depend on the shape alone, never on the number of threads, and each writes to a place of its own: the
+result has the same bits on any number of threads. Threads are started for each call; starting them takes a tenth of
+a millisecond, and nothing is left that a fork could lose.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from numba.core.caching import IndexDataCacheFile
+from numpy import float32, int32
+from torch import Tensor
+
+
+def compiled(*freedoms: str) -> Callable[[Callable], Any]:
+    """numba's compiler without Python's lock, allowed these freedoms of arithmetic, its machine code kept on disk.
+
+    The kept code is used while neither its own file nor this one, whose functions become part of it, has changed.
+    Where no folder may be written to, each process compiles anew.
+    """
+
+    def compile_it(function: Callable) -> Any:
+        result: Any = njit(nogil=True, fastmath=set(freedoms))(function)
+        try:
+            result.enable_caching()
+        except RuntimeError:
+            return result
+        kept = getattr(result._cache, "_cache_file", None)
+        if isinstance(kept, IndexDataCacheFile):
+            here = Path(__file__).stat()
+            kept._source_stamp = (kept._source_stamp, here.st_mtime, here.st_size)
+        return result
+
+    return compile_it
+
+
+BLOCK = 64
+"""Rows a thread takes at a time, at least."""
+
+
+def row_blocks(rows: int) -> list[tuple[int, int]]:
+    """First row and end of each block: few enough that one partial result a block costs little memory."""
+    size = max(BLOCK, -(-rows // 256))
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def share_out(blocks: list[tuple[int, int]], work: Callable[[int, int, int], None]) -> None:
+    """Call `work(block, start, stop)` for every block, on as many threads as torch uses."""
+    turns, failures = itertools.count(), []
+
+    def take_turns() -> None:
+        try:
+            while not failures and (turn := next(turns)) < len(blocks):
+                work(turn, *blocks[turn])
+        except BaseException as failure:
+            failures.append(failure)
+
+    helpers = [threading.Thread(target=take_turns) for _ in range(min(torch.get_num_threads(), len(blocks)) - 1)]
+    for helper in helpers:
+        helper.start()
+    take_turns()
+    for helper in helpers:
+        helper.join()
+    if failures:
+        raise failures[0]
+
+
+def as_fp32(rows: Tensor) -> np.ndarray:
+    """The rows themselves where they are fp32 and contiguous, else a copy."""
+    return rows.detach().to(torch.float32).contiguous().numpy()
+
+
+@compiled("contract")
+def exponential(x):
+    """exp(x) for x <= 88 to 1.5 units in the last place, in steps that LLVM turns into vector instructions.
+
+    x = n log(2) + r with |r| <= log(2) / 2; a polynomial of degree 7 for exp(r); 2^n by the exponent bits. Adding
+    1.5 x 2^23 rounds to an integer and leaves it in the low bits, which unlike a conversion is sound for NaN too:
+    NaN gives NaN. Below -87 (exp: 1.6e-38) the result is 0.
+    """
+    vanishes = x < float32(-87.0)
+    x = float32(-87.0) if vanishes else x
+    shifted = float32(x * float32(1.4426950408889634) + float32(12582912.0))
+    n = shifted - float32(12582912.0)
+    r = x - n * float32(0.693145751953125)
+    r = r - n * float32(1.428606765330187e-06)
+    p = float32(1.0 / 5040.0)
+    p = p * r + float32(1.0 / 720.0)
+    p = p * r + float32(1.0 / 120.0)
+    p = p * r + float32(1.0 / 24.0)
+    p = p * r + float32(1.0 / 6.0)
+    p = p * r + float32(0.5)
+    p = p * (r * r) + r + float32(1.0)
+    power = int32((float32(shifted).view(int32) + int32(127)) << int32(23))
+    return float32(0.0) if vanishes else p * int32(power).view(float32)
+
+
+@compiled("nnan", "nsz", "reassoc")
+def maximum(row):
+    """The row's maximum; with a NaN in the row, any of its values."""
+    peak = float32(-np.inf)
+    for j in range(row.size):
+        peak = max(peak, row[j])
+    return peak

@@ -1,0 +1,291 @@
+"""Every Triton kernel in Triton's interpreter, against float64.
+
+Run by `test_triton.py` in a process of its own, because Triton decides at import whether it interprets. Kernels write
+into memory filled with NaN, and read matrices whose surroundings are NaN, so that neither a number that was never
+written nor one from outside can pass unseen. bf16 is left to the compiled kernels: the interpreter's bf16 is wrong.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import math
+import mmap
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastpmae_kernels import traffic
+from fastpmae_kernels.match import nearest_patch_ref, nearest_patch_triton
+from fastpmae_kernels.patch_tokens import IMAGENET_MEAN, IMAGENET_STD, patch_tokens_ref, patch_tokens_triton
+from fastpmae_kernels.prototype_loss import on_gpu, prototype_cross_entropy_ref, scale_rows_triton
+from fastpmae_kernels.sinkhorn import assigned_sums_triton, column_logsumexp_triton
+
+# Interpreted, a masked lane's inf - inf makes numpy warn.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DTYPES = (torch.float32, torch.float16)
+SHAPES = [
+    pytest.param(1, 1, id="one number"),
+    pytest.param(1, 4096, id="one row"),
+    pytest.param(37, 1, id="one prototype"),
+    pytest.param(5, 17, id="tiny and odd"),
+    pytest.param(70, 300, id="no multiple of any tile"),
+    pytest.param(40, 2048, id="whole tiles"),
+    pytest.param(600, 33, id="more rows than parts"),
+]
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launchers allocate holds NaN (or a huge index) until a kernel writes to it."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
+
+    def poisoned(tensor: Tensor) -> Tensor:
+        return tensor.fill_(math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
+
+
+def amid_nan(values: Tensor) -> Tensor:
+    """The same matrix inside a larger one of NaN: rows further apart than they are long."""
+    rows, columns = values.shape
+    around = torch.full((rows + 2, columns + 3), math.nan, dtype=values.dtype)
+    around[1 : rows + 1, 1 : columns + 1] = values
+    return around[1 : rows + 1, 1 : columns + 1]
+
+
+def made_logits(rows: int, prototypes: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return amid_nan((torch.rand(rows, prototypes, generator=generator) * 2 - 1).to(dtype))
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "prototypes"), SHAPES)
+def test_column_logsumexp(rows: int, prototypes: int, dtype: torch.dtype):
+    logits = made_logits(rows, prototypes, dtype)
+    peak, total = column_logsumexp_triton(logits, 0.05)
+    assert_close(peak + total.log(), (logits.double() / 0.05).logsumexp(dim=0), 1e-5)
+    assert_close(peak, (logits.double() / 0.05).amax(dim=0), 1e-5)
+
+
+def test_column_logsumexp_of_extreme_logits():
+    logits = made_logits(50, 20, torch.float32) * 1e30
+    logits[:, 3] = -math.inf
+    logits[7, 5] = math.nan
+    peak, total = column_logsumexp_triton(logits, 0.05)
+    assert peak[3] == -math.inf
+    assert total[3] == 0
+    assert math.isnan((peak + total.log())[5])
+    rest = [j for j in range(20) if j not in (3, 5)]
+    torch.testing.assert_close((peak + total.log())[rest], (logits / 0.05).logsumexp(dim=0)[rest])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "prototypes"), SHAPES)
+def test_assigned_sums(rows: int, prototypes: int, dtype: torch.dtype):
+    logits = made_logits(rows, prototypes, dtype)
+    logv = torch.randn(prototypes, generator=torch.Generator().manual_seed(1)) * 10
+    expected = torch.softmax(logits.double() / 0.05 + logv.double(), dim=1).sum(dim=0)
+    sums = assigned_sums_triton(logits, logv, 0.05)
+    assert_close(sums / rows, expected / rows, 1e-5)
+
+
+def test_no_rows_at_all():
+    logits = torch.empty(0, 20)
+    peak, total = column_logsumexp_triton(logits, 0.05)
+    assert (peak == -math.inf).all()
+    assert (total == 0).all()
+    assert (assigned_sums_triton(logits, torch.zeros(20), 0.05) == 0).all()
+    assert on_gpu(logits, logits, torch.zeros(20), torch.zeros(0, dtype=torch.int64), 0.05, 0.1, 1.0, None).numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "prototypes"), SHAPES[:-1])
+@pytest.mark.parametrize("where", ["nowhere", "beside", "over"])
+def test_cross_entropy(rows: int, prototypes: int, dtype: torch.dtype, where: str):
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = made_logits(rows, prototypes, dtype), made_logits(rows + 3, prototypes, dtype, 1)
+    logv = torch.randn(prototypes, generator=generator)
+    index = torch.randint(rows + 3, (rows,), generator=generator)
+    exact = student.double().requires_grad_()
+    expected = prototype_cross_entropy_ref(exact, teacher.double(), logv.double(), index)
+    (slope,) = torch.autograd.grad(0.25 * expected.sum(), exact)
+
+    surroundings = student.new_empty(0) if where != "over" else student._base
+    gradient = {"nowhere": None, "beside": torch.empty(rows, prototypes, dtype=dtype), "over": student}[where]
+    loss = on_gpu(student, teacher, logv, index, 0.05, 0.1, 0.25, gradient)
+    assert_close(loss, expected.detach(), 2e-5)
+    if gradient is not None:
+        # a 16-bit gradient rounds at most once
+        assert_close(gradient, slope, 2e-5 if dtype == torch.float32 else 1.1e-3)
+    if where == "over":
+        assert surroundings is not None
+        outside = surroundings.clone()
+        outside[1:-1, 1:-2] = math.nan
+        assert outside.isnan().all()
+
+
+def test_a_row_without_a_label_is_nan():
+    student = made_logits(4, 20, torch.float32)
+    gradient = torch.zeros(4, 20)
+    index = torch.tensor([0, 4, -1, 3])
+    loss = on_gpu(student, student, torch.zeros(20), index, 0.05, 0.1, 1.0, gradient)
+    assert loss.isnan().tolist() == [False, True, True, False]
+    assert gradient.isnan().all(dim=1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 17, 300, 5000])
+def test_scale_rows(dtype: torch.dtype, columns: int):
+    rows = made_logits(3, columns, dtype)
+    expected = rows.double() * torch.tensor([[1.0], [0.5], [-3.0]])
+    scale_rows_triton(rows, torch.tensor([1.0, 0.5, -3.0]))
+    assert_close(rows, expected, 1e-6 if dtype == torch.float32 else 1e-3)
+
+
+def test_rows_past_two_to_the_31st_element():
+    """Three rows 2^31 elements apart, in memory that exists only where it is touched."""
+    stride, columns = 2**31 + 64, 40
+    unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python knows the name from 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved
+    room = mmap.mmap(-1, 2 * (2 * stride + columns), flags=flags)
+    memory = torch.from_numpy(np.frombuffer(room, dtype=np.float16))
+    far = memory.as_strided((3, columns), (stride, 1))
+    near = made_logits(3, columns, torch.float16).contiguous()
+    far.copy_(near)
+    for a, b in zip(column_logsumexp_triton(far, 0.05), column_logsumexp_triton(near, 0.05), strict=True):
+        assert torch.equal(a, b)
+    logv = torch.linspace(-1, 1, columns)
+    assert torch.equal(assigned_sums_triton(far, logv, 0.05), assigned_sums_triton(near, logv, 0.05))
+    index = torch.tensor([2, 0, 1])
+    gradient = torch.empty_like(near)
+    loss = on_gpu(near, near, logv, index, 0.05, 0.1, 1.0, gradient)
+    assert torch.equal(on_gpu(far, far.clone(), logv, index, 0.05, 0.1, 1.0, far), loss)
+    assert torch.equal(far, gradient)
+    scale_rows_triton(far, torch.tensor([1.0, 1.0, 0.5]))
+    assert torch.equal(far[2], gradient[2] * 0.5)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "masked", "patches", "dim"),
+    [(1, 1, 1, 1), (2, 5, 7, 3), (2, 147, 147, 192), (3, 65, 64, 40), (1, 130, 200, 33)],
+)
+def test_nearest_patch(batch: int, masked: int, patches: int, dim: int, dtype: torch.dtype, metric: str):
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (
+        torch.randn(batch, count, dim, generator=generator).to(dtype) for count in (masked, patches)
+    )  # fmt: skip
+    index, similarity = nearest_patch_triton(student, teacher, metric == "cosine", [])
+    exact = similarity_of(student, teacher, metric)
+    chosen = exact.gather(2, index.unsqueeze(2)).squeeze(2)
+    # the chosen patch is the nearest, or as near as rounding can tell
+    assert_close(chosen, exact.amax(dim=2), 1e-5)
+    assert_close(similarity, chosen, 3e-5)
+
+
+def similarity_of(student: Tensor, teacher: Tensor, metric: str) -> Tensor:
+    student, teacher = student.double(), teacher.double()
+    if metric == "l2":
+        return -(student.unsqueeze(2) - teacher.unsqueeze(1)).square().sum(dim=3)
+    lengths = student.norm(dim=2).unsqueeze(2) * teacher.norm(dim=2).unsqueeze(1)
+    return (student @ teacher.mT) / lengths
+
+
+def test_nearest_patch_within_folds_and_of_equals_the_lowest():
+    student = torch.randn(2, 147, 48, generator=torch.Generator().manual_seed(4))
+    teacher = torch.randn(2, 147, 48, generator=torch.Generator().manual_seed(5))
+    folds = [50, 49, 48]
+    index, _ = nearest_patch_triton(student, teacher, True, folds)
+    assert torch.equal(index, nearest_patch_ref(student.double(), teacher.double(), "cosine", "fold", folds))
+    teacher[:, 10] = teacher[:, 90] = teacher[:, 140] = student[:, 20]
+    index, similarity = nearest_patch_triton(student, teacher, True, [])
+    assert (index[:, 20] == 10).all()
+    torch.testing.assert_close(similarity[:, 20], torch.ones(2))
+
+
+@pytest.mark.parametrize("patch_size", [1, 3, 8, 14, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_patch_tokens(patch_size: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randint(256, (2, 3, 3 * patch_size, 2 * patch_size), generator=generator, dtype=torch.uint8)
+    ids = torch.tensor([[5, 0, 0, 3], [1, 4, 2, 5]])
+    got = patch_tokens_triton(images, ids, patch_size, dtype, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert_close(
+        got, patch_tokens_ref(images, ids, patch_size, torch.float64), 2e-6 if dtype == torch.float32 else 1e-3
+    )
+    lost = patch_tokens_triton(images, ids + 1, patch_size, dtype, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert lost.isnan().all(dim=2).tolist() == (ids == 5).tolist()
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes that interpreted kernels load and store from here on."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    bytes_of = {"loaded": 0, "stored": 0}
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counting_load(self, pointers, mask, *rest):
+        bytes_of["loaded"] += int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self, pointers, value, mask, *rest):
+        bytes_of["stored"] += int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
+    return bytes_of
+
+
+def assert_moved(counted: dict[str, int], model: traffic.Traffic) -> None:
+    assert counted == {"loaded": model.read + model.again, "stored": model.written}
+    counted.update(loaded=0, stored=0)
+
+
+@pytest.mark.parametrize(("rows", "prototypes"), [(5, 17), (70, 300), (40, 2048), (130, 40)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_traffic_model_counts_what_the_kernels_move(
+    rows: int, prototypes: int, dtype: torch.dtype, counted: dict[str, int]
+):
+    logits, logv, size = made_logits(rows, prototypes, dtype), torch.zeros(prototypes), dtype.itemsize
+    column_logsumexp_triton(logits, 0.05)
+    assert_moved(counted, traffic.column_logsumexp(rows, prototypes, size))
+    assigned_sums_triton(logits, logv, 0.05)
+    assert_moved(counted, traffic.assigned_sums(rows, prototypes, size))
+    index = torch.arange(rows)
+    on_gpu(logits, logits, logv, index, 0.05, 0.1, 1.0, None)
+    assert_moved(counted, traffic.cross_entropy(rows, prototypes, size, gradient=False))
+    on_gpu(logits, logits.clone(), logv, index, 0.05, 0.1, 1.0, logits)
+    assert_moved(counted, traffic.cross_entropy(rows, prototypes, size))
+    scale_rows_triton(logits, torch.ones(rows))
+    assert_moved(counted, traffic.scale_rows(rows))
+
+
+@pytest.mark.parametrize(("masked", "patches", "dim"), [(5, 7, 3), (65, 130, 40), (147, 147, 64)])
+def test_the_traffic_model_counts_what_the_match_moves(
+    masked: int, patches: int, dim: int, counted: dict[str, int]
+):  # fmt: skip
+    student, teacher = torch.randn(2, masked, dim), torch.randn(2, patches, dim)
+    nearest_patch_triton(student, teacher, True, [])
+    assert_moved(counted, traffic.nearest_patch(2, masked, patches, dim, 4))
+
+
+@pytest.mark.parametrize("patch_size", [3, 16])
+def test_the_traffic_model_counts_what_patch_tokens_move(patch_size: int, counted: dict[str, int]):
+    images = torch.zeros(2, 3, 2 * patch_size, 2 * patch_size, dtype=torch.uint8)
+    ids = torch.tensor([[3, 0, 1], [1, 1, 2]])
+    patch_tokens_triton(images, ids, patch_size, torch.float16, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert_moved(counted, traffic.patch_tokens(2, 3, patch_size, 2))

@@ -1,0 +1,105 @@
+"""The operators as torch sees them: registered soundly, compiled whole, and chosen by device or by a test."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpmae_kernels import (
+    backend,
+    nearest_patch,
+    patch_tokens,
+    prototype_cross_entropy,
+    prototype_cross_entropy_ref,
+    rows,
+    sinkhorn_bias,
+)
+
+ops = torch.ops.fastpmae
+GENERATOR = torch.Generator().manual_seed(0)
+LOGITS = torch.randn(10, 12, generator=GENERATOR)
+BIAS = torch.zeros(12)
+INDEX = torch.arange(10).flip(0)
+TOKENS = torch.randn(2, 6, 8, generator=GENERATOR)
+IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+CALLS = {
+    "column_logsumexp": (LOGITS, 0.05),
+    "assigned_sums": (LOGITS, BIAS, 0.05),
+    "prototype_loss": (LOGITS, LOGITS, BIAS, INDEX, 0.05, 0.1),
+    "prototype_loss_gradient": (LOGITS, LOGITS, BIAS, INDEX, 0.05, 0.1, 1.0),
+    "prototype_loss_over": (LOGITS.clone(), LOGITS, BIAS, INDEX, 0.05, 0.1, 1.0),
+    "scale_rows": (LOGITS.clone(), torch.linspace(0, 1, 10)),
+    "nearest_patch": (TOKENS, TOKENS.flip(1), True, [4, 2]),
+    "patch_tokens": (IMAGES, torch.tensor([[0, 3], [1, 2]]), 4, torch.bfloat16, [0.5] * 3, [0.5] * 3),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operator_keeps_torchs_rules(name: str):
+    torch.library.opcheck(
+        getattr(ops, name).default,
+        CALLS[name],
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def step(student: torch.Tensor, teacher: torch.Tensor, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    logv = sinkhorn_bias(teacher)
+    match = nearest_patch(student.unsqueeze(0), teacher.unsqueeze(0))[0]
+    loss = prototype_cross_entropy(student * 1, teacher, logv, match, overwrite=True, expected_gradient=0.1).mean()
+    return loss + patch_tokens(images, ids, 4).mean()
+
+
+@pytest.mark.slow
+def test_the_whole_compiles_without_a_break_and_computes_the_same():
+    def run(function) -> tuple[torch.Tensor, torch.Tensor]:
+        student = LOGITS.flip(1).clone().requires_grad_()
+        loss = function(student, LOGITS, IMAGES, torch.tensor([[0, 3], [1, 2]]))
+        loss.backward()
+        assert student.grad is not None
+        return loss.detach(), student.grad
+
+    for got, expected in zip(run(torch.compile(step, fullgraph=True)), run(step), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_test_can_ask_for_the_plain_form(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fastpmae_kernels.prototype_loss._on_cpu", None)
+    expected = prototype_cross_entropy_ref(LOGITS, LOGITS, BIAS, INDEX)
+    with backend.use("ref"):
+        assert torch.equal(prototype_cross_entropy(LOGITS, LOGITS, BIAS, INDEX), expected)
+        with backend.use("device"), pytest.raises(TypeError):
+            prototype_cross_entropy(LOGITS, LOGITS, BIAS, INDEX)
+        assert torch.equal(prototype_cross_entropy(LOGITS, LOGITS, BIAS, INDEX), expected)
+    with pytest.raises(TypeError):
+        prototype_cross_entropy(LOGITS, LOGITS, BIAS, INDEX)
+
+
+def test_exponential_is_right_to_two_units_in_the_last_place():
+    x = torch.linspace(-86.9, 0.5, 100_001)
+    got = torch.tensor([rows.exponential(value) for value in x.numpy()], dtype=torch.float64)
+    assert ((got - x.double().exp()).abs() / x.double().exp()).max() < 2 * 2**-23
+    assert rows.exponential(torch.tensor(-88.0).numpy()[()]) == 0
+    assert rows.exponential(torch.tensor(-torch.inf).numpy()[()]) == 0
+    assert rows.exponential(torch.tensor(torch.nan).numpy()[()]) != 0
+
+
+def test_a_failure_in_a_thread_reaches_the_caller_and_leaves_no_thread():
+    def work(block: int, start: int, stop: int) -> None:
+        if start >= 128:
+            raise MemoryError("no room")
+
+    before = threading.active_count()
+    with pytest.raises(MemoryError, match="no room"):
+        rows.share_out(rows.row_blocks(1000), work)
+    assert threading.active_count() == before
+
+
+def test_kept_machine_code_goes_stale_with_either_of_its_files():
+    """A block's code contains the exponential's, which stands in another file than the block."""
+    from fastpmae_kernels import prototype_loss
+
+    _, *of_shared = prototype_loss._cross_entropy_block._cache._cache_file._source_stamp
+    shared = Path(rows.__file__).stat()
+    assert of_shared == [shared.st_mtime, shared.st_size]
