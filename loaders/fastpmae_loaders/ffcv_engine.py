@@ -166,7 +166,7 @@ def _leave_shared_types_alone(ffcv: Any) -> None:
 
         return ffcv.pipeline.compiler.Compiler.compile(region, data(numba.uint64, state))
 
-    OSCacheManager.state_type = property(lambda self: state)
+    OSCacheManager.state_type = property(lambda self: state)  # pyright: ignore[reportAttributeAccessIssue]
     OSCacheManager.compile_reader = compile_reader
 
 
