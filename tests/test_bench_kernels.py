@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("benchmarks.bench_kernels", reason="the benchmarks are not beside the tests")
-
 from benchmarks import bench_kernels, common
 
 ROOT = Path(__file__).parents[1]
