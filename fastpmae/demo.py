@@ -18,13 +18,13 @@ from rich.table import Table
 from torch import Tensor
 
 from fastpmae.config import PRESETS
-from fastpmae.embed import Network, load_encoder
-from fastpmae.errors import exit_with_sentence
+from fastpmae.embed import Network, load_encoder, pooled, whole_tokens
+from fastpmae.errors import Interrupted, exit_with_sentence
 from fastpmae.knn import knn_accuracy
 from fastpmae.photographs import PHOTOGRAPHS, write_demo_images
 from fastpmae.run import folder_of
-from fastpmae.stop import Interrupted
 from fastpmae.train import pretrain
+from fastpmae.world import choose_device
 from fastpmae.write import write_beton
 from fastpmae_loaders import Beton, PlainViews
 
@@ -145,20 +145,18 @@ def whole_images(beton: Path, side: int) -> tuple[UInt8[Tensor, "images 3 side s
     return torch.cat([images for images, _ in batches]), torch.cat([label for _, label in batches])
 
 
-@torch.no_grad()
 def first_and_mean(
     run: Path, network: Network, images: UInt8[Tensor, "images 3 side side"]
 ) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "images dim"]]:
     """The class token and the mean of the patch tokens of each image, by an encoder of the run."""
     encoder, _ = load_encoder(run, network)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device("auto")
     encoder.to(device)
-    ids = torch.arange((images.shape[-1] // encoder.patch_embed.patch_size) ** 2, device=device)
     first, mean = [], []
     for part in images.split(64):
-        tokens = encoder(part.to(device), ids.expand(len(part), -1))
-        first.append(tokens[:, 0].cpu())
-        mean.append(tokens[:, 1:].mean(1).cpu())
+        tokens = whole_tokens(encoder, part.to(device))
+        first.append(pooled(tokens, "class").cpu())
+        mean.append(pooled(tokens, "mean").cpu())
     return torch.cat(first), torch.cat(mean)
 
 
@@ -198,16 +196,7 @@ def show_summary(run: Path, rows: list[dict[str, float]], found: list[Accuracy],
 
 def main() -> int:
     """`python -m fastpmae.demo`."""
-
-    def run() -> int:
-        try:
-            tyro.cli(demo, prog="python -m fastpmae.demo")
-        except Interrupted as stopped:
-            print(f"demo: {stopped}", file=sys.stderr)
-            return 128 + stopped.number
-        return 0
-
-    return exit_with_sentence("demo", run)
+    return exit_with_sentence("demo", lambda: tyro.cli(demo, prog="python -m fastpmae.demo"))
 
 
 if __name__ == "__main__":

@@ -51,14 +51,24 @@ def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encode
 
 
 @torch.no_grad()
+def whole_tokens(
+    encoder: Encoder, images: UInt8[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch 1+patches dim"]:
+    """The class token and every patch token of whole images, after the final norm."""
+    side = images.shape[-1] // encoder.patch_embed.patch_size
+    return encoder(images, torch.arange(side * side, device=images.device).expand(len(images), -1))
+
+
+def pooled(tokens: Float[Tensor, "batch 1+patches dim"], pool: Pool) -> Float[Tensor, "batch dim"]:
+    """The class token, or the mean of the patch tokens."""
+    return tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(dim=1)
+
+
 def features(
     encoder: Encoder, images: UInt8[Tensor, "batch 3 height width"], pool: Pool = "class"
 ) -> Float[Tensor, "batch dim"]:
-    """The class token, or the mean of the patch tokens, of whole images after the final norm."""
-    side = images.shape[-1] // encoder.patch_embed.patch_size
-    ids = torch.arange(side * side, device=images.device).expand(len(images), -1)
-    tokens = encoder(images, ids)
-    return tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(dim=1)
+    """Frozen features of whole images."""
+    return pooled(whole_tokens(encoder, images), pool)
 
 
 def embed_images(

@@ -1,16 +1,29 @@
 """How a command ends when something is wrong: one sentence, no traceback."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from fastpmae_loaders.errors import BetonError, UserError
 
-__all__ = ["BetonError", "RunError", "UserError", "exit_with_sentence"]
+__all__ = ["BetonError", "Interrupted", "RunError", "UserError", "exit_with_sentence"]
 
 
 class RunError(Exception):
     """A run that had to stop though nothing in its input was wrong (a loss that is not finite, say)."""
+
+
+class Interrupted(RunError):
+    """A run that a signal ended, after its checkpoint was written."""
+
+    def __init__(self, number: int, step: int, last_step: int, folder: Path):
+        super().__init__(
+            f"{signal.Signals(number).name} after step {step} of {last_step}: the checkpoint is written; "
+            f"go on with --resume --out {folder}"
+        )
+        self.number = number
 
 
 def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
@@ -20,6 +33,9 @@ def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stopped:
+        print(f"{name}: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
     except RunError as error:
         print(f"{name}: stopped: {error}", file=sys.stderr)
         return 1

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import fcntl
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from fastpmae.errors import UserError
 from fastpmae.files import appearing, remove_partial
 from fastpmae.world import World
 from fastpmae_loaders import Beton
+from fastpmae_loaders.paired import larger_than_memory
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
@@ -51,7 +51,7 @@ def resolve(config: Config, device: torch.device, beton: Beton) -> Config:
     """
     page_order = config.data.page_order
     if page_order == "auto":
-        page_order = "on" if beton.path.stat().st_size > memory_size() else "off"
+        page_order = "on" if larger_than_memory(beton) else "off"
     precision = config.efficiency.precision
     if precision == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -62,11 +62,6 @@ def resolve(config: Config, device: torch.device, beton: Beton) -> Config:
     # absolute, so that the run can be taken up from any folder
     config = config.using(beton=beton.path.resolve())
     return config.using(precision=precision, page_order=page_order, warmup_epochs=float(warmup_epochs(config)))
-
-
-def memory_size() -> int:
-    """Bytes of memory in this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:

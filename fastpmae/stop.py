@@ -2,21 +2,7 @@
 
 import signal
 import threading
-from pathlib import Path
 from types import FrameType, TracebackType
-
-from fastpmae.errors import RunError
-
-
-class Interrupted(RunError):
-    """A run that a signal ended, after its checkpoint was written."""
-
-    def __init__(self, number: int, step: int, last_step: int, folder: Path):
-        super().__init__(
-            f"{signal.Signals(number).name} after step {step} of {last_step}: the checkpoint is written; "
-            f"go on with --resume --out {folder}"
-        )
-        self.number = number
 
 
 class Stop:

@@ -21,13 +21,13 @@ from fastpmae.checkpoint import (
 from fastpmae.command import read_command
 from fastpmae.config import Config
 from fastpmae.data import Feed, fingerprint, make_loader, open_beton
-from fastpmae.errors import RunError, exit_with_sentence
+from fastpmae.errors import Interrupted, RunError, exit_with_sentence
 from fastpmae.health import health
 from fastpmae.log import Log, Meter
 from fastpmae.optimiser import learning_rate, make_optimiser, update
 from fastpmae.run import claim, describe_run, open_run, recorded, resolve, write_machine
 from fastpmae.step import learn, teach
-from fastpmae.stop import Interrupted, Stop
+from fastpmae.stop import Stop
 from fastpmae.world import World, join_world
 
 
@@ -137,7 +137,7 @@ def pretrain(config: Config) -> Path:
                         "bad_images": feed.bad_images,
                     }
                     figures |= meter.means(world.group, anew=on_grid) | teachers.momenta(step - 1, epoch)
-                    log.row(figures | health(targets), feed.take_wait(), partial=not on_grid)
+                    log.row(figures | (health(targets) if world.first else {}), feed.take_wait(), partial=not on_grid)
 
                 on_steps = config.run.save_steps > 0 and step % config.run.save_steps == 0
                 on_time = time.monotonic() - saved_at >= 60 * config.run.save_every
@@ -171,13 +171,8 @@ def stop_if_bad(meter: Meter, world: World, folder: Path) -> None:
 def main() -> int:
     """`fastpmae-train`."""
 
-    def run() -> int:
-        try:
-            pretrain(read_command())
-        except Interrupted as stopped:
-            print(f"fastpmae-train: {stopped}", file=sys.stderr)
-            return 128 + stopped.number
-        return 0
+    def run() -> None:
+        pretrain(read_command())
 
     return exit_with_sentence("fastpmae-train", run)
 

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
 from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae.files import appearing
 from fastpmae_loaders import Batch, Beton, PairedViews, Plans, ViewSettings, draw_plans
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
 
@@ -66,14 +67,8 @@ def draw_views(
         batch = views.batch_of(wanted)
     plans = draw_plans(seed, epoch, wanted, beton.height[wanted], beton.width[wanted], settings)
     figure = _figure(beton, batch, plans, settings, f"{beton.path.name} · seed {seed} · epoch {epoch}")
-    partial = target.with_name(f".{target.name}.{os.getpid()}{target.suffix}")
-    try:
-        figure.savefig(partial, dpi=130)
-        partial.replace(target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with appearing(target) as beside:
+        figure.savefig(beside, dpi=130)
     return target
 
 

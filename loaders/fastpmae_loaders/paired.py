@@ -78,7 +78,7 @@ class PairedViews:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.bad_fraction = bad_fraction
-        self.page_order = _larger_than_memory(self.beton) if page_order is None else page_order
+        self.page_order = larger_than_memory(self.beton) if page_order is None else page_order
         if len(self) == 0:
             raise UserError(
                 f"{self.beton.path}: {len(self.beton)} samples make no batch of {self.global_batch}; "
@@ -275,7 +275,8 @@ class Iteration(Iterator[Batch]):
             self.close()
 
 
-def _larger_than_memory(beton: Beton) -> bool:
+def larger_than_memory(beton: Beton) -> bool:
+    """Whether a file leaves too little of this machine's memory to be kept in it."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):

@@ -2,14 +2,11 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Literal
 
 from .engine import Engine, Job, Source
 from .errors import UserError
 from .scratch import Scratch, scratch_for
 from .stream import Stream
-
-EngineName = Literal["ffcv", "torch"]
 
 
 def make_engine(name: str, source: Source) -> Engine:
