@@ -9,40 +9,16 @@ import hashlib
 import io
 import warnings
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fastpmae.errors import BetonError, UserError
 from fastpmae_loaders.beton import JPG, PIXEL_LIMIT, RAW
 from fastpmae_loaders.jpeg import JPEG_MAX_SIDE, jpeg_header, turbo_available, turbo_decode
+from fastpmae_loaders.pictures import ImageError, load, one_line, open_image, upright_rgb
 
 RAW_MAX_SIDE = 65535  # the metadata keep sides in 16 bits
-# Everything photographs come in. Pillow reads more, some of it (EPS) by running another program on the file.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
-_BASELINE_TO_PROGRESSIVE = (0xC0, 0xC1, 0xC2)
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ORIENTATION = 0x0112
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # Pillow may be built without some
-
-
-class ImageError(UserError):
-    """Why a file is not stored, as the end of a sentence about the file."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +88,7 @@ def store(data: bytes, settings: ImageSettings, place: int = 0) -> StoredImage:
         except ImageError:
             raise
         except Exception as error:
-            raise ImageError(f"its colours ({image.mode}) cannot be converted: {_short(error)}") from None
+            raise ImageError(f"its colours ({image.mode}) cannot be converted: {one_line(error)}") from None
         image = _within(image, settings.max_size)
     _check_storable(image, JPEG_MAX_SIDE if as_jpeg else RAW_MAX_SIDE)
     if not as_jpeg:
@@ -124,29 +100,13 @@ def store(data: bytes, settings: ImageSettings, place: int = 0) -> StoredImage:
 
 def _load(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
     """The first frame, fully decoded, and its EXIF orientation (1 to 8)."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
-        if image.width * image.height > max_pixels:
-            raise ImageError(
-                f"{image.width}x{image.height} pixels are more than --max-pixels {max_pixels:,} "
-                "(a decompression bomb, or a very large picture)"
-            )
-        image.load()
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError("not an image that Pillow can read") from None
-    except Image.DecompressionBombError:
-        raise ImageError("more pixels than Pillow allows (a decompression bomb?)") from None
-    except MemoryError:
-        raise ImageError("decoding it takes more memory than there is") from None
-    except Exception as error:  # Pillow's decoders raise nearly every kind there is on damaged data
-        raise ImageError(f"does not decode: {_short(error)}") from None
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken EXIF says nothing about the pixels
-        orientation = 1
-    return image, orientation if orientation in _UPRIGHT else 1
+    image = open_image(io.BytesIO(data))
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            f"{image.width}x{image.height} pixels are more than --max-pixels {max_pixels:,} "
+            "(a decompression bomb, or a very large picture)"
+        )
+    return image, load(image)
 
 
 def _can_keep(data: bytes, image: Image.Image, settings: ImageSettings) -> bool:
@@ -160,46 +120,10 @@ def _can_keep(data: bytes, image: Image.Image, settings: ImageSettings) -> bool:
         header = jpeg_header(data)
     except BetonError:
         return False
-    plain = header.frame in _BASELINE_TO_PROGRESSIVE and header.precision == 8 and header.is_ycbcr
-    if not plain or (header.width, header.height) != image.size:
+    if not (header.is_ordinary and header.is_ycbcr) or (header.width, header.height) != image.size:
         return False
     # libjpeg-turbo tells of damage that Pillow passes over in silence
     return not turbo_available() or turbo_decode(data, *image.size) is not None
-
-
-def upright_rgb(image: Image.Image, orientation: int = 1) -> Image.Image:
-    """A decoded image turned by its EXIF orientation, in RGB, transparency composited on white."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of 16 or more bits scaled to 8 (Pillow's own convert clips some of these at 255)."""
-    values = np.asarray(image).astype(np.float64)
-    key = image.info.get("transparency")
-    clear = values == key if isinstance(key, int) else None
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite((low, high)).all() or low < 0:
-        raise ImageError(f"its gray values run from {low:g} to {high:g}, which is no picture")
-    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
-        top = 65535.0
-    elif image.mode == "F" and high <= 1:
-        top = 1.0
-    elif high <= 255:
-        top = 255.0
-    elif high <= 65535:
-        top = 65535.0
-    else:
-        raise ImageError(f"its gray values reach {high:g}, and nothing says which of them is white")
-    gray = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
-    if clear is not None:
-        gray.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
-    return gray
 
 
 def _within(image: Image.Image, max_size: int | None) -> Image.Image:
@@ -216,8 +140,3 @@ def _check_storable(image: Image.Image, max_side: int) -> None:
             f"{image.width}x{image.height} pixels do not fit: an image in a .beton has at most {max_side} "
             f"pixels a side and {PIXEL_LIMIT:,} in all; --max-size N scales it down"
         )
-
-
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpmae.errors import UserError
-from fastpmae.sources import Item, Source, labels_from, printable
+from fastpmae_loaders.listing import Item, Listing, labels_from, printable
 
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture", "photo")
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")
@@ -24,7 +24,7 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-def list_tables(paths: list[str], image_column: str | None, label_column: str | None) -> Source:
+def list_tables(paths: list[str], image_column: str | None, label_column: str | None) -> Listing:
     """The images of a data set's files, with the names of its classes where its schema has them.
 
     Only labels are read. A file that cannot be opened is one bad item.
@@ -65,7 +65,7 @@ def list_tables(paths: list[str], image_column: str | None, label_column: str | 
         more.append(f"Some labels are beyond the {len(names)} classes of the schema: its names are not kept.")
         names = None
     items = [item._replace(label=number) for item, number in zip(items, numbers, strict=True)]
-    return Source(items + bad, names or words, 0, notes + more)
+    return Listing(items + bad, names or words, 0, notes + more)
 
 
 def _kind(path: str) -> str:

@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
-from fastpmae_loaders import Batch, Beton, PairedViews, Plans, ViewSettings, draw_plans
+from fastpmae_loaders import Batch, Beton, PairedViews, ViewSettings
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
 
 SIMPLE, COMPLEX = "#1c7ed6", "#e8590c"
@@ -65,14 +65,13 @@ def draw_views(
         views.set_epoch(epoch)
         wanted = np.array(index or views.order(epoch)[:samples], np.int64)
         batch = views.batch_of(wanted)
-    plans = draw_plans(seed, epoch, wanted, beton.height[wanted], beton.width[wanted], settings)
-    figure = _figure(beton, batch, plans, settings, f"{beton.path.name} · seed {seed} · epoch {epoch}")
+    figure = _figure(beton, batch, settings, f"{beton.path.name} · seed {seed} · epoch {epoch}")
     with appearing(target) as beside:
         figure.savefig(beside, dpi=130)
     return target
 
 
-def _figure(beton: Beton, batch: Batch, plans: Plans, settings: ViewSettings, title: str) -> Figure:
+def _figure(beton: Beton, batch: Batch, settings: ViewSettings, title: str) -> Figure:
     count = len(batch)
     gap, caption, top, bottom = 0.12, 0.26, 0.78, 0.5
     width = len(PANELS) * CELL + (len(PANELS) + 1) * gap
@@ -93,7 +92,7 @@ def _figure(beton: Beton, batch: Batch, plans: Plans, settings: ViewSettings, ti
         figure.text((x + CELL / 2) / width, 1 - 0.57 / height, name, size=9.5, weight="bold", color=colour, ha="center")
     for row in range(count):
         y = height - top - row * (CELL + caption) - CELL
-        captions = _captions(beton, batch, plans, row)
+        captions = _captions(beton, batch, row)
         for column, picture in enumerate(_pictures(beton, batch, settings, row)):
             x = gap + column * (CELL + gap)
             axes = figure.add_axes((x / width, y / height, CELL / width, CELL / height))
@@ -144,7 +143,7 @@ def _draw_boxes(axes: Axes, batch: Batch, row: int) -> None:
         axes.add_patch(box)
 
 
-def _captions(beton: Beton, batch: Batch, plans: Plans, row: int) -> list[str]:
+def _captions(beton: Beton, batch: Batch, row: int) -> list[str]:
     height, width = batch.source_size[row].tolist()
     label = int(batch.label[row])
     names = beton.class_names
@@ -152,19 +151,20 @@ def _captions(beton: Beton, batch: Batch, plans: Plans, row: int) -> list[str]:
     if len(name) > 24:
         name = name[:23] + "…"
 
-    def crop(box: np.ndarray, flip: bool) -> list[str]:
-        share = 100 * int(box[2]) * int(box[3]) / (height * width)
-        return [f"{share:.0f} % of the area", *(["flipped"] if flip else [])]
+    def crop(view: int) -> list[str]:
+        box = batch.boxes[row, view].tolist()
+        share = 100 * box[2] * box[3] / (height * width)
+        return [f"{share:.0f} % of the area", *(["flipped"] if batch.flips[row, view] else [])]
 
-    choices, factors = plans.choices[row], plans.factors[row]
-    words = crop(plans.boxes[row, 1], bool(plans.flips[row, 1]))
+    choices, factors = batch.choices[row, 1], batch.factors[row, 1]
+    words = crop(1)
     words[0] = words[0].replace(" of the area", "")
     words += ["jitter"] if choices[JITTER] else []
     words += ["gray"] if choices[GRAY] else []
     words += [f"blur {factors[SIGMA]:.1f}"] if choices[BLURRED] else []
     words += ["solarise"] if choices[SOLARISED] else []
     first = " · ".join(filter(None, [f"#{int(batch.index[row])}", name, f"{width}×{height}"]))
-    return [first, " · ".join(crop(plans.boxes[row, 0], bool(plans.flips[row, 0]))), " · ".join(words), "", ""]
+    return [first, " · ".join(crop(0)), " · ".join(words), "", ""]
 
 
 def _legend(settings: ViewSettings) -> list[Patch]:
@@ -189,7 +189,7 @@ def view_command(
     mask_ratio: float = 0.75,
     folds: int = 3,
     complex_recipe: Literal["coin", "t1", "t2"] = "coin",
-    engine: Literal["ffcv", "torch"] = "ffcv",
+    engine: Literal["ffcv", "dali", "torch"] = "ffcv",
 ) -> None:
     """Draw a few samples: the image with both crops, both views, what the student sees, the teachers' folds.
 

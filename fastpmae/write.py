@@ -15,7 +15,7 @@ from fastpmae.check import check_beton
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.images import ImageSettings, StoredImage, store
 from fastpmae.pages import LARGEST_PAGE, PageWriter
-from fastpmae.sources import Item, Source, SourceSettings, find_images, printable, read_item
+from fastpmae.sources import Item, Listing, SourceSettings, find_images, printable, read_item
 from fastpmae.tally import Tally
 from fastpmae.workers import Failure, WorkerPool, usable_cores
 from fastpmae_loaders.beton import Beton
@@ -133,7 +133,7 @@ def _same_group(a: Item, b: Item) -> bool:
     return a.kind != "parquet" or (b.kind == "parquet" and a.path == b.path and a.where[0] == b.where[0])
 
 
-def _group_size(found: Source) -> int:
+def _group_size(found: Listing) -> int:
     return 64 if any(item.kind == "parquet" for item in found.items[:1]) else 8
 
 

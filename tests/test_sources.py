@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastpmae.errors import UserError
-from fastpmae.sources import Source, SourceSettings, find_images, printable, read_item
+from fastpmae.sources import Listing, SourceSettings, find_images, printable, read_item
 from tests.made import made_image
 
 
@@ -26,7 +26,7 @@ def tree(folder: Path, *names: str, content: bytes | None = None) -> Path:
     return folder
 
 
-def listed(source: Source, folder: Path) -> list[tuple[str, int]]:
+def listed(source: Listing, folder: Path) -> list[tuple[str, int]]:
     return [(str(Path(item.path).relative_to(folder)), item.label) for item in source.items]
 
 

@@ -10,23 +10,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batch import Batch
     from .beton import Beton
+    from .engine import Samples
     from .errors import BetonError, UserError
+    from .folders import ImageFolder, TarShards, open_samples
     from .paired import PairedViews
     from .plain import PlainViews
     from .plan import Plans, draw_plans, epoch_order, uniforms
+    from .recipes import View, dino_global, dino_local, mae_view, plain_view
     from .settings import ViewSettings
 
 __all__ = [
     "Batch",
     "Beton",
     "BetonError",
+    "ImageFolder",
     "PairedViews",
     "PlainViews",
     "Plans",
+    "Samples",
+    "TarShards",
     "UserError",
+    "View",
     "ViewSettings",
+    "dino_global",
+    "dino_local",
     "draw_plans",
     "epoch_order",
+    "mae_view",
+    "open_samples",
+    "plain_view",
     "uniforms",
 ]
 
@@ -34,13 +46,22 @@ _HOMES = {
     "Batch": "batch",
     "Beton": "beton",
     "BetonError": "errors",
+    "ImageFolder": "folders",
     "PairedViews": "paired",
     "PlainViews": "plain",
     "Plans": "plan",
+    "Samples": "engine",
+    "TarShards": "folders",
     "UserError": "errors",
+    "View": "recipes",
     "ViewSettings": "settings",
+    "dino_global": "recipes",
+    "dino_local": "recipes",
     "draw_plans": "plan",
     "epoch_order": "plan",
+    "mae_view": "recipes",
+    "open_samples": "folders",
+    "plain_view": "recipes",
     "uniforms": "plan",
 }
 

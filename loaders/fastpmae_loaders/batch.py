@@ -5,45 +5,78 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .engine import Job
 
 if TYPE_CHECKING:  # the loaders alone need numpy, numba, torch and Pillow, no more
-    from jaxtyping import Bool, Int32, Int64, UInt8
+    from jaxtyping import Bool, Float64, Int32, Int64, UInt8
 
 
 @dataclass
 class Batch:
-    """B samples, each as two views and a mask. The tensors are the taker's own; views are bytes, not normalised.
+    """B samples, each as n views and a mask. The tensors are the taker's own; views are bytes, not normalised.
 
     Attributes:
-        simple, complex: the two views, side S.
+        views: the views, each with its own side S. Of the pair, `simple` is the first and `complex` the second.
         visible: patches that the student sees.
         folds: the hidden patches, fold after fold; `fold_sizes` tells where one ends.
-        label: -1 where the file has none. index: the sample in the file.
-        simple_box, complex_box: top, left, height, width of the crop in source pixels (before the flip).
+        label: -1 where the file has none. index: the sample in the file; `samples` are the same numbers on the
+            host, whatever the device.
+        boxes: top, left, height, width of each crop in source pixels (before the flip, which `flips` tells).
+        factors, choices: what was drawn for the colours of each view (see `Plans`).
         source_size: the source's height and width in pixels.
         failed: samples that were asked for and did not decode; the next good one stands in their place.
     """
 
-    simple: UInt8[Tensor, "batch 3 side side"]
-    complex: UInt8[Tensor, "batch 3 side side"]
+    views: tuple[UInt8[Tensor, "batch 3 side side"], ...]
     visible: Int64[Tensor, "batch visible"]
     folds: Int64[Tensor, "batch masked"]
     fold_sizes: tuple[int, ...]
     label: Int64[Tensor, " batch"]
     index: Int64[Tensor, " batch"]
-    simple_box: Int32[Tensor, "batch 4"]
-    complex_box: Int32[Tensor, "batch 4"]
-    simple_flip: Bool[Tensor, " batch"]
-    complex_flip: Bool[Tensor, " batch"]
+    boxes: Int32[Tensor, "batch views 4"]
+    flips: Bool[Tensor, "batch views"]
+    factors: Float64[Tensor, "batch views 5"]
+    choices: UInt8[Tensor, "batch views 9"]
     source_size: Int32[Tensor, "batch 2"]
+    samples: np.ndarray
     failed: list[int]
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def simple(self) -> UInt8[Tensor, "batch 3 side side"]:
+        """The first view: of the pair, MAE's."""
+        return self.views[0]
+
+    @property
+    def complex(self) -> UInt8[Tensor, "batch 3 side side"]:
+        """The second view: of the pair, DINO's."""
+        return self.views[1]
+
+    @property
+    def simple_box(self) -> Int32[Tensor, "batch 4"]:
+        """The first view's crop."""
+        return self.boxes[:, 0]
+
+    @property
+    def complex_box(self) -> Int32[Tensor, "batch 4"]:
+        """The second view's crop."""
+        return self.boxes[:, 1]
+
+    @property
+    def simple_flip(self) -> Bool[Tensor, " batch"]:
+        """Whether the first view was mirrored."""
+        return self.flips[:, 0]
+
+    @property
+    def complex_flip(self) -> Bool[Tensor, " batch"]:
+        """Whether the second view was mirrored."""
+        return self.flips[:, 1]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -52,25 +85,25 @@ class Batch:
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved)
+        views = tuple(view.to(device, non_blocking=non_blocking) for view in self.views)
+        return replace(self, views=views, **moved)
 
 
 def batch_of(job: Job, label: Tensor, fold_sizes: tuple[int, ...], failed: list[int]) -> Batch:
-    """A finished job as a Batch; copies nothing but the small boxes and flips."""
+    """A finished job as a Batch; copies nothing."""
     tensors = job.tensors
-    boxes, flips = tensors["boxes"], tensors["flips"]
     return Batch(
-        simple=tensors["simple"],
-        complex=tensors["complex"],
+        views=tuple(job.views),
         visible=tensors["visible"],
         folds=tensors["folds"],
         fold_sizes=fold_sizes,
         label=label,
         index=tensors["index"],
-        simple_box=boxes[:, 0].contiguous(),
-        complex_box=boxes[:, 1].contiguous(),
-        simple_flip=flips[:, 0].contiguous(),
-        complex_flip=flips[:, 1].contiguous(),
+        boxes=tensors["boxes"],
+        flips=tensors["flips"],
+        factors=tensors["factors"],
+        choices=tensors["choices"],
         source_size=tensors["size"],
+        samples=job.rows.index,
         failed=failed,
     )

@@ -103,6 +103,11 @@ class Beton:
     def __reduce__(self):
         return Beton, (self.path,)  # reopened, not copied, in another process
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self.data.nbytes
+
     def payload(self, index: int) -> np.ndarray:
         """The stored bytes of one image: a read-only uint8 view into the map."""
         start = int(self.pointer[index])

@@ -1,15 +1,20 @@
-"""The complex view's colour operations on planar uint8 [3, H, W], in place.
+"""A view's colour operations on planar uint8 [3, H, W], in place.
 
 Each follows torchvision's uint8-tensor operation of the same name and rounds to bytes where that one does.
 Floats are added and multiplied in a fixed order without contraction, sums over an image are integers, so
 every machine gives the same bits.
 """
 
+from typing import Final
+
 import numpy as np
 
+from . import floats as f
 from . import vectors as v
 from .compiled import helper, kernel
 from .elementary import exponential
+from .passes import weigh
+from .plan import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED
 from .vectors import WEIGHT_BITS
 
 ONE = 1 << WEIGHT_BITS
@@ -18,111 +23,183 @@ RADIUS = 11
 _ZERO = np.float32(0)
 _TOP = np.float32(255)
 
+# the four jitters as a plan's ORDER numbers them
+BRIGHTNESS: Final = 0
+CONTRAST: Final = 1
+SATURATION: Final = 2
+HUE: Final = 3
+
 
 @helper
-def _byte(x):
-    low = x if x > _ZERO else _ZERO
-    return np.uint8(low if low < _TOP else _TOP)
+def change_colours(image, factors, choices, threshold, scratch):
+    """DINO's order: jitter, grayscale, blur, solarise, each where its coin fell so (see Plans)."""
+    turns = np.int64(0)
+    for turn in range(4):
+        turns |= np.int64(choices[ORDER + turn]) << (2 * turn)
+    count = 4 * np.int64(choices[JITTER])
+    grey = np.int64(choices[GRAY])
+    if count or grey:
+        jitter(image, turns, count, (factors[0], factors[1], factors[2], factors[3]), grey)
+    if choices[BLURRED]:
+        blur(image, factors[SIGMA], scratch)
+    if choices[SOLARISED]:
+        solarise(image, threshold)
+
+
+@helper
+def _rounded(x):
+    return f.whole(f.smaller(f.larger(f.spread(_ZERO), x), f.spread(_TOP)))
+
+
+@helper
+def _cut(x):
+    """The same of what is never below 0."""
+    return f.whole(f.smaller(x, f.spread(_TOP)))
 
 
 @helper
 def _luma(r, g, b):
-    red = np.float32(r) * np.float32(0.2989)
-    green = np.float32(g) * np.float32(0.587)
-    return (red + green) + np.float32(b) * np.float32(0.114)
-
-
-@kernel
-def brightness(image, factor):
-    """Multiply by `factor`."""
-    flat = image.reshape(-1)
-    f = np.float32(factor)
-    for i in range(flat.shape[0]):
-        flat[i] = _byte(np.float32(flat[i]) * f)
-
-
-@kernel
-def contrast(image, factor):
-    """Blend with the image's mean luma."""
-    flat = image.reshape(3, -1)
-    red, green, blue = flat[0], flat[1], flat[2]
-    total = np.int64(0)
-    for i in range(red.shape[0]):
-        total += np.int64(np.int32(_luma(red[i], green[i], blue[i])))
-    f = np.float32(factor)
-    rest = np.float32(total / red.shape[0]) * np.float32(1.0 - factor)
-    every = image.reshape(-1)
-    for i in range(every.shape[0]):
-        every[i] = _byte(np.float32(every[i]) * f + rest)
-
-
-@kernel
-def saturation(image, factor):
-    """Blend each pixel with its luma."""
-    flat = image.reshape(3, -1)
-    red, green, blue = flat[0], flat[1], flat[2]
-    f = np.float32(factor)
-    rest = np.float32(1.0 - factor)
-    for i in range(red.shape[0]):
-        grey = np.float32(np.int32(_luma(red[i], green[i], blue[i]))) * rest
-        red[i] = _byte(np.float32(red[i]) * f + grey)
-        green[i] = _byte(np.float32(green[i]) * f + grey)
-        blue[i] = _byte(np.float32(blue[i]) * f + grey)
+    red = r * f.spread(np.float32(0.2989))
+    green = g * f.spread(np.float32(0.587))
+    return f.whole((red + green) + b * f.spread(np.float32(0.114)))
 
 
 @helper
 def _ramp(k):
     """How far a channel lies below the largest at hue distance k (in sixths of the circle): 0 to 1."""
-    k = k - np.float32(6) if k >= np.float32(6) else k
-    back = np.float32(4) - k
-    low = k if k < back else back
-    low = low if low > _ZERO else _ZERO
-    return low if low < np.float32(1) else np.float32(1)
+    beyond = k - f.spread(np.float32(6))
+    k = f.where_negative(beyond, k, beyond)
+    low = f.smaller(k, f.spread(np.float32(4)) - k)
+    return f.smaller(f.larger(f.spread(_ZERO), low), f.spread(np.float32(1)))
+
+
+@helper
+def _turn_hue(r, g, b, turn):
+    zero, one, six = f.spread(_ZERO), f.spread(np.float32(1)), f.spread(np.float32(6))
+    # so little above 1 that no byte can pass 255
+    scale = f.spread(np.float32(255.999 / 255.0))
+    high = f.larger(f.larger(r, g), b)
+    low = f.smaller(f.smaller(r, g), b)
+    spread = high - low
+    part = one / f.where_equal(spread, zero, one, spread)
+    from_red = (g - b) * part
+    from_green = (b - r) * part + f.spread(np.float32(2))
+    from_blue = (r - g) * part + f.spread(np.float32(4))
+    h = f.where_equal(high, g, from_green, from_blue)
+    h = f.where_equal(high, r, from_red, h)
+    h = f.where_negative(h, h + six, h)
+    h = h + turn
+    beyond = h - six
+    h = f.where_negative(beyond, h, beyond)
+    r = f.whole((high - spread * _ramp(h + f.spread(np.float32(5)))) * scale)
+    g = f.whole((high - spread * _ramp(h + f.spread(np.float32(3)))) * scale)
+    b = f.whole((high - spread * _ramp(h + one)) * scale)
+    return r, g, b
 
 
 @kernel(error_model="numpy")
+def _sweep(image, turns, start, stop, factors, mean, grey, counting):
+    """One pass over the image: operations `start` to `stop` of `turns`, then grey if asked for.
+
+    `turns` holds two bits an operation, the first lowest; `factors` are those of the four operations. `mean` is the
+    mean luma that the contrast needs. Returns the sum of the luma after all that where `counting`, otherwise 0.
+    """
+    pixels = image.shape[1] * image.shape[2]
+    brightness, contrast, saturation, hue = factors
+    # a positive turn: 0 <= turn < 6
+    turn = f.spread(np.float32((hue - np.floor(hue)) * 6.0))
+    bright = f.spread(np.float32(brightness))
+    contrasted = f.spread(np.float32(contrast))
+    flat = f.spread(np.float32(mean) * np.float32(1.0 - contrast))
+    saturated = f.spread(np.float32(saturation))
+    grey_share = f.spread(np.float32(1.0 - saturation))
+    counts = f.no_counts()
+    begin, room = np.int64(image.ctypes.data), f.room()
+    for i in range(0, pixels, f.LANES):
+        at, plane = begin + i, np.int64(pixels)
+        left = pixels - i
+        if left < f.LANES:
+            # the last few are worked on apart, beside zeros
+            for channel in range(3):
+                v.copy_bytes(room + channel * f.LANES, at + channel * plane, left)
+            at, plane = room, np.int64(f.LANES)
+        r, g, b = f.load(at), f.load(at + plane), f.load(at + 2 * plane)
+        for place in range(start, stop):
+            which = (turns >> (2 * place)) & 3
+            if which == BRIGHTNESS:
+                r, g, b = _cut(r * bright), _cut(g * bright), _cut(b * bright)
+            elif which == CONTRAST:
+                r = _rounded(r * contrasted + flat)
+                g = _rounded(g * contrasted + flat)
+                b = _rounded(b * contrasted + flat)
+            elif which == SATURATION:
+                shade = _luma(r, g, b) * grey_share
+                r = _rounded(r * saturated + shade)
+                g = _rounded(g * saturated + shade)
+                b = _rounded(b * saturated + shade)
+            else:
+                r, g, b = _turn_hue(r, g, b, turn)
+        if grey:
+            r = g = b = _luma(r, g, b)
+        if counting:
+            counts = f.count(counts, _luma(r, g, b))
+        if stop > start or grey:
+            f.store(at, r)
+            f.store(at + plane, g)
+            f.store(at + 2 * plane, b)
+            if left < f.LANES:
+                for channel in range(3):
+                    v.copy_bytes(begin + i + channel * pixels, room + channel * f.LANES, left)
+    return f.total(counts)
+
+
+@kernel
+def jitter(image, turns, count, factors, grey):
+    """The first `count` operations of `turns` (two bits each, the first lowest), then grey if asked for.
+
+    `factors` are those of brightness, contrast, saturation and hue. Each operation rounds to bytes, and yet the image
+    is gone over once, or twice where a contrast is among them: it asks for the mean of all pixels.
+    """
+    first = 0
+    while first < count and (turns >> (2 * first)) & 3 != CONTRAST:
+        first += 1
+    mean = 0.0
+    begin = 0
+    if first < count:
+        luma = _sweep(image, turns, np.int64(0), first, factors, 0.0, np.int64(0), np.int64(1))
+        mean = luma / (image.shape[1] * image.shape[2])
+        begin = first
+    _sweep(image, turns, begin, count, factors, mean, np.int64(grey), np.int64(0))
+
+
+@kernel
+def brightness(image, factor):
+    """Multiply by `factor`."""
+    jitter(image, np.int64(BRIGHTNESS), np.int64(1), (factor, 1.0, 1.0, 0.0), np.int64(0))
+
+
+@kernel
+def contrast(image, factor):
+    """Blend with the image's mean luma."""
+    jitter(image, np.int64(CONTRAST), np.int64(1), (1.0, factor, 1.0, 0.0), np.int64(0))
+
+
+@kernel
+def saturation(image, factor):
+    """Blend each pixel with its luma."""
+    jitter(image, np.int64(SATURATION), np.int64(1), (1.0, 1.0, factor, 0.0), np.int64(0))
+
+
+@kernel
 def hue(image, factor):
     """Turn the hue by `factor` (-0.5 to 0.5) of the circle."""
-    flat = image.reshape(3, -1)
-    red, green, blue = flat[0], flat[1], flat[2]
-    # a positive turn: 0 <= turn < 6
-    turn = np.float32((factor - np.floor(factor)) * 6.0)
-    one = np.float32(1)
-    six = np.float32(6)
-    scale = np.float32(255.999 / 255.0)
-    for i in range(red.shape[0]):
-        r = np.float32(red[i])
-        g = np.float32(green[i])
-        b = np.float32(blue[i])
-        high = r if r > g else g
-        high = high if high > b else b
-        low = r if r < g else g
-        low = low if low < b else b
-        spread = high - low
-        part = one / (spread if spread > _ZERO else one)
-        from_red = (g - b) * part
-        from_green = (b - r) * part + np.float32(2)
-        from_blue = (r - g) * part + np.float32(4)
-        h = from_green if high == g else from_blue
-        h = from_red if high == r else h
-        h = h + six if h < _ZERO else h
-        h = h + turn
-        h = h - six if h >= six else h
-        red[i] = _byte((high - spread * _ramp(h + np.float32(5))) * scale)
-        green[i] = _byte((high - spread * _ramp(h + np.float32(3))) * scale)
-        blue[i] = _byte((high - spread * _ramp(h + one)) * scale)
+    jitter(image, np.int64(HUE), np.int64(1), (1.0, 1.0, 1.0, factor), np.int64(0))
 
 
 @kernel
 def grayscale(image):
     """Each pixel's luma in all three channels."""
-    flat = image.reshape(3, -1)
-    red, green, blue = flat[0], flat[1], flat[2]
-    for i in range(red.shape[0]):
-        grey = np.uint8(np.int32(_luma(red[i], green[i], blue[i])))
-        red[i] = grey
-        green[i] = grey
-        blue[i] = grey
+    jitter(image, np.int64(0), np.int64(0), (1.0, 1.0, 1.0, 0.0), np.int64(1))
 
 
 @kernel
@@ -170,77 +247,36 @@ def _mirror(i, size):
 
 
 @helper
-def _blur_slowly(plane, taps, reach, columnwise, between):
-    height, width = plane.shape
-    for y in range(height):
-        for x in range(width):
-            total = np.int64(ONE // 2) + np.int64(plane[y, x]) * taps[0, 0]
-            for k in range(1, reach + 1):
-                if columnwise:
-                    a, b = plane[_mirror(y - k, height), x], plane[_mirror(y + k, height), x]
-                else:
-                    a, b = plane[y, _mirror(x - k, width)], plane[y, _mirror(x + k, width)]
-                total += (np.int64(a) + np.int64(b)) * taps[k, 0]
-            between[y * width + x] = total >> WEIGHT_BITS
-    for y in range(height):
-        for x in range(width):
-            plane[y, x] = between[y * width + x]
-
-
-@helper
-def _blur_line(upper, lower, taps, reach, width, out):
-    """One line of a blur: `upper` and `lower` hold the addresses of the lines k away on either side."""
-    x = 0
-    while x < width:
-        x = min(x, width - 16)
-        sum0 = v.rounding()
-        sum1 = v.rounding()
-        for k in range(reach + 1):
-            w = v.load_pair(taps + 4 * k)
-            a = v.load_bytes(upper[k] + x)
-            b = v.load_bytes(lower[k] + x)
-            sum0 = v.add_products(sum0, v.interleave_low(a, b), w)
-            sum1 = v.add_products(sum1, v.interleave_high(a, b), w)
-        v.store_bytes(out + x, v.pack(sum0, sum1))
-        x += 16
+def _fill_blur(taps, reach, side, first, weights):
+    """The blur as tables of `resize.weigh`, the edges mirrored within them. Returns the pairs of weights."""
+    pairs = min(reach + 1, (side + 1) // 2)
+    for x in range(side):
+        begin = min(max(x - reach, 0) // 2 * 2, (side + 1) // 2 * 2 - 2 * pairs)
+        first[x] = begin
+        at = 2 * pairs * x
+        if x - 2 - reach >= 0 and x + reach < side and begin == first[x - 2] + 2:
+            # amid the image two columns on is the same again
+            for k in range(2 * pairs):
+                weights[at + k] = weights[at - 4 * pairs + k]
+        else:
+            for k in range(2 * pairs):
+                weights[at + k] = 0
+            for k in range(-reach, reach + 1):
+                weights[at + _mirror(x + k, side) - begin] += taps[abs(k), 0]
+    return pairs
 
 
 @kernel
 def blur(image, sigma, scratch):
     """Gaussian blur of 23 taps, width `sigma` pixels, edges mirrored; rows first, then columns.
 
-    `scratch` is a Scratch for this side: uint8 [3, side, side].
+    `image` is uint8 [3, side, side], and `scratch` a Scratch for this side.
     """
-    height, width = image.shape[1], image.shape[2]
-    taps = scratch.taps
-    reach = fill_taps(sigma, taps)
+    side = image.shape[1]
+    reach = fill_taps(sigma, scratch.taps)
     if reach == 0:
         return
-    between = scratch.mixed
-    if width < 16:
-        for channel in range(3):
-            _blur_slowly(image[channel], taps, reach, False, between)
-            _blur_slowly(image[channel], taps, reach, True, between)
-        return
-    strip = scratch.strip
-    upper, lower = scratch.upper, scratch.lower
-    middle = np.int64(strip.ctypes.data) + RADIUS
-    weights = np.int64(taps.ctypes.data)
-    target = np.int64(between.ctypes.data)
-    for channel in range(3):
-        plane = image[channel]
-        start = np.int64(plane.ctypes.data)
-        for k in range(reach + 1):
-            upper[k] = middle - k
-            lower[k] = middle + k
-        for y in range(height):
-            v.copy_bytes(middle, start + y * width, np.int64(width))
-            for k in range(1, reach + 1):
-                strip[RADIUS - k] = plane[y, _mirror(-k, width)]
-                strip[RADIUS + width - 1 + k] = plane[y, _mirror(width - 1 + k, width)]
-            _blur_line(upper, lower, weights, reach, width, target + y * width)
-        for y in range(height):
-            for k in range(reach + 1):
-                upper[k] = target + _mirror(y - k, height) * width
-                lower[k] = target + _mirror(y + k, height) * width
-            _blur_line(upper, lower, weights, reach, width, start + y * width)
+    pairs = _fill_blur(scratch.taps, reach, side, scratch.first_x, scratch.weights_x)
+    tables = (scratch.first_x, scratch.weights_x, pairs, scratch.first_x, scratch.weights_x, pairs)
+    start, plane = np.int64(image.ctypes.data), side * side
+    weigh(start, side, plane, start + 3 * plane, np.int64(0), side, side, tables, image, scratch)

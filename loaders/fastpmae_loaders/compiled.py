@@ -15,7 +15,22 @@ except ImportError:  # no such locks on Windows
     fcntl = None
 
 # what compiled code is made of; numba itself asks only whether the one file that a function stands in changed
-_SOURCES = ("compiled", "elementary", "philox", "vectors", "settings", "plan", "resize", "colour", "scratch", "views")
+_SOURCES = (
+    "compiled",
+    "elementary",
+    "philox",
+    "vectors",
+    "floats",
+    "recipes",
+    "plan",
+    "passes",
+    "resize",
+    "colour",
+    "scratch",
+    "views",
+    "blockwise",
+    "markers",
+)
 
 
 def _stamp() -> str:

@@ -1,39 +1,90 @@
 """What the loaders ask of an engine, and what an engine is given to fill."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from .beton import Beton
-from .scratch import Scratch
-from .settings import ViewSettings
+from .plan import CHOICES, FACTORS
+from .recipes import View, recipes_of
+from .scratch import Scratch, make_scratch
 from .views import Rows
 
 ATTEMPTS = 64
 """How many samples in a row are tried before a row is given up."""
 
 
+class Samples(Protocol):
+    """Images that an engine can read: a Beton, an ImageFolder, TarShards.
+
+    `height`, `width` int64 [n], pixels; `size` [n], stored bytes; `mode` uint8 [n], 0 JPEG, 1 raw RGB, 2 any other
+    encoded image; `label` int64 [n], -1 where there is none; `page_of` int64 [n], what lies near to what on the
+    disk; `nbytes` of all.
+    """
+
+    path: Path
+    height: np.ndarray
+    width: np.ndarray
+    size: np.ndarray
+    mode: np.ndarray
+    label: np.ndarray
+    page_of: np.ndarray
+    class_names: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def payload(self, index: int) -> np.ndarray:
+        """The stored bytes of one image, uint8."""
+        ...
+
+
 @dataclass(frozen=True)
 class Source:
-    """What the rows are made from: a file, the settings, and for evaluation the shorter side (else 0)."""
+    """What the rows are made from: images, the views of each, its masks (none where patches is 0), the seed.
 
-    beton: Beton
-    settings: ViewSettings
+    With `colours` false the views' colours are left for the device to change. `workers` is how many threads the
+    loader was given, for engines that bring their own; `device` is where batches are handed over (None: the host's
+    memory), for engines that can make them there.
+    """
+
+    samples: Samples
+    views: tuple[View, ...]
     seed: int
-    shorter: int = 0
+    patches: int = 0
+    visible: int = 0
+    colours: bool = True
+    workers: int = 1
+    device: torch.device | None = None
+
+    def recipes(self) -> np.ndarray:
+        """The views as compiled code takes them."""
+        return recipes_of(self.views)
+
+    def scratch(self) -> Scratch:
+        """Memory for one thread, enough for the largest image."""
+        samples = self.samples
+        sides = [view.size for view in self.views]
+        largest = int((samples.width * samples.height).max())
+        height, width = int(samples.height.max()), int(samples.width.max())
+        return make_scratch(height, width, max(sides), self.patches, 3 * largest, min(sides))
 
 
 @dataclass
 class Job:
     """One batch in the making. Threads take its rows one by one from `counter` until none is left.
 
-    `rows` are views of `tensors`. `left` counts the rows that are not yet done; the stream keeps it.
+    `rows` are views of the tensors. `left` counts the rows that are not yet done; the stream keeps it.
     """
 
     epoch: int
     indices: np.ndarray
+    views: list[torch.Tensor]
     tensors: dict[str, torch.Tensor]
     rows: Rows
     counter: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
@@ -41,31 +92,58 @@ class Job:
 
 
 class Engine(Protocol):
-    """Turns jobs into batches. `fill` is called by several threads at once, each with its own scratch."""
+    """Turns jobs into batches. `fill` is called by several threads at once, each with its own scratch.
+
+    An engine that brings its own threads says so by `threads` = 1: then one thread alone calls it.
+    """
+
+    @property
+    def threads(self) -> int | None: ...
 
     def fill(self, job: Job, scratch: Scratch) -> int:
         """Do rows of the job until none is left to take; how many this call did."""
         ...
 
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        ...
 
-def make_job(indices: np.ndarray, epoch: int, settings: ViewSettings, pair: bool = True) -> Job:
+
+def make_job(indices: np.ndarray, epoch: int, source: Source) -> Job:
     """A job with memory of its own, pinned where CUDA is there, so that a batch belongs to who takes it."""
-    count, side, visible = len(indices), settings.image_size, settings.visible
+    count, views = len(indices), source.views
     pinned = torch.cuda.is_available()
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=pinned and 0 not in shape)
 
-    twice = count if pair else 0
+    pictures = [empty(count, 3, view.size, view.size, dtype=torch.uint8) for view in views]
     tensors = {
-        "simple": empty(count, 3, side, side, dtype=torch.uint8),
-        "complex": empty(twice, 3, side, side, dtype=torch.uint8),
-        "visible": empty(twice, visible, dtype=torch.int64),
-        "folds": empty(twice, settings.patches - visible, dtype=torch.int64),
-        "boxes": empty(count, 2, 4, dtype=torch.int32),
-        "flips": empty(count, 2, dtype=torch.bool),
+        "visible": empty(count, source.visible, dtype=torch.int64),
+        "folds": empty(count, source.patches - source.visible, dtype=torch.int64),
+        "boxes": empty(count, len(views), 4, dtype=torch.int32),
+        "flips": empty(count, len(views), dtype=torch.bool),
+        "factors": empty(count, len(views), FACTORS, dtype=torch.float64),
+        "choices": empty(count, len(views), CHOICES, dtype=torch.uint8),
         "size": empty(count, 2, dtype=torch.int32),
         "index": empty(count, dtype=torch.int64),
     }
-    rows = Rows(**{name: tensor.numpy() for name, tensor in tensors.items()})
-    return Job(epoch, np.ascontiguousarray(indices, np.int64), tensors, rows, left=count)
+    addresses = np.array([picture.data_ptr() for picture in pictures], np.int64)
+    rows = Rows(addresses, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    return Job(epoch, np.ascontiguousarray(indices, np.int64), pictures, tensors, rows, left=count)
+
+
+def larger_than_memory(samples: Samples) -> bool:
+    """Whether images leave too little of this machine's memory to be kept in it."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return False
+    return samples.nbytes > 0.8 * memory
+
+
+def advice(samples: Samples) -> str:
+    """How a user finds out what is wrong with images that do not decode."""
+    if samples.path.suffix == ".beton":
+        return f"look at the file with fastpmae-write --check {samples.path}"
+    return "look at those files"

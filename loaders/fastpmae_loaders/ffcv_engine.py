@@ -1,14 +1,17 @@
 """The FFCV engine: a decoder operation of our own inside FFCV's Loader, one libjpeg-turbo decode a sample.
 
-FFCV's Loader opens the file, compiles the pipeline and keeps its memory map; its own iterator thread is not
+FFCV's Loader opens the file, builds the pipeline and keeps its memory map; its own iterator thread is not
 used, since an exception there leaves the consumer waiting for ever and an epoch left early leaves the
 thread. FFCV also sets torch's number of threads, on import and on every Loader: it is put back.
+
+Whether a sample is bad is Pillow's verdict, as in the other engines: what libjpeg-turbo does not decode without a
+warning, or with the tables of the image before it, is given to Pillow, which passes over most warnings and
+refuses what is cut short.
 """
 
 import ctypes
 import threading
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,14 +21,16 @@ import numba
 import numba.typed
 import numpy as np
 import torch
-from numba import objmode
 
 from .beton import RAW, Beton
-from .compiled import helper, kernel
+from .compiled import kernel
 from .engine import ATTEMPTS, Job, Source, make_job
 from .errors import UserError
-from .scratch import Scratch, scratch_for
-from .vectors import call_decoder, fetch_add, load_byte
+from .markers import stands_alone
+from .pictures import decode_jpeg, one_line
+from .plan import CHOICES, FACTORS
+from .scratch import Scratch
+from .vectors import call_decoder, fetch_add
 from .views import Rows, fill_row
 
 _MISSING = (
@@ -44,30 +49,25 @@ class Images(NamedTuple):
     mode: np.ndarray
 
 
-@helper
-def _jpeg_has_size(address, size, height, width):
-    """Does the JPEG's own header say height x width? The metadata, which sized the buffer, may not lie."""
-    at = 2
-    while at + 9 <= size:
-        if load_byte(address + at) != 0xFF:
-            at += 1
-            continue
-        code = load_byte(address + at + 1)
-        if code == 0xFF:
-            at += 1
-        elif code == 0 or code == 1 or 0xD0 <= code <= 0xD7:
-            at += 2
-        elif 0xC0 <= code <= 0xCF and code != 0xC4 and code != 0xC8 and code != 0xCC:
-            high = load_byte(address + at + 5) * 256 + load_byte(address + at + 6)
-            wide = load_byte(address + at + 7) * 256 + load_byte(address + at + 8)
-            return high == height and wide == width
-        else:
-            at += 2 + load_byte(address + at + 2) * 256 + load_byte(address + at + 3)
-    return False
+def _ask_pillow(source: int, size: int, height: int, width: int, target: int, *_: int) -> int:
+    """FFCV's `imdecode` by Pillow: called from compiled code, by address, with the same arguments."""
+    try:
+        pixels = decode_jpeg(ctypes.string_at(source, size), height, width)
+        ctypes.memmove(target, pixels.ctypes.data, pixels.nbytes)
+    except Exception:  # nothing may escape into compiled code
+        return 1
+    return 0
+
+
+_IMDECODE = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p,
+    *(6 * [ctypes.c_uint32]), ctypes.c_bool, ctypes.c_bool,
+)  # fmt: skip
+_second_opinion = _IMDECODE(_ask_pillow)
 
 
 @kernel
-def _fill(counter, indices, images, data, decoder, seed, epoch, recipe, shorter, scratch, out):
+def _fill(counter, indices, images, data, decoder, second, seed, epoch, recipes, colours, scratch, out):
     """Rows of a batch until none is left to take; how many were done here."""
     count = images.mode.shape[0]
     target = np.int64(scratch.decoded.ctypes.data)
@@ -85,14 +85,15 @@ def _fill(counter, indices, images, data, decoder, seed, epoch, recipe, shorter,
             size = np.int64(images.size[index])
             if images.mode[index] == RAW:
                 pixels = source
-            elif _jpeg_has_size(source, size, height, width) and (
-                call_decoder(decoder, source, size, height, width, target) == 0
-            ):
+            elif (
+                stands_alone(source, size, height, width)
+                and call_decoder(decoder, source, size, height, width, target) == 0
+            ) or call_decoder(second, source, size, height, width, target) == 0:
                 pixels = target
             else:
                 index = (index + 1) % count
                 continue
-            fill_row(row, index, pixels, height, width, seed, epoch, recipe, shorter, scratch, out)
+            fill_row(row, index, pixels, height, width, seed, epoch, recipes, colours, scratch, out)
             break
 
 
@@ -170,18 +171,27 @@ def _leave_shared_types_alone(ffcv: Any) -> None:
     OSCacheManager.compile_reader = compile_reader
 
 
-# the compiled pipeline finds its operation here by number; dropping the operation clears its entry
-_operations: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+# FFCV compiles what it is given unless this switch of the whole process says no
+_switch = threading.Lock()
 
 
-def _run(number: int, indices: np.ndarray, rows: tuple[np.ndarray, ...]) -> None:
-    _operations[number].run(indices, Rows(*rows))
+@contextmanager
+def _uncompiled(ffcv: Any) -> Iterator[None]:
+    """Our operation is compiled already: FFCV's wrapping of it would take a second and 4 MB a loader, for ever."""
+    compiler = ffcv.pipeline.compiler.Compiler
+    with _switch:
+        before = compiler.is_enabled
+        compiler.set_enabled(False)
+        try:
+            yield
+        finally:
+            compiler.set_enabled(before)
 
 
 def _operation_class(ffcv: Any) -> Any:
     query = ffcv.pipeline.allocation_query.AllocationQuery
 
-    class PairDecoder(ffcv.pipeline.operation.Operation):
+    class ViewsDecoder(ffcv.pipeline.operation.Operation):
         """Decodes a sample once and emits its Rows.
 
         In FFCV's own iterator the memory of the outputs is the ring that FFCV allocates; the decoded image
@@ -193,31 +203,38 @@ def _operation_class(ffcv: Any) -> Any:
             super().__init__()
             self.epoch = 0
             self._source = source
-            self._recipe = source.settings.recipe()
-            beton = source.beton
+            self._recipes = source.recipes()
+            beton: Any = source.samples
             # copies: arrays that may not be written to are another type to numba
             self._images = Images(*(np.array(getattr(beton, name)) for name in Images._fields))
             self._data = int(beton.data.ctypes.data)
             function = ctypes.cast(ffcv.libffcv.ctypes_imdecode, ctypes.c_void_p).value
             self._decoder = int(function or 0)
+            self._second = int(ctypes.cast(_second_opinion, ctypes.c_void_p).value or 0)
             self._thread = threading.local()
-            _operations[id(self)] = self
 
         def work_on(self, job: Job, scratch: Scratch) -> None:
             """What the calling thread's next entry into the pipeline works on."""
             self._thread.job, self._thread.scratch = job, scratch
 
-        def run(self, indices: np.ndarray, rows: Rows) -> None:
-            """Entered from the compiled pipeline: take rows of this thread's job until none is left."""
+        def run(self, indices: np.ndarray, memory: tuple[np.ndarray, ...]) -> None:
+            """Entered from the pipeline: take rows of this thread's job until none is left.
+
+            Where FFCV's own iterator is what runs the pipeline there is no job: then all rows of its `memory`.
+            """
             here, source = self._thread, self._source
             job: Job | None = getattr(here, "job", None)
             if getattr(here, "scratch", None) is None:
-                here.scratch = scratch_for(source.beton, source.settings)
-            counter = np.zeros(1, np.int64) if job is None else job.counter
+                here.scratch = source.scratch()
+            if job is None:
+                views = len(source.views)
+                addresses = np.array([view.ctypes.data for view in memory[:views]], np.int64)
+                counter, epoch, rows = np.zeros(1, np.int64), self.epoch, Rows(addresses, *memory[views:])
+            else:
+                counter, epoch, rows = job.counter, job.epoch, job.rows
             here.done = _fill(
                 counter, np.ascontiguousarray(indices, np.int64), self._images, self._data, self._decoder,
-                source.seed, self.epoch if job is None else job.epoch, self._recipe, source.shorter,
-                here.scratch, rows,
+                self._second, source.seed, epoch, self._recipes, source.colours, here.scratch, rows,
             )  # fmt: skip
 
         @property
@@ -226,33 +243,30 @@ def _operation_class(ffcv: Any) -> Any:
             return self._thread.done
 
         def declare_state_and_memory(self, previous_state: Any) -> Any:
-            settings = self._source.settings
-            side, visible = settings.image_size, settings.visible
-            view = query((3, side, side), np.dtype("u1"))
+            source = self._source
+            count = len(source.views)
+            views = [query((3, view.size, view.size), np.dtype("u1")) for view in source.views]
             memory = (
-                view,
-                view,
-                query((visible,), np.dtype("i8")),
-                query((settings.patches - visible,), np.dtype("i8")),
-                query((2, 4), np.dtype("i4")),
-                query((2,), np.dtype("?")),
+                *views,
+                query((source.visible,), np.dtype("i8")),
+                query((source.patches - source.visible,), np.dtype("i8")),
+                query((count, 4), np.dtype("i4")),
+                query((count,), np.dtype("?")),
+                query((count, FACTORS), np.dtype("f8")),
+                query((count, CHOICES), np.dtype("u1")),
                 query((2,), np.dtype("i4")),
                 query((), np.dtype("i8")),
             )
-            return replace(previous_state, jit_mode=True, shape=view.shape, dtype=view.dtype), memory
+            return replace(previous_state, jit_mode=True, shape=views[0].shape, dtype=views[0].dtype), memory
 
         def generate_code(self) -> Any:
-            number = id(self)
-
-            # thin on purpose: FFCV compiles this anew for every loader, and what it calls comes from numba's cache
             def decode(batch_indices, destination, metadata, storage_state):
-                with objmode():
-                    _run(number, batch_indices, destination)
+                self.run(batch_indices, destination)
                 return destination
 
             return decode
 
-    return PairDecoder
+    return ViewsDecoder
 
 
 class _EpochOrder:
@@ -268,7 +282,7 @@ class _EpochOrder:
 def open_ffcv(source: Source, batch_size: int) -> tuple[Any, Any]:
     """An `ffcv.loader.Loader` of the file with our decoder as the one pipeline, and the decoder."""
     ffcv = _import_ffcv()
-    path = str(source.beton.path)
+    path = str(source.samples.path)
     base = ffcv.traversal_order.base.TraversalOrder
 
     class Order(_EpochOrder, base):
@@ -277,25 +291,34 @@ def open_ffcv(source: Source, batch_size: int) -> tuple[Any, Any]:
             return self
 
     try:
-        reader = ffcv.reader.Reader(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reader = ffcv.reader.Reader(path)
+    except Exception as error:  # it takes the fields that are not ours as they come
+        raise UserError(
+            f"{path}: FFCV cannot read its fields ({one_line(error)}); write it anew with fastpmae-write, or use "
+            "engine='torch'"
+        ) from None
+    try:
         kind = ffcv.fields.RGBImageField
         image = next(name for name, handler in reader.handlers.items() if isinstance(handler, kind))
         operation = _operation_class(ffcv)(source)
         pipelines: dict[str, Any] = dict.fromkeys(reader.handlers)
         pipelines[image] = ffcv.loader.loader.PipelineSpec(image, decoder=operation)
-        with _thread_counts_kept():
+        with _thread_counts_kept(), _uncompiled(ffcv), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             loader = ffcv.loader.Loader(
                 path,
                 batch_size=batch_size,
                 num_workers=1,
                 seed=0,
-                order=Order(np.arange(len(source.beton), dtype=np.uint64)),
+                order=Order(np.arange(len(source.samples), dtype=np.uint64)),
                 pipelines=pipelines,
                 drop_last=False,
                 batches_ahead=1,
             )
     except (KeyError, ValueError, TypeError, AssertionError) as error:
-        raise UserError(f"{path}: FFCV cannot open it ({error}); write it anew with fastpmae-write") from None
+        raise UserError(f"{path}: FFCV cannot open it ({one_line(error)}); write it anew with fastpmae-write") from None
     # per-sample sets and dicts that only FFCV's page cache would read: hundreds of bytes a sample
     manager = loader.memory_manager
     manager.sample_to_pages = manager.page_to_samples = manager.ptr_to_size = {}
@@ -305,8 +328,14 @@ def open_ffcv(source: Source, batch_size: int) -> tuple[Any, Any]:
 class FFCVEngine:
     """Runs FFCV's compiled pipeline from the loader's threads, several at once on the same batch."""
 
+    threads = None
+
     def __init__(self, source: Source) -> None:
-        self._beton: Beton = source.beton
+        if not isinstance(source.samples, Beton):
+            raise UserError(
+                f"{source.samples.path}: the FFCV engine reads .beton files alone; write one with fastpmae-write, or "
+                "use engine='torch'"
+            )
         self._loader, self._operation = open_ffcv(source, 64)
         self._memory = self._loader.memory_manager.schedule_epoch([])
         self._memory.__enter__()
@@ -314,12 +343,8 @@ class FFCVEngine:
         assert not rest
         self._stage = stage
         (self._node,) = self._loader.graph.id_to_node
-        # compile now, on an empty batch: numba warns that Python code within the pipeline holds the lock, which
-        # is what it is for, and warnings may be errors where the threads run
-        nothing = make_job(np.zeros(0, np.int64), 0, source.settings, source.shorter == 0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.fill(nothing, scratch_for(source.beton, source.settings))
+        # on an empty batch, so that what is compiled is there before the threads are
+        self.fill(make_job(np.zeros(0, np.int64), 0, source), source.scratch())
 
     def fill(self, job: Job, scratch: Scratch) -> int:
         """See Engine."""
@@ -328,6 +353,9 @@ class FFCVEngine:
             batch_indices=job.indices,
             metadata=self._loader.reader.metadata,
             storage_state=self._memory.state,
-            **{f"memory_{self._node}": tuple(job.rows), f"shared_memory_{self._node}": None},
+            **{f"memory_{self._node}": (job.counter,), f"shared_memory_{self._node}": None},
         )
         return self._operation.done
+
+    def close(self) -> None:
+        """The map goes with the engine."""

@@ -27,6 +27,13 @@ class JpegHeader:
     component_ids: tuple[int, ...]
     jfif: bool
     adobe_transform: int | None
+    has_tables: bool  # for quantisation and Huffman codes, before the first scan
+    has_metadata: bool  # Exif or XMP, which may say that the picture lies on its side
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Baseline to progressive, 8 bits, with tables of its own: what every decoder reads."""
+        return self.frame in (0xC0, 0xC1, 0xC2) and self.precision == 8 and self.has_tables
 
     @property
     def is_ycbcr(self) -> bool:
@@ -48,7 +55,8 @@ def jpeg_header(payload: bytes | np.ndarray) -> JpegHeader:
     data = payload.tobytes() if isinstance(payload, np.ndarray) else payload
     if data[:2] != b"\xff\xd8":
         raise BetonError("not a JPEG: it does not start with FF D8")
-    position, frame, jfif, adobe = 2, None, False, None
+    position, frame, jfif, adobe, metadata = 2, None, False, None, False
+    tables: set[int] = set()
     while True:
         position = data.find(b"\xff", position)
         if position < 0:
@@ -75,11 +83,15 @@ def jpeg_header(payload: bytes | np.ndarray) -> JpegHeader:
             jfif = True
         elif code == 0xEE and segment[:5] == b"Adobe" and len(segment) >= 12:
             adobe = segment[11]
+        elif code == 0xE1:
+            metadata = True
+        elif code in (0xC4, 0xDB):
+            tables.add(code)
         elif code == 0xDA:
             if frame is None:
                 raise BetonError("the JPEG has image data before its frame header")
             code, precision, height, width, ids = frame
-            return JpegHeader(width, height, precision, code, ids, jfif, adobe)
+            return JpegHeader(width, height, precision, code, ids, jfif, adobe, len(tables) == 2, metadata)
         position += length
 
 

@@ -1,18 +1,21 @@
-"""`PairedViews`: the training loader. One decode, two views, visible patches, folds."""
+"""`PairedViews`: the training loader. One decode, two views or any others, visible patches, folds."""
 
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .batch import Batch, batch_of
-from .beton import Beton
-from .engine import ATTEMPTS, Job, Source, make_job
+from .engine import ATTEMPTS, Job, Samples, Source, advice, larger_than_memory, make_job
 from .errors import UserError
+from .folders import open_samples
 from .plan import check_key, epoch_order
+from .recipes import MOST_VIEWS, View
 from .runner import Runner
 from .settings import ViewSettings
 
@@ -20,8 +23,11 @@ FEW = 4
 """So many different samples must fail before their share counts: one bad image in a small file stops nothing."""
 
 
+Colour = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
 class PairedViews:
-    """Batches of two views and a mask, the same bits for the same (seed, epoch, sample) always.
+    """Batches of two views (or of `views`) and a mask, the same bits for the same (seed, epoch, sample) always.
 
     `batch_size` is that of one rank. Global batch b of an epoch is places b G ... (b + 1) G - 1 of the epoch's
     order, G = batch_size * world_size, and rank r shows the r-th part of them. Without `drop_last` the last
@@ -33,13 +39,22 @@ class PairedViews:
     that epoch again. Several iterations may run at once.
 
     Args:
-        beton: a .beton file, or its path.
-        engine: "ffcv", or "torch" (Pillow decodes) where ffcv does not build.
+        samples: a .beton file, or for the other engines also a folder of images or tar shards; or its path.
+        engine: "ffcv", "dali", or "torch" (Pillow decodes) where neither is there.
+        settings: the pair of views, and the masks.
+        views: these views instead of the pair, as many as wanted, still with one decode a sample. The masks are
+            those of the first; there are none where its size is no multiple of 16 and no settings say otherwise.
         shuffle: a new order each epoch; otherwise the file's own.
         page_order: shuffle page by page (see epoch_order); None does so where the file is larger than memory.
         workers: threads. torch's own number of threads is never touched.
         bad_fraction: above this share of samples that do not decode the iteration stops.
         ahead: batches made before they are asked for.
+        augment_on: "device" leaves the colours to `colour`, for whole batches on the device, once they are there:
+            the CPU then decodes and crops alone.
+        device: where batches are handed over; with None they stay in the host's memory (pinned where there is
+            a GPU), and "device" above means the CPU.
+        colour: (images uint8 [B, 3, S, S], factors [B, 5], choices [B, 9], solarise threshold) -> images; None
+            takes `device_colour.change_colours`.
 
     Raises:
         UserError: for arguments that do not fit, files that cannot be read, and too many bad images.
@@ -47,7 +62,7 @@ class PairedViews:
 
     def __init__(
         self,
-        beton: Beton | str | os.PathLike[str],
+        samples: Samples | str | os.PathLike[str],
         batch_size: int,
         engine: str = "ffcv",
         settings: ViewSettings | None = None,
@@ -60,9 +75,23 @@ class PairedViews:
         bad_fraction: float = 0.01,
         page_order: bool | None = None,
         ahead: int = 2,
+        views: Sequence[View] | None = None,
+        augment_on: Literal["cpu", "device"] = "cpu",
+        device: torch.device | str | None = None,
+        colour: Colour | None = None,
     ) -> None:
-        self.beton = beton if isinstance(beton, Beton) else Beton(Path(beton))
+        self.samples = open_samples(samples)
         self.settings = settings or ViewSettings()
+        self.views = self.settings.views if views is None else tuple(views)
+        if not 1 <= len(self.views) <= MOST_VIEWS:
+            raise UserError(f"{len(self.views)} views make no batch: ask for 1 to {MOST_VIEWS}")
+        size = self.views[0].size
+        masked = settings is not None or size % self.settings.patch_size == 0
+        if masked and self.settings.image_size != size:
+            self.settings = replace(self.settings, image_size=size)
+        self._fold_sizes = self.settings.fold_sizes if masked else ()
+        if augment_on not in ("cpu", "device"):
+            raise UserError(f"augment_on = {augment_on!r} must be 'cpu' or 'device'")
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size} must be at least 1")
         if not 0 <= rank < world_size:
@@ -78,10 +107,10 @@ class PairedViews:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.bad_fraction = bad_fraction
-        self.page_order = larger_than_memory(self.beton) if page_order is None else page_order
+        self.page_order = larger_than_memory(self.samples) if page_order is None else page_order
         if len(self) == 0:
             raise UserError(
-                f"{self.beton.path}: {len(self.beton)} samples make no batch of {self.global_batch}; "
+                f"{self.samples.path}: {len(self.samples)} samples make no batch of {self.global_batch}; "
                 "lower the batch size or set drop_last=False"
             )
         self._failed: dict[int, None] = {}
@@ -89,13 +118,27 @@ class PairedViews:
         self._batch = 0
         self._resumed = False
         self._seen = 0
-        self._label = torch.from_numpy(np.array(self.beton.label, np.int64))
+        self._label = torch.from_numpy(np.array(self.samples.label, np.int64))
         self._order: tuple[tuple[int, bool], np.ndarray] | None = None
-        self._runner = Runner(Source(self.beton, self.settings, seed), engine, workers, ahead)
+        self.device = None if device is None else torch.device(device)
+        self._colour = None
+        if augment_on == "device" and any(view.coloured for view in self.views):
+            self._colour = colour or _change_colours()
+        self._source = Source(
+            self.samples,
+            self.views,
+            seed,
+            self.settings.patches if masked else 0,
+            self.settings.visible if masked else 0,
+            colours=self._colour is None,
+            workers=workers,
+            device=self.device,
+        )
+        self._runner = Runner(self._source, engine, ahead)
 
     def __len__(self) -> int:
         """Batches an epoch, the same on every rank."""
-        whole, rest = divmod(len(self.beton), self.global_batch)
+        whole, rest = divmod(len(self.samples), self.global_batch)
         return whole + (rest > 0 and not self.drop_last)
 
     @property
@@ -122,7 +165,7 @@ class PairedViews:
             "epoch": self._epoch,
             "batch": self._batch,
             "seed": self.seed,
-            "samples": len(self.beton),
+            "samples": len(self.samples),
             "global_batch": self.global_batch,
             "shuffle": int(self.shuffle),
             "page_order": int(self.page_order),
@@ -134,7 +177,7 @@ class PairedViews:
         Raises:
             UserError: where the state is of other data, another seed or order, or falls within a batch.
         """
-        for name, ours in (("seed", self.seed), ("samples", len(self.beton)), ("shuffle", int(self.shuffle))):
+        for name, ours in (("seed", self.seed), ("samples", len(self.samples)), ("shuffle", int(self.shuffle))):
             if state.get(name, ours) != ours:
                 raise UserError(f"the loader's saved position has {name} {state[name]}, this loader {ours}")
         check_key(self.seed, state["epoch"])
@@ -166,9 +209,9 @@ class PairedViews:
             UserError: for samples that the file does not hold, or that do not decode.
         """
         wanted = np.array(index, np.int64)
-        for sample in wanted[(wanted < 0) | (wanted >= len(self.beton))]:
-            raise UserError(f"{self.beton.path} has no sample {sample}: it holds {len(self.beton)}, counted from 0")
-        stream = self._runner.stream(lambda _: make_job(wanted, self._epoch, self.settings), 0, 1)
+        for sample in wanted[(wanted < 0) | (wanted >= len(self.samples))]:
+            raise UserError(f"{self.samples.path} has no sample {sample}: it holds {len(self.samples)}, counted from 0")
+        stream = self._runner.stream(lambda _: make_job(wanted, self._epoch, self._source), 0, 1)
         try:
             job = stream.take()
         finally:
@@ -177,11 +220,8 @@ class PairedViews:
             raise UserError("the loader was closed")
         wrong = wanted[wanted != job.rows.index]
         if len(wrong):
-            raise UserError(
-                f"{self.beton.path}: sample {wrong[0]} does not decode; look at the file with "
-                f"fastpmae-write --check {self.beton.path}"
-            )
-        return batch_of(job, self._label[wanted], self.settings.fold_sizes, [])
+            raise UserError(f"{self.samples.path}: sample {wrong[0]} does not decode; {advice(self.samples)}")
+        return self._finish(job, [])
 
     def close(self) -> None:
         """End every iteration and its threads."""
@@ -200,10 +240,10 @@ class PairedViews:
         key = (epoch, self.page_order)
         if self._order is None or self._order[0] != key:
             if self.shuffle:
-                pages = self.beton.page_of if self.page_order else None
-                order = epoch_order(self.seed, epoch, len(self.beton), pages)
+                pages = self.samples.page_of if self.page_order else None
+                order = epoch_order(self.seed, epoch, len(self.samples), pages)
             else:
-                order = np.arange(len(self.beton), dtype=np.int64)
+                order = np.arange(len(self.samples), dtype=np.int64)
             self._order = (key, order)
         return self._order[1]
 
@@ -211,18 +251,34 @@ class PairedViews:
         part = order[number * self.global_batch : (number + 1) * self.global_batch]
         # 64-bit products; all parts are equal unless the batch is short
         first, last = (len(part) * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        return make_job(part[first:last], epoch, self.settings)
+        return make_job(part[first:last], epoch, self._source)
+
+    def _finish(self, job: Job, failed: list[int]) -> Batch:
+        """The job's rows as a batch where it was asked for, with its colours changed there if they are to be."""
+        label = self._label[job.rows.index]
+        batch = batch_of(job, label, self._fold_sizes, failed)
+        if self.device is not None:
+            batch = batch.to(self.device, non_blocking=True)
+        if self._colour is None:
+            return batch
+        changed = [
+            self._colour(images, batch.factors[:, number], batch.choices[:, number], view.solarise_threshold)
+            if view.coloured
+            else images
+            for number, (view, images) in enumerate(zip(self.views, batch.views, strict=True))
+        ]
+        return replace(batch, views=tuple(changed))
 
     def _account(self, job: Job) -> list[int]:
         """The samples of a job that did not decode; UserError when they are too many."""
         wanted, shown = job.indices, job.rows.index
         failed: list[int] = []
         for row in np.flatnonzero(wanted != shown):
-            first, n = int(wanted[row]), len(self.beton)
+            first, n = int(wanted[row]), len(self.samples)
             if shown[row] < 0:
                 raise UserError(
-                    f"{self.beton.path}: {min(ATTEMPTS, n)} samples in a row, from {first} on, do not decode; "
-                    f"look at it with fastpmae-write --check {self.beton.path}"
+                    f"{self.samples.path}: {min(ATTEMPTS, n)} samples in a row, from {first} on, do not decode; "
+                    f"{advice(self.samples)}"
                 )
             failed += [(first + step) % n for step in range((int(shown[row]) - first) % n)]
         self._seen += len(wanted)
@@ -230,9 +286,8 @@ class PairedViews:
         if len(self._failed) >= FEW and len(self._failed) > self.bad_fraction * self._seen:
             some = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self._failed) > 10 else "")
             raise UserError(
-                f"{self.beton.path}: {len(self._failed)} of {self._seen} samples do not decode (samples {some}), "
-                f"above the limit of {self.bad_fraction:.3g}; look at the file with "
-                f"fastpmae-write --check {self.beton.path}, or raise bad_fraction"
+                f"{self.samples.path}: {len(self._failed)} of {self._seen} samples do not decode (samples {some}), "
+                f"above the limit of {self.bad_fraction:.3g}; {advice(self.samples)}, or raise bad_fraction"
             )
         return failed
 
@@ -243,6 +298,7 @@ class Iteration(Iterator[Batch]):
     def __init__(self, loader: PairedViews, start: int) -> None:
         self._loader = loader
         self._number = start
+        self._closed = False
         order, epoch = loader.order(loader.epoch), loader.epoch
         self._epoch = epoch
         self._stream = loader._runner.stream(lambda number: loader._job(order, epoch, number), start, len(loader))
@@ -263,22 +319,21 @@ class Iteration(Iterator[Batch]):
         self._number += 1
         if loader._epoch == self._epoch:
             loader._batch = self._number
-        label = loader._label[job.tensors["index"]]
-        return batch_of(job, label, loader.settings.fold_sizes, failed)
+        return loader._finish(job, failed)
 
     def close(self) -> None:
-        """End the threads."""
-        self._loader._runner.end(self._stream)
+        """End the threads. Harmless when done twice."""
+        if not self._closed:
+            self._loader._runner.end(self._stream)
+            self._closed = True
 
     def __del__(self) -> None:
+        # Python passes over an interrupt that falls into here: after an epoch's end there is nothing left to do
         if hasattr(self, "_stream"):
             self.close()
 
 
-def larger_than_memory(beton: Beton) -> bool:
-    """Whether a file leaves too little of this machine's memory to be kept in it."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return False
-    return beton.data.nbytes > 0.8 * memory
+def _change_colours() -> Colour:
+    from .device_colour import change_colours
+
+    return change_colours

@@ -2,17 +2,16 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .beton import Beton
-from .engine import Source, make_job
+from .engine import Samples, Source, advice, make_job
 from .errors import UserError
+from .folders import open_samples
+from .recipes import plain_view
 from .runner import Runner
-from .settings import ViewSettings
 
 
 class PlainViews:
@@ -27,7 +26,7 @@ class PlainViews:
 
     def __init__(
         self,
-        beton: Beton | str | os.PathLike[str],
+        samples: Samples | str | os.PathLike[str],
         batch_size: int,
         image_size: int = 224,
         crop_ratio: float = 0.875,
@@ -35,30 +34,26 @@ class PlainViews:
         workers: int = 2,
         ahead: int = 2,
     ) -> None:
-        self.beton = beton if isinstance(beton, Beton) else Beton(Path(beton))
+        self.samples = open_samples(samples)
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size} must be at least 1")
-        if not 0.1 <= crop_ratio <= 1:
-            raise UserError(f"crop_ratio = {crop_ratio} must be between 0.1 and 1")
         if not 2 <= image_size <= 4096:
             raise UserError(f"image_size = {image_size} must be between 2 and 4096")
         self.batch_size = batch_size
-        # there are no masks here; the settings only want some that are possible
-        self._settings = ViewSettings(image_size=image_size, patch_size=1, folds=1, mask_ratio=0.5)
-        self._label = torch.from_numpy(np.array(self.beton.label, np.int64))
-        shorter = round(image_size / crop_ratio)
-        self._runner = Runner(Source(self.beton, self._settings, 0, shorter), engine, workers, ahead)
+        self._source = Source(self.samples, (plain_view(image_size, crop_ratio),), 0, workers=workers)
+        self._label = torch.from_numpy(np.array(self.samples.label, np.int64))
+        self._runner = Runner(self._source, engine, ahead)
 
     def __len__(self) -> int:
         """Batches."""
-        return -(-len(self.beton) // self.batch_size)
+        return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        order = np.arange(len(self.beton), dtype=np.int64)
+        order = np.arange(len(self.samples), dtype=np.int64)
 
         def job(number: int):
             part = order[number * self.batch_size : (number + 1) * self.batch_size]
-            return make_job(part, 0, self._settings, pair=False)
+            return make_job(part, 0, self._source)
 
         stream = self._runner.stream(job, 0, len(self))
         try:
@@ -66,11 +61,10 @@ class PlainViews:
                 wrong = np.flatnonzero(done.indices != done.rows.index)
                 if len(wrong):
                     raise UserError(
-                        f"{self.beton.path}: sample {done.indices[wrong[0]]} does not decode; look at the file "
-                        f"with fastpmae-write --check {self.beton.path}"
+                        f"{self.samples.path}: sample {done.indices[wrong[0]]} does not decode; {advice(self.samples)}"
                     )
                 index = done.tensors["index"]
-                yield done.tensors["simple"], self._label[index], index
+                yield done.views[0], self._label[index], index
         finally:
             self._runner.end(stream)
 

@@ -4,6 +4,7 @@ Each purpose has counters of its own, so that one more draw for one purpose shif
 the jitter leaves every mask as it was.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final, NamedTuple
 
@@ -13,21 +14,25 @@ from .compiled import helper, kernel
 from .elementary import exponential, round_half_even
 from .errors import UserError
 from .philox import fill_uniforms, uniform_pair, words
-from .settings import Recipe, ViewSettings
+from .recipes import View, recipes_of
+from .settings import ViewSettings
 
-SIMPLE_CROP: Final = 0
-COMPLEX_CROP: Final = 1
-FLIPS: Final = 2
-JITTER_COIN: Final = 3
-JITTER_FACTORS: Final = 4
-JITTER_ORDER: Final = 5
-GRAYSCALE: Final = 6
-RECIPE_COIN: Final = 7
-BLUR: Final = 8
-SOLARISE: Final = 9
+# of one view: its purposes are 16 apart from the next view's
+CROP: Final = 0
+FLIP: Final = 1
+JITTER_COIN: Final = 2
+JITTER_FACTORS: Final = 3
+JITTER_ORDER: Final = 4
+GRAYSCALE: Final = 5
+RECIPE_COIN: Final = 6
+BLUR: Final = 7
+SOLARISE: Final = 8
+# of a sample, or of an epoch
 MASK: Final = 10
 EPOCH_ORDER: Final = 11
 PAGE_ORDER: Final = 12
+# views begin here, 16 purposes each
+VIEWS: Final = 16
 # purposes of callers start here and so never meet those above
 CALLERS: Final = 1 << 16
 
@@ -45,13 +50,15 @@ FACTORS: Final = 5
 
 
 class Plans(NamedTuple):
-    """What is drawn for B samples.
+    """What is drawn for B samples of n views each.
 
-    boxes: int32 [B, 2, 4], top, left, height, width of the simple and the complex crop in source pixels.
-    flips: bool [B, 2].
-    factors: float64 [B, 5], brightness, contrast, saturation, hue, blur sigma (drawn even where unused).
-    choices: uint8 [B, 9], the order of the four jitters, then coins: jitter, grayscale, blur, solarise, recipe t1.
-    order: int64 [B, N], a permutation of the patches: the first V are visible, the rest are the folds.
+    boxes: int32 [B, n, 4], top, left, height, width of each view's crop in source pixels.
+    flips: bool [B, n].
+    factors: float64 [B, n, 5], brightness, contrast, saturation, hue, blur sigma (drawn even where unused).
+    choices: uint8 [B, n, 9], the order of the four jitters, then coins: jitter, grayscale, blur, solarise, and
+        whether the first of the view's two recipes is used.
+    order: int64 [B, N], a permutation of the patches: the first V are visible, the rest are the folds. Without
+        masks N is 0.
     """
 
     boxes: np.ndarray
@@ -114,61 +121,86 @@ def _between(u, strength):
 
 
 @helper
-def draw_plan(seed, epoch, index, height, width, recipe, boxes, flips, factors, choices, order):
-    """Draw one sample's plan into the rows given (see Plans)."""
-    log_ratio = (recipe.log_ratio_low, recipe.log_ratio_high)
-    simple_scale = (recipe.simple_low, recipe.simple_high)
-    complex_scale = (recipe.complex_low, recipe.complex_high)
-    draw_crop(seed, epoch, index, SIMPLE_CROP, height, width, simple_scale, log_ratio, boxes[0])
-    draw_crop(seed, epoch, index, COMPLEX_CROP, height, width, complex_scale, log_ratio, boxes[1])
-    u, v = uniform_pair(seed, epoch, index, FLIPS, 0)
-    flips[0] = u < recipe.flip
-    flips[1] = v < recipe.flip
+def draw_view(seed, epoch, index, view, height, width, recipe, box, flips, factors, choices):
+    """Draw one view of one sample into its rows (see Plans)."""
+    first = VIEWS + 16 * view
+    if recipe.shorter > 0:
+        box[0] = 0
+        box[1] = 0
+        box[2] = height
+        box[3] = width
+    else:
+        scale = (recipe.low, recipe.high)
+        log_ratio = (recipe.log_ratio_low, recipe.log_ratio_high)
+        draw_crop(seed, epoch, index, first + CROP, height, width, scale, log_ratio, box)
+    u, v = uniform_pair(seed, epoch, index, first + FLIP, 0)
+    flips[view] = u < recipe.flip
 
-    u, v = uniform_pair(seed, epoch, index, JITTER_COIN, 0)
+    u, v = uniform_pair(seed, epoch, index, first + JITTER_COIN, 0)
     choices[JITTER] = u < recipe.jitter
-    u, v = uniform_pair(seed, epoch, index, JITTER_FACTORS, 0)
+    u, v = uniform_pair(seed, epoch, index, first + JITTER_FACTORS, 0)
     factors[0] = _between(u, recipe.brightness)
     factors[1] = _between(v, recipe.contrast)
-    u, v = uniform_pair(seed, epoch, index, JITTER_FACTORS, 1)
+    u, v = uniform_pair(seed, epoch, index, first + JITTER_FACTORS, 1)
     factors[2] = _between(u, recipe.saturation)
     factors[3] = recipe.hue * (2.0 * v - 1.0)
-    draw_permutation(seed, epoch, index, JITTER_ORDER, choices[ORDER : ORDER + 4])
+    draw_permutation(seed, epoch, index, first + JITTER_ORDER, choices[ORDER : ORDER + 4])
 
-    u, v = uniform_pair(seed, epoch, index, GRAYSCALE, 0)
+    u, v = uniform_pair(seed, epoch, index, first + GRAYSCALE, 0)
     choices[GRAY] = u < recipe.grayscale
-    u, v = uniform_pair(seed, epoch, index, RECIPE_COIN, 0)
-    first = u < recipe.first_share
-    choices[FIRST_RECIPE] = first
-    u, v = uniform_pair(seed, epoch, index, BLUR, 0)
-    choices[BLURRED] = u < (recipe.first_blur if first else recipe.second_blur)
+    u, v = uniform_pair(seed, epoch, index, first + RECIPE_COIN, 0)
+    by_first = u < recipe.first_share
+    choices[FIRST_RECIPE] = by_first
+    u, v = uniform_pair(seed, epoch, index, first + BLUR, 0)
+    choices[BLURRED] = u < (recipe.first_blur if by_first else recipe.second_blur)
     factors[SIGMA] = recipe.sigma_low + v * (recipe.sigma_high - recipe.sigma_low)
-    u, v = uniform_pair(seed, epoch, index, SOLARISE, 0)
-    choices[SOLARISED] = u < (recipe.first_solarise if first else recipe.second_solarise)
+    u, v = uniform_pair(seed, epoch, index, first + SOLARISE, 0)
+    choices[SOLARISED] = u < (recipe.first_solarise if by_first else recipe.second_solarise)
+
+
+@helper
+def draw_plan(seed, epoch, index, height, width, recipes, boxes, flips, factors, choices, order):
+    """Draw one sample's plan into the rows given (see Plans)."""
+    for view in range(recipes.shape[0]):
+        draw_view(
+            seed, epoch, index, view, height, width, recipes[view], boxes[view], flips, factors[view], choices[view]
+        )
     draw_permutation(seed, epoch, index, MASK, order)
 
 
 @kernel
-def _draw_plans(seed, epoch, index, height, width, recipe, boxes, flips, factors, choices, order):
+def _draw_plans(seed, epoch, index, height, width, recipes, boxes, flips, factors, choices, order):
     for i in range(index.shape[0]):
         draw_plan(
-            seed, epoch, index[i], height[i], width[i], recipe, boxes[i], flips[i], factors[i], choices[i], order[i]
+            seed, epoch, index[i], height[i], width[i], recipes, boxes[i], flips[i], factors[i], choices[i], order[i]
         )
 
 
 def draw_plans(
-    seed: int, epoch: int, index: np.ndarray, height: np.ndarray, width: np.ndarray, settings: ViewSettings
+    seed: int,
+    epoch: int,
+    index: np.ndarray,
+    height: np.ndarray,
+    width: np.ndarray,
+    settings: ViewSettings | Sequence[View],
+    patches: int = 0,
 ) -> Plans:
-    """The plans of samples `index` [B] whose images are `height` by `width` pixels ([B] each)."""
+    """The plans of samples `index` [B] whose images are `height` by `width` pixels ([B] each).
+
+    `settings` are those of the pair and its masks, or a list of views; then `patches` are those of the masks.
+    """
     check_key(seed, epoch)
-    recipe: Recipe = settings.recipe()
+    if isinstance(settings, ViewSettings):
+        recipes, patches = recipes_of(settings.views), settings.patches
+    else:
+        recipes = recipes_of(settings)
     count = len(index)
     plans = Plans(
-        np.zeros((count, 2, 4), np.int32),
-        np.zeros((count, 2), np.bool_),
-        np.zeros((count, FACTORS), np.float64),
-        np.zeros((count, CHOICES), np.uint8),
-        np.zeros((count, settings.patches), np.int64),
+        np.zeros((count, len(recipes), 4), np.int32),
+        np.zeros((count, len(recipes)), np.bool_),
+        np.zeros((count, len(recipes), FACTORS), np.float64),
+        np.zeros((count, len(recipes), CHOICES), np.uint8),
+        np.zeros((count, patches), np.int64),
     )
     _draw_plans(
         seed,
@@ -176,7 +208,7 @@ def draw_plans(
         np.ascontiguousarray(index, np.int64),
         np.ascontiguousarray(height, np.int64),
         np.ascontiguousarray(width, np.int64),
-        recipe,
+        recipes,
         *plans,
     )
     return plans

@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 from .engine import Engine, Job, Source
 from .errors import UserError
-from .scratch import Scratch, scratch_for
+from .scratch import Scratch
 from .stream import Stream
+
+ENGINES = ("ffcv", "dali", "torch")
 
 
 def make_engine(name: str, source: Source) -> Engine:
@@ -19,30 +21,31 @@ def make_engine(name: str, source: Source) -> Engine:
         from .torch_engine import TorchEngine
 
         return TorchEngine(source)
-    raise UserError(f"engine {name!r} is unknown; there are 'ffcv' and 'torch'")
+    if name == "dali":
+        from .dali_engine import DALIEngine
+
+        return DALIEngine(source)
+    raise UserError(f"engine {name!r} is unknown; there are {', '.join(map(repr, ENGINES))}")
 
 
 class Runner:
     """Opens the engine at once, so that a missing package is known before the first batch."""
 
-    def __init__(self, source: Source, engine: str, workers: int, ahead: int) -> None:
-        if not 1 <= workers <= 256:
-            raise UserError(f"workers = {workers} must be between 1 and 256 threads")
+    def __init__(self, source: Source, engine: str, ahead: int) -> None:
+        if not 1 <= source.workers <= 256:
+            raise UserError(f"workers = {source.workers} must be between 1 and 256 threads")
         if not 1 <= ahead <= 64:
             raise UserError(f"ahead = {ahead} must be between 1 and 64 batches")
         self._source = source
-        self._workers = workers
         self._ahead = ahead
         self._engine = make_engine(engine, source)
+        self._workers = self._engine.threads or source.workers
         self._idle: list[Scratch] = []
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 
     def stream(self, job_of: Callable[[int], Job], start: int, count: int) -> Stream:
         """A new stream of batches; scratch of streams that ended is used again."""
-        scratches = [
-            self._idle.pop() if self._idle else scratch_for(self._source.beton, self._source.settings)
-            for _ in range(self._workers)
-        ]
+        scratches = [self._idle.pop() if self._idle else self._source.scratch() for _ in range(self._workers)]
         stream = Stream(self._engine, job_of, start, count, scratches, self._ahead)
         self._streams.add(stream)
         return stream
@@ -58,3 +61,4 @@ class Runner:
         """Stop every stream."""
         for stream in list(self._streams):
             self.end(stream)
+        self._engine.close()

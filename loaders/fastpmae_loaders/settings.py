@@ -1,39 +1,10 @@
-"""What the views and the masks are: one frozen dataclass, and the same numbers as numba reads them."""
+"""The pair of views and the masks of Pseudo-MAE as one frozen dataclass."""
 
-import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from .errors import UserError
-
-
-class Recipe(NamedTuple):
-    """ViewSettings as plain numbers, for compiled code."""
-
-    side: int
-    patches: int
-    visible: int
-    simple_low: float
-    simple_high: float
-    complex_low: float
-    complex_high: float
-    log_ratio_low: float
-    log_ratio_high: float
-    flip: float
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    jitter: float
-    grayscale: float
-    first_share: float
-    first_blur: float
-    first_solarise: float
-    second_blur: float
-    second_solarise: float
-    sigma_low: float
-    sigma_high: float
-    solarise_threshold: int
+from .recipes import View
 
 
 @dataclass(frozen=True)
@@ -96,20 +67,12 @@ class ViewSettings:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 refuse(name, "two shares of the image's area, 0 < low <= high <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            refuse("ratio", "two positive numbers, the smaller first")
         if self.complex_recipe not in ("coin", "t1", "t2"):
             refuse("complex_recipe", "one of coin, t1, t2")
-        probabilities = ("flip", "jitter_probability", "grayscale_probability")
-        for name in (*probabilities, "t1_blur", "t1_solarise", "t2_blur", "t2_solarise"):
+        for name in ("t1_blur", "t1_solarise", "t2_blur", "t2_solarise"):
             if not 0 <= getattr(self, name) <= 1:
                 refuse(name, "a probability between 0 and 1")
-        if len(self.jitter) != 4 or not all(0 <= v <= 1 for v in self.jitter) or self.jitter[3] > 0.5:
-            refuse("jitter", "four numbers between 0 and 1, the last (hue) at most 0.5")
-        if not 0.05 <= self.sigma[0] <= self.sigma[1] <= 5:
-            refuse("sigma", "two widths between 0.05 and 5 pixels, the smaller first")
-        if not 0 <= self.solarise_threshold <= 255:
-            refuse("solarise_threshold", "a pixel value between 0 and 255")
+        _ = self.views  # which check the rest
 
     @property
     def patches(self) -> int:
@@ -127,33 +90,30 @@ class ViewSettings:
         masked = self.patches - self.visible
         return tuple(masked // self.folds + (fold < masked % self.folds) for fold in range(self.folds))
 
-    def recipe(self) -> Recipe:
-        """The same settings as compiled code takes them."""
-        share = {"coin": 0.5, "t1": 1.0, "t2": 0.0}[self.complex_recipe]
-        return Recipe(
-            side=self.image_size,
-            patches=self.patches,
-            visible=self.visible,
-            simple_low=float(self.simple_scale[0]),
-            simple_high=float(self.simple_scale[1]),
-            complex_low=float(self.complex_scale[0]),
-            complex_high=float(self.complex_scale[1]),
-            # rounded, since maths libraries differ in the last bit of a logarithm
-            log_ratio_low=round(math.log(self.ratio[0]), 12),
-            log_ratio_high=round(math.log(self.ratio[1]), 12),
-            flip=float(self.flip),
-            brightness=float(self.jitter[0]),
-            contrast=float(self.jitter[1]),
-            saturation=float(self.jitter[2]),
-            hue=float(self.jitter[3]),
-            jitter=float(self.jitter_probability),
-            grayscale=float(self.grayscale_probability),
-            first_share=share,
-            first_blur=float(self.t1_blur),
-            first_solarise=float(self.t1_solarise),
-            second_blur=float(self.t2_blur),
-            second_solarise=float(self.t2_solarise),
-            sigma_low=float(self.sigma[0]),
-            sigma_high=float(self.sigma[1]),
-            solarise_threshold=int(self.solarise_threshold),
+    @property
+    def simple(self) -> View:
+        """The MAE-style view."""
+        return View(self.image_size, self.simple_scale, self.ratio, self.flip)
+
+    @property
+    def complex(self) -> View:
+        """The DINO-style view."""
+        return View(
+            self.image_size,
+            self.complex_scale,
+            self.ratio,
+            self.flip,
+            jitter=self.jitter,
+            jitter_probability=self.jitter_probability,
+            grayscale_probability=self.grayscale_probability,
+            sigma=self.sigma,
+            blur=(self.t1_blur, self.t2_blur),
+            solarise=(self.t1_solarise, self.t2_solarise),
+            first_share={"coin": 0.5, "t1": 1.0, "t2": 0.0}[self.complex_recipe],
+            solarise_threshold=self.solarise_threshold,
         )
+
+    @property
+    def views(self) -> tuple[View, View]:
+        """Both."""
+        return self.simple, self.complex

@@ -44,9 +44,10 @@ class Stream:
             threading.Thread(target=self._work, args=(scratch,), name=f"fastpmae-loader-{i}", daemon=True)
             for i, scratch in enumerate(scratches)
         ]
+        # known before the first thread runs, so that whatever interrupts this, the threads can be ended
+        _open.add(self)
         for thread in self._threads:
             thread.start()
-        _open.add(self)
 
     def take(self) -> Job | None:
         """The next batch, in order; None when there is no more. Raises what a thread raised."""
@@ -78,7 +79,7 @@ class Stream:
             self._jobs.clear()
             self._changed.notify_all()
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if thread.ident is not None and thread is not threading.current_thread():
                 # an interpreter that is shutting down no longer lets threads be joined
                 with suppress(RuntimeError):
                     thread.join()

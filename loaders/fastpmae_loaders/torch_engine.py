@@ -3,10 +3,10 @@
 import io
 
 import numpy as np
-from PIL import Image
 
-from .beton import RAW, Beton
-from .engine import ATTEMPTS, Job, Source
+from .beton import JPG, RAW
+from .engine import ATTEMPTS, Job, Samples, Source
+from .pictures import decode_jpeg, decode_upright
 from .scratch import Scratch
 from .vectors import fetch_add
 from .views import fill_row
@@ -15,44 +15,48 @@ from .views import fill_row
 class TorchEngine:
     """Works wherever numba and Pillow do. Its pictures may differ from the FFCV engine's by the decoder alone."""
 
+    threads = None
+
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._recipe = source.settings.recipe()
+        self._recipes = source.recipes()
 
     def fill(self, job: Job, scratch: Scratch) -> int:
         """See Engine."""
-        source, beton = self._source, self._source.beton
+        source, samples = self._source, self._source.samples
         done = 0
         while (row := fetch_add(job.counter)) < len(job.indices):
             index = int(job.indices[row])
             pixels = None
-            for _ in range(min(ATTEMPTS, len(beton))):
-                pixels = _decode(beton, index)
+            for _ in range(min(ATTEMPTS, len(samples))):
+                pixels = decode(samples, index)
                 if pixels is not None:
                     break
-                index = (index + 1) % len(beton)
+                index = (index + 1) % len(samples)
             if pixels is None:
                 job.rows.index[row] = -1
             else:
                 height, width = pixels.shape[:2]
                 fill_row(
                     row, index, pixels.ctypes.data, height, width,
-                    source.seed, job.epoch, self._recipe, source.shorter, scratch, job.rows,
+                    source.seed, job.epoch, self._recipes, source.colours, scratch, job.rows,
                 )  # fmt: skip
             done += 1
         return done
 
+    def close(self) -> None:
+        """Nothing is held."""
 
-def _decode(beton: Beton, index: int) -> np.ndarray | None:
-    """uint8 [H, W, 3], or None where the sample does not decode."""
-    payload = beton.payload(index)
-    shape = (int(beton.height[index]), int(beton.width[index]), 3)
-    if beton.mode[index] == RAW:
-        return payload.reshape(shape)
+
+def decode(samples: Samples, index: int) -> np.ndarray | None:
+    """A sample's uint8 [H, W, 3], upright, of the size that `samples` promises; None where it cannot be had."""
+    height, width = int(samples.height[index]), int(samples.width[index])
     try:
-        with Image.open(io.BytesIO(payload.tobytes()), formats=("JPEG",)) as image:
-            if image.size != (shape[1], shape[0]) or image.mode not in ("RGB", "L"):
-                return None
-            return np.ascontiguousarray(image.convert("RGB"))
-    except Exception:  # Pillow raises nearly every kind there is on damaged data
+        payload = samples.payload(index)
+        if samples.mode[index] == RAW:
+            return payload.reshape(height, width, 3)
+        if samples.mode[index] == JPG:
+            return decode_jpeg(payload.tobytes(), height, width)
+        return decode_upright(io.BytesIO(payload.tobytes()), height, width)
+    except Exception:  # a file that has gone; and Pillow raises nearly every kind there is on damaged data
         return None

@@ -10,17 +10,23 @@ Addresses are integers (`array.ctypes.data` plus an offset in bytes); nothing he
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
-from .compiled import kernel
+from .compiled import helper, kernel
 
 WEIGHT_BITS = 14
 """Fraction bits of the fixed-point weights: 1.0 is 16384, so every bicubic weight fits 16 bits."""
+
+_FEATURES: str | None = getattr(numba.config, "CPU_FEATURES", None)
+_AVX2 = "+avx2" in (get_host_cpu_features() if _FEATURES is None else _FEATURES)
+"""Whether to pack by AVX2's own instructions: LLVM's portable form crosses the register's halves twice for nothing."""
 
 
 class Vector(types.Type):
@@ -44,6 +50,7 @@ def _operation(define: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _BYTES = Vector(8, 16)
+_TWICE = Vector(8, 32)
 _SHORTS = Vector(16, 16)
 _INTS = Vector(32, 8)
 
@@ -75,16 +82,6 @@ def _to_byte(builder, sums, lanes: int):
     low = builder.select(builder.icmp_signed(">", shifted, _zeros(32, lanes)), shifted, _zeros(32, lanes))
     top = _splat(32, lanes, 255)
     return builder.select(builder.icmp_signed("<", low, top), low, top)
-
-
-@_operation
-def load_bytes(typingctx, address):
-    """16 bytes."""
-
-    def code(context, builder, signature, args):
-        return builder.load(_pointer(builder, args[0], _llvm(8, 16)), align=1)
-
-    return _BYTES(types.int64), code
 
 
 @_operation
@@ -120,45 +117,215 @@ def rounding(typingctx):
 
 
 @_operation
-def rounding_half(typingctx):
-    """Eight sums of which the first and last four will be added up: the first four begun at one half."""
+def two_rows(typingctx, first, second):
+    """16 bytes of each of two rows."""
 
     def code(context, builder, signature, args):
-        half = 1 << (WEIGHT_BITS - 1)
-        return ir.Constant(_llvm(32, 8), [half] * 4 + [0] * 4)
+        first, second = (builder.load(_pointer(builder, address, _llvm(8, 16)), align=1) for address in args)
+        return _shuffle(builder, first, second, list(range(32)))
 
-    return _INTS(), code
+    return _TWICE(types.int64, types.int64), code
+
+
+def _pixel_pair(start: int):
+    def code(context, builder, signature, args):
+        zero = 32
+        places = []
+        for row in (0, 16):
+            for channel in range(3):
+                at = row + start + channel
+                places += [at, zero, at + 3, zero]
+            places += [zero] * 4
+        spread = _shuffle(builder, args[0], _zeros(8, 32), places)
+        return builder.bitcast(spread, _llvm(16, 16))
+
+    return _SHORTS(_TWICE), code
 
 
 @_operation
-def four_pixels(typingctx, pixels):
-    """Bytes r0 g0 b0 r1 g1 b1 ... to 16-bit pairs r0 r1, g0 g1, b0 b1, 0 0, r2 r3, g2 g3, b2 b3, 0 0."""
-
-    def code(context, builder, signature, args):
-        places = [0, 3, 1, 4, 2, 5, 16, 16, 6, 9, 7, 10, 8, 11, 16, 16]
-        return builder.zext(_shuffle(builder, args[0], _zeros(8, 16), places), _llvm(16, 16))
-
-    return _SHORTS(_BYTES), code
-
-
-def _interleave(start: int, first, second):
-    def code(context, builder, signature, args):
-        places = [place for lane in range(start, start + 8) for place in (lane, 16 + lane)]
-        return builder.zext(_shuffle(builder, args[0], args[1], places), _llvm(16, 16))
-
-    return _SHORTS(_BYTES, _BYTES), code
+def first_pixels(typingctx, rows):
+    """Of both rows' r0 g0 b0 r1 g1 b1 ... the 16-bit pairs r0 r1, g0 g1, b0 b1, 0 0."""
+    return _pixel_pair(0)
 
 
 @_operation
-def interleave_low(typingctx, first, second):
-    """The first eight bytes of both, in pairs of 16-bit numbers."""
-    return _interleave(0, first, second)
+def next_pixels(typingctx, rows):
+    """Of both rows' r0 g0 b0 r1 g1 b1 ... the 16-bit pairs r2 r3, g2 g3, b2 b3, 0 0."""
+    return _pixel_pair(6)
+
+
+def _turned(builder, rows):
+    """Four registers of 2 x 4 pairs to the first, the second, the third and the fourth pairs of all of them."""
+    a, b, c, d = (builder.bitcast(row, _llvm(32, 8)) for row in rows)
+    low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
+    first, last = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
+    for half in (low, high):
+        ab, cd = _shuffle(builder, a, b, half), _shuffle(builder, c, d, half)
+        yield _shuffle(builder, ab, cd, first)
+        yield _shuffle(builder, ab, cd, last)
+
+
+def _store_turned(builder, address, step: int, rows, count: int) -> None:
+    for place, pairs in enumerate(list(_turned(builder, rows))[:count]):
+        target = builder.add(address, ir.IntType(64)(step * place))
+        builder.store(pairs, _pointer(builder, target, _llvm(32, 8)), align=4)
 
 
 @_operation
-def interleave_high(typingctx, first, second):
-    """The last eight bytes of both, in pairs of 16-bit numbers."""
-    return _interleave(8, first, second)
+def store_columns(typingctx, address, first, second, third, fourth):
+    """Pixel pairs of rows 0 and 4, 1 and 5, 2 and 6, 3 and 7: store rows 0 to 7 of red, of green, of blue."""
+
+    def code(context, builder, signature, args):
+        _store_turned(builder, args[0], 32, args[1:], 3)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, _SHORTS, _SHORTS, _SHORTS, _SHORTS), code
+
+
+@_operation
+def store_plane_columns(typingctx, address, first, second, third, fourth):
+    """The same of one plane's four pairs: store rows 0 to 7 of each, 96 bytes apart."""
+
+    def code(context, builder, signature, args):
+        _store_turned(builder, args[0], 96, args[1:], 4)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, _SHORTS, _SHORTS, _SHORTS, _SHORTS), code
+
+
+@_operation
+def store_row_pairs(typingctx, address, stride, first, second, third, fourth):
+    """Sums of eight rows in each of four columns, shifted and clamped, to 16-bit pairs of rows.
+
+    Rows 0 and 1 of the four columns go to `address`, rows 2 and 3 `stride` bytes on, and so forth.
+    """
+
+    def code(context, builder, signature, args):
+        address, stride, *columns = args
+        a, b, c, d = (builder.ashr(sums, _splat(32, 8, WEIGHT_BITS)) for sums in columns)
+        # rows 0 to 3 of both columns, then rows 4 to 7
+        left = builder.bitcast(_clamped_shorts(builder, a, b), _llvm(32, 8))
+        right = builder.bitcast(_clamped_shorts(builder, c, d), _llvm(32, 8))
+        first = _shuffle(builder, left, right, [0, 2, 8, 10, 4, 6, 12, 14])
+        second = _shuffle(builder, left, right, [1, 3, 9, 11, 5, 7, 13, 15])
+        for place in range(4):
+            rows = (first, second)[place % 2]
+            half = [0, 1, 2, 3] if place < 2 else [4, 5, 6, 7]
+            target = builder.add(address, builder.mul(stride, ir.IntType(64)(place)))
+            builder.store(_shuffle(builder, rows, rows, half), _pointer(builder, target, _llvm(32, 4)), align=4)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, _INTS, _INTS, _INTS, _INTS), code
+
+
+_HALVES = [*range(4), *range(8, 12), *range(4, 8), *range(12, 16)]
+"""The order in which AVX2 packs two registers of eight: half by half."""
+
+
+def _clamp(builder, numbers, low: int, high: int):
+    kind = numbers.type
+    bits, lanes = kind.element.width, kind.count
+    for limit, order in ((low, ">"), (high, "<")):
+        bound = _splat(bits, lanes, limit)
+        numbers = builder.select(builder.icmp_signed(order, numbers, bound), numbers, bound)
+    return numbers
+
+
+def _clamped_shorts(builder, first, second):
+    """Eight ints each to sixteen shorts between 0 and 255, in the order _HALVES."""
+    if _AVX2:
+        packed = _call(builder, "llvm.x86.avx2.packusdw", _llvm(16, 16), first, second)
+        top = _splat(16, 16, 255)
+        return builder.select(builder.icmp_unsigned("<", packed, top), packed, top)
+    return builder.trunc(_clamp(builder, _shuffle(builder, first, second, _HALVES), 0, 255), _llvm(16, 16))
+
+
+def _call(builder, name: str, result, *arguments):
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _interleave_halves(builder, first, second, start: int):
+    """Of each half of 16 bytes of both, the eight from `start` on, by turns."""
+    places = [half + start + lane + 32 * which for half in (0, 16) for lane in range(8) for which in (0, 1)]
+    return _shuffle(builder, first, second, places)
+
+
+@_operation
+def interleave_rows(typingctx, upper, lower):
+    """32 bytes of each of two rows, by turns: those that stand first in their half of 16, and those that stand last."""
+
+    def code(context, builder, signature, args):
+        a, b = (builder.load(_pointer(builder, address, _llvm(8, 32)), align=1) for address in args)
+        both = [_interleave_halves(builder, a, b, start) for start in (0, 8)]
+        return context.make_tuple(builder, signature.return_type, both)
+
+    return types.UniTuple(_TWICE, 2)(types.int64, types.int64), code
+
+
+def _widen(start: int):
+    def code(context, builder, signature, args):
+        return builder.bitcast(_interleave_halves(builder, args[0], _zeros(8, 32), start), _llvm(16, 16))
+
+    return _SHORTS(_TWICE), code
+
+
+@_operation
+def widen_low(typingctx, numbers):
+    """The bytes that stand first in each half, as 16-bit numbers."""
+    return _widen(0)
+
+
+@_operation
+def widen_high(typingctx, numbers):
+    """The bytes that stand last in each half, as 16-bit numbers."""
+    return _widen(8)
+
+
+@_operation
+def store_halves(typingctx, address, first, second, third, fourth):
+    """32 sums, as `widen_low` and `widen_high` of `interleave_rows` order them, to 32 bytes, shifted and clamped."""
+
+    def code(context, builder, signature, args):
+        address, *sums = args
+        a, b, c, d = (builder.ashr(sum, _splat(32, 8, WEIGHT_BITS)) for sum in sums)
+        if _AVX2:
+            low = _call(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), a, b)
+            high = _call(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), c, d)
+            clamped = _call(builder, "llvm.x86.avx2.packuswb", _llvm(8, 32), low, high)
+        else:
+            # halves of four: 0 4 of each sum belong side by side
+            low = _shuffle(builder, a, b, list(range(16)))
+            high = _shuffle(builder, c, d, list(range(16)))
+            places = [half + part * 8 + lane for half in (0, 4) for part in range(4) for lane in range(4)]
+            clamped = builder.trunc(_clamp(builder, _shuffle(builder, low, high, places), 0, 255), _llvm(8, 32))
+        builder.store(clamped, _pointer(builder, address, _llvm(8, 32)), align=1)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, _INTS, _INTS, _INTS, _INTS), code
+
+
+@_operation
+def store_clamped(typingctx, address, first, second, third, fourth):
+    """32 sums to 32 bytes, shifted and clamped."""
+
+    def code(context, builder, signature, args):
+        address, *sums = args
+        a, b, c, d = (builder.ashr(sum, _splat(32, 8, WEIGHT_BITS)) for sum in sums)
+        if _AVX2:
+            low = _call(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), a, b)
+            high = _call(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), c, d)
+            mixed = builder.bitcast(_call(builder, "llvm.x86.avx2.packuswb", _llvm(8, 32), low, high), _llvm(32, 8))
+            clamped = builder.bitcast(_shuffle(builder, mixed, mixed, [0, 4, 1, 5, 2, 6, 3, 7]), _llvm(8, 32))
+        else:
+            low = _shuffle(builder, a, b, list(range(16)))
+            high = _shuffle(builder, c, d, list(range(16)))
+            both = _shuffle(builder, low, high, list(range(32)))
+            clamped = builder.trunc(_clamp(builder, both, 0, 255), _llvm(8, 32))
+        builder.store(clamped, _pointer(builder, address, _llvm(8, 32)), align=1)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, _INTS, _INTS, _INTS, _INTS), code
 
 
 @_operation
@@ -176,20 +343,6 @@ def add_products(typingctx, sums, numbers, weights):
 
 
 @_operation
-def store_pixel(typingctx, address, sums):
-    """Add the two halves of `sums`, shift, clamp, and store four bytes (the fourth has no meaning)."""
-
-    def code(context, builder, signature, args):
-        low = _shuffle(builder, args[1], args[1], [0, 1, 2, 3])
-        high = _shuffle(builder, args[1], args[1], [4, 5, 6, 7])
-        pixel = builder.trunc(_to_byte(builder, builder.add(low, high), 4), _llvm(8, 4))
-        builder.store(pixel, _pointer(builder, args[0], _llvm(8, 4)), align=1)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, _INTS), code
-
-
-@_operation
 def pack(typingctx, low, high):
     """Sixteen sums to sixteen bytes: shifted and clamped."""
 
@@ -198,37 +351,6 @@ def pack(typingctx, low, high):
         return builder.trunc(_to_byte(builder, both, 16), _llvm(8, 16))
 
     return _BYTES(_INTS, _INTS), code
-
-
-@_operation
-def store_bytes(typingctx, address, pixels):
-    """Store 16 bytes."""
-
-    def code(context, builder, signature, args):
-        builder.store(args[1], _pointer(builder, args[0], _llvm(8, 16)), align=1)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, _BYTES), code
-
-
-@_operation
-def store_planes(typingctx, address, plane, first, second, third):
-    """Sixteen interleaved pixels (48 bytes) to 16 bytes in each of three planes `plane` bytes apart."""
-
-    def code(context, builder, signature, args):
-        address, plane, first, second, third = args
-        pair = _shuffle(builder, first, second, list(range(32)))
-        for channel in range(3):
-            places = [3 * lane + channel for lane in range(16)]
-            from_pair = [place if place < 32 else 0 for place in places]
-            most = _shuffle(builder, pair, pair, from_pair)
-            merge = [lane if place < 32 else 16 + place - 32 for lane, place in enumerate(places)]
-            out = _shuffle(builder, most, third, merge)
-            target = builder.add(address, builder.mul(plane, ir.IntType(64)(channel)))
-            builder.store(out, _pointer(builder, target, _llvm(8, 16)), align=1)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64, _BYTES, _BYTES, _BYTES), code
 
 
 @_operation
@@ -244,11 +366,33 @@ def copy_bytes(typingctx, target, source, count):
 
 
 @_operation
+def move_bytes(typingctx, target, source, count):
+    """memmove: both places may overlap."""
+
+    def code(context, builder, signature, args):
+        byte = ir.IntType(8)
+        cgutils.raw_memmove(builder, _pointer(builder, args[0], byte), _pointer(builder, args[1], byte), args[2], 1)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.int64), code
+
+
+@_operation
 def load_byte(typingctx, address):
     """One byte, as int64."""
 
     def code(context, builder, signature, args):
         return builder.zext(builder.load(_pointer(builder, args[0], ir.IntType(8))), ir.IntType(64))
+
+    return types.int64(types.int64), code
+
+
+@_operation
+def load_int(typingctx, address):
+    """One int32, as int64."""
+
+    def code(context, builder, signature, args):
+        return builder.sext(builder.load(_pointer(builder, args[0], ir.IntType(32)), align=4), ir.IntType(64))
 
     return types.int64(types.int64), code
 
@@ -278,6 +422,20 @@ def _fetch_add(typingctx, address):
 def fetch_add(counter):
     """Add one to int64 [1] in one indivisible step; its value before."""
     return _fetch_add(np.int64(counter.ctypes.data))
+
+
+@_operation
+def _byte_pointer(typingctx, address):
+    def code(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.CPointer(types.uint8)(types.int64), code
+
+
+@helper
+def view_at(address, side):
+    """The memory at an address as uint8 [3, side, side]."""
+    return carray(_byte_pointer(address), (3, side, side))
 
 
 @_operation

@@ -122,7 +122,7 @@ def test_the_operation_runs_in_ffcvs_own_loader(mixed):
     with PairedViews(mixed, 5, settings=settings, shuffle=False, drop_last=False) as views:
         expected = list(views)
     threads = torch.get_num_threads()
-    stock, operation = open_ffcv(Source(Beton(mixed), settings, 0), 5)
+    stock, operation = open_ffcv(Source(Beton(mixed), settings.views, 0, settings.patches, settings.visible), 5)
     operation.epoch = 0
     found = [[np.array(part) for part in rows] for (rows,) in stock]
     torch.set_num_threads(threads)  # FFCV's iterator sets it

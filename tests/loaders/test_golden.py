@@ -10,11 +10,11 @@ from fastpmae_loaders import PairedViews, ViewSettings, epoch_order, uniforms
 from tests.loaders.files import made_pixels, write_beton
 
 GOLDEN = {
-    "simple": "153160d67b8525247674fe41",
-    "complex": "1f88ef321fddf16cb777b0be",
+    "simple": "ca76743a201a660294416f6d",
+    "complex": "c2b09c6b2772a477167ed962",
     "visible": "20ca908bc7305ab7e273697d",
     "folds": "4a4969e8daf140cfdcd73d33",
-    "boxes": "762bcfb6651fc170e294ccbb",
+    "boxes": "9a32d958dce608b368db1f97",
     "order": "f19bfd45bede18cc4f258ca6",
     "uniforms": "ee923370b482cbd3b17a59d7",
 }

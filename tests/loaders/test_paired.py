@@ -358,7 +358,7 @@ def test_a_dropped_loader_takes_its_threads_along(mixed):
         ({"workers": 0}, "workers"),
         ({"ahead": 0}, "ahead"),
         ({"bad_fraction": 2.0}, "bad_fraction"),
-        ({"engine": "dali"}, "engine 'dali'"),
+        ({"engine": "jax"}, "engine 'jax'"),
         ({"seed": -1}, "seed"),
     ],
 )

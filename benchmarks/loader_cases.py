@@ -1,0 +1,179 @@
+"""Every case of the loader's benchmark: ours in its forms, the ceiling, and the baselines, all opened the same way."""
+
+import ctypes
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.loader_baselines import Task, Views, dali_views, ffcv_views, timm_views, torchvision_views
+from fastpmae_loaders import Beton, PairedViews, View, dino_global, mae_view
+
+CHECKED = 8
+"""So many samples of a case's first batch are compared with an independent computation."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A batch: its views, and for ours which samples in which epoch. The ceiling's views are whole images."""
+
+    count: int
+    views: Views
+    index: Tensor | None = None
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a case is opened, and the packages without which it cannot be."""
+
+    open: Callable[[Task], Iterator[Shown]]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> str:
+        """The first package that is not installed, or nothing."""
+        return next((name for name in self.needs if not _installed(name)), "")
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def our_views(side: int, colour: bool) -> tuple[View, View]:
+    """MAE's view and DINO's, or, without `colour`, the same two crops and flips alone."""
+    complex = dino_global("coin", side)
+    if not colour:
+        plain = {"jitter_probability": 0.0, "grayscale_probability": 0.0, "blur": (0.0, 0.0), "solarise": (0.0, 0.0)}
+        complex = replace(complex, **plain)
+    return mae_view(side), complex
+
+
+def ours(task: Task, engine: str, colour: bool = True, on_device: bool = False) -> Iterator[Shown]:
+    """PairedViews, masks and folds included. The DALI engine works on the device, as does on_device's colour."""
+    device = task.device if on_device or engine == "dali" else "cpu"
+    loader = PairedViews(
+        task.beton, task.batch, engine=engine, views=our_views(task.side, colour), workers=task.workers,
+        augment_on="device" if on_device else "cpu", device=None if device == "cpu" else device,
+    )  # fmt: skip
+    epoch = 0
+    with loader:
+        while True:
+            loader.set_epoch(epoch)
+            for batch in loader:
+                yield Shown(len(batch), batch.views, batch.index, epoch)
+            epoch += 1
+
+
+def _ffcv_library() -> ctypes.CDLL:
+    """FFCV's C library alone: importing the package around it takes seconds."""
+    spec = importlib.util.find_spec("ffcv")
+    folders = (spec and spec.submodule_search_locations) or ()
+    library = ctypes.CDLL(str(next(file for folder in folders for file in Path(folder).glob("_libffcv*.so"))))
+    library.imdecode.argtypes = [
+        ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p,
+        *(6 * [ctypes.c_uint32]), ctypes.c_bool, ctypes.c_bool,
+    ]  # fmt: skip
+    return library
+
+
+def decode_only(task: Task) -> Iterator[Shown]:
+    """FFCV's decoder called by `workers` threads into memory that each keeps: what no loader that decodes can pass."""
+    beton = Beton(task.beton)
+    decode = _ffcv_library().imdecode
+    data = beton.data.ctypes.data
+    # plain integers, so that little of Python stands between two decodes
+    pointer, size = beton.pointer.tolist(), beton.size.tolist()
+    height, width = beton.height.tolist(), beton.width.tolist()
+    largest = 3 * int((beton.height * beton.width).max())
+    order = np.random.default_rng(0).permutation(len(beton)).tolist()
+    changed = threading.Condition()
+    begun = done = taken = 0
+    stopped = False
+
+    def decoded(index: int, target: int) -> None:
+        h, w = height[index], width[index]
+        decode(data + pointer[index], size[index], h, w, target, h, w, 0, 0, 1, 1, False, False)
+
+    # for the check, into memory of their own
+    some = list(range(min(CHECKED, len(beton))))
+    images = [torch.empty(height[index], width[index], 3, dtype=torch.uint8) for index in some]
+    for index, image in zip(some, images, strict=True):
+        decoded(index, image.data_ptr())
+    yield Shown(task.batch, tuple(images), torch.tensor(some))
+
+    def work() -> None:
+        nonlocal begun, done
+        pixels = np.empty(largest, np.uint8)
+        target = pixels.ctypes.data
+        while True:
+            with changed:
+                while begun >= taken + 3 * task.batch and not stopped:
+                    changed.wait()
+                if stopped:
+                    return
+                index = order[begun % len(order)]
+                begun += 1
+            decoded(index, target)
+            with changed:
+                done += 1
+                if done % task.batch == 0:
+                    changed.notify_all()
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(task.workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        while True:
+            with changed:
+                while done < taken + task.batch:
+                    changed.wait()
+                taken += task.batch
+                changed.notify_all()
+            yield Shown(task.batch, ())
+    finally:
+        with changed:
+            stopped = True
+            changed.notify_all()
+        for thread in threads:
+            thread.join()
+
+
+def of_others(views: Callable[..., Iterator[Views]], **options: Any) -> Callable[[Task], Iterator[Shown]]:
+    """A baseline's views as Shown."""
+
+    def opened(task: Task) -> Iterator[Shown]:
+        for found in views(task, **options):
+            yield Shown(len(found[0]), found)
+
+    return opened
+
+
+_VISION = ("torchvision",)
+_DALI = ("nvidia.dali",)
+CASES: dict[str, Case] = {
+    "ours-ffcv": Case(partial(ours, engine="ffcv"), ("ffcv",)),
+    "ours-ffcv-device-colour": Case(partial(ours, engine="ffcv", on_device=True), ("ffcv",)),
+    "ours-torch": Case(partial(ours, engine="torch")),
+    "ours-dali": Case(partial(ours, engine="dali"), _DALI),
+    "ffcv-stock": Case(of_others(ffcv_views), ("ffcv",)),
+    "dali-stock": Case(of_others(dali_views), _DALI),
+    "torchvision": Case(of_others(torchvision_views, tensors=False, colour=True), _VISION),
+    "torchvision-tensor": Case(of_others(torchvision_views, tensors=True, colour=True), _VISION),
+    "timm": Case(of_others(timm_views), ("timm", *_VISION)),
+    "ours-ffcv-geometry": Case(partial(ours, engine="ffcv", colour=False), ("ffcv",)),
+    "torchvision-geometry": Case(of_others(torchvision_views, tensors=False, colour=False), _VISION),
+    "torchvision-tensor-geometry": Case(of_others(torchvision_views, tensors=True, colour=False), _VISION),
+    "decode-only": Case(decode_only, ("ffcv",)),
+}
+"""In the order in which they take turns."""

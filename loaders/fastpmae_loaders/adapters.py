@@ -1,0 +1,411 @@
+"""The loader as other codebases expect one: MAE and SdAE, iBOT, timm's `train.py`, lightly, DINOv2.
+
+Each class is a thin view of a `PairedViews`: it normalises the bytes (on the device, where the loader was given one),
+puts them in the codebase's order and types, and draws that codebase's masks. Ranks, seed, engine, threads and device
+are the loader's, and so is the position that `state_dict` and `load_state_dict` speak of.
+
+As with a `DataLoader` every pass shows new views, also where `set_epoch` is never called (MAE and timm call it in
+distributed runs alone, lightly never). Unlike with a `DataLoader`, a pass that was broken off goes on where it was;
+`set_epoch` with another epoch begins anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .blockwise import DINOv2Masks, IBOTMasks, draw_patches
+from .errors import UserError
+from .paired import Iteration, PairedViews
+
+if TYPE_CHECKING:  # the loaders alone need numpy, numba, torch and Pillow, no more
+    from jaxtyping import Bool, Float, UInt8
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Handed = TypeVar("Handed")
+
+
+class Epochs:
+    """What a codebase calls `set_epoch` on, its sampler or its data set, with the real one's length."""
+
+    def __init__(self, adapter: Adapter[Any], count: int) -> None:
+        self._adapter = adapter
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Show that epoch's views, in that epoch's order."""
+        self._adapter.set_epoch(epoch)
+
+
+class Adapter(Generic[Handed]):
+    """What all of them have in common: passes over a loader, its position, normalised images.
+
+    Args:
+        loader: where batches come from, and how they are normalised and handed over:
+        mean, std: of each channel, for pixels between 0 and 1.
+        dtype: of the images; they are normalised in float32.
+    """
+
+    def __init__(
+        self,
+        loader: PairedViews,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.loader = loader
+        self.dtype = dtype
+        self._mean = torch.tensor([255 * value for value in mean]).view(1, 3, 1, 1)
+        self._std = torch.tensor([255 * value for value in std]).view(1, 3, 1, 1)
+        self._told = False
+        self._closed = False
+
+    def collate(self, batch: Batch, epoch: int) -> Handed:
+        """A batch as the codebase takes it."""
+        raise NotImplementedError
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch of this rank."""
+        return self.loader.batch_size
+
+    @property
+    def sampler(self) -> Epochs:
+        """The sampler's `set_epoch`, and this rank's samples an epoch."""
+        return Epochs(self, len(self.loader) * self.loader.batch_size)
+
+    @property
+    def dataset(self) -> Epochs:
+        """The data set's `set_epoch`, and all its samples."""
+        return Epochs(self, len(self.loader.samples))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Turn to an epoch's beginning; the epoch that the loader is in the middle of goes on where it is."""
+        self.loader.set_epoch(epoch)
+        self._told = True
+
+    def state_dict(self) -> dict[str, int]:
+        """The loader's position, as plain integers."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a position: the next pass continues there."""
+        self.loader.load_state_dict(state)
+        self._told = False
+
+    def close(self) -> None:
+        """End the loader's passes and their threads."""
+        self._closed = True
+        self.loader.close()
+
+    def normalised(self, images: UInt8[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch 3 side side"]:
+        """Bytes as a network takes them, on the device where they are."""
+        if self._mean.device != images.device:
+            self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
+        return images.to(torch.float32).sub_(self._mean).div_(self._std).to(self.dtype)
+
+    def _pass(self) -> Iterator[Handed]:
+        """The rest of the loader's epoch; the next epoch where this one is over and nobody asked for it again."""
+        state = self.loader.state_dict()
+        if state["batch"] >= len(self.loader) and not self._told:
+            self.loader.set_epoch(state["epoch"] + 1)
+        self._told = False
+        # begun at once, so that the loader works ahead and a later set_epoch does not reach this pass
+        return self._handed(iter(self.loader), self.loader.epoch)
+
+    def _handed(self, batches: Iteration, epoch: int) -> Iterator[Handed]:
+        with closing(batches):
+            for batch in batches:
+                yield self.collate(batch, epoch)
+
+
+class EpochAdapter(Adapter[Handed]):
+    """An adapter whose passes are epochs."""
+
+    def __len__(self) -> int:
+        """Batches an epoch, the same on every rank."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Handed]:
+        return self._pass()
+
+
+class MAELoader(EpochAdapter[tuple[Tensor, ...]]):
+    """`(images, labels)` for MAE's and SdAE's `main_pretrain.py`: float32 [B, 3, S, S], normalised; int64 [B].
+
+    In place of `data_loader_train = torch.utils.data.DataLoader(...)`:
+
+        loader = PairedViews(args.data_path, args.batch_size, views=[mae_view(args.input_size)], seed=args.seed,
+                             rank=global_rank, world_size=num_tasks, workers=args.num_workers, device=device)
+        data_loader_train = MAELoader(loader)
+
+    Both draw their masks in the model. `masks="ours"` hands over the loader's too: `(images, labels, ids_shuffle)`,
+    int64 [B, N], the visible patches and then the folds. It is what the models' `random_masking` else makes of noise.
+
+    Contract: facebookresearch/mae and AbrahamYabo/SdAE, main_pretrain.py, engine_pretrain.py, models_mae.py.
+    """
+
+    def __init__(self, loader: PairedViews, masks: Literal["theirs", "ours"] = "theirs", **normalising: Any) -> None:
+        super().__init__(loader, **normalising)
+        if masks not in ("theirs", "ours"):
+            raise UserError(f"masks = {masks!r} must be 'theirs' (drawn in the model) or 'ours'")
+        self.masks = masks
+
+    def collate(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
+        """(images, labels), or with our masks (images, labels, ids_shuffle)."""
+        images = self.normalised(batch.views[0])
+        if self.masks == "theirs":
+            return images, batch.label
+        return images, batch.label, torch.cat([batch.visible, batch.folds], 1)
+
+
+class IBOTLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[Tensor]]]):
+    """`(images, labels, masks)` for iBOT's `main_ibot.py`.
+
+    images: a list of float32 [B, 3, S, S], the global crops first. labels: int64 [B]. masks: a list of bool
+    [B, S/p, S/p], True where hidden, one for each global crop (iBOT draws one for local crops too and uses it nowhere).
+    In place of `data_loader = torch.utils.data.DataLoader(...)`:
+
+        crops = [dino_global("t1", 224, args.global_crops_scale), dino_global("t2", 224, args.global_crops_scale)]
+        crops += [dino_local(96, args.local_crops_scale)] * args.local_crops_number
+        loader = PairedViews(args.data_path, args.batch_size_per_gpu, views=crops, seed=args.seed,
+                             rank=utils.get_rank(), world_size=utils.get_world_size(), workers=args.num_workers,
+                             device="cuda")
+        masks = IBOTMasks(args.pred_ratio, args.pred_ratio_var, args.pred_shape, args.pred_start_epoch)
+        data_loader = IBOTLoader(loader, masks, patch_size=pred_size)
+
+    `masks=None` hides the loader's own folds in the first crop and as many patches, drawn as evenly, in the others.
+    Crops as large as the first one are global, those after them local.
+
+    Contract: bytedance/ibot main_ibot.py, loader.py.
+    """
+
+    def __init__(
+        self,
+        loader: PairedViews,
+        masks: IBOTMasks | None = IBOTMasks(),  # noqa: B008, it is frozen
+        patch_size: int | None = None,
+        **normalising: Any,
+    ) -> None:
+        super().__init__(loader, **normalising)
+        self.masks = masks
+        self.grid = grid_of(loader, patch_size, ours=masks is None)
+        self.global_crops = count_globals(loader)
+
+    def collate(self, batch: Batch, epoch: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """(images, labels, masks)."""
+        if self.masks is None:
+            masks = own_masks(batch, epoch, self.loader.seed, self.global_crops, self.grid)
+        else:
+            masks = [
+                self.masks.draw(self.loader.seed, epoch, batch.samples, crop, self.grid)
+                for crop in range(self.global_crops)
+            ]
+        device = batch.label.device
+        hidden = [torch.from_numpy(mask).to(device, non_blocking=True) for mask in masks]
+        return [self.normalised(view) for view in batch.views], batch.label, hidden
+
+
+class TimmLoader(EpochAdapter[tuple[Tensor, Tensor]]):
+    """`(input, target)` as timm's `PrefetchLoader` gives them: on the device, normalised, targets int64 [B].
+
+    In timm's `train.py`, in place of `loader_train = create_loader(...)` and `loader_eval = create_loader(...)`:
+
+        size, mean, std = data_config["input_size"][-1], data_config["mean"], data_config["std"]
+        loader = PairedViews(args.data_dir + "/train.beton", args.batch_size, views=[mae_view(size, args.scale)],
+                             seed=args.seed, rank=args.rank, world_size=args.world_size, workers=args.workers,
+                             device=device)
+        loader_train = TimmLoader(loader, mean, std, mixup=Mixup(**mixup_args) if mixup_active else None)
+        dataset_train = loader_train.dataset
+        loader = PairedViews(args.data_dir + "/validation.beton", args.batch_size, shuffle=False, drop_last=False,
+                             views=[plain_view(size, data_config["crop_pct"])], device=device)
+        loader_eval = TimmLoader(loader, mean, std)
+
+    Args:
+        loader: of one view; further ones are decoded for nothing.
+        img_dtype: of the images.
+        mixup: a `timm.data.Mixup`; it wants an even number of samples. `mixup_enabled` is its own.
+        random_erasing: a `timm.data.random_erasing.RandomErasing`, called last. Both draw from the global
+            generators, as they do in timm: they do not depend on the loader's seed, nor resume with it.
+
+    Raises:
+        UserError: for images without labels, and for a mixup that is made to collate samples.
+
+    Contract: huggingface/pytorch-image-models timm/data/loader.py (PrefetchLoader), timm/data/mixup.py, train.py.
+    """
+
+    def __init__(
+        self,
+        loader: PairedViews,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        img_dtype: torch.dtype = torch.float32,
+        mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        random_erasing: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(loader, mean, std, img_dtype)
+        if (loader.samples.label < 0).any():
+            raise UserError(f"{loader.samples.path} holds images without a label; timm's train.py needs one for each")
+        if type(mixup).__name__ == "FastCollateMixup":
+            raise UserError("mixup is a FastCollateMixup, which collates samples: give a timm.data.Mixup")
+        self.img_dtype = img_dtype
+        self.mixup: Any = mixup
+        self.random_erasing = random_erasing
+
+    @property
+    def batch_sampler(self) -> Epochs:
+        """`set_epoch`, and the batches of an epoch."""
+        return Epochs(self, len(self.loader))
+
+    @property
+    def mixup_enabled(self) -> bool:
+        """Whether batches are mixed; timm's loop switches it off at `--mixup-off-epoch`."""
+        return self.mixup is not None and self.mixup.mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = enabled
+
+    def collate(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+        """(input, target); with mixup the targets are shares of the classes, float [B, classes]."""
+        images, target = self.normalised(batch.views[0]), batch.label
+        if self.mixup is not None:
+            images, target = self.mixup(images, target)
+        return images if self.random_erasing is None else self.random_erasing(images), target
+
+
+class LightlyLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[str]]]):
+    """`(views, labels, names)` for lightly's examples: a list of float32 [B, 3, S, S], int64 [B], a list of str.
+
+    In place of `dataloader = torch.utils.data.DataLoader(...)`:
+
+        loader = PairedViews("images.beton", 256, views=[dino_global("t1"), dino_global("t2")], device=device)
+        dataloader = LightlyLoader(loader)
+
+    A name is the image's path below the folder that the loader reads, or its shard and its place there. A .beton holds
+    no names: it is the sample's number then, as lightly names images of a data set that has no files.
+
+    Contract: lightly-ai/lightly lightly/data/multi_view_collate.py, lightly/data/dataset.py, examples/pytorch.
+    """
+
+    def collate(self, batch: Batch, epoch: int) -> tuple[list[Tensor], Tensor, list[str]]:
+        """(views, labels, names)."""
+        samples = self.loader.samples
+        name: Callable[[int], str] = getattr(samples, "name", str)
+        names = [name(int(sample)).removeprefix(f"{samples.path}/") for sample in batch.samples]
+        return [self.normalised(view) for view in batch.views], batch.label, names
+
+
+class DINOv2Loader(Adapter[dict[str, Any]]):
+    """The dictionaries of DINOv2's `collate_data_and_cast`, without end and without a length.
+
+    collated_global_crops: [2 B, 3, S, S], float16 by default, the first crop of every sample before the second.
+    collated_local_crops: [L B, 3, s, s] likewise. collated_masks: bool [2 B, N], True where hidden.
+    mask_indices_list: int64 [M], where the hidden patches are in the flattened masks. masks_weight: float32 [M], one
+    over the number of them in their crop. upperbound: int, at least M. n_masked_patches: int64 [1], M.
+    In `do_train`, in place of `data_loader = make_data_loader(...)`:
+
+        sizes = cfg.crops
+        crops = [dino_global(t, sizes.global_crops_size, sizes.global_crops_scale) for t in ("t1", "t2")]
+        crops += [dino_local(sizes.local_crops_size, sizes.local_crops_scale)] * sizes.local_crops_number
+        settings = ViewSettings(image_size=sizes.global_crops_size, patch_size=cfg.student.patch_size)
+        loader = PairedViews(cfg.train.dataset_path, cfg.train.batch_size_per_gpu, settings=settings, views=crops,
+                             seed=cfg.train.seed, rank=distributed.get_global_rank(),
+                             world_size=distributed.get_global_size(), workers=cfg.train.num_workers, device="cuda")
+        masks = DINOv2Masks(cfg.ibot.mask_ratio_min_max, cfg.ibot.mask_sample_probability)
+        data_loader = DINOv2Loader(loader, masks, cfg.student.patch_size, start_iter)
+
+    `start_iter` is the iteration that the run goes on with: the loader is put where it stood then.
+    `masks=None` hides the loader's own folds in the first crop and as many patches, drawn as evenly, in the second.
+
+    Contract: facebookresearch/dinov2 dinov2/data/collate.py, masking.py, samplers.py, dinov2/train/train.py,
+    ssl_meta_arch.py.
+    """
+
+    def __init__(
+        self,
+        loader: PairedViews,
+        masks: DINOv2Masks | None = DINOv2Masks(),  # noqa: B008, it is frozen
+        patch_size: int | None = None,
+        start_iter: int = 0,
+        dtype: torch.dtype = torch.float16,
+        **normalising: Any,
+    ) -> None:
+        super().__init__(loader, dtype=dtype, **normalising)
+        self.masks = masks
+        self.grid = grid_of(loader, patch_size, ours=masks is None)
+        self.global_crops = count_globals(loader)
+        if start_iter:
+            epoch, batch = divmod(start_iter, len(loader))
+            self.load_state_dict({**loader.state_dict(), "epoch": epoch, "batch": batch})
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while not self._closed:
+            yield from self._pass()
+
+    def collate(self, batch: Batch, epoch: int) -> dict[str, Any]:
+        """The dictionary."""
+        crops = [self.normalised(view) for view in batch.views]
+        hidden, upperbound = self._hidden(batch, epoch)
+        # on the host, since the device would have to be waited for to know how many there are
+        counts = hidden.sum(1)
+        places = hidden.flatten().nonzero().flatten()
+        weights = (1 / counts.clamp(min=1)).repeat_interleave(counts)
+        device = batch.label.device
+        return {
+            "collated_global_crops": torch.cat(crops[: self.global_crops]),
+            "collated_local_crops": torch.cat(crops[self.global_crops :] or [crops[0][:0]]),
+            "collated_masks": hidden.to(device, non_blocking=True),
+            "mask_indices_list": places.to(device, non_blocking=True),
+            "masks_weight": weights.to(device, non_blocking=True),
+            "upperbound": upperbound,
+            "n_masked_patches": torch.tensor([len(places)], device=device),
+        }
+
+    def _hidden(self, batch: Batch, epoch: int) -> tuple[Bool[Tensor, "crops patches"], int]:
+        seed, samples = self.loader.seed, batch.samples
+        if self.masks is not None:
+            drawn = self.masks.draw(seed, epoch, samples, self.global_crops, self.grid)
+            return torch.from_numpy(drawn.masks), drawn.upperbound
+        masks = np.concatenate(own_masks(batch, epoch, seed, self.global_crops, self.grid))
+        return torch.from_numpy(masks).flatten(1), int(masks.sum())
+
+
+def own_masks(batch: Batch, epoch: int, seed: int, views: int, grid: tuple[int, int]) -> list[np.ndarray]:
+    """The loader's folds as a mask of the first view, and as many patches of each other one: bool [B, H, W], True
+    where hidden."""
+    folds = batch.folds.cpu().numpy()
+    first = np.zeros((len(folds), grid[0] * grid[1]), np.bool_)
+    np.put_along_axis(first, folds, True, 1)
+    wanted = np.full(len(folds), folds.shape[1])
+    others = [draw_patches(seed, epoch, batch.samples, view, grid, wanted) for view in range(1, views)]
+    return [first.reshape(-1, *grid), *others]
+
+
+def grid_of(loader: PairedViews, patch_size: int | None, ours: bool) -> tuple[int, int]:
+    """Rows and columns of patches in the first view; `ours` if the loader's own masks are to fit them."""
+    size, own = loader.views[0].size, loader.settings.patch_size
+    patch = own if patch_size is None else patch_size
+    if patch < 1 or size % patch:
+        raise UserError(f"patch_size = {patch} does not divide the first view's {size} pixels")
+    if ours and patch != own:
+        raise UserError(f"the loader's masks are of patches of {own} pixels: give its settings patch_size={patch}")
+    return size // patch, size // patch
+
+
+def count_globals(loader: PairedViews) -> int:
+    """How many views come before the first one of another size."""
+    sizes = [view.size for view in loader.views]
+    return next((number for number, size in enumerate(sizes) if size != sizes[0]), len(sizes))

@@ -1,0 +1,281 @@
+"""The DALI engine: NVIDIA's decoders and resize do a batch at a time, on the CPU or, for a CUDA device, on the GPU.
+
+A job is cut into parts, and while DALI works on one the next is made ready. DALI gives a whole part up for one image
+that does not decode: the part is then looked through with Pillow, what is broken replaced, and DALI asked again.
+"""
+
+import ctypes
+import importlib
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .beton import JPG, RAW
+from .colour import change_colours
+from .compiled import kernel
+from .engine import ATTEMPTS, Job, Source
+from .errors import BetonError, UserError
+from .jpeg import jpeg_header
+from .plan import draw_plans
+from .scratch import Scratch
+from .torch_engine import decode
+from .vectors import view_at
+
+_PART = {"cpu": 32, "gpu": 64}
+"""Samples that DALI gets at a time."""
+_MISSING = (
+    "engine='dali' needs NVIDIA DALI, and {} is not installed here: pip install 'fastpmae-loaders[dali-cuda130]' "
+    "(or [dali-cuda120], to fit the CUDA of your torch), or use another engine"
+)
+# what is known of a sample
+_UNKNOWN, _PLAIN, _BY_PILLOW, _BROKEN = range(4)
+_NOTHING = np.zeros(3, np.uint8)
+"""A black pixel, which stands where no sample could be found."""
+
+
+@dataclass
+class _Part:
+    """Rows start ... stop-1 of a job, and which samples DALI was given for them (-1 where there is none)."""
+
+    start: int
+    stop: int
+    samples: np.ndarray
+
+
+@kernel
+def _change_colours(start, stop, recipes, coloured, scratch, out):
+    """Colours of finished views, as the other engines change them."""
+    for row in range(start, stop):
+        for view in range(recipes.shape[0]):
+            if coloured[view]:
+                side = recipes[view].side
+                image = view_at(out.views[view] + row * 3 * side * side, side)
+                threshold = recipes[view].solarise_threshold
+                change_colours(image, out.factors[row, view], out.choices[row, view], threshold, scratch)
+
+
+class DALIEngine:
+    """Decodes, crops, flips and, on a GPU, changes the colours in one DALI pipeline.
+
+    On the CPU the colours are left to the compiled functions of the other engines: the same bytes at a tenth of
+    what DALI's own operators take there. The pipeline is made with the first job and given back by `close`.
+
+    Raises:
+        UserError: without the package.
+    """
+
+    threads = 1
+
+    def __init__(self, source: Source) -> None:
+        self._definition = _import_pipeline()
+        self._source = source
+        self._recipes = source.recipes()
+        self._device = _cuda_device(source.device)
+        self._kind = "cpu" if self._device is None else "gpu"
+        self._coloured = np.array([source.colours and view.coloured for view in source.views], np.bool_)
+        self._known = np.zeros(len(source.samples), np.uint8)
+        # several streams may run at once, and there is one pipeline
+        self._lock = threading.Lock()
+        self._pipeline: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def fill(self, job: Job, scratch: Scratch) -> int:
+        """See Engine."""
+        count = len(job.indices)
+        with self._lock:
+            size = -(-count // max(1, -(-count // _PART[self._kind])))
+            waiting: deque[_Part] = deque()
+            if self._device is not None:
+                self._place_on_device(job)
+            try:
+                # a stream that is closed sets the counter to the end
+                while (start := int(job.counter[0])) < count:
+                    job.counter[0] = stop = min(start + size, count)
+                    waiting.append(self._begin(job, start, stop))
+                    if len(waiting) == 2:
+                        self._finish(job, waiting, scratch)
+                while waiting:
+                    self._finish(job, waiting, scratch)
+            except BaseException:
+                self._pipeline = None
+                raise
+        return count
+
+    def close(self) -> None:
+        """Give DALI's threads and memory back; they are made anew when needed."""
+        with self._lock:
+            self._pipeline = None
+
+    def _begin(self, job: Job, start: int, stop: int) -> _Part:
+        """Draw the plans of some rows, give them to DALI and let it begin."""
+        source, rows = self._source, job.rows
+        samples, data, raw = zip(*self._find_all(job.indices[start:stop]), strict=True)
+        part = _Part(start, stop, np.array(samples, np.int64))
+        there = part.samples >= 0
+        height = np.where(there, source.samples.height[part.samples], 1)
+        width = np.where(there, source.samples.width[part.samples], 1)
+        plans = draw_plans(
+            source.seed, job.epoch, np.maximum(part.samples, 0), height, width, source.views, source.patches
+        )
+        here = slice(start, stop)
+        rows.index[here] = part.samples
+        rows.size[here] = np.stack([height, width], 1)
+        rows.boxes[here], rows.flips[here] = plans.boxes, plans.flips
+        rows.factors[here], rows.choices[here] = plans.factors, plans.choices
+        rows.visible[here], rows.folds[here] = np.split(plans.order, [source.visible], 1)
+
+        if self._pipeline is None:
+            self._pipeline = self._make_pipeline()
+        feed = self._pipeline.feed_input
+        feed("data", list(data))
+        feed("raw", np.array(raw))
+        feed("shape", np.stack([height, width, np.full_like(height, 3)], 1).astype(np.int32))
+        colours = self._colours_in_pipeline
+        for name, values in self._definition.view_inputs(source.views, plans, height, width, colours).items():
+            feed(name, values)
+        self._pipeline.schedule_run()
+        return part
+
+    def _finish(self, job: Job, waiting: deque[_Part], scratch: Scratch) -> None:
+        """Wait for the first part that DALI works on and take its views."""
+        while True:
+            try:
+                outputs = self._pipeline.share_outputs(cuda_stream=self._stream)
+                break
+            except Exception:
+                if not self._look_through(waiting[0]):
+                    raise
+                # its pipeline is no longer valid, and all that it was given is lost
+                self._pipeline = None
+                parts = list(waiting)
+                waiting.clear()
+                waiting.extend(self._begin(job, part.start, part.stop) for part in parts)
+        part = waiting.popleft()
+        for view, output in zip(job.views, outputs, strict=True):
+            target = ctypes.c_void_p(view[part.start : part.stop].data_ptr())
+            if self._stream is None:
+                output.copy_to_external(target)
+            else:
+                output.copy_to_external(target, ctypes.c_void_p(self._stream.cuda_stream), non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._pipeline.release_outputs()
+        if self._stream is None and self._coloured.any():
+            _change_colours(part.start, part.stop, self._recipes, self._coloured, scratch, job.rows)
+
+    @property
+    def _colours_in_pipeline(self) -> bool:
+        return self._source.colours and self._kind == "gpu"
+
+    def _make_pipeline(self) -> Any:
+        source = self._source
+        pipeline = self._definition.views_pipeline(
+            source.views,
+            self._kind,
+            self._colours_in_pipeline,
+            batch_size=_PART[self._kind],
+            num_threads=source.workers,
+            device_id=None if self._device is None else self._device.index,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _place_on_device(self, job: Job) -> None:
+        """Views of the job on the GPU, written on a stream of our own so that no training step is waited for."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._stream):
+            job.views = [torch.empty(view.shape, dtype=view.dtype, device=self._device) for view in job.views]
+        for view in job.views:
+            # its memory goes back only when what the consumer does with it is done
+            view.record_stream(torch.cuda.default_stream(self._device))
+
+    def _find_all(self, indices: np.ndarray) -> list[tuple[int, np.ndarray, bool]]:
+        wanted = indices.tolist()
+        by_pillow = (self._source.samples.mode[indices] > RAW) | (self._known[indices] == _BY_PILLOW)
+        if by_pillow.sum() < 2 or self._source.workers == 1:
+            return [self._find(index) for index in wanted]
+        with ThreadPoolExecutor(self._source.workers, "fastpmae-loader-pillow") as pool:
+            return list(pool.map(self._find, wanted))
+
+    def _find(self, index: int) -> tuple[int, np.ndarray, bool]:
+        """The sample asked for or the next good one (-1 for none), its bytes, and whether they are pixels."""
+        count = len(self._source.samples)
+        for _ in range(min(ATTEMPTS, count)):
+            found = self._payload(index)
+            if found is not None:
+                return index, *found
+            index = (index + 1) % count
+        return -1, _NOTHING, True
+
+    def _payload(self, index: int) -> tuple[np.ndarray, bool] | None:
+        """What DALI is given for a sample: a JPEG that it is sure to read as we would, or pixels."""
+        samples, known = self._source.samples, self._known
+        if known[index] == _BROKEN:
+            return None
+        if known[index] != _BY_PILLOW and samples.mode[index] in (JPG, RAW):
+            try:
+                payload = samples.payload(index)
+            except UserError:  # a file that has gone
+                return None
+            if samples.mode[index] == RAW:
+                return payload, True
+            if known[index] == _PLAIN or _is_plain(payload, int(samples.height[index]), int(samples.width[index])):
+                known[index] = _PLAIN
+                return payload, False
+        pixels = decode(samples, index)
+        known[index] = _BROKEN if pixels is None else _BY_PILLOW
+        return None if pixels is None else (pixels.reshape(-1), True)
+
+    def _look_through(self, part: _Part) -> bool:
+        """After a failure: decode what DALI decoded; false where that could not be the reason.
+
+        Where Pillow finds nothing wrong, Pillow is to decode all of it from now on.
+        """
+        suspects = [int(index) for index in part.samples if index >= 0 and self._known[index] == _PLAIN]
+        broken = [index for index in suspects if decode(self._source.samples, index) is None]
+        if broken:
+            self._known[broken] = _BROKEN
+        else:
+            self._known[suspects] = _BY_PILLOW
+        return bool(suspects)
+
+
+def _is_plain(payload: np.ndarray, height: int, width: int) -> bool:
+    """Is it a JPEG of this size in gray or YCbCr, and whole, so that its decoding leaves nothing to choose?"""
+    if not _has_end(payload):
+        return False
+    try:
+        header = jpeg_header(payload)
+    except BetonError:
+        return False
+    colours = len(header.component_ids) == 1 or header.is_ycbcr
+    return header.is_ordinary and colours and (header.height, header.width) == (height, width)
+
+
+def _has_end(payload: np.ndarray) -> bool:
+    """Whether a JPEG's end is there, perhaps with some padding behind it: not every decoder complains without."""
+    return b"\xff\xd9" in payload[-64:].tobytes()
+
+
+def _cuda_device(device: torch.device | None) -> torch.device | None:
+    """The GPU with its number, which another thread would take for 0; None where it is no GPU."""
+    if device is None or device.type != "cuda":
+        return None
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def _import_pipeline() -> Any:
+    try:
+        importlib.import_module("nvidia.nvimgcodec")  # without it DALI decodes nothing
+        from . import dali_pipeline
+    except ModuleNotFoundError as error:
+        raise UserError(_MISSING.format(f"the package {error.name}")) from None
+    except (ImportError, OSError) as error:
+        raise UserError(f"NVIDIA DALI is installed but does not load: {error}") from None
+    return dali_pipeline

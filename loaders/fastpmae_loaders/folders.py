@@ -1,0 +1,248 @@
+"""Images as they lie on a disk, in folders or tar shards, as samples for the engines that need no .beton file."""
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .beton import Beton
+from .errors import UserError
+from .listing import Files, Item, Listing, choose_split, list_folder, printable, split_word
+from .pictures import ImageError, look
+from .shards import list_shards
+
+if TYPE_CHECKING:  # looking at files needs no torch
+    from .engine import Samples
+
+FILE_LIMIT = 1 << 30
+"""Larger image files are left out: a payload is read as a whole."""
+_TOGETHER = 64  # files that a thread looks at in one go
+_THREADS = 8
+_STRETCH = 8 << 20  # of a shard, read as one by `page_order`
+
+
+class EncodedImages:
+    """Images in files or in tar shards, found and measured. Everything is read-only; n is the number of samples.
+
+    Attributes: `path`; `height`, `width` int64 [n], pixels of the upright image; `size` int64 [n], bytes; `mode`
+    uint8 [n] (0 a JPEG that any decoder reads as it is, 2 anything else that Pillow decodes); `label` int64 [n]
+    (-1 for none); `page_of` int64 [n], stretches of the disk; `class_names` (list of str, or None); `nbytes`, of
+    all images together. `left_out`: (name, reason) of what looked like an image and is none; `passed_over`: the
+    number of other files; `notes`: sentences about how the source was understood.
+
+    Only headers are read here, so that an image whose pixels are damaged is found out when it is shown.
+    `payload` may be called by any number of threads; no file stays open.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], listing: Listing) -> None:
+        self.path = Path(path)
+        self.passed_over, self.notes, self.class_names = listing.passed_over, listing.notes, listing.class_names
+        looks = _look_at_all(listing.items)
+        good = [(item, seen) for item, seen in zip(listing.items, looks, strict=True) if not isinstance(seen, str)]
+        self.left_out = [
+            (item.name, seen) for item, seen in zip(listing.items, looks, strict=True) if isinstance(seen, str)
+        ]
+        if not good:
+            some = f" (the first: {self.left_out[0][0]}: {self.left_out[0][1]})" if self.left_out else ""
+            raise UserError(f"{printable(str(path))}: none of {len(looks):,} images can be read{some}")
+        self._items = [item for item, _ in good]
+        mode, height, width, offset, size = np.array([seen for _, seen in good], np.int64).T
+        self.mode = _frozen(mode.astype(np.uint8))
+        self.height, self.width = _frozen(height), _frozen(width)
+        self.label = _frozen(np.array([item.label for item in self._items], np.int64))
+        self.page_of = _frozen(_pages([item.path for item in self._items], offset))
+        self.nbytes = int(size.sum())
+        self.size = _frozen(size)
+        self._offset = offset
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        left_out = f", {len(self.left_out):,} left out" if self.left_out else ""
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self)} samples{left_out})"
+
+    def name(self, index: int) -> str:
+        """What a sample is called in messages; always printable."""
+        return self._items[index].name
+
+    def payload(self, index: int) -> np.ndarray:
+        """The image file's bytes, uint8. UserError where it can no longer be read."""
+        size = int(self.size[index])
+        data = np.empty(size, np.uint8)
+        try:
+            with io.FileIO(self._items[index].path) as file:
+                file.seek(int(self._offset[index]))
+                place = 0
+                while place < size and (count := file.readinto(data.data[place:])):
+                    place += count
+        except OSError as error:
+            raise UserError(f"{self.name(index)} cannot be read: {error.strerror or error}") from None
+        if place < size:
+            raise UserError(f"{self.name(index)} has become shorter since it was listed")
+        return data
+
+
+class ImageFolder(EncodedImages):
+    """A folder of images: a folder for each class, or images without labels; split folders may lie above them.
+
+    Understood as `fastpmae-write` does: the same order, labels and class names. `split` names a split folder
+    ("all" takes every one; train is taken where there are several). `flat` takes every image, without labels.
+
+    Raises:
+        UserError: where there are no images, or no telling what is a class.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], split: str | None = None, flat: bool = False) -> None:
+        root = _existing(path)
+        files = Files(root)
+        listing, notes = list_folder(root, files, split, flat)
+        listing.items += files.bad
+        listing.notes[:0] = notes
+        if not listing.items:
+            raise UserError(f"{printable(str(root))} holds no images ({files.others:,} other files)")
+        super().__init__(root, listing)
+
+
+class TarShards(EncodedImages):
+    """Plain .tar files in WebDataset's layout: one of them, a list, or a folder of them.
+
+    Files of one sample share their name up to its first dot; its label is in a .cls or .json file. `split`: of
+    shards whose names say "train", "val" and so on, as in ImageFolder.
+
+    Raises:
+        UserError: where there are no shards, or none with an image.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], split: str | None = None
+    ) -> None:
+        if isinstance(path, str | os.PathLike):
+            root = _existing(path)
+            shards, notes, others = [str(root)], [], 0
+            if root.is_dir():
+                files = Files(root)
+                found, notes = choose_split(files.tars, split_word, split, root)
+                shards = [str(root / shard) for shard in found]
+                others = files.others + len(files.images) + len(files.tables)
+        else:
+            shards, notes, others = [str(_existing(shard)) for shard in path], [], 0
+            root = Path(shards[0]).parent if shards else Path()
+        if not shards:
+            raise UserError(f"{printable(str(root))} holds no tar shards (plain .tar files)")
+        listing = list_shards(shards)
+        listing.passed_over += others
+        listing.notes[:0] = notes
+        if not listing.items:
+            raise UserError(f"{printable(str(root))}: its tar shards hold no images")
+        super().__init__(root, listing)
+
+
+def open_samples(path: "Samples | str | os.PathLike[str]", split: str | None = None, flat: bool = False) -> "Samples":
+    """What lies at a path: a .beton file, a tar shard or a folder of them, or a folder of images.
+
+    Samples that are open already come back as they are.
+
+    Raises:
+        UserError: where it is none of these, or a folder of both images and shards.
+    """
+    if not isinstance(path, str | os.PathLike):
+        return path
+    root = _existing(path)
+    if root.is_file():
+        return TarShards(root) if root.suffix.lower() == ".tar" else Beton(root)
+    files = Files(root)
+    if files.tars and files.images:
+        raise UserError(
+            f"{printable(str(root))} holds {len(files.images):,} images and {len(files.tars):,} tar files: "
+            "say which with ImageFolder(path) or TarShards(path)"
+        )
+    return TarShards(root, split) if files.tars else ImageFolder(root, split, flat)
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    root = Path(path)
+    try:
+        exists = root.exists()
+    except (OSError, ValueError):
+        exists = False
+    if not exists:
+        raise UserError(f"{printable(str(root))} does not exist")
+    return root
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array = np.ascontiguousarray(array)
+    array.setflags(write=False)
+    return array
+
+
+Seen = tuple[int, int, int, int, int] | str
+"""(mode, height, width, offset, size), or why the image is left out."""
+
+
+def _look_at_all(items: list[Item]) -> list[Seen]:
+    parts = [items[start : start + _TOGETHER] for start in range(0, len(items), _TOGETHER)]
+    # threads share the warnings' settings: they are changed here alone, while this thread waits for the others
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(_THREADS, max(1, len(parts)))) as pool:
+        warnings.simplefilter("ignore")
+        return list(chain.from_iterable(pool.map(lambda part: [_look_at(item) for item in part], parts)))
+
+
+def _look_at(item: Item) -> Seen:
+    if item.kind == "bad":
+        return item.where[0]
+    try:
+        with io.FileIO(item.path) as file:
+            offset, size = item.where[:2] if item.kind == "tar" else (0, os.fstat(file.fileno()).st_size)
+            if size > FILE_LIMIT:
+                return f"the file has {size:,} bytes, more than the {FILE_LIMIT:,} that are read"
+            with io.BufferedReader(_Window(file, offset, size), 1 << 14) as window:
+                return (*look(window), offset, size)
+    except ImageError as error:
+        return str(error)
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: io.FileIO, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        if self._at < 0:
+            raise ValueError("before the file's beginning")
+        return self._at
+
+    def readinto(self, buffer: "memoryview") -> int:
+        count = max(0, min(len(buffer), self._size - self._at))
+        self._file.seek(self._start + self._at)
+        read = self._file.readinto(memoryview(buffer)[:count]) if count else 0
+        self._at += read or 0
+        return read or 0
+
+
+def _pages(paths: list[str], offset: np.ndarray) -> np.ndarray:
+    """Stretches of a shard; in folders every file is one."""
+    pages = np.empty(len(paths), np.int64)
+    page, last = -1, None
+    for place, (path, start) in enumerate(zip(paths, offset.tolist(), strict=True)):
+        here = (path, start // _STRETCH)
+        page += here != last
+        pages[place], last = page, here
+    return pages

@@ -1,0 +1,217 @@
+"""Any image file by Pillow: found out what it is, decoded, turned upright, made 8-bit RGB.
+
+Colour profiles are not applied: pixel values are taken as they stand, as every ImageNet loader does.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import IO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from .beton import JPG, PIXEL_LIMIT
+from .errors import BetonError, UserError
+from .jpeg import JPEG_MAX_SIDE, jpeg_header
+
+ENCODED = 2
+"""Storage mode of an image that is neither a plain JPEG (0) nor raw pixels (1)."""
+
+# Everything photographs come in. Pillow reads more, some of it (EPS) by running another program on the file.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+_ORIENTATION = 0x0112
+_HEAD = 1 << 14  # the frame header of nearly every JPEG lies in it
+_TAIL = 1 << 16
+
+
+class ImageError(UserError):
+    """Why a file is not taken, as the end of a sentence about the file."""
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # Pillow may be built without some
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError("not an image that Pillow can read") from None
+    except Image.DecompressionBombError:
+        raise ImageError("more pixels than Pillow allows (a decompression bomb?)") from None
+    except MemoryError:
+        raise ImageError("decoding it takes more memory than there is") from None
+    except Exception as error:  # Pillow's decoders raise nearly every kind there is on damaged data
+        raise ImageError(f"does not decode: {one_line(error)}") from None
+
+
+def open_image(file: IO[bytes]) -> Image.Image:
+    """The image of a file, its pixels not yet decoded. ImageError where there is none."""
+    with _reasons():
+        return Image.open(file, formats=_formats())
+
+
+def load(image: Image.Image) -> int:
+    """Decodes the first frame in full; its EXIF orientation, 1 to 8. ImageError where it is damaged."""
+    with _reasons():
+        image.load()
+    return orientation_of(image)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8. Of a PNG this decodes the pixels, since it may be written behind them."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken EXIF says nothing about the pixels
+        orientation = 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def upright_rgb(image: Image.Image, orientation: int = 1) -> Image.Image:
+    """A decoded image turned by its EXIF orientation, in RGB, transparency composited on white."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def decode_upright(file: IO[bytes], height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3]. ImageError, before anything is decoded, where the file is of another size."""
+    image = open_image(file)
+    if image.size not in ((width, height), (height, width)):
+        raise ImageError(f"is {image.width}x{image.height} pixels and was {width}x{height} when it was listed")
+    orientation = load(image)
+    with _reasons():
+        pixels = np.ascontiguousarray(upright_rgb(image, orientation))
+    if pixels.shape != (height, width, 3):
+        raise ImageError("is turned otherwise than when it was listed")
+    return pixels
+
+
+def decode_jpeg(payload: bytes, height: int, width: int) -> np.ndarray:
+    """A JPEG that lies upright and is gray or in colours, as uint8 [height, width, 3]. ImageError otherwise.
+
+    What libjpeg calls a warning does not matter here, only whether there are pixels to the end.
+    """
+    with _reasons(), Image.open(io.BytesIO(payload), formats=("JPEG",)) as image:
+        if image.size != (width, height):
+            raise ImageError(f"the JPEG is {image.width}x{image.height} pixels, not {width}x{height}")
+        if image.mode not in ("RGB", "L"):
+            raise ImageError(f"the JPEG's colours are {image.mode}, neither RGB nor gray")
+        return np.ascontiguousarray(image.convert("RGB"))
+
+
+def look(file: IO[bytes]) -> tuple[int, int, int]:
+    """(storage mode, height, width) of an image file as it will be decoded: upright. Reads headers alone.
+
+    The mode is 0 for a JPEG that any decoder reads as the upright picture it is, else 2. ImageError says
+    what is wrong, also of more pixels than a .beton may hold.
+    """
+    head = file.read(_HEAD)
+    if not head:
+        raise ImageError("the file is empty")
+    mode = ENCODED
+    if head.startswith(b"\xff\xd8\xff"):
+        mode, size, turned = _look_at_jpeg(file, head)
+        if mode == JPG and not turned:
+            return mode, *_within_limits(*size)
+    file.seek(0)
+    image = open_image(file)
+    if image.format == "PNG" and not _png_says_more(image, file):
+        orientation = 1
+    else:
+        orientation = orientation_of(image)
+    if image.format == "TIFF" and orientation > 1:
+        # Pillow turns a TIFF itself while it decodes, and its size before that depends on Pillow's version
+        orientation = load(image)
+    width, height = image.size
+    if orientation in _SIDEWAYS:
+        width, height = height, width
+    return mode if orientation == 1 else ENCODED, *_within_limits(height, width)
+
+
+def _look_at_jpeg(file: IO[bytes], head: bytes) -> tuple[int, tuple[int, int], bool]:
+    """(mode, (height, width), may it be turned) by the JPEG's own header; mode 2 leaves the rest to Pillow."""
+    try:
+        try:
+            header = jpeg_header(head)
+        except BetonError:
+            # a thumbnail or a colour profile may come first
+            file.seek(0)
+            header = jpeg_header(file.read())
+    except BetonError:
+        return ENCODED, (0, 0), True
+    plain = header.is_ordinary and (len(header.component_ids) == 1 or header.is_ycbcr)
+    return JPG if plain else ENCODED, (header.height, header.width), header.has_metadata
+
+
+def _png_says_more(image: Image.Image, file: IO[bytes]) -> bool:
+    """Whether EXIF or XMP stands anywhere in a PNG; behind the pixels it is looked for in the last 64 kB."""
+    if image.info.keys() & {"exif", "Raw profile type exif", "Raw profile type APP1", "XML:com.adobe.xmp", "xmp"}:
+        return True
+    at = file.tell()
+    file.seek(0, 2)
+    file.seek(max(0, file.tell() - _TAIL))
+    tail = file.read()
+    file.seek(at)
+    return b"eXIf" in tail or b"Raw profile type" in tail or b"com.adobe.xmp" in tail
+
+
+def _within_limits(height: int, width: int) -> tuple[int, int]:
+    if max(height, width) > JPEG_MAX_SIDE or height * width > PIXEL_LIMIT:
+        raise ImageError(
+            f"{width}x{height} pixels: at most {JPEG_MAX_SIDE:,} a side and {PIXEL_LIMIT:,} in all are taken"
+        )
+    if min(height, width) < 1:
+        raise ImageError(f"has {width}x{height} pixels")
+    return height, width
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Gray of 16 or more bits scaled to 8 (Pillow's own convert clips some of these at 255)."""
+    values = np.asarray(image).astype(np.float64)
+    key = image.info.get("transparency")
+    clear = values == key if isinstance(key, int) else None
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite((low, high)).all() or low < 0:
+        raise ImageError(f"its gray values run from {low:g} to {high:g}, which is no picture")
+    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+        top = 65535.0
+    elif image.mode == "F" and high <= 1:
+        top = 1.0
+    elif high <= 255:
+        top = 255.0
+    elif high <= 65535:
+        top = 65535.0
+    else:
+        raise ImageError(f"its gray values reach {high:g}, and nothing says which of them is white")
+    gray = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    if clear is not None:
+        gray.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,524 @@
+"""Each adapter's batches against what the codebase's own loader would hand over: types, shapes, order, values."""
+
+import inspect
+import itertools
+import re
+import shutil
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace as Names
+from typing import Any
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from timm.data.loader import PrefetchLoader
+from timm.data.random_erasing import RandomErasing
+from timm.loss import SoftTargetCrossEntropy
+from torch.utils.data import default_collate
+from torchvision.transforms import Normalize
+
+import fastpmae_loaders
+from fastpmae_loaders import (
+    PairedViews,
+    UserError,
+    ViewSettings,
+    dino_global,
+    dino_local,
+    draw_plans,
+    mae_view,
+    plain_view,
+)
+from fastpmae_loaders import adapters as adapters_module
+from fastpmae_loaders.adapters import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Adapter,
+    DINOv2Loader,
+    IBOTLoader,
+    LightlyLoader,
+    MAELoader,
+    TimmLoader,
+)
+from fastpmae_loaders.blockwise import DINOv2Masks, IBOTMasks
+from tests.made import REPOSITORY, made_image
+
+SETTINGS = ViewSettings(image_size=32, patch_size=8, folds=3)
+PAIR = [dino_global("t1", 32), dino_global("t2", 32)]
+LOCALS = [dino_local(16), dino_local(16), dino_local(16)]
+BATCH = 6
+
+
+def loader(path: Path, views: list[Any], **changes: Any) -> PairedViews:
+    arguments = {"engine": "torch", "settings": SETTINGS, "seed": 11, "workers": 1, "views": views} | changes
+    return PairedViews(path, arguments.pop("batch_size", BATCH), **arguments)
+
+
+ADAPTERS: dict[str, Callable[..., Adapter[Any]]] = {
+    "mae": lambda path, **changes: MAELoader(loader(path, [mae_view(32)], **changes), masks="ours"),
+    "ibot": lambda path, **changes: IBOTLoader(loader(path, PAIR + LOCALS, **changes)),
+    "timm": lambda path, **changes: TimmLoader(loader(path, [mae_view(32)], **changes)),
+    "lightly": lambda path, **changes: LightlyLoader(loader(path, PAIR, **changes)),
+    "dinov2": lambda path, **changes: DINOv2Loader(loader(path, PAIR + LOCALS, **changes)),
+}
+EPOCHAL = [name for name in ADAPTERS if name != "dinov2"]
+
+
+def equal(one: Any, other: Any) -> bool:
+    """The same types, shapes and values all the way down."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    return Normalize(IMAGENET_MEAN, IMAGENET_STD)(images / 255)
+
+
+# What they have in common.
+
+
+@pytest.mark.parametrize("name", EPOCHAL)
+def test_a_pass_is_an_epoch_and_the_next_one_shows_new_views(name, mixed):
+    adapter = ADAPTERS[name](mixed)
+    first, second = list(adapter), list(adapter)
+    assert len(first) == len(second) == len(adapter) == 23 // BATCH
+    assert adapter.loader.epoch == 1
+    assert not equal(first[0], second[0])
+    adapter.sampler.set_epoch(0)
+    assert equal(list(adapter), first)
+    adapter.dataset.set_epoch(1)
+    assert equal(list(adapter), second)
+    # asked for again by name, an epoch is shown again
+    adapter.set_epoch(1)
+    assert equal(list(adapter), second)
+    assert len(adapter.dataset) == 23
+    assert len(adapter.sampler) == 18
+    assert adapter.batch_size == BATCH
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_saved_position_goes_on_at_that_batch(name, mixed):
+    adapter = ADAPTERS[name](mixed)
+    adapter.set_epoch(4)
+    batches = iter(adapter)
+    next(batches)
+    state = adapter.state_dict()
+    expected = [next(batches), next(batches)]
+    end = adapter.state_dict()
+    resumed = ADAPTERS[name](mixed)
+    resumed.load_state_dict(state)
+    # as every training loop does
+    resumed.set_epoch(4)
+    rest = iter(resumed)
+    assert equal([next(rest), next(rest)], expected)
+    following = ADAPTERS[name](mixed)
+    following.load_state_dict(end)
+    after = ADAPTERS[name](mixed)
+    after.set_epoch(5)
+    assert equal(next(iter(following)), next(iter(after)))
+
+
+@pytest.mark.parametrize("name", EPOCHAL)
+def test_a_finished_epoch_that_is_asked_for_after_a_resume_is_over(name, mixed):
+    adapter = ADAPTERS[name](mixed)
+    list(adapter)
+    resumed = ADAPTERS[name](mixed)
+    resumed.load_state_dict(adapter.state_dict())
+    resumed.set_epoch(0)
+    assert list(resumed) == []
+    resumed.set_epoch(1)
+    assert equal(list(resumed), list(adapter))
+
+
+@pytest.mark.parametrize("name", ["mae", "ibot", "timm", "lightly"])
+def test_ranks_share_an_epoch(name, mixed):
+    def labels(batch):
+        return batch[1].tolist()
+
+    whole = [labels(batch) for batch in ADAPTERS[name](mixed)]
+    ranks = [ADAPTERS[name](mixed, rank=rank, world_size=2, batch_size=BATCH // 2) for rank in (0, 1)]
+    parts = [[labels(batch) for batch in rank] for rank in ranks]
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole
+
+
+def test_a_pass_that_ends_early_leaves_no_thread(mixed):
+    for name, make in ADAPTERS.items():
+        for _ in make(mixed):
+            break
+        iter(make(mixed))
+        adapter = make(mixed)
+        batches = iter(adapter)
+        next(batches)
+        adapter.close()
+        assert list(batches) == []
+        assert not [thread for thread in threading.enumerate() if "fastpmae" in thread.name], name
+
+
+def test_two_passes_at_once_begin_at_the_same_batch(mixed):
+    adapter = ADAPTERS["mae"](mixed)
+    for one, other in zip(adapter, adapter, strict=True):
+        assert equal(one, other)
+
+
+def surroundings(folder: Path) -> dict[str, Any]:
+    """What the codebases have at hand where their loaders are made, by their own names and with their own types."""
+    beton = str(folder / "images.beton")
+    args = Names(
+        data_path=beton, data_dir=str(folder), batch_size=4, batch_size_per_gpu=4, num_workers=1, workers=1, seed=0,
+        input_size=64, rank=0, world_size=1, local_crops_number=2, scale=[0.08, 1.0], ratio=[0.75, 4 / 3],
+        global_crops_scale=(0.14, 1.0), local_crops_scale=[0.05, 0.4], hflip=0.5, color_jitter=0.4,
+        pred_ratio=[0.0, 0.3], pred_ratio_var=[0.0, 0.2], pred_shape="block", pred_start_epoch=0,
+    )  # fmt: skip
+    crops = Names(
+        global_crops_size=56, local_crops_size=28, global_crops_scale=[0.32, 1.0], local_crops_scale=[0.05, 0.32],
+        local_crops_number=2,
+    )  # fmt: skip
+    ranks = Names(get_rank=lambda: 0, get_world_size=lambda: 1, get_global_rank=lambda: 0, get_global_size=lambda: 1)
+    train = Names(dataset_path=beton, batch_size_per_gpu=4, num_workers=1, seed=0)
+    ibot = Names(mask_ratio_min_max=[0.1, 0.5], mask_sample_probability=0.5)
+    return {
+        "args": args, "misc": ranks, "utils": ranks, "distributed": ranks, "global_rank": 0, "num_tasks": 1,
+        "cfg": Names(crops=crops, train=train, ibot=ibot, student=Names(patch_size=14)), "start_iter": 2,
+        "pred_size": 16, "device": torch.device("cpu"), "Mixup": timm.data.Mixup, "mixup_active": True,
+        "mixup_args": {"num_classes": 230},
+        "data_config": {"input_size": (3, 64, 64), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": 0.9},
+    }  # fmt: skip
+
+
+def documented() -> list[tuple[str, str]]:
+    """The lines to change, of each adapter's docstring and of docs/adapters.md."""
+    blocks = []
+    for adapter in (MAELoader, IBOTLoader, TimmLoader, LightlyLoader, DINOv2Loader):
+        lines = (inspect.getdoc(adapter) or "").split("\n\n")
+        blocks += [(adapter.__name__, textwrap.dedent(block)) for block in lines if block.startswith("    loader = ")]
+        blocks += [
+            (adapter.__name__, textwrap.dedent(block)) for block in lines if re.match(r"    (crops|size)", block)
+        ]
+    page = (REPOSITORY / "docs" / "adapters.md").read_text()
+    page = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "PairedViews(" in block]
+    return blocks + [("page", block) for block in page]
+
+
+def test_every_adapters_lines_are_documented_twice():
+    blocks = [block for _, block in documented()]
+    for name in ("MAELoader", "IBOTLoader", "TimmLoader", "LightlyLoader", "DINOv2Loader"):
+        assert sum(f"{name}(" in block for block in blocks) == 2, name
+
+
+@pytest.mark.parametrize(("where", "block"), documented())
+def test_the_documented_lines_work(where, block, mixed, tmp_path, monkeypatch):
+    for name in ("images", "train", "validation"):
+        shutil.copy(mixed, tmp_path / f"{name}.beton")
+    monkeypatch.chdir(tmp_path)
+    names = {name: getattr(fastpmae_loaders, name) for name in fastpmae_loaders.__all__} if where != "page" else {}
+    names |= vars(adapters_module) if where != "page" else {}
+    names |= surroundings(tmp_path)
+    exec(block.replace('"cuda"', '"cpu"').replace("256, ", "4, "), names)
+    made = [value for value in names.values() if isinstance(value, Adapter)]
+    assert made
+    for adapter in made:
+        next(iter(adapter))
+        adapter.close()
+
+
+# MAE and SdAE.
+
+
+def test_mae_and_sdae_get_normalised_images_and_labels(mixed):
+    adapter = MAELoader(loader(mixed, [mae_view(32)]))
+    for handed, batch in zip(adapter, loader(mixed, [mae_view(32)]), strict=True):
+        images, labels = handed
+        assert type(handed) is tuple
+        assert images.shape == (BATCH, 3, 32, 32)
+        assert images.dtype == torch.float32
+        torch.testing.assert_close(images, normalised(batch.simple), rtol=0, atol=2e-6)
+        assert torch.equal(labels, 10 * batch.index)
+    assert -2.2 < images.min() < images.max() < 2.7
+
+
+def test_mae_takes_our_masks_in_place_of_its_noise(mixed):
+    """MAE cuts a permutation at len_keep = int(L * (1 - mask_ratio)); what is left is SdAE's ids_unkeep."""
+    adapter = MAELoader(loader(mixed, [mae_view(32)]), masks="ours")
+    for (_, _, ids_shuffle), batch in zip(adapter, loader(mixed, [mae_view(32)]), strict=True):
+        assert ids_shuffle.dtype == torch.int64
+        assert torch.equal(ids_shuffle.sort(1).values, torch.arange(16).expand(BATCH, 16))
+        keep = int(16 * (1 - 0.75))
+        assert torch.equal(ids_shuffle[:, :keep], batch.visible)
+        assert torch.equal(ids_shuffle[:, keep:], batch.folds)
+    with pytest.raises(UserError, match="masks = 'none'"):
+        MAELoader(loader(mixed, [mae_view(32)]), masks="none")  # type: ignore[arg-type]
+
+
+# iBOT.
+
+
+def ibot_collated(batch: Any, masks: list[np.ndarray]) -> Any:
+    """Sample by sample as its data set returns them, put together by torch as its DataLoader does."""
+    samples = [
+        ([normalised(view[row]) for view in batch.views], int(batch.label[row]), [mask[row] for mask in masks])
+        for row in range(len(batch))
+    ]
+    return default_collate(samples)
+
+
+@pytest.mark.parametrize("views", [PAIR, PAIR + LOCALS])
+@pytest.mark.parametrize("shape", ["block", "rand"])
+def test_ibot_gets_views_labels_and_masks(views, shape, mixed):
+    drawn = IBOTMasks(pred_ratio=[0.0, 0.5], pred_ratio_var=[0.0, 0.2], pred_shape=shape)
+    adapter, plain = IBOTLoader(loader(mixed, views), drawn), loader(mixed, views)
+    adapter.sampler.set_epoch(2)
+    adapter.dataset.set_epoch(2)
+    plain.set_epoch(2)
+    for (images, labels, masks), batch in zip(adapter, plain, strict=True):
+        order = batch.index.numpy()
+        theirs = ibot_collated(batch, [drawn.draw(11, 2, order, view, (4, 4)) for view in (0, 1)])
+        assert type(images) is type(masks) is list
+        for one, other in zip(images, theirs[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+        assert equal(labels, theirs[1])
+        assert equal(masks, theirs[2])
+        assert [mask.shape for mask in masks] == [(BATCH, 4, 4)] * 2
+    assert torch.stack(masks).any()
+
+
+def test_ibots_masks_of_a_sample_are_the_same_in_any_batch(mixed):
+    def masks(**changes):
+        adapter = IBOTLoader(loader(mixed, PAIR, **changes), IBOTMasks(0.4, 0.2))
+        return {int(label): both for _, labels, pair in adapter for label, *both in zip(labels, *pair, strict=True)}
+
+    six, four = masks(), masks(batch_size=4, shuffle=False, drop_last=False)
+    assert len(four) == 23
+    for label, both in six.items():
+        assert equal(both, four[label])
+        assert not equal(*both) or not torch.stack(both).any()
+
+
+def test_ibot_masks_nothing_before_pred_start_epoch(mixed):
+    adapter = IBOTLoader(loader(mixed, PAIR), IBOTMasks(0.5, pred_start_epoch=1))
+    epochs = [torch.cat([torch.cat(masks) for _, _, masks in adapter]) for _ in range(2)]
+    assert not epochs[0].any()
+    assert epochs[1].any()
+
+
+def test_ibot_takes_our_masks(mixed):
+    adapter, plain = IBOTLoader(loader(mixed, PAIR), masks=None), loader(mixed, PAIR)
+    for (_, _, masks), batch in zip(adapter, plain, strict=True):
+        for row in range(BATCH):
+            assert masks[0][row].flatten().nonzero().flatten().tolist() == sorted(batch.folds[row].tolist())
+        assert (masks[1].sum((1, 2)) == 12).all()
+        assert not torch.equal(*masks)
+    with pytest.raises(UserError, match="patch_size=16"):
+        IBOTLoader(loader(mixed, PAIR), masks=None, patch_size=16)
+    with pytest.raises(UserError, match="does not divide"):
+        IBOTLoader(loader(mixed, PAIR), patch_size=9)
+    assert next(iter(IBOTLoader(loader(mixed, PAIR), patch_size=16)))[2][0].shape == (BATCH, 2, 2)
+
+
+# timm.
+
+
+class Batches(list):
+    """What PrefetchLoader asks of a DataLoader."""
+
+    sampler = dataset = batch_sampler = collate_fn = None
+
+
+def prefetched(path: Path, **arguments: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """timm's own prefetcher over the same bytes."""
+    batches = Batches((batch.simple, batch.label) for batch in loader(path, [mae_view(32)]))
+    return list(PrefetchLoader(batches, device=torch.device("cpu"), **arguments))  # type: ignore[arg-type]
+
+
+def test_timm_gets_what_its_prefetcher_gives(mixed):
+    adapter = TimmLoader(loader(mixed, [mae_view(32)]))
+    assert equal(list(adapter), prefetched(mixed))
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    assert equal(list(TimmLoader(loader(mixed, [mae_view(32)]), mean, std)), prefetched(mixed, mean=mean, std=std))
+    half = TimmLoader(loader(mixed, [mae_view(32)]), img_dtype=torch.bfloat16)
+    for (ours, _), (theirs, _) in zip(half, prefetched(mixed, img_dtype=torch.bfloat16), strict=True):
+        assert ours.dtype == theirs.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.04)
+    for name in ("__len__", "__iter__", "sampler", "batch_sampler", "dataset", "mixup_enabled", "loader"):
+        assert hasattr(adapter, name)
+    assert len(adapter.batch_sampler) == len(adapter) == 3
+
+
+def test_timms_mixup_works_on_its_batches(mixed):
+    arguments: Any = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "num_classes": 230, "label_smoothing": 0.1}
+    mixup = timm.data.Mixup(**arguments)
+    np.random.seed(0)  # noqa: NPY002, timm draws from it
+    ours = list(TimmLoader(loader(mixed, [mae_view(32)]), mixup=mixup))
+    np.random.seed(0)  # noqa: NPY002
+    theirs = [mixup(*batch) for batch in prefetched(mixed)]
+    assert equal(ours, theirs)
+    images, target = ours[0]
+    torch.testing.assert_close(target.sum(1), torch.ones(BATCH))
+    logits = torch.nn.Linear(3 * 32 * 32, 230)(images.flatten(1))
+    SoftTargetCrossEntropy()(logits, target).backward()
+    with pytest.raises(UserError, match=r"timm\.data\.Mixup"):
+        TimmLoader(loader(mixed, [mae_view(32)]), mixup=timm.data.FastCollateMixup(**arguments))
+
+
+def test_timms_loop_switches_mixup_off(mixed):
+    adapter = TimmLoader(loader(mixed, [mae_view(32)]))
+    assert adapter.mixup_enabled is False
+    adapter.mixup_enabled = True
+    assert adapter.mixup_enabled is False
+    mixup = timm.data.Mixup(num_classes=230, label_smoothing=0.0)
+    adapter = TimmLoader(loader(mixed, [mae_view(32)]), mixup=mixup)
+    assert adapter.mixup_enabled is True
+    adapter.mixup_enabled = False
+    assert mixup.mixup_enabled is False
+    for (images, target), (plain, label) in zip(adapter, prefetched(mixed), strict=True):
+        assert torch.equal(images, plain)
+        assert torch.equal(target, torch.nn.functional.one_hot(label, 230).float())
+
+
+def test_timms_random_erasing_comes_last(mixed):
+    erase = RandomErasing(probability=1.0, mode="const", device="cpu")
+    for images, _ in TimmLoader(loader(mixed, [mae_view(32)]), random_erasing=erase):
+        assert (images == 0).flatten(2).any(2).all()
+
+
+def test_timm_validates_on_every_image_once(mixed):
+    views = [plain_view(32, 0.875)]
+    adapter = TimmLoader(loader(mixed, views, shuffle=False, drop_last=False))
+    batches = list(adapter)
+    assert [len(target) for _, target in batches] == [6, 6, 6, 5]
+    assert torch.cat([target for _, target in batches]).tolist() == [10 * number for number in range(23)]
+    assert equal(batches, list(adapter))
+
+
+def test_timm_wants_labels(tmp_path):
+    for number in range(4):
+        made_image(number, 40, 40).save(tmp_path / f"{number}.jpg")
+    with pytest.raises(UserError, match="without a label"):
+        TimmLoader(PairedViews(tmp_path, 2, engine="torch", settings=SETTINGS))
+
+
+# lightly.
+
+
+def test_lightly_gets_views_labels_and_numbers_for_names(mixed):
+    adapter, plain = LightlyLoader(loader(mixed, [*PAIR, LOCALS[0]])), loader(mixed, [*PAIR, LOCALS[0]])
+    for (views, labels, names), batch in zip(adapter, plain, strict=True):
+        assert type(views) is list
+        assert [view.shape for view in views] == [(BATCH, 3, 32, 32), (BATCH, 3, 32, 32), (BATCH, 3, 16, 16)]
+        for view, bytes_ in zip(views, batch.views, strict=True):
+            torch.testing.assert_close(view, normalised(bytes_), rtol=0, atol=2e-6)
+        assert torch.equal(labels, batch.label)
+        assert names == [str(number) for number in batch.index.tolist()]
+
+
+def test_lightly_gets_the_names_of_files(tmp_path):
+    for number in range(8):
+        place = tmp_path / f"class_{number % 2}"
+        place.mkdir(exist_ok=True)
+        Image.fromarray(np.full((40, 40, 3), 30 * number, np.uint8)).save(place / f"{number}.png")
+    adapter = LightlyLoader(PairedViews(tmp_path, 4, engine="torch", settings=SETTINGS, views=[mae_view(32)]))
+    for (view,), labels, names in adapter:
+        for row, label, name in zip(view, labels, names, strict=True):
+            assert Path(name).parts[:-1] == (f"class_{int(label)}",)
+            colour = (row * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) * 255
+            assert round(float(colour.mean())) == 30 * int(Path(name).stem)
+
+
+# DINOv2.
+
+
+def collated(batch: Any, masks: np.ndarray, upperbound: int) -> dict[str, Any]:
+    """Its collate in plain words, from a batch of bytes and the masks of its crops."""
+
+    def stacked(views):
+        return torch.stack([normalised(view[row]) for view in views for row in range(len(batch))]).half()
+
+    places, weights = [], []
+    for crop, mask in enumerate(masks):
+        for patch in range(mask.size):
+            if mask[patch]:
+                places.append(crop * mask.size + patch)
+                weights.append(1 / mask.sum())
+    return {
+        "collated_global_crops": stacked(batch.views[:2]),
+        "collated_local_crops": stacked(batch.views[2:]),
+        "collated_masks": torch.tensor(masks),
+        "mask_indices_list": torch.tensor(places, dtype=torch.int64),
+        "masks_weight": torch.tensor(weights, dtype=torch.float32),
+        "upperbound": upperbound,
+        "n_masked_patches": torch.tensor([len(places)]),
+    }
+
+
+def test_dinov2_gets_the_dictionary_of_its_collate(mixed):
+    drawn = DINOv2Masks()
+    adapter, plain = DINOv2Loader(loader(mixed, PAIR + LOCALS), drawn), loader(mixed, PAIR + LOCALS)
+    plain.set_epoch(0)
+    for ours, batch in zip(itertools.islice(adapter, 3), plain, strict=True):
+        masks, upperbound = drawn.draw(11, 0, batch.index.numpy(), 2, (4, 4))
+        theirs = collated(batch, masks, upperbound)
+        assert list(ours) == list(theirs)
+        for key in ("collated_global_crops", "collated_local_crops"):
+            assert ours[key].dtype == torch.float16
+            torch.testing.assert_close(ours.pop(key), theirs.pop(key), rtol=0, atol=2e-3)
+        torch.testing.assert_close(ours.pop("masks_weight"), theirs.pop("masks_weight"), rtol=0, atol=1e-7)
+        assert equal(ours, theirs)
+        assert type(ours["upperbound"]) is int
+        assert ours["upperbound"] >= ours["n_masked_patches"].item() > 0
+        # half of the crops are masked
+        assert (ours["collated_masks"].any(1)).sum() <= BATCH
+
+
+def test_dinov2s_patch_loss_adds_up(mixed):
+    """Weights make every masked crop count once: their sum is the number of such crops."""
+    for data in itertools.islice(DINOv2Loader(loader(mixed, PAIR + LOCALS)), 3):
+        masks = data["collated_masks"]
+        tokens = torch.randn(2 * BATCH, 16, 8)
+        picked = torch.index_select(tokens.flatten(0, 1), 0, data["mask_indices_list"])
+        assert torch.equal(picked, tokens[masks])
+        buffer = tokens.new_zeros(data["upperbound"], 8)
+        buffer[: data["n_masked_patches"].item()].copy_(picked)
+        assert data["masks_weight"].sum().item() == pytest.approx(masks.any(1).sum().item())
+
+
+def test_dinov2_goes_on_without_end_and_from_any_iteration(mixed):
+    adapter = DINOv2Loader(loader(mixed, PAIR + LOCALS))
+    with pytest.raises(TypeError):
+        len(adapter)  # type: ignore[arg-type]
+    seen = list(itertools.islice(adapter, 8))
+    for one, other in itertools.combinations(seen, 2):
+        assert not equal(one, other)
+    for start in (1, 3, 5, 7):
+        resumed = DINOv2Loader(loader(mixed, PAIR + LOCALS), start_iter=start)
+        assert equal(list(itertools.islice(resumed, 8 - start)), seen[start:])
+
+
+def test_dinov2_without_local_crops_and_with_our_masks(mixed):
+    adapter = DINOv2Loader(loader(mixed, PAIR), masks=None, dtype=torch.float32)
+    data, batch = next(iter(adapter)), next(iter(loader(mixed, PAIR)))
+    assert data["collated_local_crops"].shape == (0, 3, 32, 32)
+    assert data["collated_global_crops"].dtype == torch.float32
+    for row in range(BATCH):
+        assert data["collated_masks"][row].nonzero().flatten().tolist() == sorted(batch.folds[row].tolist())
+    assert data["upperbound"] == data["n_masked_patches"].item() == 2 * BATCH * 12
+
+
+def test_our_masks_are_those_of_the_plan(mixed):
+    """From draw_plans alone, without any loader."""
+    adapter = IBOTLoader(loader(mixed, PAIR), masks=None)
+    _, labels, masks = next(iter(adapter))
+    samples = adapter.loader.samples
+    for label, mask in zip(labels, masks[0], strict=True):
+        one = np.array([int(label) // 10])
+        plan = draw_plans(11, 0, one, samples.height[one], samples.width[one], PAIR, patches=16)
+        assert set(plan.order[0, 4:].tolist()) == set(mask.flatten().nonzero().flatten().tolist())
