@@ -14,10 +14,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-PACKAGES = ("torch", "triton", "numba", "numpy", "torchvision")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PACKAGES = (
+    "torch", "triton", "numba", "numpy", "torchvision", "timm", "pillow", "ffcv",
+    "nvidia-dali-cuda130", "nvidia-dali-cuda120",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Case:
     name: str
     run: Callable
     prepare: Callable[[], tuple] = tuple
+    at_most: int | None = None
+    """Rounds that it takes part in: a case that is slow beyond doubt needs fewer than the others."""
 
 
 def alternating(cases: Sequence[Case], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
@@ -58,6 +67,8 @@ def alternating(cases: Sequence[Case], rounds: int, device: str = "cpu") -> dict
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     for turn in range(rounds + 1):
         for case in cases:
+            if case.at_most is not None and turn > case.at_most:
+                continue
             given = case.prepare()
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -80,11 +91,14 @@ def make_row(
     device: str,
     gate: bool,
     baseline: tuple[str, Sequence[float]] | None = None,
+    more_is_better: bool = False,
 ) -> Row:
-    """A row of samples of which less is better. A case that failed its check gets no ratio."""
+    """A row of samples of which less is better, or more. A case that failed its check gets no ratio."""
     ordered = sorted(samples)
     middle = statistics.median(ordered)
     ratio = statistics.median(baseline[1]) / middle if baseline and gate else None
+    if ratio is not None and more_is_better:
+        ratio = 1 / ratio
     return Row(
         case, metric, unit, middle, _quantile(ordered, 0.2), _quantile(ordered, 0.8), baseline[0] if baseline else None,
         ratio, gate, device, versions(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -112,6 +126,10 @@ def device_name(device: str) -> str:
     """The GPU's name, or the processor's with the threads in use."""
     if device == "cuda":
         return torch.cuda.get_device_name()
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -119,7 +137,7 @@ def device_name(device: str) -> str:
             line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         name = models[0] if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    return name
 
 
 def arguments(name: str, description: str) -> argparse.ArgumentParser:
@@ -131,13 +149,19 @@ def arguments(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def finish(rows: Sequence[Row], title: str, json_file: Path | None, plot_file: Path) -> int:
-    """Print, draw and write the rows. Returns the exit status: 1 where a case failed its check."""
+def finish(
+    rows: Sequence[Row],
+    title: str,
+    json_file: Path | None,
+    plot_file: Path,
+    picture: Callable[[Sequence[Row], str, Path], None] | None = None,
+) -> int:
+    """Print, draw (by `draw`, or another `picture`) and write the rows. The exit status: 1 where a check failed."""
     print(table(rows))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    draw(rows, title, plot_file)
+    (picture or draw)(rows, title, plot_file)
     failed = sorted({row.case for row in rows if not row.gate})
     if failed:
         print(f"failed their check, so nothing is claimed of them: {', '.join(failed)}")
@@ -180,6 +204,13 @@ def draw(rows: Sequence[Row], title: str, file: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set(xlabel="times better than the baseline", title=title)
+    save(figure, file)
+
+
+def save(figure: "Figure", file: Path) -> None:
+    """Write a finished figure, in a folder that is made if need be."""
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_kernels, common
+from fastpmae_kernels import sinkhorn_bias_ref
 
 ROOT = Path(__file__).parents[1]
 KEYS = {"case", "metric", "unit", "value", "low", "high", "baseline", "ratio", "gate", "device", "versions", "date"}
@@ -16,7 +17,8 @@ KEYS = {"case", "metric", "unit", "value", "low", "high", "baseline", "ratio", "
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, number in {"BATCH": 3, "MASKED": 10, "PROTOTYPES": 40, "BOTTLENECK": 8, "DIM": 16}.items():
+    sizes = {"BATCH": 3, "MASKED": 10, "PROTOTYPES": 40, "BOTTLENECK": 8, "DIM": 16, "IMAGES": 5, "SIDE": 40}
+    for name, number in sizes.items():
         monkeypatch.setattr(bench_kernels, name, number)
 
 
@@ -35,6 +37,7 @@ def test_rows_have_their_names_and_keys(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("sinkhorn", "time", "dinov2-out-of-place"),
         ("prototype_cross_entropy", "time", "usual"),
         ("nearest_patch", "time", "cdist"),
+        ("photometric", "time", "torchvision"),
         ("loss", "peak_memory", "usual"),
         ("dinov2-in-place", "time", None),
         ("usual", "peak_memory", None),
@@ -63,9 +66,25 @@ def test_a_ratio_is_of_medians_and_above_one_is_better():
 def test_cases_take_turns_after_a_round_that_does_not_count():
     calls = []
     cases = [common.Case(name, lambda name=name: calls.append(name)) for name in "ab"]
-    seconds = common.alternating(cases, 3)
-    assert calls == ["a", "b"] * 4
-    assert [len(times) for times in seconds.values()] == [3, 3]
+    slow = common.Case("c", lambda: calls.append("c"), at_most=1)
+    seconds = common.alternating([*cases, slow], 3)
+    assert calls == [*"abc", *"abc", *"ab", *"ab"]
+    assert [len(times) for times in seconds.values()] == [3, 3, 1]
+
+
+def test_the_exact_bias_is_that_of_the_plain_form():
+    logits = torch.rand(1100, 30, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = sinkhorn_bias_ref(logits.double(), bench_kernels.EPSILON, bench_kernels.ITERATIONS)
+    torch.testing.assert_close(bench_kernels.exact_bias(logits), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_check_finds_one_wrong_number_among_many_and_no_number():
+    right = torch.ones(3000, 4)
+    assert bench_kernels.close(right + 5e-5, right, 1e-4)
+    for wrong in (1.001, torch.nan):
+        got = right.clone()
+        got[2999, 3] = wrong
+        assert not bench_kernels.close(got, right, 1e-4)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Pseudo labels and the loss that uses them, one file an operation.
+"""Pseudo labels, the loss that uses them, and the pixels before them, one file an operation.
 
 Each file holds `<op>_ref`, the plain and obvious form that every faster form is held to; the fast form for the CPU;
 the Triton kernel for GPUs; and the public function, which picks by the tensors' device. `backend.use("ref")` makes
@@ -8,6 +8,7 @@ all of them take the plain form.
 from fastpmae_kernels import backend
 from fastpmae_kernels.match import nearest_patch, nearest_patch_ref, nearest_patch_similarity
 from fastpmae_kernels.patch_tokens import patch_tokens, patch_tokens_ref
+from fastpmae_kernels.photometric import photometric, photometric_ref
 from fastpmae_kernels.prototype_features import prototype_cross_entropy_from_features, sinkhorn_bias_from_features
 from fastpmae_kernels.prototype_loss import prototype_cross_entropy, prototype_cross_entropy_ref
 from fastpmae_kernels.sinkhorn import (
@@ -27,6 +28,8 @@ __all__ = [
     "nearest_patch_similarity",
     "patch_tokens",
     "patch_tokens_ref",
+    "photometric",
+    "photometric_ref",
     "prototype_cross_entropy",
     "prototype_cross_entropy_from_features",
     "prototype_cross_entropy_ref",

@@ -19,6 +19,16 @@ from triton.compiler import ASTSource
 
 from fastpmae_kernels.match import nearest_kernel, nearest_meta
 from fastpmae_kernels.patch_tokens import tokens_kernel, tokens_meta
+from fastpmae_kernels.photometric import (
+    COLUMNS,
+    LINES,
+    PIXELS,
+    RADIUS,
+    blur_kernel,
+    luma_kernel,
+    photometric_meta,
+    point_kernel,
+)
 from fastpmae_kernels.prototype_loss import cross_entropy_kernel, cross_entropy_meta, scale_kernel
 from fastpmae_kernels.sinkhorn import assigned_kernel, assigned_meta, column_kernel
 
@@ -128,14 +138,31 @@ def builds(prototypes: int = 4096, patch_size: int = 16) -> list[Build]:
             {"SIZE": patch_size, **tokens_meta(patch_size)}, registers=48, aligned=tokens,
         )
     )  # fmt: skip
+    pointers = {"images": "*u8", "choices": "*u8", "source": "*u8", "unblurred": "*u8", "taps": "*i32", "sums": "*i32",
+                "numbers": whole, "means": whole}  # fmt: skip
+    planes = ("pixels", "height", "width")
+    tile = {"PIXELS": PIXELS, **photometric_meta()}
+    found.append(Build("luma_sums", luma_kernel, _types(luma_kernel, pointers), tile, registers=160, aligned=planes))
+    for dtype, name in (("*u8", "bytes"), ("*bf16", "bf16")):
+        types = _types(point_kernel, pointers | {"changed": dtype}, affine)
+        tile = {"NORMALISED": dtype != "*u8", "PIXELS": PIXELS, **photometric_meta()}
+        found.append(Build(f"photometric {name}", point_kernel, types, tile, registers=160, aligned=planes))
+    for down, dtype, name in ((False, "*u8", "bytes"), (True, "*u8", "bytes"), (True, "*bf16", "bf16")):
+        types = _types(blur_kernel, pointers | {"target": dtype}, affine)
+        tile = {"DOWN": down, "NORMALISED": dtype != "*u8", "TINY": False, "RADIUS": RADIUS, "LINES": LINES,
+                "COLUMNS": COLUMNS, **photometric_meta()}  # fmt: skip
+        way = "down" if down else "along"
+        found.append(Build(f"blur {way} {name}", blur_kernel, types, tile, registers=128, aligned=planes))
     return found
 
 
 def examine(build: Build, target: str) -> Findings:
     """Compile for the target and read the machine code."""
-    options = {name: number for name, number in build.tile.items() if name.startswith("num_")}
+    options = {name: number for name, number in build.tile.items() if name.startswith(("num_", "enable_"))}
     if build.kernel is tokens_kernel:
         options["num_warps"] = tokens_meta(build.tile["SIZE"], TARGETS[target].warp_size)["num_warps"]
+    if build.kernel in (luma_kernel, point_kernel, blur_kernel):
+        options |= photometric_meta(TARGETS[target].warp_size)
     constants = {name: number for name, number in build.tile.items() if name not in options}
     aligned = {
         (place,): [["tt.divisibility", 16]]

@@ -49,6 +49,11 @@ def traffic_table(batch: int = 768, masked: int = 147, prototypes: int = 4096, d
         ("cross-entropy with gradient", traffic.cross_entropy(rows, prototypes), 3 * matrix),
         ("nearest patch", traffic.nearest_patch(batch, masked, masked, dim), 2 * rows * dim * 2),
         ("patch tokens (one view's folds)", traffic.patch_tokens(batch, masked, 16), rows * 768 * 3),
+        (
+            "photometric (one view; 80 % jittered, 55 % blurred)",
+            traffic.photometric(batch, 224, 224, batch * 4 // 5, batch * 11 // 20),
+            2 * batch * 3 * 224**2,
+        ),
         ("the whole loss", traffic.loss(batch, masked, 3, prototypes), None),
     ]
     times_on = [f"least time {device}" for device in BANDWIDTH]

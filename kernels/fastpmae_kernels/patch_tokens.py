@@ -74,7 +74,7 @@ def _check(images: Tensor, ids: Tensor, patch_size: int) -> None:
 
 
 @functools.cache
-def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Normalisation as a factor and a summand a channel."""
     return tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
 
@@ -92,7 +92,7 @@ def patch_tokens_op(
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < patches:
         raise IndexError(f"ids reach from {int(ids.min())} to {int(ids.max())}, there are {patches} patches")
     tokens = torch.empty(batch, count, 3 * patch_size**2)
-    scale, shift = (np.array(numbers, np.float32) for numbers in _affine(tuple(mean), tuple(std)))
+    scale, shift = (np.array(numbers, np.float32) for numbers in affine(tuple(mean), tuple(std)))
     pixels, places, written = images.contiguous().numpy(), ids.long().contiguous().numpy(), tokens.numpy()
 
     def work(block: int, start: int, stop: int) -> None:
@@ -137,7 +137,7 @@ def patch_tokens_triton(
     count = ids.shape[1]
     tokens = torch.empty(batch, count, 3 * patch_size**2, dtype=dtype, device=images.device)
     if tokens.numel():
-        scale, shift = _affine(tuple(mean), tuple(std))
+        scale, shift = affine(tuple(mean), tuple(std))
         tokens_kernel[(batch, count)](
             images, ids, tokens, height, width, *scale, *shift, SIZE=patch_size, **tokens_meta(patch_size)
         )

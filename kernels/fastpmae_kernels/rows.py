@@ -9,7 +9,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,15 +19,17 @@ from numpy import float32, int32
 from torch import Tensor
 
 
-def compiled(*freedoms: str) -> Callable[[Callable], Any]:
+def compiled(*freedoms: str, error_model: Literal["python", "numpy"] = "python") -> Callable[[Callable], Any]:
     """numba's compiler without Python's lock, allowed these freedoms of arithmetic, its machine code kept on disk.
+
+    `error_model="numpy"` lets a division by 0 pass, as vector instructions do.
 
     The kept code is used while neither its own file nor this one, whose functions become part of it, has changed.
     Where no folder may be written to, each process compiles anew.
     """
 
     def compile_it(function: Callable) -> Any:
-        result: Any = njit(nogil=True, fastmath=set(freedoms))(function)
+        result: Any = njit(nogil=True, fastmath=set(freedoms), error_model=error_model)(function)
         try:
             result.enable_caching()
         except RuntimeError:

@@ -68,6 +68,21 @@ def patch_tokens(batch: int, count: int, patch_size: int, itemsize: int = 2) -> 
     return Traffic(pixels + batch * count * 8, pixels * itemsize)
 
 
+def photometric(
+    batch: int, height: int, width: int, jittered: int, blurred: int, itemsize: int = 1, reach: int = 11
+) -> Traffic:
+    """Of so many images so many jittered and blurred; a few numbers a program are left out.
+
+    The contrast's sums read a jittered image once more. A blur reads and writes its image twice, and on the way each
+    byte `2 * reach` times again.
+    """
+    image = 3 * height * width
+    sums = batch * ceil_div(height * width, 2048) * 4
+    read = (batch + jittered + 2 * blurred) * image
+    written = (batch - blurred) * image * itemsize + blurred * image * (2 + itemsize) + sums
+    return Traffic(read, written, 2 * blurred * image * 2 * reach)
+
+
 def sinkhorn(rows: int, prototypes: int, itemsize: int = 2, iterations: int = 3) -> Traffic:
     sweeps = assigned_sums(rows, prototypes, itemsize) * (iterations - 1)
     return column_logsumexp(rows, prototypes, itemsize) + sweeps

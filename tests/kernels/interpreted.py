@@ -20,6 +20,7 @@ from torch import Tensor
 from fastpmae_kernels import traffic
 from fastpmae_kernels.match import nearest_patch_ref, nearest_patch_triton
 from fastpmae_kernels.patch_tokens import IMAGENET_MEAN, IMAGENET_STD, patch_tokens_ref, patch_tokens_triton
+from fastpmae_kernels.photometric import photometric_ref, photometric_triton
 from fastpmae_kernels.prototype_loss import on_gpu, prototype_cross_entropy_ref, scale_rows_triton
 from fastpmae_kernels.sinkhorn import assigned_sums_triton, column_logsumexp_triton
 
@@ -229,6 +230,44 @@ def test_patch_tokens(patch_size: int, dtype: torch.dtype):
     assert lost.isnan().all(dim=2).tolist() == (ids == 5).tolist()
 
 
+def made_plan(coins: list[tuple[int, ...]], sigma: float) -> tuple[Tensor, Tensor]:
+    """An order of jitters of its own for each image, and these coins: jitter, gray, blur, solarise."""
+    orders = [(0, 1, 2, 3), (3, 1, 2, 0), (2, 3, 0, 1), (1, 0, 3, 2)]
+    choices = [(*orders[i % 4], *coin, 0) for i, coin in enumerate(coins)]
+    factors = [(0.6 + 0.2 * i, 1.4 - 0.3 * i, 0.5 + 0.4 * i, 0.1 - 0.15 * i, sigma + i) for i in range(len(coins))]
+    return torch.tensor(factors, dtype=torch.float64), torch.tensor(choices, dtype=torch.uint8)
+
+
+def made_bytes(count: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (1, 9), (12, 11), (13, 140), (50, 41)], ids=lambda number: str(number)
+)
+def test_photometric(height: int, width: int):
+    images = made_bytes(3, height, width)
+    factors, choices = made_plan([(1, 0, 0, 1), (1, 1, 1, 0), (1, 0, 1, 1)], 0.3)
+    got = photometric_triton(images, factors, choices, 100, torch.uint8, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert torch.equal(got, photometric_ref(images, factors, choices, 100))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_photometric_normalised(dtype: torch.dtype):
+    images = made_bytes(4, 13, 12).transpose(2, 3)
+    factors, choices = made_plan([(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 0), (0, 0, 1, 1)], 0.3)
+    got = photometric_triton(images, factors, choices, 100, dtype, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    exact = photometric_ref(images, factors, choices, 100, torch.float64)
+    assert_close(got, exact, 2e-6 if dtype == torch.float32 else 1e-3)
+
+
+def test_photometric_of_no_images():
+    factors, choices = made_plan([], 1.0)
+    given = made_bytes(0, 8, 8), factors.view(0, 5), choices.view(0, 9)
+    assert photometric_triton(*given, 128, torch.uint8, [0.0] * 3, [1.0] * 3).shape == (0, 3, 8, 8)
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Bytes that interpreted kernels load and store from here on."""
@@ -289,3 +328,14 @@ def test_the_traffic_model_counts_what_patch_tokens_move(patch_size: int, counte
     ids = torch.tensor([[3, 0, 1], [1, 1, 2]])
     patch_tokens_triton(images, ids, patch_size, torch.float16, list(IMAGENET_MEAN), list(IMAGENET_STD))
     assert_moved(counted, traffic.patch_tokens(2, 3, patch_size, 2))
+
+
+def test_the_traffic_model_counts_what_photometric_moves(counted: dict[str, int]):
+    images = made_bytes(4, 30, 20)
+    factors, choices = made_plan([(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 0), (1, 0, 1, 0)], 2.0)
+    photometric_triton(images, factors, choices, 128, torch.float16, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    model = traffic.photometric(4, 30, 20, jittered=2, blurred=1, itemsize=2)
+    assert counted["stored"] == model.written
+    # the plan's numbers, for each program of each kernel
+    programs = 4 * (1 + 1 + 2 * 6)
+    assert 0 <= counted["loaded"] - model.read - model.again <= 64 * programs
