@@ -14,7 +14,7 @@ from fastpmae.errors import UserError
 from fastpmae.model import Decoder, Encoder, Head, Student, initialise
 from fastpmae.teachers import Teachers, make_teachers
 from fastpmae.weights import start_encoder
-from fastpmae_loaders import ViewSettings
+from fastpmae_loaders import View, ViewSettings
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ def check(config: Config) -> None:
         (config.run.save_steps >= 0, f"--save-steps {config.run.save_steps}: 0 or more"),
         (config.run.steps is None or config.run.steps >= 0, f"--steps {config.run.steps}: 0 or more"),
         (config.efficiency.workers >= 0, f"--workers {config.efficiency.workers}: 0 or more"),
+        (config.efficiency.prototypes_chunk >= 0,
+         f"--prototypes-chunk {config.efficiency.prototypes_chunk}: rows, or 0 for all"),
         (config.run.save_every >= 0, f"--save-every {config.run.save_every} is negative"),
         (0 <= config.run.seed < 2**63, f"--seed {config.run.seed} is not between 0 and 2**63 - 1"),
         *((0 <= start <= 1 and 0 <= end <= 1, f"--{name} {start} {end} is not within 0 and 1")
@@ -172,6 +174,15 @@ def view_settings(config: Config) -> ViewSettings:
     )
 
 
+def views_needed(config: Config) -> tuple[View, ...]:
+    """The views that are looked at: the student's, and the complex one where a teacher sees it."""
+    settings = view_settings(config)
+    seen = [config.views.reconstruction_view] if config.loss.target == "tokens" else []
+    if config.teachers.teachers in ("dual", "single"):
+        seen.append(config.views.labelling_view)
+    return settings.views if "complex" in seen else (settings.simple,)
+
+
 def warmup_epochs(config: Config) -> float:
     """Epochs of warm-up: as set, or 20 % of all."""
     set_to = config.optimiser.warmup_epochs
@@ -184,8 +195,8 @@ def make_encoder(config: Config) -> Encoder:
     return Encoder(config.views.image_size, shape.patch_size, shape.width, shape.depth, shape.heads, shape.mlp_ratio)
 
 
-def make_student(config: Config, generator: torch.Generator) -> Student:
-    """A student with starting weights drawn from the generator, on the CPU in fp32."""
+def build_student(config: Config) -> Student:
+    """A student with weights as torch leaves them, on the CPU in fp32."""
     model, shape = config.model, shape_of(config.model)
     output = 3 * shape.patch_size**2 if config.loss.target == "pixels" else shape.width
     decoder = Decoder(
@@ -201,7 +212,12 @@ def make_student(config: Config, generator: torch.Generator) -> Student:
     head = None
     if config.teachers.teachers in ("dual", "single"):
         head = Head(output, model.head_hidden, model.head_bottleneck, model.prototypes)
-    student = Student(make_encoder(config), decoder, head)
+    return Student(make_encoder(config), decoder, head)
+
+
+def make_student(config: Config, generator: torch.Generator) -> Student:
+    """The same with starting weights drawn from the generator."""
+    student = build_student(config)
     initialise(student, generator)
     return student
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
@@ -29,21 +29,28 @@ class Command:
     """Start from the settings in this file (a run's config.json) instead of a preset."""
 
 
+Given = TypeVar("Given", bound=Command)
+
+
 def read_command(arguments: Sequence[str] | None = None) -> Config:
     """The settings that a command line asks for; tyro ends the process with status 2 for flags it does not know.
 
     Raises:
         UserError: for a preset, config or checkpoint that cannot be read.
     """
+    return parse(Command, "fastpmae-train", DESCRIPTION, arguments).settings
+
+
+def parse(kind: type[Given], program: str, description: str, arguments: Sequence[str] | None = None) -> Given:
+    """A command line of every setting and of the flags that `kind` adds to them, read as `read_command` does."""
     words = _with_values(list(sys.argv[1:] if arguments is None else arguments))
-    command = tyro.cli(
-        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Command),
-        prog="fastpmae-train",
-        description=DESCRIPTION,
+    return tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(kind),
+        prog=program,
+        description=description,
         args=words,
-        default=Command(_base(words)),
+        default=kind(_base(words)),
     )
-    return command.settings
 
 
 def _base(words: list[str]) -> Config:

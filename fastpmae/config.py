@@ -18,9 +18,10 @@ class Data:
     """Where the images come from."""
 
     beton: Path | None = None
-    """The .beton file to pretrain on (`fastpmae-write` makes one)."""
-    loader: Literal["ffcv", "torch"] = "ffcv"
-    """Engine that reads it: the same crops, flips and masks, and pixels that differ a little by the JPEG decoder."""
+    """The .beton file to pretrain on (`fastpmae-write` makes one); `--loader torch` and `dali` also read folders of
+    images and tar shards."""
+    loader: Literal["ffcv", "dali", "torch"] = "ffcv"
+    """Engine that reads it: the same crops, flips and masks, and pixels that differ a little by the decoder."""
     page_order: Literal["auto", "on", "off"] = "auto"
     """Shuffle page by page, which reads a disk in long stretches; auto does so where the file outgrows the memory."""
     bad_fraction: float = 0.01
@@ -192,8 +193,14 @@ class Efficiency:
     """bf16 is autocast; auto takes it on a GPU that has it, and fp32 elsewhere."""
     workers: int = 0
     """Loader threads of each rank; 0 takes all cores, shared among the ranks of a machine."""
+    augment_on: Literal["auto", "cpu", "device"] = "auto"
+    """Where the complex view's colours are changed: by the loader's threads, or for whole batches on the device, within
+    2/255 of the same result; auto does the latter on a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the student, the teachers and the losses; auto compiles on a GPU."""
+    prototypes_chunk: int = 0
+    """Rows of patch logits that exist at a time, computed anew where they are needed: less memory, more time; 0 keeps
+    them all."""
 
 
 @dataclass(frozen=True)

@@ -10,27 +10,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastpmae.architecture import shape_of, view_settings
+from fastpmae.architecture import shape_of, view_settings, views_needed
 from fastpmae.config import Config
 from fastpmae.errors import UserError
 from fastpmae.world import World
-from fastpmae_loaders import Batch, Beton, PairedViews, uniforms
+from fastpmae_kernels import photometric
+from fastpmae_loaders import Batch, PairedViews, Samples, open_samples, uniforms
 
 DROP_PATH = 0
 """Stochastic depth's own counters, beside those of views and masks."""
 
 
-def open_beton(config: Config) -> Beton:
-    """The run's .beton file. Raises UserError without --beton, or when the file is no sound .beton."""
+def open_images(config: Config) -> Samples:
+    """The run's images. Raises UserError without --beton, or when what it names is not sound."""
     if config.data.beton is None:
         raise UserError("--beton FILE is missing: name the images to train on (fastpmae-write makes the file)")
-    return Beton(config.data.beton)
+    return open_samples(config.data.beton)
 
 
-def fingerprint(beton: Beton) -> str:
-    """A digest that tells one set of images from another wherever the file lies."""
+def fingerprint(images: Samples) -> str:
+    """A digest that tells one set of images from another wherever they lie."""
     total = hashlib.sha256()
-    for column in (beton.width, beton.height, beton.mode, beton.size, beton.label):
+    for column in (images.width, images.height, images.mode, images.size, images.label):
         total.update(np.ascontiguousarray(column).tobytes())
     return total.hexdigest()[:16]
 
@@ -46,20 +47,20 @@ def micro_batch_size(config: Config, world: World) -> int:
     return size
 
 
-def make_loader(beton: Beton, config: Config, world: World) -> PairedViews:
-    """This rank's loader: micro-batches of both views, masks and folds.
+def make_loader(images: Samples, config: Config, world: World) -> PairedViews:
+    """This rank's loader: micro-batches of the views that are needed, masks and folds.
 
     Raises:
-        UserError: when the file holds less than one batch.
+        UserError: when there is less than one batch.
     """
     size = micro_batch_size(config, world)
-    if len(beton) < config.optimiser.batch_size:
+    if len(images) < config.optimiser.batch_size:
         raise UserError(
-            f"{beton.path} holds {len(beton)} images, less than one batch of {config.optimiser.batch_size}: "
+            f"{images.path} holds {len(images)} images, less than one batch of {config.optimiser.batch_size}: "
             "choose a smaller --batch-size"
         )
     return PairedViews(
-        beton,
+        images,
         size,
         engine=config.data.loader,
         settings=view_settings(config),
@@ -70,11 +71,15 @@ def make_loader(beton: Beton, config: Config, world: World) -> PairedViews:
         bad_fraction=config.data.bad_fraction,
         page_order=config.data.page_order == "on",
         drop_last=True,
+        views=views_needed(config),
+        augment_on="device" if config.efficiency.augment_on == "device" else "cpu",
+        device=world.device,
+        colour=photometric,
     )
 
 
 def stochastic_depth(
-    config: Config, epoch: int, index: Tensor, device: torch.device
+    config: Config, epoch: int, index: np.ndarray, device: torch.device
 ) -> Float[Tensor, "batch depth 2"] | None:
     """What each block's two branches are scaled by for each image: 0 where dropped, else 1 / (1 - rate).
 
@@ -83,7 +88,7 @@ def stochastic_depth(
     if config.model.drop_path == 0:
         return None
     depth = shape_of(config.model).depth
-    drawn = uniforms(config.run.seed, epoch, index.numpy(), DROP_PATH, 2 * depth)
+    drawn = uniforms(config.run.seed, epoch, index, DROP_PATH, 2 * depth)
     rate = torch.linspace(0, config.model.drop_path, depth).view(1, depth, 1)
     keep = (torch.from_numpy(drawn).view(-1, depth, 2) >= rate).float() / (1 - rate)
     return keep.to(device, non_blocking=True)
@@ -112,8 +117,7 @@ class Feed:
                 return
             self.bad_images += len(batch.failed)
             self.unreported += batch.failed
-            keep = stochastic_depth(self.config, epoch, batch.index, self.device)
-            yield batch.to(self.device, non_blocking=True), keep
+            yield batch, stochastic_depth(self.config, epoch, batch.samples, self.device)
 
     def take_wait(self) -> float:
         """Seconds waited since the last call."""

@@ -22,9 +22,10 @@ def health(targets: Targets) -> dict[str, float]:
     figures: dict[str, float] = {}
     for name, labels in (("class", targets.class_labels), ("patch", targets.patch_labels)):
         if labels is not None:
-            figures[f"{name}_prototypes_used"] = labels.logits.argmax(dim=1).unique().numel()
+            nearest = [rows.argmax(dim=1) for rows in labels.logits.split(1024)]
+            figures[f"{name}_prototypes_used"] = torch.cat(nearest).unique().numel()
             figures[f"{name}_label_entropy"] = label_entropy(labels)
-            figures["entropy_limit"] = math.log(labels.logits.shape[1])
+            figures["entropy_limit"] = math.log(len(labels.logv))
     for name, tokens in (("reconstruction", targets.tokens), ("labelling", targets.label_tokens)):
         if tokens is not None:
             # Some thousand tokens, evenly spread, tell as much as all of them.
@@ -35,11 +36,11 @@ def health(targets: Targets) -> dict[str, float]:
 
 def label_entropy(labels: PseudoLabels) -> float:
     """Mean entropy of the pseudo labels, in nats."""
-    total = labels.logv.new_zeros(())
+    entropies = []
     for rows in labels.logits.split(1024):
         log_label = torch.log_softmax(rows.float() / labels.epsilon + labels.logv, dim=1)
-        total -= (log_label.exp() * log_label).sum()
-    return total.item() / len(labels.logits)
+        entropies.append(-(log_label.exp() * log_label).sum(dim=1))
+    return torch.cat(entropies).mean().item()
 
 
 def spread(tokens: Float[Tensor, "tokens dim"]) -> tuple[float, float]:

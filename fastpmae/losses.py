@@ -9,14 +9,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from fastpmae.model import Factors
 from fastpmae.patches import normalise
-from fastpmae_kernels import prototype_cross_entropy, sinkhorn_biases
+from fastpmae_kernels import (
+    prototype_cross_entropy,
+    prototype_cross_entropy_from_features,
+    sinkhorn_bias_from_features,
+    sinkhorn_biases,
+)
 
 
 class PseudoLabels(NamedTuple):
     """Pseudo labels as the loss reads them: label r is `softmax(logits[r] / epsilon + logv)`."""
 
-    logits: Float[Tensor, "labels prototypes"]
+    logits: Float[Tensor, "labels prototypes"] | Factors
     logv: Float[Tensor, " prototypes"]
     epsilon: float
 
@@ -59,13 +65,17 @@ def pixel_loss(
 
 
 def pseudo_labels(
-    logits: Sequence[Float[Tensor, "labels prototypes"]],
+    logits: Sequence[Float[Tensor, "labels prototypes"] | Factors],
     epsilon: float,
     iterations: int,
     group: dist.ProcessGroup | None = None,
 ) -> list[PseudoLabels]:
     """Labels of the rows of each matrix, balanced apart, and together with the rows of every rank of `group`."""
-    biases = sinkhorn_biases(logits, epsilon, iterations, group)
+    biases = sinkhorn_biases([each for each in logits if isinstance(each, Tensor)], epsilon, iterations, group)
+    for place, each in enumerate(logits):
+        if isinstance(each, Factors):
+            with torch.autocast(each.features.device.type, enabled=False):
+                biases.insert(place, sinkhorn_bias_from_features(*each[:2], epsilon, iterations, group, each.chunk))
     return [PseudoLabels(matrix, logv, epsilon) for matrix, logv in zip(logits, biases, strict=True)]
 
 
@@ -79,6 +89,7 @@ def class_loss(
     Args:
         labels: of batch x folds rows, the folds of one image side by side.
     """
+    assert isinstance(labels.logits, Tensor)
     rows = student_logits.repeat_interleave(folds, dim=0)
     index = torch.arange(len(rows), device=rows.device)
     return prototype_cross_entropy(
@@ -87,7 +98,7 @@ def class_loss(
 
 
 def patch_loss(
-    student_logits: Float[Tensor, "batch*masked prototypes"],
+    student_logits: Float[Tensor, "batch*masked prototypes"] | Factors,
     labels: PseudoLabels,
     match: Int[Tensor, "batch masked"],
     temperature: float,
@@ -96,9 +107,18 @@ def patch_loss(
 
     Args:
         student_logits: the gradient is written over them, so nothing may read them afterwards (a leaf's are spared).
+            Factors where the labels' logits are factors.
     """
     batch, masked = match.shape
     index = (match + torch.arange(batch, device=match.device).unsqueeze(1) * masked).flatten()
+    if isinstance(student_logits, Factors):
+        assert isinstance(labels.logits, Factors)
+        with torch.autocast(index.device.type, enabled=False):
+            return prototype_cross_entropy_from_features(
+                *student_logits[:2], *labels.logits[:2], labels.logv, index, labels.epsilon, temperature,
+                student_logits.chunk,
+            )  # fmt: skip
+    assert isinstance(labels.logits, Tensor)
     rows, spared = len(student_logits), student_logits.is_leaf
     return prototype_cross_entropy(
         student_logits, labels.logits, labels.logv, index, labels.epsilon, temperature,

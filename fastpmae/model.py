@@ -5,7 +5,8 @@ row, and a network only ever sees the patches it is given.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from fastpmae.attention import attention
+from fastpmae.lean import gelu_linear, norm_linear
 from fastpmae.patches import sincos_positions
 from fastpmae_kernels import patch_tokens
 
@@ -24,11 +26,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"], norm: nn.LayerNorm, last: int | None = None
+    ) -> Float[Tensor, "batch last dim"]:
+        """What each of the `last` tokens (by default all) takes from all of them, after `norm`."""
         batch, count, dim = tokens.shape
-        qkv = self.qkv(tokens).view(batch, count, 3, self.heads, dim // self.heads)
+        qkv = norm_linear(tokens, norm, self.qkv).view(batch, count, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(attention(query, key, value).transpose(1, 2).reshape(batch, count, dim))
+        if last is not None:
+            query = query[:, :, count - last :]
+        mixed = attention(query, key, value).transpose(1, 2)
+        return self.proj(mixed.reshape(batch, mixed.shape[1], dim))
 
 
 class Mlp(nn.Module):
@@ -37,8 +45,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        return self.fc2(F.gelu(self.fc1(tokens)))
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"], norm: nn.LayerNorm
+    ) -> Float[Tensor, "batch tokens dim"]:  # fmt: skip
+        return gelu_linear(norm_linear(tokens, norm, self.fc1), self.fc2)
 
 
 class Block(nn.Module):
@@ -52,14 +62,21 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"], keep: Float[Tensor, "batch 2"] | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        keep: Float[Tensor, "batch 2"] | None = None,
+        last: int | None = None,
+    ) -> Float[Tensor, "batch last dim"]:
+        """The tokens, or the `last` of them where nothing reads the others, after the block."""
+        mixed = self.attn(tokens, self.norm1, last)
+        if last is not None:
+            tokens = tokens[:, tokens.shape[1] - last :]
         if keep is None:
-            tokens = tokens + self.attn(self.norm1(tokens))
-            return tokens + self.mlp(self.norm2(tokens))
+            tokens = tokens + mixed
+            return tokens + self.mlp(tokens, self.norm2)
         keep = keep.to(tokens.dtype)
-        tokens = tokens + keep[:, 0, None, None] * self.attn(self.norm1(tokens))
-        return tokens + keep[:, 1, None, None] * self.mlp(self.norm2(tokens))
+        tokens = tokens + keep[:, 0, None, None] * mixed
+        return tokens + keep[:, 1, None, None] * self.mlp(tokens, self.norm2)
 
 
 class PatchEmbed(nn.Module):
@@ -154,7 +171,7 @@ class Decoder(nn.Module):
     """A few blocks that predict the tokens of the masked patches from the encoded visible ones.
 
     Attention does not care for the order of tokens, so nothing is put back in its place: each token carries the
-    position of its patch, and the masked ones come last, in fold order.
+    position of its patch. The masked ones come last, in fold order, and before them the class token.
     """
 
     def __init__(
@@ -185,13 +202,26 @@ class Decoder(nn.Module):
         # Autocast gives bf16 here; positions and the sums along the blocks stay in the weights' own precision.
         known = self.embed(encoded).to(mask.dtype)
         visible_tokens = known[:, 1:] + positions[visible]
-        tokens = torch.cat([known[:, :1]] * self.class_token + [visible_tokens, mask], dim=1)
-        for block in self.blocks:
-            tokens = block(tokens)
-        # Nothing reads the predictions of visible patches: they skip the norm and the output layer.
-        masked_prediction = self.output(self.norm(tokens[:, -masked.shape[1] :]))
-        class_prediction = self.output(self.norm(tokens[:, 0])) if self.class_token else None
-        return class_prediction, masked_prediction
+        tokens = torch.cat([visible_tokens] + [known[:, :1]] * self.class_token + [mask], dim=1)
+        # Nothing reads the predictions of visible patches: in the last block the others only look at them.
+        read = masked.shape[1] + self.class_token
+        for depth, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens, last=read if depth == len(self.blocks) else None)
+        predicted = norm_linear(tokens, self.norm, self.output)
+        return (predicted[:, 0], predicted[:, 1:]) if self.class_token else (None, predicted)
+
+
+class Factors(NamedTuple):
+    """Logits `features @ prototypes.T` that are multiplied out `chunk` rows at a time, and never all at once."""
+
+    features: Float[Tensor, "rows bottleneck"]
+    prototypes: Float[Tensor, "prototypes bottleneck"]
+    chunk: int
+
+    def split(self, rows: int) -> Iterator[Float[Tensor, "rows prototypes"]]:
+        """The logits, so many rows at a time, as a matrix's `split` gives them."""
+        for features in self.features.split(rows):
+            yield features @ self.prototypes.T
 
 
 class Head(nn.Module):
@@ -210,13 +240,21 @@ class Head(nn.Module):
         self.patch_prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
 
     def forward(
-        self, class_tokens: Float[Tensor, "classes dim"], patch_tokens: Float[Tensor, "patches dim"]
-    ) -> tuple[Float[Tensor, "classes prototypes"], Float[Tensor, "patches prototypes"]]:
-        def project(tokens: Tensor, prototypes: Tensor) -> Tensor:
-            hidden = F.gelu(self.fc2(F.gelu(self.fc1(tokens))))
-            return F.linear(F.normalize(self.fc3(hidden), dim=-1), F.normalize(prototypes, dim=-1))
+        self, class_tokens: Float[Tensor, "classes dim"], patch_tokens: Float[Tensor, "patches dim"], chunk: int = 0
+    ) -> tuple[Float[Tensor, "classes prototypes"], Float[Tensor, "patches prototypes"] | Factors]:
+        """Logits of class and patch tokens; with `chunk` above 0 the patches', which are many, as factors."""
 
-        return project(class_tokens, self.class_prototypes), project(patch_tokens, self.patch_prototypes)
+        def factors(tokens: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = gelu_linear(self.fc1(tokens), self.fc2)
+            return F.normalize(gelu_linear(hidden, self.fc3), dim=-1), F.normalize(prototypes, dim=-1)
+
+        class_logits = F.linear(*factors(class_tokens, self.class_prototypes))
+        features, prototypes = factors(patch_tokens, self.patch_prototypes)
+        if chunk == 0:
+            return class_logits, F.linear(features, prototypes)
+        # in the precision that the product would have here, whoever multiplies it out
+        dtype = class_logits.dtype
+        return class_logits, Factors(features.to(dtype), prototypes.to(dtype), chunk)
 
 
 class Student(nn.Module):
@@ -234,16 +272,17 @@ class Student(nn.Module):
         visible: Int[Tensor, "batch visible"],
         masked: Int[Tensor, "batch masked"],
         keep: Float[Tensor, "batch depth 2"] | None = None,
+        chunk: int = 0,
     ) -> tuple[
         Float[Tensor, "batch masked dim"],
         Float[Tensor, "batch prototypes"] | None,
-        Float[Tensor, "batch*masked prototypes"] | None,
+        Float[Tensor, "batch*masked prototypes"] | Factors | None,
     ]:
-        """Predicted tokens of the masked patches, and the class and patch logits over the prototypes."""
+        """Predicted tokens of the masked patches, and the class and patch logits over the prototypes (see `Head`)."""
         class_prediction, masked_prediction = self.decoder(self.encoder(images, visible, keep), visible, masked)
         if self.head is None or class_prediction is None:
             return masked_prediction, None, None
-        class_logits, patch_logits = self.head(class_prediction, masked_prediction.flatten(0, 1))
+        class_logits, patch_logits = self.head(class_prediction, masked_prediction.flatten(0, 1), chunk)
         return masked_prediction, class_logits, patch_logits
 
 

@@ -26,13 +26,13 @@ from fastpmae.config import Config, settings_by_name, write_config
 from fastpmae.errors import UserError
 from fastpmae.files import appearing, remove_partial
 from fastpmae.world import World
-from fastpmae_loaders import Beton
-from fastpmae_loaders.paired import larger_than_memory
+from fastpmae_loaders import Samples
+from fastpmae_loaders.engine import larger_than_memory
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
 COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimiser")
-COMPARED_SETTINGS = ("seed", "precision", "page_order", "loader")
+COMPARED_SETTINGS = ("seed", "precision", "page_order", "loader", "augment_on")
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,32 @@ class OpenRun:
     remarks: list[str]
 
 
-def resolve(config: Config, device: torch.device, beton: Beton) -> Config:
+def resolve(config: Config, device: torch.device, images: Samples) -> Config:
     """The settings with everything that was left to us decided, as the run folder records them.
 
     What would depend on the machine is decided once, so that a run goes on the same on another.
     """
     page_order = config.data.page_order
     if page_order == "auto":
-        page_order = "on" if larger_than_memory(beton) else "off"
+        page_order = "on" if larger_than_memory(images) else "off"
     precision = config.efficiency.precision
     if precision == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if bf16 else "fp32"
+    augment_on = config.efficiency.augment_on
+    if augment_on == "auto":
+        augment_on = "device" if device.type == "cuda" else "cpu"
     if config.teachers.teachers == "dual" and not (config.loss.lambda_c or config.loss.lambda_p):
         # without a loss that reads its labels, the labelling teacher would only cost time
         config = config.using(teachers="reconstruction")
     # absolute, so that the run can be taken up from any folder
-    config = config.using(beton=beton.path.resolve())
-    return config.using(precision=precision, page_order=page_order, warmup_epochs=float(warmup_epochs(config)))
+    config = config.using(beton=images.path.resolve())
+    return config.using(
+        precision=precision,
+        page_order=page_order,
+        augment_on=augment_on,
+        warmup_epochs=float(warmup_epochs(config)),
+    )
 
 
 def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
@@ -195,7 +203,7 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> lis
 
 
 def describe_run(
-    config: Config, beton: Beton, world: World, student: nn.Module, steps_per_epoch: int, folder: Path
+    config: Config, images: Samples, world: World, student: nn.Module, steps_per_epoch: int, folder: Path
 ) -> list[str]:
     """What is about to happen, in a few lines, with a warning where the settings will not do well."""
     parameters = sum(p.numel() for p in student.parameters()) / 1e6
@@ -203,7 +211,7 @@ def describe_run(
     lines = [
         f"{config.run.preset}: {config.model.model}, {parameters:.1f} M parameters, "
         f"on {world.device} x {world.size} in {config.efficiency.precision}",
-        f"{len(beton)} images in {beton.path}: {steps_per_epoch} steps of {optimiser.batch_size} an epoch, "
+        f"{len(images)} images in {images.path}: {steps_per_epoch} steps of {optimiser.batch_size} an epoch, "
         f"{optimiser.epochs} epochs",
     ]
     rows = optimiser.batch_size // optimiser.accumulate * folds

@@ -71,7 +71,9 @@ def label(
     # Where the rest is in bf16 the head is in fp16: as fast, and its logits are eight times as fine.
     kind = view.device.type
     with torch.autocast(kind, torch.float16, enabled=torch.is_autocast_enabled(kind)):
-        logits = teacher.head(class_tokens.flatten(0, 1), patch_tokens.flatten(0, 1))
+        logits = teacher.head(
+            class_tokens.flatten(0, 1), patch_tokens.flatten(0, 1), config.efficiency.prototypes_chunk
+        )
     of_class, of_patch = pseudo_labels(logits, loss.epsilon, loss.sinkhorn_iterations, group)
     return patch_tokens, of_class, of_patch
 
@@ -85,7 +87,9 @@ def learn(
 ) -> Losses:
     """The student's pass and the three losses (equations 1 to 5)."""
     loss = config.loss
-    predicted, class_logits, patch_logits = student(batch.simple, batch.visible, batch.folds, keep)
+    predicted, class_logits, patch_logits = student(
+        batch.simple, batch.visible, batch.folds, keep, config.efficiency.prototypes_chunk
+    )
     if loss.target == "pixels":
         reconstruction = pixel_loss(predicted, targets.reconstruction)
     else:

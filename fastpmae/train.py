@@ -20,7 +20,7 @@ from fastpmae.checkpoint import (
 )
 from fastpmae.command import read_command
 from fastpmae.config import Config
-from fastpmae.data import Feed, fingerprint, make_loader, open_beton
+from fastpmae.data import Feed, fingerprint, make_loader, open_images
 from fastpmae.errors import Interrupted, RunError, exit_with_sentence
 from fastpmae.health import health
 from fastpmae.log import Log, Meter
@@ -43,13 +43,13 @@ def pretrain(config: Config) -> Path:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         world = stack.enter_context(join_world(config.efficiency.device))
-        beton = open_beton(config)
-        config = resolve(config, world.device, beton)
-        loader = stack.enter_context(make_loader(beton, config, world))
-        images = fingerprint(beton)
+        images = open_images(config)
+        config = resolve(config, world.device, images)
+        loader = stack.enter_context(make_loader(images, config, world))
+        identity = fingerprint(images)
         accumulate = config.optimiser.accumulate
         steps_per_epoch = len(loader) // accumulate
-        run = world.from_first(lambda: open_run(config, images, steps_per_epoch))
+        run = world.from_first(lambda: open_run(config, identity, steps_per_epoch))
 
         total_steps = steps_per_epoch * config.optimiser.epochs
         last_step = total_steps if config.run.steps is None else min(total_steps, config.run.steps)
@@ -77,7 +77,7 @@ def pretrain(config: Config) -> Path:
 
         world.from_first(lambda: stack.enter_context(claim(run, config)))
         log = stack.enter_context(Log(run.folder, config, step, last_step, speaks=world.first))
-        for sentence in run.remarks + describe_run(config, beton, world, student, steps_per_epoch, run.folder):
+        for sentence in run.remarks + describe_run(config, images, world, student, steps_per_epoch, run.folder):
             log.say(sentence)
         if world.first:
             write_machine(run.folder)
@@ -90,7 +90,7 @@ def pretrain(config: Config) -> Path:
                     "steps_per_epoch": steps_per_epoch,
                     "bad_images": feed.bad_images,
                     "loader": loader.state_dict(),
-                    "fingerprint": images,
+                    "fingerprint": identity,
                     "config": recorded(config).groups(),
                 }
                 tensors = gather(student, teachers, optimiser) | meter.state()

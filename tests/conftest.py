@@ -1,10 +1,15 @@
 """Images and settings that every test may use."""
 
 import os
+import signal
 from pathlib import Path
 
 # Networks in the tests are so small that a second thread costs more than it brings, and tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts what runs in the background deaf to Ctrl-C, and so would be every program that a test interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

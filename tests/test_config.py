@@ -176,6 +176,7 @@ def test_timms_names_mean_timms_sizes() -> None:
         {"warmup_epochs": 301.0},
         {"batch_size": 0},
         {"accumulate": 0},
+        {"prototypes_chunk": -1},
         {"labelling_momentum": (0.9, 1.1)},
         {"reconstruction_momentum": (-0.1, 0.99)},
         {"drop_path": 1.0},

@@ -17,7 +17,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"fastpmae": "fastpmae", "fastpmae_kernels": "kernels", "fastpmae_loaders": "loaders"}
 # distributions whose import has another name
-IMPORTED_AS = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"}
+IMPORTED_AS = {
+    "pillow": "PIL",
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
+    "nvidia-dali-cuda130": "nvidia",
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -92,13 +97,15 @@ def declared(requirements: list[str]) -> set[str]:
 
 
 def test_every_import_is_a_declared_requirement():
-    optional = [line for extra in ("hf", "xformers") for line in PROJECT["optional-dependencies"][extra]]
+    extras = PROJECT["optional-dependencies"]
+    optional = [line for extra in ("hf", "xformers", "dali-cuda130") for line in extras[extra]]
     # Triton comes with torch, llvmlite with numba; wandb is used where it happens to be installed
     known = declared(PROJECT["dependencies"] + optional) | {*PACKAGES, "triton", "llvmlite", "wandb"}
     for package in PACKAGES:
         assert third_party_imports(package) <= known
     loaders = tomllib.loads((ROOT / "loaders/pyproject.toml").read_text())["project"]
-    known = declared(loaders["dependencies"] + loaders["optional-dependencies"]["ffcv"]) | {"llvmlite"}
+    optional = loaders["optional-dependencies"]
+    known = declared(loaders["dependencies"] + optional["ffcv"] + optional["dali-cuda130"]) | {"llvmlite"}
     assert third_party_imports("fastpmae_loaders") <= known
     assert loaders["version"] == PROJECT["version"]
 
@@ -108,7 +115,7 @@ def test_the_loaders_need_neither_the_trainer_nor_triton_nor_ffcv():
 import sys
 import fastpmae_loaders
 from fastpmae_loaders import Beton, PairedViews, PlainViews, ViewSettings
-unwanted = {"fastpmae", "fastpmae_kernels", "xformers", "ffcv", "cv2", "timm"} & set(sys.modules)
+unwanted = {"fastpmae", "fastpmae_kernels", "xformers", "ffcv", "nvidia.dali", "cv2", "timm"} & set(sys.modules)
 assert not unwanted, unwanted
 # torch itself may look for Triton, but nothing here imports it
 assert "triton" not in sys.modules or "triton" in before, "triton"
@@ -161,6 +168,9 @@ def test_readme_names_every_flag_and_no_other(command):
     section = "\n".join(line for line in readme_section(command).splitlines() if "SBATCH" not in line)
     named = set(re.findall(FLAG, re.sub("--nproc-per-node|--logdir", "", section)))
     flags = flags_of(command)
+    if command == "fastpmae-plan":  # which takes the trainer's as well
+        shared = flags_of("fastpmae-train")
+        flags, named = flags - shared, named - shared
     assert named <= flags
     assert {flag for flag in flags if not flag.startswith("--no-")} <= named
 

@@ -39,6 +39,7 @@ class Machine:
         self.bin.mkdir()
         shutil.copy(ROOT / "scripts/setup", self.checkout / "scripts/setup")
         (self.checkout / "pyproject.toml").write_text("[project]\n")
+        (self.checkout / "constraints.txt").write_text("torch==9.9.9\n")
         for tool in TOOLS:
             found = shutil.which(tool)
             assert found or tool == "flock", tool
@@ -115,10 +116,11 @@ def test_a_complete_machine_is_set_up_once_without_apt(machine):
     assert not (machine.checkout / "apt-was-asked").exists()
 
 
-def test_a_changed_pyproject_installs_again_into_the_same_venv(machine):
+@pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
+def test_other_requirements_install_again_into_the_same_venv(machine, changed):
     machine.complete()
     machine.run()
-    (machine.checkout / "pyproject.toml").write_text("[project]\nname = 'other'\n")
+    (machine.checkout / changed).write_text("[project]\nname = 'other'\n")
     assert machine.run().returncode == 0
     assert machine.done() == ["venv", "pip", "pip"]
 

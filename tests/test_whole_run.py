@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastpmae import Config, pretrain
 from fastpmae.checkpoint import checkpoint_path, read_checkpoint
-from fastpmae.data import make_loader, open_beton, stochastic_depth
+from fastpmae.data import make_loader, open_images, stochastic_depth
 from fastpmae.world import World
 from tests import reference
 
@@ -93,12 +93,12 @@ def test_logged_losses_and_gradients_are_the_references(tiny: Config) -> None:
     folder = pretrain(config)
     rows = {row["step"]: row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
     alone = World(0, 1, 1, torch.device("cpu"), None)
-    with make_loader(open_beton(config), config, alone) as loader:
+    with make_loader(open_images(config), config, alone) as loader:
         for step in (2, PER_EPOCH + 4):
             epoch, place = divmod(step - 1, PER_EPOCH)
             loader.set_epoch(epoch)
             batch = next(batch for number, batch in enumerate(loader) if number == place)
-            keep = stochastic_depth(config, epoch, batch.index, alone.device)
+            keep = stochastic_depth(config, epoch, batch.samples, alone.device)
             assert keep is not None
             before, after = (read_checkpoint(checkpoint_path(folder, number)) for number in (step - 1, step))
             parts = ("student", "reconstruction_teacher", "labelling_teacher")

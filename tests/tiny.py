@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,20 +38,19 @@ def made_batch(seed: int = 0, size: int = 3, fold_sizes: tuple[int, ...] = (4, 4
     order = torch.stack([torch.randperm(16, generator=generator) for _ in range(size)])
     masked = sum(fold_sizes)
     views = torch.randint(0, 256, (2, size, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    nowhere = torch.zeros(size, 4, dtype=torch.int32)
     return Batch(
-        simple=views[0],
-        complex=views[1],
+        views=(views[0], views[1]),
         visible=order[:, : 16 - masked].contiguous(),
         folds=order[:, 16 - masked :].contiguous(),
         fold_sizes=fold_sizes,
         label=torch.zeros(size, dtype=torch.int64),
         index=torch.arange(size),
-        simple_box=nowhere,
-        complex_box=nowhere,
-        simple_flip=torch.zeros(size, dtype=torch.bool),
-        complex_flip=torch.zeros(size, dtype=torch.bool),
-        source_size=nowhere[:, :2],
+        boxes=torch.zeros(size, 2, 4, dtype=torch.int32),
+        flips=torch.zeros(size, 2, dtype=torch.bool),
+        factors=torch.ones(size, 2, 5, dtype=torch.float64),
+        choices=torch.zeros(size, 2, 9, dtype=torch.uint8),
+        source_size=torch.zeros(size, 2, dtype=torch.int32),
+        samples=np.arange(size),
         failed=[],
     )
 

@@ -1,0 +1,370 @@
+"""A training step of `dual` and `sdae` against the same methods written the usual way (`benchmarks/baseline.py`).
+
+`python -m benchmarks.bench_step [--model vit_small] [--batch-size 32] [--quick] [--json F] [--plot F]`. The cases take
+turns in one process, on batches that are in memory (`bench_loader` measures loaders), from the same weights; losses
+are compared first. Peak memory is measured in a process for each case: anonymous memory, by the kernel's account,
+beyond what Python and its libraries held before the networks were made. fp32, on the CPU.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.baseline import PlainMethod, plain_batch
+from benchmarks.common import Row, arguments, device_name, finish, make_row, save
+from fastpmae import PRESETS, Config
+from fastpmae.architecture import make_networks, shape_of
+from fastpmae.data import stochastic_depth
+from fastpmae.flops import flop_formulas
+from fastpmae.optimiser import make_optimiser, update
+from fastpmae.step import learn, teach
+from fastpmae.world import World
+from fastpmae_loaders import Batch
+
+PAIRS = (("dual", "plain-dual"), ("sdae", "plain-sdae"))
+DROP_PATH = 0.25
+"""In every method, also in MAE, whose own is 0."""
+STEPS, RATE = 10_000, 1e-4
+PARTS = ("data", "teachers", "forward", "backward", "optimiser", "EMA")
+ALONE = World(0, 1, 1, torch.device("cpu"), None)
+
+
+def settings(preset: str, model: str, batch_size: int, **others: Any) -> Config:
+    return PRESETS[preset].using(model=model, batch_size=batch_size, **others)
+
+
+def made_batch(config: Config, size: int, seed: int = 0) -> Batch:
+    """Random pixels and a random mask for each image: a step's work does not depend on what they show."""
+    generator = torch.Generator().manual_seed(seed)
+    side = config.views.image_size
+    patches = (side // shape_of(config.model).patch_size) ** 2
+    masked = int(patches * config.views.mask_ratio)
+    fold, rest = divmod(masked, config.views.folds)
+    order = torch.stack([torch.randperm(patches, generator=generator) for _ in range(size)])
+    views = torch.randint(0, 256, (2, size, 3, side, side), generator=generator, dtype=torch.uint8)
+    return Batch(
+        views=(views[0], views[1]),
+        visible=order[:, : patches - masked].contiguous(),
+        folds=order[:, patches - masked :].contiguous(),
+        fold_sizes=tuple(fold + (i < rest) for i in range(config.views.folds)),
+        label=torch.zeros(size, dtype=torch.int64),
+        index=torch.arange(size),
+        boxes=torch.zeros(size, 2, 4, dtype=torch.int32),
+        flips=torch.zeros(size, 2, dtype=torch.bool),
+        factors=torch.ones(size, 2, 5, dtype=torch.float64),
+        choices=torch.zeros(size, 2, 9, dtype=torch.uint8),
+        source_size=torch.zeros(size, 2, dtype=torch.int32),
+        samples=np.arange(size),
+        failed=[],
+    )
+
+
+class Ours:
+    """The trainer's step as its loop takes it."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.student, self.teachers = make_networks(config, STEPS, torch.device("cpu"), None)
+        self.optimiser = make_optimiser(self.student, config)
+        self.steps = 0
+
+    def given(self, batch: Batch) -> Batch:
+        return batch
+
+    def losses(self, batch: Batch) -> list[float]:
+        """Without stochastic depth, which the two draw differently."""
+        with torch.no_grad():
+            return [
+                float(loss)
+                for loss in learn(self.student, batch, None, teach(self.teachers, batch, self.config), self.config)
+            ]
+
+    def step(self, batch: Batch, mark: Callable[[str], None]) -> None:
+        keep = stochastic_depth(self.config, 0, batch.samples, torch.device("cpu"))
+        mark("data")
+        targets = teach(self.teachers, batch, self.config)
+        mark("teachers")
+        losses = learn(self.student, batch, keep, targets, self.config)
+        mark("forward")
+        losses.total.backward()
+        mark("backward")
+        update(self.optimiser, losses.total.detach(), RATE, self.config.optimiser.clip_grad, ALONE)
+        mark("optimiser")
+        self.teachers.follow(self.student, "step", self.steps)
+        mark("EMA")
+        self.steps += 1
+
+
+class Plain:
+    """The usual step."""
+
+    def __init__(self, ours: Ours):
+        self.config = ours.config
+        self.method = PlainMethod(ours.config, ours.student, ours.teachers)
+        self.steps = 0
+
+    def given(self, batch: Batch) -> Any:
+        return plain_batch(batch)
+
+    def losses(self, batch: Any) -> list[float]:
+        self.method.student.eval()
+        with torch.no_grad():
+            losses = [float(loss) for loss in self.method.learn(batch, self.method.teach(batch))]
+        self.method.student.train()
+        return losses
+
+    def step(self, batch: Any, mark: Callable[[str], None]) -> None:
+        mark("data")
+        targets = self.method.teach(batch)
+        mark("teachers")
+        losses = self.method.learn(batch, targets)
+        mark("forward")
+        losses.total.backward()
+        mark("backward")
+        self.method.update(losses, RATE)
+        mark("optimiser")
+        self.method.follow(self.steps)
+        mark("EMA")
+        self.steps += 1
+
+
+def make_case(name: str, model: str, batch_size: int) -> Ours | Plain:
+    """A case by its name, from the same seed as its partner."""
+    method = name.removeprefix("plain-")
+    preset = "paper" if method == "dual" else method
+    ours = Ours(settings(preset, model, batch_size, drop_path=DROP_PATH))
+    return Plain(ours) if name.startswith("plain-") else ours
+
+
+def timed(case: Ours | Plain, batch: Any) -> dict[str, float]:
+    """Seconds of each part of one step."""
+    parts: dict[str, float] = {}
+    last = time.perf_counter()
+
+    def mark(part: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        parts[part] = now - last
+        last = now
+
+    case.step(batch, mark)
+    return parts
+
+
+def time_rows(model: str, batch_size: int, rounds: int) -> list[Row]:
+    """Step, images a second and shares of every case, taking turns; then the rate of the linear layers."""
+    cases: dict[str, Ours | Plain] = {}
+    gates: dict[str, bool] = {}
+    for pair in PAIRS:
+        ours = make_case(pair[0], model, batch_size)
+        assert isinstance(ours, Ours)
+        cases |= dict(zip(pair, (ours, Plain(ours)), strict=True))
+    first = next(iter(cases.values()))
+    assert isinstance(first, Ours)
+    batch = made_batch(first.config, batch_size)
+    given = {name: case.given(batch) for name, case in cases.items()}
+    for pair in PAIRS:
+        truth, other = (cases[name].losses(given[name]) for name in pair)
+        agree = all(abs(a - b) <= 1e-4 * max(abs(a), 1e-3) for a, b in zip(truth, other, strict=True))
+        gates |= dict.fromkeys(pair, agree)
+
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    for turn in range(rounds + 1):
+        for name, case in cases.items():
+            parts = timed(case, given[name])
+            if turn:
+                found[name].append(parts)
+
+    where, rows = device_name("cpu"), []
+    seconds = {name: [sum(parts.values()) for parts in runs] for name, runs in found.items()}
+    for ours, plain in PAIRS:
+        for name, baseline in ((ours, plain), (plain, None)):
+            rate = [batch_size / taken for taken in seconds[name]]
+            of_baseline = None if baseline is None else [batch_size / taken for taken in seconds[baseline]]
+            gate = gates[name]
+            against = None if baseline is None or of_baseline is None else (baseline, of_baseline)
+            rows.append(
+                make_row(name, "images_per_second", "images/s", rate, where, gate, against, more_is_better=True)
+            )
+            against = None if baseline is None else (baseline, seconds[baseline])
+            rows.append(make_row(name, "step", "s", seconds[name], where, gate, against))
+            for part in PARTS:
+                share = [100 * parts[part] / sum(parts.values()) for parts in found[name]]
+                rows.append(make_row(name, f"share_{part}", "%", share, where, gate))
+    for ours, _ in PAIRS:
+        case = cases[ours]
+        rows += rate_rows(ours, case, given[ours], statistics.median(seconds[ours]), gates[ours], max(1, rounds // 3))
+    return rows
+
+
+def flops_of(case: Ours | Plain, batch: Any) -> tuple[float, float]:
+    """Floating point operations of one step by torch's count: of all products, and of attention among them."""
+    flop_formulas()
+    with FlopCounterMode(display=False) as counter:
+        case.step(batch, lambda part: None)
+    total = counter.get_flop_counts()["Global"]
+    attention = sum(count for operation, count in total.items() if "scaled_dot_product" in str(operation))
+    return float(sum(total.values())), float(attention)
+
+
+def rate_rows(name: str, case: Ours | Plain, batch: Any, step: float, gate: bool, repeats: int) -> list[Row]:
+    """FLOP/s of the step; of its linear layers, attention and `F.linear` at the same shapes, taking turns."""
+    total, attention_flops = flops_of(case, batch)
+    linear, attention, alone = [], [], []
+    for _ in range(repeats):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            case.step(batch, lambda part: None)
+        products: dict[tuple[int, int, int, bool], int] = defaultdict(int)
+        seconds = attending = 0.0
+        for event in profiler.key_averages(group_by_input_shape=True):
+            if event.key in ("aten::mm", "aten::addmm"):
+                left, right = (event.input_shapes[1:] if event.key == "aten::addmm" else event.input_shapes)[:2]
+                products[(left[0], left[1], right[1], event.key == "aten::addmm")] += event.count
+                seconds += event.self_cpu_time_total / 1e6
+            elif "scaled_dot_product_flash" in event.key:
+                attending += event.self_cpu_time_total / 1e6
+        flops = sum(2 * rows * inner * columns * count for (rows, inner, columns, _), count in products.items())
+        linear.append(flops / seconds / 1e9)
+        attention.append(attention_flops / attending / 1e9)
+        alone.append(flops / sum(count * _linear_seconds(*shape) for shape, count in products.items()) / 1e9)
+    where, unit = device_name("cpu"), "GFLOP/s"
+    return [
+        make_row(
+            f"{name} step", "rate", unit, [total / step / 1e9], where, gate, ("F.linear", alone), more_is_better=True
+        ),
+        make_row(f"{name} linear layers", "rate", unit, linear, where, gate, ("F.linear", alone), more_is_better=True),
+        make_row(f"{name} attention", "rate", unit, attention, where, gate, ("F.linear", alone), more_is_better=True),
+        make_row(f"F.linear at the shapes of {name}", "rate", unit, alone, where, gate),
+    ]
+
+
+def _linear_seconds(rows: int, inner: int, columns: int, biased: bool) -> float:
+    """`F.linear` from `inner` to `columns` features: the median of a few."""
+    tokens, weight = torch.randn(rows, inner), torch.randn(columns, inner)
+    bias = torch.randn(columns) if biased else None
+    taken = []
+    with torch.no_grad():
+        for _ in range(4):
+            start = time.perf_counter()
+            F.linear(tokens, weight, bias)
+            taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def memory_rows(pairs: Sequence[tuple[str, str]], model: str, batch_size: int, rounds: int) -> list[Row]:
+    """Peak memory of a step of each case, and its partner's."""
+    names = [name for pair in pairs for name in pair]
+    # Two processes at a time, with half the cores each: how long it takes is no matter.
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda name: json.loads(measured(name, model, batch_size)), names * rounds))
+    found = {name: runs[place :: len(names)] for place, name in enumerate(names)}
+    rows = []
+    for ours, plain in pairs:
+        peaks = {name: [run["peak"] / 2**20 for run in found[name]] for name in (ours, plain)}
+        truth = found[plain][0]["loss"]
+        gate = all(abs(run["loss"] - truth) <= 1e-4 * abs(truth) for run in found[ours])
+        where = device_name("cpu")
+        rows.append(make_row(ours, "peak_memory", "MiB", peaks[ours], where, gate, (plain, peaks[plain])))
+        rows.append(make_row(plain, "peak_memory", "MiB", peaks[plain], where, gate))
+    return rows
+
+
+def measured(name: str, model: str, batch_size: int) -> str:
+    """One case's `measure` in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.bench_step", "--measure", name, "--model", model]
+    threads = str(max(1, torch.get_num_threads() // 2))
+    return subprocess.run(
+        [*command, "--batch-size", str(batch_size)], check=True, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+    ).stdout.splitlines()[-1]  # fmt: skip
+
+
+def measure(case: Ours | Plain, batch: Batch, few: Batch, before: int) -> dict[str, float]:
+    """The peak of a step's anonymous memory beyond `before` bytes, and the loss of a few images.
+
+    The optimiser's state is there, as in every step of a run but the first.
+    """
+    small = case.given(few)
+    loss = case.losses(small)[0]
+    case.step(small, lambda part: None)
+    given = case.given(batch)
+    del batch, few, small
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    case.step(given, lambda part: None)
+    return {"peak": resident("VmHWM") - resident("RssFile") - before, "loss": loss}
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process's memory by the kernel's account."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+def picture(rows: Sequence[Row], title: str, file: Path) -> None:
+    """How many times better each case is, and where the time of its step goes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5))
+    compared = [row for row in rows if row.metric in ("images_per_second", "peak_memory") and row.ratio is not None]
+    names = [f"{row.case} / {row.baseline}\n{row.metric}" for row in compared]
+    bars = left.barh(names, [row.ratio or 0 for row in compared])
+    left.bar_label(bars, fmt="%.2f ×", padding=3)
+    left.axvline(1, color="gray", linewidth=1)
+    left.margins(x=0.2)
+    left.invert_yaxis()
+    left.set(xlabel="times better", title=title)
+    cases = [row.case for row in rows if row.metric == "step"]
+    step = {row.case: row.value for row in rows if row.metric == "step"}
+    start = dict.fromkeys(cases, 0.0)
+    for part in PARTS:
+        share = {row.case: row.value for row in rows if row.metric == f"share_{part}"}
+        taken = [step[case] * share[case] / 100 for case in cases]
+        right.barh(cases, taken, left=[start[case] for case in cases], label=part)
+        start = {case: start[case] + more for case, more in zip(cases, taken, strict=True)}
+    right.invert_yaxis()
+    right.set(xlabel="seconds a step")
+    right.legend(fontsize="small")
+    save(figure, file)
+
+
+def main() -> int:
+    parser = arguments("bench_step", (__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--model", default="vit_small", help="as of fastpmae-train")
+    parser.add_argument("--batch-size", type=int, default=0, help="images a step: 32, or 4 with --quick")
+    parser.add_argument("--measure", metavar="CASE", help="(used by the benchmark itself) one case's memory")
+    given = parser.parse_args()
+    batch_size = given.batch_size or (4 if given.quick else 32)
+    if given.measure:
+        before = resident("RssAnon")
+        case = make_case(given.measure, given.model, batch_size)
+        batch, few = (made_batch(case.config, size) for size in (batch_size, 2))
+        print(json.dumps(measure(case, batch, few, before)))
+        return 0
+    rows = memory_rows(PAIRS, given.model, batch_size, 1 if given.quick else 3)
+    rows += time_rows(given.model, batch_size, 2 if given.quick else 6)
+    return finish(rows, f"A step of {given.model}, {batch_size} images", given.json, given.plot, picture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""What the trainer asks of its loader: the views that are looked at, colours where they are wanted."""
+
+import json
+
+import pytest
+import torch
+
+from fastpmae import PRESETS, Config
+from fastpmae.architecture import views_needed
+from fastpmae.run import resolve
+from fastpmae.train import pretrain
+from fastpmae_loaders import Beton
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "count"),
+    [
+        ("paper", {}, 2),
+        ("ablation", {}, 2),
+        ("single-step", {}, 2),
+        ("single-epoch", {}, 2),
+        ("demo", {}, 2),
+        ("mae", {}, 1),
+        ("sdae", {}, 1),
+        ("sdae", {"reconstruction_view": "complex"}, 2),
+        ("paper", {"labelling_view": "simple"}, 1),
+        ("paper", {"labelling_view": "simple", "reconstruction_view": "complex"}, 2),
+    ],
+)
+def test_only_views_that_are_looked_at_are_made(preset: str, changes: dict[str, str], count: int) -> None:
+    assert len(views_needed(PRESETS[preset].using(**changes))) == count
+
+
+def losses(config: Config) -> list[float]:
+    rows = (pretrain(config) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["loss"] for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["mae", "sdae"])
+def test_a_run_with_one_view(tiny: Config, preset: str) -> None:
+    teachers, loss = PRESETS[preset].teachers, PRESETS[preset].loss
+    config = tiny.using(teachers=teachers.teachers, target=loss.target, lambda_c=0.0, lambda_p=0.0, steps=3)
+    assert len(views_needed(config)) == 1
+    assert len(losses(config)) == 3
+
+
+@pytest.mark.slow
+def test_colours_on_the_device_train_alike(tiny: Config, tmp_path) -> None:
+    """Within 2 of 255 the same views, so the first steps' losses are nearly the same."""
+    here = losses(tiny.using(steps=3, out=tmp_path / "here"))
+    there = losses(tiny.using(steps=3, out=tmp_path / "there", augment_on="device"))
+    assert here == pytest.approx(there, rel=5e-3)
+
+
+def test_auto_is_decided_by_the_device(tiny: Config, small_beton) -> None:
+    for device, place in (("cpu", "cpu"), ("cuda", "device")):
+        settled = resolve(tiny.using(precision="fp32"), torch.device(device), Beton(small_beton))
+        assert settled.efficiency.augment_on == place

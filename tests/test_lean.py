@@ -1,0 +1,76 @@
+"""Layers that compute their input anew have the same results and gradients as torch's, and keep less."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastpmae.lean import gelu_linear, norm_linear
+from fastpmae.model import Block
+
+FORMS: dict[str, Callable[[Tensor, nn.LayerNorm, nn.Linear], tuple[Tensor, Tensor]]] = {
+    "norm": lambda tokens, norm, linear: (norm_linear(tokens, norm, linear), linear(norm(tokens))),
+    "gelu": lambda tokens, norm, linear: (
+        gelu_linear(tokens, linear) + 0 * norm(tokens).sum(),
+        linear(nn.functional.gelu(tokens)) + 0 * norm(tokens).sum(),
+    ),
+}
+
+
+def layers(dtype: torch.dtype) -> tuple[Tensor, nn.LayerNorm, nn.Linear]:
+    torch.manual_seed(0)
+    norm, linear = nn.LayerNorm(12, eps=1e-6).to(dtype), nn.Linear(12, 7).to(dtype)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return torch.randn(3, 5, 12, dtype=dtype).requires_grad_(), norm, linear
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-12), (True, 2e-2)])
+def test_results_and_gradients_are_torchs(form: str, autocast: bool, tolerance: float):
+    tokens, norm, linear = layers(torch.float32 if autocast else torch.float64)
+    leaves = [tokens, *norm.parameters(), *linear.parameters()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, plain = FORMS[form](tokens, norm, linear)
+    assert ours.dtype == plain.dtype
+    assert torch.equal(ours, plain)
+    towards = torch.randn(ours.shape, dtype=ours.dtype)
+    expected = torch.autograd.grad(plain, leaves, towards)
+    for gradient, truth in zip(torch.autograd.grad(ours, leaves, towards), expected, strict=True):
+        assert gradient.dtype == truth.dtype
+        torch.testing.assert_close(gradient, truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_finite_differences(form: str):
+    tokens, norm, linear = layers(torch.float64)
+    assert torch.autograd.gradcheck(lambda t, *_: FORMS[form](t, norm, linear)[0], (tokens, *linear.parameters()))
+
+
+def test_a_block_keeps_ten_widths_a_token():
+    """The two inputs, query, key, value and what attention gives, and the MLP's four; sixteen with torch's layers."""
+    block, tokens = Block(64, 1, 4.0), torch.randn(2, 50, 64, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(tokens)
+    widths = sum(size for place, size in kept.items() if place not in parameters) / tokens.nbytes
+    assert 10 <= widths < 10.5
+
+
+def test_the_last_tokens_of_a_block_are_those_of_all():
+    block, tokens = Block(16, 2, 4.0).double(), torch.randn(3, 9, 16, dtype=torch.float64)
+    torch.testing.assert_close(block(tokens, last=4), block(tokens)[:, 5:], rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_it_is_one_graph():
+    block, tokens = Block(16, 2, 4.0), torch.randn(3, 9, 16, requires_grad=True)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, last=4), block(tokens, last=4))

@@ -1,0 +1,126 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastpmae import PRESETS
+from fastpmae.command import parse
+from fastpmae.costs import step_costs
+from fastpmae.errors import UserError
+from fastpmae.gpus import GPUS
+from fastpmae.loader_rate import measure, write_made_images
+from fastpmae.plan import Plan, fitting_accumulate, make_plan
+from fastpmae_loaders import Beton
+from tests.made import REPOSITORY
+from tests.tiny import tiny_config
+
+
+def planned(*words: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
+    return subprocess.run(
+        [sys.executable, "-m", "fastpmae.plan", *words],
+        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "110"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+TINY = ["--preset", "demo", "--depth", "2", "--decoder-depth", "1", "--loader-rate", "250"]
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path: Path):
+    file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    done = planned(
+        *TINY, "--gpu", "L40S", "--gpus", "4", "--images", "50000", "--json", str(file), "--plot", str(picture)
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for words in ("decoder", "optimiser", "hours", "cores", "ASSUMED", "1,600 epochs", "single-epoch", "1,024"):
+        assert words in done.stdout
+    assert picture.stat().st_size > 10_000
+    found = json.loads(file.read_text())
+    assert found["gpu"]["words"] == GPUS["l40s"].words
+    assert found["steps"] == 50000 // 64 * 5
+    assert found["hours"] == pytest.approx(found["steps"] * found["step"]["seconds"] / 3600)
+    assert found["needed_rate"] == pytest.approx(64 / found["step"]["seconds"])
+    assert found["needed_cores"] == pytest.approx(found["needed_rate"] / 4 / 250)
+    # 16 images on each GPU
+    assert found["costs"]["images"] == 16
+    assert found["step"]["compute"] == pytest.approx(found["costs"]["flops"] / (362.05e12 * 0.35))
+    assert [row["name"] for row in found["methods"]] == ["mae", "sdae", "single-step", "single-epoch", "dual"]
+    assert found["methods"][-1]["costs"] == found["costs"]
+    assert [row["gpus"] for row in found["weak"]] == [2**power for power in range(11)]
+    assert found["config"]["model"]["depth"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu", "h1000"], "choose one of a100-40"),
+        (["--gpus", "5"], "does not share out evenly"),
+        (["--gpus", "0"], "at least 1"),
+        (["--images", "10"], "less than one batch"),
+        (["--efficiency-of-peak", "1.5"], "not in (0, 1]"),
+        (["--loader-rate", "0"], "above 0"),
+        (["--beton", "none.beton"], "none.beton"),
+        (["--plot", "plan.gif"], "must end in"),
+        (["--prototypes", "0"], "--prototypes"),
+    ],
+)
+def test_what_makes_no_plan(words: list[str], said: str):
+    with pytest.raises(UserError, match=re.escape(said)):
+        make_plan(parse(Plan, "fastpmae-plan", "", [*TINY, *words]))
+
+
+def test_bad_input_is_one_sentence():
+    done = planned("--gpu", "h1000")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("fastpmae-plan: error: --gpu h1000")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_largest_batch_fits_and_no_larger_one():
+    config = tiny_config(batch_size=64, depth=1)
+    report = make_plan(Plan(config, gpu="a10", loader_rate=100.0))
+    usable = GPUS["a10"].usable
+    assert step_costs(config, report.largest_batch).peak <= 1.005 * usable
+    assert step_costs(config, int(1.01 * report.largest_batch)).peak > usable
+    assert report.fitting_accumulate == 1
+
+
+def test_parts_that_fit():
+    assert fitting_accumulate(768, 1000) == 1
+    assert fitting_accumulate(768, 300) == 3
+    assert fitting_accumulate(7, 3) == 7
+    assert fitting_accumulate(768, 0) is None
+
+
+def test_a_faster_loader_needs_fewer_cores_and_more_parts_take_as_long():
+    config = tiny_config(batch_size=64)
+    slow, fast = (make_plan(Plan(config, loader_rate=rate)) for rate in (100.0, 400.0))
+    assert slow.needed_cores == pytest.approx(4 * fast.needed_cores)
+    for one, other in zip(slow.models, fast.models, strict=True):
+        assert one.cores["h100"] == pytest.approx(4 * other.cores["h100"])
+    parts = make_plan(Plan(config.using(accumulate=4), loader_rate=100.0))
+    assert parts.costs.flops == slow.costs.flops
+    assert parts.costs.peak < slow.costs.peak
+
+
+@pytest.mark.slow
+def test_the_rate_of_real_and_of_made_images(small_beton: Path, tmp_path: Path):
+    config = PRESETS["demo"].using(workers=1, loader="torch")
+    of_file = measure(config.using(beton=small_beton), seconds=0.2)
+    assert of_file.source == str(small_beton)
+    assert of_file.images_per_second > 1
+    assert measure(config, seconds=0.2).images_per_second > 1
+    write_made_images(tmp_path / "made.beton", 8)
+    made = Beton(tmp_path / "made.beton")
+    assert len(made) == 8
+    assert {tuple(made.decode(number).shape) for number in range(8)} == {(375, 500, 3)}

@@ -1,0 +1,79 @@
+"""The step that never holds the patch logits, against the step that holds them."""
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpmae.health import health
+from fastpmae.model import Factors
+from fastpmae.step import Losses, Targets, learn, teach
+from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
+
+
+def stepped(chunk: int, settings: dict[str, Any], bf16: bool = False, run: Any = None) -> tuple[Any, ...]:
+    """Losses, gradients and targets of one step in fp32 with `chunk` rows of patch logits at a time."""
+    settings = dict(settings)
+    config = tiny_config(settings.pop("preset", "paper"), folds=3, prototypes_chunk=chunk, **settings)
+    student, teachers = tiny_networks(config)
+    batch = made_batch(1, 2, (5, 4, 4))
+    for network in (student, *teachers.modules().values()):
+        network.float()
+    keep = keep_of(config, len(batch)).float() if config.model.drop_path else None
+
+    def both() -> tuple[Losses, Targets]:
+        targets = teach(teachers, batch, config)
+        return learn(student, batch, keep, targets, config), targets
+
+    with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+        losses, targets = (run or (lambda function: function))(both)()
+    losses.total.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return [loss.detach() for loss in losses], gradients, targets
+
+
+def assert_same(found: tuple[Any, ...], expected: tuple[Any, ...], tolerance: float) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(
+            found[1][name], gradient, rtol=0, atol=10 * tolerance * largest + 1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 26, 1000])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"preset": "single-step"}, {"match_scope": "fold", "student_temperature": 0.07, "sinkhorn_iterations": 1}],
+    ids=["dual", "single", "otherwise"],
+)
+def test_chunks_change_neither_losses_nor_gradients(chunk: int, settings: dict[str, Any]):
+    found, whole = stepped(chunk, settings), stepped(0, settings)
+    assert_same(found, whole, 1e-5)
+    assert isinstance(found[2].patch_labels.logits, Factors)
+    assert isinstance(whole[2].patch_labels.logits, Tensor)
+    rows = torch.cat(list(found[2].patch_labels.logits.split(7)))
+    torch.testing.assert_close(rows, whole[2].patch_labels.logits)
+    figures, expected = health(found[2]), health(whole[2])
+    assert figures == pytest.approx(expected, rel=1e-4)
+
+
+def test_chunks_keep_the_precision_of_the_rest():
+    """Under autocast products are in its precision, with chunks or without, and sums over prototypes in fp32."""
+    found, whole = stepped(5, {}, bf16=True), stepped(0, {}, bf16=True)
+    assert found[2].patch_labels.logits.features.dtype == whole[2].patch_labels.logits.dtype != torch.float32
+    assert_same(found, whole, 2e-3)
+
+
+def test_a_method_without_labels_takes_no_notice():
+    assert_same(stepped(5, {"preset": "mae"}), stepped(0, {"preset": "mae"}), 0)
+
+
+@pytest.mark.slow
+def test_chunks_can_be_traced():
+    """As torch.compile takes the step, without the minutes that its code generator needs."""
+    traced = stepped(5, {}, run=lambda step: torch.compile(step, backend="aot_eager"))
+    assert_same(traced, stepped(5, {}), 1e-5)
