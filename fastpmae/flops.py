@@ -16,6 +16,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
             aten._scaled_dot_product_flash_attention_for_cpu_backward,
             aten._scaled_dot_product_flash_attention_backward,
         ),
+        (aten._scaled_mm_v2, aten._scaled_mm),
     ):
         flop_registry.setdefault(here, flop_registry[known])
     return flop_registry

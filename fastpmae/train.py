@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastpmae.architecture import check, make_networks
+from fastpmae.attention import use as use_attention
 from fastpmae.checkpoint import (
     checkpoint_path,
     checkpoints_in,
@@ -25,8 +26,8 @@ from fastpmae.errors import Interrupted, RunError, exit_with_sentence
 from fastpmae.health import health
 from fastpmae.log import Log, Meter
 from fastpmae.optimiser import learning_rate, make_optimiser, update
+from fastpmae.passes import make_passes
 from fastpmae.run import claim, describe_run, open_run, recorded, resolve, write_machine
-from fastpmae.step import learn, teach
 from fastpmae.stop import Stop
 from fastpmae.world import World, join_world
 
@@ -68,11 +69,8 @@ def pretrain(config: Config) -> Path:
             step, feed.bad_images = checkpoint.progress["step"], checkpoint.progress["bad_images"]
 
         parallel = share_gradients(student, world)
-        on_gpu = world.device.type == "cuda"
-        if config.efficiency.compile == "on" or (config.efficiency.compile == "auto" and on_gpu):
-            taught, learnt = torch.compile(teach), torch.compile(learn)
-        else:
-            taught, learnt = teach, learn
+        stack.enter_context(use_attention(config.efficiency.attention, world.device))
+        taught, learnt = make_passes(config, world)
         autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.efficiency.precision == "bf16")
 
         world.from_first(lambda: stack.enter_context(claim(run, config)))
