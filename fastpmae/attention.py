@@ -13,7 +13,7 @@ from torch import Tensor
 from fastpmae.errors import UserError
 
 Runs = tuple[tuple[int, int], ...]
-"""What is packed into one row of tokens: (sequences, tokens of each), for one run of equally long ones after another."""
+"""What is packed into one row of tokens: runs of equally long sequences, as (sequences, tokens of each)."""
 Packed = Callable[[Tensor, Tensor, Tensor, Runs | None], Tensor]
 
 _xformers: Packed | None = None

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastpmae.errors import UserError
 
-
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 """The modes of torch.compile that replay a step's kernels as one."""
 

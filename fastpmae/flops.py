@@ -16,7 +16,8 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
             aten._scaled_dot_product_flash_attention_for_cpu_backward,
             aten._scaled_dot_product_flash_attention_backward,
         ),
-        (aten._scaled_mm_v2, aten._scaled_mm),
     ):
         flop_registry.setdefault(here, flop_registry[known])
+    if hasattr(aten, "_scaled_mm_v2"):  # later than the oldest torch that will do
+        flop_registry.setdefault(aten._scaled_mm_v2, flop_registry[aten.mm])
     return flop_registry

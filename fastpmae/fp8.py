@@ -1,10 +1,9 @@
-"""The teachers' linear layers in 8-bit floats: each row of both sides of a product is scaled to use their whole range."""
+"""The teachers' linear layers in 8-bit floats: each row of both sides of a product is scaled to their whole range."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType
 
 from fastpmae.errors import UserError
 from fastpmae.model import Encoder
@@ -31,7 +30,7 @@ class Fp8Linear(nn.Linear):
         # GPUs scale by rows in products that end in bf16 alone.
         ends_in = torch.bfloat16 if kind == "cuda" else dtype
         product = F.scaled_mm(
-            left, right.t(), left_scale, ScalingType.RowWise, right_scale.t(), ScalingType.RowWise,
+            left, right.t(), left_scale, F.ScalingType.RowWise, right_scale.t(), F.ScalingType.RowWise,
             bias=self.bias.to(ends_in), output_dtype=ends_in,
         )  # fmt: skip
         return product.to(dtype).unflatten(0, rows.shape[:-1])

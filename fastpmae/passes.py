@@ -1,4 +1,4 @@
-"""The two functions that do a step's work, `teach` and `learn`, as the settings have them run: compiled, or as they are."""
+"""The two functions that do a step's work, `teach` and `learn`: compiled as the settings say, or as they are."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,12 +6,15 @@ from typing import Any
 import torch
 
 from fastpmae.config import CUDA_GRAPHS, Config
-from fastpmae.step import learn, teach
 from fastpmae.world import World
 
+Pass = Callable[..., Any]
 
-def make_passes(config: Config, world: World, backend: str = "inductor") -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`teach` and `learn`, each as one graph where they are compiled.
+
+def make_passes(
+    teach: Pass, learn: Pass, config: Config, world: World, backend: str = "inductor"
+) -> tuple[Pass, Pass]:  # fmt: skip
+    """The step's two functions as the loop calls them, each as one graph where they are compiled.
 
     Across ranks the student is inside a module of torch's that is not to be compiled: dynamo makes one graph of what
     stands before it, of the student and of the losses each.

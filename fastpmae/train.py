@@ -28,6 +28,7 @@ from fastpmae.log import Log, Meter
 from fastpmae.optimiser import learning_rate, make_optimiser, update
 from fastpmae.passes import make_passes
 from fastpmae.run import claim, describe_run, open_run, recorded, resolve, write_machine
+from fastpmae.step import learn, teach
 from fastpmae.stop import Stop
 from fastpmae.world import World, join_world
 
@@ -70,7 +71,7 @@ def pretrain(config: Config) -> Path:
 
         parallel = share_gradients(student, world)
         stack.enter_context(use_attention(config.efficiency.attention, world.device))
-        taught, learnt = make_passes(config, world)
+        taught, learnt = make_passes(teach, learn, config, world)
         autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.efficiency.precision == "bf16")
 
         world.from_first(lambda: stack.enter_context(claim(run, config)))
