@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpmae import Config
 from fastpmae.step import Losses, learn, teach
@@ -167,6 +168,40 @@ def test_no_gradient_reaches_a_teacher(name: str) -> None:
     for role, teacher in teachers.modules().items():
         assert all(parameter.grad is None for parameter in teacher.parameters())
         assert all(torch.equal(tensor, before[role][name]) for name, tensor in teacher.state_dict().items())
+
+
+class Products(TorchDispatchMode):
+    """The types of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._opname in ("mm", "addmm", "bmm"):
+            self.types.add(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("name", ["dual, folds of 5, 4 and 4", "single, both views", "SdAE", "MAE"])
+def test_teachers_compute_in_the_runs_precision_and_keep_nothing(name: str) -> None:
+    """All of a teacher's products are in bf16, the head's, whose logits are labels, in fp16."""
+    config, student, teachers, batch = set_up(CASES[name])
+    for network in (student, *teachers.modules().values()):
+        network.float()
+
+    def kept(tensor: Tensor) -> Tensor:
+        raise AssertionError(f"{tuple(tensor.shape)} is kept for a backward pass")
+
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(kept, kept),
+        Products() as products,
+    ):
+        teach(teachers, batch, config)
+    encoder = {torch.bfloat16} if teachers.reconstruction else set()
+    assert products.types == encoder | ({torch.float16} if teachers.labelling else set())
 
 
 def test_a_weight_of_0_leaves_no_gradient_of_that_loss() -> None:

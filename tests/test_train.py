@@ -521,6 +521,11 @@ def test_resume_alone_needs_nothing_but_the_folder(tiny: Config):
         (["--preset", "demo", "--image-size", "60"], "image_size 60 must be a multiple of patch_size 8"),
         (["--preset", "demo", "--teachers", "none"], "--teachers none gives no pseudo labels"),
         (["--resume", "/nowhere.safetensors"], "there is no checkpoint /nowhere.safetensors"),
+        (
+            ["--preset", "demo", "--compile", "off", "--compile-mode", "max-autotune"],
+            "--compile-mode max-autotune says",
+        ),
+        (["--preset", "demo", "--checkpoint-blocks", "-2"], "--checkpoint-blocks -2: every so many blocks"),
         (["--batch-size", "sixty"], "--batch-size"),
         (["--epoch", "3"], "--epochs"),
     ],
@@ -536,6 +541,34 @@ def test_bad_flags_get_a_sentence_and_status_2(flags: list[str], sentence: str, 
     assert status == 2
     assert sentence in said.err + said.out
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"attention": "xformers"}, "--attention xformers: it computes on GPUs alone"),
+        (
+            {"teacher_precision": "fp8", "width": 24},
+            "--teacher-precision fp8: layers of 24 x 72 are no multiples of 16",
+        ),
+    ],
+    ids=lambda value: "",
+)
+def test_what_this_machine_cannot_compute_leaves_no_folder(tiny: Config, settings: dict[str, Any], sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        pretrain(tiny.using(**settings))
+    assert tiny.run.out is not None
+    assert not tiny.run.out.exists()
+
+
+def test_a_run_in_8_bits_is_another_run(tiny: Config):
+    """Teachers in 8 bits and blocks computed anew train; on resuming only the former is a changed setting."""
+    tiny = tiny.using(checkpoint_blocks=1, teacher_precision="fp8", width=64, decoder_width=48)
+    pretrain(tiny.using(steps=2))
+    with pytest.raises(UserError, match="--teacher-precision was fp8 and is now auto"):
+        pretrain(tiny.using(steps=3, resume="auto", teacher_precision="auto"))
+    rows = rows_of(pretrain(tiny.using(steps=3, resume="auto", checkpoint_blocks=0)))
+    assert [row["step"] for row in rows] == [1, 2, 3]
 
 
 def test_a_file_with_less_than_a_batch_is_refused(tiny: Config):
