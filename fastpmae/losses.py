@@ -81,12 +81,12 @@ def pseudo_labels_of_parts(
     plain = [blocks for blocks in matrices if not isinstance(blocks[0], Factors)]
     biases = sinkhorn_biases(plain, epsilon, iterations, group)  # pyright: ignore[reportArgumentType]
     for place, blocks in enumerate(matrices):
-        if isinstance(blocks[0], Factors):
-            features = torch.cat([block.features for block in blocks]) if len(blocks) > 1 else blocks[0].features
+        factors = [block for block in blocks if isinstance(block, Factors)]
+        if factors:
+            features = torch.cat([each.features for each in factors]) if len(factors) > 1 else factors[0].features
             with torch.autocast(features.device.type, enabled=False):
-                bias = sinkhorn_bias_from_features(
-                    features, blocks[0].prototypes, epsilon, iterations, group, blocks[0].chunk
-                )
+                _, prototypes, chunk = factors[0]
+                bias = sinkhorn_bias_from_features(features, prototypes, epsilon, iterations, group, chunk)
             biases.insert(place, bias)
     return [[PseudoLabels(*labels, epsilon) for labels in zip(part, biases, strict=True)] for part in parts]
 
