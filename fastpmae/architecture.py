@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpmae.config import Config, Model
+from fastpmae.config import CUDA_GRAPHS, Config, Model
 from fastpmae.errors import UserError
+from fastpmae.fp8 import check_fp8, use_fp8
 from fastpmae.model import Decoder, Encoder, Head, Student, initialise
 from fastpmae.teachers import Teachers, make_teachers
 from fastpmae.weights import start_encoder
@@ -97,7 +98,7 @@ def _timm_shape(name: str) -> Shape:
 
 def check(config: Config) -> None:
     """Whether the settings make a run. Raises UserError with the flag that does not fit."""
-    loss, teachers, optimiser = config.loss, config.teachers, config.optimiser
+    loss, teachers, optimiser, efficiency = config.loss, config.teachers, config.optimiser, config.efficiency
     _check_numbers(config)
     shape = shape_of(config.model)
     view_settings(config)
@@ -137,6 +138,13 @@ def check(config: Config) -> None:
         (config.efficiency.rank_timeout > 0, f"--rank-timeout {config.efficiency.rank_timeout}: minutes above 0"),
         (config.efficiency.prototypes_chunk >= 0,
          f"--prototypes-chunk {config.efficiency.prototypes_chunk}: rows, or 0 for all"),
+        (efficiency.compile != "off" or efficiency.compile_mode == "default",
+         f"--compile-mode {efficiency.compile_mode} says nothing beside --compile off: leave one out"),
+        (optimiser.accumulate == 1 or efficiency.compile_mode not in CUDA_GRAPHS,
+         f"--compile-mode {efficiency.compile_mode} keeps gradients where the next part's CUDA graph writes its own: "
+         "with --accumulate choose default or max-autotune-no-cudagraphs"),
+        (efficiency.checkpoint_blocks >= 0,
+         f"--checkpoint-blocks {efficiency.checkpoint_blocks}: every so many blocks, or 0 for none"),
         (config.run.save_every >= 0, f"--save-every {config.run.save_every} is negative"),
         (0 <= config.run.seed < 2**63, f"--seed {config.run.seed} is not between 0 and 2**63 - 1"),
         *((0 <= start <= 1 and 0 <= end <= 1, f"--{name} {start} {end} is not within 0 and 1")
@@ -193,7 +201,15 @@ def warmup_epochs(config: Config) -> float:
 def make_encoder(config: Config) -> Encoder:
     """The encoder of these settings, with weights as torch leaves them."""
     shape = shape_of(config.model)
-    return Encoder(config.views.image_size, shape.patch_size, shape.width, shape.depth, shape.heads, shape.mlp_ratio)
+    return Encoder(
+        config.views.image_size,
+        shape.patch_size,
+        shape.width,
+        shape.depth,
+        shape.heads,
+        shape.mlp_ratio,
+        config.efficiency.checkpoint_blocks,
+    )
 
 
 def build_student(config: Config) -> Student:
@@ -209,6 +225,7 @@ def build_student(config: Config) -> Student:
         model.decoder_depth,
         model.decoder_heads,
         model.decoder_class_token,
+        config.efficiency.checkpoint_blocks,
     )
     head = None
     if config.teachers.teachers in ("dual", "single"):
@@ -237,4 +254,9 @@ def make_networks(
     if init is not None:
         start_encoder(student.encoder, init)
     student.to(device)
-    return student, make_teachers(student, config.teachers, total_steps, config.optimiser.epochs, generator)
+    teachers = make_teachers(student, config.teachers, total_steps, config.optimiser.epochs, generator)
+    if config.efficiency.teacher_precision == "fp8":
+        check_fp8(student.encoder, device)
+        for teacher in teachers.modules().values():
+            use_fp8(teacher.encoder)
+    return student, teachers

@@ -12,6 +12,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastpmae.errors import UserError
 
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""The modes of torch.compile that replay a step's kernels as one."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -200,6 +203,16 @@ class Efficiency:
     2/255 of the same result; auto does the latter on a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the student, the teachers and the losses; auto compiles on a GPU."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """How: with CUDA graphs (not with `--accumulate`), or trying out kernels for minutes at the start, or both."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """torch's own attention, which auto takes, or xformers' (a GPU, and `pip install 'fastpmae[xformers]'`)."""
+    teacher_precision: Literal["auto", "fp8"] = "auto"
+    """fp8 multiplies the linear layers of the teachers' blocks in 8 bits (a GPU with compute capability 8.9 or above);
+    auto leaves them in the precision of the rest."""
+    checkpoint_blocks: int = 0
+    """Of every so many blocks of the student, one keeps only its input for the backward pass and is computed anew
+    there: less memory, more time, the same numbers. 1 is every block, 0 none."""
     shard: bool = False
     """Cut weights, gradients, optimiser and teachers in shards, one a rank (FSDP2): for models that fill a GPU."""
     rank_timeout: float = 10.0
@@ -293,7 +306,8 @@ PRESETS: dict[str, Config] = {
         lr=1.5e-4,
         warmup_epochs=40.0,
     ),
-    # Table 6: one teacher for both targets
+    # Table 6: two teachers, or one for both targets
+    "dual": _named("dual", _ABLATION),
     "single-step": _named("single-step", _ABLATION, teachers="single"),
     "single-epoch": _named(
         "single-epoch",

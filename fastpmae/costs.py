@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastpmae.architecture import build_student, shape_of, view_settings, views_needed
 from fastpmae.config import Config
+from fastpmae.fp8 import use_fp8
 from fastpmae.hollow import Counting, Hollow, leaves
 from fastpmae.model import Student
 from fastpmae.optimiser import make_optimiser, update
@@ -143,6 +144,9 @@ def _networks(config: Config, counting: Counting) -> tuple[Student, Teachers, to
     counting.kind = "teachers"
     settings = config.using(teacher_init="copy").teachers
     teachers = make_teachers(student, settings, 1, 1, torch.Generator())
+    if config.efficiency.teacher_precision == "fp8":
+        for teacher in teachers.modules().values():
+            use_fp8(teacher.encoder)
     counting.kind = "optimiser"
     optimiser = make_optimiser(student, config)
     for parameter in student.parameters():

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastpmae.attention import attention
+from fastpmae.attention import Runs, attention
 from fastpmae.lean import gelu_linear, norm_linear
 from fastpmae.patches import sincos_positions
 from fastpmae_kernels import patch_tokens
@@ -27,16 +28,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"], norm: nn.LayerNorm, last: int | None = None
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        norm: nn.LayerNorm,
+        last: int | None = None,
+        runs: Runs | None = None,
     ) -> Float[Tensor, "batch last dim"]:
         """What each of the `last` tokens (by default all) takes from all of them, after `norm`."""
         batch, count, dim = tokens.shape
         qkv = norm_linear(tokens, norm, self.qkv).view(batch, count, 3, self.heads, dim // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = qkv.unbind(2)
         if last is not None:
-            query = query[:, :, count - last :]
-        mixed = attention(query, key, value).transpose(1, 2)
-        return self.proj(mixed.reshape(batch, mixed.shape[1], dim))
+            query = query[:, count - last :]
+        return self.proj(attention(query, key, value, runs).reshape(batch, query.shape[1], dim))
 
 
 class Mlp(nn.Module):
@@ -66,9 +70,10 @@ class Block(nn.Module):
         tokens: Float[Tensor, "batch tokens dim"],
         keep: Float[Tensor, "batch 2"] | None = None,
         last: int | None = None,
+        runs: Runs | None = None,
     ) -> Float[Tensor, "batch last dim"]:
-        """The tokens, or the `last` of them where nothing reads the others, after the block."""
-        mixed = self.attn(tokens, self.norm1, last)
+        """The tokens, or the `last` of them where nothing reads the others, after the block; `runs` of a packed row."""
+        mixed = self.attn(tokens, self.norm1, last, runs)
         if last is not None:
             tokens = tokens[:, tokens.shape[1] - last :]
         if keep is None:
@@ -77,6 +82,41 @@ class Block(nn.Module):
         keep = keep.to(tokens.dtype)
         tokens = tokens + keep[:, 0, None, None] * mixed
         return tokens + keep[:, 1, None, None] * self.mlp(tokens, self.norm2)
+
+
+class Blocks(nn.ModuleList):
+    """Transformer blocks one after the other.
+
+    Args:
+        recompute_every: of every so many blocks one keeps nothing but its input for the backward pass, and is computed
+            anew there; 0: none does.
+    """
+
+    def __init__(self, depth: int, dim: int, heads: int, mlp_ratio: float, recompute_every: int):
+        super().__init__(Block(dim, heads, mlp_ratio) for _ in range(depth))
+        self.recompute_every = recompute_every
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        keep: Float[Tensor, "batch depth 2"] | None = None,
+        last: int | None = None,
+        runs: Runs | None = None,
+    ) -> Float[Tensor, "batch last dim"]:
+        """The tokens after all blocks; `last` is the last block's."""
+        for depth, block in enumerate(self):
+            given = (
+                tokens,
+                None if keep is None else keep[:, depth],
+                last if depth == len(self) - 1 else None,
+                runs,
+            )
+            if self.recompute_every and depth % self.recompute_every == 0 and torch.is_grad_enabled():
+                # Nothing in a block is random: stochastic depth is drawn before.
+                tokens = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(*given)
+        return tokens
 
 
 class PatchEmbed(nn.Module):
@@ -103,9 +143,13 @@ class Encoder(nn.Module):
     Args:
         image_size, patch_size: in pixels; the patch size divides the image size.
         dim, depth, heads, mlp_ratio: the ViT's.
+        recompute_every: see `Blocks`.
     """
 
-    def __init__(self, image_size: int, patch_size: int, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0):
+    def __init__(
+        self, image_size: int, patch_size: int, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0,
+        recompute_every: int = 0,
+    ):  # fmt: skip
         super().__init__()
         side = image_size // patch_size
         self.dim, self.depth = dim, depth
@@ -114,7 +158,7 @@ class Encoder(nn.Module):
         positions = torch.cat([torch.zeros(1, dim), sincos_positions(side, side, dim)])
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", positions.unsqueeze(0))
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = Blocks(depth, dim, heads, mlp_ratio, recompute_every)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(
@@ -135,11 +179,11 @@ class Encoder(nn.Module):
     def encode(
         self, tokens: Float[Tensor, "batch count dim"], keep: Float[Tensor, "batch depth 2"] | None = None
     ) -> Float[Tensor, "batch 1+count dim"]:
+        return self.norm(self.blocks(self._with_class_token(tokens), keep))
+
+    def _with_class_token(self, tokens: Float[Tensor, "batch count dim"]) -> Float[Tensor, "batch 1+count dim"]:
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        tokens = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
-        for depth, block in enumerate(self.blocks):
-            tokens = block(tokens, None if keep is None else keep[:, depth])
-        return self.norm(tokens)
+        return torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
 
     def encode_folds(
         self,
@@ -154,17 +198,24 @@ class Encoder(nn.Module):
         """
         batch, dim = len(images), self.dim
         embedded = self.embed(images, folds)
-        class_tokens, patch_tokens = [], []
-        start = 0
-        # Folds differ in size by at most one, the larger first, so this is one stacked pass, or two.
+        stacks, start = [], 0
+        # Folds differ in size by at most one, the larger first, so this is one stack of equal folds, or two.
         for size, same in itertools.groupby(fold_sizes):
             count = len(list(same))
-            stacked = embedded[:, start : start + count * size].reshape(batch * count, size, dim)
-            encoded = self.encode(stacked).view(batch, count, 1 + size, dim)
-            class_tokens.append(encoded[:, :, 0])
-            patch_tokens.append(encoded[:, :, 1:].reshape(batch, count * size, dim))
+            part = embedded[:, start : start + count * size]
+            stacks.append(self._with_class_token(part.reshape(batch * count, size, dim)))
             start += count * size
-        return torch.cat(class_tokens, dim=1), torch.cat(patch_tokens, dim=1)
+        if len(stacks) == 1:
+            encoded = [self.norm(self.blocks(stacks[0]))]
+        else:
+            runs = tuple((len(stack), stack.shape[1]) for stack in stacks)
+            packed = torch.cat([stack.flatten(0, 1) for stack in stacks]).unsqueeze(0)
+            tokens = self.norm(self.blocks(packed, runs=runs))[0]
+            parts = tokens.split([count * length for count, length in runs])
+            encoded = [part.view(stack.shape) for part, stack in zip(parts, stacks, strict=True)]
+        by_image = [stack.view(batch, -1, *stack.shape[1:]) for stack in encoded]
+        class_tokens = torch.cat([stack[:, :, 0] for stack in by_image], dim=1)
+        return class_tokens, torch.cat([stack[:, :, 1:].flatten(1, 2) for stack in by_image], dim=1)
 
 
 class Decoder(nn.Module):
@@ -176,7 +227,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self, image_size: int, patch_size: int, encoder_dim: int, output_dim: int, dim: int, depth: int, heads: int,
-        class_token: bool = True,
+        class_token: bool = True, recompute_every: int = 0,
     ):  # fmt: skip
         super().__init__()
         side = image_size // patch_size
@@ -186,7 +237,7 @@ class Decoder(nn.Module):
         positions = torch.cat([torch.zeros(1, dim), sincos_positions(side, side, dim)])
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", positions.unsqueeze(0))
-        self.blocks = nn.ModuleList(Block(dim, heads, 4.0) for _ in range(depth))
+        self.blocks = Blocks(depth, dim, heads, 4.0, recompute_every)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.output = nn.Linear(dim, output_dim)
 
@@ -205,9 +256,7 @@ class Decoder(nn.Module):
         tokens = torch.cat([visible_tokens] + [known[:, :1]] * self.class_token + [mask], dim=1)
         # Nothing reads the predictions of visible patches: in the last block the others only look at them.
         read = masked.shape[1] + self.class_token
-        for depth, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, last=read if depth == len(self.blocks) else None)
-        predicted = norm_linear(tokens, self.norm, self.output)
+        predicted = norm_linear(self.blocks(tokens, last=read), self.norm, self.output)
         return (predicted[:, 0], predicted[:, 1:]) if self.class_token else (None, predicted)
 
 

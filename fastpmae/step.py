@@ -1,5 +1,6 @@
 """The work of one training step as functions of networks and a batch: no state, no host syncs, no logging."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,6 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastpmae.architecture import shape_of
 from fastpmae.config import Config
 from fastpmae.losses import (
     Logits,
@@ -65,7 +65,9 @@ def teach(teachers: Teachers, batch: Batch, config: Config, group: dist.ProcessG
 def see(teachers: Teachers, batch: Batch, config: Config) -> Seen:
     """The teachers' passes of `teach`."""
     if config.loss.target == "pixels":
-        target = pixel_target(pixel_patches(batch.simple, batch.folds, shape_of(config.model).patch_size))
+        # Every patch is visible or masked, so a batch tells their size; a graph cannot ask what a model's name means.
+        side = math.isqrt(batch.visible.shape[1] + batch.folds.shape[1])
+        target = pixel_target(pixel_patches(batch.simple, batch.folds, batch.simple.shape[-1] // side))
         return Seen(Targets(target, None, None, None, None), None)
     assert teachers.reconstruction is not None
     view = getattr(batch, config.views.reconstruction_view)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fastpmae.architecture import check, make_networks
+from fastpmae.attention import use as use_attention
 from fastpmae.checkpoint import (
     checkpoint_path,
     checkpoints_in,
@@ -24,6 +25,7 @@ from fastpmae.health import health
 from fastpmae.log import Log, Meter
 from fastpmae.optimiser import learning_rate, make_optimiser, update
 from fastpmae.parallel import gradients_stay, over_ranks
+from fastpmae.passes import make_passes
 from fastpmae.run import claim, describe_run, open_run, recorded, resolve, write_machine
 from fastpmae.step import balance, learn, see
 from fastpmae.stop import Stop
@@ -70,11 +72,8 @@ def pretrain(config: Config) -> Path:
             meter.load(checkpoint.part("log"))
             step, feed.bad_images = checkpoint.progress["step"], checkpoint.progress["bad_images"]
 
-        on_gpu = world.device.type == "cuda"
-        if config.efficiency.compile == "on" or (config.efficiency.compile == "auto" and on_gpu):
-            seen, learnt = torch.compile(see), torch.compile(learn)
-        else:
-            seen, learnt = see, learn
+        stack.enter_context(use_attention(config.efficiency.attention, world.device))
+        seen, learnt = make_passes(see, learn, config, world)
         # Autocast would keep the 16-bit copies of weights that are whole for a moment only.
         low = config.efficiency.precision == "bf16"
         autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=low, cache_enabled=not shard)

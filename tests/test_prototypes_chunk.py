@@ -70,10 +70,3 @@ def test_chunks_keep_the_precision_of_the_rest():
 
 def test_a_method_without_labels_takes_no_notice():
     assert_same(stepped(5, {"preset": "mae"}), stepped(0, {"preset": "mae"}), 0)
-
-
-@pytest.mark.slow
-def test_chunks_can_be_traced():
-    """As torch.compile takes the step, without the minutes that its code generator needs."""
-    traced = stepped(5, {}, run=lambda step: torch.compile(step, backend="aot_eager"))
-    assert_same(traced, stepped(5, {}), 1e-5)

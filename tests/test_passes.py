@@ -1,0 +1,225 @@
+"""The compiled step: whole graphs, compiled once, and nothing in it that waits for the device."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpmae import Config, pretrain
+from fastpmae import train as loop
+from fastpmae.architecture import build_student, check
+from fastpmae.config import Config as Settings
+from fastpmae.costs import _batch
+from fastpmae.errors import UserError
+from fastpmae.log import Meter
+from fastpmae.optimiser import make_optimiser, update
+from fastpmae.passes import make_passes
+from fastpmae.step import learn, teach
+from fastpmae.teachers import make_teachers
+from fastpmae.world import World
+from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
+
+ALONE = World(0, 1, 1, torch.device("cpu"), None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """dynamo forgets all it knows before and after, and counts anew."""
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        yield
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+        torch._dynamo.reset()
+
+
+def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[list[float], list[Tensor]]:
+    """Losses and last weights of two epochs of two steps, as the loop takes them. From the second step on nothing may
+    be compiled."""
+    student, teachers = tiny_networks(config, 4)
+    for network in (student, *teachers.modules().values()):
+        network.float()
+    optimiser = make_optimiser(student, config)
+    taught, learnt = make_passes(teach, learn, config, ALONE, backend)
+    totals = []
+    for step in range(4):
+        for part in range(config.optimiser.accumulate):
+            batch = made_batch(10 * step + part, 3, fold_sizes)
+            keep = keep_of(config, 3, step).float() if config.model.drop_path else None
+            losses = learnt(student, batch, keep, taught(teachers, batch, config, None), config)
+            (losses.total / config.optimiser.accumulate).backward()
+            totals.append(losses.total.item())
+        update(optimiser, losses.total.detach(), 1e-3 * step, 0.0, ALONE)
+        teachers.follow(student, "step", step)
+        if step % 2:
+            teachers.follow(student, "epoch", step // 2)
+        torch._dynamo.config.error_on_recompile = True
+    return totals, [parameter.detach() for parameter in student.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("preset", "fold_sizes", "settings"),
+    [
+        pytest.param(
+            "paper",
+            (5, 4, 4),
+            {"prototypes_chunk": 7, "checkpoint_blocks": 1, "accumulate": 2, "depth": 1},
+            marks=pytest.mark.slow,
+        ),
+        ("single-epoch", (4, 4, 4), {"depth": 1}),
+        ("sdae", (4, 4, 4), {}),
+        ("mae", (4, 4, 4), {}),
+    ],
+    ids=["dual", "single", "sdae", "mae"],
+)
+def test_each_pass_is_one_graph_and_is_compiled_once(
+    preset: str, fold_sizes: tuple[int, ...], settings: dict[str, Any]
+):
+    config = tiny_config(preset, folds=len(fold_sizes), **settings)
+    with watched():
+        found = trained(config.using(compile="on"), fold_sizes, "aot_eager" if preset == "paper" else "eager")
+        assert counters["graph_break"] == {}
+        assert counters["stats"]["unique_graphs"] == 2
+    expected = trained(config.using(compile="off"), fold_sizes, "")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_another_shape_would_have_been_noticed():
+    """What the test above relies on."""
+    config = tiny_config("mae", compile="on")
+    with watched():
+        trained(config, (4, 4, 4), "eager")
+        torch._dynamo.config.error_on_recompile = True
+        with pytest.raises(torch._dynamo.exc.RecompileError):
+            make_passes(teach, learn, config, ALONE, "eager")[0](None, made_batch(0, 2), config, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "expected"),
+    [
+        ({}, "cpu", None),
+        ({}, "cuda", {"mode": None, "fullgraph": True}),
+        ({"compile": "off"}, "cuda", None),
+        ({"compile": "on", "compile_mode": "max-autotune"}, "cpu", {"mode": "max-autotune", "fullgraph": True}),
+        ({"compile_mode": "reduce-overhead"}, "cuda", {"mode": "reduce-overhead", "fullgraph": True}),
+        ({"attention": "xformers"}, "cuda", {"mode": None, "fullgraph": False}),
+    ],
+    ids=str,
+)
+def test_what_torch_is_asked_to_compile(
+    settings: dict[str, Any], device: str, expected: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+):
+    asked, begun = [], []
+
+    def compile(function: Any, **how: Any) -> Any:
+        asked.append(how)
+        return lambda *arguments: (function.__name__, arguments)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    passes = make_passes(teach, learn, tiny_config(**settings), World(0, 1, 1, torch.device(device), None))
+    if expected is None:
+        assert asked == []
+        assert passes == (teach, learn)
+        return
+    assert asked == [{"backend": "inductor", **expected}] * 2
+    assert [one("a", 2) for one in passes] == [("teach", ("a", 2)), ("learn", ("a", 2))]
+    # each step of a CUDA graph begins once, with the teachers
+    assert len(begun) == (settings.get("compile_mode") == "reduce-overhead")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"compile": "off", "compile_mode": "max-autotune"}, "--compile off"),
+        ({"accumulate": 2, "compile_mode": "reduce-overhead"}, "--accumulate"),
+        ({"checkpoint_blocks": -1}, "--checkpoint-blocks -1"),
+    ],
+)
+def test_modes_that_make_no_sense_get_a_sentence(settings: dict[str, Any], sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        check(Settings().using(**settings))
+    check(Settings().using(accumulate=2, compile_mode="max-autotune-no-cudagraphs"))
+
+
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select", "unique_dim"}
+"""Operations whose result the host has to wait for."""
+
+
+class Waits(TorchDispatchMode):
+    """Notes each operation that waits for the device, or that carries something to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.found = True, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        home = isinstance(result, Tensor) and result.device.type == "cpu" and result.numel() > 0
+        carried = home and any(isinstance(each, Tensor) and each.device.type == "cuda" for each in args)
+        if func._opname in WAITING or carried:
+            self.found.append((func._opname, self.inside))
+        return result
+
+
+def test_no_step_between_two_rows_waits(tiny: Config, monkeypatch: pytest.MonkeyPatch):
+    """The loop itself, on the CPU: from the start of a step to its last figure."""
+    waits = Waits()
+    waits.inside = False
+    real_rate, real_step = loop.learning_rate, loop.Log.step
+
+    def starts(*arguments: Any) -> float:
+        waits.inside = True
+        return real_rate(*arguments)
+
+    def ends(*arguments: Any) -> None:
+        waits.inside = False
+        real_step(*arguments)
+
+    monkeypatch.setattr(loop, "learning_rate", starts)
+    monkeypatch.setattr(loop.Log, "step", ends)
+    with waits:
+        pretrain(tiny.using(log_every=4, steps=8, accumulate=2, clip_grad=1.0))
+    assert [name for name, inside in waits.found if inside] == []
+    # rows and checkpoints do wait, so the test would have seen it
+    assert {name for name, _ in waits.found} >= {"_local_scalar_dense"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"prototypes_chunk": 7}, {"preset": "sdae"}, {"preset": "mae"}], ids=str)
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_nothing_is_carried_from_a_gpu_to_the_host(settings: dict[str, Any]):
+    """Tensors that say they are on a GPU, and cannot be read: what needs a number from one fails."""
+    settings = dict(settings)
+    config = tiny_config(settings.pop("preset", "paper"), folds=5, **settings)
+    device = torch.device("cuda", 0)
+    world = World(0, 1, 1, device, None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with device:
+            student = build_student(config)
+            teachers = make_teachers(student, config.teachers, 10, 10, torch.Generator())
+            optimiser = make_optimiser(student, config)
+            batch, keep = _batch(config, 3)
+            meter = Meter(device, 3)
+            gradients = [torch.empty_like(parameter) for parameter in student.parameters()]
+        with Waits() as waits:
+            losses = learn(student, batch, keep, teach(teachers, batch, config), config)
+            # autograd asks for the GPU itself, which is not there; `lean` and the kernels' tests hold its operations
+            for parameter, gradient in zip(student.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            norm, skipped = update(optimiser, losses.total.detach(), 1e-3, 1.0, world)
+            teachers.follow(student, "step", 0)
+            teachers.follow(student, "epoch", 0)
+            meter.add(0, torch.stack(losses).detach(), norm, skipped, batch.index)
+            assert losses.total.device == device
+            assert waits.found == []
+            losses.total.cpu()
+            assert waits.found == [("_to_copy", True)]
+            with pytest.raises(DataDependentOutputException):
+                meter.is_bad()
