@@ -158,6 +158,7 @@ def _networks(config: Config, counting: Counting) -> tuple[Student, Teachers, to
         (student.encoder, "forward", "student's encoder"),
         (student.decoder, "forward", "decoder"),
         (student.head, "forward", "head"),
+        (student.head, "patch_factors", "head"),
     ]
     for name, teacher in teachers.modules().items():
         words = "teacher" if teachers.reconstruction is teachers.labelling else name.replace("_", " ")

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from fastpmae.model import Factors
+from fastpmae.chunks import mean_in_chunks
+from fastpmae.model import Factors, Unseen
 from fastpmae.patches import normalise
 from fastpmae_kernels import (
     prototype_cross_entropy,
@@ -110,7 +111,7 @@ def class_loss(
 
 
 def patch_loss(
-    student_logits: Float[Tensor, "batch*masked prototypes"] | Factors,
+    student_logits: Float[Tensor, "batch*masked prototypes"] | Factors | Unseen,
     labels: PseudoLabels,
     match: Int[Tensor, "batch masked"],
     temperature: float,
@@ -119,20 +120,35 @@ def patch_loss(
 
     Args:
         student_logits: the gradient is written over them, so nothing may read them afterwards (a leaf's are spared).
-            Factors where the labels' logits are factors.
+            No logits, but factors or tokens, where the labels' logits are factors.
     """
     batch, masked = match.shape
     index = (match + torch.arange(batch, device=match.device).unsqueeze(1) * masked).flatten()
-    if isinstance(student_logits, Factors):
-        assert isinstance(labels.logits, Factors)
-        with torch.autocast(index.device.type, enabled=False):
-            return prototype_cross_entropy_from_features(
-                *student_logits[:2], *labels.logits[:2], labels.logv, index, labels.epsilon, temperature,
-                student_logits.chunk,
-            )  # fmt: skip
+    if not isinstance(student_logits, Tensor):
+        return _patch_loss_in_chunks(student_logits, labels, index, temperature)
     assert isinstance(labels.logits, Tensor)
     rows, spared = len(student_logits), student_logits.is_leaf
     return prototype_cross_entropy(
         student_logits, labels.logits, labels.logv, index, labels.epsilon, temperature,
         overwrite=not spared, expected_gradient=1 / rows,
     ).mean()  # fmt: skip
+
+
+def _patch_loss_in_chunks(
+    student: Factors | Unseen, labels: PseudoLabels, index: Int[Tensor, " rows"], temperature: float
+) -> Float[Tensor, ""]:
+    """The same where the logits of neither side are ever written whole, nor what the head makes of `Unseen` tokens."""
+    theirs, chunk = labels.logits, student.chunk
+    assert isinstance(theirs, Factors)
+
+    def loss_of(ours: Factors, rows: slice) -> Float[Tensor, ""]:
+        with torch.autocast(index.device.type, enabled=False):
+            return prototype_cross_entropy_from_features(
+                *ours[:2], *theirs[:2], labels.logv, index[rows], labels.epsilon, temperature, chunk
+            )
+
+    if isinstance(student, Factors):
+        return loss_of(student, slice(None))
+    head, tokens, _ = student
+    weights = [parameter for name, parameter in head.named_parameters() if name != "class_prototypes"]
+    return mean_in_chunks(lambda part, rows: loss_of(head.patch_factors(part, chunk), rows), tokens, weights, chunk)
