@@ -45,8 +45,8 @@ def attention(
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    heads_first = (each.transpose(1, 2) for each in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 @contextlib.contextmanager
@@ -99,9 +99,8 @@ def _through(ops: Any) -> Packed:
         lengths = [length for count, length in runs for _ in range(count)]
         return ops.fmha.BlockDiagonalMask.from_seqlens(lengths, device=device)
 
-    @torch.compiler.disable
     def attend(query: Tensor, key: Tensor, value: Tensor, runs: Runs | None) -> Tensor:
         bias = None if runs is None else mask(runs, query.device)
         return ops.memory_efficient_attention(query, key, value, attn_bias=bias)
 
-    return attend
+    return torch.compiler.disable(attend)  # pyright: ignore[reportReturnType]

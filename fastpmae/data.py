@@ -91,6 +91,9 @@ def stochastic_depth(
     drawn = uniforms(config.run.seed, epoch, index, DROP_PATH, 2 * depth)
     rate = torch.linspace(0, config.model.drop_path, depth).view(1, depth, 1)
     keep = (torch.from_numpy(drawn).view(-1, depth, 2) >= rate).float() / (1 - rate)
+    if device.type == "cuda":
+        # From memory that the system may move away the copy would wait for what the GPU has still to do.
+        keep = keep.pin_memory()
     return keep.to(device, non_blocking=True)
 
 

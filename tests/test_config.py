@@ -60,6 +60,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "paper": {},
     "paper-800": {"epochs": 800},
     "ablation": ABLATION,
+    "dual": ABLATION,
     "sdae": WITHOUT_LABELS,
     "sdae-code": {**WITHOUT_LABELS, "cosine_axis": "token", "teacher_init": "random", "weight_decay": 0.04},
     "single-step": {**ABLATION, "teachers": "single"},
@@ -80,7 +81,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
         "lr": 1.5e-4,
     },
 }
-WARMUP = {"paper": 60, "paper-800": 60, "ablation": 20, "sdae": 60, "sdae-code": 60, "single-step": 20,
+WARMUP = {"paper": 60, "paper-800": 60, "ablation": 20, "dual": 20, "sdae": 60, "sdae-code": 60, "single-step": 20,
           "single-epoch": 20, "mae": 40, "demo": 1}  # fmt: skip
 
 

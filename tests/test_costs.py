@@ -143,7 +143,17 @@ SMALLER = {"decoder_depth": 2, "depth": 4, "decoder_width": 256, "decoder_heads"
     [
         ("paper", {"model": "vit_tiny", "batch_size": 12, **SMALLER}),
         ("paper", {"model": "vit_small", "batch_size": 6, **SMALLER}),
-        ("paper", {"model": "vit_tiny", "batch_size": 12, "prototypes_chunk": 256, "folds": 5, **SMALLER}),
+        (
+            "paper",
+            {
+                "model": "vit_tiny",
+                "batch_size": 12,
+                "prototypes_chunk": 256,
+                "folds": 5,
+                "checkpoint_blocks": 2,
+                **SMALLER,
+            },
+        ),
         ("sdae", {"model": "vit_tiny", "batch_size": 16, **SMALLER}),
         ("mae", {"model": "vit_small", "batch_size": 8, **SMALLER}),
         ("single-step", {"model": "vit_base", "batch_size": 2, **SMALLER}),

@@ -46,11 +46,12 @@ def test_a_layer_is_the_product_of_quantised_rows(inputs: int, outputs: int, bf1
     assert found.dtype == (torch.bfloat16 if bf16 else torch.float32)
     bias = plain.bias.detach().double()
     truth = (quantised(rows.flatten(0, 1)) @ quantised(plain.weight.detach()).T + bias).view(3, 7, outputs)
-    torch.testing.assert_close(found.double(), truth, rtol=2e-2 if bf16 else 1e-5, atol=5e-3 if bf16 else 1e-5)
+    off = (found.double() - truth).norm(dim=-1) / truth.norm(dim=-1)
+    assert float(off.max()) < (4e-3 if bf16 else 1e-6)
     products = (found.double() - bias, unquantised.double() - bias)
     errors = (products[0] - products[1]).norm(dim=-1) / products[1].norm(dim=-1)
-    # 3 bits of mantissa: 2^-4 / sqrt(3) at most on each side; every row as good as another
-    assert 1e-3 < float(errors.mean()) < 0.05
+    # 3 bits of mantissa: 2^-4 / sqrt(3) at most on each side; every row as good as another that bf16 does not round off
+    assert 1e-3 < float(errors[:, 3 if bf16 else 0 :].mean()) < 0.05
 
 
 def test_rows_keep_their_largest_entries_and_nothing_overflows():

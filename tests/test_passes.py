@@ -1,6 +1,10 @@
 """The compiled step: whole graphs, compiled once, and nothing in it that waits for the device."""
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +27,7 @@ from fastpmae.passes import make_passes
 from fastpmae.step import learn, teach
 from fastpmae.teachers import make_teachers
 from fastpmae.world import World
+from tests.made import REPOSITORY
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
 
 ALONE = World(0, 1, 1, torch.device("cpu"), None)
@@ -99,6 +104,25 @@ def test_another_shape_would_have_been_noticed():
         torch._dynamo.config.error_on_recompile = True
         with pytest.raises(torch._dynamo.exc.RecompileError):
             make_passes(teach, learn, config, ALONE, "eager")[0](None, made_batch(0, 2), config, None)
+
+
+@pytest.mark.slow
+def test_across_ranks_there_are_three_graphs():
+    """The teachers, the student and the losses: broken nowhere else than around torch's own module, compiled once."""
+    paths = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+         "tests.compiled_ranks"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["found"] == pytest.approx(said["expected"], rel=1e-5)
+    assert said["graphs"] == 3
 
 
 @pytest.mark.parametrize(

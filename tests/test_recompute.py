@@ -57,7 +57,7 @@ def test_teachers_and_frozen_encoders_are_left_alone():
     student, _ = make_networks(config, 10, torch.device("cpu"), None)
     batch = made_batch()
     calls = []
-    student.encoder.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    student.encoder.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         student(batch.simple, batch.visible, batch.folds)
     assert len(calls) == 1
@@ -75,5 +75,5 @@ def test_the_plan_knows():
     assert whole.flops < half.flops < every.flops
     for part in ("student's encoder", "decoder"):
         anew = every.backward[part] - whole.backward[part]
-        assert 0.8 * whole.forward[part] < anew <= whole.forward[part]
+        assert 0.7 * whole.forward[part] < anew <= whole.forward[part]
     assert every.backward["head"] == whole.backward["head"]
