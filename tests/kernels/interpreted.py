@@ -20,7 +20,8 @@ from torch import Tensor
 from fastpmae_kernels import traffic
 from fastpmae_kernels.match import nearest_patch_ref, nearest_patch_triton
 from fastpmae_kernels.patch_tokens import IMAGENET_MEAN, IMAGENET_STD, patch_tokens_ref, patch_tokens_triton
-from fastpmae_kernels.photometric import photometric_ref, photometric_triton
+from fastpmae_kernels.photometric import photometric_ref
+from fastpmae_kernels.photometric_gpu import photometric_triton
 from fastpmae_kernels.prototype_loss import on_gpu, prototype_cross_entropy_ref, scale_rows_triton
 from fastpmae_kernels.sinkhorn import assigned_sums_triton, column_logsumexp_triton
 
