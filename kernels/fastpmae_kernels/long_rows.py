@@ -52,7 +52,7 @@ def long_cross_entropy(
 
 @triton.jit
 def _taken_in(peak, total, value):
-    """A running maximum and the sum relative to it, in each lane, after one more value. One exponential does for both."""
+    """A running maximum and the sum relative to it, in each lane, after one more value, by one exponential."""
     smaller = tl.exp(-tl.abs(value - peak))
     total = tl.where(value > peak, total * smaller + 1.0, total + smaller)
     return tl.maximum(peak, value), total

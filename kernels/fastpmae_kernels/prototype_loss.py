@@ -57,8 +57,9 @@ def prototype_cross_entropy(
         return prototype_cross_entropy_ref(student_logits, teacher_logits, logv, index, epsilon, temperature)
     if not (torch.is_grad_enabled() and student_logits.requires_grad):
         return torch.ops.fastpmae.prototype_loss(student_logits, teacher_logits, logv, index, epsilon, temperature)
+    # Detached, so that torch.compile takes it where both sides are one tensor.
     return _CrossEntropy.apply(  # pyright: ignore[reportReturnType]
-        student_logits, teacher_logits, logv, index, epsilon, temperature, overwrite, expected_gradient
+        student_logits, teacher_logits.detach(), logv, index, epsilon, temperature, overwrite, expected_gradient
     )
 
 
