@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from numpy import float32
+from numpy import float32, int32
 from torch import Tensor
 
 from fastpmae_kernels import backend
@@ -206,24 +206,27 @@ def _nearest(student, teacher, scale, shift, best, place):
     Those four stay in the nearest cache while the student's pass by.
     """
     rows, patches = len(student), len(teacher)
-    scores = np.empty((-(-rows // 3), 3, 4), np.float32)
-    flat = scores.reshape(-1, 4)
+    score, at = np.empty((4, rows + 2), np.float32), np.zeros(rows, np.int32)
     best[:] = -np.inf
-    place[:] = 0
     for j in range(0, patches, 4):
-        for i in range(len(scores)):
+        for i in range(0, rows, 3):
             (
-                scores[i, 0, 0], scores[i, 0, 1], scores[i, 0, 2], scores[i, 0, 3],
-                scores[i, 1, 0], scores[i, 1, 1], scores[i, 1, 2], scores[i, 1, 3],
-                scores[i, 2, 0], scores[i, 2, 1], scores[i, 2, 2], scores[i, 2, 3],
-            ) = _products(student, 3 * i, teacher, j)  # fmt: skip
+                score[0, i], score[1, i], score[2, i], score[3, i],
+                score[0, i + 1], score[1, i + 1], score[2, i + 1], score[3, i + 1],
+                score[0, i + 2], score[1, i + 2], score[2, i + 2], score[3, i + 2],
+            ) = _products(student, i, teacher, j)  # fmt: skip
         for c in range(min(4, patches - j)):
-            by, plus = scale[j + c], shift[j + c]
-            for i in range(rows):
-                score = flat[i, c] * by + plus
-                # Only what is strictly better: of equals the lowest place stays.
-                place[i] = j + c if score > best[i] else place[i]
-                best[i] = score if score > best[i] else best[i]
+            _improve(score[c], scale[j + c], shift[j + c], int32(j + c), best, at)
+    place[:] = at
+
+
+@compiled("contract", "nsz")
+def _improve(score, by, plus, here, best, at):
+    """Only what is strictly better: of equals the lowest place stays."""
+    for i in range(at.size):
+        value = score[i] * by + plus
+        at[i] = here if value > best[i] else at[i]
+        best[i] = value if value > best[i] else best[i]
 
 
 @nearest_patch_op.register_fake
