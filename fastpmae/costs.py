@@ -19,7 +19,6 @@ from fastpmae.step import learn, teach
 from fastpmae.teachers import Teachers, make_teachers
 from fastpmae.world import World
 from fastpmae_kernels import traffic
-from fastpmae_kernels.match import IMAGES
 from fastpmae_kernels.rows import row_blocks
 from fastpmae_loaders import Batch
 
@@ -291,8 +290,7 @@ def _workspace(name: str, operands: Sequence[Tensor], target: Target) -> int:
         # Maxima and sums of the parts are joined through two temporaries as large as both.
         return 2 * parts if name == "column_logsumexp" else parts
     if target == "cpu" and name == "nearest_patch":
-        theirs = operands[1]
-        images, width = min(IMAGES, len(first)), 4 * first.shape[2]
-        widened = sum(tensor.shape[1] * width for tensor in (first, theirs) if tensor.dtype != torch.float32)
-        return images * (first.shape[1] * theirs.shape[1] * 4 + widened)
+        # Each thread widens the tokens of one image at a time.
+        images, width = min(torch.get_num_threads(), len(first)), 4 * first.shape[2]
+        return images * sum(each.shape[1] * width for each in operands[:2] if each.dtype != torch.float32)
     return 0

@@ -21,10 +21,8 @@ from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import ceil_div, constexpr, next_power_of_two, operation, tl, triton
+from fastpmae_kernels.long_rows import LONGEST_ROW, long_assigned_sums
 from fastpmae_kernels.rows import as_fp32, compiled, exponential, maximum, row_blocks, share_out
-
-LONGEST_ROW = 16384
-"""Prototypes that one Triton program holds in registers; with more, chunks of plain torch do the work."""
 
 
 def sinkhorn_bias(
@@ -325,10 +323,7 @@ def assigned_sums_triton(logits: Tensor, logv: Tensor, epsilon: float, parts: in
     logits = _unit_stride(logits)
     rows, prototypes = logits.shape
     if prototypes > LONGEST_ROW:
-        sums = logv.new_zeros(prototypes)
-        for chunk in logits.split(4096):
-            sums += torch.softmax(torch.add(logv, chunk.float(), alpha=1 / epsilon), dim=1).sum(dim=0)
-        return sums
+        return long_assigned_sums(logits, logv.contiguous(), epsilon)
     parts = min(parts, max(rows, 1))
     sums = logits.new_empty((parts, prototypes), dtype=torch.float32)
     if prototypes:
