@@ -144,11 +144,11 @@ class Plain:
         self.steps += 1
 
 
-def make_case(name: str, model: str, batch_size: int) -> Ours | Plain:
-    """A case by its name, from the same seed as its partner."""
+def make_case(name: str, model: str, batch_size: int, chunk: int = 0) -> Ours | Plain:
+    """A case by its name, from the same seed as its partner; `chunk` is the trainer's `prototypes_chunk`."""
     method = name.removeprefix("plain-")
     preset = "paper" if method == "dual" else method
-    ours = Ours(settings(preset, model, batch_size, drop_path=DROP_PATH))
+    ours = Ours(settings(preset, model, batch_size, drop_path=DROP_PATH, prototypes_chunk=chunk))
     return Plain(ours) if name.startswith("plain-") else ours
 
 
@@ -167,12 +167,12 @@ def timed(case: Ours | Plain, batch: Any) -> dict[str, float]:
     return parts
 
 
-def time_rows(model: str, batch_size: int, rounds: int) -> list[Row]:
+def time_rows(model: str, batch_size: int, rounds: int, chunk: int = 0) -> list[Row]:
     """Step, images a second and shares of every case, taking turns; then the rate of the linear layers."""
     cases: dict[str, Ours | Plain] = {}
     gates: dict[str, bool] = {}
     for pair in PAIRS:
-        ours = make_case(pair[0], model, batch_size)
+        ours = make_case(pair[0], model, batch_size, chunk)
         assert isinstance(ours, Ours)
         cases |= dict(zip(pair, (ours, Plain(ours)), strict=True))
     first = next(iter(cases.values()))
@@ -267,12 +267,14 @@ def _linear_seconds(rows: int, inner: int, columns: int, biased: bool) -> float:
     return statistics.median(taken[1:])
 
 
-def memory_rows(pairs: Sequence[tuple[str, str]], model: str, batch_size: int, rounds: int) -> list[Row]:
+def memory_rows(
+    pairs: Sequence[tuple[str, str]], model: str, batch_size: int, rounds: int, chunk: int = 0
+) -> list[Row]:
     """Peak memory of a step of each case, and its partner's."""
     names = [name for pair in pairs for name in pair]
     # Two processes at a time, with half the cores each: how long it takes is no matter.
     with ThreadPoolExecutor(2) as pool:
-        runs = list(pool.map(lambda name: json.loads(measured(name, model, batch_size)), names * rounds))
+        runs = list(pool.map(lambda name: json.loads(measured(name, model, batch_size, chunk)), names * rounds))
     found = {name: runs[place :: len(names)] for place, name in enumerate(names)}
     rows = []
     for ours, plain in pairs:
@@ -285,9 +287,10 @@ def memory_rows(pairs: Sequence[tuple[str, str]], model: str, batch_size: int, r
     return rows
 
 
-def measured(name: str, model: str, batch_size: int) -> str:
+def measured(name: str, model: str, batch_size: int, chunk: int = 0) -> str:
     """One case's `measure` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.bench_step", "--measure", name, "--model", model]
+    command += ["--prototypes-chunk", str(chunk)]
     threads = str(max(1, torch.get_num_threads() // 2))
     return subprocess.run(
         [*command, "--batch-size", str(batch_size)], check=True, stdout=subprocess.PIPE, text=True,
@@ -352,17 +355,19 @@ def main() -> int:
     parser = arguments("bench_step", (__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="vit_small", help="as of fastpmae-train")
     parser.add_argument("--batch-size", type=int, default=0, help="images a step: 32, or 4 with --quick")
+    parser.add_argument("--prototypes-chunk", type=int, default=0, help="of our cases, as of fastpmae-train")
     parser.add_argument("--measure", metavar="CASE", help="(used by the benchmark itself) one case's memory")
     given = parser.parse_args()
     batch_size = given.batch_size or (4 if given.quick else 32)
     if given.measure:
         before = resident("RssAnon")
-        case = make_case(given.measure, given.model, batch_size)
+        case = make_case(given.measure, given.model, batch_size, given.prototypes_chunk)
         batch, few = (made_batch(case.config, size) for size in (batch_size, 2))
         print(json.dumps(measure(case, batch, few, before)))
         return 0
-    rows = memory_rows(PAIRS, given.model, batch_size, 1 if given.quick else 3)
-    rows += time_rows(given.model, batch_size, 2 if given.quick else 6)
+    chunk = given.prototypes_chunk
+    rows = memory_rows(PAIRS, given.model, batch_size, 1 if given.quick else 3, chunk)
+    rows += time_rows(given.model, batch_size, 2 if given.quick else 6, chunk)
     return finish(rows, f"A step of {given.model}, {batch_size} images", given.json, given.plot, picture)
 
 

@@ -19,14 +19,14 @@ from fastpmae.step import learn, teach
 from fastpmae.teachers import Teachers, make_teachers
 from fastpmae.world import World
 from fastpmae_kernels import traffic
-from fastpmae_kernels.match import IMAGES
 from fastpmae_kernels.rows import row_blocks
 from fastpmae_loaders import Batch
 
 Target = Literal["cpu", "cuda"]
 
-KINDS = ("weights", "gradients", "optimiser", "teachers", "images", "activations", "logits", "workspace")
-"""What memory is for. `weights` and `teachers` hold their 16-bit copies too; `activations` is all that a step makes."""
+KINDS = ("weights", "gradients", "optimiser", "teachers", "gathered", "images", "activations", "logits", "workspace")
+"""What memory is for. `weights` and `teachers` hold their 16-bit copies too; `activations` is all that a step makes;
+`gathered` is what of networks in shards is whole at a time."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
     parts = config.optimiser.accumulate
     count = max(1, images // parts)
     low = config.efficiency.precision == "bf16" or (config.efficiency.precision == "auto" and target == "cuda")
-    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=low)
+    sharded = config.efficiency.shard and ranks > 1
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=low, cache_enabled=not sharded)
     counting = Counting()
     counting.observe = functools.partial(_observe, counting, target)
     with counting:
@@ -85,6 +86,7 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
         held = None
         if ranks > 1 or parts > 1:
             held = [counting.hold(parameter.nbytes, "gradients") for parameter in of_student]
+        waiting = None
         counting.kind = "images"
         batch, keep = _batch(config, count)
         counting.kind = "activations"
@@ -92,6 +94,10 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
         with autocast():
             counting.part = "labels"
             targets = teach(teachers, batch, config)
+            if config.optimiser.balance == "step":
+                # The other parts' targets wait meanwhile.
+                nbytes = sum(tensor.nbytes for tensor in leaves(targets) if isinstance(tensor, Tensor))
+                waiting = counting.hold((parts - 1) * nbytes, "logits")
             counting.part = "losses"
             losses = learn(student, batch, keep, targets, config)
         forward = dict(counting.flops)
@@ -106,8 +112,10 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
         update(optimiser, losses.total.detach(), 0.0, config.optimiser.clip_grad, _ALONE)
         teachers.follow(student, "step", 0)
         memory, moment = counting.peak()
+        if sharded:
+            memory = _in_shards(memory, student, teachers, ranks)
         parameters = _parameters(student, teachers)
-        del held
+        del held, waiting
     return Costs(
         images,
         {part: flops * parts for part, flops in forward.items()},
@@ -158,6 +166,7 @@ def _networks(config: Config, counting: Counting) -> tuple[Student, Teachers, to
         (student.encoder, "forward", "student's encoder"),
         (student.decoder, "forward", "decoder"),
         (student.head, "forward", "head"),
+        (student.head, "patch_factors", "head"),
     ]
     for name, teacher in teachers.modules().items():
         words = "teacher" if teachers.reconstruction is teachers.labelling else name.replace("_", " ")
@@ -192,6 +201,24 @@ def _telling(counting: Counting, part: str, method: Callable) -> Callable:
         return result
 
     return run
+
+
+def _in_shards(memory: dict[str, int], student: Student, teachers: Teachers, ranks: int) -> dict[str, int]:
+    """The memory of one of so many ranks: its share of what is held all the time, and what is whole for a moment.
+
+    An estimate of the latter: what belongs to no block, and of the largest block the weights that are computed with,
+    those on their way, and the gradients.
+    """
+
+    def nbytes(*networks: nn.Module | None) -> int:
+        return sum(parameter.nbytes for network in networks if network for parameter in network.parameters())
+
+    kept = {"weights": nbytes(student), "gradients": nbytes(student), "optimiser": 2 * nbytes(student)}
+    kept["teachers"] = nbytes(*teachers.modules().values())
+    units = [nbytes(unit) for unit in (*student.encoder.blocks, *student.decoder.blocks, student.head)]
+    gathered = nbytes(student) - sum(units) + 3 * max(units)
+    shared = {kind: memory.get(kind, 0) - whole * (ranks - 1) // ranks for kind, whole in kept.items() if whole}
+    return memory | shared | {"gathered": gathered}
 
 
 def _batch(config: Config, count: int) -> tuple[Batch, Tensor | None]:
@@ -263,8 +290,7 @@ def _workspace(name: str, operands: Sequence[Tensor], target: Target) -> int:
         # Maxima and sums of the parts are joined through two temporaries as large as both.
         return 2 * parts if name == "column_logsumexp" else parts
     if target == "cpu" and name == "nearest_patch":
-        theirs = operands[1]
-        images, width = min(IMAGES, len(first)), 4 * first.shape[2]
-        widened = sum(tensor.shape[1] * width for tensor in (first, theirs) if tensor.dtype != torch.float32)
-        return images * (first.shape[1] * theirs.shape[1] * 4 + widened)
+        # Each thread widens the tokens of one image at a time.
+        images, width = min(torch.get_num_threads(), len(first)), 4 * first.shape[2]
+        return images * sum(each.shape[1] * width for each in operands[:2] if each.dtype != torch.float32)
     return 0

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from fastpmae.model import Factors
+from fastpmae.chunks import mean_in_chunks
+from fastpmae.model import Factors, Unseen
 from fastpmae.patches import normalise
 from fastpmae_kernels import (
     prototype_cross_entropy,
@@ -18,11 +19,13 @@ from fastpmae_kernels import (
     sinkhorn_biases,
 )
 
+Logits = Float[Tensor, "labels prototypes"] | Factors
+
 
 class PseudoLabels(NamedTuple):
     """Pseudo labels as the loss reads them: label r is `softmax(logits[r] / epsilon + logv)`."""
 
-    logits: Float[Tensor, "labels prototypes"] | Factors
+    logits: Logits
     logv: Float[Tensor, " prototypes"]
     epsilon: float
 
@@ -65,18 +68,28 @@ def pixel_loss(
 
 
 def pseudo_labels(
-    logits: Sequence[Float[Tensor, "labels prototypes"] | Factors],
-    epsilon: float,
-    iterations: int,
-    group: dist.ProcessGroup | None = None,
+    logits: Sequence[Logits], epsilon: float, iterations: int, group: dist.ProcessGroup | None = None
 ) -> list[PseudoLabels]:
     """Labels of the rows of each matrix, balanced apart, and together with the rows of every rank of `group`."""
-    biases = sinkhorn_biases([each for each in logits if isinstance(each, Tensor)], epsilon, iterations, group)
-    for place, each in enumerate(logits):
-        if isinstance(each, Factors):
-            with torch.autocast(each.features.device.type, enabled=False):
-                biases.insert(place, sinkhorn_bias_from_features(*each[:2], epsilon, iterations, group, each.chunk))
-    return [PseudoLabels(matrix, logv, epsilon) for matrix, logv in zip(logits, biases, strict=True)]
+    return pseudo_labels_of_parts([logits], epsilon, iterations, group)[0]
+
+
+def pseudo_labels_of_parts(
+    parts: Sequence[Sequence[Logits]], epsilon: float, iterations: int, group: dist.ProcessGroup | None = None
+) -> list[list[PseudoLabels]]:
+    """Labels of the matrices of each part of a batch, as if the parts' rows stood in one matrix: nothing is copied."""
+    matrices: list[list[Logits]] = [list(blocks) for blocks in zip(*parts, strict=True)]
+    plain = [blocks for blocks in matrices if not isinstance(blocks[0], Factors)]
+    biases = sinkhorn_biases(plain, epsilon, iterations, group)  # pyright: ignore[reportArgumentType]
+    for place, blocks in enumerate(matrices):
+        factors = [block for block in blocks if isinstance(block, Factors)]
+        if factors:
+            features = torch.cat([each.features for each in factors]) if len(factors) > 1 else factors[0].features
+            with torch.autocast(features.device.type, enabled=False):
+                _, prototypes, chunk = factors[0]
+                bias = sinkhorn_bias_from_features(features, prototypes, epsilon, iterations, group, chunk)
+            biases.insert(place, bias)
+    return [[PseudoLabels(*labels, epsilon) for labels in zip(part, biases, strict=True)] for part in parts]
 
 
 def class_loss(
@@ -98,7 +111,7 @@ def class_loss(
 
 
 def patch_loss(
-    student_logits: Float[Tensor, "batch*masked prototypes"] | Factors,
+    student_logits: Float[Tensor, "batch*masked prototypes"] | Factors | Unseen,
     labels: PseudoLabels,
     match: Int[Tensor, "batch masked"],
     temperature: float,
@@ -107,20 +120,35 @@ def patch_loss(
 
     Args:
         student_logits: the gradient is written over them, so nothing may read them afterwards (a leaf's are spared).
-            Factors where the labels' logits are factors.
+            No logits, but factors or tokens, where the labels' logits are factors.
     """
     batch, masked = match.shape
     index = (match + torch.arange(batch, device=match.device).unsqueeze(1) * masked).flatten()
-    if isinstance(student_logits, Factors):
-        assert isinstance(labels.logits, Factors)
-        with torch.autocast(index.device.type, enabled=False):
-            return prototype_cross_entropy_from_features(
-                *student_logits[:2], *labels.logits[:2], labels.logv, index, labels.epsilon, temperature,
-                student_logits.chunk,
-            )  # fmt: skip
+    if not isinstance(student_logits, Tensor):
+        return _patch_loss_in_chunks(student_logits, labels, index, temperature)
     assert isinstance(labels.logits, Tensor)
     rows, spared = len(student_logits), student_logits.is_leaf
     return prototype_cross_entropy(
         student_logits, labels.logits, labels.logv, index, labels.epsilon, temperature,
         overwrite=not spared, expected_gradient=1 / rows,
     ).mean()  # fmt: skip
+
+
+def _patch_loss_in_chunks(
+    student: Factors | Unseen, labels: PseudoLabels, index: Int[Tensor, " rows"], temperature: float
+) -> Float[Tensor, ""]:
+    """The same where the logits of neither side are ever written whole, nor what the head makes of `Unseen` tokens."""
+    theirs, chunk = labels.logits, student.chunk
+    assert isinstance(theirs, Factors)
+
+    def loss_of(ours: Factors, rows: slice) -> Float[Tensor, ""]:
+        with torch.autocast(index.device.type, enabled=False):
+            return prototype_cross_entropy_from_features(
+                *ours[:2], *theirs[:2], labels.logv, index[rows], labels.epsilon, temperature, chunk
+            )
+
+    if isinstance(student, Factors):
+        return loss_of(student, slice(None))
+    head, tokens, _ = student
+    weights = [parameter for name, parameter in head.named_parameters() if name != "class_prototypes"]
+    return mean_in_chunks(lambda part, rows: loss_of(head.patch_factors(part, chunk), rows), tokens, weights, chunk)

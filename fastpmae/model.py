@@ -273,6 +273,14 @@ class Factors(NamedTuple):
             yield features @ self.prototypes.T
 
 
+class Unseen(NamedTuple):
+    """Tokens that `head` sees `chunk` rows at a time while their loss is computed, and then forgets."""
+
+    head: "Head"
+    tokens: Float[Tensor, "rows dim"]
+    chunk: int
+
+
 class Head(nn.Module):
     """Tokens to prototype logits: an MLP, a unit vector, and its cosine with each prototype (MC-SSL, DINO).
 
@@ -290,20 +298,32 @@ class Head(nn.Module):
 
     def forward(
         self, class_tokens: Float[Tensor, "classes dim"], patch_tokens: Float[Tensor, "patches dim"], chunk: int = 0
-    ) -> tuple[Float[Tensor, "classes prototypes"], Float[Tensor, "patches prototypes"] | Factors]:
-        """Logits of class and patch tokens; with `chunk` above 0 the patches', which are many, as factors."""
+    ) -> tuple[Float[Tensor, "classes prototypes"], Float[Tensor, "patches prototypes"] | Factors | Unseen]:
+        """Logits of class and patch tokens.
 
-        def factors(tokens: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-            hidden = gelu_linear(self.fc1(tokens), self.fc2)
-            return F.normalize(gelu_linear(hidden, self.fc3), dim=-1), F.normalize(prototypes, dim=-1)
-
-        class_logits = F.linear(*factors(class_tokens, self.class_prototypes))
-        features, prototypes = factors(patch_tokens, self.patch_prototypes)
+        With `chunk` above 0 those of the patches, which are many, are left as factors; where a gradient is due the
+        tokens are left as they are (not under torch.compile, which cannot trace what becomes of them).
+        """
+        class_logits = F.linear(*self.factors(class_tokens, self.class_prototypes))
         if chunk == 0:
-            return class_logits, F.linear(features, prototypes)
-        # in the precision that the product would have here, whoever multiplies it out
-        dtype = class_logits.dtype
-        return class_logits, Factors(features.to(dtype), prototypes.to(dtype), chunk)
+            return class_logits, F.linear(*self.factors(patch_tokens, self.patch_prototypes))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return class_logits, Unseen(self, patch_tokens, chunk)
+        return class_logits, self.patch_factors(patch_tokens, chunk)
+
+    def patch_factors(self, tokens: Float[Tensor, "patches dim"], chunk: int) -> Factors:
+        """The logits of patch tokens as factors, in the precision that their product would have here."""
+        features, prototypes = self.factors(tokens, self.patch_prototypes)
+        kind = tokens.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+        return Factors(features.to(dtype), prototypes.to(dtype), chunk)
+
+    def factors(
+        self, tokens: Float[Tensor, "rows dim"], prototypes: Float[Tensor, "prototypes bottleneck"]
+    ) -> tuple[Float[Tensor, "rows bottleneck"], Float[Tensor, "prototypes bottleneck"]]:
+        """Unit vectors whose products are the logits of tokens over `prototypes`."""
+        features = gelu_linear(gelu_linear(self.fc1(tokens), self.fc2), self.fc3)
+        return F.normalize(features, dim=-1), F.normalize(prototypes, dim=-1)
 
 
 class Student(nn.Module):
@@ -325,7 +345,7 @@ class Student(nn.Module):
     ) -> tuple[
         Float[Tensor, "batch masked dim"],
         Float[Tensor, "batch prototypes"] | None,
-        Float[Tensor, "batch*masked prototypes"] | Factors | None,
+        Float[Tensor, "batch*masked prototypes"] | Factors | Unseen | None,
     ]:
         """Predicted tokens of the masked patches, and the class and patch logits over the prototypes (see `Head`)."""
         class_prediction, masked_prediction = self.decoder(self.encoder(images, visible, keep), visible, masked)

@@ -1,4 +1,4 @@
-"""The two functions that do a step's work, `teach` and `learn`: compiled as the settings say, or as they are."""
+"""The two functions that do a step's work, `see` and `learn`: compiled as the settings say, or as they are."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ Pass = Callable[..., Any]
 
 
 def make_passes(
-    teach: Pass, learn: Pass, config: Config, world: World, backend: str = "inductor"
+    see: Pass, learn: Pass, config: Config, world: World, backend: str = "inductor"
 ) -> tuple[Pass, Pass]:  # fmt: skip
     """The step's two functions as the loop calls them, each as one graph where they are compiled.
 
@@ -25,18 +25,18 @@ def make_passes(
     efficiency = config.efficiency
     on_gpu = world.device.type == "cuda"
     if efficiency.compile == "off" or (efficiency.compile == "auto" and not on_gpu):
-        return teach, learn
+        return see, learn
     mode = None if efficiency.compile_mode == "default" else efficiency.compile_mode
     # xformers' operators have no form that a graph could hold.
     whole = efficiency.attention != "xformers"
-    taught = torch.compile(teach, backend=backend, mode=mode, fullgraph=whole)
+    seen = torch.compile(see, backend=backend, mode=mode, fullgraph=whole)
     learnt = torch.compile(learn, backend=backend, mode=mode, fullgraph=whole and world.group is None)
     if efficiency.compile_mode not in CUDA_GRAPHS or not on_gpu:
-        return taught, learnt
+        return seen, learnt
 
-    def taught_anew(*arguments: Any) -> Any:
+    def seen_anew(*arguments: Any) -> Any:
         # What the graphs of the step before have left may be written over from here on, and not before.
         torch.compiler.cudagraph_mark_step_begin()
-        return taught(*arguments)
+        return seen(*arguments)
 
-    return taught_anew, learnt
+    return seen_anew, learnt

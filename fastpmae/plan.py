@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from fastpmae.architecture import SHAPES, check
+from fastpmae.architecture import SHAPES, check, shape_of
 from fastpmae.command import Command, parse
 from fastpmae.config import PRESETS, Config
 from fastpmae.costs import Costs, flops_of_an_image, step_costs
@@ -24,7 +24,17 @@ from fastpmae.files import appearing
 from fastpmae.gpus import GPUS, Gpu, gpu_named
 from fastpmae.loader_rate import LoaderRate, busy, measure
 from fastpmae.plan_report import draw, show
-from fastpmae.scaling import JITTER, Point, Step, Traffic, step_on, strong_scaling, traffic, weak_scaling
+from fastpmae.scaling import (
+    JITTER,
+    Point,
+    Step,
+    Traffic,
+    shard_messages,
+    step_on,
+    strong_scaling,
+    traffic,
+    weak_scaling,
+)
 from fastpmae.world import World
 
 IMAGENET = 1_281_167
@@ -263,9 +273,16 @@ def _step(config: Config, costs: Costs, rate: float) -> Step:
     ]
     labels = config.teachers.teachers in ("dual", "single")
     prototypes = 2 * config.model.prototypes if labels else 0
-    return Step(
-        costs.flops / rate, backward, traffic(costs.trained, prototypes, config.loss.sinkhorn_iterations, parts)
-    )
+    shards: list[float] = []
+    if config.efficiency.shard:
+        depth = shape_of(config.model).depth
+        blocks = {"encoder": depth, "decoder": config.model.decoder_depth, "head": 1}
+        student = [(count, blocks[name]) for name, count in costs.parameters.items() if name in blocks]
+        teachers = [(count, depth) for name, count in costs.parameters.items() if name not in blocks]
+        shards = shard_messages(student, teachers, parts)
+    balanced = 1 if config.optimiser.balance == "step" else parts
+    messages = traffic(costs.trained, prototypes, config.loss.sinkhorn_iterations, balanced, shards)
+    return Step(costs.flops / rate, backward, messages)
 
 
 def largest_batch(config: Config, costs: Costs, gpu: Gpu, gpus: int) -> int:

@@ -232,12 +232,14 @@ def _end_of_scaling(report: Report) -> str:
             "learning rate was published with: weak scaling of the method ends before that of the machines."
         )
     messages = report.messages
-    sinkhorn = ""
+    sinkhorn = shards = ""
+    if messages.shards:
+        shards = f", weights and gradients in shards that pass {len(messages.shards):,} times"
     if messages.assignments:
         sinkhorn = f" and {len(messages.assignments)} Sinkhorn messages of {messages.assignments[0] / 1e3:.1f} kB"
     sentences.append(
         f"Each GPU sends up to {messages.sent(1024) / 1e6:,.1f} MB a step, for gradients of "
-        f"{messages.gradients / 1e6:,.1f} MB in fp32{sinkhorn}.\n"
+        f"{messages.gradients / 1e6:,.1f} MB in fp32{shards}{sinkhorn}.\n"
         f"ASSUMED: links at 80 % of their data sheets, steps that vary by {report.jitter:.0%} (--jitter), the usual "
         "machine's network (--network)."
     )

@@ -59,23 +59,44 @@ class Traffic:
     """Bytes of each message of the Sinkhorn iterations, one after the other, each waited for."""
     flags: int
     """Bytes of the last message, whether all gradients are finite."""
+    shards: Sequence[float] = ()
+    """In shards (FSDP2): bytes of each message that puts a block together or takes its gradients apart, in order."""
 
     def sent(self, gpus: int) -> float:
-        """Bytes that each GPU sends, by rings: a message of n bytes goes around twice but for a part."""
-        return 2 * (gpus - 1) / gpus * (self.gradients + sum(self.assignments) + self.flags)
+        """Bytes that each GPU sends, by rings: a sum of n bytes goes around twice but for a part, shards once."""
+        summed = sum(self.assignments) + self.flags + (0 if self.shards else self.gradients)
+        return (gpus - 1) / gpus * (2 * summed + sum(self.shards))
 
 
-def traffic(trained: int, prototypes: int, iterations: int, parts: int = 1) -> Traffic:
+def traffic(
+    trained: int, prototypes: int, iterations: int, parts: int = 1, shards: Sequence[float] = ()
+) -> Traffic:  # fmt: skip
     """The messages of a step.
 
     Args:
         trained: parameters with a gradient.
         prototypes: of all label matrices together; 0 where there are no pseudo labels.
-        parts: of the step; each has labels of its own, and gradients travel with the last.
+        parts: of the step that have labels of their own; gradients travel with the last.
+        shards: see `Traffic`.
     """
     # one message of maxima, then one of sums for each iteration
     assignments = [4 * prototypes] * ((1 + iterations) * parts) if prototypes else []
-    return Traffic(4 * trained, assignments, 4)
+    return Traffic(4 * trained, assignments, 4, shards)
+
+
+def shard_messages(student: Sequence[tuple[int, int]], teachers: Sequence[tuple[int, int]], parts: int) -> list[float]:
+    """Bytes of each message of `Traffic.shards`: weights of teachers once a part, of the student once for each
+    direction, and its gradients.
+
+    Args:
+        student, teachers: parameters of each network, and the blocks that they are cut in.
+    """
+
+    def once(networks: Sequence[tuple[int, int]]) -> list[float]:
+        return [4 * count / blocks for count, blocks in networks for _ in range(blocks)]
+
+    backward = [nbytes for nbytes in reversed(once(student)) for _ in ("weights", "gradients")]
+    return (once(teachers) + once(student) + backward) * parts
 
 
 def all_reduce(nbytes: float, gpus: int, gpu: Gpu) -> float:
@@ -149,16 +170,24 @@ def step_on(gpus: int, gpu: Gpu, step: Step, jitter: float = JITTER, alone: floa
     """
     if gpus == 1:
         return Point(1, step.compute, 0.0, 0.0, 0.0, (alone or step.compute) / step.compute)
-    end = sum(seconds for seconds, _ in step.backward)
-    done = 0.0
-    for moment, nbytes in buckets(step.backward):
-        done = max(done, moment) + all_reduce(nbytes, gpus, gpu)
-    late = max(0.0, done - end)
+    late = _late(gpus, gpu, step)
     waits = sum(all_reduce(nbytes, gpus, gpu) for nbytes in (*step.messages.assignments, step.messages.flags))
     # the mean of the largest of n normal numbers, by Blom's approximation
     slowest = step.compute * jitter * NormalDist().inv_cdf((gpus - 0.375) / (gpus + 0.25))
     total = step.compute + late + waits + slowest
     return Point(gpus, step.compute, late, waits, slowest, (alone or step.compute) / total)
+
+
+def _late(gpus: int, gpu: Gpu, step: Step) -> float:
+    """Seconds in which weights or gradients travel and nothing is left to compute meanwhile."""
+    if step.messages.shards:
+        # Either half of an all-reduce. All but the first and the last travel while other blocks are computed.
+        times = [all_reduce(nbytes, gpus, gpu) / 2 for nbytes in step.messages.shards]
+        return max(times[0] + times[-1], sum(times) - step.compute)
+    done = 0.0
+    for moment, nbytes in buckets(step.backward):
+        done = max(done, moment) + all_reduce(nbytes, gpus, gpu)
+    return max(0.0, done - sum(seconds for seconds, _ in step.backward))
 
 
 def buckets(backward: Sequence[tuple[float, int]]) -> list[tuple[float, float]]:

@@ -13,8 +13,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 import pytest
 
-from fastpmae import PRESETS, Config, write_beton
-from tests.made import write_tree
+from fastpmae import Config, write_beton
+from tests.made import tiny_settings, write_tree
 
 
 @pytest.fixture(scope="session")
@@ -27,26 +27,4 @@ def small_beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(small_beton: Path, tmp_path: Path) -> Config:
-    """Dual teachers on the small images: a step takes some tens of milliseconds. Uneven folds, stochastic depth on."""
-    return PRESETS["demo"].using(
-        beton=small_beton,
-        out=tmp_path / "run",
-        image_size=32,
-        width=32,
-        heads=2,
-        depth=2,
-        drop_path=0.3,
-        decoder_width=32,
-        decoder_depth=1,
-        decoder_heads=2,
-        head_hidden=32,
-        head_bottleneck=16,
-        prototypes=24,
-        folds=5,
-        epochs=3,
-        batch_size=8,
-        log_every=1,
-        workers=1,
-        device="cpu",
-        tensorboard=False,
-    )
+    return tiny_settings(small_beton).using(out=tmp_path / "run")

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastpmae import PRESETS, Config
+
 REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
@@ -29,3 +31,28 @@ def write_tree(folder: Path, count: int, classes: int = 3) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         made_image(number, 60 + number % 7 * 9, 50 + number % 5 * 11).save(place / f"{number:04d}.jpg", quality=92)
     return folder
+
+
+def tiny_settings(beton: Path) -> Config:
+    """Dual teachers on the small images: a step takes some tens of milliseconds. Uneven folds, stochastic depth on."""
+    return PRESETS["demo"].using(
+        beton=beton,
+        image_size=32,
+        width=32,
+        heads=2,
+        depth=2,
+        drop_path=0.3,
+        decoder_width=32,
+        decoder_depth=1,
+        decoder_heads=2,
+        head_hidden=32,
+        head_bottleneck=16,
+        prototypes=24,
+        folds=5,
+        epochs=3,
+        batch_size=8,
+        log_every=1,
+        workers=1,
+        device="cpu",
+        tensorboard=False,
+    )

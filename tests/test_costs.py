@@ -117,6 +117,30 @@ def test_what_is_held_between_parts_and_for_other_ranks():
     assert parts.peak == ranks.peak
 
 
+def test_labels_balanced_over_the_step_hold_the_targets_of_all_parts():
+    config = tiny_config(prototypes=512)
+    part, step, whole = (
+        step_costs(config.using(accumulate=parts, balance=over), 64)
+        for parts, over in ((4, "part"), (4, "step"), (1, "step"))
+    )
+    assert part.peak < step.peak < whole.peak
+    # class and patch logits of three parts in fp32 or fp16, and the tokens
+    rows = 48 * (3 + 12)
+    assert step.memory["logits"] - part.memory["logits"] > rows * 512 * 2
+
+
+def test_shards_divide_what_is_always_held():
+    config = tiny_config(precision="fp32", shard=True)
+    whole, shards = (step_costs(config.using(shard=shard), 8, ranks=4) for shard in (False, True))
+    for kind, count in (("weights", whole.trained), ("gradients", whole.trained), ("optimiser", 2 * whole.trained)):
+        assert whole.memory[kind] - shards.memory[kind] == pytest.approx(3 * count, abs=4), kind
+    assert shards.memory["teachers"] < 0.3 * whole.memory["teachers"]
+    assert shards.memory["activations"] == whole.memory["activations"]
+    assert 0 < shards.memory["gathered"] < 4 * 4 * whole.trained
+    # alone there is nothing to share
+    assert step_costs(config, 8) == step_costs(config.using(shard=False), 8)
+
+
 def test_chunks_of_logits_hold_less():
     config = tiny_config(prototypes=512)
     whole, chunks = (step_costs(config.using(prototypes_chunk=chunk), 64) for chunk in (0, 16))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastpmae.health import health
-from fastpmae.model import Factors
+from fastpmae.losses import PseudoLabels, patch_loss
+from fastpmae.model import Factors, Head
 from fastpmae.step import Losses, Targets, learn, teach
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
 
@@ -70,3 +71,25 @@ def test_chunks_keep_the_precision_of_the_rest():
 
 def test_a_method_without_labels_takes_no_notice():
     assert_same(stepped(5, {"preset": "mae"}), stepped(0, {"preset": "mae"}), 0)
+
+
+def test_nothing_of_the_size_of_the_hidden_layers_waits_for_the_backward_pass():
+    """What is kept for a head that sees its tokens in chunks is as large as the tokens and the weights."""
+    torch.manual_seed(0)
+    head, rows, chunk = Head(8, 512, 8, 16), 64, 16
+    with torch.no_grad():
+        labels = PseudoLabels(head.patch_factors(torch.randn(rows, 8), chunk), torch.zeros(16), 0.1)
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _, unseen = head(torch.randn(2, 8), torch.randn(rows, 8, requires_grad=True), chunk)
+        patch_loss(unseen, labels, torch.arange(rows).view(1, rows), 0.1)
+    assert kept
+    assert (rows, 512) not in kept
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        head.factors(torch.randn(rows, 8, requires_grad=True), head.patch_prototypes)
+    assert (rows, 512) in kept

@@ -10,6 +10,7 @@ from fastpmae.scaling import (
     all_reduce,
     buckets,
     counts,
+    shard_messages,
     step_on,
     strong_scaling,
     traffic,
@@ -106,6 +107,22 @@ def test_messages_of_a_step():
     assert len(traffic(1, 8192, 3, parts=2).assignments) == 8
     assert traffic(1, 0, 3).assignments == []
     assert MESSAGES.sent(2) == 480_000_000 + 4 * 32768 + 4
+
+
+def test_messages_of_a_step_in_shards():
+    # a teacher of two blocks, and a student of two and one: gathered for both directions, then taken apart
+    student, teachers = [(200, 2), (50, 1)], [(200, 2)]
+    shards = shard_messages(student, teachers, 1)
+    assert shards == [400, 400, *[400, 400, 200], *[200, 200, 400, 400, 400, 400]]
+    assert len(shard_messages(student, teachers, 3)) == 3 * len(shards)
+    messages = traffic(250, 0, 3, shards=shards)
+    assert messages.sent(4) == 3 / 4 * (4 * (200 + 3 * 250) + 2 * 4)
+    # FSDP sends the student's bytes three times where DDP sends them twice
+    assert traffic(250, 0, 3, shards=shard_messages(student, [], 1)).sent(4) == pytest.approx(3 / 4 * (3000 + 8))
+    step = replace(STEP, messages=replace(MESSAGES, shards=shard_messages([(120_000_000, 12)], [], 1)))
+    fast, slow = (step_on(8, replace(H100, link=link), step, jitter=0.0).gradients for link in (H100.link, 1e9))
+    assert fast == pytest.approx(all_reduce(40e6, 8, H100))
+    assert slow > STEP.compute
 
 
 def test_gpus_are_plausible():

@@ -413,25 +413,6 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(tiny: Config, tm
 
 
 @pytest.mark.slow
-def test_two_ranks_compute_what_one_process_computes(tiny: Config, tmp_path: Path):
-    tiny = tiny.using(steps=6, warmup_epochs=0.0)
-    alone = rows_of(pretrain(tiny))
-    out = tmp_path / "ranks"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    result = subprocess.run(
-        [*launch, "fastpmae.train", *flags_of(tiny.using(out=out))],
-        env={**environment(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    for one, two in zip(alone, rows_of(out), strict=True):
-        for figure in ("loss", "loss_m", "loss_c", "loss_p", "grad_norm"):
-            assert one[figure] == pytest.approx(two[figure], rel=2e-4), figure
-
-
-@pytest.mark.slow
 def test_torchrun_passes_a_preemption_on_and_the_run_goes_on_alone(tiny: Config, tmp_path: Path):
     """SIGTERM to torchrun, as a scheduler sends it: both ranks stop after the same step, and one process resumes."""
     tiny = tiny.using(epochs=1000, save_steps=3)

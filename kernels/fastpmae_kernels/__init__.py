@@ -5,6 +5,7 @@ the Triton kernel for GPUs; and the public function, which picks by the tensors'
 all of them take the plain form.
 """
 
+import fastpmae_kernels.photometric_gpu  # noqa: F401  registers the operator's GPU form
 from fastpmae_kernels import backend
 from fastpmae_kernels.match import nearest_patch, nearest_patch_ref, nearest_patch_similarity
 from fastpmae_kernels.patch_tokens import patch_tokens, patch_tokens_ref

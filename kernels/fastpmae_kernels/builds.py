@@ -17,13 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastpmae_kernels import long_rows
 from fastpmae_kernels.match import nearest_kernel, nearest_meta
 from fastpmae_kernels.patch_tokens import tokens_kernel, tokens_meta
-from fastpmae_kernels.photometric import (
+from fastpmae_kernels.photometric import RADIUS
+from fastpmae_kernels.photometric_gpu import (
     COLUMNS,
     LINES,
     PIXELS,
-    RADIUS,
     blur_kernel,
     luma_kernel,
     photometric_meta,
@@ -119,6 +120,7 @@ def builds(prototypes: int = 4096, patch_size: int = 16) -> list[Build]:
                 f"scale_rows {name}", scale_kernel, _types(scale_kernel, {"rows": dtype, "factor": whole}),
                 {"COLUMNS": 4096, "num_warps": 4}, registers=64, aligned=strides,
             ),
+            *_of_long_rows(dtype, name, strides),
         ]  # fmt: skip
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
@@ -154,6 +156,26 @@ def builds(prototypes: int = 4096, patch_size: int = 16) -> list[Build]:
         way = "down" if down else "along"
         found.append(Build(f"blur {way} {name}", blur_kernel, types, tile, registers=128, aligned=planes))
     return found
+
+
+def _of_long_rows(dtype: str, name: str, aligned: tuple[str, ...]) -> list[Build]:
+    """What more prototypes than fit into registers are launched with, the same for any number of them."""
+    whole, tile = "*fp32", {"COLUMNS": long_rows.TILE, "num_warps": 4}
+    pointers = {"logits": dtype, "student": dtype, "teacher": dtype, "gradient": dtype, "index": "*i64"}
+    pointers |= dict.fromkeys(("logv", "peaks", "totals", "sums", "loss"), whole)
+    floats = ("label_scale", "scale", "expected")
+    sums_tile = {"ROWS": long_rows.ROWS, "COLUMNS": long_rows.COLUMNS}
+    return [
+        Build(
+            f"{words} {name}", kernel, _types(kernel, pointers, floats), tile | each, registers=registers,
+            aligned=aligned,
+        )
+        for words, kernel, each, registers in (
+            ("long rows' maxima", long_rows.row_peak_kernel, {}, 96),
+            ("long rows' column sums", long_rows.column_sums_kernel, sums_tile, 128),
+            ("long rows' cross_entropy", long_rows.long_cross_entropy_kernel, {"GRADIENT": True}, 160),
+        )
+    ]  # fmt: skip
 
 
 def examine(build: Build, target: str) -> Findings:

@@ -7,17 +7,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from numpy import float32, int32
 from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import ceil_div, constexpr, operation, tl, triton
-from fastpmae_kernels.rows import compiled, maximum, share_out
+from fastpmae_kernels.rows import as_fp32, compiled, share_out
 
 Metric = Literal["cosine", "l2"]
 Scope = Literal["image", "fold"]
-
-IMAGES = 128
-"""Images whose similarities the CPU form holds at once; fewer would leave its threads waiting for each other."""
 
 
 @torch.no_grad()
@@ -117,7 +115,7 @@ def _fold_of(folds: Sequence[int], device: torch.device) -> Int[Tensor, " patche
     return torch.arange(len(folds), device=device).repeat_interleave(sizes, output_size=sum(folds))
 
 
-# The CPU form: torch's product, then one scan that scales, compares and keeps the first of the highest.
+# The CPU form: products of a few tokens at a time and a running best, all of an image's work on one thread.
 
 
 @operation("nearest_patch")
@@ -125,55 +123,110 @@ def nearest_patch_op(student: Tensor, teacher: Tensor, cosine: bool, folds: Sequ
     batch, masked, _ = student.shape
     index = torch.zeros(batch, masked, dtype=torch.int64)
     similarity = torch.zeros(batch, masked)
-    # Autocast reaches into an operator's own products.
-    with torch.autocast("cpu", enabled=False):
-        for first in range(0, batch, IMAGES):
-            images = slice(first, first + IMAGES)
-            ours, theirs = (t[images].to(torch.float32) for t in (student, teacher))
-            length = torch.linalg.vector_norm(theirs, dim=-1)
-            scale = length.clamp_min(1e-12).reciprocal() if cosine else torch.full_like(length, 2)
-            shift = torch.zeros_like(length) if cosine else -length.square()
-            start = 0
-            for size in folds or [masked]:
-                mine = slice(start, start + size)
-                among = mine if folds else slice(0, teacher.shape[1])
-                product = torch.bmm(ours[:, mine], theirs[:, among].mT)
-                _choose(product, scale[:, among], shift[:, among], index[images, mine], similarity[images, mine])
-                index[images, mine] += among.start
-                start += size
-            length = torch.linalg.vector_norm(ours, dim=-1)
-            if cosine:
-                similarity[images] /= length.clamp_min(1e-12)
-            else:
-                similarity[images] -= length.square()
+    places, best = index.numpy(), similarity.numpy()
+    ends = np.cumsum(folds or [masked])
+
+    def work(image: int, _start: int, _stop: int) -> None:
+        ours, theirs = as_fp32(student[image]), as_fp32(teacher[image])
+        scale, shift = _judged(theirs, cosine)
+        for end, size in zip(ends, folds or [masked], strict=True):
+            mine = slice(end - size, end)
+            among = mine if folds else slice(0, len(theirs))
+            _nearest(ours[mine], theirs[among], scale[among], shift[among], best[image, mine], places[image, mine])
+            places[image, mine] += among.start
+        _finish(ours, cosine, best[image])
+
+    if index.numel():
+        share_out([(image, image + 1) for image in range(batch)], work)
     return index, similarity
 
 
-def _choose(product: Tensor, scale: Tensor, shift: Tensor, index: Tensor, similarity: Tensor) -> None:
-    scores, by, plus = product.numpy(), scale.contiguous().numpy(), shift.contiguous().numpy()
-    places, best = index.numpy(), similarity.numpy()
-
-    def work(block: int, start: int, stop: int) -> None:
-        for image in range(start, stop):
-            _choose_in_image(scores[image], by[image], plus[image], places[image], best[image])
-
-    share_out([(start, min(start + 8, len(scores))) for start in range(0, len(scores), 8)], work)
+@compiled("contract", "reassoc", "nsz")
+def _squared(token):
+    total = float32(0.0)
+    for k in range(token.size):
+        total += token[k] * token[k]
+    return total
 
 
-@compiled("nsz")
-def _choose_in_image(product, scale, shift, index, best):
-    rows, patches = product.shape
-    score = np.empty(patches, np.float32)
-    for r in range(rows):
-        row = product[r]
-        for j in range(patches):
-            score[j] = row[j] * scale[j] + shift[j]
-        peak = maximum(score)
-        place = 0
-        while place < patches - 1 and score[place] != peak:
-            place += 1
-        # A NaN equals nothing: the last patch is as good as any then, and within bounds.
-        index[r], best[r] = place, score[place]
+@compiled()
+def _judged(teacher, cosine):
+    """What a product with each teacher token is multiplied with, and what is added, to give its score."""
+    scale, shift = np.full(len(teacher), 2, np.float32), np.zeros(len(teacher), np.float32)
+    for j in range(len(teacher)):
+        squared = _squared(teacher[j])
+        if cosine:
+            scale[j] = float32(1.0) / max(np.sqrt(squared), float32(1e-12))
+        else:
+            shift[j] = -squared
+    return scale, shift
+
+
+@compiled()
+def _finish(student, cosine, best):
+    """The student token's own length, which changes no order."""
+    for i in range(len(student)):
+        squared = _squared(student[i])
+        best[i] = best[i] / max(np.sqrt(squared), float32(1e-12)) if cosine else best[i] - squared
+
+
+@compiled("contract", "reassoc", "nsz")
+def _products(student, i, teacher, j):
+    """Three student tokens from `i` on times four teacher tokens from `j` on; past the end the last token counts again.
+
+    Read along the features, the twelve sums fill the vector registers of AVX2 and nothing has to be packed. Every sum
+    is formed in the same order, so equal tokens give equal products, whichever place they take.
+    """
+    rows, patches = len(student) - 1, len(teacher) - 1
+    a0, a1, a2 = student[i], student[min(i + 1, rows)], student[min(i + 2, rows)]
+    b0, b1, b2, b3 = (
+        teacher[j],
+        teacher[min(j + 1, patches)],
+        teacher[min(j + 2, patches)],
+        teacher[min(j + 3, patches)],
+    )
+    s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = s20 = s21 = s22 = s23 = float32(0.0)
+    for k in range(a0.size):
+        x0, x1, x2 = a0[k], a1[k], a2[k]
+        y = b0[k]
+        s00, s10, s20 = s00 + x0 * y, s10 + x1 * y, s20 + x2 * y
+        y = b1[k]
+        s01, s11, s21 = s01 + x0 * y, s11 + x1 * y, s21 + x2 * y
+        y = b2[k]
+        s02, s12, s22 = s02 + x0 * y, s12 + x1 * y, s22 + x2 * y
+        y = b3[k]
+        s03, s13, s23 = s03 + x0 * y, s13 + x1 * y, s23 + x2 * y
+    return s00, s01, s02, s03, s10, s11, s12, s13, s20, s21, s22, s23
+
+
+@compiled()
+def _nearest(student, teacher, scale, shift, best, place):
+    """The running best of every student token over the teacher's, four of them at a time.
+
+    Those four stay in the nearest cache while the student's pass by.
+    """
+    rows, patches = len(student), len(teacher)
+    score, at = np.empty((4, rows + 2), np.float32), np.zeros(rows, np.int32)
+    best[:] = -np.inf
+    for j in range(0, patches, 4):
+        for i in range(0, rows, 3):
+            (
+                score[0, i], score[1, i], score[2, i], score[3, i],
+                score[0, i + 1], score[1, i + 1], score[2, i + 1], score[3, i + 1],
+                score[0, i + 2], score[1, i + 2], score[2, i + 2], score[3, i + 2],
+            ) = _products(student, i, teacher, j)  # fmt: skip
+        for c in range(min(4, patches - j)):
+            _improve(score[c], scale[j + c], shift[j + c], int32(j + c), best, at)
+    place[:] = at
+
+
+@compiled("contract", "nsz")
+def _improve(score, by, plus, here, best, at):
+    """Only what is strictly better: of equals the lowest place stays."""
+    for i in range(at.size):
+        value = score[i] * by + plus
+        at[i] = here if value > best[i] else at[i]
+        best[i] = value if value > best[i] else best[i]
 
 
 @nearest_patch_op.register_fake

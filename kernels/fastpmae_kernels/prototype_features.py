@@ -93,6 +93,8 @@ def prototype_cross_entropy_from_features(
     if student.dtype == torch.float64:
         logits = student @ student_prototypes.T, teacher @ teacher_prototypes.T
         return prototype_cross_entropy_ref(*logits, logv, index, epsilon, temperature).mean()
+    # Detached, so that torch.compile takes it where both sides share a tensor.
+    teacher, teacher_prototypes = teacher.detach(), teacher_prototypes.detach()
     return _FromFeatures.apply(  # pyright: ignore[reportReturnType]
         student, student_prototypes, teacher, teacher_prototypes, logv, index, epsilon, temperature, prototypes_chunk
     )

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton
+from fastpmae_kernels.long_rows import LONGEST_ROW, long_cross_entropy
 from fastpmae_kernels.rows import as_fp32, compiled, exponential, maximum, row_blocks, share_out
-
-LONGEST_ROW = 16384
-"""Prototypes that one Triton program holds in registers; with more, chunks of plain torch do the work."""
 
 
 def prototype_cross_entropy(
@@ -59,8 +57,9 @@ def prototype_cross_entropy(
         return prototype_cross_entropy_ref(student_logits, teacher_logits, logv, index, epsilon, temperature)
     if not (torch.is_grad_enabled() and student_logits.requires_grad):
         return torch.ops.fastpmae.prototype_loss(student_logits, teacher_logits, logv, index, epsilon, temperature)
+    # Detached, so that torch.compile takes it where both sides are one tensor.
     return _CrossEntropy.apply(  # pyright: ignore[reportReturnType]
-        student_logits, teacher_logits, logv, index, epsilon, temperature, overwrite, expected_gradient
+        student_logits, teacher_logits.detach(), logv, index, epsilon, temperature, overwrite, expected_gradient
     )
 
 
@@ -282,14 +281,17 @@ def on_gpu(
 ) -> Tensor:  # fmt: skip
     """The loss of each row; with `gradient`, which may be `student` itself, the gradient goes there."""
     rows, prototypes = student.shape
-    if prototypes > LONGEST_ROW or (gradient is not None and gradient.stride(1) != 1):
+    if gradient is not None and gradient.stride(1) != 1:
         return _in_chunks(student, teacher, logv, index, epsilon, temperature, expected, gradient)
     student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
-    if rows:
+    bias, index = logv.float().contiguous(), index.contiguous()
+    if rows and prototypes > LONGEST_ROW:
+        long_cross_entropy(student, teacher, bias, index, loss, gradient, epsilon, temperature, expected)
+    elif rows:
         written = loss if gradient is None else gradient
         cross_entropy_kernel[(rows,)](
-            student, teacher, logv.float().contiguous(), index.contiguous(), loss, written, len(teacher), prototypes,
+            student, teacher, bias, index, loss, written, len(teacher), prototypes,
             student.stride(0), teacher.stride(0), written.stride(0),
             1 / epsilon, 1 / temperature, expected / temperature,
             GRADIENT=gradient is not None, **cross_entropy_meta(prototypes),

@@ -7,6 +7,7 @@ fits its cache (a bias, a tile of tokens). The tests count the loads and stores 
 from dataclasses import dataclass
 
 from fastpmae_kernels.backend import ceil_div
+from fastpmae_kernels.long_rows import COLUMNS, LONGEST_ROW, PARTS, ROWS
 
 BANDWIDTH = {"A100 80 GB": 2.039e12, "H100 SXM": 3.35e12}
 """Bytes a second, from NVIDIA's data sheets."""
@@ -40,15 +41,21 @@ def column_logsumexp(rows: int, prototypes: int, itemsize: int = 2) -> Traffic:
 
 
 def assigned_sums(rows: int, prototypes: int, itemsize: int = 2) -> Traffic:
-    parts = min(512, max(rows, 1))
     bias = prototypes * 4
+    if prototypes > LONGEST_ROW:
+        parts, blocks = min(PARTS, max(ceil_div(rows, ROWS), 1)), ceil_div(prototypes, COLUMNS)
+        read = 2 * rows * prototypes * itemsize + bias + rows * 8
+        again = (rows + parts - 1) * bias + (blocks - 1) * rows * 8
+        return Traffic(read, rows * 8 + parts * bias, again)
+    parts = min(512, max(rows, 1))
     return Traffic(rows * prototypes * itemsize + bias, parts * prototypes * 4, (parts - 1) * bias)
 
 
 def cross_entropy(rows: int, prototypes: int, itemsize: int = 2, gradient: bool = True) -> Traffic:
     row = prototypes * itemsize
     bias = prototypes * 4
-    return Traffic(rows * (2 * row + 8) + bias, rows * (4 + row * gradient), (rows - 1) * bias)
+    passes = 2 if prototypes > LONGEST_ROW else 1
+    return Traffic(passes * rows * 2 * row + rows * 8 + bias, rows * (4 + row * gradient), (passes * rows - 1) * bias)
 
 
 def scale_rows(rows: int) -> Traffic:

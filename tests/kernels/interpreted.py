@@ -1,33 +1,21 @@
-"""Every Triton kernel in Triton's interpreter, against float64.
-
-Run by `test_triton.py` in a process of its own, because Triton decides at import whether it interprets. Kernels write
-into memory filled with NaN, and read matrices whose surroundings are NaN, so that neither a number that was never
-written nor one from outside can pass unseen. bf16 is left to the compiled kernels: the interpreter's bf16 is wrong.
-"""
-
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
+"""Every Triton kernel in Triton's interpreter, against float64. Run by `test_triton.py` in a process of its own."""
 
 import math
-import mmap
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from fastpmae_kernels import traffic
 from fastpmae_kernels.match import nearest_patch_ref, nearest_patch_triton
 from fastpmae_kernels.patch_tokens import IMAGENET_MEAN, IMAGENET_STD, patch_tokens_ref, patch_tokens_triton
-from fastpmae_kernels.photometric import photometric_ref, photometric_triton
+from fastpmae_kernels.photometric import photometric_ref
+from fastpmae_kernels.photometric_gpu import photometric_triton
 from fastpmae_kernels.prototype_loss import on_gpu, prototype_cross_entropy_ref, scale_rows_triton
 from fastpmae_kernels.sinkhorn import assigned_sums_triton, column_logsumexp_triton
+from tests.kernels.interpreting import DTYPES, assert_close, made_bytes, made_logits, made_plan, similarity_of
 
 # Interpreted, a masked lane's inf - inf makes numpy warn.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-DTYPES = (torch.float32, torch.float16)
 SHAPES = [
     pytest.param(1, 1, id="one number"),
     pytest.param(1, 4096, id="one row"),
@@ -37,37 +25,6 @@ SHAPES = [
     pytest.param(40, 2048, id="whole tiles"),
     pytest.param(600, 33, id="more rows than parts"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the launchers allocate holds NaN (or a huge index) until a kernel writes to it."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
-
-    def poisoned(tensor: Tensor) -> Tensor:
-        return tensor.fill_(math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
-
-
-def amid_nan(values: Tensor) -> Tensor:
-    """The same matrix inside a larger one of NaN: rows further apart than they are long."""
-    rows, columns = values.shape
-    around = torch.full((rows + 2, columns + 3), math.nan, dtype=values.dtype)
-    around[1 : rows + 1, 1 : columns + 1] = values
-    return around[1 : rows + 1, 1 : columns + 1]
-
-
-def made_logits(rows: int, prototypes: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return amid_nan((torch.rand(rows, prototypes, generator=generator) * 2 - 1).to(dtype))
-
-
-def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert got.shape == expected.shape
-    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,29 +111,6 @@ def test_scale_rows(dtype: torch.dtype, columns: int):
     assert_close(rows, expected, 1e-6 if dtype == torch.float32 else 1e-3)
 
 
-def test_rows_past_two_to_the_31st_element():
-    """Three rows 2^31 elements apart, in memory that exists only where it is touched."""
-    stride, columns = 2**31 + 64, 40
-    unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python knows the name from 3.13 on
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved
-    room = mmap.mmap(-1, 2 * (2 * stride + columns), flags=flags)
-    memory = torch.from_numpy(np.frombuffer(room, dtype=np.float16))
-    far = memory.as_strided((3, columns), (stride, 1))
-    near = made_logits(3, columns, torch.float16).contiguous()
-    far.copy_(near)
-    for a, b in zip(column_logsumexp_triton(far, 0.05), column_logsumexp_triton(near, 0.05), strict=True):
-        assert torch.equal(a, b)
-    logv = torch.linspace(-1, 1, columns)
-    assert torch.equal(assigned_sums_triton(far, logv, 0.05), assigned_sums_triton(near, logv, 0.05))
-    index = torch.tensor([2, 0, 1])
-    gradient = torch.empty_like(near)
-    loss = on_gpu(near, near, logv, index, 0.05, 0.1, 1.0, gradient)
-    assert torch.equal(on_gpu(far, far.clone(), logv, index, 0.05, 0.1, 1.0, far), loss)
-    assert torch.equal(far, gradient)
-    scale_rows_triton(far, torch.tensor([1.0, 1.0, 0.5]))
-    assert torch.equal(far[2], gradient[2] * 0.5)
-
-
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -194,14 +128,6 @@ def test_nearest_patch(batch: int, masked: int, patches: int, dim: int, dtype: t
     # the chosen patch is the nearest, or as near as rounding can tell
     assert_close(chosen, exact.amax(dim=2), 1e-5)
     assert_close(similarity, chosen, 3e-5)
-
-
-def similarity_of(student: Tensor, teacher: Tensor, metric: str) -> Tensor:
-    student, teacher = student.double(), teacher.double()
-    if metric == "l2":
-        return -(student.unsqueeze(2) - teacher.unsqueeze(1)).square().sum(dim=3)
-    lengths = student.norm(dim=2).unsqueeze(2) * teacher.norm(dim=2).unsqueeze(1)
-    return (student @ teacher.mT) / lengths
 
 
 def test_nearest_patch_within_folds_and_of_equals_the_lowest():
@@ -230,19 +156,6 @@ def test_patch_tokens(patch_size: int, dtype: torch.dtype):
     assert lost.isnan().all(dim=2).tolist() == (ids == 5).tolist()
 
 
-def made_plan(coins: list[tuple[int, ...]], sigma: float) -> tuple[Tensor, Tensor]:
-    """An order of jitters of its own for each image, and these coins: jitter, gray, blur, solarise."""
-    orders = [(0, 1, 2, 3), (3, 1, 2, 0), (2, 3, 0, 1), (1, 0, 3, 2)]
-    choices = [(*orders[i % 4], *coin, 0) for i, coin in enumerate(coins)]
-    factors = [(0.6 + 0.2 * i, 1.4 - 0.3 * i, 0.5 + 0.4 * i, 0.1 - 0.15 * i, sigma + i) for i in range(len(coins))]
-    return torch.tensor(factors, dtype=torch.float64), torch.tensor(choices, dtype=torch.uint8)
-
-
-def made_bytes(count: int, height: int, width: int) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randint(256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
-
-
 @pytest.mark.parametrize(
     ("height", "width"), [(1, 1), (1, 9), (12, 11), (13, 140), (50, 41)], ids=lambda number: str(number)
 )
@@ -266,76 +179,3 @@ def test_photometric_of_no_images():
     factors, choices = made_plan([], 1.0)
     given = made_bytes(0, 8, 8), factors.view(0, 5), choices.view(0, 9)
     assert photometric_triton(*given, 128, torch.uint8, [0.0] * 3, [1.0] * 3).shape == (0, 3, 8, 8)
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Bytes that interpreted kernels load and store from here on."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    bytes_of = {"loaded": 0, "stored": 0}
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def counting_load(self, pointers, mask, *rest):
-        bytes_of["loaded"] += int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
-        return load(self, pointers, mask, *rest)
-
-    def counting_store(self, pointers, value, mask, *rest):
-        bytes_of["stored"] += int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
-        return store(self, pointers, value, mask, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
-    return bytes_of
-
-
-def assert_moved(counted: dict[str, int], model: traffic.Traffic) -> None:
-    assert counted == {"loaded": model.read + model.again, "stored": model.written}
-    counted.update(loaded=0, stored=0)
-
-
-@pytest.mark.parametrize(("rows", "prototypes"), [(5, 17), (70, 300), (40, 2048), (130, 40)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_traffic_model_counts_what_the_kernels_move(
-    rows: int, prototypes: int, dtype: torch.dtype, counted: dict[str, int]
-):
-    logits, logv, size = made_logits(rows, prototypes, dtype), torch.zeros(prototypes), dtype.itemsize
-    column_logsumexp_triton(logits, 0.05)
-    assert_moved(counted, traffic.column_logsumexp(rows, prototypes, size))
-    assigned_sums_triton(logits, logv, 0.05)
-    assert_moved(counted, traffic.assigned_sums(rows, prototypes, size))
-    index = torch.arange(rows)
-    on_gpu(logits, logits, logv, index, 0.05, 0.1, 1.0, None)
-    assert_moved(counted, traffic.cross_entropy(rows, prototypes, size, gradient=False))
-    on_gpu(logits, logits.clone(), logv, index, 0.05, 0.1, 1.0, logits)
-    assert_moved(counted, traffic.cross_entropy(rows, prototypes, size))
-    scale_rows_triton(logits, torch.ones(rows))
-    assert_moved(counted, traffic.scale_rows(rows))
-
-
-@pytest.mark.parametrize(("masked", "patches", "dim"), [(5, 7, 3), (65, 130, 40), (147, 147, 64)])
-def test_the_traffic_model_counts_what_the_match_moves(
-    masked: int, patches: int, dim: int, counted: dict[str, int]
-):  # fmt: skip
-    student, teacher = torch.randn(2, masked, dim), torch.randn(2, patches, dim)
-    nearest_patch_triton(student, teacher, True, [])
-    assert_moved(counted, traffic.nearest_patch(2, masked, patches, dim, 4))
-
-
-@pytest.mark.parametrize("patch_size", [3, 16])
-def test_the_traffic_model_counts_what_patch_tokens_move(patch_size: int, counted: dict[str, int]):
-    images = torch.zeros(2, 3, 2 * patch_size, 2 * patch_size, dtype=torch.uint8)
-    ids = torch.tensor([[3, 0, 1], [1, 1, 2]])
-    patch_tokens_triton(images, ids, patch_size, torch.float16, list(IMAGENET_MEAN), list(IMAGENET_STD))
-    assert_moved(counted, traffic.patch_tokens(2, 3, patch_size, 2))
-
-
-def test_the_traffic_model_counts_what_photometric_moves(counted: dict[str, int]):
-    images = made_bytes(4, 30, 20)
-    factors, choices = made_plan([(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 0), (1, 0, 1, 0)], 2.0)
-    photometric_triton(images, factors, choices, 128, torch.float16, list(IMAGENET_MEAN), list(IMAGENET_STD))
-    model = traffic.photometric(4, 30, 20, jittered=2, blurred=1, itemsize=2)
-    assert counted["stored"] == model.written
-    # the plan's numbers, for each program of each kernel
-    programs = 4 * (1 + 1 + 2 * 6)
-    assert 0 <= counted["loaded"] - model.read - model.again <= 64 * programs

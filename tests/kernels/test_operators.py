@@ -6,15 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastpmae_kernels
 from fastpmae_kernels import (
     backend,
+    label_bias,
     nearest_patch,
+    nearest_patch_similarity,
     patch_tokens,
     photometric,
     prototype_cross_entropy,
+    prototype_cross_entropy_from_features,
     prototype_cross_entropy_ref,
     rows,
+    sinkhorn,
     sinkhorn_bias,
+    sinkhorn_bias_from_features,
+    sinkhorn_biases,
 )
 
 ops = torch.ops.fastpmae
@@ -65,6 +72,44 @@ def test_the_whole_compiles_without_a_break_and_computes_the_same():
 
     for got, expected in zip(run(torch.compile(step, fullgraph=True)), run(step), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+FEATURES, PROTOTYPES = torch.randn(10, 4, generator=GENERATOR), torch.randn(12, 4, generator=GENERATOR)
+PUBLIC = {
+    "sinkhorn_bias": lambda x: sinkhorn_bias(x),
+    "sinkhorn_biases": lambda x: sinkhorn_biases([x, x[:3]])[1],
+    "sinkhorn": lambda x: sinkhorn(x),
+    "label_bias": lambda x: label_bias(x, "center", center=BIAS),
+    "sinkhorn_bias_from_features": lambda x: sinkhorn_bias_from_features(x[:, :4], PROTOTYPES, prototypes_chunk=3),
+    "nearest_patch": lambda x: nearest_patch(x[None], LOGITS[None]),
+    "nearest_patch_similarity": lambda x: nearest_patch_similarity(x[None], LOGITS[None], "l2", "fold", (6, 4))[1],
+    "prototype_cross_entropy": lambda x: prototype_cross_entropy(x, x, BIAS, INDEX),
+    "prototype_cross_entropy_from_features": lambda x: prototype_cross_entropy_from_features(
+        x[:, :4], PROTOTYPES, FEATURES, PROTOTYPES, BIAS, INDEX, prototypes_chunk=3
+    ),
+    "patch_tokens": lambda x: patch_tokens(IMAGES, torch.tensor([[0, 3], [1, 2]]), 4) + x.mean(),
+    "photometric": lambda x: photometric(IMAGES, *PLAN, dtype=torch.float32) + x.mean(),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_public_function_is_traced_without_a_break(name: str):
+    """As torch.compile takes it, forward and backward, without the time that its code generator needs."""
+    found = []
+    torch._dynamo.reset()
+    for function in (torch.compile(PUBLIC[name], fullgraph=True, backend="aot_eager"), PUBLIC[name]):
+        leaf = LOGITS.flip(1).clone().requires_grad_()
+        BIAS.zero_()
+        result = function(leaf)
+        slope = torch.autograd.grad(result.sum(), leaf)[0] if result.requires_grad else leaf.new_zeros(())
+        found.append((result.detach(), slope))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_every_public_function_is_traced():
+    plain = {name for name in fastpmae_kernels.__all__ if name.endswith("_ref") or name == "backend"}
+    assert set(PUBLIC) == set(fastpmae_kernels.__all__) - plain
 
 
 def test_a_test_can_ask_for_the_plain_form(monkeypatch: pytest.MonkeyPatch):

@@ -107,6 +107,14 @@ def test_several_matrices_are_balanced_apart():
         assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_blocks_of_rows_are_one_matrix(dtype: torch.dtype):
+    first, second = made_logits(90, 30).to(dtype), made_logits(41, 20).to(dtype)
+    blocks = [list(first.split([50, 0, 37, 3])), second]
+    for got, whole in zip(sinkhorn_biases(blocks), sinkhorn_biases([first, second]), strict=True):
+        torch.testing.assert_close(got, whole, rtol=1e-5, atol=2e-5)
+
+
 def test_softmax_and_centred_labels():
     logits = made_logits(40, 30)
     assert torch.equal(label_bias(logits, "softmax"), torch.zeros(30))

@@ -24,8 +24,10 @@ def run(*command: str, **changes: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_every_kernel_is_right_when_interpreted():
-    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted.py", OMP_NUM_THREADS="1")
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_limits.py"])
+def test_every_kernel_is_right_when_interpreted(file: str):
+    plugins = ("-p", "no:cacheprovider", "-p", "tests.kernels.interpreting")
+    result = run("-m", "pytest", "-q", *plugins, f"tests/kernels/{file}", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
