@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpmae.config import CUDA_GRAPHS, Config, Model
+from fastpmae.config import Config, Model
 from fastpmae.errors import UserError
-from fastpmae.fp8 import check_fp8, use_fp8
+from fastpmae.fp8 import use_fp8
 from fastpmae.model import Decoder, Encoder, Head, Student, initialise
+from fastpmae.passes import CUDA_GRAPHS
 from fastpmae.teachers import Teachers, make_teachers
 from fastpmae.weights import start_encoder
 from fastpmae_loaders import View, ViewSettings
@@ -256,7 +257,6 @@ def make_networks(
     student.to(device)
     teachers = make_teachers(student, config.teachers, total_steps, config.optimiser.epochs, generator)
     if config.efficiency.teacher_precision == "fp8":
-        check_fp8(student.encoder, device)
         for teacher in teachers.modules().values():
             use_fp8(teacher.encoder)
     return student, teachers

@@ -12,9 +12,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastpmae.errors import UserError
 
-CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-"""The modes of torch.compile that replay a step's kernels as one."""
-
 
 @dataclass(frozen=True)
 class Data:
@@ -208,11 +205,10 @@ class Efficiency:
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """torch's own attention, which auto takes, or xformers' (a GPU, and `pip install 'fastpmae[xformers]'`)."""
     teacher_precision: Literal["auto", "fp8"] = "auto"
-    """fp8 multiplies the linear layers of the teachers' blocks in 8 bits (a GPU with compute capability 8.9 or above);
-    auto leaves them in the precision of the rest."""
+    """fp8: the linear layers of the teachers' blocks in 8 bits (compute capability 8.9); auto: as the rest."""
     checkpoint_blocks: int = 0
-    """Of every so many blocks of the student, one keeps only its input for the backward pass and is computed anew
-    there: less memory, more time, the same numbers. 1 is every block, 0 none."""
+    """Of every so many blocks of the student one keeps its input alone and is computed anew in the backward pass: less
+    memory, more time, the same numbers. 1 is every block, 0 none."""
     shard: bool = False
     """Cut weights, gradients, optimiser and teachers in shards, one a rank (FSDP2): for models that fill a GPU."""
     rank_timeout: float = 10.0

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
-from fastpmae.config import CUDA_GRAPHS, Config
+from fastpmae.config import Config
 from fastpmae.world import World
 
 Pass = Callable[..., Any]
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""The modes of torch.compile that replay a pass's kernels as one."""
 
 
 def make_passes(

@@ -36,6 +36,7 @@ def quantised(rows: Tensor) -> Tensor:
 def test_a_layer_is_the_product_of_quantised_rows(inputs: int, outputs: int, bf16: bool):
     generator = torch.Generator().manual_seed(0)
     plain = nn.Linear(inputs, outputs)
+    nn.init.zeros_(plain.weight)
     disturb(plain, 1, 0.5)
     # rows of very different size, which one scale for all would flatten
     rows = torch.randn(3, 7, inputs, generator=generator) * 10.0 ** torch.arange(-3, 4).view(7, 1)
@@ -47,7 +48,7 @@ def test_a_layer_is_the_product_of_quantised_rows(inputs: int, outputs: int, bf1
     bias = plain.bias.detach().double()
     truth = (quantised(rows.flatten(0, 1)) @ quantised(plain.weight.detach()).T + bias).view(3, 7, outputs)
     off = (found.double() - truth).norm(dim=-1) / truth.norm(dim=-1)
-    assert float(off.max()) < (4e-3 if bf16 else 1e-6)
+    assert float(off.max()) < (8e-3 if bf16 else 1e-6)
     products = (found.double() - bias, unquantised.double() - bias)
     errors = (products[0] - products[1]).norm(dim=-1) / products[1].norm(dim=-1)
     # 3 bits of mantissa: 2^-4 / sqrt(3) at most on each side; every row as good as another that bf16 does not round off
@@ -118,7 +119,7 @@ def test_the_plan_counts_8_bit_products():
 
 def test_what_cannot_multiply_in_8_bits_gets_a_sentence(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="multiples of 16"):
-        make_networks(tiny_config(width=24, teacher_precision="fp8"), 10, CPU, None)
+        check_fp8(make_networks(tiny_config(width=24), 10, CPU, None)[0].encoder, CPU)
     encoder = networks()[1].encoder
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
