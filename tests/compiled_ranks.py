@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastpmae import Config
 from fastpmae.optimiser import make_optimiser, update
 from fastpmae.passes import make_passes
-from fastpmae.step import learn, teach
+from fastpmae.step import balance, learn, see
 from fastpmae.world import World, join_world
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
 
@@ -25,13 +25,14 @@ def trained(config: Config, world: World) -> list[float]:
         network.float()
     optimiser = make_optimiser(student, config)
     parallel = DistributedDataParallel(student, gradient_as_bucket_view=True)
-    taught, learnt = make_passes(teach, learn, config, world, backend="eager")
+    seen, learnt = make_passes(see, learn, config, world, backend="eager")
     totals = []
     for step in range(3):
         for part in range(PARTS):
             batch, keep = made_batch(100 * world.rank + 10 * step + part, 3), keep_of(config, 3, step).float()
             with contextlib.nullcontext() if part == PARTS - 1 else parallel.no_sync():
-                losses = learnt(parallel, batch, keep, taught(teachers, batch, config, world.group), config)
+                targets = balance([seen(teachers, batch, config)], config, world.group)[0]
+                losses = learnt(parallel, batch, keep, targets, config)
                 (losses.total / PARTS).backward()
             totals.append(losses.total.item())
         update(optimiser, losses.total.detach(), 1e-3 * step, 0.0, world)

@@ -24,7 +24,7 @@ from fastpmae.errors import UserError
 from fastpmae.log import Meter
 from fastpmae.optimiser import make_optimiser, update
 from fastpmae.passes import make_passes
-from fastpmae.step import learn, teach
+from fastpmae.step import balance, learn, see, teach
 from fastpmae.teachers import make_teachers
 from fastpmae.world import World
 from tests.made import REPOSITORY
@@ -52,13 +52,14 @@ def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[
     for network in (student, *teachers.modules().values()):
         network.float()
     optimiser = make_optimiser(student, config)
-    taught, learnt = make_passes(teach, learn, config, ALONE, backend)
+    seen, learnt = make_passes(see, learn, config, ALONE, backend)
     totals = []
     for step in range(4):
         for part in range(config.optimiser.accumulate):
             batch = made_batch(10 * step + part, 3, fold_sizes)
             keep = keep_of(config, 3, step).float() if config.model.drop_path else None
-            losses = learnt(student, batch, keep, taught(teachers, batch, config, None), config)
+            targets = balance([seen(teachers, batch, config)], config)[0]
+            losses = learnt(student, batch, keep, targets, config)
             (losses.total / config.optimiser.accumulate).backward()
             totals.append(losses.total.item())
         update(optimiser, losses.total.detach(), 1e-3 * step, 0.0, ALONE)
@@ -66,7 +67,11 @@ def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[
         if step % 2:
             teachers.follow(student, "epoch", step // 2)
         torch._dynamo.config.error_on_recompile = True
-    return totals, [parameter.detach() for parameter in student.parameters()]
+    # No loss depends on the keys' bias: its gradient is rounding alone, which AdamW scales up.
+    return totals, [
+        parameter.detach().view(3, -1)[::2] if name.endswith("qkv.bias") else parameter.detach()
+        for name, parameter in student.named_parameters()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +108,7 @@ def test_another_shape_would_have_been_noticed():
         trained(config, (4, 4, 4), "eager")
         torch._dynamo.config.error_on_recompile = True
         with pytest.raises(torch._dynamo.exc.RecompileError):
-            make_passes(teach, learn, config, ALONE, "eager")[0](None, made_batch(0, 2), config, None)
+            make_passes(see, learn, config, ALONE, "eager")[0](None, made_batch(0, 2), config)
 
 
 @pytest.mark.slow
@@ -148,13 +153,13 @@ def test_what_torch_is_asked_to_compile(
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
-    passes = make_passes(teach, learn, tiny_config(**settings), World(0, 1, 1, torch.device(device), None))
+    passes = make_passes(see, learn, tiny_config(**settings), World(0, 1, 1, torch.device(device), None))
     if expected is None:
         assert asked == []
-        assert passes == (teach, learn)
+        assert passes == (see, learn)
         return
     assert asked == [{"backend": "inductor", **expected}] * 2
-    assert [one("a", 2) for one in passes] == [("teach", ("a", 2)), ("learn", ("a", 2))]
+    assert [one("a", 2) for one in passes] == [("see", ("a", 2)), ("learn", ("a", 2))]
     # each step of a CUDA graph begins once, with the teachers
     assert len(begun) == (settings.get("compile_mode") == "reduce-overhead")
 
@@ -218,8 +223,10 @@ def test_no_step_between_two_rows_waits(tiny: Config, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("settings", [{}, {"prototypes_chunk": 7}, {"preset": "sdae"}, {"preset": "mae"}], ids=str)
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-def test_nothing_is_carried_from_a_gpu_to_the_host(settings: dict[str, Any]):
+def test_nothing_is_carried_from_a_gpu_to_the_host(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """Tensors that say they are on a GPU, and cannot be read: what needs a number from one fails."""
+    # autograd asks for the GPU itself, which is not there; `lean` and the kernels' tests hold its operations
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs: [torch.empty_like(each) for each in inputs])
     settings = dict(settings)
     config = tiny_config(settings.pop("preset", "paper"), folds=5, **settings)
     device = torch.device("cuda", 0)
@@ -234,7 +241,6 @@ def test_nothing_is_carried_from_a_gpu_to_the_host(settings: dict[str, Any]):
             gradients = [torch.empty_like(parameter) for parameter in student.parameters()]
         with Waits() as waits:
             losses = learn(student, batch, keep, teach(teachers, batch, config), config)
-            # autograd asks for the GPU itself, which is not there; `lean` and the kernels' tests hold its operations
             for parameter, gradient in zip(student.parameters(), gradients, strict=True):
                 parameter.grad = gradient
             norm, skipped = update(optimiser, losses.total.detach(), 1e-3, 1.0, world)
