@@ -18,7 +18,8 @@ from timm.data.constants import (
 from torch import Tensor, nn
 
 from fastpmae.architecture import shape_of
-from fastpmae.embed import Network, Pool, load_encoder, pooled
+from fastpmae.checkpoint import find_checkpoint
+from fastpmae.embed import Network, Pool, encoder_of, pooled
 from fastpmae.errors import UserError
 from fastpmae.layouts import read_foreign
 from fastpmae.weights import fit_positions, is_ours
@@ -116,10 +117,11 @@ def _exported_heads(path: Path) -> int:
 
 
 def _of_run(path: Path, network: Network, image_size: int) -> Backbone:
-    encoder, config = load_encoder(path, network)
+    checkpoint = find_checkpoint(path)
+    encoder, config = encoder_of(checkpoint, network)
     tensors = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
     size = image_size or config.views.image_size
-    return _of_tensors(tensors, f"{config.run.preset}, {path}", network, size, shape_of(config.model).heads)
+    return _of_tensors(tensors, f"{config.run.preset}, {checkpoint.path}", network, size, shape_of(config.model).heads)
 
 
 def _of_tensors(

@@ -70,14 +70,17 @@ def make_classifier(
 
 def make_optimiser(model: nn.Module, course: Course) -> torch.optim.Optimizer:
     """The course's optimiser, with timm's groups for layer-wise decay of the rate."""
-    if course.optimiser == "adamw":
+    if course.optimiser == "adamw" and not isinstance(model, Probe):
         vit: Any = model
-        kept = vit.no_weight_decay() if hasattr(vit, "no_weight_decay") else ()
-        groups = param_groups_layer_decay(model, course.weight_decay, kept, layer_decay=course.layer_decay)
+        groups = param_groups_layer_decay(
+            model, course.weight_decay, vit.no_weight_decay(), layer_decay=course.layer_decay
+        )
         return torch.optim.AdamW(groups, lr=course.peak_lr, betas=course.betas)
     # As MAE's LARS: biases and norms take the plain rate, without decay.
     wide = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": course.weight_decay}
     thin = {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+    if course.optimiser == "adamw":
+        return torch.optim.AdamW([wide, thin], lr=course.peak_lr, betas=course.betas)
     if course.optimiser == "sgd":
         return torch.optim.SGD([wide, thin], lr=course.peak_lr, momentum=0.9)
     momentum: Any = 0.9  # timm says int

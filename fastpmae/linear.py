@@ -117,14 +117,16 @@ def logistic_regression(
     """Multinomial logistic regression with an L2 penalty on the weights, solved by L-BFGS to convergence.
 
     The same minimum as scikit-learn's LogisticRegression(C=c): the mean cross-entropy over the n images plus
-    |weights|^2 / (2 c n). Computed in float64.
+    |weights|^2 / (2 c n). With two classes scikit-learn has one vector of weights, which counts twice here. Computed in
+    float64.
 
     Raises:
         UserError: when c is not positive.
     """
     if not c > 0:
         raise UserError(f"--c {c} must be above 0: it is the inverse of the penalty's strength")
-    rows, count = features.double(), len(features)
+    rows = features.double()
+    penalty = (2 if classes == 2 else 1) / (2 * c * len(features))
     weight = torch.zeros(rows.shape[1], classes, dtype=torch.float64, device=rows.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, device=rows.device, requires_grad=True)
     optimiser = torch.optim.LBFGS(
@@ -138,7 +140,7 @@ def logistic_regression(
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = F.cross_entropy(rows @ weight + bias, labels) + weight.square().sum() / (2 * c * count)
+        value = F.cross_entropy(rows @ weight + bias, labels) + penalty * weight.square().sum()
         value.backward()
         return value
 

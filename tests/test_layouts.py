@@ -1,6 +1,7 @@
 """Checkpoints of other projects, written as they write them: the same network comes out of each, and nothing runs."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_timm_names_are_taken_from_a_folder_too(tmp_path: Path):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, embed_dim=32, depth=1, num_heads=2)
     args = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": args}
-    (tmp_path / "config.json").write_text(__import__("json").dumps(config | {"pretrained_cfg": theirs.pretrained_cfg}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": theirs.pretrained_cfg}))
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     backbone = find_backbone(f"timm:local-dir:{tmp_path}")
     with torch.no_grad():
@@ -157,7 +158,7 @@ class Bomb:
 
 def test_nothing_in_a_file_is_ever_run(tmp_path: Path):
     torch.save({"model": made(1).state_dict(), "args": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pth")
-    with pytest.raises(UserError, match="neither safetensors nor a .pth of plain tensors"):
+    with pytest.raises(UserError, match=r"neither safetensors nor a \.pth of plain tensors"):
         read_foreign(tmp_path / "bomb.pth")
     hidden = argparse.Namespace(lr=Bomb(tmp_path / "exploded"))
     torch.save({"model": made(1).state_dict(), "args": hidden}, tmp_path / "hidden.pth")
