@@ -69,7 +69,8 @@ def test_knn_is_scikit_learns_on_the_same_features(data: Path, tmp_path: Path, m
     rows = list(csv.DictReader((tmp_path / "knn-labelling-teacher-classes.csv").read_text().splitlines()))
     assert [row["name"] for row in rows] == ["class_0", "class_1", "class_2"]
     assert sum(float(row["top1"]) * int(row["images"]) for row in rows) / 24 == pytest.approx(result["top1"], abs=0.01)
-    assert Image.open(tmp_path / "knn-labelling-teacher-confusion.png").size[0] > 500
+    with Image.open(tmp_path / "knn-labelling-teacher-confusion.png") as picture:
+        assert picture.size[0] > 500
 
 
 def test_results_lie_beside_the_run_and_folders_hold_both_splits(data: Path, monkeypatch):
