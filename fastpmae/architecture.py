@@ -134,6 +134,7 @@ def check(config: Config) -> None:
         (config.run.save_steps >= 0, f"--save-steps {config.run.save_steps}: 0 or more"),
         (config.run.steps is None or config.run.steps >= 0, f"--steps {config.run.steps}: 0 or more"),
         (config.efficiency.workers >= 0, f"--workers {config.efficiency.workers}: 0 or more"),
+        (config.efficiency.rank_timeout > 0, f"--rank-timeout {config.efficiency.rank_timeout}: minutes above 0"),
         (config.efficiency.prototypes_chunk >= 0,
          f"--prototypes-chunk {config.efficiency.prototypes_chunk}: rows, or 0 for all"),
         (config.run.save_every >= 0, f"--save-every {config.run.save_every} is negative"),

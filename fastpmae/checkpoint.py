@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastpmae.config import Config, config_from
 from fastpmae.errors import RunError, UserError
 from fastpmae.files import appearing
+from fastpmae.shards import in_shards, shared_as, whole
 from fastpmae.teachers import Teachers
 
 FORMAT = "fastpmae-checkpoint-1"
@@ -57,13 +58,25 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:08d}.safetensors"
 
 
-def gather(student: nn.Module, teachers: Teachers, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor that the rest of a run depends on, by its name in a checkpoint."""
+def gather(
+    student: nn.Module, teachers: Teachers, optimiser: torch.optim.Optimizer, *, first: bool = True
+) -> dict[str, Tensor]:
+    """Every tensor that the rest of a run depends on, by its name in a checkpoint.
+
+    Tensors in shards are put together one by one, for which all ranks must call it; only the `first` keeps them, on
+    the CPU, and the others get nothing.
+    """
     tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
     for role, teacher in teachers.modules().items():
         tensors |= {f"{role}.{name}": tensor for name, tensor in teacher.state_dict().items()}
     for name, parameter in student.named_parameters():
         tensors |= {f"optimiser.{name}.{key}": value for key, value in optimiser.state[parameter].items()}
+    for name, tensor in tensors.items():
+        if in_shards(tensor):
+            together = whole(tensor)
+            tensors[name] = together.cpu() if first else torch.empty(0)
+    if not first:
+        return {}
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_initialized():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -78,8 +91,9 @@ def scatter(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, opti
     """
     modules: dict[str, nn.Module] = {"student": student, **teachers.modules()}
     for role, module in modules.items():
-        require(checkpoint, role, module.state_dict())
-        module.load_state_dict(checkpoint.part(role))
+        own = module.state_dict()
+        require(checkpoint, role, own)
+        module.load_state_dict({name: shared_as(t, own[name]) for name, t in checkpoint.part(role).items()})
     if not checkpoint.part("optimiser"):
         raise CheckpointError(f"{checkpoint.path} lacks the optimiser's state")
     for name, parameter in student.named_parameters():
@@ -88,7 +102,7 @@ def scatter(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, opti
             continue
         like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
         require(checkpoint, f"optimiser.{name}", like)
-        optimiser.state[parameter] = {key: value.to(parameter.device).clone() for key, value in state.items()}
+        optimiser.state[parameter] = {key: shared_as(value, parameter).clone() for key, value in state.items()}
     require(checkpoint, "rng", {"cpu": torch.get_rng_state()}, others=("cuda",))
     torch.set_rng_state(checkpoint.tensors["rng.cpu"])
     if "rng.cuda" in checkpoint.tensors and torch.cuda.is_available():

@@ -135,8 +135,10 @@ class Optimiser:
     batch_size: int = 768
     """Images in one optimiser step, over all ranks and accumulated parts."""
     accumulate: int = 1
-    """Parts that a step's images are computed in, one after the other, on each rank; pseudo labels are balanced within
-    a part."""
+    """Parts that a step's images are computed in, one after the other, on each rank."""
+    balance: Literal["part", "step"] = "part"
+    """Pseudo labels are balanced within a part, or over all parts of a step: then any --accumulate gives the same
+    numbers, and the teachers' logits of all parts are held at once."""
     lr: float = 2.666e-4
     """Peak learning rate for 256 images; it grows in proportion with the batch size."""
     warmup_epochs: float | None = None
@@ -198,6 +200,10 @@ class Efficiency:
     2/255 of the same result; auto does the latter on a GPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the student, the teachers and the losses; auto compiles on a GPU."""
+    shard: bool = False
+    """Cut weights, gradients, optimiser and teachers in shards, one a rank (FSDP2): for models that fill a GPU."""
+    rank_timeout: float = 10.0
+    """Minutes that a rank waits for the others before all of them end."""
     prototypes_chunk: int = 0
     """Rows of patch logits that exist at a time, computed anew where they are needed: less memory, more time; 0 keeps
     them all."""

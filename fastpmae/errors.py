@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastpmae_loaders.errors import BetonError, UserError
 
-__all__ = ["BetonError", "Interrupted", "RunError", "UserError", "exit_with_sentence"]
+__all__ = ["AlreadySaid", "BetonError", "Interrupted", "RunError", "UserError", "exit_with_sentence"]
 
 
 class RunError(Exception):
@@ -26,6 +26,14 @@ class Interrupted(RunError):
         self.number = number
 
 
+class AlreadySaid(RunError):
+    """The end of a rank after another has said why the run ends; `status` is the exit status that goes with it."""
+
+    def __init__(self, status: int):
+        super().__init__("another rank has said why this run ends")
+        self.status = status
+
+
 def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
     """Run a command and return its exit status: 2 for bad input, 1 for a run that failed, 130 after ctrl-C."""
     try:
@@ -36,6 +44,8 @@ def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
     except Interrupted as stopped:
         print(f"{name}: {stopped}", file=sys.stderr)
         return 128 + stopped.number
+    except AlreadySaid as ended:
+        return ended.status
     except RunError as error:
         print(f"{name}: stopped: {error}", file=sys.stderr)
         return 1

@@ -59,19 +59,24 @@ class Meter:
 
     def means(self, group: dist.ProcessGroup | None = None, *, anew: bool = True) -> dict[str, float]:
         """The mean of each figure since it last started anew, over all ranks; waits for the device."""
-        sums = self.sums / self.count
-        if group is not None:
-            dist.all_reduce(sums, group=group)
-            sums /= group.size()
-        means = sums.tolist()
+        means = (self._over(group) / self.count).tolist()
         if anew:
             self.sums.zero_()
             self.count.zero_()
         return dict(zip(self.names, means, strict=True))
 
-    def state(self) -> dict[str, Tensor]:
-        """The sums, as a checkpoint holds them: a run that is resumed between two rows writes the same row."""
-        return {"log.sums": self.sums, "log.count": self.count}
+    def _over(self, group: dist.ProcessGroup | None) -> Float[Tensor, " 5"]:
+        """The sums, as the mean over all ranks."""
+        sums = self.sums.clone()
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+            sums /= group.size()
+        return sums
+
+    def state(self, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+        """The sums, as a checkpoint holds them: a run that is resumed between two rows writes the same row, on any
+        number of ranks."""
+        return {"log.sums": self._over(group), "log.count": self.count}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take the sums of a checkpoint. Raises CheckpointError where it holds none."""

@@ -18,11 +18,13 @@ from fastpmae_kernels import (
     sinkhorn_biases,
 )
 
+Logits = Float[Tensor, "labels prototypes"] | Factors
+
 
 class PseudoLabels(NamedTuple):
     """Pseudo labels as the loss reads them: label r is `softmax(logits[r] / epsilon + logv)`."""
 
-    logits: Float[Tensor, "labels prototypes"] | Factors
+    logits: Logits
     logv: Float[Tensor, " prototypes"]
     epsilon: float
 
@@ -65,18 +67,28 @@ def pixel_loss(
 
 
 def pseudo_labels(
-    logits: Sequence[Float[Tensor, "labels prototypes"] | Factors],
-    epsilon: float,
-    iterations: int,
-    group: dist.ProcessGroup | None = None,
+    logits: Sequence[Logits], epsilon: float, iterations: int, group: dist.ProcessGroup | None = None
 ) -> list[PseudoLabels]:
     """Labels of the rows of each matrix, balanced apart, and together with the rows of every rank of `group`."""
-    biases = sinkhorn_biases([each for each in logits if isinstance(each, Tensor)], epsilon, iterations, group)
-    for place, each in enumerate(logits):
-        if isinstance(each, Factors):
-            with torch.autocast(each.features.device.type, enabled=False):
-                biases.insert(place, sinkhorn_bias_from_features(*each[:2], epsilon, iterations, group, each.chunk))
-    return [PseudoLabels(matrix, logv, epsilon) for matrix, logv in zip(logits, biases, strict=True)]
+    return pseudo_labels_of_parts([logits], epsilon, iterations, group)[0]
+
+
+def pseudo_labels_of_parts(
+    parts: Sequence[Sequence[Logits]], epsilon: float, iterations: int, group: dist.ProcessGroup | None = None
+) -> list[list[PseudoLabels]]:
+    """Labels of the matrices of each part of a batch, as if the parts' rows stood in one matrix: nothing is copied."""
+    matrices: list[list[Logits]] = [list(blocks) for blocks in zip(*parts, strict=True)]
+    plain = [blocks for blocks in matrices if not isinstance(blocks[0], Factors)]
+    biases = sinkhorn_biases(plain, epsilon, iterations, group)  # pyright: ignore[reportArgumentType]
+    for place, blocks in enumerate(matrices):
+        factors = [block for block in blocks if isinstance(block, Factors)]
+        if factors:
+            features = torch.cat([each.features for each in factors]) if len(factors) > 1 else factors[0].features
+            with torch.autocast(features.device.type, enabled=False):
+                _, prototypes, chunk = factors[0]
+                bias = sinkhorn_bias_from_features(features, prototypes, epsilon, iterations, group, chunk)
+            biases.insert(place, bias)
+    return [[PseudoLabels(*labels, epsilon) for labels in zip(part, biases, strict=True)] for part in parts]
 
 
 def class_loss(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastpmae.architecture import warmup_epochs
 from fastpmae.config import Config
+from fastpmae.shards import whole
 from fastpmae.world import World
 
 
@@ -49,7 +50,7 @@ def update(
         The norm of the gradient before clipping, and 1 where the step was skipped, else 0. Both stay on the device.
     """
     parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     skipped = world.largest((~(torch.isfinite(norm) & torch.isfinite(loss))).float())
     if clip_grad > 0:
         nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)

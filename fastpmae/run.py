@@ -202,6 +202,8 @@ def holds_run(folder: Path) -> bool:
 def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> list[str]:
     """What a resumed run would compute differently, one phrase each."""
     before, now, groups = checkpoint.config.flat(), config.flat(), settings_by_name()
+    if before["balance"] == now["balance"] == "step":  # parts only decide what is held at a time
+        before["accumulate"] = now["accumulate"]
     changes = [
         f"--{name.replace('_', '-')} was {before[name]} and is now {now[name]}"
         for name in now
@@ -217,14 +219,16 @@ def describe_run(
 ) -> list[str]:
     """What is about to happen, in a few lines, with a warning where the settings will not do well."""
     parameters = sum(p.numel() for p in student.parameters()) / 1e6
+    sharded = config.efficiency.shard and world.group is not None
     optimiser, folds, prototypes = config.optimiser, config.views.folds, config.model.prototypes
     lines = [
         f"{config.run.preset}: {config.model.model}, {parameters:.1f} M parameters, "
-        f"on {world.device} x {world.size} in {config.efficiency.precision}",
+        f"on {world.device} x {world.size} in {config.efficiency.precision}{', in shards' * sharded}",
         f"{len(images)} images in {images.path}: {steps_per_epoch} steps of {optimiser.batch_size} an epoch, "
         f"{optimiser.epochs} epochs",
     ]
-    rows = optimiser.batch_size // optimiser.accumulate * folds
+    parts = optimiser.accumulate if optimiser.balance == "part" else 1
+    rows = optimiser.batch_size // parts * folds
     if config.teachers.teachers in ("dual", "single") and rows < prototypes / 2:
         lines.append(
             f"warning: {rows} class tokens a batch share {prototypes} prototypes, too few to fill them: expect a weak "

@@ -1,5 +1,6 @@
 """The work of one training step as functions of networks and a batch: no state, no host syncs, no logging."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 from fastpmae.architecture import shape_of
 from fastpmae.config import Config
 from fastpmae.losses import (
+    Logits,
     PseudoLabels,
     class_loss,
     patch_loss,
     pixel_loss,
     pixel_target,
-    pseudo_labels,
+    pseudo_labels_of_parts,
     reconstruction_loss,
     reconstruction_target,
 )
@@ -45,26 +47,40 @@ class Losses(NamedTuple):
     patch_label: Float[Tensor, ""]
 
 
-@torch.no_grad()
+class Seen(NamedTuple):
+    """What the teachers make of a batch, before its pseudo labels are balanced."""
+
+    targets: Targets
+    """Without labels."""
+    logits: tuple[Logits, Logits] | None
+    """Of class and patch tokens, where there is a labelling teacher."""
+
+
 def teach(teachers: Teachers, batch: Batch, config: Config, group: dist.ProcessGroup | None = None) -> Targets:
     """Both teachers' targets for a batch: target tokens of one view, pseudo labels of the other (section 3.2)."""
+    return balance([see(teachers, batch, config)], config, group)[0]
+
+
+@torch.no_grad()
+def see(teachers: Teachers, batch: Batch, config: Config) -> Seen:
+    """The teachers' passes of `teach`."""
     if config.loss.target == "pixels":
         target = pixel_target(pixel_patches(batch.simple, batch.folds, shape_of(config.model).patch_size))
-        return Targets(target, None, None, None, None)
+        return Seen(Targets(target, None, None, None, None), None)
     assert teachers.reconstruction is not None
     view = getattr(batch, config.views.reconstruction_view)
     _, tokens = teachers.reconstruction.encoder.encode_folds(view, batch.folds, batch.fold_sizes)
     target = reconstruction_target(tokens)
     if teachers.labelling is None:
-        return Targets(target, tokens, None, None, None)
-    return Targets(target, tokens, *label(teachers.labelling, batch, config, group))
+        return Seen(Targets(target, tokens, None, None, None), None)
+    label_tokens, logits = label(teachers.labelling, batch, config)
+    return Seen(Targets(target, tokens, label_tokens, None, None), logits)
 
 
 def label(
-    teacher: Teacher, batch: Batch, config: Config, group: dist.ProcessGroup | None
-) -> tuple[Float[Tensor, "batch masked dim"], PseudoLabels, PseudoLabels]:
-    """The labelling teacher's tokens, and pseudo labels of its class and patch tokens, balanced apart."""
-    loss = config.loss
+    teacher: Teacher, batch: Batch, config: Config
+) -> tuple[Float[Tensor, "batch masked dim"], tuple[Logits, Logits]]:  # fmt: skip
+    """The labelling teacher's tokens, and the logits of its class and patch tokens."""
     view = getattr(batch, config.views.labelling_view)
     class_tokens, patch_tokens = teacher.encoder.encode_folds(view, batch.folds, batch.fold_sizes)
     assert teacher.head is not None
@@ -74,8 +90,20 @@ def label(
         logits = teacher.head(
             class_tokens.flatten(0, 1), patch_tokens.flatten(0, 1), config.efficiency.prototypes_chunk
         )
-    of_class, of_patch = pseudo_labels(logits, loss.epsilon, loss.sinkhorn_iterations, group)
-    return patch_tokens, of_class, of_patch
+    return patch_tokens, logits
+
+
+@torch.no_grad()
+def balance(parts: Sequence[Seen], config: Config, group: dist.ProcessGroup | None = None) -> list[Targets]:
+    """The targets of each part of a batch, class and patch labels balanced apart over all parts and all ranks."""
+    logits = [part.logits for part in parts if part.logits is not None]
+    if not logits:
+        return [part.targets for part in parts]
+    labels = pseudo_labels_of_parts(logits, config.loss.epsilon, config.loss.sinkhorn_iterations, group)
+    return [
+        part.targets._replace(class_labels=of_class, patch_labels=of_patch)
+        for part, (of_class, of_patch) in zip(parts, labels, strict=True)
+    ]
 
 
 def learn(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastpmae.config import TeacherSettings
 from fastpmae.model import Encoder, Head, Student, initialise
+from fastpmae.shards import local
 
 Cadence = Literal["step", "epoch"]
 
@@ -125,6 +126,7 @@ def make_teachers(
 
 
 def _pairs(teacher: Teacher, student: Student) -> tuple[list[Tensor], list[Tensor]]:
+    """Weight by weight; of networks in shards this rank's parts, which are cut alike in both."""
     theirs = dict(student.named_parameters())
     named = list(teacher.named_parameters())
-    return [parameter.detach() for _, parameter in named], [theirs[name].detach() for name, _ in named]
+    return [local(weight.detach()) for _, weight in named], [local(theirs[name].detach()) for name, _ in named]

@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastpmae.architecture import check, make_networks
 from fastpmae.checkpoint import (
@@ -25,8 +23,9 @@ from fastpmae.errors import Interrupted, RunError, exit_with_sentence
 from fastpmae.health import health
 from fastpmae.log import Log, Meter
 from fastpmae.optimiser import learning_rate, make_optimiser, update
+from fastpmae.parallel import gradients_stay, over_ranks
 from fastpmae.run import claim, describe_run, open_run, recorded, resolve, write_machine
-from fastpmae.step import learn, teach
+from fastpmae.step import balance, learn, see
 from fastpmae.stop import Stop
 from fastpmae.world import World, join_world
 
@@ -42,12 +41,13 @@ def pretrain(config: Config) -> Path:
     check(config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
-        world = stack.enter_context(join_world(config.efficiency.device))
+        world = stack.enter_context(join_world(config.efficiency.device, config.efficiency.rank_timeout))
         images = open_images(config)
         config = resolve(config, world.device, images)
         loader = stack.enter_context(make_loader(images, config, world))
         identity = fingerprint(images)
         accumulate = config.optimiser.accumulate
+        balanced_parts = accumulate if config.optimiser.balance == "step" else 1
         steps_per_epoch = len(loader) // accumulate
         run = world.from_first(lambda: open_run(config, identity, steps_per_epoch))
 
@@ -56,7 +56,10 @@ def pretrain(config: Config) -> Path:
 
         init = config.run.init if run.checkpoint is None else None
         torch.manual_seed(config.run.seed)
-        student, teachers = make_networks(config, total_steps, world.device, init)
+        shard = config.efficiency.shard and world.group is not None
+        # What is cut in shards is never whole on a GPU.
+        student, teachers = make_networks(config, total_steps, torch.device("cpu") if shard else world.device, init)
+        parallel = over_ranks(student, teachers, world, shard=shard, accumulate=accumulate)
         optimiser = make_optimiser(student, config)
         meter = Meter(world.device, loader.batch_size * accumulate)
         feed = Feed(loader, config, world.device)
@@ -67,13 +70,14 @@ def pretrain(config: Config) -> Path:
             meter.load(checkpoint.part("log"))
             step, feed.bad_images = checkpoint.progress["step"], checkpoint.progress["bad_images"]
 
-        parallel = share_gradients(student, world)
         on_gpu = world.device.type == "cuda"
         if config.efficiency.compile == "on" or (config.efficiency.compile == "auto" and on_gpu):
-            taught, learnt = torch.compile(teach), torch.compile(learn)
+            seen, learnt = torch.compile(see), torch.compile(learn)
         else:
-            taught, learnt = teach, learn
-        autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.efficiency.precision == "bf16")
+            seen, learnt = see, learn
+        # Autocast would keep the 16-bit copies of weights that are whole for a moment only.
+        low = config.efficiency.precision == "bf16"
+        autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=low, cache_enabled=not shard)
 
         world.from_first(lambda: stack.enter_context(claim(run, config)))
         log = stack.enter_context(Log(run.folder, config, step, last_step, speaks=world.first))
@@ -84,7 +88,7 @@ def pretrain(config: Config) -> Path:
 
         def save() -> None:
             # After a step that was not finite nothing is saved: the last good checkpoint stays the newest.
-            if world.first and not meter.is_bad():
+            if not meter.is_bad():
                 progress = {
                     "step": step,
                     "steps_per_epoch": steps_per_epoch,
@@ -93,8 +97,9 @@ def pretrain(config: Config) -> Path:
                     "fingerprint": identity,
                     "config": recorded(config).groups(),
                 }
-                tensors = gather(student, teachers, optimiser) | meter.state()
-                write_checkpoint(checkpoint_path(run.folder, step), tensors, progress, config.run.keep)
+                tensors = gather(student, teachers, optimiser, first=world.first) | meter.state(world.group)
+                path = checkpoint_path(run.folder, step)
+                world.from_first(lambda: write_checkpoint(path, tensors, progress, config.run.keep))
 
         saved_at = time.monotonic()
         log.start_clock(step)
@@ -105,12 +110,16 @@ def pretrain(config: Config) -> Path:
                 lr = learning_rate(config, step, steps_per_epoch)
                 losses, index = [], []
                 for part in range(accumulate):
-                    batch, keep = next(batches)
-                    # Gradients travel between the ranks with the last part alone.
-                    travels = world.group is None or part == accumulate - 1
-                    with contextlib.nullcontext() if travels else parallel.no_sync():  # pyright: ignore
+                    if part % balanced_parts == 0:
+                        ahead = [next(batches) for _ in range(balanced_parts)]
                         with autocast:
-                            targets = taught(teachers, batch, config, world.group)
+                            targets_ahead = balance(
+                                [seen(teachers, batch, config) for batch, _ in ahead], config, world.group
+                            )
+                    (batch, keep), targets = ahead.pop(0), targets_ahead.pop(0)
+                    # Gradients travel between the ranks with the last part alone.
+                    with contextlib.nullcontext() if part == accumulate - 1 else gradients_stay(parallel):
+                        with autocast:
                             of_part = learnt(parallel, batch, keep, targets, config)
                         (of_part.total / accumulate).backward()
                     losses.append(torch.stack(of_part).detach())
@@ -125,7 +134,8 @@ def pretrain(config: Config) -> Path:
                     teachers.follow(student, "epoch", epoch)
 
                 log.step(step, epoch, feed.take_failed())
-                interrupted = world.agree(stop.signal)
+                on_time = time.monotonic() - saved_at >= 60 * config.run.save_every
+                interrupted, on_time = world.agree(stop.signal, on_time)
                 ends = step == last_step or interrupted
                 on_grid = step % config.run.log_every == 0 or step == total_steps
                 if on_grid or ends:
@@ -140,7 +150,6 @@ def pretrain(config: Config) -> Path:
                     log.row(figures | (health(targets) if world.first else {}), feed.take_wait(), partial=not on_grid)
 
                 on_steps = config.run.save_steps > 0 and step % config.run.save_steps == 0
-                on_time = time.monotonic() - saved_at >= 60 * config.run.save_every
                 if ends or ends_epoch or on_steps or on_time:
                     save()
                     saved_at = time.monotonic()
@@ -149,11 +158,6 @@ def pretrain(config: Config) -> Path:
             batches.close()
         log.say(f"done: {step} of {total_steps} steps, in {run.folder}")
     return run.folder
-
-
-def share_gradients(student: nn.Module, world: World) -> nn.Module:
-    """The student as it is, or averaging its gradients over the ranks."""
-    return student if world.group is None else DistributedDataParallel(student, gradient_as_bucket_view=True)
 
 
 def stop_if_bad(meter: Meter, world: World, folder: Path) -> None:

@@ -4,13 +4,14 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpmae.errors import UserError
+from fastpmae.errors import AlreadySaid, Interrupted, RunError, UserError
 
 Result = TypeVar("Result")
 
@@ -30,27 +31,27 @@ class World:
         """Whether this rank speaks and writes."""
         return self.rank == 0
 
-    def agree(self, number: int) -> int:
-        """The largest number that any rank brings, the same on all of them."""
+    def agree(self, *numbers: int) -> tuple[int, ...]:
+        """Of each number the largest that any rank brings, the same on all of them."""
         if self.group is None:
-            return number
-        largest = torch.tensor(number)
+            return numbers
+        largest = torch.tensor(numbers)
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
-        return int(largest)
+        return tuple(largest.tolist())
 
     def from_first(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns on the first rank, on every rank; a UserError it raises is raised on all."""
+        """What `function` returns on the first rank, on every rank; a UserError or RunError is raised on all."""
         if self.group is None:
             return function()
-        answer: list[object] = [None, None]
+        answer: list[object] = [None, None, None]
         if self.first:
             try:
                 answer[0] = function()
-            except UserError as error:
-                answer[1] = str(error)
+            except (UserError, RunError) as error:
+                answer[1:] = UserError if isinstance(error, UserError) else RunError, str(error)
         dist.broadcast_object_list(answer, src=0, group=self.group)
-        if answer[1] is not None:
-            raise UserError(str(answer[1]))
+        if isinstance(answer[1], type):
+            raise answer[1](answer[2])
         return answer[0]  # type: ignore[return-value]
 
     def largest(self, value: Tensor) -> Tensor:
@@ -80,26 +81,86 @@ def choose_device(device: Literal["auto", "cpu", "cuda"], number: int = 0) -> to
 
 
 @contextlib.contextmanager
-def join_world(device: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
+def join_world(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -> Iterator[World]:
     """Join the other ranks where torchrun (or SLURM through it) started several, and choose the device.
+
+    An error within it ends every rank: the first to notice says why, the others end with AlreadySaid.
+
+    Args:
+        patience: minutes that a rank waits in a message for the others before it gives up.
 
     Raises:
         UserError: when a GPU is asked for that is not there.
+        RunError: when another rank ended or does not answer.
+        AlreadySaid: in place of an error when another rank has said why the run ends.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, ranks_here = (
         int(os.environ.get("LOCAL_RANK", 0)),
         int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
     )
-    chosen = choose_device(device, local_rank)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     if size == 1:
+        chosen = choose_device(device, local_rank)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
         yield World(0, 1, 1, chosen, None)
         return
-    # gloo carries what the hosts agree on, so that agreeing never waits for a GPU.
-    dist.init_process_group("gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl")
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_leave)
+        stack.enter_context(_one_voice(patience))
+        chosen = choose_device(device, local_rank)
+        on_gpu = chosen.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(chosen)
+        # gloo carries what the hosts agree on, so that agreeing never waits for a GPU. NCCL is told its GPU, and so
+        # connects here, where a failure has a name, and not in the first message.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=timedelta(minutes=patience),
+            device_id=chosen if on_gpu else None,
+        )
         yield World(rank, size, ranks_here, chosen, dist.group.WORLD)
-    finally:
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _one_voice(patience: float) -> Iterator[None]:
+    """Of all ranks the first to end by an error says so; what breaks off on the others after it gets no sentence."""
+    try:
+        yield
+    except Interrupted:  # all ranks stop in good order
+        raise
+    except UserError:
+        if not _speaks():
+            raise AlreadySaid(2) from None
+        raise
+    except RuntimeError as error:
+        # gloo's errors have no type of their own, but name the file they come from
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            _speaks()
+            raise
+        if not _speaks():
+            raise AlreadySaid(1) from None
+        raise RunError(
+            f"another rank ended without a word or has not answered for {patience:g} minutes, so rank "
+            f"{os.environ['RANK']} ends too (killed? out of memory? torchrun names it below). --resume goes on from "
+            "the newest checkpoint"
+        ) from None
+    except Exception as error:
+        if not _speaks() and isinstance(error, RunError):
+            raise AlreadySaid(1) from None
+        raise
+
+
+def _speaks() -> bool:
+    """Whether this rank is the first to ask, or nobody can be asked."""
+    key = f"fastpmae/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5))
+        return store.add(key, 1) == 1
+    except (RuntimeError, KeyError):
+        return True

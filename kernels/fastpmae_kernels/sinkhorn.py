@@ -8,6 +8,7 @@ log-sum-exp over N rows is 0, some entry of it is at least -log(N), and no row's
 column's sum of row-normalised entries is at least 1 / (N P).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -55,7 +56,7 @@ def sinkhorn_bias(
 
 @torch.no_grad()
 def sinkhorn_biases(
-    logits: Sequence[Float[Tensor, "rows prototypes"]],
+    logits: Sequence[Float[Tensor, "rows prototypes"] | Sequence[Float[Tensor, "rows prototypes"]]],
     epsilon: float = 0.05,
     iterations: int = 3,
     group: dist.ProcessGroup | None = None,
@@ -63,12 +64,18 @@ def sinkhorn_biases(
     """`sinkhorn_bias` of several matrices, each balanced apart, whose sums travel between the ranks in one message.
 
     On several ranks that is one message of maxima and `iterations` messages of sums, whatever the number of matrices.
+
+    Args:
+        logits: each a matrix, or the blocks of rows that one consists of, which are read where they lie.
     """
-    _check(logits, epsilon, iterations)
-    if backend.runs_plain(*logits):
-        return [sinkhorn_bias_ref(matrix, epsilon, iterations, group) for matrix in logits]
-    sizes = [matrix.shape[1] for matrix in logits]
-    first = [torch.ops.fastpmae.column_logsumexp(matrix, epsilon) for matrix in logits]
+    matrices = [[matrix] if isinstance(matrix, Tensor) else matrix for matrix in logits]
+    every = [block for blocks in matrices for block in blocks]
+    _check(every, epsilon, iterations)
+    if backend.runs_plain(*every):
+        return [sinkhorn_bias_ref(torch.cat(list(blocks)), epsilon, iterations, group) for blocks in matrices]
+    sizes = [blocks[0].shape[1] for blocks in matrices]
+    logsumexp, assigned = torch.ops.fastpmae.column_logsumexp, torch.ops.fastpmae.assigned_sums
+    first = [_merged([logsumexp(block, epsilon) for block in blocks]) for blocks in matrices]
     own_peak, total = (torch.cat([pair[k] for pair in first]) for k in (0, 1))
     peak = own_peak
     if group is not None:
@@ -78,12 +85,11 @@ def sinkhorn_biases(
         dist.all_reduce(total, dist.ReduceOp.SUM, group)
     logv = torch.where(peak == -torch.inf, 0.0, -(peak + total.log()))
     for _ in range(iterations - 1):
-        sums = torch.cat(
-            [
-                torch.ops.fastpmae.assigned_sums(matrix, bias, epsilon)
-                for matrix, bias in zip(logits, logv.split(sizes), strict=True)
-            ]
-        )
+        sums = [
+            functools.reduce(torch.add, [assigned(block, bias, epsilon) for block in blocks])
+            for blocks, bias in zip(matrices, logv.split(sizes), strict=True)
+        ]
+        sums = torch.cat(sums)
         if group is not None:
             dist.all_reduce(sums, dist.ReduceOp.SUM, group)
         logv = torch.where(sums == 0, logv, logv - sums.log())
@@ -248,6 +254,14 @@ def _merge(
         return peaks.new_full(peaks.shape[1:], -torch.inf), totals.new_zeros(totals.shape[1:])
     peak = peaks.amax(dim=0)
     return peak, (totals * (peaks - peak.clamp_min(torch.finfo(peak.dtype).min)).exp()).sum(dim=0)
+
+
+def _merged(blocks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Maxima and sums of blocks of rows to those of all rows."""
+    if len(blocks) == 1:
+        return blocks[0]
+    peaks, totals = (torch.stack(values) for values in zip(*blocks, strict=True))
+    return _merge(peaks, totals)
 
 
 @compiled("contract", "nsz")

@@ -48,6 +48,7 @@ class Runner:
         scratches = [self._idle.pop() if self._idle else self._source.scratch() for _ in range(self._workers)]
         stream = Stream(self._engine, job_of, start, count, scratches, self._ahead)
         self._streams.add(stream)
+        stream.start()
         return stream
 
     def end(self, stream: Stream) -> None:

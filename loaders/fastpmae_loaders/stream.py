@@ -18,7 +18,8 @@ class Stream:
     """Batches start ... count-1, made in order of need by `workers` threads, at most `ahead` before their time.
 
     `job_of(number)` makes the empty job of a batch; `scratches` are lent to the threads and given back.
-    An exception in a thread reaches the consumer in `take`; `close` ends every thread and waits for it.
+    Nothing runs before `start`. An exception in a thread reaches the consumer in `take`; `close` ends every thread
+    and waits for it.
     """
 
     def __init__(
@@ -39,19 +40,23 @@ class Stream:
         self._jobs: dict[int, Job] = {}
         self._error: BaseException | None = None
         self._stopped = False
-        self._changed = threading.Condition()
+        # entered by itself and not by way of the condition, whose `with` can be interrupted while it holds the lock
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._threads = [
             threading.Thread(target=self._work, args=(scratch,), name=f"fastpmae-loader-{i}", daemon=True)
             for i, scratch in enumerate(scratches)
         ]
-        # known before the first thread runs, so that whatever interrupts this, the threads can be ended
+
+    def start(self) -> None:
+        """Let the threads run. Who is to end them has to know of the stream before: an interrupt may fall in here."""
         _open.add(self)
         for thread in self._threads:
             thread.start()
 
     def take(self) -> Job | None:
         """The next batch, in order; None when there is no more. Raises what a thread raised."""
-        with self._changed:
+        with self._lock:
             if self._taken >= self._count:
                 return None
             number = self._taken
@@ -71,7 +76,7 @@ class Stream:
 
     def close(self) -> None:
         """End the threads and wait until they are gone. Harmless when done twice."""
-        with self._changed:
+        with self._lock:
             self._stopped = True
             for job in self._jobs.values():
                 # no row is left to take: the threads come back after the one each is at
@@ -87,7 +92,7 @@ class Stream:
 
     def _next_job(self, number: int) -> tuple[int, Job | None]:
         """The first job from `number` on that the consumer has not taken, once it may be begun."""
-        with self._changed:
+        with self._lock:
             while True:
                 number = max(number, self._taken)
                 if self._stopped or self._error is not None or number >= self._count:
@@ -110,12 +115,12 @@ class Stream:
                 done = self._engine.fill(job, scratch)
                 number += 1
                 if done:
-                    with self._changed:
+                    with self._lock:
                         job.left -= done
                         if job.left == 0:
                             self._changed.notify_all()
         except BaseException as error:
-            with self._changed:
+            with self._lock:
                 if self._error is None:
                     self._error = error
                 self._changed.notify_all()

@@ -206,3 +206,64 @@ def test_ctrl_c(thousand: Path, engine: str) -> None:
         engine,
     )
     assert found == [True, True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", ["at its end", "early"])
+def test_ctrl_c_at_every_line(tmp_path: Path, left: str) -> None:
+    """An interrupt before any line of the loader's own that the program runs, once before each."""
+    few = write_beton(tmp_path / "few.beton", [jpeg(0, 40, 30)] * 4, [(40, 30)] * 4)
+    found = told(
+        f"""
+        import linecache
+        left = {left!r}
+        OWN = ("stream.py", "runner.py", "paired.py")
+
+        class Presser:
+            # presses before the n-th line, and never again
+            def __init__(self, n):
+                self.left, self.where = n, None
+            def __call__(self, frame, event, argument):
+                if os.path.basename(frame.f_code.co_filename) not in OWN:
+                    return None
+                # a `with` is met again between its body and the lock's release, where no signal can fall
+                line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+                if event == "line" and not line.strip().startswith("with "):
+                    self.left -= 1
+                    if self.left == 0:
+                        self.where = f"{{os.path.basename(frame.f_code.co_filename)}}:{{frame.f_lineno}}"
+                        raise KeyboardInterrupt
+                return self
+
+        # an interrupt in __del__ is passed over, by Python's rules
+        sys.unraisablehook = lambda unraisable: None
+        with opened(2) as views:
+            next(iter(views))
+        before = tasks()
+        pressed, leaks = [], []
+        while True:
+            presser = Presser(len(pressed) + 1)
+            sys.settrace(presser)
+            try:
+                with opened(2) as views:
+                    for batch in views:
+                        if left == "early":
+                            break
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+            if presser.where is None:
+                break
+            pressed.append(presser.where)
+            if not settled(before):
+                leaks.append(presser.where)
+                before = tasks()
+        print(json.dumps([len(pressed), leaks]))
+        """,
+        few,
+        "torch",
+    )
+    lines, leaks = found
+    assert lines > 100
+    assert leaks == []
