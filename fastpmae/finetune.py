@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars, param_groups_layer_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
@@ -227,6 +228,7 @@ def write_classifier(setting: Setting, model: nn.Module, course: Course) -> None
     """The trained weights, under timm's names where it is a whole network, with the classes' names in the header."""
     header = {
         "format": "pt",
+        **({"timm": json.dumps(timm_arguments_of(model))} if isinstance(model, VisionTransformer) else {}),
         "classes": json.dumps(setting.train.names),
         "course": json.dumps(dataclasses.asdict(course)),
         "backbone": setting.backbone.source,
@@ -234,6 +236,23 @@ def write_classifier(setting: Setting, model: nn.Module, course: Course) -> None
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with appearing(setting.folder / "classifier.safetensors") as beside:
         save_file(tensors, beside, header)
+
+
+def timm_arguments_of(model: VisionTransformer) -> dict[str, Any]:
+    """What `timm.create_model` needs to build a ViT of these sizes with its classifier."""
+    vit: Any = model
+    return {
+        "model_name": "vit_base_patch16_224",
+        "img_size": vit.patch_embed.img_size[0],
+        "patch_size": vit.patch_embed.patch_size[0],
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": vit.blocks[0].attn.num_heads,
+        "mlp_ratio": vit.blocks[0].mlp.fc1.out_features / vit.embed_dim,
+        "global_pool": vit.global_pool,
+        "fc_norm": isinstance(vit.fc_norm, nn.LayerNorm),
+        "num_classes": vit.num_classes,
+    }
 
 
 def _loader(setting: Setting, course: Course) -> PairedViews:
