@@ -188,7 +188,7 @@ def test_transformers_itself_opens_the_folder(run: Path, tmp_path: Path):
     with torch.no_grad():
         ours = whole_tokens(load_encoder(run)[0], bytes_of(32))
         assert (model(normal(bytes_of(32))).last_hidden_state - ours).abs().max() < 1e-5
-        # Its own interpolation at run time has another bicubic kernel than timm's, so positions are exported as they fit.
+        # Its own interpolation at run time has another bicubic kernel than timm's: positions are exported as they fit.
         export_encoder(run, tmp_path / "larger", format="huggingface", image_size=48)
         model = transformers.ViTModel.from_pretrained(tmp_path / "larger", add_pooling_layer=False).eval()
         ours = find_backbone(str(run), image_size=48).build().eval().forward_features(normal(larger))  # pyright: ignore
