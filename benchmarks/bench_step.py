@@ -90,10 +90,8 @@ class Ours:
     def losses(self, batch: Batch) -> list[float]:
         """Without stochastic depth, which the two draw differently."""
         with torch.no_grad():
-            return [
-                float(loss)
-                for loss in learn(self.student, batch, None, teach(self.teachers, batch, self.config), self.config)
-            ]
+            targets = teach(self.teachers, batch, self.config)
+            return [float(loss) for loss in learn(self.student, batch, None, targets, self.config)[:4]]
 
     def step(self, batch: Batch, mark: Callable[[str], None]) -> None:
         keep = stochastic_depth(self.config, 0, batch.samples, torch.device("cpu"))
