@@ -90,10 +90,8 @@ class Ours:
     def losses(self, batch: Batch) -> list[float]:
         """Without stochastic depth, which the two draw differently."""
         with torch.no_grad():
-            return [
-                float(loss)
-                for loss in learn(self.student, batch, None, teach(self.teachers, batch, self.config), self.config)
-            ]
+            targets = teach(self.teachers, batch, self.config)
+            return [float(loss) for loss in learn(self.student, batch, None, targets, self.config)[:4]]
 
     def step(self, batch: Batch, mark: Callable[[str], None]) -> None:
         keep = stochastic_depth(self.config, 0, batch.samples, torch.device("cpu"))
@@ -356,6 +354,7 @@ def main() -> int:
     parser.add_argument("--model", default="vit_small", help="as of fastpmae-train")
     parser.add_argument("--batch-size", type=int, default=0, help="images a step: 32, or 4 with --quick")
     parser.add_argument("--prototypes-chunk", type=int, default=0, help="of our cases, as of fastpmae-train")
+    parser.add_argument("--rounds", type=int, default=6, help="times that each case is timed (2 with --quick)")
     parser.add_argument("--measure", metavar="CASE", help="(used by the benchmark itself) one case's memory")
     given = parser.parse_args()
     batch_size = given.batch_size or (4 if given.quick else 32)
@@ -366,8 +365,8 @@ def main() -> int:
         print(json.dumps(measure(case, batch, few, before)))
         return 0
     chunk = given.prototypes_chunk
-    rows = memory_rows(PAIRS, given.model, batch_size, 1 if given.quick else 3, chunk)
-    rows += time_rows(given.model, batch_size, 2 if given.quick else 6, chunk)
+    rows = memory_rows(PAIRS, given.model, batch_size, 1 if given.quick else 2, chunk)
+    rows += time_rows(given.model, batch_size, 2 if given.quick else given.rounds, chunk)
     return finish(rows, f"A step of {given.model}, {batch_size} images", given.json, given.plot, picture)
 
 

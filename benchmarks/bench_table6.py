@@ -135,10 +135,13 @@ def main() -> int:
         default=0,
         help="images of the step whose memory is taken: 64, or 4 with --quick",
     )
+    parser.add_argument("--rounds", type=int, default=6, help="times that each method is timed (2 with --quick)")
     given = parser.parse_args()
     batch_size = given.batch_size or (4 if given.quick else 32)
     memory_batch_size = given.memory_batch_size or (4 if given.quick else 64)
-    rows = rows_of(given.model, batch_size, 2 if given.quick else 6, memory_batch_size, 1 if given.quick else 2)
+    rows = rows_of(
+        given.model, batch_size, 2 if given.quick else given.rounds, memory_batch_size, 1 if given.quick else 2
+    )
     title = f"Table 6 at {given.model}: time with {batch_size} images a step, memory with {memory_batch_size}"
     status = finish(rows, title, given.json, given.plot, picture)
     print(table6(rows))

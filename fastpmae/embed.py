@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fastpmae.architecture import check, make_encoder, make_student
-from fastpmae.checkpoint import find_checkpoint, require
+from fastpmae.checkpoint import Checkpoint, find_checkpoint, require
 from fastpmae.config import Config
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
@@ -32,7 +32,11 @@ def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encode
     Raises:
         UserError: when the checkpoint cannot be read or the run has no such teacher.
     """
-    checkpoint = find_checkpoint(Path(path))
+    return encoder_of(find_checkpoint(Path(path)), network)
+
+
+def encoder_of(checkpoint: Checkpoint, network: Network) -> tuple[Encoder, Config]:
+    """The same of a checkpoint that is read already."""
     config = checkpoint.config
     check(config)
     if network == "random":

@@ -1,18 +1,53 @@
-"""The encoder as others load it: timm's names in a safetensors file."""
+"""The encoder as others load it: for timm, for Hugging Face's transformers, or as plain tensors."""
 
 import json
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import safetensors
 import tyro
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from fastpmae.architecture import SHAPES, shape_of
+from fastpmae.architecture import SHAPES, Shape, shape_of
+from fastpmae.card import loading_lines, model_card
+from fastpmae.checkpoint import find_checkpoint
 from fastpmae.config import Config
-from fastpmae.embed import Network, load_encoder
-from fastpmae.errors import exit_with_sentence
+from fastpmae.embed import Network, encoder_of
+from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
+from fastpmae.hugging_face import image_config, model_config, transformers_names
+from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
+from fastpmae.weights import fit_positions
+
+Format = Literal["timm", "huggingface", "plain"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """A network on its way out.
+
+    Attributes:
+        tensors: under timm's names; a classifier is `head.weight` and `head.bias`.
+        arguments: for `timm.create_model`.
+        shape: its sizes.
+        source: the file that it comes from.
+        network: whose encoder.
+        classes: names of the classes where there is a classifier.
+        more: the projection head with its prototypes, where it was asked for.
+        config: the run's settings, where it is a run's.
+    """
+
+    tensors: dict[str, Tensor]
+    arguments: dict[str, Any]
+    shape: Shape
+    source: Path
+    network: str
+    classes: list[str] | None
+    more: dict[str, Tensor]
+    config: Config | None
 
 
 def timm_arguments(config: Config) -> dict[str, Any]:
@@ -34,44 +69,188 @@ def timm_arguments(config: Config) -> dict[str, Any]:
     }
 
 
-def export_encoder(checkpoint: Path | str, out: Path | str, network: Network = "student") -> dict[str, Any]:
-    """Write an encoder to a safetensors file whose names are timm's.
+def export_encoder(
+    checkpoint: Path | str,
+    out: Path | str,
+    network: Network = "student",
+    *,
+    format: Format = "timm",
+    image_size: int = 0,
+    with_head: bool = False,
+) -> dict[str, Any]:
+    """Write an encoder to a .safetensors file, or to a folder with settings and a model card.
+
+    Args:
+        checkpoint: a checkpoint or a run folder; or what `fastpmae-eval finetune` left, which has a classifier.
+        out: a name that ends in .safetensors makes a file, any other a folder.
+        network: whose encoder.
+        format: timm's names (a folder opens with `timm.create_model("local-dir:FOLDER")`); a folder that
+            transformers' `from_pretrained` opens; or the checkpoint's own tensors under `encoder.`.
+        image_size: interpolate the positions for images of this side; 0 keeps the run's own.
+        with_head: with "plain", the projection head and the prototypes too, under `head.`.
 
     Returns:
         The arguments for `timm.create_model`, which are also in the file's header as JSON under "timm". Images are
         normalised with ImageNet's mean and spread.
 
     Raises:
-        UserError: when the checkpoint cannot be used or the file not written.
+        UserError: when the checkpoint cannot be used, the format cannot hold it, or the file not be written.
     """
-    encoder, config = load_encoder(checkpoint, network)
-    arguments = timm_arguments(config)
-    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    with appearing(Path(out)) as beside:
-        save_file(tensors, beside, {"format": "pt", "timm": json.dumps(arguments)})
-    return arguments
+    out = Path(out)
+    export = at_size(read_export(Path(checkpoint), network, with_head), image_size)
+    if with_head and format != "plain":
+        raise UserError(f"the projection head fits only into --format plain, not into {format}")
+    tensors = {name: tensor.contiguous() for name, tensor in export.tensors.items()}
+    header = {"format": "pt", "timm": json.dumps(export.arguments)}
+    if out.suffix == ".safetensors":
+        if format == "huggingface":
+            raise UserError(f"{out}: what transformers opens is a folder; leave .safetensors out of the name")
+        with appearing(out) as beside:
+            save_file(_plain(export) if format == "plain" else tensors, beside, header)
+        return export.arguments
+    files: dict[str, Any] = {}
+    size = export.arguments["img_size"]
+    if format == "huggingface":
+        tensors = _for_transformers(export)
+        files = {
+            "config.json": model_config(export.shape, size, export.classes),
+            "preprocessor_config.json": image_config(size),
+        }
+    elif format == "timm":
+        files = {"config.json": _timm_config(export)}
+    else:
+        tensors = _plain(export)
+        files = {"config.json": export.arguments | {"run": None if export.config is None else export.config.flat()}}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made: {error.strerror}") from None
+    with appearing(out / "model.safetensors") as beside:
+        save_file(tensors, beside, header)
+    for name, content in files.items():
+        with appearing(out / name) as beside:
+            beside.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    with appearing(out / "README.md") as beside:
+        beside.write_text(
+            model_card(out.name, format, export.source, export.network, export.arguments, export.config, export.classes)
+        )
+    return export.arguments
+
+
+def read_export(path: Path, network: Network, with_head: bool = False) -> Export:
+    """The network of a checkpoint, a run folder, or a fine-tuning's folder. Raises UserError where there is none."""
+    tuned = path / "classifier.safetensors" if path.is_dir() else path
+    if tuned.name == "classifier.safetensors" and tuned.exists():
+        return _fine_tuned(tuned)
+    checkpoint = find_checkpoint(path)
+    encoder, config = encoder_of(checkpoint, network)
+    role = "labelling_teacher" if config.teachers.teachers == "single" and network != "student" else network
+    head = checkpoint.part(f"{role}.head") if with_head else {}
+    if with_head and not head:
+        raise UserError(f"{checkpoint.path}: its {network} has no projection head")
+    shape = shape_of(config.model)
+    return Export(
+        encoder.state_dict(), timm_arguments(config), shape, checkpoint.path, network, None, head, config
+    )  # fmt: skip
+
+
+def at_size(export: Export, image_size: int) -> Export:
+    """The same network for images of another side, its positions interpolated as timm does it.
+
+    Raises:
+        UserError: when the side is no multiple of the patch size.
+    """
+    if image_size in (0, export.arguments["img_size"]):
+        return export
+    side, rest = divmod(image_size, export.shape.patch_size)
+    if rest or side < 1:
+        raise UserError(f"--image-size {image_size} is no multiple of the patches' {export.shape.patch_size} pixels")
+    positions = fit_positions(export.tensors["pos_embed"], side * side + 1)
+    return replace(
+        export,
+        tensors=export.tensors | {"pos_embed": positions},
+        arguments=export.arguments | {"img_size": image_size},
+    )
+
+
+def _fine_tuned(path: Path) -> Export:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+        arguments, classes = json.loads(header["timm"]), json.loads(header["classes"])
+        tensors = load_file(path)
+        sizes = (arguments[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"))
+        shape = Shape(*sizes)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no fine-tuned ViT of fastpmae-eval") from None
+    return Export(tensors, arguments, shape, path, "classifier", classes, {}, None)
+
+
+def _for_transformers(export: Export) -> dict[str, Tensor]:
+    """ViTModel's tensors, or those of ViTForImageClassification where there is a classifier."""
+    encoder = {name: tensor for name, tensor in export.tensors.items() if not name.startswith("head.")}
+    if export.classes is None:
+        return transformers_names(encoder)
+    if any(name.startswith("fc_norm.") for name in encoder):
+        raise UserError(
+            "transformers' ViTForImageClassification reads the class token, and this classifier the mean of the "
+            "patches: fine-tune with --pool class, or use --format timm"
+        )
+    named = {f"vit.{name}": tensor for name, tensor in transformers_names(encoder).items()}
+    return named | {f"classifier.{kind}": export.tensors[f"head.{kind}"].contiguous() for kind in ("weight", "bias")}
+
+
+def _timm_config(export: Export) -> dict[str, Any]:
+    """config.json as timm reads it from a folder."""
+    arguments = {key: value for key, value in export.arguments.items() if key not in ("model_name", "num_classes")}
+    size = arguments["img_size"]
+    return {
+        "architecture": export.arguments["model_name"],
+        "num_classes": export.arguments["num_classes"],
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "label_names": export.classes,
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+            "num_classes": export.arguments["num_classes"],
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def _plain(export: Export) -> dict[str, Tensor]:
+    tensors = {f"encoder.{name}": tensor.contiguous() for name, tensor in export.tensors.items()}
+    return tensors | {f"head.{name}": tensor.contiguous() for name, tensor in export.more.items()}
 
 
 def export_command(
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")],
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.safetensors")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     network: Network = "student",
+    format: Format = "timm",
+    image_size: int = 0,
+    with_head: bool = False,
 ) -> None:
-    """Write the encoder of a run to OUT.safetensors with timm's names, and print the lines that load it.
+    """Write the encoder of a run for other programs, and print the lines that load it.
 
     Args:
-        checkpoint: A checkpoint or a run folder.
-        out: The file to write.
+        checkpoint: A checkpoint or a run folder, or the folder of a fine-tuning.
+        out: A name that ends in .safetensors makes a file; any other a folder with settings and a model card.
         network: Whose encoder.
+        format: For timm, for transformers (a folder), or the tensors as they are in the checkpoint.
+        image_size: Interpolate the positions for images of this side; 0 keeps the run's own.
+        with_head: With plain, the projection head and the prototypes too.
     """
-    arguments = export_encoder(checkpoint, out, network)
-    name = arguments.pop("model_name")
-    words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    print("import timm")
-    print("from safetensors.torch import load_file")
-    print()
-    print(f"model = timm.create_model({name!r}, {words})")
-    print(f"model.load_state_dict(load_file({str(out)!r}))")
+    arguments = export_encoder(
+        checkpoint, out, network, format=format, image_size=image_size, with_head=with_head
+    )  # fmt: skip
+    print("\n".join(loading_lines(out, format, arguments)))
 
 
 def main() -> int:

@@ -1,5 +1,7 @@
 """k-nearest-neighbour classification of frozen features: how well a network sorts images without a trained head."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -31,23 +33,68 @@ def knn_predict(
     Raises UserError for rows without a label (-1), for k outside 1..number of training rows that may vote, for
     shapes that do not fit together, and for features that are not finite.
     """
-    _check(train_features, train_labels, test_features, k, leave_one_out)
+    ranked = knn_ranked(
+        train_features,
+        train_labels,
+        test_features,
+        (k,),
+        temperature=None,
+        best=1,
+        leave_one_out=leave_one_out,
+        chunk_bytes=chunk_bytes,
+    )
+    return ranked[k][:, 0]
+
+
+@torch.no_grad()
+def knn_ranked(
+    train_features: Float[Tensor, "train dim"],
+    train_labels: Int[Tensor, "train"],
+    test_features: Float[Tensor, "test dim"],
+    ks: Sequence[int] = (10, 20),
+    *,
+    temperature: float | None = 0.07,
+    best: int = 5,
+    leave_one_out: bool = False,
+    chunk_bytes: int = 256 * 2**20,
+) -> dict[int, Int[Tensor, "test best"]]:
+    """For each k the likeliest classes of each test row, the likeliest first, at most `best` of them.
+
+    The k nearest training rows by cosine similarity s vote with exp(s / temperature) each (DINO, eval_knn.py), or
+    with one vote each where the temperature is None. All else is as in `knn_predict`: every k is counted from the
+    same similarities.
+
+    Raises UserError as `knn_predict` does, and for a temperature that is not positive.
+    """
+    for k in ks:
+        _check(train_features, train_labels, test_features, k, leave_one_out)
+    if temperature is not None and not temperature > 0:
+        raise UserError(f"k-NN needs a temperature above 0, not {temperature}")
     train = F.normalize(train_features.float(), dim=1)
     count, classes = len(train), int(train_labels.max()) + 1
     train_labels = train_labels.long()
     rows = max(1, chunk_bytes // (4 * (count + classes)))
-    predicted = []
+    ranked: dict[int, list[Tensor]] = {k: [] for k in ks}
     for begin in range(0, len(test_features), rows):
         test = F.normalize(test_features[begin : begin + rows].float(), dim=1)
         similarity = test @ train.T
         if leave_one_out:
             own = torch.arange(len(test), device=test.device)
             similarity[own, begin + own] = -torch.inf
-        votes = torch.zeros(len(test), classes, dtype=torch.int32, device=test.device)
-        labels = train_labels[_nearest(similarity, k)]
-        votes.scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.int32))
-        predicted.append(votes.argmax(1))  # the first of equal maxima: the smallest label
-    return torch.cat(predicted) if predicted else train_labels.new_empty(0)
+        for k in ks:
+            nearest = _nearest(similarity, k)
+            # Shifted by the largest similarity there is, so that no temperature overflows.
+            weight = torch.ones_like(nearest, dtype=torch.float64)
+            if temperature is not None:
+                weight = ((similarity.gather(1, nearest).double() - 1) / temperature).exp()
+            votes = torch.zeros(len(test), classes, dtype=torch.float64, device=test.device)
+            votes.scatter_add_(1, train_labels[nearest], weight)
+            if best == 1:
+                ranked[k].append(votes.argmax(1, keepdim=True))  # the first of equal maxima: the smallest label
+            else:
+                ranked[k].append(votes.sort(dim=1, descending=True, stable=True).indices[:, :best])
+    nothing = train_labels.new_empty(0, min(best, classes))
+    return {k: torch.cat(parts) if parts else nothing for k, parts in ranked.items()}
 
 
 def knn_accuracy(

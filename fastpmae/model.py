@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fastpmae.attention import Runs, attention
 from fastpmae.lean import gelu_linear, norm_linear
 from fastpmae.patches import sincos_positions
+from fastpmae.shards import comes_apart
 from fastpmae_kernels import patch_tokens
 
 
@@ -302,12 +303,13 @@ class Head(nn.Module):
         """Logits of class and patch tokens.
 
         With `chunk` above 0 those of the patches, which are many, are left as factors; where a gradient is due the
-        tokens are left as they are (not under torch.compile, which cannot trace what becomes of them).
+        tokens are left as they are (not under torch.compile, which cannot trace what becomes of them, nor in shards:
+        the weights are whole in here alone).
         """
         class_logits = F.linear(*self.factors(class_tokens, self.class_prototypes))
         if chunk == 0:
             return class_logits, F.linear(*self.factors(patch_tokens, self.patch_prototypes))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not comes_apart(self):
             return class_logits, Unseen(self, patch_tokens, chunk)
         return class_logits, self.patch_factors(patch_tokens, chunk)
 

@@ -129,20 +129,7 @@ def claim(run: OpenRun, config: Config) -> Iterator[None]:
         UserError: when another process trains there, or the folder cannot be written.
     """
     checkpoints = run.folder / "checkpoints"
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        lock = (run.folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"--out {run.folder} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another process is training in {run.folder}; wait for it or choose another --out"
-            ) from None
-        remove_partial(run.folder)
-        remove_partial(checkpoints)
+    with claim_folder(run.folder):
         if run.checkpoint is not None and run.checkpoint.parent.resolve() == checkpoints.resolve():
             past = [path for path in checkpoints_in(run.folder) if step_of(path) > step_of(run.checkpoint)]
             aside = checkpoints / f"past-{run.checkpoint.stem}"
@@ -151,6 +138,29 @@ def claim(run: OpenRun, config: Config) -> Iterator[None]:
                 path.replace(aside / path.name)
         with appearing(run.folder / "config.json") as beside:
             write_config(recorded(config), beside)
+        yield
+
+
+@contextlib.contextmanager
+def claim_folder(folder: Path) -> Iterator[None]:
+    """A folder with checkpoints as this process's own: locked, and cleared of what killed processes left.
+
+    Raises:
+        UserError: when another process trains there, or the folder cannot be written.
+    """
+    checkpoints = folder / "checkpoints"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is training in {folder}; wait for it or choose another --out") from None
+        remove_partial(folder)
+        remove_partial(checkpoints)
         yield
 
 

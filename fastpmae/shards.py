@@ -3,7 +3,12 @@
 They are known by their methods: importing DTensor takes a second, which runs without shards need not wait for.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def comes_apart(module: nn.Module) -> bool:
+    """Whether a module's weights are whole while it computes and in shards again afterwards."""
+    return hasattr(module, "reshard")
 
 
 def in_shards(tensor: Tensor) -> bool:

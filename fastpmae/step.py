@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fastpmae.config import Config
@@ -39,12 +39,14 @@ class Targets(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The sum of equation 5 and its three parts, unweighted."""
+    """The sum of equation 5 and its three parts, unweighted; and what the match was."""
 
     total: Float[Tensor, ""]
     reconstruction: Float[Tensor, ""]
     class_label: Float[Tensor, ""]
     patch_label: Float[Tensor, ""]
+    match: Int[Tensor, "batch masked"] | None = None
+    """The teacher patch that each masked patch was matched with; the log holds it against geometry."""
 
 
 class Seen(NamedTuple):
@@ -133,4 +135,4 @@ def learn(
     of_class = class_loss(class_logits, targets.class_labels, len(batch.fold_sizes), loss.student_temperature)
     of_patch = patch_loss(patch_logits, targets.patch_labels, match, loss.student_temperature)
     total = loss.lambda_m * reconstruction + loss.lambda_c * of_class + loss.lambda_p * of_patch
-    return Losses(total, reconstruction, of_class, of_patch)
+    return Losses(total, reconstruction, of_class, of_patch, match)

@@ -14,7 +14,7 @@ class Tally:
 
     def __init__(self, live: bool = False):
         self._live = live
-        self._done = self._total = 0
+        self._done = self._total = self._first = 0
         self._unit = "images"
         self._started = self._told = self._ended = 0.0
         self._bar = None
@@ -38,7 +38,7 @@ class Tally:
     @contextlib.contextmanager
     def count(self, total: int, unit: str) -> Iterator[None]:
         """Within it, `advance` counts up to `total`."""
-        self._done, self._total, self._unit = 0, total, unit
+        self._done, self._first, self._total, self._unit = 0, 0, total, unit
         self._started = self._told = time.monotonic()
         try:
             with self._shown():
@@ -46,11 +46,12 @@ class Tally:
         finally:
             self._ended = time.monotonic()
 
-    def advance(self) -> None:
-        """One more is done."""
+    def advance(self, count: int = 1) -> None:
+        """One more is done, or `count` more."""
         if not self._done:  # the rate leaves out the time that worker processes take to start
             self._started = self._told = time.monotonic()
-        self._done += 1
+            self._first = count
+        self._done += count
         if not self._live or time.monotonic() < self._told + self._pause:
             return
         self._told = time.monotonic()
@@ -63,7 +64,7 @@ class Tally:
     def rate(self) -> str:
         """Done per second, since the first was."""
         end = self._ended if self._ended > self._started else time.monotonic()
-        return f"{max(self._done - 1, 0) / max(end - self._started, 1e-9):,.0f} {self._unit}/s"
+        return f"{max(self._done - self._first, 0) / max(end - self._started, 1e-9):,.0f} {self._unit}/s"
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[None]:

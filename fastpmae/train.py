@@ -22,6 +22,7 @@ from fastpmae.config import Config
 from fastpmae.data import Feed, fingerprint, make_loader, open_images
 from fastpmae.errors import Interrupted, RunError, exit_with_sentence
 from fastpmae.fp8 import check_fp8
+from fastpmae.geometry import match_geometry
 from fastpmae.health import health
 from fastpmae.log import Log, Meter
 from fastpmae.optimiser import learning_rate, make_optimiser, update
@@ -124,7 +125,7 @@ def pretrain(config: Config) -> Path:
                         with autocast:
                             of_part = learnt(parallel, batch, keep, targets, config)
                         (of_part.total / accumulate).backward()
-                    losses.append(torch.stack(of_part).detach())
+                    losses.append(torch.stack(of_part[:4]).detach())
                     index.append(batch.index)
                 mean_losses = torch.stack(losses).mean(dim=0)
                 norm, skipped = update(optimiser, mean_losses[0], lr, config.optimiser.clip_grad, world)
@@ -149,7 +150,11 @@ def pretrain(config: Config) -> Path:
                         "bad_images": feed.bad_images,
                     }
                     figures |= meter.means(world.group, anew=on_grid) | teachers.momenta(step - 1, epoch)
-                    log.row(figures | (health(targets) if world.first else {}), feed.take_wait(), partial=not on_grid)
+                    if world.first:
+                        figures |= health(targets)
+                        if of_part.match is not None:
+                            figures |= match_geometry(batch, of_part.match, config)
+                    log.row(figures, feed.take_wait(), partial=not on_grid)
 
                 on_steps = config.run.save_steps > 0 and step % config.run.save_steps == 0
                 if ends or ends_epoch or on_steps or on_time:

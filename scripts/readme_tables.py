@@ -1,4 +1,4 @@
-"""Writes two parts of README.md from the code: the tables of fastpmae-train's settings, and the map of the modules.
+"""Writes three parts of README.md from the code: fastpmae-train's settings, fastpmae-eval's flags, and the map.
 
 .venv/bin/python scripts/readme_tables.py      rewrites the parts of README.md between their markers
 """
@@ -7,10 +7,15 @@ import ast
 import dataclasses
 import inspect
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import fastpmae.config
+import fastpmae.course
+import fastpmae.eval_command
 from fastpmae.config import PRESETS, Config
+from fastpmae.course import Course
+from fastpmae.eval_command import Common, Finetune, Knn, Linear, Lowshot, Probe
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("fastpmae", "loaders/fastpmae_loaders", "kernels/fastpmae_kernels", "scripts")
@@ -18,18 +23,37 @@ MAPPED = ("fastpmae", "loaders/fastpmae_loaders", "kernels/fastpmae_kernels", "s
 
 def settings() -> str:
     """One table for each group of settings, with the values of the `paper` preset."""
-    texts, lines = _help_texts(), []
+    texts, lines = _help_texts(fastpmae.config), []
     for group, kind in get_type_hints(Config).items():
-        lines += [f"**{group}**: {kind.__doc__}", "", "| flag | value | meaning |", "| --- | --- | --- |"]
-        hints = get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            hint, text = hints[field.name], texts.get((kind.__name__, field.name), "")
-            if get_origin(hint) is Literal:
-                text = ", ".join(f"`{choice}`" for choice in get_args(hint)) + ". " + text
-            value = _plain(getattr(getattr(PRESETS["paper"], group), field.name))
-            lines.append(f"| `--{field.name.replace('_', '-')}` | {value} | {text.replace('|', '/')} |")
-        lines.append("")
+        lines += [f"**{group}**: {kind.__doc__}", "", *_table(kind, getattr(PRESETS["paper"], group), texts), ""]
     return "\n".join(lines)
+
+
+def evaluation() -> str:
+    """One table for the flags that every evaluation has, for each subcommand's own, and for a course's settings."""
+    texts = _help_texts(fastpmae.eval_command) | _help_texts(fastpmae.course)
+    lines = ["**every subcommand**", "", *_table(Common, None, texts), ""]
+    for name, kind in (
+        ("knn", Knn), ("linear", Linear), ("lowshot", Lowshot), ("probe", Probe), ("finetune", Finetune)
+    ):  # fmt: skip
+        lines += [f"**{name}**: {kind.__doc__}", "", *_table(kind, None, texts), ""]
+    lines += ["**probe and finetune**, with the values of `--preset paper`", "", *_table(Course, Course(), texts), ""]
+    return "\n".join(lines)
+
+
+def _table(kind: type, values: Any, texts: dict[tuple[str, str], str]) -> list[str]:
+    """A row for each flag: those of a dataclass but for its positional arguments and what has tables of its own."""
+    lines, hints = ["| flag | value | meaning |", "| --- | --- | --- |"], get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint, text = hints[field.name], texts.get((kind.__name__, field.name), "")
+        if field.name == "weights" or dataclasses.is_dataclass(hint):
+            continue
+        if get_origin(hint) is Literal:
+            text = ", ".join(f"`{choice}`" for choice in get_args(hint)) + ". " + text
+        value = field.default if values is None else getattr(values, field.name)
+        shown = "" if value is dataclasses.MISSING else _plain(value)
+        lines.append(f"| `--{field.name.replace('_', '-')}` | {shown} | {text.replace('|', '/')} |")
+    return lines
 
 
 def modules() -> str:
@@ -45,18 +69,18 @@ def modules() -> str:
 
 
 def rewritten(readme: str) -> str:
-    """The README with both parts as they should be."""
-    for name, part in (("settings", settings()), ("modules", modules())):
+    """The README with all parts as they should be."""
+    for name, part in (("settings", settings()), ("evaluation", evaluation()), ("modules", modules())):
         begin, end = f"<!-- {name}: written by scripts/readme_tables.py -->", f"<!-- end of {name} -->"
         before, rest = readme.split(begin)
         readme = f"{before}{begin}\n\n{part}\n{end}{rest.split(end)[1]}"
     return readme
 
 
-def _help_texts() -> dict[tuple[str, str], str]:
+def _help_texts(module: ModuleType) -> dict[tuple[str, str], str]:
     """The docstring under each field of the settings, by class and field."""
     texts = {}
-    for node in ast.parse(inspect.getsource(fastpmae.config)).body:
+    for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ClassDef):
             for field, below in zip(node.body, node.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):

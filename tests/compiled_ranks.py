@@ -31,7 +31,7 @@ def trained(config: Config, world: World) -> list[float]:
         for part in range(PARTS):
             batch, keep = made_batch(100 * world.rank + 10 * step + part, 3), keep_of(config, 3, step).float()
             with contextlib.nullcontext() if part == PARTS - 1 else parallel.no_sync():
-                (targets,) = balance([seen(teachers, batch, config)], config, world.group)
+                targets = balance([seen(teachers, batch, config)], config, world.group)[0]
                 losses = learnt(parallel, batch, keep, targets, config)
                 (losses.total / PARTS).backward()
             totals.append(losses.total.item())

@@ -37,7 +37,7 @@ def test_the_usual_way_has_the_same_losses_and_gradients(preset: str, fold_sizes
     usual = plain_batch(batch)
     others = plain.method.learn(usual, plain.method.teach(usual))
     others.total.backward()
-    torch.testing.assert_close(list(others), list(losses), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(list(others), list(losses[:4]), rtol=1e-5, atol=1e-6)
     theirs = dict(plain.method.student.named_parameters())
     for name, parameter in ours.student.named_parameters():
         gradient = theirs[name].grad

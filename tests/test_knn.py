@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastpmae.knn import knn_accuracy, knn_predict
+from fastpmae.knn import knn_accuracy, knn_predict, knn_ranked
 from fastpmae_loaders.errors import UserError
 
 
@@ -95,3 +95,36 @@ def test_bad_input_is_refused_in_a_sentence(change, word):
     good |= {"test": torch.randn(3, 5), "test_labels": torch.tensor([0, 1, 1])} | change
     with pytest.raises(UserError, match=word):
         knn_accuracy(good["train"], good["labels"], good["test"], good["test_labels"], good["k"], good["leave_one_out"])
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_weighted_votes_rank_classes_as_scikit_learn(temperature):
+    train, train_labels, test, _ = sets(11)
+    ranked = knn_ranked(train, train_labels, test, (1, 5, 40), temperature=temperature)
+    for k in (1, 5, 40):
+        reference = KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+        )
+        reference.fit(train.double().numpy(), train_labels.numpy())
+        share = reference.predict_proba(test.double().numpy())
+        np.testing.assert_array_equal(ranked[k][:, 0].numpy(), share.argmax(axis=1))
+        # as good a place for each class as its share of the votes gives it, whatever the order of equal ones
+        chosen = np.take_along_axis(share, ranked[k].numpy(), axis=1)
+        np.testing.assert_allclose(chosen, -np.sort(-share, axis=1)[:, :5], atol=1e-5)
+
+
+def test_every_k_is_counted_as_if_it_were_alone_and_in_parts():
+    train, labels, _, _ = sets(12)
+    together = knn_ranked(train, labels, train, (3, 7), temperature=None, leave_one_out=True, chunk_bytes=5000)
+    for k in (3, 7):
+        assert torch.equal(together[k][:, 0], knn_predict(train, labels, train, k, leave_one_out=True))
+        assert together[k].shape == (len(train), 5)
+    assert not torch.equal(together[3], together[7])
+
+
+def test_a_small_temperature_is_the_nearest_neighbour_and_none_overflows():
+    train, labels, test, _ = sets(13)
+    nearest = knn_predict(train, labels, test, 1)
+    assert torch.equal(knn_ranked(train, labels, test, (20,), temperature=1e-3)[20][:, 0], nearest)
+    with pytest.raises(UserError, match="temperature above 0"):
+        knn_ranked(train, labels, test, (20,), temperature=0.0)

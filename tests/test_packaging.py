@@ -141,11 +141,21 @@ FLAG = r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*"
 README = (ROOT / "README.md").read_text()
 
 
+SUBCOMMANDS = """
+import contextlib
+from fastpmae.eval_command import read_command
+for name in ("knn", "linear", "lowshot", "probe", "finetune"):
+    with contextlib.suppress(SystemExit):
+        read_command([name, "--help"])
+"""
+
+
 def flags_of(command: str) -> set[str]:
-    """The flags that a command's --help names."""
+    """The flags that a command's --help names, or those of all its subcommands."""
     module = PROJECT["scripts"][command].split(":")[0]
+    words = ["-c", SUBCOMMANDS] if command == "fastpmae-eval" else ["-m", module, "--help"]
     run = subprocess.run(
-        [sys.executable, "-m", module, "--help"],
+        [sys.executable, *words],
         text=True,
         capture_output=True,
         timeout=300,

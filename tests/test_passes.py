@@ -58,7 +58,7 @@ def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[
         for part in range(config.optimiser.accumulate):
             batch = made_batch(10 * step + part, 3, fold_sizes)
             keep = keep_of(config, 3, step).float() if config.model.drop_path else None
-            (targets,) = balance([seen(teachers, batch, config)], config)
+            targets = balance([seen(teachers, batch, config)], config)[0]
             losses = learnt(student, batch, keep, targets, config)
             (losses.total / config.optimiser.accumulate).backward()
             totals.append(losses.total.item())
@@ -67,8 +67,11 @@ def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[
         if step % 2:
             teachers.follow(student, "epoch", step // 2)
         torch._dynamo.config.error_on_recompile = True
-    # A key's bias moves no attention: its gradient is rounding alone, which AdamW makes as large as any other.
-    return totals, [parameter.detach() for name, parameter in student.named_parameters() if "qkv.bias" not in name]
+    # No loss depends on the keys' bias: its gradient is rounding alone, which AdamW scales up.
+    return totals, [
+        parameter.detach().view(3, -1)[::2] if name.endswith("qkv.bias") else parameter.detach()
+        for name, parameter in student.named_parameters()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -218,10 +221,12 @@ def test_no_step_between_two_rows_waits(tiny: Config, monkeypatch: pytest.Monkey
     assert {name for name, _ in waits.found} >= {"_local_scalar_dense"}
 
 
-@pytest.mark.parametrize("settings", [{}, {"preset": "sdae"}, {"preset": "mae"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"prototypes_chunk": 7}, {"preset": "sdae"}, {"preset": "mae"}], ids=str)
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-def test_nothing_is_carried_from_a_gpu_to_the_host(settings: dict[str, Any]):
+def test_nothing_is_carried_from_a_gpu_to_the_host(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """Tensors that say they are on a GPU, and cannot be read: what needs a number from one fails."""
+    # autograd asks for the GPU itself, which is not there; `lean` and the kernels' tests hold its operations
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs: [torch.empty_like(each) for each in inputs])
     settings = dict(settings)
     config = tiny_config(settings.pop("preset", "paper"), folds=5, **settings)
     device = torch.device("cuda", 0)
@@ -236,13 +241,12 @@ def test_nothing_is_carried_from_a_gpu_to_the_host(settings: dict[str, Any]):
             gradients = [torch.empty_like(parameter) for parameter in student.parameters()]
         with Waits() as waits:
             losses = learn(student, batch, keep, teach(teachers, batch, config), config)
-            # autograd asks for the GPU itself, which is not there; `lean` and the kernels' tests hold its operations
             for parameter, gradient in zip(student.parameters(), gradients, strict=True):
                 parameter.grad = gradient
             norm, skipped = update(optimiser, losses.total.detach(), 1e-3, 1.0, world)
             teachers.follow(student, "step", 0)
             teachers.follow(student, "epoch", 0)
-            meter.add(0, torch.stack(losses).detach(), norm, skipped, batch.index)
+            meter.add(0, torch.stack(losses[:4]).detach(), norm, skipped, batch.index)
             assert losses.total.device == device
             assert waits.found == []
             losses.total.cpu()

@@ -32,7 +32,7 @@ def stepped(chunk: int, settings: dict[str, Any], bf16: bool = False, run: Any =
         losses, targets = (run or (lambda function: function))(both)()
     losses.total.backward()
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    return [loss.detach() for loss in losses], gradients, targets
+    return [loss.detach() for loss in losses[:4]], gradients, targets
 
 
 def assert_same(found: tuple[Any, ...], expected: tuple[Any, ...], tolerance: float) -> None:

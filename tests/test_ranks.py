@@ -86,7 +86,8 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "moves", "ranks": 4, "settings": {"steps": 7, "log_every": 3, "keep": 9, "resume": "auto"}},
     {"name": "moves", "ranks": 1, "settings": {"steps": 10, "log_every": 3, "keep": 9, "resume": "auto"}},
     # and into shards
-    {"name": "two", "ranks": 2, "settings": {"steps": 11, "shard": True, "resume": "auto"}},
+    {"name": "two", "ranks": 2,
+     "settings": {"steps": 11, "shard": True, "prototypes_chunk": 32, "resume": "auto"}},
     {"name": "one", "ranks": 1, "settings": {"steps": 11, "resume": "auto"}},
     {"name": "refused", "ranks": 2, "settings": {"steps": 10}, "rank_1_refuses": True},
 ]  # fmt: skip

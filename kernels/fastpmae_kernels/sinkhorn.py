@@ -262,20 +262,37 @@ def _merged(blocks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return _merge(peaks, totals)
 
 
+WIDTH = 512
+"""Columns of a block that are read for their maxima and, from the processor's cache, once more for their sums."""
+
+
 @compiled("contract", "nsz")
 def _column_block(logits, scale, peak, total):
-    rows, prototypes = logits.shape
-    for r in range(rows):
-        row = logits[r]
-        for j in range(prototypes):
-            peak[j] = row[j] if row[j] > peak[j] else peak[j]
-    for j in range(prototypes):
+    for start in range(0, logits.shape[1], WIDTH):
+        part = slice(start, min(start + WIDTH, logits.shape[1]))
+        _column_tile(logits[:, part], scale, peak[part], total[part])
+
+
+@compiled("contract", "nsz")
+def _column_tile(logits, scale, peak, total):
+    """Two rows at a time, so that maxima and sums are fetched and put back half as often."""
+    rows, columns = logits.shape
+    for r in range(0, rows, 2):
+        one, other = logits[r], logits[min(r + 1, rows - 1)]
+        for j in range(columns):
+            higher = one[j] if one[j] > other[j] else other[j]
+            peak[j] = higher if higher > peak[j] else peak[j]
+    for j in range(columns):
         peak[j] = peak[j] * scale
-    for r in range(rows):
-        row = logits[r]
-        for j in range(prototypes):
-            total[j] += exponential(row[j] * scale - peak[j])
-    for j in range(prototypes):
+    for r in range(0, rows - 1, 2):
+        one, other = logits[r], logits[r + 1]
+        for j in range(columns):
+            total[j] += exponential(one[j] * scale - peak[j]) + exponential(other[j] * scale - peak[j])
+    if rows % 2:
+        one = logits[rows - 1]
+        for j in range(columns):
+            total[j] += exponential(one[j] * scale - peak[j])
+    for j in range(columns):
         if peak[j] == -np.inf:
             total[j] = 0.0
 

@@ -1,0 +1,113 @@
+"""A classifier's training as a checkpoint keeps it, and what a resumed one has to agree with."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from fastpmae.backbone import Backbone
+from fastpmae.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, require
+from fastpmae.course import Course
+from fastpmae.errors import UserError
+from fastpmae.labelled import Engine, Labelled
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything about a training that is no number of the course."""
+
+    backbone: Backbone
+    train: Labelled
+    val: Labelled
+    folder: Path
+    device: torch.device
+    engine: Engine = "auto"
+    workers: int = 2
+    crop_ratio: float = 0.875
+    feature_batch: int = 64
+    """Images at a time in a test."""
+    frozen: bool = False
+    """Train a linear classifier of the frozen network instead of the network."""
+
+
+def recorded_setting(setting: Setting, course: Course) -> dict[str, Any]:
+    """What decides the numbers of a training, as a checkpoint keeps it."""
+    backbone = setting.backbone
+    return {
+        "course": json.loads(json.dumps(dataclasses.asdict(course))),
+        "backbone": {"source": backbone.source, "network": backbone.network, "image_size": backbone.image_size},
+        "frozen": setting.frozen,
+        "train": setting.train.describe(),
+    }
+
+
+def gather(model: nn.Module, optimiser: torch.optim.Optimizer, ema: ModelEmaV3 | None) -> dict[str, Tensor]:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if ema is not None:
+        tensors |= {f"ema.{name}": tensor for name, tensor in ema.module.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {
+            f"optimiser.{name}.{key}": value
+            for key, value in optimiser.state[parameter].items()
+            if isinstance(value, Tensor)
+        }
+    return tensors
+
+
+def take_up(
+    setting: Setting,
+    course: Course,
+    resume: bool,
+    record: dict[str, Any],
+    steps_per_epoch: int,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    ema: ModelEmaV3 | None,
+) -> tuple[int, Float[Tensor, " 2"]]:
+    """Take the folder's newest checkpoint up: the steps that are done, and the sum and number of losses since."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    checkpoint, complaints = newest_checkpoint(setting.folder)
+    if not resume:
+        if checkpoint is not None or complaints:
+            raise UserError(f"{setting.folder} already holds a training: add --resume to go on with it")
+        return 0, sums
+    if checkpoint is None:
+        if complaints:
+            raise UserError("; ".join(complaints))
+        return 0, sums
+    before, progress = checkpoint.progress["config"], checkpoint.progress
+    changed = course.differences(before.get("course", {}))
+    changed += [f"{what} was {before.get(what)}" for what in ("backbone", "frozen") if before.get(what) != record[what]]
+    if progress["fingerprint"] != record["train"]["fingerprint"] or progress["steps_per_epoch"] != steps_per_epoch:
+        changed.append("the training images are others")
+    if changed:
+        raise UserError(f"the training in {setting.folder} was started with other settings: {'; '.join(changed)}")
+    _scatter(checkpoint, model, optimiser, ema)
+    return progress["step"], torch.tensor(progress["loss"], dtype=torch.float64)
+
+
+def _scatter(
+    checkpoint: Checkpoint, model: nn.Module, optimiser: torch.optim.Optimizer, ema: ModelEmaV3 | None
+) -> None:
+    for name, module in (("model", model), ("ema", ema.module if ema is not None else None)):
+        if module is not None:
+            require(checkpoint, name, module.state_dict())
+            module.load_state_dict(checkpoint.part(name))
+    for name, parameter in model.named_parameters():
+        state = checkpoint.part(f"optimiser.{name}")
+        for key, value in state.items():
+            if value.shape not in (parameter.shape, torch.Size()):
+                raise CheckpointError(f"{checkpoint.path} does not fit: optimiser.{name}.{key} is {list(value.shape)}")
+        if state:
+            kept = {key: value.clone() for key, value in state.items()}
+            # AdamW counts its steps on the host; moments lie where the parameter does.
+            optimiser.state[parameter] = {
+                key: value if value.ndim == 0 and parameter.ndim > 0 else value.to(parameter.device)
+                for key, value in kept.items()
+            }

@@ -1,0 +1,251 @@
+"""`fastpmae-eval`: how good a network's features are, by k-NN, linear probes, few labels, or fine-tuning."""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastpmae.backbone import find_backbone
+from fastpmae.checkpoint import step_of
+from fastpmae.classifier_state import Setting
+from fastpmae.embed import Pool
+from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae.eval_command import Command, Common, Finetune, Knn, Linear, Lowshot, Probe, read_command
+from fastpmae.finetune import train_classifier
+from fastpmae.knn import knn_ranked
+from fastpmae.labelled import Labelled, extract, needed, open_labelled
+from fastpmae.linear import Sweep, best_c, draw_few, held_out, logistic_regression, standardised, train_sweep
+from fastpmae.run import run_of
+from fastpmae.scores import Scores, rank, write_scores
+from fastpmae.tally import Tally
+from fastpmae.world import choose_device
+
+
+class Evaluation:
+    """Network, images and folder of one command, found before anything is computed."""
+
+    def __init__(self, common: Common):
+        self.common = common
+        self.began = time.monotonic()
+        self.tally = Tally(live=True)
+        self.device = choose_device(common.device)
+        self.train, self.val = open_labelled(common.train, common.val)
+        self.backbone = find_backbone(common.weights, common.network, image_size=common.image_size, heads=common.heads)
+        self.folder = common.out or place_of(common.weights)
+
+    def features(self, images: Labelled, pools: tuple[Pool, ...]) -> list[Float[Tensor, "images dim"]]:
+        """Frozen features of a set, on the device that computes with them."""
+        common = self.common
+        self.tally.phase(f"features of {images.samples.path}")
+        found = extract(
+            self.backbone.build(),
+            self.backbone,
+            images,
+            pools,
+            device=self.device,
+            engine=common.engine,
+            batch_size=common.feature_batch,
+            crop_ratio=common.crop_ratio,
+            workers=common.workers,
+            tally=self.tally,
+        )
+        return [rows.to(self.device) for rows in found]
+
+    def finish(self, name: str, scores: Scores, more: dict[str, Any]) -> None:
+        """Print the figures, write the files, and say where they are."""
+        backbone, network = self.backbone, self.backbone.network
+        record = {
+            "evaluation": name,
+            "weights": self.common.weights,
+            "source": backbone.source,
+            "network": network,
+            "image_size": backbone.image_size,
+            "crop_ratio": self.common.crop_ratio,
+            "train": self.train.describe(),
+            "val": None if self.val is None else self.val.describe(),
+            **more,
+            "seconds": round(time.monotonic() - self.began, 1),
+        }
+        stem = "-".join(filter(None, [name, network.replace("_", "-").replace("/", "-")]))
+        path = write_scores(self.folder, stem, scores, self.train.names, record)
+        print(f"{stem}: top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % of {len(scores.labels):,} images")
+        print(f"wrote {path}, and beside it a row for each class (.csv) and the confusion matrix (.png)")
+
+
+def place_of(weights: str) -> Path:
+    """Where results go by default: beside a run's checkpoints, or beside the file."""
+    if weights.startswith("timm:"):
+        return Path("eval") / weights.removeprefix("timm:").replace("/", "-").replace(":", "-")
+    path = Path(weights)
+    run = run_of(path)
+    if run is None:
+        return path.parent / f"{path.stem}-eval"
+    # A checkpoint that was named has results of its own; a run folder's are those of its newest one.
+    return run / "eval" / f"step-{step_of(path):08d}" if path.is_file() else run / "eval"
+
+
+def run_knn(command: Knn) -> None:
+    """`fastpmae-eval knn`. Without a validation set every training image is left out once."""
+    evaluation = Evaluation(command.common)
+    train, val = evaluation.train, evaluation.val
+    pools: tuple[Pool, ...] = ("class", "mean") if command.pool == "both" else (command.pool,)
+    learnt = evaluation.features(train, pools)
+    tested = learnt if val is None else evaluation.features(val, pools)
+    labels = train.labels.to(evaluation.device)
+    table, best = [], None
+    print("pool    k      top-1   top-5")
+    for pool, rows, others in zip(pools, learnt, tested, strict=True):
+        ranked = knn_ranked(
+            rows, labels, others, command.k, temperature=command.temperature or None, leave_one_out=val is None
+        )
+        for k, classes in ranked.items():
+            scores = Scores(train.labels if val is None else val.labels, classes.cpu())
+            table.append({"pool": pool, "k": k, **scores.figures()})
+            print(f"{pool:<6} {k:>4}   {scores.top1:6.2f}  {scores.top5:6.2f}")
+            best = best or (scores, table[-1])
+    assert best is not None
+    more = {"temperature": command.temperature, "leave_one_out": val is None, "table": table}
+    # The files show the first row, not the best one: that would be chosen on the images that are tested.
+    evaluation.finish("knn", best[0], more | {"shown": {"pool": best[1]["pool"], "k": best[1]["k"]}})
+
+
+def run_linear(command: Linear) -> None:
+    """`fastpmae-eval linear`."""
+    evaluation = Evaluation(command.common)
+    train, val = evaluation.train, needed(evaluation.val, evaluation.train)
+    classes, seed = len(train.names), command.seed
+    sweep = Sweep(
+        command.rates,
+        "adamw" if command.method == "adamw" else "sgd",
+        command.epochs,
+        command.step_images,
+        command.weight_decay,
+        seed,
+    )
+    (learnt,), (tested,) = (evaluation.features(images, (command.pool,)) for images in (train, val))
+    learnt, tested = standardised(learnt, tested)
+    labels = train.labels.to(learnt.device)
+    choices = command.c if command.method == "logistic" else command.rates
+
+    def classifiers(rows: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if command.method == "logistic":
+            return [logistic_regression(rows, labels, classes, c) for c in command.c]
+        return list(zip(*train_sweep(rows, labels, classes, sweep, evaluation.tally), strict=True))
+
+    def ranked(rows: Tensor, found: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        return [rank(rows.to(weight.dtype) @ weight + bias) for weight, bias in found]
+
+    on_part: list[Scores] = []
+    if command.choose_on == "held-out":
+        part = held_out(train.labels, 0.1, seed)
+        if not bool(part.any()):
+            raise UserError("too few images of each class to hold a tenth out: choose with --choose-on val")
+        found = classifiers(learnt[~part], labels[~part])
+        on_part = [Scores(train.labels[part], classes) for classes in ranked(learnt[part], found)]
+    on_val = [Scores(val.labels, classes) for classes in ranked(tested, classifiers(learnt, labels))]
+    best = max(range(len(choices)), key=lambda place: (on_part or on_val)[place].top1)
+    name = "c" if command.method == "logistic" else "rate"
+    table = [{name: choice, **scores.figures()} for choice, scores in zip(choices, on_val, strict=True)]
+    print(f"{name:>8}   top-1   top-5")
+    for place, row in enumerate(table):
+        print(f"{row[name]:>8g}  {row['top1']:6.2f}  {row['top5']:6.2f}{'  <- chosen' if place == best else ''}")
+    more = {"method": command.method, "pool": command.pool, "choose_on": command.choose_on, "table": table}
+    more |= {"chosen": choices[best], "settings": dataclasses.asdict(sweep)}
+    evaluation.finish(f"linear-{command.method}", on_val[best], more)
+
+
+def run_lowshot(command: Lowshot) -> None:
+    """`fastpmae-eval lowshot`."""
+    evaluation = Evaluation(command.common)
+    train, val = evaluation.train, needed(evaluation.val, evaluation.train)
+    if command.draws < 1:
+        raise UserError(f"--draws {command.draws} must be at least 1")
+    for share in command.shares:
+        draw_few(train.labels, share, 0)
+    (learnt,), (tested,) = (evaluation.features(images, (command.pool,)) for images in (train, val))
+    table, first = [], None
+    print("share     images   logistic   1-NN")
+    for share in command.shares:
+        figures = []
+        for draw in range(command.draws):
+            few = draw_few(train.labels, share, command.seed + draw)
+            rows, others = standardised(learnt[few], tested)
+            labels = train.labels[few].to(rows.device)
+            c = best_c(rows, labels, len(train.names), command.c, command.seed + draw)
+            weight, bias = logistic_regression(rows, labels, len(train.names), c)
+            scores = Scores(val.labels, rank(others.double() @ weight + bias))
+            nearest = knn_ranked(learnt[few], labels, tested, (1,), best=1)[1].cpu()
+            figures.append((scores.top1, scores.top5, Scores(val.labels, nearest).top1, c, len(few)))
+            first = first or scores
+        top1 = torch.tensor([row[0] for row in figures], dtype=torch.float64)
+        row = {
+            "share": share,
+            "images": figures[0][4],
+            "top1": top1.mean().item(),
+            "top1_spread": top1.std(correction=1).item() if len(top1) > 1 else None,
+            "top5": sum(row[1] for row in figures) / len(figures),
+            "nearest_top1": sum(row[2] for row in figures) / len(figures),
+            "draws": [{"top1": row[0], "top5": row[1], "nearest_top1": row[2], "c": row[3]} for row in figures],
+        }
+        table.append(row)
+        spread = f" ± {row['top1_spread']:.2f}" if row["top1_spread"] is not None else ""
+        print(f"{share:<8g} {row['images']:>7}   {row['top1']:6.2f}{spread}   {row['nearest_top1']:6.2f}")
+    assert first is not None
+    evaluation.finish(
+        "lowshot",
+        first,
+        {"pool": command.pool, "seed": command.seed, "table": table, "shown": "the first share, first draw"},
+    )
+
+
+def run_course(command: Probe | Finetune) -> None:
+    """`fastpmae-eval probe` and `finetune`."""
+    common = command.common
+    evaluation = Evaluation(common)
+    name = "probe" if isinstance(command, Probe) else "finetune"
+    val = needed(evaluation.val, evaluation.train)
+    folder = common.out or evaluation.folder / "-".join(filter(None, [name, evaluation.backbone.network]))
+    evaluation.folder = folder
+    setting = Setting(
+        evaluation.backbone,
+        evaluation.train,
+        val,
+        folder,
+        evaluation.device,
+        common.engine,
+        common.workers,
+        common.crop_ratio,
+        common.feature_batch,
+        frozen=isinstance(command, Probe),
+    )
+    scores = train_classifier(
+        setting, command.course, resume=command.resume, steps=command.steps, tally=evaluation.tally
+    )
+    evaluation.finish(name, scores, {"course": dataclasses.asdict(command.course)})
+
+
+def run_command(command: Command) -> None:
+    """Evaluate as a command line says. Raises UserError for what does not fit."""
+    match command:
+        case Knn():
+            run_knn(command)
+        case Linear():
+            run_linear(command)
+        case Lowshot():
+            run_lowshot(command)
+        case Probe() | Finetune():
+            run_course(command)
+
+
+def main() -> int:
+    """`fastpmae-eval`."""
+    return exit_with_sentence("fastpmae-eval", lambda: run_command(read_command(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Nearest-patch matches held against geometry: where in the original image the two patches lie.
+
+Both views are crops of one image whose boxes and flips are known, so each patch of a view is a rectangle of source
+pixels. Rectangles are compared in exact integer arithmetic: a crop of h pixels under n rows of patches has its lines
+at multiples of h / n, so all places are taken n-fold.
+"""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from fastpmae.config import Config
+from fastpmae_loaders import Batch
+
+MOST_IMAGES = 256
+"""So many images of a batch are looked at; they tell as much as all of them."""
+VIEWS = {"simple": 0, "complex": 1}
+
+
+def match_geometry(batch: Batch, match: Int[Tensor, "batch masked"], config: Config) -> dict[str, float]:
+    """How often the matched teacher patch shows a part of what the student's patch shows.
+
+    A student's masked patch is *reachable* where at least one of the teacher's patches that it may be matched with
+    (those of the image, or of its fold) overlaps it in the original image: crops may lie apart.
+
+    Args:
+        match: the place among the masked patches of each masked patch's match, as `nearest_patch` gives it.
+
+    Returns:
+        `match_reachable`: the share of the masked patches that are reachable. Of those, `match_overlap`: the share
+        whose match overlaps them, and `match_chance`: the same for a match drawn at random, which is the mean share
+        of the candidates that overlap. The latter two are left out where nothing is reachable.
+    """
+    rows = round((batch.visible.shape[1] + batch.folds.shape[1]) ** 0.5)
+    folds, match = batch.folds[:MOST_IMAGES], match[:MOST_IMAGES]
+    student = patch_rectangles(batch.boxes[:MOST_IMAGES, 0], batch.flips[:MOST_IMAGES, 0], folds, rows)
+    seen = VIEWS[config.views.labelling_view]
+    teacher = patch_rectangles(batch.boxes[:MOST_IMAGES, seen], batch.flips[:MOST_IMAGES, seen], folds, rows)
+    hits = overlaps(student, teacher)
+    candidates = torch.ones_like(hits[:1])
+    if config.loss.match_scope == "fold":
+        fold = torch.repeat_interleave(
+            torch.arange(len(batch.fold_sizes), device=hits.device),
+            torch.tensor(batch.fold_sizes, device=hits.device),
+        )
+        candidates = fold[None, :, None] == fold[None, None, :]
+    share = (hits & candidates).sum(dim=2) / candidates.sum(dim=2)
+    reachable = share > 0
+    matched = hits.gather(2, match.unsqueeze(2)).squeeze(2)
+    count = reachable.sum()
+    sums = torch.stack([count.double(), (matched & reachable).sum().double(), share.double().sum()]).tolist()
+    figures = {"match_reachable": sums[0] / reachable.numel()}
+    if sums[0]:
+        figures |= {"match_overlap": sums[1] / sums[0], "match_chance": sums[2] / sums[0]}
+    return figures
+
+
+def patch_rectangles(
+    boxes: Int[Tensor, "batch 4"], flips: Bool[Tensor, " batch"], ids: Int[Tensor, "batch patches"], rows: int
+) -> Int[Tensor, "batch patches 4"]:
+    """Top, left, bottom, right of patches in the original image, in source pixels times `rows`.
+
+    Args:
+        boxes: top, left, height, width of each view's crop in source pixels.
+        flips: whether the view was mirrored left to right.
+        ids: the patches' numbers in the view, row by row.
+        rows: patches along a side of the view.
+    """
+    top, left, height, width = (boxes[:, None, place].long() for place in range(4))
+    down, across = ids // rows, ids % rows
+    across = torch.where(flips[:, None], rows - 1 - across, across)
+    top, left = top * rows + down * height, left * rows + across * width
+    return torch.stack([top, left, top + height, left + width], dim=2)
+
+
+def overlaps(
+    one: Int[Tensor, "batch ones 4"], other: Int[Tensor, "batch others 4"]
+) -> Bool[Tensor, "batch ones others"]:  # fmt: skip
+    """Which rectangles share an area; a common edge is none."""
+    first, second = one.unsqueeze(2), other.unsqueeze(1)
+    begin, end = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
+    return (begin < end).all(dim=3)

@@ -1,0 +1,137 @@
+"""Labelled images for an evaluation: two sets that agree on their classes, and the features of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fastpmae.backbone import Backbone, features
+from fastpmae.data import fingerprint
+from fastpmae.embed import Pool
+from fastpmae.errors import UserError
+from fastpmae.tally import Tally
+from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
+
+Engine = Literal["auto", "ffcv", "dali", "torch"]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images with a class for each.
+
+    Attributes:
+        samples: the images.
+        labels: the class of each, 0 ... classes - 1, as `names` counts them.
+        names: what the classes are called.
+    """
+
+    samples: Samples
+    labels: Int[Tensor, " images"]
+    names: list[str]
+
+    def describe(self) -> dict[str, object]:
+        """What a result records about the images."""
+        return {"path": str(self.samples.path), "images": len(self.samples), "fingerprint": fingerprint(self.samples)}
+
+
+def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | None]:
+    """The images to learn from and the images to test on.
+
+    Where `val` is None and `train` is a folder with a training and a validation split, those are taken. Classes are
+    told apart by their names where both sets have names, and by their numbers otherwise.
+
+    Raises:
+        UserError: for sets that cannot be opened or have no labels, or a validation class that is not trained on.
+    """
+    if val is None and train.is_dir():
+        samples, rest = open_samples(train, "train" if (train / "train").is_dir() else None), None
+        split = next((name for name in ("val", "valid", "validation", "test") if (train / name).is_dir()), None)
+        if split is not None and (train / "train").is_dir():
+            rest = open_samples(train, split)
+    else:
+        samples = open_samples(train)
+        rest = None if val is None else open_samples(val)
+    learnt = _labelled(samples)
+    if rest is None:
+        return learnt, None
+    tested = _labelled(rest)
+    ours, theirs = samples.class_names, rest.class_names
+    labels = tested.labels
+    if ours is not None and theirs is not None and ours != theirs:
+        place = {name: number for number, name in enumerate(ours)}
+        used = [theirs[number] for number in labels.unique().tolist()]
+        unknown = [name for name in used if name not in place]
+        if unknown:
+            raise UserError(
+                f"{rest.path}: its class {unknown[0]!r} is none of the {len(ours)} classes of {samples.path}"
+            )
+        labels = torch.tensor([place.get(name, -1) for name in theirs])[labels]
+    if int(labels.max()) >= len(learnt.names):
+        raise UserError(
+            f"{rest.path} has a class number {int(labels.max())}, and {samples.path} has {len(learnt.names)} classes"
+        )
+    return learnt, Labelled(rest, labels, learnt.names)
+
+
+def needed(val: Labelled | None, train: Labelled) -> Labelled:
+    """The validation set. Raises UserError where there is none."""
+    if val is None:
+        raise UserError(f"--val is missing: {train.samples.path} has no validation split of its own")
+    return val
+
+
+def engine_for(samples: Samples, engine: Engine) -> str:
+    """The engine that reads these images: as asked for, or FFCV for a .beton and Pillow for files."""
+    if engine != "auto":
+        return engine
+    return "ffcv" if isinstance(samples, Beton) else "torch"
+
+
+@torch.inference_mode()
+def extract(
+    model: nn.Module,
+    backbone: Backbone,
+    images: Labelled,
+    pools: tuple[Pool, ...],
+    *,
+    device: torch.device,
+    engine: Engine = "auto",
+    batch_size: int = 64,
+    crop_ratio: float = 0.875,
+    workers: int = 2,
+    tally: Tally | None = None,
+) -> list[Float[Tensor, "images dim"]]:
+    """Frozen features of whole images in the set's order, one matrix in fp32 on the CPU for each pooling."""
+    tally = tally or Tally()
+    model = model.to(device).eval()
+    rows: list[list[Tensor]] = [[] for _ in pools]
+    views = PlainViews(
+        images.samples,
+        batch_size,
+        image_size=backbone.image_size,
+        crop_ratio=crop_ratio,
+        engine=engine_for(images.samples, engine),
+        workers=workers,
+    )
+    half = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
+    with views, tally.count(len(images.samples), "images"):
+        for pictures, _, _ in views:
+            with half:
+                found = features(model, backbone.normalised(pictures.to(device)), pools)
+            for kept, new in zip(rows, found, strict=True):
+                kept.append(new.float().cpu())
+            tally.advance(len(pictures))
+    return [torch.cat(kept) for kept in rows]
+
+
+def _labelled(samples: Samples) -> Labelled:
+    labels = torch.from_numpy(np.array(samples.label, np.int64))
+    if int(labels.min()) < 0:
+        raise UserError(f"{samples.path} holds images without a label; an evaluation needs one for each")
+    count = max(int(labels.max()) + 1, len(samples.class_names or []))
+    names = samples.class_names or [str(number) for number in range(count)]
+    return Labelled(samples, labels, names + [str(number) for number in range(len(names), count)])

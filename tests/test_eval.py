@@ -1,0 +1,192 @@
+"""`fastpmae-eval` as a user calls it: what it prints and writes, and what it refuses."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import confusion_matrix, top_k_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from fastpmae import PRESETS, UserError, embed_images, eval, pretrain, write_beton
+from fastpmae.checkpoint import checkpoint_path
+from fastpmae.labelled import open_labelled
+from fastpmae.scores import Scores, rank, write_scores
+from tests.made import REPOSITORY, made_image, write_tree
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training and validation images as .beton files and as a folder with both splits, and a run of two steps."""
+    root = tmp_path_factory.mktemp("eval")
+    write_tree(root / "tree" / "train", 45)
+    write_tree(root / "tree" / "val", 24)
+    for split in ("train", "val"):
+        write_beton(root / "tree" / split, root / f"{split}.beton")
+    pretrain(
+        PRESETS["demo"].using(
+            beton=root / "train.beton", out=root / "run", image_size=32, width=32, heads=2, depth=2, decoder_width=32,
+            decoder_depth=1, decoder_heads=2, head_hidden=32, head_bottleneck=16, prototypes=24, epochs=1, steps=2,
+            batch_size=16, workers=1, device="cpu", tensorboard=False,
+        )
+    )  # fmt: skip
+    return root
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr("sys.argv", ["fastpmae-eval", *map(str, words), "--workers", "1"])
+    return eval.main()
+
+
+def test_knn_is_scikit_learns_on_the_same_features(data: Path, tmp_path: Path, monkeypatch, capsys):
+    words = ["knn", data / "run", "--train", data / "train.beton", "--val", data / "val.beton", "--k", 4, 9]
+    assert call(monkeypatch, *words, "--out", tmp_path, "--network", "labelling_teacher") == 0
+    result = json.loads((tmp_path / "knn-labelling-teacher.json").read_text())
+    assert result["source"].endswith("step-00000002.safetensors")
+    assert [(row["pool"], row["k"]) for row in result["table"]] == [
+        ("class", 4),
+        ("class", 9),
+        ("mean", 4),
+        ("mean", 9),
+    ]
+    for row in result["table"]:
+        sets = [
+            embed_images(data / "run", data / f"{split}.beton", network="labelling_teacher", pool=row["pool"])
+            for split in ("train", "val")
+        ]
+        reference = KNeighborsClassifier(
+            row["k"], metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        )
+        reference.fit(sets[0][0].astype(np.float64), sets[0][1])
+        predicted = reference.predict(sets[1][0].astype(np.float64))
+        assert row["top1"] == pytest.approx(100 * (predicted == sets[1][1]).mean(), abs=1e-3)
+    assert f"top-1 {result['top1']:.2f} %" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "knn-labelling-teacher-classes.csv").read_text().splitlines()))
+    assert [row["name"] for row in rows] == ["class_0", "class_1", "class_2"]
+    assert sum(float(row["top1"]) * int(row["images"]) for row in rows) / 24 == pytest.approx(result["top1"], abs=0.01)
+    with Image.open(tmp_path / "knn-labelling-teacher-confusion.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_results_lie_beside_the_run_and_folders_hold_both_splits(data: Path, monkeypatch):
+    tree = data / "tree"
+    assert call(monkeypatch, "knn", data / "run", "--train", tree, "--pool", "class", "--temperature", 0) == 0
+    assert call(monkeypatch, "knn", checkpoint_path(data / "run", 2), "--train", tree, "--network", "random") == 0
+    found = json.loads((data / "run" / "eval" / "knn-student.json").read_text())
+    named = json.loads((data / "run" / "eval" / "step-00000002" / "knn-random.json").read_text())
+    assert (found["train"]["images"], found["val"]["images"]) == (45, 24)
+    assert found["table"] != named["table"]
+
+
+def test_without_a_validation_set_each_image_is_left_out_once(data: Path, tmp_path: Path, monkeypatch):
+    words = ["knn", data / "run", "--train", data / "train.beton", "--k", 1, "--pool", "class", "--out", tmp_path]
+    assert call(monkeypatch, *words) == 0
+    result = json.loads((tmp_path / "knn-student.json").read_text())
+    assert result["leave_one_out"] is True
+    assert result["images"] == 45
+    assert result["top1"] < 100
+
+
+@pytest.mark.parametrize("method", ["sgd", "logistic"])
+def test_linear_chooses_on_what_is_held_out_and_tests_on_the_rest(data: Path, tmp_path: Path, monkeypatch, method):
+    words = ["linear", data / "run", "--train", data / "tree", "--method", method, "--epochs", 5, "--out", tmp_path]
+    assert call(monkeypatch, *words) == 0
+    result = json.loads((tmp_path / f"linear-{method}-student.json").read_text())
+    choice = "c" if method == "logistic" else "rate"
+    chosen = next(row for row in result["table"] if row[choice] == result["chosen"])
+    assert result["top1"] == chosen["top1"]
+    assert len(result["table"]) == (4 if method == "logistic" else 8)
+
+
+def test_lowshot_means_over_its_draws(data: Path, tmp_path: Path, monkeypatch):
+    words = ["lowshot", data / "run", "--train", data / "tree", "--shares", 0.1, 0.4, "--draws", 2, "--out", tmp_path]
+    assert call(monkeypatch, *words) == 0
+    table = json.loads((tmp_path / "lowshot-student.json").read_text())["table"]
+    assert [(row["share"], row["images"]) for row in table] == [(0.1, 6), (0.4, 18)]
+    for row in table:
+        assert row["top1"] == pytest.approx(np.mean([draw["top1"] for draw in row["draws"]]))
+
+
+def test_finetune_and_probe_go_on_where_they_stopped(data: Path, tmp_path: Path, monkeypatch, capsys):
+    for name, more in (("finetune", ["--preset", "small", "--ema", 0.5]), ("probe", [])):
+        words = [name, data / "run", "--train", data / "tree", "--batch-size", 16, "--epochs", 2]
+        words += ["--warmup-epochs", 1, "--out", tmp_path / name, *more]
+        assert call(monkeypatch, *words, "--steps", 1) == 0
+        assert call(monkeypatch, *words) == 2
+        assert "add --resume" in capsys.readouterr().err
+        assert call(monkeypatch, *words, "--resume") == 0
+        result = json.loads((tmp_path / name / f"{name}-student.json").read_text())
+        last = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["epoch"] == 2
+        assert result["top1"] == last["top1"]
+        assert result["course"]["jitter"] == (0.3 if name == "finetune" else 0.0)
+
+
+@pytest.mark.slow
+def test_the_installed_command_speaks_in_sentences(data: Path):
+    words = ["knn", str(data / "run"), "--train", str(data / "train.beton"), "--k", "99"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastpmae.eval", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("fastpmae-eval: error: k-NN with k = 99")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["linear", "{run}", "--train", "{beton}"], "--val is missing"),
+        (["knn", "/nowhere", "--train", "{beton}"], "/nowhere: there is no such file"),
+        (["knn", "{run}", "--train", "/nowhere"], "/nowhere does not exist"),
+        (["knn", "{run}", "--train", "{beton}", "--image-size", "33"], "--image-size 33 is no multiple"),
+        (["finetune", "{run}", "--train", "{beton}", "--preset", "none"], "there is no such preset"),
+        (["lowshot", "{run}", "--train", "{tree}", "--shares", "2"], "shares of the labels"),
+    ],
+)
+def test_bad_input_is_one_sentence(data: Path, words: list[str], sentence: str, monkeypatch, capsys):
+    places = {"run": data / "run", "beton": data / "train.beton", "tree": data / "tree"}
+    assert call(monkeypatch, *(word.format(**places) for word in words)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_classes_are_matched_by_name(tmp_path: Path):
+    for split, names in (("train", "abc"), ("val", "cb")):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            made_image(ord(name), 40, 40).save(tmp_path / split / name / "0.png")
+    train, val = open_labelled(tmp_path, None)
+    assert val is not None
+    assert train.names == val.names == ["a", "b", "c"]
+    assert val.labels.tolist() == [1, 2]
+    (tmp_path / "val" / "d").mkdir()
+    made_image(0, 40, 40).save(tmp_path / "val" / "d" / "0.png")
+    with pytest.raises(UserError, match=r"its class 'd' is none of the 3 classes"):
+        open_labelled(tmp_path, None)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    made_image(0, 40, 40).save(flat / "0.png")
+    with pytest.raises(UserError, match="without a label"):
+        open_labelled(flat, None)
+
+
+def test_scores_are_scikit_learns(tmp_path: Path):
+    generator = np.random.default_rng(0)
+    labels, logits = generator.integers(7, size=200), generator.normal(size=(200, 7)).round(1)
+    logits[np.arange(200), labels] += 0.7
+    logits = logits.round(1)
+    scores = Scores(torch.from_numpy(labels), rank(torch.from_numpy(logits)))
+    predicted = scores.ranked[:, 0].numpy()
+    np.testing.assert_array_equal(predicted, logits.argmax(axis=1))
+    untied = logits - 1e-6 * np.arange(7)
+    assert scores.top5 == pytest.approx(100 * top_k_accuracy_score(labels, untied, k=5))
+    np.testing.assert_array_equal(scores.confusion(7).numpy(), confusion_matrix(labels, predicted))
+    names = [f"a${number}_" for number in range(7)]  # no formula, whatever is in it
+    path = write_scores(tmp_path / "new", "odd", scores, names, {"more": 1})
+    assert json.loads(path.read_text())["more"] == 1
+    assert sorted(file.name for file in path.parent.iterdir()) == ["odd-classes.csv", "odd-confusion.png", "odd.json"]

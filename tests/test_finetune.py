@@ -1,0 +1,243 @@
+"""Fine-tuning: rates against the papers' formulas, LARS against MAE's, mixing, and a resume to the bit."""
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+
+from fastpmae import UserError
+from fastpmae.backbone import find_backbone
+from fastpmae.classifier_state import Setting
+from fastpmae.course import COURSES, PROBE, Course
+from fastpmae.errors import RunError
+from fastpmae.finetune import Probe, make_classifier, make_optimiser, make_schedule, train_classifier
+from fastpmae.labelled import Labelled, open_labelled
+from fastpmae.mixing import STEP, Mixing, RandAugment, drawn_from
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def setting(small_beton: Path, tmp_path: Path) -> Setting:
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    train, _ = open_labelled(small_beton, None)
+    val = Labelled(train.samples, train.labels, train.names)
+    backbone = find_backbone(str(tmp_path / "vit.pth"), heads=2)
+    return Setting(backbone, train, val, tmp_path / "tuned", CPU, workers=1, crop_ratio=1.0)
+
+
+COURSE = Course(epochs=3, batch_size=16, accumulate=2, warmup_epochs=1.0, lr=0.02, ema=0.9, drop_path=0.3)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """BEiT's count: 0 for what stands before the blocks, then the blocks, and depth + 1 for what follows."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return 0 if name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed") else depth + 1
+
+
+@pytest.mark.parametrize("preset", ["paper", "paper-a-large"])
+def test_every_rate_is_the_papers_formula_and_timms_number(setting: Setting, preset: str):
+    course = dataclasses.replace(COURSES[preset], epochs=20)
+    model, _ = make_classifier(setting, course)
+    optimiser = make_optimiser(model, course)
+    schedule = make_schedule(optimiser, course, steps_per_epoch=10)
+    places = {id(parameter): group for group in optimiser.param_groups for parameter in group["params"]}
+    assert len(places) == len(list(model.parameters()))
+    warmup, peak = course.warmup_epochs * 10, course.lr * course.batch_size / 256
+    for step in (0, 1, 37, int(warmup) - 1, int(warmup), 150, 199):
+        schedule.step_update(step)
+        rate = peak * step / warmup
+        if step >= warmup:
+            turn = math.pi * (step - warmup) / (200 - warmup)
+            rate = course.min_lr + (peak - course.min_lr) * (1 + math.cos(turn)) / 2
+        for name, parameter in model.named_parameters():
+            group = places[id(parameter)]
+            scale = course.layer_decay ** (2 + 1 - layer_of(name, 2))
+            assert group["lr"] == pytest.approx(rate * scale, rel=1e-6, abs=1e-15), (name, step)
+            plain = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
+            assert group["weight_decay"] == (0 if plain else 0.05), name
+    # timm's own factory groups the parameters the same way
+    theirs = create_optimizer_v2(model, "adamw", lr=peak, weight_decay=0.05, layer_decay=course.layer_decay)
+    scales = {
+        id(p): (group["lr_scale"], group["weight_decay"]) for group in theirs.param_groups for p in group["params"]
+    }
+    assert scales == {key: (group["lr_scale"], group["weight_decay"]) for key, group in places.items()}
+
+
+def test_presets_are_the_papers():
+    assert (COURSES["paper"].epochs, COURSES["paper"].batch_size, COURSES["paper"].warmup_epochs) == (100, 1024, 5)
+    base, large, small = COURSES["paper-a"], COURSES["paper-a-large"], COURSES["small"]
+    assert (base.epochs, base.batch_size, base.lr, base.layer_decay, base.drop_path) == (100, 2048, 5e-4, 0.65, 0.1)
+    assert base.warmup_epochs == 10
+    assert (large.epochs, large.batch_size, large.lr, large.layer_decay, large.drop_path) == (50, 2048, 1e-3, 0.75, 0.2)
+    assert large.warmup_epochs == 5
+    assert (small.batch_size, small.lr, small.weight_decay, small.warmup_epochs, small.epochs) == (
+        512,
+        5e-4,
+        0.05,
+        5,
+        100,
+    )
+
+
+def test_lars_is_maes():
+    torch.manual_seed(1)
+    model = Probe(6, 4)
+    course = dataclasses.replace(PROBE, batch_size=256, lr=0.4, weight_decay=0.01)
+    optimiser = make_optimiser(model, course)
+    weight, bias = model.head.weight.detach().clone(), torch.zeros(4)
+    moving = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for _ in range(4):
+        rows = torch.randn(8, 6)
+        optimiser.zero_grad()
+        model(rows).square().sum().backward()
+        gradient, of_bias = model.head.weight.grad, model.head.bias.grad
+        assert gradient is not None
+        assert of_bias is not None
+        # MAE, util/lars.py: decay, then the trust ratio, then momentum; one-dimensional parameters take neither
+        update = gradient + 0.01 * weight
+        update = update * (0.001 * weight.norm() / update.norm())
+        moving[0] = 0.9 * moving[0] + update
+        moving[1] = 0.9 * moving[1] + of_bias
+        weight, bias = weight - 0.4 * moving[0], bias - 0.4 * moving[1]
+        optimiser.step()
+    assert torch.allclose(model.head.weight, weight, atol=1e-6)
+    assert torch.allclose(model.head.bias, bias, atol=1e-5)
+
+
+def test_a_resumed_training_ends_in_the_same_bits(setting: Setting, tmp_path: Path):
+    whole = dataclasses.replace(setting, folder=tmp_path / "whole")
+    scores = train_classifier(whole, COURSE)
+    for steps in (1, 3, None):  # 44 images: two steps an epoch, so in the middle of one, and past the end of one
+        resumed = train_classifier(setting, COURSE, resume=steps != 1, steps=steps)
+    one, other = (load_file(folder / "classifier.safetensors") for folder in (whole.folder, setting.folder))
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    rows = [(folder / "metrics.jsonl").read_text() for folder in (whole.folder, setting.folder)]
+    assert rows[0] == rows[1]
+    assert [json.loads(line)["epoch"] for line in rows[0].splitlines()] == [1, 2, 3]
+    assert torch.equal(scores.ranked, resumed.ranked)
+
+
+def test_a_folder_in_use_and_changed_settings_are_refused(setting: Setting):
+    short = dataclasses.replace(COURSE, epochs=1, accumulate=1, rand_augment="")
+    train_classifier(setting, short, steps=1)
+    with pytest.raises(UserError, match="already holds a training: add --resume"):
+        train_classifier(setting, short)
+    with pytest.raises(UserError, match=r"other settings: --lr was 0.02 and is now 0.01"):
+        train_classifier(setting, dataclasses.replace(short, lr=0.01), resume=True)
+    with pytest.raises(UserError, match="frozen was False"):
+        train_classifier(dataclasses.replace(setting, frozen=True), short, resume=True)
+    with pytest.raises(UserError, match="44 samples make no batch of 64"):
+        train_classifier(
+            dataclasses.replace(setting, folder=setting.folder / "other"), dataclasses.replace(short, batch_size=64)
+        )
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_before_it_is_saved(setting: Setting):
+    wild = dataclasses.replace(COURSE, lr=1e30, accumulate=1, rand_augment="", warmup_epochs=0.0)
+    with pytest.raises(RunError, match="is not finite"):
+        train_classifier(setting, wild)
+    assert not list((setting.folder / "checkpoints").glob("*.safetensors"))
+
+
+def test_it_learns_to_tell_the_training_images(setting: Setting):
+    """Three classes, whose images differ: fitting them well says that labels and images belong together."""
+    plain = Course(
+        epochs=30, batch_size=22, warmup_epochs=2.0, lr=0.01, layer_decay=1.0, drop_path=0.0, smoothing=0.0, mixup=0.0,
+        cutmix=0.0, rand_augment="", erase=0.0, scale=(1.0, 1.0), eval_every=30,
+    )  # fmt: skip
+    assert train_classifier(setting, plain).top1 > 60
+
+
+def test_the_probe_leaves_the_network_alone_and_learns(setting: Setting):
+    course = dataclasses.replace(PROBE, epochs=4, batch_size=22, warmup_epochs=1.0, lr=1.0, optimiser="sgd")
+    scores = train_classifier(dataclasses.replace(setting, frozen=True), course)
+    kept = load_file(setting.folder / "classifier.safetensors")
+    assert set(kept) == {
+        "head.weight",
+        "head.bias",
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+    }
+    assert scores.top1 > 36  # the largest class has 34 % of the images
+
+
+def test_targets_are_smoothed_and_mixed_as_timm_says():
+    images, labels = torch.rand(8, 3, 16, 16), torch.tensor([0, 1, 2, 3, 4, 0, 2, 1])
+    plain = Mixing(Course(mixup=0.0, cutmix=0.0, erase=0.0, smoothing=0.1), 5, CPU)
+    same, target = plain(images, labels)
+    assert torch.equal(same, images)
+    loss = -(target * torch.eye(5)[labels].log_softmax(dim=1)).sum(dim=1).mean()
+    expected = torch.nn.functional.cross_entropy(torch.eye(5)[labels], labels, label_smoothing=0.1)
+    assert loss == pytest.approx(expected)
+    mixed = Mixing(Course(cutmix=0.0, erase=0.0, smoothing=0.0), 5, CPU)
+    with drawn_from(STEP, 1):
+        blend, target = mixed(images.clone(), labels)
+    one_hot = torch.eye(5)[labels]
+    share = target[0, 0]  # the last image, which this one is mixed with, is of another class
+    assert 0.01 < share < 0.99
+    assert torch.allclose(target, share * one_hot + (1 - share) * one_hot.flip(0), atol=1e-6)
+    assert torch.allclose(blend, share * images + (1 - share) * images.flip(0), atol=1e-6)
+
+
+def test_draws_depend_on_the_key_alone_and_leave_no_trace():
+    before = torch.get_rng_state()
+    with drawn_from(STEP, 3, 4):
+        one = (torch.rand(1).item(), np.random.random(), random.random())  # noqa: NPY002
+    torch.rand(1)
+    with drawn_from(STEP, 3, 4):
+        other = (torch.rand(1).item(), np.random.random(), random.random())  # noqa: NPY002
+    assert one == other
+    torch.set_rng_state(before)
+    with drawn_from(STEP, 3, 5):
+        assert torch.rand(1).item() != one[0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+def test_rand_augment_in_processes_gives_what_it_gives_here():
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    samples = np.arange(10, 15)
+    with RandAugment("rand-m9-mstd0.5-inc1", 32, (0.5, 0.5, 0.5), seed=1) as here:
+        expected = here.collect(here.submit(images, 2, samples))
+        assert not np.array_equal(expected, images)
+        again = here.collect(here.submit(images[2:], 2, samples[2:]))
+        assert np.array_equal(again, expected[2:])
+        assert not np.array_equal(here.collect(here.submit(images, 3, samples)), expected)
+    with RandAugment("rand-m9-mstd0.5-inc1", 32, (0.5, 0.5, 0.5), seed=1, workers=2) as there:
+        assert np.array_equal(there.collect(there.submit(images, 2, samples)), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"epochs": 0}, "--epochs 0 must be at least 1"),
+        ({"accumulate": 3}, "--accumulate 3 must be a divisor of 1024"),
+        ({"batch_size": 3}, "--batch-size 3 must be even in each part"),
+        ({"warmup_epochs": 200.0}, r"--warmup-epochs 200.0 must be in \[0, 100\]"),
+        ({"layer_decay": 1.5}, "--layer-decay 1.5 must be at most 1"),
+        ({"drop_path": 1.0}, r"--drop-path 1.0 must be in \[0, 1\)"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(change: dict, sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        Course(**change)
+
+
+def test_an_unknown_rand_augment_is_refused():
+    with pytest.raises(UserError, match="timm knows no such RandAugment"):
+        RandAugment("augmix-m3", 32, (0.5, 0.5, 0.5), seed=0)

@@ -1,0 +1,199 @@
+"""Checkpoints of other projects, written as they write them: the same network comes out of each, and nothing runs."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from fastpmae import UserError
+from fastpmae.backbone import features, find_backbone
+from fastpmae.layouts import read_foreign
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+
+
+def made(seed: int, kind: type[nn.Module] = VisionTransformer, **more) -> nn.Module:
+    torch.manual_seed(seed)
+    model = kind(**(SIZES | more)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+EXTRA = {"decoder_embed.weight": torch.zeros(8, 32), "mask_token": torch.zeros(1, 1, 8)}
+NAMESPACE = argparse.Namespace(lr=0.1, data_path="/somewhere")
+
+
+def layouts(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, tuple[object, str]]:
+    """What each project saves, and whose weights `auto` should take."""
+    dino_head = {"head.mlp.0.weight": torch.zeros(4, 32), "head.last_layer.weight_v": torch.zeros(4, 4)}
+    return {
+        "MAE": (
+            {"model": student | EXTRA | {"decoder_pred.weight": torch.zeros(192, 8)}, "args": NAMESPACE},
+            "student",
+        ),
+        "SdAE": (
+            {
+                "model": student | EXTRA | {"decoder_pred.weight": torch.zeros(32, 8)},
+                "model_teacher": teacher,
+                "epoch": 3,
+            },
+            "student",
+        ),
+        "DINO": (
+            {
+                "student": prefixed("module.backbone.", student) | prefixed("module.", dino_head),
+                "teacher": prefixed("backbone.", teacher) | dino_head,
+                "args": NAMESPACE,
+            },
+            "teacher",
+        ),
+        "iBOT": (
+            {
+                "student": prefixed("module.backbone.", student | {"masked_embed": torch.zeros(1, 32)}),
+                "teacher": prefixed("backbone.", teacher | {"masked_embed": torch.zeros(1, 32)}) | dino_head,
+            },
+            "teacher",
+        ),
+        "MoCo v3": (
+            {
+                "arch": "vit_small",
+                "state_dict": prefixed("module.base_encoder.", student | {"head.0.weight": torch.zeros(4, 32)})
+                | prefixed("module.momentum_encoder.", teacher)
+                | {"module.predictor.0.weight": torch.zeros(4, 4)},
+            },
+            "student",
+        ),
+        "plain ViT": (student | {"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}, "student"),
+    }
+
+
+@pytest.mark.parametrize("layout", ["MAE", "SdAE", "DINO", "iBOT", "MoCo v3", "plain ViT"])
+def test_the_same_network_comes_out_of_every_layout(layout: str, tmp_path: Path):
+    networks = {"student": made(1), "teacher": made(2)}
+    saved, usual = layouts(networks["student"].state_dict(), networks["teacher"].state_dict())[layout]
+    torch.save(saved, tmp_path / "theirs.pth")
+    assert read_foreign(tmp_path / "theirs.pth").layout == layout
+    wanted = {"auto": usual, "student": "student"}
+    if layout not in ("MAE", "plain ViT"):
+        wanted["labelling_teacher"] = "teacher"
+    for which, expected in wanted.items():
+        backbone = find_backbone(str(tmp_path / "theirs.pth"), which, heads=2)  # pyright: ignore[reportArgumentType]
+        assert backbone.image_size == 32
+        with torch.no_grad():
+            ours = features(backbone.build(), IMAGES, ("class", "mean"))
+            theirs = networks[expected].forward_features(IMAGES)
+        assert torch.equal(ours[0], theirs[:, 0]), which
+        assert torch.allclose(ours[1], theirs[:, 1:].mean(dim=1), atol=1e-6)
+
+
+def test_safetensors_of_a_plain_vit_and_models_that_pool(tmp_path: Path):
+    pooling = made(3, global_pool="avg", fc_norm=True, num_classes=5)
+    save_file(pooling.state_dict(), tmp_path / "pooling.safetensors")
+    model = find_backbone(str(tmp_path / "pooling.safetensors"), heads=2).build()
+    with torch.no_grad():
+        (ours,) = features(model, IMAGES, ("mean",))
+        assert torch.allclose(ours, pooling.forward_head(pooling.forward_features(IMAGES), pre_logits=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_beit_with_a_table_for_each_block_or_one_for_all(shared: bool, tmp_path: Path):
+    kinds = {"use_abs_pos_emb": False, "init_values": 0.1, "use_fc_norm": False}
+    kinds |= {"use_shared_rel_pos_bias": True} if shared else {"use_rel_pos_bias": True}
+    theirs = made(4, Beit, **kinds)
+    torch.save({"model": theirs.state_dict() | {"lm_head.weight": torch.zeros(4, 32)}}, tmp_path / "beit.pth")
+    assert read_foreign(tmp_path / "beit.pth").layout == "BEiT"
+    backbone = find_backbone(str(tmp_path / "beit.pth"))  # the tables tell the number of heads
+    assert backbone.image_size == 32
+    assert backbone.mean == (0.5, 0.5, 0.5)
+    with torch.no_grad():
+        ours = features(backbone.build(), IMAGES)[0]
+        assert torch.allclose(ours, theirs.forward_features(IMAGES)[:, 0], atol=1e-6)
+
+
+def test_another_image_size_gets_timms_positions(tmp_path: Path):
+    small = made(5)
+    save_file(small.state_dict(), tmp_path / "small.safetensors")
+    model = find_backbone(str(tmp_path / "small.safetensors"), heads=2, image_size=48).build()
+    small.set_input_size((48, 48))
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.allclose(features(model, images)[0], small.forward_features(images)[:, 0], atol=1e-6)
+
+
+def test_timm_names_are_taken_from_a_folder_too(tmp_path: Path):
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, embed_dim=32, depth=1, num_heads=2)
+    args = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": args}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": theirs.pretrained_cfg}))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    backbone = find_backbone(f"timm:local-dir:{tmp_path}")
+    with torch.no_grad():
+        expected = theirs.eval().forward_features(IMAGES)[:, 0]
+        assert torch.equal(features(backbone.build().eval(), IMAGES)[0], expected)
+    assert backbone.mean == tuple(theirs.pretrained_cfg["mean"])
+
+
+class Bomb:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_nothing_in_a_file_is_ever_run(tmp_path: Path):
+    torch.save({"model": made(1).state_dict(), "args": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pth")
+    with pytest.raises(UserError, match=r"neither safetensors nor a \.pth of plain tensors"):
+        read_foreign(tmp_path / "bomb.pth")
+    hidden = argparse.Namespace(lr=Bomb(tmp_path / "exploded"))
+    torch.save({"model": made(1).state_dict(), "args": hidden}, tmp_path / "hidden.pth")
+    with pytest.raises(UserError, match="neither"):
+        read_foreign(tmp_path / "hidden.pth")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("saved", "sentence"),
+    [
+        ({"model": {"conv1.weight": torch.zeros(3)}}, "holds no plain ViT: none of its 1 tensors"),
+        ({"epoch": 3}, "holds no tensors by name"),
+        ([torch.zeros(3)], "holds no tensors by name"),
+        ({"patch_embed.proj.weight": torch.zeros(32, 3, 8, 8)}, "no plain ViT with a class token"),
+    ],
+)
+def test_other_files_are_refused_in_a_sentence(saved: object, sentence: str, tmp_path: Path):
+    torch.save(saved, tmp_path / "file.pth")
+    with pytest.raises(UserError, match=sentence):
+        find_backbone(str(tmp_path / "file.pth"), heads=2)
+
+
+def test_what_is_missing_or_of_another_size_is_named(tmp_path: Path):
+    tensors = made(1).state_dict()
+    torch.save({name: t for name, t in tensors.items() if name != "blocks.1.norm2.bias"}, tmp_path / "less.pth")
+    with pytest.raises(UserError, match=r"lacks 1 of the network's weights, blocks\.1\.norm2\.bias"):
+        find_backbone(str(tmp_path / "less.pth"), heads=2).build()
+    torch.save(tensors | {"cls_token": torch.zeros(1, 1, 16)}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"cls_token is \(1, 1, 16\)"):
+        find_backbone(str(tmp_path / "odd.pth"), heads=2).build()
+    torch.save(tensors, tmp_path / "narrow.pth")
+    with pytest.raises(UserError, match="say how many attention heads"):
+        find_backbone(str(tmp_path / "narrow.pth"))
+    with pytest.raises(UserError, match="no such file"):
+        find_backbone(str(tmp_path / "nowhere.pth"))
+    with pytest.raises(UserError, match="cannot be had"):
+        find_backbone("timm:no_such_model")
