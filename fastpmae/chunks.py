@@ -38,7 +38,8 @@ class _InChunks(torch.autograd.Function):
             place = slice(start, start + chunk)
             with torch.enable_grad():
                 part = rows[place].detach().requires_grad_()
-                share = loss_of(part, place) * (len(part) / len(rows))
+                # of a leaf itself torch's module trackers, as of its count of FLOPs, cannot follow the gradient
+                share = loss_of(part.view_as(part), place) * (len(part) / len(rows))
                 of_part, *others = torch.autograd.grad(share, (part, *parameters))
             loss += share.detach()
             of_rows[place] = of_part

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpmae.errors import AlreadySaid, Interrupted, RunError, UserError
+from fastpmae.meeting import meet
 
 Result = TypeVar("Result")
 
@@ -112,11 +114,16 @@ def join_world(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -
         on_gpu = chosen.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(chosen)
+        limit = timedelta(minutes=patience)
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         # gloo carries what the hosts agree on, so that agreeing never waits for a GPU. NCCL is told its GPU, and so
         # connects here, where a failure has a name, and not in the first message.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            timeout=timedelta(minutes=patience),
+            store=meet(store, rank, size, limit),
+            rank=rank,
+            world_size=size,
+            timeout=limit,
             device_id=chosen if on_gpu else None,
         )
         yield World(rank, size, ranks_here, chosen, dist.group.WORLD)
@@ -147,13 +154,18 @@ def _one_voice(patience: float) -> Iterator[None]:
             raise AlreadySaid(1) from None
         raise RunError(
             f"another rank ended without a word or has not answered for {patience:g} minutes, so rank "
-            f"{os.environ['RANK']} ends too (killed? out of memory? torchrun names it below). --resume goes on from "
-            "the newest checkpoint"
+            f"{os.environ['RANK']} ends too ({_reason(error)}). Killed? Out of memory? torchrun names it "
+            "below. --resume goes on from the newest checkpoint"
         ) from None
     except Exception as error:
         if not _speaks() and isinstance(error, RunError):
             raise AlreadySaid(1) from None
         raise
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first sentence of gloo's error, without the place in its source."""
+    return re.sub(r"^\[\S+\] ", "", str(error).split(". ")[0].splitlines()[0])
 
 
 def _speaks() -> bool:

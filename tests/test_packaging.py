@@ -139,6 +139,9 @@ def test_ci_runs_make_test():
 
 FLAG = r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*"
 README = (ROOT / "README.md").read_text()
+COMMANDS = (ROOT / "docs/commands.md").read_text()
+MAP = (ROOT / "docs/map.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 SUBCOMMANDS = """
@@ -165,17 +168,17 @@ def flags_of(command: str) -> set[str]:
     return set(re.findall(FLAG, run.stdout)) - {"--help"}
 
 
-def readme_section(command: str) -> str:
-    """The part of the README under the heading that starts with a command's name."""
-    parts = re.split(r"^#+ ", README, flags=re.MULTILINE)
+def section_of(command: str) -> str:
+    """The part of docs/commands.md under the heading that starts with a command's name."""
+    parts = re.split(r"^#+ ", COMMANDS, flags=re.MULTILINE)
     (section,) = [part for part in parts if part.startswith(f"`{command}")]
     return section
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", PROJECT["scripts"])
-def test_readme_names_every_flag_and_no_other(command):
-    section = "\n".join(line for line in readme_section(command).splitlines() if "SBATCH" not in line)
+def test_the_page_of_commands_names_every_flag_and_no_other(command):
+    section = "\n".join(line for line in section_of(command).splitlines() if "SBATCH" not in line)
     named = set(re.findall(FLAG, re.sub("--nproc-per-node|--logdir", "", section)))
     flags = flags_of(command)
     if command == "fastpmae-plan":  # which takes the trainer's as well
@@ -185,20 +188,21 @@ def test_readme_names_every_flag_and_no_other(command):
     assert {flag for flag in flags if not flag.startswith("--no-")} <= named
 
 
-def test_readme_tables_are_up_to_date():
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "scripts/readme_tables.py")
+def test_generated_tables_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("doc_tables", ROOT / "scripts/doc_tables.py")
     assert spec is not None
     assert spec.loader is not None
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    assert tables.rewritten(README) == README, "run .venv/bin/python scripts/readme_tables.py"
+    for page, text in tables.rewritten().items():
+        assert page.read_text() == text, f"{page.name}: run .venv/bin/python scripts/doc_tables.py"
 
 
-def test_readme_map_names_every_file():
+def test_the_map_names_every_file():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True)
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
-    rows = re.findall(r"^\| (`.+?`) \|", README.split("\n## Map")[1].split("\n## ")[0], flags=re.MULTILINE)
+    rows = re.findall(r"^\| (`.+?`) \|", MAP, flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     folders = tuple(name for name in named if name.endswith("/"))
     there = {name for name in tracked.stdout.split() if (ROOT / name).exists()}
@@ -208,6 +212,12 @@ def test_readme_map_names_every_file():
     assert all((ROOT / folder).is_dir() for folder in folders)
 
 
-def test_readme_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_readme_is_one_page():
+    """What a reader needs first; tables of flags and files are in docs/."""
+    assert len(README.splitlines()) < 260

@@ -1,6 +1,6 @@
-"""Writes three parts of README.md from the code: fastpmae-train's settings, fastpmae-eval's flags, and the map.
+"""Writes three parts of the documentation from the code: fastpmae-train's settings, fastpmae-eval's flags, the map.
 
-.venv/bin/python scripts/readme_tables.py      rewrites the parts of README.md between their markers
+.venv/bin/python scripts/doc_tables.py      rewrites the parts of docs/*.md between their markers
 """
 
 import ast
@@ -68,13 +68,21 @@ def modules() -> str:
     return "\n".join([*lines, ""])
 
 
-def rewritten(readme: str) -> str:
-    """The README with all parts as they should be."""
-    for name, part in (("settings", settings()), ("evaluation", evaluation()), ("modules", modules())):
-        begin, end = f"<!-- {name}: written by scripts/readme_tables.py -->", f"<!-- end of {name} -->"
-        before, rest = readme.split(begin)
-        readme = f"{before}{begin}\n\n{part}\n{end}{rest.split(end)[1]}"
-    return readme
+PARTS = (
+    ("docs/commands.md", "settings", settings),
+    ("docs/commands.md", "evaluation", evaluation),
+    ("docs/map.md", "modules", modules),
+)
+
+
+def rewritten() -> dict[Path, str]:
+    """The pages with all parts as they should be, by path."""
+    pages = {ROOT / page: (ROOT / page).read_text() for page, _, _ in PARTS}
+    for page, name, part in PARTS:
+        begin, end = f"<!-- {name}: written by scripts/doc_tables.py -->", f"<!-- end of {name} -->"
+        before, rest = pages[ROOT / page].split(begin)
+        pages[ROOT / page] = f"{before}{begin}\n\n{part()}\n{end}{rest.split(end)[1]}"
+    return pages
 
 
 def _help_texts(module: ModuleType) -> dict[tuple[str, str], str]:
@@ -99,5 +107,5 @@ def _plain(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(rewritten(path.read_text()))
+    for path, text in rewritten().items():
+        path.write_text(text)

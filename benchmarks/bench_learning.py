@@ -1,0 +1,257 @@
+"""Does it learn? The paper's Tables 6 to 9 in small: every case pretrained alike, its frozen features judged alike.
+
+`python -m benchmarks.bench_learning [--train F.beton --val F.beton] [--cases dual sdae ...] [--seeds 2] [--epochs 10]
+[--equal steps|time] [--base config.json] [--quick] [--page docs/learning.md]`. Without --train and --val it takes
+`tiny_imagenet_20`. Each run lies in a folder of its own under --out and is judged once: a run that was stopped goes on,
+one that is done is read, so that many evenings add up. What is judged: 10-NN (cosine, majority) on the validation
+images and leave-one-out on the training images, and logistic regression, of the class token and of the mean of the
+patch tokens; against a random start and 8 x 8 thumbnails. Differences come with a paired bootstrap's 95 % interval over
+images. With `--equal time` every case gets as many epochs as fit in the time of the base's.
+"""
+
+import json
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import Row, arguments, device_name, finish, make_row, save
+from benchmarks.learning_cases import CASES, TABLES
+from benchmarks.learning_judge import (
+    MEASURES,
+    POOLS,
+    Judged,
+    best_pool,
+    features_of,
+    interval,
+    judge,
+    read,
+    whole,
+    write,
+)
+from fastpmae.architecture import make_student
+from fastpmae.config import Config, preset, read_config
+from fastpmae.embed import load_encoder
+from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae.files import appearing
+from fastpmae.train import pretrain
+from fastpmae.write import write_beton
+
+IMAGES = Path(__file__).resolve().parents[2] / "shared/data/tiny_imagenet_20.tar"
+UNTRAINED = ("random", "thumbnails")
+
+
+class Evening:
+    """The runs of one invocation: what they share, and where they lie."""
+
+    def __init__(self, base: Config, train: Path, val: Path, out: Path, workers: int):
+        self.base = base.using(beton=train, workers=workers)
+        self.out = out
+        side = base.views.image_size
+        self.train, self.val = whole(train, side, workers), whole(val, side, workers)
+
+    def untrained(self, name: str, seed: int) -> Judged:
+        """A random start's features, or thumbnails."""
+        path = self.out / f"{name}-seed{seed}.json"
+        if not path.exists():
+            if name == "thumbnails":
+                rows = [F.adaptive_avg_pool2d(part.pixels.float(), 8).flatten(1) for part in (self.train, self.val)]
+                centre = rows[0].mean(dim=0)
+                both = (rows[0] - centre, rows[1] - centre)
+                features: dict[str, tuple[Tensor, Tensor]] = dict.fromkeys(POOLS, both)
+            else:
+                encoder = make_student(self.base, torch.Generator().manual_seed(seed)).encoder.eval()
+                features = features_of(encoder, self.train, self.val)
+            write(Judged(name, seed, "steps", 0, 0.0, judge(features, self.train, self.val)), path)
+        return read(path)
+
+    def trained(self, name: str, seed: int, equal: str, epochs: int) -> Judged:
+        """A case's run, pretrained (or gone on with) and judged, or read where that is done."""
+        run = self.out / f"{name}-{equal}-{epochs}-seed{seed}"
+        path = run.with_suffix(".json")
+        if not path.exists():
+            changes = CASES[name].changes(self.base) | {"epochs": epochs, "seed": seed}
+            print(f"{run.name}:", flush=True)
+            pretrain(self.base.using(**changes, out=run, name=run.name, resume="auto"))
+            encoder, _ = load_encoder(run)
+            right = judge(features_of(encoder, self.train, self.val), self.train, self.val)
+            write(Judged(name, seed, equal, epochs, sum(seconds_of(run)), right), path)
+        return read(path)
+
+    def epochs_in_the_same_time(self, name: str) -> int:
+        """As many epochs as the case gets done while the base does its own; measured in turns, and kept."""
+        path = self.out / "step-seconds.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if name not in known:
+            found: dict[str, list[float]] = {"dual": [], name: []}
+            for turn in range(3):
+                for case, seconds in found.items():
+                    run = self.out / "timing" / f"{name}-{case}-{turn}"
+                    config = self.base.using(**CASES[case].changes(self.base), out=run, steps=12, log_every=4)
+                    pretrain(config.using(resume="auto", tensorboard=False))
+                    seconds.append(float(np.median(seconds_of(run))))
+            known[name] = float(np.median(np.divide(found[name], found["dual"])))
+            with appearing(path) as beside:
+                beside.write_text(json.dumps(known, indent=1) + "\n")
+        return max(1, round(self.base.optimiser.epochs / known[name]))
+
+
+def seconds_of(run: Path) -> list[float]:
+    """How long each stretch between two rows of a run's log took: images over images a second."""
+    rows, seconds, before = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()], [], 0
+    batch = read_config(run / "config.json").optimiser.batch_size
+    for row in rows:
+        seconds.append((row["step"] - before) * batch / row["images_per_second"])
+        before = row["step"]
+    return seconds
+
+
+def lines_of(found: dict[tuple[str, str], list[Judged]]) -> Iterator[str]:
+    """Markdown: a table for each of the paper's, for equal steps and for equal time."""
+    for equal in ("steps", "time"):
+        known = {name: runs for (name, kind), runs in found.items() if kind == equal or name in UNTRAINED}
+        if equal == "time" and "dual" not in known:
+            known["dual"] = found.get(("dual", "steps"), [])
+        for number, names in TABLES.items():
+            there = [name for name in names if name in known]
+            if not set(there) - {"dual"} or not known.get("dual"):
+                continue
+            yield from ("", f"**Table {number}, equal {equal}**", "")
+            yield (
+                "| case | seeds | epochs | 10-NN, val | 10-NN, train (leave one out) | linear, val | dual minus it "
+                "| paper |"
+            )
+            yield "|---|---|---|---|---|---|---|---|"
+            for name in [*(UNTRAINED if number == 6 else ()), *there]:
+                runs, case = known.get(name, []), CASES.get(name)
+                if runs:
+                    yield _line(name, case.title if case else name, case.paper if case else None, runs, known["dual"])
+
+
+def _line(name: str, title: str, paper: float | None, runs: list[Judged], dual: list[Judged]) -> str:
+    shown = []
+    for measure in MEASURES:
+        shares = [100 * one.share(best_pool([one], measure)) for one in runs]
+        spread = f" ± {(max(shares) - min(shares)) / 2:.1f}" if len(shares) > 1 else ""
+        shown.append(f"{np.mean(shares):.1f}{spread}")
+    if name != "dual":
+        # one pooling for both sides: the one that dual's own training images chose
+        middle, low, high = (100 * value for value in interval(dual, runs, best_pool(dual, "knn_train")))
+        gap = f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
+    else:
+        gap = ""
+    paper_shown = "" if paper is None else f"{paper:g}"
+    return f"| {title} | {len(runs)} | {runs[0].epochs} | {' | '.join(shown)} | {gap} | {paper_shown} |"
+
+
+def picture(found: dict[tuple[str, str], list[Judged]], title: str, file: Path) -> None:
+    """Each case's 10-NN on the training images, a dot for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in (*UNTRAINED, *CASES) if any(name == key for key, _ in found)]
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(names)))
+    for equal, colour in (("steps", "tab:blue"), ("time", "tab:orange")):
+        dots = [
+            (100 * one.share(best_pool([one], "knn_train")), place)
+            for place, name in enumerate(names)
+            for one in found.get((name, equal), [])
+        ]
+        if dots:
+            axes.scatter(*zip(*dots, strict=True), color=colour, label=f"equal {equal}", alpha=0.7)
+    axes.set_yticks(range(len(names)), [CASES[name].title if name in CASES else name for name in names])
+    axes.set(xlabel="10-NN on the training images, leave one out, %", title=title)
+    axes.grid(axis="x", alpha=0.3)
+    axes.invert_yaxis()
+    axes.legend(fontsize="small")
+    save(figure, file)
+
+
+def as_rows(found: dict[tuple[str, str], list[Judged]]) -> list[Row]:
+    """The rows that every benchmark writes; the baseline is the random start."""
+    rows, where = [], device_name("cpu")
+    for (name, equal), runs in found.items():
+        for measure in MEASURES:
+            shares = [one.share(best_pool([one], measure)) for one in runs]
+            start = [one.share(best_pool([one], measure)) for one in found[("random", "steps")]]
+            metric = measure if name in UNTRAINED else f"{measure}, equal {equal}"
+            baseline = None if name == "random" else ("random", start)
+            rows.append(make_row(name, metric, "share", shares, where, True, baseline, more_is_better=True))
+    return rows
+
+
+def default_betons(folder: Path) -> tuple[Path, Path]:
+    """`tiny_imagenet_20` as two .beton files."""
+    if not IMAGES.exists():
+        raise UserError(f"{IMAGES} is not there: name labelled .beton files with --train and --val")
+    files = folder / "train.beton", folder / "val.beton"
+    if not all(file.exists() for file in files):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(IMAGES) as archive:
+            archive.extractall(folder, filter="data")
+        for file in files:
+            write_beton(folder / "tiny_imagenet_20" / file.stem, file, force=True)
+    return files
+
+
+def write_page(page: Path, lines: Sequence[str]) -> None:
+    """Replace the tables of a page between their markers."""
+    begin, end = "<!-- learning: written by benchmarks/bench_learning.py -->", "<!-- end of learning -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text("\n".join([f"{before}{begin}", *lines, "", f"{end}{rest.split(end)[1]}"]))
+
+
+def bench() -> int:
+    parser = arguments("bench_learning", (__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--train", type=Path, metavar="F.beton", help="labelled images to pretrain and judge on")
+    parser.add_argument("--val", type=Path, metavar="F.beton", help="labelled images to test on")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(TABLES[6]), metavar="CASE",
+                        help=f"which of {', '.join(CASES)} (those of Table 6)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the runs (0)")
+    parser.add_argument("--epochs", type=int, default=10, help="of the base's schedule (10)")
+    parser.add_argument("--equal", choices=("steps", "time"), default="steps", help="what the cases have in common")
+    parser.add_argument("--base", metavar="PRESET_OR_FILE", default="small-data", help="settings of dual (small-data)")
+    parser.add_argument("--workers", type=int, default=1, help="loader threads (1)")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="where the runs lie (runs/learning)")
+    parser.add_argument("--page", type=Path, metavar="F.md", help="renew the tables between this page's markers")
+    given = parser.parse_args()
+    if (given.train is None) != (given.val is None):
+        raise UserError("--train and --val go together")
+    data = (given.train, given.val) if given.train else default_betons(given.out / "data")
+    base = read_config(Path(given.base)) if Path(given.base).is_file() else preset(given.base)
+    base = base.using(epochs=1 if given.quick else given.epochs)
+    evening = Evening(base, *data, given.out, given.workers)
+    for name in UNTRAINED:
+        for seed in given.seeds if name == "random" else [0]:
+            evening.untrained(name, seed)
+    for seed in given.seeds:
+        for name in given.cases:
+            same_time = given.equal == "time" and name != "dual"
+            epochs = evening.epochs_in_the_same_time(name) if same_time else base.optimiser.epochs
+            evening.trained(name, seed, "time" if same_time else "steps", epochs)
+    found: dict[tuple[str, str], list[Judged]] = {}
+    for path in sorted(given.out.glob("*-seed*.json")):
+        one = read(path)
+        if one.equal == "time" or one.case in UNTRAINED or one.epochs == base.optimiser.epochs:
+            found.setdefault((one.case, one.equal), []).append(one)
+    lines = list(lines_of(found))
+    print("\n".join(lines))
+    if given.page is not None:
+        write_page(given.page, lines)
+    title = f"Features after {base.optimiser.epochs} epochs of {len(evening.train.labels)} images"
+    return finish(as_rows(found), title, given.json, given.plot, lambda _, words, file: picture(found, words, file))
+
+
+def main() -> int:
+    return exit_with_sentence("bench_learning", bench)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The cases of `bench_learning`: what each row of the paper's Tables 6 to 9 changes in one base configuration.
+
+The base is Pseudo-MAE with two teachers. A case differs from it in what its row is about and in nothing else: model,
+images, views, learning rate and number of steps are the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastpmae.config import Config
+
+
+@dataclass(frozen=True)
+class LearningCase:
+    """One row of a table."""
+
+    name: str
+    title: str
+    changes: Callable[[Config], dict[str, Any]]
+    """The settings that differ from the base's."""
+    paper: float | None = None
+    """Top-1 on ImageNet-1k that the paper gives the row, fine-tuned, with ViT-S."""
+
+
+def _weights(class_share: float, patch_share: float, token_share: float = 1.0) -> Callable[[Config], dict[str, Any]]:
+    """The base's own weights of the losses, those whose share is 0 left out."""
+
+    def changes(base: Config) -> dict[str, Any]:
+        loss = base.loss
+        weights = {
+            "lambda_m": token_share * loss.lambda_m,
+            "lambda_c": class_share * loss.lambda_c,
+            "lambda_p": patch_share * loss.lambda_p,
+        }
+        return weights if class_share or patch_share else weights | {"teachers": "reconstruction"}
+
+    return changes
+
+
+CASES: dict[str, LearningCase] = {
+    case.name: case
+    for case in (
+        LearningCase("dual", "Pseudo-MAE: two teachers", lambda _: {}, 74.8),
+        LearningCase(
+            "mae",
+            "MAE: pixels, no teacher",
+            lambda _: {"teachers": "none", "target": "pixels", "lambda_c": 0.0, "lambda_p": 0.0, "drop_path": 0.0},
+        ),
+        LearningCase(
+            "sdae",
+            "SdAE: the reconstruction teacher alone",
+            lambda _: {"teachers": "reconstruction", "lambda_c": 0.0, "lambda_p": 0.0, "decoder_class_token": False},
+            74.19,
+        ),
+        LearningCase("single-step", "one teacher, follows each step", lambda _: {"teachers": "single"}, 73.5),
+        LearningCase(
+            "single-epoch",
+            "one teacher, follows each epoch",
+            lambda base: {
+                "teachers": "single",
+                "labelling_cadence": "epoch",
+                "labelling_momentum": base.teachers.reconstruction_momentum,
+            },
+            74.3,
+        ),
+        LearningCase(
+            "momentum-0.96", "labelling momentum from 0.96", lambda _: {"labelling_momentum": (0.96, 1.0)}, 73.6
+        ),
+        LearningCase("weights-1-0-0", "reconstruction alone (1, 0, 0)", _weights(0, 0), 74.19),
+        LearningCase("weights-1-0-1", "no class labels (1, 0, 1)", _weights(0, 1), 73.20),
+        LearningCase("weights-1-1-0", "no patch labels (1, 1, 0)", _weights(1, 0), 74.23),
+        LearningCase("weights-0-1-1", "no reconstruction (0, 1, 1)", _weights(1, 1, 0), 74.09),
+        LearningCase("one-fold", "one fold for the teachers", lambda _: {"folds": 1}),
+        LearningCase("simple-view", "simple view for the labelling teacher", lambda _: {"labelling_view": "simple"}),
+    )
+}
+TABLES: dict[int, tuple[str, ...]] = {
+    6: ("mae", "sdae", "single-step", "single-epoch", "dual"),
+    7: ("momentum-0.96", "dual"),
+    8: ("weights-1-0-0", "weights-1-0-1", "weights-1-1-0", "weights-0-1-1", "dual"),
+    9: ("one-fold", "simple-view", "dual"),
+}

@@ -1,0 +1,124 @@
+"""What the runs of `bench_learning` are worth: features, which images they sort rightly, who is how far ahead."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fastpmae.embed import pooled, whole_tokens
+from fastpmae.files import appearing
+from fastpmae.knn import knn_predict
+from fastpmae.linear import best_c, logistic_regression, standardised
+from fastpmae.model import Encoder
+from fastpmae_loaders import Beton, PlainViews
+
+POOLS = ("class", "mean")
+MEASURES = ("knn_val", "knn_train", "linear_val")
+RESAMPLES = 2000
+NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class Images:
+    """A labelled set, whole images."""
+
+    pixels: Tensor
+    labels: Int[Tensor, " images"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one run's features are worth: for each measure and pooling, which images were sorted rightly."""
+
+    case: str
+    seed: int
+    equal: str
+    epochs: int
+    seconds: float
+    right: dict[str, Bool[np.ndarray, " images"]]
+
+    def share(self, measure: str) -> float:
+        return float(self.right[measure].mean())
+
+
+def write(judged: Judged, path: Path) -> None:
+    """As JSON; the bits as hexadecimal digits."""
+    bits = {name: {"n": len(right), "bits": np.packbits(right).tobytes().hex()} for name, right in judged.right.items()}
+    figures = {name: judged.share(name) for name in judged.right}
+    record = {
+        "case": judged.case, "seed": judged.seed, "equal": judged.equal, "epochs": judged.epochs,
+        "seconds": judged.seconds, "figures": figures, "right": bits,
+    }  # fmt: skip
+    with appearing(path) as beside:
+        beside.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read(path: Path) -> Judged:
+    record = json.loads(path.read_text())
+    right = {
+        name: np.unpackbits(np.frombuffer(bytes.fromhex(of["bits"]), np.uint8))[: of["n"]].astype(bool)
+        for name, of in record["right"].items()
+    }
+    return Judged(record["case"], record["seed"], record["equal"], record["epochs"], record["seconds"], right)
+
+
+def judge(
+    features: dict[str, tuple[Float[Tensor, "train dim"], Float[Tensor, "val dim"]]], train: Images, val: Images
+) -> dict[str, Bool[np.ndarray, " images"]]:
+    """By measure and pooling, `knn_val/class` and so on: which images were sorted rightly."""
+    right, classes = {}, int(train.labels.max()) + 1
+    for pool, (learnt, tested) in features.items():
+        near = knn_predict(learnt, train.labels, tested, NEIGHBOURS)
+        right[f"knn_val/{pool}"] = (near == val.labels).numpy()
+        near = knn_predict(learnt, train.labels, learnt, NEIGHBOURS, leave_one_out=True)
+        right[f"knn_train/{pool}"] = (near == train.labels).numpy()
+        rows, others = standardised(learnt, tested)
+        c = best_c(rows, train.labels, classes, (0.001, 0.01, 0.1), seed=0)
+        weight, bias = logistic_regression(rows, train.labels, classes, c, most_steps=200)
+        found = (others.double() @ weight.double() + bias.double()).argmax(dim=1)
+        right[f"linear_val/{pool}"] = (found == val.labels).numpy()
+    return right
+
+
+@torch.inference_mode()
+def features_of(encoder: Encoder, train: Images, val: Images) -> dict[str, tuple[Tensor, Tensor]]:
+    """Class token and mean of the patch tokens of every image."""
+    tokens = [torch.cat([whole_tokens(encoder, part) for part in images.pixels.split(128)]) for images in (train, val)]
+    return {pool: (pooled(tokens[0], pool), pooled(tokens[1], pool)) for pool in POOLS}
+
+
+def whole(beton: Path, side: int, workers: int) -> Images:
+    """Every image of a file at the network's size, nothing cut off but what is not square."""
+    with PlainViews(Beton(beton), 128, image_size=side, crop_ratio=1.0, workers=workers) as views:
+        batches = [(pixels.clone(), label.clone()) for pixels, label, _ in views]
+    return Images(torch.cat([pixels for pixels, _ in batches]), torch.cat([label for _, label in batches]))
+
+
+def interval(
+    ours: Sequence[Judged], theirs: Sequence[Judged], measure: str, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
+    """The difference of two cases' shares and its 95 % interval, by a paired bootstrap over images.
+
+    Seeds that both have are paired and each image's difference is their mean; a case without seeds to share (the
+    thumbnails, or a random start) is averaged over its own.
+    """
+    shared = {one.seed for one in ours} & {other.seed for other in theirs}
+    mine, other = ([one for one in side if not shared or one.seed in shared] for side in (ours, theirs))
+    difference = np.mean([one.right[measure] for one in mine], axis=0) - np.mean(
+        [one.right[measure] for one in other], axis=0
+    )
+    draw, count = np.random.default_rng(0), len(difference)
+    means = [difference[draw.integers(0, count, count)].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)
+
+
+def best_pool(judged: Sequence[Judged], measure: str) -> str:
+    """The pooling that serves a case better on the training images (leave-one-out), so that no test set chooses."""
+    score = {pool: np.mean([one.share(f"knn_train/{pool}") for one in judged]) for pool in POOLS}
+    return f"{measure}/{max(POOLS, key=lambda pool: score[pool])}"
