@@ -52,6 +52,7 @@ class Evening:
     def __init__(self, base: Config, train: Path, val: Path, out: Path, workers: int):
         self.base = base.using(beton=train, workers=workers)
         self.out = out
+        out.mkdir(parents=True, exist_ok=True)
         side = base.views.image_size
         self.train, self.val = whole(train, side, workers), whole(val, side, workers)
 

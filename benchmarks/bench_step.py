@@ -32,6 +32,7 @@ from fastpmae import PRESETS, Config
 from fastpmae.architecture import make_networks, shape_of
 from fastpmae.data import stochastic_depth
 from fastpmae.flops import flop_formulas
+from fastpmae.host_memory import give_back_at_once
 from fastpmae.optimiser import make_optimiser, update
 from fastpmae.step import learn, teach
 from fastpmae.world import World
@@ -359,6 +360,8 @@ def main() -> int:
     given = parser.parse_args()
     batch_size = given.batch_size or (4 if given.quick else 32)
     if given.measure:
+        if not given.measure.startswith("plain-"):
+            give_back_at_once()  # as the trainer does on the CPU
         before = resident("RssAnon")
         case = make_case(given.measure, given.model, batch_size, given.prototypes_chunk)
         batch, few = (made_batch(case.config, size) for size in (batch_size, 2))

@@ -278,6 +278,26 @@ _PAPER = Config().using(preset="paper", warmup_epochs=60.0)
 _ABLATION = _named("ablation", Config(), model="vit_small", epochs=100)
 _SDAE = _named("sdae", _PAPER, teachers="reconstruction", lambda_c=0.0, lambda_p=0.0, decoder_class_token=False)
 
+_DEMO = _named(
+    "demo",
+    Config(),
+    model="vit_tiny",
+    image_size=64,
+    patch_size=8,
+    depth=6,
+    drop_path=0.05,
+    decoder_width=128,
+    decoder_depth=2,
+    decoder_heads=4,
+    head_hidden=512,
+    head_bottleneck=128,
+    prototypes=128,
+    epochs=5,
+    batch_size=64,
+    lr=4e-3,
+    log_every=5,
+)
+
 PRESETS: dict[str, Config] = {
     # Appendix A of the paper
     "paper": _PAPER,
@@ -313,25 +333,9 @@ PRESETS: dict[str, Config] = {
         labelling_momentum=(0.96, 0.99),
     ),
     # minutes on a laptop
-    "demo": _named(
-        "demo",
-        Config(),
-        model="vit_tiny",
-        image_size=64,
-        patch_size=8,
-        depth=6,
-        drop_path=0.05,
-        decoder_width=128,
-        decoder_depth=2,
-        decoder_heads=4,
-        head_hidden=512,
-        head_bottleneck=128,
-        prototypes=128,
-        epochs=5,
-        batch_size=64,
-        lr=4e-3,
-        log_every=5,
-    ),
+    "demo": _DEMO,
+    # ten thousand small images: in short runs the balance of the losses decides
+    "small-data": _named("small-data", _DEMO, prototypes=512, lambda_c=0.25, lambda_p=0.25, epochs=30, log_every=20),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastpmae.attention import Runs, attention
-from fastpmae.lean import gelu_linear, norm_linear
+from fastpmae.lean import gelu_linear, mlp, norm_linear
 from fastpmae.patches import sincos_positions
 from fastpmae.shards import comes_apart
 from fastpmae_kernels import patch_tokens
@@ -53,7 +53,7 @@ class Mlp(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"], norm: nn.LayerNorm
     ) -> Float[Tensor, "batch tokens dim"]:  # fmt: skip
-        return gelu_linear(norm_linear(tokens, norm, self.fc1), self.fc2)
+        return mlp(tokens, norm, self.fc1, self.fc2)
 
 
 class Block(nn.Module):

@@ -82,7 +82,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     },
 }
 WARMUP = {"paper": 60, "paper-800": 60, "ablation": 20, "dual": 20, "sdae": 60, "sdae-code": 60, "single-step": 20,
-          "single-epoch": 20, "mae": 40, "demo": 1}  # fmt: skip
+          "single-epoch": 20, "mae": 40, "demo": 1, "small-data": 6}  # fmt: skip
 
 
 def value_of(config: Config, name: str) -> Any:
@@ -99,7 +99,7 @@ def test_presets_carry_their_numbers(name: str) -> None:
 
 
 def test_these_are_the_presets() -> None:
-    assert set(PRESETS) == {*DIFFERENT, "demo"}
+    assert set(PRESETS) == {*DIFFERENT, "demo", "small-data"}
 
 
 @pytest.mark.parametrize("name", WARMUP)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastpmae.lean import gelu_linear, norm_linear
+from fastpmae import lean
+from fastpmae.lean import gelu_linear, mlp, norm_linear
 from fastpmae.model import Block
 
 FORMS: dict[str, Callable[[Tensor, nn.LayerNorm, nn.Linear], tuple[Tensor, Tensor]]] = {
@@ -46,6 +47,43 @@ def test_results_and_gradients_are_torchs(form: str, autocast: bool, tolerance: 
 def test_gradients_are_finite_differences(form: str):
     tokens, norm, linear = layers(torch.float64)
     assert torch.autograd.gradcheck(lambda t, *_: FORMS[form](t, norm, linear)[0], (tokens, *linear.parameters()))
+
+
+def mlp_layers(dtype: torch.dtype) -> tuple[Tensor, nn.LayerNorm, nn.Linear, nn.Linear]:
+    tokens, norm, first = layers(dtype)
+    return tokens, norm, first, nn.Linear(7, 12).to(dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 15, 1024])
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-12), (True, 2e-2)])
+def test_an_mlp_some_rows_at_a_time_is_torchs(monkeypatch, rows: int, autocast: bool, tolerance: float):
+    monkeypatch.setattr(lean, "ROWS", rows)
+    tokens, norm, first, second = mlp_layers(torch.float32 if autocast else torch.float64)
+    leaves = [tokens, *norm.parameters(), *first.parameters(), *second.parameters()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, plain = mlp(tokens, norm, first, second), second(nn.functional.gelu(first(norm(tokens))))
+        with torch.no_grad():
+            torch.testing.assert_close(mlp(tokens, norm, first, second), plain, rtol=tolerance, atol=tolerance)
+    assert ours.dtype == plain.dtype
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    towards = torch.randn(ours.shape, dtype=ours.dtype)
+    expected = torch.autograd.grad(plain, leaves, towards)
+    for gradient, truth in zip(torch.autograd.grad(ours, leaves, towards), expected, strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=tolerance, atol=tolerance)
+
+
+def test_an_mlp_s_gradients_are_finite_differences():
+    tokens, norm, first, second = mlp_layers(torch.float64)
+    assert torch.autograd.gradcheck(lambda t, *_: mlp(t, norm, first, second), (tokens, *first.parameters()))
+
+
+def test_an_mlp_of_no_tokens():
+    _, norm, first, second = mlp_layers(torch.float32)
+    tokens = torch.empty(0, 5, 12, requires_grad=True)
+    mlp(tokens, norm, first, second).sum().backward()
+    assert tokens.grad is not None
+    assert first.weight.grad is not None
+    assert first.weight.grad.abs().sum() == 0
 
 
 def test_a_block_keeps_ten_widths_a_token():
