@@ -143,7 +143,7 @@ def processor_name() -> str:
 def arguments(name: str, description: str) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: done within 50 seconds on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: a minute or two on two cores")
     parser.add_argument("--json", type=Path, metavar="F", help="write the rows to this file")
     parser.add_argument("--plot", type=Path, metavar="F", default=Path("runs/benchmarks") / f"{name}.png")
     return parser
