@@ -4,7 +4,7 @@
 turns in one process, on batches that are in memory (`bench_loader` measures loaders), from the same weights; losses
 are compared first. Peak memory is measured in a process for each case: anonymous memory, by the kernel's account,
 beyond what Python and its libraries held before the networks were made. The trainer's own setting of the allocator
-(`host_memory`) is part of our cases' memory; where times are taken, both sides have it. fp32, on the CPU.
+(`host_memory`) is part of our cases' memory; times are taken without it on both sides. fp32, on the CPU.
 """
 
 import ctypes
@@ -370,7 +370,6 @@ def main() -> int:
         return 0
     chunk = given.prototypes_chunk
     rows = memory_rows(PAIRS, given.model, batch_size, 1 if given.quick else 2, chunk)
-    give_back_at_once()
     rows += time_rows(given.model, batch_size, 2 if given.quick else given.rounds, chunk)
     return finish(rows, f"A step of {given.model}, {batch_size} images", given.json, given.plot, picture)
 
