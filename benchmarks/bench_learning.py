@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import Row, arguments, device_name, finish, make_row, save
@@ -25,17 +24,18 @@ from benchmarks.learning_cases import CASES, TABLES
 from benchmarks.learning_judge import (
     MEASURES,
     POOLS,
+    Images,
     Judged,
     best_pool,
     features_of,
     interval,
     judge,
     read,
-    whole,
     write,
 )
 from fastpmae.architecture import make_student
 from fastpmae.config import Config, preset, read_config
+from fastpmae.demo import rows_of, thumbnails, whole_images
 from fastpmae.embed import load_encoder
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
@@ -54,17 +54,17 @@ class Evening:
         self.out = out
         out.mkdir(parents=True, exist_ok=True)
         side = base.views.image_size
-        self.train, self.val = whole(train, side, workers), whole(val, side, workers)
+        # nothing is cut off but what is not square
+        self.train, self.val = (Images(*whole_images(beton, side, crop_ratio=1.0)) for beton in (train, val))
 
     def untrained(self, name: str, seed: int) -> Judged:
         """A random start's features, or thumbnails."""
         path = self.out / f"{name}-seed{seed}.json"
         if not path.exists():
             if name == "thumbnails":
-                rows = [F.adaptive_avg_pool2d(part.pixels.float(), 8).flatten(1) for part in (self.train, self.val)]
-                centre = rows[0].mean(dim=0)
-                both = (rows[0] - centre, rows[1] - centre)
-                features: dict[str, tuple[Tensor, Tensor]] = dict.fromkeys(POOLS, both)
+                features: dict[str, tuple[Tensor, Tensor]] = dict.fromkeys(
+                    POOLS, thumbnails(self.train.pixels, self.val.pixels)
+                )
             else:
                 encoder = make_student(self.base, torch.Generator().manual_seed(seed)).encoder.eval()
                 features = features_of(encoder, self.train, self.val)
@@ -104,9 +104,9 @@ class Evening:
 
 def seconds_of(run: Path) -> list[float]:
     """How long each stretch between two rows of a run's log took: images over images a second."""
-    rows, seconds, before = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()], [], 0
+    seconds, before = [], 0.0
     batch = read_config(run / "config.json").optimiser.batch_size
-    for row in rows:
+    for row in rows_of(run):
         seconds.append((row["step"] - before) * batch / row["images_per_second"])
         before = row["step"]
     return seconds

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastpmae.embed import pooled, whole_tokens
+from fastpmae.demo import first_and_mean
 from fastpmae.files import appearing
 from fastpmae.knn import knn_predict
 from fastpmae.linear import best_c, logistic_regression, standardised
 from fastpmae.model import Encoder
-from fastpmae_loaders import Beton, PlainViews
 
 POOLS = ("class", "mean")
 MEASURES = ("knn_val", "knn_train", "linear_val")
@@ -85,18 +83,10 @@ def judge(
     return right
 
 
-@torch.inference_mode()
 def features_of(encoder: Encoder, train: Images, val: Images) -> dict[str, tuple[Tensor, Tensor]]:
     """Class token and mean of the patch tokens of every image."""
-    tokens = [torch.cat([whole_tokens(encoder, part) for part in images.pixels.split(128)]) for images in (train, val)]
-    return {pool: (pooled(tokens[0], pool), pooled(tokens[1], pool)) for pool in POOLS}
-
-
-def whole(beton: Path, side: int, workers: int) -> Images:
-    """Every image of a file at the network's size, nothing cut off but what is not square."""
-    with PlainViews(Beton(beton), 128, image_size=side, crop_ratio=1.0, workers=workers) as views:
-        batches = [(pixels.clone(), label.clone()) for pixels, label, _ in views]
-    return Images(torch.cat([pixels for pixels, _ in batches]), torch.cat([label for _, label in batches]))
+    of_train, of_val = first_and_mean(encoder, train.pixels), first_and_mean(encoder, val.pixels)
+    return dict(zip(POOLS, zip(of_train, of_val, strict=True), strict=True))
 
 
 def interval(

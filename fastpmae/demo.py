@@ -21,6 +21,7 @@ from fastpmae.config import PRESETS
 from fastpmae.embed import Network, load_encoder, pooled, whole_tokens
 from fastpmae.errors import Interrupted, exit_with_sentence
 from fastpmae.knn import knn_accuracy
+from fastpmae.model import Encoder
 from fastpmae.photographs import PHOTOGRAPHS, write_demo_images
 from fastpmae.run import folder_of
 from fastpmae.train import pretrain
@@ -127,29 +128,38 @@ def accuracies(run: Path, train: Path, validation: Path) -> list[Accuracy]:
     found = []
     networks: list[tuple[str, Network]] = [("pretrained", "student"), ("random start", "random")]
     for name, network in networks:
-        tokens, test_tokens = (first_and_mean(run, network, part) for part in (images, test_images))
+        encoder, _ = load_encoder(run, network)
+        tokens, test_tokens = (first_and_mean(encoder, part) for part in (images, test_images))
         for words, rows, test_rows in zip(("class token", "mean of patch tokens"), tokens, test_tokens, strict=True):
             found.append(Accuracy(f"{name}, {words}", accuracy(rows, test_rows)))
-    small, test_small = (F.adaptive_avg_pool2d(part.float(), 8).flatten(1) for part in (images, test_images))
-    # without the mean taken off, brightness alone would decide what is near
-    centre = small.mean(0)
-    found.append(Accuracy("8 x 8 pixel thumbnails", accuracy(small - centre, test_small - centre)))
+    found.append(Accuracy("8 x 8 pixel thumbnails", accuracy(*thumbnails(images, test_images))))
     found.append(Accuracy("chance", 1 / len(labels.unique())))
     return found
 
 
-def whole_images(beton: Path, side: int) -> tuple[UInt8[Tensor, "images 3 side side"], Int[Tensor, " images"]]:
+def whole_images(
+    beton: Path, side: int, crop_ratio: float = 0.875
+) -> tuple[UInt8[Tensor, "images 3 side side"], Int[Tensor, " images"]]:
     """Every image of a file, resized and cut at the centre, and the labels."""
-    with PlainViews(Beton(beton), 64, image_size=side) as views:
+    with PlainViews(Beton(beton), 64, image_size=side, crop_ratio=crop_ratio) as views:
         batches = [(images, label) for images, label, _ in views]
     return torch.cat([images for images, _ in batches]), torch.cat([label for _, label in batches])
 
 
+def thumbnails(
+    images: UInt8[Tensor, "images 3 side side"], test_images: UInt8[Tensor, "tests 3 side side"]
+) -> tuple[Float[Tensor, "images 192"], Float[Tensor, "tests 192"]]:
+    """8 x 8 pixels of each image as features, which a network's must be compared with."""
+    small, test_small = (F.adaptive_avg_pool2d(part.float(), 8).flatten(1) for part in (images, test_images))
+    # without the mean taken off, brightness alone would decide what is near
+    centre = small.mean(0)
+    return small - centre, test_small - centre
+
+
 def first_and_mean(
-    run: Path, network: Network, images: UInt8[Tensor, "images 3 side side"]
+    encoder: Encoder, images: UInt8[Tensor, "images 3 side side"]
 ) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "images dim"]]:
-    """The class token and the mean of the patch tokens of each image, by an encoder of the run."""
-    encoder, _ = load_encoder(run, network)
+    """The class token and the mean of the patch tokens of each image."""
     device = choose_device("auto")
     encoder.to(device)
     first, mean = [], []

@@ -114,7 +114,7 @@ class _Mlp(torch.autograd.Function):
         out = rows.new_empty(len(rows), len(second_weight))
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]
-            hidden = kept[start : start + ROWS] if len(kept) == len(rows) else kept[: len(part)]
+            hidden = kept[start : start + ROWS] if keeps else kept[: len(part)]
             torch.addmm(bias, F.layer_norm(part, scale.shape, scale, shift, eps), weight.t(), out=hidden)
             torch.addmm(second_bias, F.gelu(hidden), second_weight.t(), out=out[start : start + ROWS])
         ctx.save_for_backward(tokens, scale, shift, weight, second_weight, kept)
