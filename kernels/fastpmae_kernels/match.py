@@ -7,12 +7,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from numpy import float32, int32
+from numpy import float32
 from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import ceil_div, constexpr, operation, tl, triton
-from fastpmae_kernels.rows import as_fp32, compiled, share_out
+from fastpmae_kernels.rows import as_fp32, compiled, maximum, share_out
+from fastpmae_kernels.tiles import COLUMNS, LANES, ROWS, tile
 
 Metric = Literal["cosine", "l2"]
 Scope = Literal["image", "fold"]
@@ -115,36 +116,73 @@ def _fold_of(folds: Sequence[int], device: torch.device) -> Int[Tensor, " patche
     return torch.arange(len(folds), device=device).repeat_interleave(sizes, output_size=sum(folds))
 
 
-# The CPU form: products of a few tokens at a time and a running best, all of an image's work on one thread.
+# The CPU form: tiles of products and a running best, all of an image's work on one thread.
 
-NEAR = 230_000
-"""Bytes of student tokens that are gone over again and again: they stay in a core's second cache."""
+BLOCK = 48
+"""Teacher tokens gone over at a time: 144 KiB of 768 features, which a core's second cache holds."""
+GROUP = 2 * ROWS
+"""Student tokens that meet them together: 18 KiB, which its nearest cache holds beside four of the teacher's."""
+IMAGES = 4
+"""Images that a thread takes at a time."""
 
 
 @operation("nearest_patch")
 def nearest_patch_op(student: Tensor, teacher: Tensor, cosine: bool, folds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    batch, masked, _ = student.shape
+    batch, masked, features = student.shape
     index = torch.zeros(batch, masked, dtype=torch.int64)
     similarity = torch.zeros(batch, masked)
     places, best = index.numpy(), similarity.numpy()
-    ends = np.cumsum(folds or [masked])
-    rows = 3 * max(1, NEAR // (12 * max(1, student.shape[2])))
+    sizes = np.array(folds, np.int64)
+    if short := -features % LANES:
+        student, teacher = F.pad(student, (0, short)), F.pad(teacher, (0, short))
 
-    def work(image: int, _start: int, _stop: int) -> None:
-        ours, theirs = as_fp32(student[image]), as_fp32(teacher[image])
-        scale, shift = _judged(theirs, cosine)
-        for end, size in zip(ends, folds or [masked], strict=True):
-            mine = slice(end - size, end)
-            among = mine if folds else slice(0, len(theirs))
-            for first in range(mine.start, mine.stop, rows):
-                some = slice(first, min(first + rows, mine.stop))
-                _nearest(ours[some], theirs[among], scale[among], shift[among], best[image, some], places[image, some])
-            places[image, mine] += among.start
-        _finish(ours, cosine, best[image])
+    def work(_block: int, start: int, stop: int) -> None:
+        ours, theirs = as_fp32(student[start:stop]), as_fp32(teacher[start:stop])
+        _nearest_of_images(ours, theirs, cosine, sizes, best[start:stop], places[start:stop])
 
     if index.numel():
-        share_out([(image, image + 1) for image in range(batch)], work)
+        share_out([(start, min(start + IMAGES, batch)) for start in range(0, batch, IMAGES)], work)
     return index, similarity
+
+
+@compiled()
+def _nearest_of_images(student, teacher, cosine, folds, best, place):
+    for image in range(len(student)):
+        if not folds.size:
+            _nearest(student[image], teacher[image], cosine, best[image], place[image])
+        start = 0
+        for size in folds:
+            own = slice(start, start + size)
+            _nearest(student[image, own], teacher[image, own], cosine, best[image, own], place[image, own])
+            place[image, own] += start
+            start += size
+
+
+@compiled()
+def _nearest(student, teacher, cosine, best, place):
+    """The best of every student token over the teacher's: a group of them against a block of those."""
+    best[:], place[:] = -np.inf, 0
+    products = np.empty((GROUP, BLOCK), np.float32)
+    scale, shift = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    for first in range(0, len(teacher), BLOCK):
+        tokens = teacher[first : first + BLOCK]
+        for j in range(len(tokens)):
+            squared = _squared(tokens[j])
+            scale[j] = float32(1.0) / max(np.sqrt(squared), float32(1e-12)) if cosine else float32(2.0)
+            shift[j] = float32(0.0) if cosine else -squared
+        for start in range(0, len(student), GROUP):
+            group = student[start : start + GROUP]
+            _multiply(group, tokens, products)
+            for i in range(len(group)):
+                scores = products[i, : len(tokens)]
+                _score(scores, scale, shift)
+                highest = maximum(scores)
+                if highest > best[start + i]:  # of equals the earlier block's stays
+                    best[start + i], place[start + i] = highest, first + _first(scores, highest)
+    for i in range(len(student)):
+        # the student token's own length changes no order
+        squared = _squared(student[i])
+        best[i] = best[i] / max(np.sqrt(squared), float32(1e-12)) if cosine else best[i] - squared
 
 
 @compiled("contract", "reassoc", "nsz")
@@ -156,83 +194,35 @@ def _squared(token):
 
 
 @compiled()
-def _judged(teacher, cosine):
-    """What a product with each teacher token is multiplied with, and what is added, to give its score."""
-    scale, shift = np.full(len(teacher), 2, np.float32), np.zeros(len(teacher), np.float32)
-    for j in range(len(teacher)):
-        squared = _squared(teacher[j])
-        if cosine:
-            scale[j] = float32(1.0) / max(np.sqrt(squared), float32(1e-12))
-        else:
-            shift[j] = -squared
-    return scale, shift
-
-
-@compiled()
-def _finish(student, cosine, best):
-    """The student token's own length, which changes no order."""
-    for i in range(len(student)):
-        squared = _squared(student[i])
-        best[i] = best[i] / max(np.sqrt(squared), float32(1e-12)) if cosine else best[i] - squared
-
-
-@compiled("contract", "reassoc", "nsz")
-def _products(student, i, teacher, j):
-    """Three student tokens from `i` on times four teacher tokens from `j` on; past the end the last token counts again.
-
-    Read along the features, the twelve sums fill the vector registers of AVX2 and nothing has to be packed. Every sum
-    is formed in the same order, so equal tokens give equal products, whichever place they take.
-    """
-    rows, patches = len(student) - 1, len(teacher) - 1
-    a0, a1, a2 = student[i], student[min(i + 1, rows)], student[min(i + 2, rows)]
-    b0, b1, b2, b3 = (
-        teacher[j],
-        teacher[min(j + 1, patches)],
-        teacher[min(j + 2, patches)],
-        teacher[min(j + 3, patches)],
-    )
-    s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = s20 = s21 = s22 = s23 = float32(0.0)
-    for k in range(a0.size):
-        x0, x1, x2 = a0[k], a1[k], a2[k]
-        y = b0[k]
-        s00, s10, s20 = s00 + x0 * y, s10 + x1 * y, s20 + x2 * y
-        y = b1[k]
-        s01, s11, s21 = s01 + x0 * y, s11 + x1 * y, s21 + x2 * y
-        y = b2[k]
-        s02, s12, s22 = s02 + x0 * y, s12 + x1 * y, s22 + x2 * y
-        y = b3[k]
-        s03, s13, s23 = s03 + x0 * y, s13 + x1 * y, s23 + x2 * y
-    return s00, s01, s02, s03, s10, s11, s12, s13, s20, s21, s22, s23
-
-
-@compiled()
-def _nearest(student, teacher, scale, shift, best, place):
-    """The running best of every student token over the teacher's, four of them at a time.
-
-    Those four stay in the nearest cache while the student's pass by.
-    """
-    rows, patches = len(student), len(teacher)
-    score, at = np.empty((4, rows + 2), np.float32), np.zeros(rows, np.int32)
-    best[:] = -np.inf
-    for j in range(0, patches, 4):
-        for i in range(0, rows, 3):
-            (
-                score[0, i], score[1, i], score[2, i], score[3, i],
-                score[0, i + 1], score[1, i + 1], score[2, i + 1], score[3, i + 1],
-                score[0, i + 2], score[1, i + 2], score[2, i + 2], score[3, i + 2],
-            ) = _products(student, i, teacher, j)  # fmt: skip
-        for c in range(min(4, patches - j)):
-            _improve(score[c], scale[j + c], shift[j + c], int32(j + c), best, at)
-    place[:] = at
+def _multiply(student, teacher, products):
+    """Up to GROUP student tokens times up to BLOCK teacher tokens; past either end the last one counts again."""
+    features, row = student.shape[1], student.shape[1] * 4
+    a, b, sums, sums_row = student.ctypes.data, teacher.ctypes.data, products.ctypes.data, 4 * BLOCK
+    a_last, b_last = (len(student) - 1) * row, (len(teacher) - 1) * row
+    for j in range(0, len(teacher), COLUMNS):
+        at = j * row
+        b0, b1 = b + at, b + min(at + row, b_last)
+        b2, b3 = b + min(at + 2 * row, b_last), b + min(at + 3 * row, b_last)
+        for i in range(0, len(student), ROWS):
+            at = i * row
+            a0, a1, a2 = a + at, a + min(at + row, a_last), a + min(at + 2 * row, a_last)
+            tile(a0, a1, a2, b0, b1, b2, b3, features, sums + i * sums_row + 4 * j, sums_row)
 
 
 @compiled("contract", "nsz")
-def _improve(score, by, plus, here, best, at):
-    """Only what is strictly better: of equals the lowest place stays."""
-    for i in range(at.size):
-        value = score[i] * by + plus
-        at[i] = here if value > best[i] else at[i]
-        best[i] = value if value > best[i] else best[i]
+def _score(products, scale, shift):
+    """What is not a number is never the best."""
+    for j in range(products.size):
+        score = products[j] * scale[j] + shift[j]
+        products[j] = score if score == score else float32(-np.inf)
+
+
+@compiled()
+def _first(scores, value):
+    for j in range(scores.size):
+        if scores[j] == value:
+            return j
+    return 0
 
 
 @nearest_patch_op.register_fake

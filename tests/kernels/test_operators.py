@@ -22,6 +22,7 @@ from fastpmae_kernels import (
     sinkhorn_bias,
     sinkhorn_bias_from_features,
     sinkhorn_biases,
+    tiles,
 )
 
 ops = torch.ops.fastpmae
@@ -133,7 +134,11 @@ def test_exponential_is_right_to_two_units_in_the_last_place():
     assert rows.exponential(torch.tensor(torch.nan).numpy()[()]) != 0
 
 
-def test_a_failure_in_a_thread_reaches_the_caller_and_leaves_no_thread():
+@pytest.mark.parametrize("team", [True, False])
+def test_a_failure_in_a_thread_reaches_the_caller_and_leaves_no_thread(team, monkeypatch):
+    if not team:
+        monkeypatch.setattr(rows, "_team", lambda: None)
+
     def work(block: int, start: int, stop: int) -> None:
         if start >= 128:
             raise MemoryError("no room")
@@ -144,10 +149,33 @@ def test_a_failure_in_a_thread_reaches_the_caller_and_leaves_no_thread():
     assert threading.active_count() == before
 
 
-def test_kept_machine_code_goes_stale_with_either_of_its_files():
+@pytest.mark.parametrize("team", [True, False])
+def test_blocks_are_shared_out_once_each_over_as_many_threads_as_torch_uses(team, monkeypatch):
+    """And on torch's own threads where they can be: the main thread's and one that torch then uses too."""
+    if not team:
+        monkeypatch.setattr(rows, "_team", lambda: None)
+    before, done, threads = torch.get_num_threads(), [], set()
+    both = threading.Barrier(2)
+
+    def work(block: int, start: int, stop: int) -> None:
+        if block < 2:
+            both.wait(timeout=60)
+        done.append((block, start, stop))
+        threads.add(threading.get_ident())
+
+    torch.set_num_threads(2)
+    try:
+        rows.share_out(rows.row_blocks(1000), work)
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(done) == [(i, *block) for i, block in enumerate(rows.row_blocks(1000))]
+    assert len(threads) == 2
+
+
+def test_kept_machine_code_goes_stale_with_any_of_its_files():
     """A block's code contains the exponential's, which stands in another file than the block."""
     from fastpmae_kernels import prototype_loss
 
     _, *of_shared = prototype_loss._cross_entropy_block._cache._cache_file._source_stamp
-    shared = Path(rows.__file__).stat()
-    assert of_shared == [shared.st_mtime, shared.st_size]
+    shared = [Path(module.__file__).stat() for module in (rows, tiles)]
+    assert of_shared == [(file.st_mtime, file.st_size) for file in shared]
