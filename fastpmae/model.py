@@ -180,9 +180,10 @@ class Encoder(nn.Module):
     def encode(
         self, tokens: Float[Tensor, "batch count dim"], keep: Float[Tensor, "batch depth 2"] | None = None
     ) -> Float[Tensor, "batch 1+count dim"]:
-        return self.norm(self.blocks(self._with_class_token(tokens), keep))
+        return self.norm(self.blocks(self.with_class_token(tokens), keep))
 
-    def _with_class_token(self, tokens: Float[Tensor, "batch count dim"]) -> Float[Tensor, "batch 1+count dim"]:
+    def with_class_token(self, tokens: Float[Tensor, "batch count dim"]) -> Float[Tensor, "batch 1+count dim"]:
+        """Embedded patches behind the class token, as the blocks take them."""
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         return torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
 
@@ -204,7 +205,7 @@ class Encoder(nn.Module):
         for size, same in itertools.groupby(fold_sizes):
             count = len(list(same))
             part = embedded[:, start : start + count * size]
-            stacks.append(self._with_class_token(part.reshape(batch * count, size, dim)))
+            stacks.append(self.with_class_token(part.reshape(batch * count, size, dim)))
             start += count * size
         if len(stacks) == 1:
             encoded = [self.norm(self.blocks(stacks[0]))]

@@ -1,4 +1,4 @@
-"""Draws what the loader makes of a few images: crops, both views, the mask, the folds."""
+"""Draws what the loader makes of a few images, crops, views, masks and folds, or what a run has learnt of them."""
 
 import os
 import sys
@@ -52,13 +52,8 @@ def draw_views(
     Raises:
         UserError: for files that cannot be read or written, and samples that the file does not hold.
     """
-    target = Path(out)
-    if target.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UserError(f"{target} must end in .png, .pdf or .svg")
-    if not target.parent.is_dir():
-        raise UserError(f"{target} cannot be written: there is no folder {target.parent}")
-    if not 1 <= (len(index) or samples) <= 64:
-        raise UserError(f"{len(index) or samples} samples make no picture: draw between 1 and 64")
+    target = _target(out)
+    _check_count(len(index) or samples)
     beton = beton if isinstance(beton, Beton) else Beton(Path(beton))
     settings = settings or ViewSettings()
     with PairedViews(beton, 1, engine, settings, seed) as views:
@@ -69,6 +64,61 @@ def draw_views(
     with appearing(target) as beside:
         figure.savefig(beside, dpi=130)
     return target
+
+
+def draw_run(
+    run: str | os.PathLike[str],
+    beton: Beton | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    picture: Literal["learnt", "prototypes"] = "learnt",
+    samples: int = 6,
+    index: tuple[int, ...] = (),
+) -> Path:
+    """Draw what a run has learnt, by its newest checkpoint or the one named.
+
+    Args:
+        picture: "learnt": for each image what the student sees, the cosine of each predicted token and its target,
+            nearest-patch matches coloured by whether geometry agrees, the class token's attention, and the principal
+            components of the patch features. "prototypes": the patches nearest to the most used prototypes.
+        samples: images of "learnt", from the start of the first epoch's order.
+        index: these samples of the file instead.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UserError: for files that cannot be read or written, and runs without prototypes.
+    """
+    # drawing views alone needs no networks
+    from fastpmae.learnt import look, prototype_use
+    from fastpmae.learnt_pictures import draw_learnt, draw_prototypes
+
+    target = _target(out)
+    _check_count(len(index) or samples)
+    beton = beton if isinstance(beton, Beton) else Beton(Path(beton))
+    title = f"{Path(run).name} · {beton.path.name}"
+    if picture == "learnt":
+        figure = draw_learnt(look(Path(run), beton, samples, index), title)
+    else:
+        figure = draw_prototypes(prototype_use(Path(run), beton), title)
+    with appearing(target) as beside:
+        figure.savefig(beside, dpi=130)
+    return target
+
+
+def _target(out: str | os.PathLike[str]) -> Path:
+    target = Path(out)
+    if target.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UserError(f"{target} must end in .png, .pdf or .svg")
+    if not target.parent.is_dir():
+        raise UserError(f"{target} cannot be written: there is no folder {target.parent}")
+    return target
+
+
+def _check_count(samples: int) -> None:
+    if not 1 <= samples <= 64:
+        raise UserError(f"{samples} samples make no picture: draw between 1 and 64")
 
 
 def _figure(beton: Beton, batch: Batch, settings: ViewSettings, title: str) -> Figure:
@@ -190,8 +240,12 @@ def view_command(
     folds: int = 3,
     complex_recipe: Literal["coin", "t1", "t2"] = "coin",
     engine: Literal["ffcv", "dali", "torch"] = "ffcv",
+    run: Path | None = None,
+    picture: Literal["views", "learnt", "prototypes"] | None = None,
 ) -> None:
     """Draw a few samples: the image with both crops, both views, what the student sees, the teachers' folds.
+
+    With --run, what that run has learnt of them instead; sizes, seed and engine are then the run's own.
 
     Args:
         beton: The images.
@@ -206,7 +260,16 @@ def view_command(
         folds: Parts that the hidden patches are cut into.
         complex_recipe: Blur and solarise of the complex view: DINO's first or second, or either by a coin.
         engine: What decodes the images.
+        run: A run folder or checkpoint.
+        picture: With --run, "learnt" (the default): predictions, matches, attention, features; "prototypes": the
+            patches nearest to the most used ones.
     """
+    if run is not None and picture != "views":
+        draw_run(run, beton, out, picture=picture or "learnt", samples=samples, index=index)
+        print(f"wrote {out}")
+        return
+    if run is None and picture in ("learnt", "prototypes"):
+        raise UserError(f"--picture {picture} needs --run RUN: the run that has learnt something")
     settings = ViewSettings(
         image_size=image_size,
         patch_size=patch_size,
