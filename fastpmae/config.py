@@ -179,6 +179,12 @@ class Run:
     """Also save every so many steps; 0 does not."""
     keep: int = 1
     """Older checkpoints to keep beside the newest."""
+    eval_every: int = 0
+    """Every so many epochs, and at the end, k-NN with the student and every teacher; 0 does not."""
+    eval_train: Path | None = None
+    """Labelled images that vote; by default the run's own."""
+    eval_val: Path | None = None
+    """Labelled images that are tested; by default those that vote, each left out once."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: bool = False

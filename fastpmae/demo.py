@@ -113,8 +113,9 @@ class _TimeLimit:
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The rows of a run's metrics.jsonl, without those of its evaluations."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
 
 
 def accuracies(run: Path, train: Path, validation: Path) -> list[Accuracy]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -188,6 +189,23 @@ class Log:
         if not self.live:
             waiting = f", waiting for data {row['data_wait']:.0%}"
             self.say(f"step {row['step']:.0f}  epoch {row['epoch']:.2f}  {figures}{waiting}")
+
+    def evaluation(self, step: int, epoch: int, evaluate: Callable[[], dict[str, float]]) -> None:
+        """A row of its own for what is evaluated; the time it takes counts for no rate."""
+        began = time.perf_counter()
+        figures = evaluate()
+        self.clock += time.perf_counter() - began
+        if not self.speaks:
+            return
+        row: dict[str, float] = {"step": step, "epoch": epoch} | figures
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        for writer in self.writers:
+            writer.row(row)
+        words = ", ".join(
+            f"{name.removeprefix('knn_').replace('_', ' ')} {value:.1f} %" for name, value in figures.items()
+        )
+        self.say(f"k-NN after epoch {epoch}: {words}")
 
 
 class _TensorBoard:

@@ -32,6 +32,7 @@ from fastpmae.passes import make_passes
 from fastpmae.run import claim, describe_run, open_run, recorded, resolve, write_machine
 from fastpmae.step import balance, learn, see
 from fastpmae.stop import Stop
+from fastpmae.watch import Watch
 from fastpmae.world import World, join_world
 
 
@@ -52,6 +53,7 @@ def pretrain(config: Config) -> Path:
         images = open_images(config)
         config = resolve(config, world.device, images)
         loader = stack.enter_context(make_loader(images, config, world))
+        watch = Watch(config, world)
         identity = fingerprint(images)
         accumulate = config.optimiser.accumulate
         balanced_parts = accumulate if config.optimiser.balance == "step" else 1
@@ -158,6 +160,8 @@ def pretrain(config: Config) -> Path:
                         if of_part.match is not None:
                             figures |= match_geometry(batch, of_part.match, config)
                     log.row(figures, feed.take_wait(), partial=not on_grid)
+                if ends_epoch and watch.is_due(epoch + 1):
+                    log.evaluation(step, epoch + 1, lambda: watch.figures(student, teachers))
 
                 on_steps = config.run.save_steps > 0 and step % config.run.save_steps == 0
                 if ends or ends_epoch or on_steps or on_time:

@@ -1,0 +1,104 @@
+"""fastpmae-report: the page as a real browser shows it."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastpmae import Config, pretrain
+from fastpmae.errors import UserError
+from fastpmae.report import read_rows, write_report
+from tests.made import REPOSITORY
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LOOK = """<script>addEventListener("load", () => { document.title = JSON.stringify({
+  text: document.body.innerText,
+  images: [...document.images].map(i => [i.id, i.naturalWidth, i.getBoundingClientRect().width]),
+  resources: performance.getEntriesByType("resource").map(r => r.name).filter(n => !n.startsWith("data:")) }) })
+</script>"""
+
+
+def browse(page: Path, folder: Path) -> tuple[dict, np.ndarray]:
+    """What a browser has of a page once it is loaded, and a picture of it."""
+    assert BROWSER is not None
+    copy = folder / "looked-at.html"
+    copy.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
+    flags = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
+
+    def run(*more: str) -> str:
+        return subprocess.run(
+            [*flags, *more, copy.as_uri()], cwd=folder, check=True, capture_output=True, text=True, timeout=120
+        ).stdout
+
+    found = re.search(r"<title>(.*?)</title>", run("--virtual-time-budget=5000", "--dump-dom"), re.DOTALL)
+    assert found
+    run(f"--screenshot={folder}/page.png", "--window-size=1200,3000", "--hide-scrollbars")
+    return json.loads(html.unescape(found[1])), np.array(Image.open(folder / "page.png").convert("RGB")).astype(int)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine; `make test` installs it where it can")
+def test_in_a_browser(tiny: Config, small_beton: Path, tmp_path: Path):
+    folder = pretrain(tiny.using(out=tmp_path / "a <b>bold & run", eval_every=1))
+    (folder / "eval").mkdir()
+    record = {"evaluation": "knn", "network": "student", "top1": 61.25, "top5": 90.0, "images": 44}
+    (folder / "eval/knn-student.json").write_text(json.dumps(record))
+    (folder / "eval/other.json").write_text("[1")
+    page = write_report(folder, beton=small_beton, samples=2)
+    assert page == folder / "report.html"
+    seen, picture = browse(page, tmp_path)
+    # a name is text, whatever is in it
+    assert seen["text"].startswith("a <b>bold & run\n")
+    for words in ("preset demo", "steps", "15", "3.00", "61.25", "90.00", "head_bottleneck", "Curves", "prototypes"):
+        assert words in seen["text"]
+    # settings as the preset has them are folded away
+    assert "sinkhorn_iterations" not in seen["text"]
+    assert [name for name, *_ in seen["images"]] == ["curves", "picture-0", "picture-1"]
+    assert all(natural > 500 and shown > 500 for _, natural, shown in seen["images"])
+    assert seen["resources"] == []
+    assert (picture.max(-1) - picture.min(-1) > 40).mean() > 0.05
+
+
+def test_a_run_that_has_just_begun(tiny: Config, tmp_path: Path):
+    folder = pretrain(tiny.using(steps=1))
+    shutil.rmtree(folder / "checkpoints")
+    text = write_report(folder, tmp_path / "early.html").read_text()
+    assert "no checkpoint yet" in text
+    assert "Fewer than two rows" in text
+
+
+def test_images_that_have_gone(tiny: Config, small_beton: Path, tmp_path: Path):
+    beton = tmp_path / "moved.beton"
+    shutil.copy(small_beton, beton)
+    folder = pretrain(tiny.using(beton=beton, steps=2))
+    beton.unlink()
+    assert "are not here" in write_report(folder).read_text()
+    with pytest.raises(UserError, match=r"none\.beton"):
+        write_report(folder, tmp_path / "other.html", beton=tmp_path / "none.beton")
+    assert not (tmp_path / "other.html").exists()
+
+
+def test_rows_that_are_no_rows(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0, "note": "x"}\n[1]\n{"loss": 3}\n{"step": 2, "lo')
+    assert read_rows(path) == [{"step": 1, "loss": 2.0}]
+    assert read_rows(tmp_path / "none") == []
+
+
+def test_command_line(tmp_path: Path):
+    paths = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
+    done = subprocess.run(
+        [sys.executable, "-m", "fastpmae.report", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "is no run folder" in done.stderr
+    assert "Traceback" not in done.stderr
