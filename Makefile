@@ -17,6 +17,7 @@ train: setup
 	@$(venv)/python -m fastpmae.demo $(ARGS)
 
 test: setup
+	@scripts/browser
 	$(venv)/ruff check .
 	$(venv)/ruff format --check .
 	$(venv)/pyright

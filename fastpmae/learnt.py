@@ -16,7 +16,7 @@ from fastpmae.config import Config
 from fastpmae.embed import whole_tokens
 from fastpmae.errors import UserError
 from fastpmae.geometry import VIEWS, overlaps, patch_rectangles
-from fastpmae.model import Encoder, Student
+from fastpmae.model import Block, Encoder, Student
 from fastpmae.step import label, see
 from fastpmae.teachers import Teachers
 from fastpmae_kernels import nearest_patch, sinkhorn
@@ -135,9 +135,10 @@ def class_attention(
     side = images.shape[-1] // encoder.patch_embed.patch_size
     ids = torch.arange(side * side, device=images.device).expand(len(images), -1)
     tokens = encoder.with_class_token(encoder.embed(images, ids))
-    *before, last = encoder.blocks
-    for block in before:
+    for block in encoder.blocks[:-1]:
         tokens = block(tokens)
+    last = encoder.blocks[-1]
+    assert isinstance(last, Block)
     heads, width = last.attn.heads, encoder.dim // last.attn.heads
     query, key, _ = last.attn.qkv(last.norm1(tokens)).unflatten(2, (3, heads, width)).unbind(2)
     products = torch.einsum("bhd,bthd->bht", query[:, 0], key) / math.sqrt(width)
