@@ -22,7 +22,8 @@ from torch import Tensor
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import ceil_div, constexpr, next_power_of_two, operation, tl, triton
 from fastpmae_kernels.long_rows import LONGEST_ROW, long_assigned_sums
-from fastpmae_kernels.rows import as_fp32, compiled, exponential, maximum, row_blocks, share_out
+from fastpmae_kernels.rows import as_fp32, row_blocks, share_out
+from fastpmae_kernels.sinkhorn_blocks import assigned_block, column_block
 
 
 def sinkhorn_bias(
@@ -213,7 +214,7 @@ def column_logsumexp(logits: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     totals = np.zeros((len(blocks), prototypes), np.float32)
 
     def work(block: int, start: int, stop: int) -> None:
-        _column_block(as_fp32(logits[start:stop]), float32(1 / epsilon), peaks[block], totals[block])
+        column_block(as_fp32(logits[start:stop]), float32(1 / epsilon), peaks[block], totals[block])
 
     share_out(blocks, work)
     return _merge(torch.from_numpy(peaks), torch.from_numpy(totals))
@@ -228,7 +229,7 @@ def assigned_sums(logits: Tensor, logv: Tensor, epsilon: float) -> Tensor:
     bias = as_fp32(logv)
 
     def work(block: int, start: int, stop: int) -> None:
-        _assigned_block(as_fp32(logits[start:stop]), float32(1 / epsilon), bias, sums[block])
+        assigned_block(as_fp32(logits[start:stop]), float32(1 / epsilon), bias, sums[block])
 
     share_out(blocks, work)
     return torch.from_numpy(sums).sum(dim=0)
@@ -260,60 +261,6 @@ def _merged(blocks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return blocks[0]
     peaks, totals = (torch.stack(values) for values in zip(*blocks, strict=True))
     return _merge(peaks, totals)
-
-
-WIDTH = 512
-"""Columns of a block that are read for their maxima and, from the processor's cache, once more for their sums."""
-
-
-@compiled("contract", "nsz")
-def _column_block(logits, scale, peak, total):
-    for start in range(0, logits.shape[1], WIDTH):
-        part = slice(start, min(start + WIDTH, logits.shape[1]))
-        _column_tile(logits[:, part], scale, peak[part], total[part])
-
-
-@compiled("contract", "nsz")
-def _column_tile(logits, scale, peak, total):
-    """Two rows at a time, so that maxima and sums are fetched and put back half as often."""
-    rows, columns = logits.shape
-    for r in range(0, rows, 2):
-        one, other = logits[r], logits[min(r + 1, rows - 1)]
-        for j in range(columns):
-            higher = one[j] if one[j] > other[j] else other[j]
-            peak[j] = higher if higher > peak[j] else peak[j]
-    for j in range(columns):
-        peak[j] = peak[j] * scale
-    for r in range(0, rows - 1, 2):
-        one, other = logits[r], logits[r + 1]
-        for j in range(columns):
-            total[j] += exponential(one[j] * scale - peak[j]) + exponential(other[j] * scale - peak[j])
-    if rows % 2:
-        one = logits[rows - 1]
-        for j in range(columns):
-            total[j] += exponential(one[j] * scale - peak[j])
-    for j in range(columns):
-        if peak[j] == -np.inf:
-            total[j] = 0.0
-
-
-@compiled("contract", "reassoc", "nsz")
-def _assigned_block(logits, scale, logv, sums):
-    rows, prototypes = logits.shape
-    values = np.empty(prototypes, np.float32)
-    for r in range(rows):
-        row = logits[r]
-        for j in range(prototypes):
-            values[j] = row[j] * scale + logv[j]
-        peak = maximum(values)
-        total = float32(0.0)
-        for j in range(prototypes):
-            value = exponential(values[j] - peak)
-            values[j] = value
-            total += value
-        weight = float32(1.0) / total
-        for j in range(prototypes):
-            sums[j] += values[j] * weight
 
 
 # The Triton form.
