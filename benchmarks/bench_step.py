@@ -1,15 +1,15 @@
 """A training step of `dual` and `sdae` against the same methods written the usual way (`benchmarks/baseline.py`).
 
 `python -m benchmarks.bench_step [--model vit_small] [--batch-size 32] [--quick] [--json F] [--plot F]`. The cases take
-turns in one process, on batches that are in memory (`bench_loader` measures loaders), from the same weights; losses
-are compared first. Peak memory is measured in a process for each case: anonymous memory, by the kernel's account,
-beyond what Python and its libraries held before the networks were made. The trainer's own setting of the allocator
-(`host_memory`) is part of our cases' memory; times are taken without it on both sides. fp32, on the CPU.
+turns, each in a process of its own, from the same weights and on batches that are in memory; losses are compared first.
+Peak memory is measured two processes at a time: anonymous memory, by the kernel's account, beyond what Python and its
+libraries held. The trainer's setting of the allocator (`host_memory`) is part of our cases. fp32, on the CPU.
 """
 
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -167,29 +168,54 @@ def timed(case: Ours | Plain, batch: Any) -> dict[str, float]:
     return parts
 
 
+class Apart:
+    """A case in a process of its own, which waits while it is not its turn."""
+
+    def __init__(self, name: str, model: str, batch_size: int, chunk: int):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, name, model, batch_size, chunk), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.losses: list[float] = self.connection.recv()
+
+    def timed(self) -> dict[str, float]:
+        self.connection.send(True)
+        return self.connection.recv()
+
+    def end(self) -> None:
+        self.connection.send(False)
+        self.process.join()
+
+
+def serve(connection: Connection, name: str, model: str, batch_size: int, chunk: int) -> None:
+    """The other end of `Apart`: the losses, then the seconds of a step whenever one is asked for."""
+    if not name.startswith("plain-"):
+        give_back_at_once()  # as the trainer does on the CPU
+    case = make_case(name, model, batch_size, chunk)
+    given = case.given(made_batch(case.config, batch_size))
+    connection.send(case.losses(given))
+    while connection.recv():
+        connection.send(timed(case, given))
+
+
 def time_rows(model: str, batch_size: int, rounds: int, chunk: int = 0) -> list[Row]:
     """Step, images a second and shares of every case, taking turns; then the rate of the linear layers."""
-    cases: dict[str, Ours | Plain] = {}
+    cases = {name: Apart(name, model, batch_size, chunk) for pair in PAIRS for name in pair}
     gates: dict[str, bool] = {}
     for pair in PAIRS:
-        ours = make_case(pair[0], model, batch_size, chunk)
-        assert isinstance(ours, Ours)
-        cases |= dict(zip(pair, (ours, Plain(ours)), strict=True))
-    first = next(iter(cases.values()))
-    assert isinstance(first, Ours)
-    batch = made_batch(first.config, batch_size)
-    given = {name: case.given(batch) for name, case in cases.items()}
-    for pair in PAIRS:
-        truth, other = (cases[name].losses(given[name]) for name in pair)
+        truth, other = (cases[name].losses for name in pair)
         agree = all(abs(a - b) <= 1e-4 * max(abs(a), 1e-3) for a, b in zip(truth, other, strict=True))
         gates |= dict.fromkeys(pair, agree)
-
     found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for turn in range(rounds + 1):
         for name, case in cases.items():
-            parts = timed(case, given[name])
+            parts = case.timed()
             if turn:
                 found[name].append(parts)
+    for case in cases.values():
+        case.end()
+    del cases
 
     where, rows = device_name("cpu"), []
     seconds = {name: [sum(parts.values()) for parts in runs] for name, runs in found.items()}
@@ -208,8 +234,10 @@ def time_rows(model: str, batch_size: int, rounds: int, chunk: int = 0) -> list[
                 share = [100 * parts[part] / sum(parts.values()) for parts in found[name]]
                 rows.append(make_row(name, f"share_{part}", "%", share, where, gate))
     for ours, _ in PAIRS:
-        case = cases[ours]
-        rows += rate_rows(ours, case, given[ours], statistics.median(seconds[ours]), gates[ours], max(1, rounds // 3))
+        case = make_case(ours, model, batch_size, chunk)
+        batch = made_batch(case.config, batch_size)
+        case.step(batch, lambda part: None)
+        rows += rate_rows(ours, case, batch, statistics.median(seconds[ours]), gates[ours], max(1, rounds // 3))
     return rows
 
 

@@ -73,12 +73,28 @@ def test_a_plain_step_stops_at_a_loss_that_is_not_finite():
         plain.step(plain_batch(made_batch(1, 2)), lambda part: None)
 
 
+class Here:
+    """`Apart` in this process, where the sizes can be swapped."""
+
+    def __init__(self, *given: Any):
+        self.case = bench_step.make_case(*given)
+        self.given = self.case.given(bench_step.made_batch(self.case.config, given[2]))
+        self.losses = self.case.losses(self.given)
+
+    def timed(self) -> dict[str, float]:
+        return bench_step.timed(self.case, self.given)
+
+    def end(self) -> None:
+        pass
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     def settings(preset: str, model: str, batch_size: int, **others: Any) -> Config:
         return tiny_config(preset, **others)
 
     monkeypatch.setattr(bench_step, "settings", settings)
+    monkeypatch.setattr(bench_step, "Apart", Here)
 
 
 @pytest.mark.usefixtures("small")
@@ -110,6 +126,25 @@ def test_nothing_is_claimed_of_other_losses(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Plain, "losses", lambda self, batch: [0.0] * 4)
     rows = bench_step.time_rows("vit_small", 3, 1)
     assert all(row.ratio is None and not row.gate for row in rows if row.case in ("dual", "sdae"))
+
+
+def served(connection: Any, *given: Any) -> None:
+    """`serve` with a method that takes no time to make."""
+    bench_step.settings = lambda preset, model, batch_size, **others: tiny_config(preset, **others)
+    bench_step.serve(connection, *given)
+
+
+@pytest.mark.slow
+def test_a_case_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(bench_step, "serve", served)
+        case = bench_step.Apart("dual", "tiny", 2, 0)
+    bench_settings = tiny_config("paper", drop_path=bench_step.DROP_PATH)
+    here = Ours(bench_settings)
+    assert case.losses == pytest.approx(here.losses(bench_step.made_batch(bench_settings, 2)), rel=1e-5)
+    assert set(case.timed()) == set(PARTS)
+    case.end()
+    assert case.process.exitcode == 0
 
 
 @pytest.mark.usefixtures("small")
