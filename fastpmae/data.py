@@ -20,6 +20,9 @@ from fastpmae_loaders import Batch, PairedViews, Samples, open_samples, uniforms
 DROP_PATH = 0
 """Stochastic depth's own counters, beside those of views and masks."""
 
+IMAGES_AHEAD = 512
+"""With both views of 224 pixels 154 MB."""
+
 
 def open_images(config: Config) -> Samples:
     """The run's images. Raises UserError without --beton, or when what it names is not sound."""
@@ -47,6 +50,14 @@ def micro_batch_size(config: Config, world: World) -> int:
     return size
 
 
+def batches_ahead(size: int, config: Config) -> int:
+    """Batches that are made ahead: of small ones more, so that a few slow images do not make the loop wait.
+
+    DALI may make them on the GPU, whose memory is worth more.
+    """
+    return 2 if config.data.loader == "dali" else min(max(2, -(-IMAGES_AHEAD // size)), 64)
+
+
 def make_loader(images: Samples, config: Config, world: World) -> PairedViews:
     """This rank's loader: micro-batches of the views that are needed, masks and folds.
 
@@ -68,6 +79,7 @@ def make_loader(images: Samples, config: Config, world: World) -> PairedViews:
         rank=world.rank,
         world_size=world.size,
         workers=config.efficiency.workers or max(1, (os.cpu_count() or 1) // world.ranks_here),
+        ahead=batches_ahead(size, config),
         bad_fraction=config.data.bad_fraction,
         page_order=config.data.page_order == "on",
         drop_last=True,

@@ -7,6 +7,7 @@ import torch
 
 from fastpmae import PRESETS, Config
 from fastpmae.architecture import views_needed
+from fastpmae.data import batches_ahead
 from fastpmae.run import resolve
 from fastpmae.train import pretrain
 from fastpmae_loaders import Beton
@@ -51,6 +52,12 @@ def test_colours_on_the_device_train_alike(tiny: Config, tmp_path) -> None:
     here = losses(tiny.using(steps=3, out=tmp_path / "here"))
     there = losses(tiny.using(steps=3, out=tmp_path / "there", augment_on="device"))
     assert here == pytest.approx(there, rel=5e-3)
+
+
+@pytest.mark.parametrize(("size", "ahead"), [(1, 64), (16, 32), (64, 8), (100, 6), (768, 2)])
+def test_small_batches_are_made_further_ahead(size: int, ahead: int) -> None:
+    assert batches_ahead(size, Config()) == ahead
+    assert batches_ahead(size, Config().using(loader="dali")) == 2
 
 
 def test_auto_is_decided_by_the_device(tiny: Config, small_beton) -> None:
