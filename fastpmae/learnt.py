@@ -20,7 +20,7 @@ from fastpmae.model import Block, Encoder, Student
 from fastpmae.step import label, see
 from fastpmae.teachers import Teachers
 from fastpmae_kernels import nearest_patch, sinkhorn
-from fastpmae_loaders import Batch, Beton, PairedViews
+from fastpmae_loaders import Batch, PairedViews, Samples
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,16 @@ def networks_of(checkpoint: Checkpoint) -> tuple[Student, Teachers]:
     return student, teachers
 
 
-def batch_of(config: Config, beton: Beton, samples: int, index: tuple[int, ...] = ()) -> Batch:
+def batch_of(config: Config, images: Samples, samples: int, index: tuple[int, ...] = ()) -> Batch:
     """The views that a run's loader makes of some images in its first epoch: the first of its order, or these."""
     settings = view_settings(config)
-    with PairedViews(beton, 1, config.data.loader, settings, config.run.seed) as views:
+    with PairedViews(images, 1, config.data.loader, settings, config.run.seed) as views:
         views.set_epoch(0)
         return views.batch_of(np.array(index or views.order(0)[:samples], np.int64))
 
 
 @torch.no_grad()
-def look(run: Path, beton: Beton, samples: int = 6, index: tuple[int, ...] = ()) -> Learnt:
+def look(run: Path, images: Samples, samples: int = 6, index: tuple[int, ...] = ()) -> Learnt:
     """What the newest checkpoint of a run (or one named by its path) makes of some images.
 
     Raises:
@@ -95,7 +95,7 @@ def look(run: Path, beton: Beton, samples: int = 6, index: tuple[int, ...] = ())
     checkpoint = find_checkpoint(run)
     config = checkpoint.config
     student, teachers = networks_of(checkpoint)
-    batch = batch_of(config, beton, samples, index)
+    batch = batch_of(config, images, samples, index)
     predicted, _, _ = student(batch.simple, batch.visible, batch.folds)
     targets = see(teachers, batch, config).targets
     match = overlap = reachable = None
@@ -135,9 +135,9 @@ def class_attention(
     side = images.shape[-1] // encoder.patch_embed.patch_size
     ids = torch.arange(side * side, device=images.device).expand(len(images), -1)
     tokens = encoder.with_class_token(encoder.embed(images, ids))
-    for block in encoder.blocks[:-1]:
+    *before, last = encoder.blocks
+    for block in before:
         tokens = block(tokens)
-    last = encoder.blocks[-1]
     assert isinstance(last, Block)
     heads, width = last.attn.heads, encoder.dim // last.attn.heads
     query, key, _ = last.attn.qkv(last.norm1(tokens)).unflatten(2, (3, heads, width)).unbind(2)
@@ -162,7 +162,7 @@ def principal_colours(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tenso
 
 
 @torch.no_grad()
-def prototype_use(run: Path, beton: Beton, samples: int = 256, shown: int = 12, best: int = 8) -> PrototypeUse:
+def prototype_use(run: Path, images: Samples, samples: int = 256, shown: int = 12, best: int = 8) -> PrototypeUse:
     """The most used patch prototypes of a run's labelling teacher, by the patches that it sees in training.
 
     Raises:
@@ -173,17 +173,17 @@ def prototype_use(run: Path, beton: Beton, samples: int = 256, shown: int = 12, 
     _, teachers = networks_of(checkpoint)
     if teachers.labelling is None:
         raise UserError(f"{checkpoint.path} holds no prototypes: its run used --teachers {config.teachers.teachers}")
-    batch = batch_of(config, beton, min(samples, len(beton)))
+    batch = batch_of(config, images, min(samples, len(images)))
     plain = config.using(prototypes_chunk=0)
     _, (_, logits) = label(teachers.labelling, batch, plain)
     assert isinstance(logits, Tensor)
     labels = sinkhorn(logits, config.loss.epsilon, config.loss.sinkhorn_iterations).argmax(dim=1)
     counts = torch.bincount(labels, minlength=logits.shape[1])
     order = counts.argsort(descending=True, stable=True)[: min(shown, int((counts > 0).sum()))]
-    images = batch.folds.shape[0]
+    count = len(batch)
     # of each image the one patch that is nearest, so that a row of pictures shows different images
-    nearest, place = logits.view(images, -1, logits.shape[1])[:, :, order].max(dim=1)
-    chosen = nearest.topk(min(best, images), dim=0).indices.T
+    nearest, place = logits.view(count, -1, logits.shape[1])[:, :, order].max(dim=1)
+    chosen = nearest.topk(min(best, count), dim=0).indices.T
     view = getattr(batch, config.views.labelling_view)
     ids = batch.folds.gather(1, place).T.gather(1, chosen)
     side = math.isqrt(batch.visible.shape[1] + batch.folds.shape[1])
@@ -191,7 +191,7 @@ def prototype_use(run: Path, beton: Beton, samples: int = 256, shown: int = 12, 
     return PrototypeUse(
         config,
         checkpoint.progress["step"],
-        images,
+        count,
         int((counts > 0).sum()),
         order,
         counts[order] / counts.sum(),

@@ -20,7 +20,7 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.learnt import look, prototype_use
 from fastpmae.learnt_pictures import draw_learnt, draw_prototypes
-from fastpmae_loaders import Beton
+from fastpmae_loaders import open_samples
 
 CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("loss", {"loss": "total", "loss_m": "L_m, reconstruction", "loss_c": "L_c, class labels",
@@ -96,12 +96,12 @@ def _pictures(run: Path, beton: Path | None, *, named: bool, samples: int) -> tu
     """Drawn pictures as PNG data by their titles, and a sentence on what is missing."""
     if not checkpoints_in(run):
         return {}, "There is no checkpoint yet, so there are no pictures of what was learnt."
-    if beton is None or (not beton.is_file() and not named):
+    if beton is None or not (beton.exists() or named):
         return (
             {},
             f"Its images ({beton}) are not here, so there are no pictures of what was learnt: name some (--beton).",
         )
-    images = Beton(beton)
+    images = open_samples(beton)
     title = f"{run.name} · {images.path.name}"
     pictures = {
         "What was learnt of a few images": _png(draw_learnt(look(run, images, min(samples, len(images))), title))

@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
-from fastpmae_loaders import Batch, Beton, PairedViews, ViewSettings
+from fastpmae_loaders import Batch, Beton, PairedViews, Samples, ViewSettings, open_samples
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
 
 SIMPLE, COMPLEX = "#1c7ed6", "#e8590c"
@@ -68,7 +68,7 @@ def draw_views(
 
 def draw_run(
     run: str | os.PathLike[str],
-    beton: Beton | str | os.PathLike[str],
+    images: Samples | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     picture: Literal["learnt", "prototypes"] = "learnt",
@@ -78,6 +78,7 @@ def draw_run(
     """Draw what a run has learnt, by its newest checkpoint or the one named.
 
     Args:
+        images: whatever the run could be trained on: a .beton, a folder, tar shards.
         picture: "learnt": for each image what the student sees, the cosine of each predicted token and its target,
             nearest-patch matches coloured by whether geometry agrees, the class token's attention, and the principal
             components of the patch features. "prototypes": the patches nearest to the most used prototypes.
@@ -96,12 +97,12 @@ def draw_run(
 
     target = _target(out)
     _check_count(len(index) or samples)
-    beton = beton if isinstance(beton, Beton) else Beton(Path(beton))
-    title = f"{Path(run).name} · {beton.path.name}"
+    images = open_samples(Path(images)) if isinstance(images, str | os.PathLike) else images
+    title = f"{Path(run).name} · {images.path.name}"
     if picture == "learnt":
-        figure = draw_learnt(look(Path(run), beton, samples, index), title)
+        figure = draw_learnt(look(Path(run), images, samples, index), title)
     else:
-        figure = draw_prototypes(prototype_use(Path(run), beton), title)
+        figure = draw_prototypes(prototype_use(Path(run), images), title)
     with appearing(target) as beside:
         figure.savefig(beside, dpi=130)
     return target

@@ -16,7 +16,7 @@ from PIL import Image
 from fastpmae import Config, pretrain
 from fastpmae.errors import UserError
 from fastpmae.report import read_rows, write_report
-from tests.made import REPOSITORY
+from tests.made import REPOSITORY, write_tree
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LOOK = """<script>addEventListener("load", () => { document.title = JSON.stringify({
@@ -84,6 +84,14 @@ def test_images_that_have_gone(tiny: Config, small_beton: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"none\.beton"):
         write_report(folder, tmp_path / "other.html", beton=tmp_path / "none.beton")
     assert not (tmp_path / "other.html").exists()
+
+
+def test_a_folder_of_images(tiny: Config, tmp_path: Path):
+    images = write_tree(tmp_path / "images", 12)
+    folder = pretrain(tiny.using(beton=images, loader="torch", steps=1, batch_size=4))
+    text = write_report(folder, samples=2).read_text()
+    assert "are not here" not in text
+    assert text.count("<img ") == 2  # one row makes no curves
 
 
 def test_rows_that_are_no_rows(tmp_path: Path):
