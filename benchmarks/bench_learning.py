@@ -2,11 +2,11 @@
 
 `python -m benchmarks.bench_learning [--train F.beton --val F.beton] [--cases dual sdae ...] [--seeds 2] [--epochs 10]
 [--equal steps|time] [--base config.json] [--quick] [--page docs/learning.md]`. Without --train and --val it takes
-`tiny_imagenet_20`. Each run lies in a folder of its own under --out and is judged once: a run that was stopped goes on,
-one that is done is read, so that many evenings add up. What is judged: 10-NN (cosine, majority) on the validation
-images and leave-one-out on the training images, and logistic regression, of the class token and of the mean of the
-patch tokens; against a random start and 8 x 8 thumbnails. Differences come with a paired bootstrap's 95 % interval over
-images. With `--equal time` every case gets as many epochs as fit in the time of the base's.
+`tiny_imagenet_20`. Each run lies in a folder of its own under --out and is judged once, in a small file in --results:
+a run that was stopped goes on, one whose file is there is read, so that evenings add up. What is judged: 10-NN (cosine, majority) on the validation images and leave-one-out on the training images, and logistic regression, of the
+class token and of the mean of the patch tokens; against a random start and 8 x 8 thumbnails. Differences come with a
+paired bootstrap's 95 % interval over images. With `--equal time` every case gets as many epochs as fit in the time of
+the base's.
 """
 
 import json
@@ -49,17 +49,18 @@ UNTRAINED = ("random", "thumbnails")
 class Evening:
     """The runs of one invocation: what they share, and where they lie."""
 
-    def __init__(self, base: Config, train: Path, val: Path, out: Path, workers: int):
+    def __init__(self, base: Config, train: Path, val: Path, out: Path, results: Path, workers: int):
         self.base = base.using(beton=train, workers=workers)
-        self.out = out
-        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.results = out, results
+        for folder in (out, results):
+            folder.mkdir(parents=True, exist_ok=True)
         side = base.views.image_size
         # nothing is cut off but what is not square
         self.train, self.val = (Images(*whole_images(beton, side, crop_ratio=1.0)) for beton in (train, val))
 
     def untrained(self, name: str, seed: int) -> Judged:
         """A random start's features, or thumbnails."""
-        path = self.out / f"{name}-seed{seed}.json"
+        path = self.results / f"{name}-seed{seed}.json"
         if not path.exists():
             if name == "thumbnails":
                 features: dict[str, tuple[Tensor, Tensor]] = dict.fromkeys(
@@ -74,7 +75,7 @@ class Evening:
     def trained(self, name: str, seed: int, equal: str, epochs: int) -> Judged:
         """A case's run, pretrained (or gone on with) and judged, or read where that is done."""
         run = self.out / f"{name}-{equal}-{epochs}-seed{seed}"
-        path = run.with_suffix(".json")
+        path = self.results / f"{run.name}.json"
         if not path.exists():
             changes = CASES[name].changes(self.base) | {"epochs": epochs, "seed": seed}
             print(f"{run.name}:", flush=True)
@@ -86,7 +87,7 @@ class Evening:
 
     def epochs_in_the_same_time(self, name: str) -> int:
         """As many epochs as the case gets done while the base does its own; measured in turns, and kept."""
-        path = self.out / "step-seconds.json"
+        path = self.results / "step-seconds.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         if name not in known:
             found: dict[str, list[float]] = {"dual": [], name: []}
@@ -221,6 +222,7 @@ def bench() -> int:
     parser.add_argument("--base", metavar="PRESET_OR_FILE", default="small-data", help="settings of dual (small-data)")
     parser.add_argument("--workers", type=int, default=1, help="loader threads (1)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="where the runs lie (runs/learning)")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="where what they are worth is kept (--out)")
     parser.add_argument("--page", type=Path, metavar="F.md", help="renew the tables between this page's markers")
     given = parser.parse_args()
     if (given.train is None) != (given.val is None):
@@ -228,7 +230,8 @@ def bench() -> int:
     data = (given.train, given.val) if given.train else default_betons(given.out / "data")
     base = read_config(Path(given.base)) if Path(given.base).is_file() else preset(given.base)
     base = base.using(epochs=1 if given.quick else given.epochs)
-    evening = Evening(base, *data, given.out, given.workers)
+    results = given.results or given.out
+    evening = Evening(base, *data, given.out, results, given.workers)
     for name in UNTRAINED:
         for seed in given.seeds if name == "random" else [0]:
             evening.untrained(name, seed)
@@ -238,7 +241,7 @@ def bench() -> int:
             epochs = evening.epochs_in_the_same_time(name) if same_time else base.optimiser.epochs
             evening.trained(name, seed, "time" if same_time else "steps", epochs)
     found: dict[tuple[str, str], list[Judged]] = {}
-    for path in sorted(given.out.glob("*-seed*.json")):
+    for path in sorted(results.glob("*-seed*.json")):
         one = read(path)
         if one.equal == "time" or one.case in UNTRAINED or one.epochs == base.optimiser.epochs:
             found.setdefault((one.case, one.equal), []).append(one)

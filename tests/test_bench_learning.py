@@ -138,6 +138,7 @@ def test_a_run_that_is_done_is_not_done_again(small_beton, tmp_path):
     command = [
         sys.executable, "-m", "benchmarks.bench_learning", "--train", str(small_beton), "--val", str(small_beton),
         "--base", str(base), "--cases", "dual", "mae", "--epochs", "1", "--out", str(tmp_path / "runs"),
+        "--results", str(tmp_path / "results"),
         "--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "rows.json"),
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'loaders'}"}
@@ -149,6 +150,8 @@ def test_a_run_that_is_done_is_not_done_again(small_beton, tmp_path):
     assert "dual-steps-1-seed0:" in outputs[0].stdout
     assert "dual-steps-1-seed0:" not in outputs[1].stdout
     assert "**Table 6, equal steps**" in outputs[1].stdout
+    names = {"dual-steps-1-seed0.json", "mae-steps-1-seed0.json", "random-seed0.json", "thumbnails-seed0.json"}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == names
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     cases = {row["case"] for row in json.loads((tmp_path / "rows.json").read_text())}
     assert cases == {"dual", "mae", "random", "thumbnails"}
