@@ -3,7 +3,8 @@
 `python -m benchmarks.bench_learning [--train F.beton --val F.beton] [--cases dual sdae ...] [--seeds 2] [--epochs 10]
 [--equal steps|time] [--base config.json] [--quick] [--page docs/learning.md]`. Without --train and --val it takes
 `tiny_imagenet_20`. Each run lies in a folder of its own under --out and is judged once, in a small file in --results:
-a run that was stopped goes on, one whose file is there is read, so that evenings add up. What is judged: 10-NN (cosine, majority) on the validation images and leave-one-out on the training images, and logistic regression, of the
+a run that was stopped goes on, one whose file is there is read, so that evenings add up. What is judged: 10-NN
+(cosine, majority) on the validation images and leave-one-out on the training images, and logistic regression, of the
 class token and of the mean of the patch tokens; against a random start and 8 x 8 thumbnails. Differences come with a
 paired bootstrap's 95 % interval over images. With `--equal time` every case gets as many epochs as fit in the time of
 the base's.
