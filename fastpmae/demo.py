@@ -195,6 +195,7 @@ def show_summary(run: Path, rows: list[dict[str, float]], found: list[Accuracy],
         "A run this short shows that everything works; it does not show how good the method is.\n\n"
         "Next:\n"
         f"  .venv/bin/fastpmae-view {train} views.png\n"
+        f"  .venv/bin/fastpmae-report {run}\n"
         f"  .venv/bin/fastpmae-embed {run} {train} features.npz\n"
         f"  .venv/bin/fastpmae-export {run} encoder.safetensors\n"
         "  .venv/bin/fastpmae-write FOLDER_OF_IMAGES images.beton\n"
