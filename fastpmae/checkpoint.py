@@ -89,11 +89,7 @@ def scatter(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, opti
     Raises:
         CheckpointError: when it belongs to a model of other sizes or another method, or lacks a part.
     """
-    modules: dict[str, nn.Module] = {"student": student, **teachers.modules()}
-    for role, module in modules.items():
-        own = module.state_dict()
-        require(checkpoint, role, own)
-        module.load_state_dict({name: shared_as(t, own[name]) for name, t in checkpoint.part(role).items()})
+    scatter_networks(checkpoint, student, teachers)
     if not checkpoint.part("optimiser"):
         raise CheckpointError(f"{checkpoint.path} lacks the optimiser's state")
     for name, parameter in student.named_parameters():
@@ -107,6 +103,15 @@ def scatter(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, opti
     torch.set_rng_state(checkpoint.tensors["rng.cpu"])
     if "rng.cuda" in checkpoint.tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"])
+
+
+def scatter_networks(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers) -> None:
+    """The student's and the teachers' part of `scatter`. Raises CheckpointError as it does."""
+    modules: dict[str, nn.Module] = {"student": student, **teachers.modules()}
+    for role, module in modules.items():
+        own = module.state_dict()
+        require(checkpoint, role, own)
+        module.load_state_dict({name: shared_as(t, own[name]) for name, t in checkpoint.part(role).items()})
 
 
 def require(checkpoint: Checkpoint, prefix: str, like: dict[str, Tensor], others: tuple[str, ...] = ()) -> None:

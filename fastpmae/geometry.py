@@ -31,12 +31,8 @@ def match_geometry(batch: Batch, match: Int[Tensor, "batch masked"], config: Con
         whose match overlaps them, and `match_chance`: the same for a match drawn at random, which is the mean share
         of the candidates that overlap. The latter two are left out where nothing is reachable.
     """
-    rows = round((batch.visible.shape[1] + batch.folds.shape[1]) ** 0.5)
-    folds, match = batch.folds[:MOST_IMAGES], match[:MOST_IMAGES]
-    student = patch_rectangles(batch.boxes[:MOST_IMAGES, 0], batch.flips[:MOST_IMAGES, 0], folds, rows)
-    seen = VIEWS[config.views.labelling_view]
-    teacher = patch_rectangles(batch.boxes[:MOST_IMAGES, seen], batch.flips[:MOST_IMAGES, seen], folds, rows)
-    hits = overlaps(student, teacher)
+    match = match[:MOST_IMAGES]
+    hits = masked_overlaps(batch, config, MOST_IMAGES)
     candidates = torch.ones_like(hits[:1])
     if config.loss.match_scope == "fold":
         fold = torch.repeat_interleave(
@@ -53,6 +49,20 @@ def match_geometry(batch: Batch, match: Int[Tensor, "batch masked"], config: Con
     if sums[0]:
         figures |= {"match_overlap": sums[1] / sums[0], "match_chance": sums[2] / sums[0]}
     return figures
+
+
+def masked_overlaps(batch: Batch, config: Config, most: int | None = None) -> Bool[Tensor, "batch masked masked"]:
+    """Which of the labelling teacher's masked patches overlap each of the student's, in fold order.
+
+    Args:
+        most: images of the batch that are looked at, from its start; all of them by default.
+    """
+    rows = round((batch.visible.shape[1] + batch.folds.shape[1]) ** 0.5)
+    student, teacher = (
+        patch_rectangles(batch.boxes[:most, view], batch.flips[:most, view], batch.folds[:most], rows)
+        for view in (0, VIEWS[config.views.labelling_view])
+    )
+    return overlaps(student, teacher)
 
 
 def patch_rectangles(

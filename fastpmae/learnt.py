@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from fastpmae.architecture import check, make_networks, view_settings
-from fastpmae.checkpoint import Checkpoint, find_checkpoint, require
+from fastpmae.checkpoint import Checkpoint, find_checkpoint, scatter_networks
 from fastpmae.config import Config
 from fastpmae.embed import whole_tokens
 from fastpmae.errors import UserError
-from fastpmae.geometry import VIEWS, overlaps, patch_rectangles
+from fastpmae.geometry import masked_overlaps
 from fastpmae.model import Block, Encoder, Student
 from fastpmae.step import label, see
 from fastpmae.teachers import Teachers
@@ -70,9 +70,8 @@ def networks_of(checkpoint: Checkpoint) -> tuple[Student, Teachers]:
     config = checkpoint.config
     check(config)
     student, teachers = make_networks(config, 1, torch.device("cpu"), None)
-    for role, module in {"student": student, **teachers.modules()}.items():
-        require(checkpoint, role, module.state_dict())
-        module.load_state_dict(checkpoint.part(role))
+    scatter_networks(checkpoint, student, teachers)
+    for module in (student, *teachers.modules().values()):
         module.eval()
     return student, teachers
 
@@ -102,7 +101,7 @@ def look(run: Path, images: Samples, samples: int = 6, index: tuple[int, ...] = 
     if targets.label_tokens is not None:
         loss = config.loss
         match = nearest_patch(predicted, targets.label_tokens, loss.match_metric, loss.match_scope, batch.fold_sizes)
-        hits = _hits(batch, config)
+        hits = masked_overlaps(batch, config)
         overlap = hits.gather(2, match.unsqueeze(2)).squeeze(2)
         reachable = hits.any(dim=2)
     return Learnt(
@@ -116,15 +115,6 @@ def look(run: Path, images: Samples, samples: int = 6, index: tuple[int, ...] = 
         class_attention(student.encoder, batch.simple),
         principal_colours(whole_tokens(student.encoder, batch.simple)[:, 1:]),
     )
-
-
-def _hits(batch: Batch, config: Config) -> Bool[Tensor, "batch masked masked"]:
-    rows = math.isqrt(batch.visible.shape[1] + batch.folds.shape[1])
-    ours, theirs = (
-        patch_rectangles(batch.boxes[:, view], batch.flips[:, view], batch.folds, rows)
-        for view in (0, VIEWS[config.views.labelling_view])
-    )
-    return overlaps(ours, theirs)
 
 
 @torch.no_grad()
