@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from fastpmae.architecture import check, make_networks, view_settings
-from fastpmae.checkpoint import Checkpoint, find_checkpoint, scatter_networks
+from fastpmae.checkpoint import Checkpoint, scatter_networks
 from fastpmae.config import Config
 from fastpmae.embed import whole_tokens
 from fastpmae.errors import UserError
@@ -85,13 +84,12 @@ def batch_of(config: Config, images: Samples, samples: int, index: tuple[int, ..
 
 
 @torch.no_grad()
-def look(run: Path, images: Samples, samples: int = 6, index: tuple[int, ...] = ()) -> Learnt:
-    """What the newest checkpoint of a run (or one named by its path) makes of some images.
+def look(checkpoint: Checkpoint, images: Samples, samples: int = 6, index: tuple[int, ...] = ()) -> Learnt:
+    """What the networks of a checkpoint make of some images.
 
     Raises:
         UserError: when the checkpoint or the images cannot be used.
     """
-    checkpoint = find_checkpoint(run)
     config = checkpoint.config
     student, teachers = networks_of(checkpoint)
     batch = batch_of(config, images, samples, index)
@@ -152,13 +150,14 @@ def principal_colours(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tenso
 
 
 @torch.no_grad()
-def prototype_use(run: Path, images: Samples, samples: int = 256, shown: int = 12, best: int = 8) -> PrototypeUse:
+def prototype_use(
+    checkpoint: Checkpoint, images: Samples, samples: int = 256, shown: int = 12, best: int = 8
+) -> PrototypeUse:
     """The most used patch prototypes of a run's labelling teacher, by the patches that it sees in training.
 
     Raises:
         UserError: when the checkpoint or the images cannot be used, or when the run has no pseudo labels.
     """
-    checkpoint = find_checkpoint(run)
     config = checkpoint.config
     _, teachers = networks_of(checkpoint)
     if teachers.labelling is None:

@@ -14,7 +14,7 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastpmae.checkpoint import checkpoints_in, read_progress
+from fastpmae.checkpoint import checkpoints_in, find_checkpoint, read_progress
 from fastpmae.config import PRESETS, Config, read_config
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
@@ -73,7 +73,7 @@ def write_report(run: Path, out: Path | None = None, beton: Path | None = None, 
         raise UserError(f"{target} cannot be written: there is no folder {target.parent}")
     config = read_config(run / "config.json")
     rows = read_rows(run / "metrics.jsonl")
-    pictures, remark = _pictures(run, beton or config.data.beton, named=beton is not None, samples=samples)
+    pictures, remark = _pictures(run, config, beton, samples)
     page = "\n".join(_page(run, config, rows, pictures, remark))
     with appearing(target) as beside:
         beside.write_text(page)
@@ -92,10 +92,11 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _pictures(run: Path, beton: Path | None, *, named: bool, samples: int) -> tuple[dict[str, str], str]:
+def _pictures(run: Path, config: Config, named: Path | None, samples: int) -> tuple[dict[str, str], str]:
     """Drawn pictures as PNG data by their titles, and a sentence on what is missing."""
     if not checkpoints_in(run):
         return {}, "There is no checkpoint yet, so there are no pictures of what was learnt."
+    beton = named or config.data.beton
     if beton is None or not (beton.exists() or named):
         return (
             {},
@@ -103,13 +104,13 @@ def _pictures(run: Path, beton: Path | None, *, named: bool, samples: int) -> tu
         )
     images = open_samples(beton)
     title = f"{run.name} · {images.path.name}"
+    checkpoint = find_checkpoint(run)
     pictures = {
-        "What was learnt of a few images": _png(draw_learnt(look(run, images, min(samples, len(images))), title))
+        "What was learnt of a few images": _png(draw_learnt(look(checkpoint, images, min(samples, len(images))), title))
     }
-    config = read_config(run / "config.json")
     if config.teachers.teachers in ("dual", "single"):
         pictures["Patches nearest to the most used prototypes"] = _png(
-            draw_prototypes(prototype_use(run, images), title)
+            draw_prototypes(prototype_use(checkpoint, images), title)
         )
     return pictures, ""
 

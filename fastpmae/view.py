@@ -92,6 +92,7 @@ def draw_run(
         UserError: for files that cannot be read or written, and runs without prototypes.
     """
     # drawing views alone needs no networks
+    from fastpmae.checkpoint import find_checkpoint
     from fastpmae.learnt import look, prototype_use
     from fastpmae.learnt_pictures import draw_learnt, draw_prototypes
 
@@ -99,10 +100,11 @@ def draw_run(
     _check_count(len(index) or samples)
     images = open_samples(Path(images)) if isinstance(images, str | os.PathLike) else images
     title = f"{Path(run).name} · {images.path.name}"
+    checkpoint = find_checkpoint(Path(run))
     if picture == "learnt":
-        figure = draw_learnt(look(Path(run), images, samples, index), title)
+        figure = draw_learnt(look(checkpoint, images, samples, index), title)
     else:
-        figure = draw_prototypes(prototype_use(Path(run), images), title)
+        figure = draw_prototypes(prototype_use(checkpoint, images), title)
     with appearing(target) as beside:
         figure.savefig(beside, dpi=130)
     return target

@@ -29,7 +29,7 @@ def run(small_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_similarity_and_match_are_those_of_the_step(run: Path, small_beton: Path):
-    learnt = look(run, Beton(small_beton), samples=7)
+    learnt = look(find_checkpoint(run), Beton(small_beton), samples=7)
     student, teachers = networks_of(find_checkpoint(run))
     losses = learn(student, learnt.batch, None, teach(teachers, learnt.batch, learnt.config), learnt.config)
     assert 1 - learnt.similarity.mean() == pytest.approx(losses.reconstruction.item(), abs=1e-6)
@@ -77,7 +77,7 @@ def test_colours_of_few_or_equal_tokens():
 
 
 def test_prototypes_come_with_their_nearest_patches(run: Path, small_beton: Path):
-    use = prototype_use(run, Beton(small_beton), samples=16, shown=5, best=3)
+    use = prototype_use(find_checkpoint(run), Beton(small_beton), samples=16, shown=5, best=3)
     assert use.patches.shape == (len(use.prototypes), 3, 3, 24, 24)
     assert (use.shares.diff() <= 0).all()
     assert 0 < use.shares.sum() <= 1 + 1e-6
