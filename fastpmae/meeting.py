@@ -9,8 +9,8 @@ import torch.distributed as dist
 from fastpmae.errors import RunError
 
 
-def meet(store: dist.Store, rank: int, size: int, patience: timedelta) -> dist.PrefixStore:
-    """The part of the store that belongs to this attempt alone, once all ranks have come.
+def meet(store: dist.Store, rank: int, size: int, patience: timedelta) -> str:
+    """The name of this attempt, which no other has, once all ranks have come: the prefix of its part of the store.
 
     torchrun restarts the ranks beside the same store, in which the addresses of the dead ones still stand; whoever
     connects to one of those waits for nobody. The number of restarts cannot tell attempts apart, since each machine
@@ -30,12 +30,12 @@ def meet(store: dist.Store, rank: int, size: int, patience: timedelta) -> dist.P
                 store.set("fastpmae/words", " ".join(store.get(key).decode() for key in shown))
             heard = [f"fastpmae/heard/{other}" for other in others[1:]]
             if store.check(heard) and all(store.get(key).decode() == mine for key in heard):
-                return dist.PrefixStore(mine, store)
+                return mine
         elif store.check(["fastpmae/words"]):
             words = store.get("fastpmae/words").decode().split()
             if len(words) == size and words[rank] == mine:
                 store.set(f"fastpmae/heard/{rank}", words[0])
-                return dist.PrefixStore(words[0], store)
+                return words[0]
         time.sleep(0.02)
     minutes = patience.total_seconds() / 60
     raise RunError(f"rank {rank} of {size} has waited {minutes:g} minutes for the others to start")

@@ -109,18 +109,19 @@ def join_world(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -
         return
     with contextlib.ExitStack() as stack:
         stack.callback(_leave)
-        stack.enter_context(_one_voice(patience))
+        voice = stack.enter_context(_one_voice(patience))
         chosen = choose_device(device, local_rank)
         on_gpu = chosen.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(chosen)
         limit = timedelta(minutes=patience)
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        voice.attempt = meet(store, rank, size, limit)
         # gloo carries what the hosts agree on, so that agreeing never waits for a GPU. NCCL is told its GPU, and so
         # connects here, where a failure has a name, and not in the first message.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=meet(store, rank, size, limit),
+            store=dist.PrefixStore(voice.attempt, store),
             rank=rank,
             world_size=size,
             timeout=limit,
@@ -134,23 +135,40 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+class _Voice:
+    """One for all ranks of an attempt: the first of them to ask has it."""
+
+    def __init__(self) -> None:
+        # Until the ranks have met, the best there is: each machine counts its own restarts.
+        self.attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+    def is_mine(self) -> bool:
+        """Whether this rank is the first to ask, or nobody can be asked."""
+        try:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            return dist.TCPStore(*address, timeout=timedelta(seconds=5)).add(f"fastpmae/said/{self.attempt}", 1) == 1
+        except (RuntimeError, KeyError):
+            return True
+
+
 @contextlib.contextmanager
-def _one_voice(patience: float) -> Iterator[None]:
+def _one_voice(patience: float) -> Iterator[_Voice]:
     """Of all ranks the first to end by an error says so; what breaks off on the others after it gets no sentence."""
+    voice = _Voice()
     try:
-        yield
+        yield voice
     except Interrupted:  # all ranks stop in good order
         raise
     except UserError:
-        if not _speaks():
+        if not voice.is_mine():
             raise AlreadySaid(2) from None
         raise
     except RuntimeError as error:
         # gloo's errors have no type of their own, but name the file they come from
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            _speaks()
+            voice.is_mine()
             raise
-        if not _speaks():
+        if not voice.is_mine():
             raise AlreadySaid(1) from None
         raise RunError(
             f"another rank ended without a word or has not answered for {patience:g} minutes, so rank "
@@ -158,7 +176,7 @@ def _one_voice(patience: float) -> Iterator[None]:
             "below. --resume goes on from the newest checkpoint"
         ) from None
     except Exception as error:
-        if not _speaks() and isinstance(error, RunError):
+        if not voice.is_mine() and isinstance(error, RunError):
             raise AlreadySaid(1) from None
         raise
 
@@ -166,13 +184,3 @@ def _one_voice(patience: float) -> Iterator[None]:
 def _reason(error: RuntimeError) -> str:
     """The first sentence of gloo's error, without the place in its source."""
     return re.sub(r"^\[\S+\] ", "", str(error).split(". ")[0].splitlines()[0])
-
-
-def _speaks() -> bool:
-    """Whether this rank is the first to ask, or nobody can be asked."""
-    key = f"fastpmae/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5))
-        return store.add(key, 1) == 1
-    except (RuntimeError, KeyError):
-        return True

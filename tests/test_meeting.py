@@ -16,7 +16,7 @@ def attempt(store: dist.Store, size: int) -> set[str]:
     """Every rank writes its own number in the part that it was given; what each then reads of all."""
 
     def rank(number: int) -> str:
-        part = meet(store, number, size, LONG)
+        part = dist.PrefixStore(meet(store, number, size, LONG), store)
         part.set(str(number), f"{number} of {size}")
         return " ".join(part.get(str(other)).decode() for other in range(size))
 
