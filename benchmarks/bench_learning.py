@@ -1,6 +1,6 @@
 """Does it learn? The paper's Tables 6 to 9 in small: every case pretrained alike, its frozen features judged alike.
 
-`python -m benchmarks.bench_learning [--train F.beton --val F.beton] [--cases dual sdae ...] [--seeds 2] [--epochs 10]
+`python -m benchmarks.bench_learning [--train F.beton --val F.beton] [--cases dual sdae ...] [--seeds 0 1] [--epochs 10]
 [--equal steps|time] [--base config.json] [--quick] [--page docs/learning.md]`. Without --train and --val it takes
 `tiny_imagenet_20`. Each run lies in a folder of its own under --out and is judged once, in a small file in --results:
 a run that was stopped goes on, one whose file is there is read, so that evenings add up. What is judged: 10-NN
@@ -88,9 +88,7 @@ class Evening:
 
     def epochs_in_the_same_time(self, name: str) -> int:
         """As many epochs as the case gets done while the base does its own; measured in turns, and kept."""
-        path = self.results / "step-seconds.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if name not in known:
+        if name not in self.known_epochs():
             found: dict[str, list[float]] = {"dual": [], name: []}
             for turn in range(3):
                 for case, seconds in found.items():
@@ -98,10 +96,19 @@ class Evening:
                     config = self.base.using(**CASES[case].changes(self.base), out=run, steps=12, log_every=4)
                     pretrain(config.using(resume="auto", tensorboard=False))
                     seconds.append(float(np.median(seconds_of(run))))
-            known[name] = float(np.median(np.divide(found[name], found["dual"])))
-            with appearing(path) as beside:
-                beside.write_text(json.dumps(known, indent=1) + "\n")
-        return max(1, round(self.base.optimiser.epochs / known[name]))
+            times = self.times() | {name: float(np.median(np.divide(found[name], found["dual"])))}
+            with appearing(self.results / "step-seconds.json") as beside:
+                beside.write_text(json.dumps(times, indent=1) + "\n")
+        return self.known_epochs()[name]
+
+    def known_epochs(self) -> dict[str, int]:
+        """The same of every case whose time has been measured."""
+        return {name: max(1, round(self.base.optimiser.epochs / share)) for name, share in self.times().items()}
+
+    def times(self) -> dict[str, float]:
+        """What a step of each case takes, as a share of the base's, where it has been measured."""
+        path = self.results / "step-seconds.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
 
 def seconds_of(run: Path) -> list[float]:
@@ -125,11 +132,8 @@ def lines_of(found: dict[tuple[str, str], list[Judged]]) -> Iterator[str]:
             if not set(there) - {"dual"} or not known.get("dual"):
                 continue
             yield from ("", f"**Table {number}, equal {equal}**", "")
-            yield (
-                "| case | seeds | epochs | 10-NN, val | 10-NN, train (leave one out) | linear, val | dual minus it "
-                "| paper |"
-            )
-            yield "|---|---|---|---|---|---|---|---|"
+            yield "| case | seeds | epochs | 10-NN, val | 10-NN, train (leave one out) | linear, val | paper |"
+            yield "|---|---|---|---|---|---|---|"
             for name in [*(UNTRAINED if number == 6 else ()), *there]:
                 runs, case = known.get(name, []), CASES.get(name)
                 if runs:
@@ -137,19 +141,19 @@ def lines_of(found: dict[tuple[str, str], list[Judged]]) -> Iterator[str]:
 
 
 def _line(name: str, title: str, paper: float | None, runs: list[Judged], dual: list[Judged]) -> str:
-    shown = []
+    """A case's shares, each with its half range over seeds, and below it what dual has more, with its interval."""
+    cells = []
     for measure in MEASURES:
         shares = [100 * one.share(best_pool([one], measure)) for one in runs]
         spread = f" ± {(max(shares) - min(shares)) / 2:.1f}" if len(shares) > 1 else ""
-        shown.append(f"{np.mean(shares):.1f}{spread}")
-    if name != "dual":
-        # one pooling for both sides: the one that dual's own training images chose
-        middle, low, high = (100 * value for value in interval(dual, runs, best_pool(dual, "knn_train")))
-        gap = f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
-    else:
         gap = ""
+        if name != "dual":
+            # one pooling for both sides: the one that dual's own training images chose
+            middle, low, high = (100 * value for value in interval(dual, runs, best_pool(dual, measure)))
+            gap = f"<br>{middle:+.1f} ({low:+.1f} to {high:+.1f})"
+        cells.append(f"{np.mean(shares):.1f}{spread}{gap}")
     paper_shown = "" if paper is None else f"{paper:g}"
-    return f"| {title} | {len(runs)} | {runs[0].epochs} | {' | '.join(shown)} | {gap} | {paper_shown} |"
+    return f"| {title} | {len(runs)} | {runs[0].epochs} | {' | '.join(cells)} | {paper_shown} |"
 
 
 def picture(found: dict[tuple[str, str], list[Judged]], title: str, file: Path) -> None:
@@ -204,11 +208,18 @@ def default_betons(folder: Path) -> tuple[Path, Path]:
     return files
 
 
-def write_page(page: Path, lines: Sequence[str]) -> None:
-    """Replace the tables of a page between their markers."""
-    begin, end = "<!-- learning: written by benchmarks/bench_learning.py -->", "<!-- end of learning -->"
-    before, rest = page.read_text().split(begin)
-    page.write_text("\n".join([f"{before}{begin}", *lines, "", f"{end}{rest.split(end)[1]}"]))
+def write_page(page: Path, base: str, lines: Sequence[str]) -> None:
+    """Replace the tables of a base's runs in a page, between the markers that name it.
+
+    Raises:
+        UserError: for a page without them.
+    """
+    begin, end = f"<!-- {base}: written by benchmarks/bench_learning.py -->", f"<!-- end of {base} -->"
+    before, found, rest = page.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise UserError(f"{page} has no place for these tables: put the lines {begin} and {end} where they belong")
+    page.write_text("\n".join([f"{before}{begin}", *lines, "", f"{end}{after}"]))
 
 
 def bench() -> int:
@@ -224,7 +235,7 @@ def bench() -> int:
     parser.add_argument("--workers", type=int, default=1, help="loader threads (1)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="where the runs lie (runs/learning)")
     parser.add_argument("--results", type=Path, metavar="DIR", help="where what they are worth is kept (--out)")
-    parser.add_argument("--page", type=Path, metavar="F.md", help="renew the tables between this page's markers")
+    parser.add_argument("--page", type=Path, metavar="F.md", help="renew this page's tables of the base's runs")
     given = parser.parse_args()
     if (given.train is None) != (given.val is None):
         raise UserError("--train and --val go together")
@@ -238,18 +249,20 @@ def bench() -> int:
             evening.untrained(name, seed)
     for seed in given.seeds:
         for name in given.cases:
-            same_time = given.equal == "time" and name != "dual"
-            epochs = evening.epochs_in_the_same_time(name) if same_time else base.optimiser.epochs
-            evening.trained(name, seed, "time" if same_time else "steps", epochs)
+            in_time = given.equal == "time" and name != "dual"
+            epochs = evening.epochs_in_the_same_time(name) if in_time else base.optimiser.epochs
+            evening.trained(name, seed, "time" if in_time else "steps", epochs)
     found: dict[tuple[str, str], list[Judged]] = {}
+    same_time = evening.known_epochs()
     for path in sorted(results.glob("*-seed*.json")):
         one = read(path)
-        if one.equal == "time" or one.case in UNTRAINED or one.epochs == base.optimiser.epochs:
+        comparable = same_time.get(one.case) if one.equal == "time" else base.optimiser.epochs
+        if one.case in UNTRAINED or one.epochs == comparable:
             found.setdefault((one.case, one.equal), []).append(one)
     lines = list(lines_of(found))
     print("\n".join(lines))
     if given.page is not None:
-        write_page(given.page, lines)
+        write_page(given.page, Path(given.base).stem, lines)
     title = f"Features after {base.optimiser.epochs} epochs of {len(evening.train.labels)} images"
     return finish(as_rows(found), title, given.json, given.plot, lambda _, words, file: picture(found, words, file))
 

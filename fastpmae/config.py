@@ -340,8 +340,18 @@ PRESETS: dict[str, Config] = {
     ),
     # minutes on a laptop
     "demo": _DEMO,
-    # ten thousand small images: in short runs the balance of the losses decides
-    "small-data": _named("small-data", _DEMO, prototypes=512, lambda_c=0.25, lambda_p=0.25, epochs=30, log_every=20),
+    # ten thousand small images: the balance of the losses and the number of steps decide (docs/learning.md)
+    "small-data": _named(
+        "small-data",
+        _DEMO,
+        prototypes=256,
+        lambda_c=0.1,
+        lambda_p=0.1,
+        epochs=30,
+        batch_size=32,
+        lr=8e-3,
+        log_every=40,
+    ),
 }
 
 

@@ -32,15 +32,8 @@ def match_geometry(batch: Batch, match: Int[Tensor, "batch masked"], config: Con
         of the candidates that overlap. The latter two are left out where nothing is reachable.
     """
     match = match[:MOST_IMAGES]
-    hits = masked_overlaps(batch, config, MOST_IMAGES)
-    candidates = torch.ones_like(hits[:1])
-    if config.loss.match_scope == "fold":
-        fold = torch.repeat_interleave(
-            torch.arange(len(batch.fold_sizes), device=hits.device),
-            torch.tensor(batch.fold_sizes, device=hits.device),
-        )
-        candidates = fold[None, :, None] == fold[None, None, :]
-    share = (hits & candidates).sum(dim=2) / candidates.sum(dim=2)
+    hits, candidates = masked_overlaps(batch, config, MOST_IMAGES)
+    share = hits.sum(dim=2) / candidates.sum(dim=1)
     reachable = share > 0
     matched = hits.gather(2, match.unsqueeze(2)).squeeze(2)
     count = reachable.sum()
@@ -51,18 +44,29 @@ def match_geometry(batch: Batch, match: Int[Tensor, "batch masked"], config: Con
     return figures
 
 
-def masked_overlaps(batch: Batch, config: Config, most: int | None = None) -> Bool[Tensor, "batch masked masked"]:
+def masked_overlaps(
+    batch: Batch, config: Config, most: int | None = None
+) -> tuple[Bool[Tensor, "batch masked masked"], Bool[Tensor, "masked masked"]]:
     """Which of the labelling teacher's masked patches overlap each of the student's, in fold order.
 
     Args:
         most: images of the batch that are looked at, from its start; all of them by default.
+
+    Returns:
+        The overlaps among the patches that may be matched, and which those are: all of an image, or those of a fold.
     """
     rows = round((batch.visible.shape[1] + batch.folds.shape[1]) ** 0.5)
     student, teacher = (
         patch_rectangles(batch.boxes[:most, view], batch.flips[:most, view], batch.folds[:most], rows)
         for view in (0, VIEWS[config.views.labelling_view])
     )
-    return overlaps(student, teacher)
+    hits = overlaps(student, teacher)
+    candidates = torch.ones_like(hits[0])
+    if config.loss.match_scope == "fold":
+        sizes = torch.tensor(batch.fold_sizes, device=hits.device)
+        fold = torch.repeat_interleave(torch.arange(len(sizes), device=hits.device), sizes)
+        candidates = fold[:, None] == fold
+    return hits & candidates, candidates
 
 
 def patch_rectangles(

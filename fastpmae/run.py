@@ -229,7 +229,7 @@ def describe_run(
     ]
     parts = optimiser.accumulate if optimiser.balance == "part" else 1
     rows = optimiser.batch_size // parts * folds
-    if config.teachers.teachers in ("dual", "single") and rows < prototypes / 2:
+    if config.teachers.teachers in ("dual", "single") and rows < prototypes / 4:
         lines.append(
             f"warning: {rows} class tokens a batch share {prototypes} prototypes, too few to fill them: expect a weak "
             "class loss; a larger --batch-size or fewer --prototypes helps"

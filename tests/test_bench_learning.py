@@ -17,6 +17,7 @@ from benchmarks.learning_cases import CASES, TABLES
 from benchmarks.learning_judge import POOLS, Images, Judged, best_pool, interval, judge, read, write
 from fastpmae.architecture import check
 from fastpmae.config import PRESETS
+from fastpmae.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = PRESETS["small-data"]
@@ -115,17 +116,21 @@ def test_tables_and_page(tmp_path):
     }
     lines = list(lines_of(found))
     (row,) = [line for line in lines if line.startswith("| SdAE")]
-    assert "+10.0 (" in row
+    assert row.count("+10.0 (") == 3
     assert row.endswith("| 74.19 |")
     assert best_pool(found["dual", "steps"], "knn_val") == "knn_val/class"
     page = tmp_path / "page.md"
-    page.write_text("a\n<!-- learning: written by benchmarks/bench_learning.py -->\nold\n<!-- end of learning -->\nz\n")
-    write_page(page, lines)
+    marker = "<!-- {}: written by benchmarks/bench_learning.py -->\n{}\n<!-- end of {} -->\n"
+    page.write_text("a\n" + marker.format("other", "kept", "other") + marker.format("base", "old", "base") + "z\n")
+    write_page(page, "base", lines)
     text = page.read_text()
     assert text.startswith("a\n")
-    assert text.endswith("<!-- end of learning -->\nz\n")
+    assert text.endswith("<!-- end of base -->\nz\n")
+    assert "kept" in text
     assert row in text
     assert "old" not in text
+    with pytest.raises(UserError, match="has no place for these tables"):
+        write_page(page, "unknown", lines)
 
 
 @pytest.mark.slow
