@@ -3,7 +3,7 @@
 `python -m benchmarks.bench_commands [--data camvid tiny_imagenet_20] [--epochs 2] [--quick] [--json F] [--plot F]`. The
 data are real: CamVid (367 street scenes to learn from, 101 to test on; a label is the class that covers most of the
 picture) and `tiny_imagenet_20` (10,000 and 1,000). Every command runs in a terminal of its own; its check is that it
-ends well, leaves what it is for, and, where it takes more than a few seconds, shows progress. --quick takes CamVid alone.
+ends well, leaves what it is for, and, where it takes more than a few seconds, shows progress. --quick is CamVid alone.
 Times include Python's start.
 """
 

@@ -33,7 +33,7 @@ def match_geometry(batch: Batch, match: Int[Tensor, "batch masked"], config: Con
     """
     match = match[:MOST_IMAGES]
     hits, candidates = masked_overlaps(batch, config, MOST_IMAGES)
-    share = hits.sum(dim=2) / candidates.sum(dim=1)
+    share = (hits & candidates).sum(dim=2) / candidates.sum(dim=1)
     reachable = share > 0
     matched = hits.gather(2, match.unsqueeze(2)).squeeze(2)
     count = reachable.sum()
@@ -53,7 +53,7 @@ def masked_overlaps(
         most: images of the batch that are looked at, from its start; all of them by default.
 
     Returns:
-        The overlaps among the patches that may be matched, and which those are: all of an image, or those of a fold.
+        The overlaps, and which patches may be matched: any two of an image, or those of the same fold.
     """
     rows = round((batch.visible.shape[1] + batch.folds.shape[1]) ** 0.5)
     student, teacher = (
@@ -66,7 +66,7 @@ def masked_overlaps(
         sizes = torch.tensor(batch.fold_sizes, device=hits.device)
         fold = torch.repeat_interleave(torch.arange(len(sizes), device=hits.device), sizes)
         candidates = fold[:, None] == fold
-    return hits & candidates, candidates
+    return hits, candidates
 
 
 def patch_rectangles(

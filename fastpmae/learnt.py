@@ -99,9 +99,9 @@ def look(checkpoint: Checkpoint, images: Samples, samples: int = 6, index: tuple
     if targets.label_tokens is not None:
         loss = config.loss
         match = nearest_patch(predicted, targets.label_tokens, loss.match_metric, loss.match_scope, batch.fold_sizes)
-        hits, _ = masked_overlaps(batch, config)
+        hits, candidates = masked_overlaps(batch, config)
         overlap = hits.gather(2, match.unsqueeze(2)).squeeze(2)
-        reachable = hits.any(dim=2)
+        reachable = (hits & candidates).any(dim=2)
     return Learnt(
         config,
         checkpoint.progress["step"],
