@@ -62,12 +62,13 @@ def commands(images: Path, out: Path, epochs: int) -> Iterator[tuple[str, list[s
     yield "write", ["fastpmae-write", str(images / "train"), str(train)], train
     yield "write (val)", ["fastpmae-write", str(images / "val"), str(val)], val
     settings = ["--preset", "small-data", "--epochs", str(epochs), "--out", str(run)]
-    yield f"train, {epochs} epochs", ["fastpmae-train", "--beton", str(train), *settings], run / "metrics.jsonl"
-    for judge in ("knn", "linear", "lowshot"):
-        yield f"eval {judge}", ["fastpmae-eval", judge, str(run), *labelled], run / "eval" / f"{judge}.json"
+    yield f"train, {epochs} epoch{'s' * (epochs > 1)}", ["fastpmae-train", "--beton", str(train), *settings], run / "metrics.jsonl"
+    for judge, result in (("knn", "knn"), ("linear", "linear-sgd"), ("lowshot", "lowshot")):
+        yield f"eval {judge}", ["fastpmae-eval", judge, str(run), *labelled], run / "eval" / f"{result}-student.json"
     tuned = out / "tuned"
     small = ["--preset", "small", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "64", "--out", str(tuned)]
-    yield "eval finetune, 1 epoch", ["fastpmae-eval", "finetune", str(run), *labelled, *small], tuned / "finetune.json"
+    tune = ["fastpmae-eval", "finetune", str(run), *labelled, *small]
+    yield "eval finetune, 1 epoch", tune, tuned / "finetune-student.json"
     yield "export", ["fastpmae-export", str(run), str(out / "timm")], out / "timm" / "README.md"
     picture = out / "learnt.png"
     yield "view", ["fastpmae-view", str(train), str(picture), "--run", str(run), "--samples", "3"], picture
