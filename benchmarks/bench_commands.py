@@ -62,7 +62,8 @@ def commands(images: Path, out: Path, epochs: int) -> Iterator[tuple[str, list[s
     yield "write", ["fastpmae-write", str(images / "train"), str(train)], train
     yield "write (val)", ["fastpmae-write", str(images / "val"), str(val)], val
     settings = ["--preset", "small-data", "--epochs", str(epochs), "--out", str(run)]
-    yield f"train, {epochs} epoch{'s' * (epochs > 1)}", ["fastpmae-train", "--beton", str(train), *settings], run / "metrics.jsonl"
+    name = f"train, {epochs} epoch{'s' * (epochs > 1)}"
+    yield name, ["fastpmae-train", "--beton", str(train), *settings], run / "metrics.jsonl"
     for judge, result in (("knn", "knn"), ("linear", "linear-sgd"), ("lowshot", "lowshot")):
         yield f"eval {judge}", ["fastpmae-eval", judge, str(run), *labelled], run / "eval" / f"{result}-student.json"
     tuned = out / "tuned"
