@@ -20,6 +20,7 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.learnt import look, prototype_use
 from fastpmae.learnt_pictures import draw_learnt, draw_prototypes
+from fastpmae.tally import Tally
 from fastpmae_loaders import open_samples
 
 CURVES: tuple[tuple[str, dict[str, str]], ...] = (
@@ -55,13 +56,16 @@ img { max-width: 100%; height: auto; } code { background: #f1f3f5; padding: 0 .2
 """
 
 
-def write_report(run: Path, out: Path | None = None, beton: Path | None = None, samples: int = 6) -> Path:
+def write_report(
+    run: Path, out: Path | None = None, beton: Path | None = None, samples: int = 6, tally: Tally | None = None
+) -> Path:
     """Write a run's report and return where it is.
 
     Args:
         out: report.html in the run's folder by default; it appears whole or not at all.
         beton: the images of the pictures; the run's own by default. Where they are not there, the pictures are left
             out and a sentence says so.
+        tally: counts the parts that are done: the log, two pictures, the page.
 
     Raises:
         UserError: when the folder holds no run, or what it holds cannot be used.
@@ -72,11 +76,15 @@ def write_report(run: Path, out: Path | None = None, beton: Path | None = None, 
     if not target.parent.is_dir():
         raise UserError(f"{target} cannot be written: there is no folder {target.parent}")
     config = read_config(run / "config.json")
-    rows = read_rows(run / "metrics.jsonl")
-    pictures, remark = _pictures(run, config, beton, samples)
-    page = "\n".join(_page(run, config, rows, pictures, remark))
-    with appearing(target) as beside:
-        beside.write_text(page)
+    tally = tally or Tally()
+    with tally.count(4, "parts"):
+        rows = read_rows(run / "metrics.jsonl")
+        tally.advance()
+        pictures, remark = _pictures(run, config, beton, samples, tally)
+        page = "\n".join(_page(run, config, rows, pictures, remark))
+        with appearing(target) as beside:
+            beside.write_text(page)
+        tally.advance()
     return target
 
 
@@ -92,7 +100,9 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _pictures(run: Path, config: Config, named: Path | None, samples: int) -> tuple[dict[str, str], str]:
+def _pictures(
+    run: Path, config: Config, named: Path | None, samples: int, tally: Tally
+) -> tuple[dict[str, str], str]:  # fmt: skip
     """Drawn pictures as PNG data by their titles, and a sentence on what is missing."""
     if not checkpoints_in(run):
         return {}, "There is no checkpoint yet, so there are no pictures of what was learnt."
@@ -108,10 +118,12 @@ def _pictures(run: Path, config: Config, named: Path | None, samples: int) -> tu
     pictures = {
         "What was learnt of a few images": _png(draw_learnt(look(checkpoint, images, min(samples, len(images))), title))
     }
+    tally.advance()
     if config.teachers.teachers in ("dual", "single"):
         pictures["Patches nearest to the most used prototypes"] = _png(
             draw_prototypes(prototype_use(checkpoint, images), title)
         )
+    tally.advance()
     return pictures, ""
 
 
@@ -261,7 +273,7 @@ def report_command(
         beton: Images for the pictures, if not the run's own.
         samples: How many of them.
     """
-    print(f"wrote {write_report(run, out, beton, samples)}")
+    print(f"wrote {write_report(run, out, beton, samples, Tally(live=True))}")
 
 
 def main() -> int:

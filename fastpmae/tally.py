@@ -62,9 +62,10 @@ class Tally:
             print(line, file=sys.stderr, flush=True)
 
     def rate(self) -> str:
-        """Done per second, since the first was."""
+        """Done per second, since the first was; of what takes seconds, how many each takes."""
         end = self._ended if self._ended > self._started else time.monotonic()
-        return f"{max(self._done - self._first, 0) / max(end - self._started, 1e-9):,.0f} {self._unit}/s"
+        rate = max(self._done - self._first, 0) / max(end - self._started, 1e-9)
+        return f"{1 / rate:,.1f} s each" if 0 < rate < 1 else f"{rate:,.0f} {self._unit}/s"
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from PIL import Image
 from fastpmae import Config, pretrain
 from fastpmae.errors import UserError
 from fastpmae.report import read_rows, write_report
+from fastpmae.tally import Tally
 from tests.made import REPOSITORY, write_tree
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -89,7 +90,14 @@ def test_images_that_have_gone(tiny: Config, small_beton: Path, tmp_path: Path):
 def test_a_folder_of_images(tiny: Config, tmp_path: Path):
     images = write_tree(tmp_path / "images", 12)
     folder = pretrain(tiny.using(beton=images, loader="torch", steps=1, batch_size=4))
-    text = write_report(folder, samples=2).read_text()
+    done = []
+
+    class Counted(Tally):
+        def advance(self, count: int = 1) -> None:
+            done.append(count)
+
+    text = write_report(folder, samples=2, tally=Counted()).read_text()
+    assert done == [1, 1, 1, 1]
     assert "are not here" not in text
     assert text.count("<img ") == 2  # one row makes no curves
 
