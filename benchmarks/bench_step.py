@@ -34,7 +34,7 @@ from fastpmae import PRESETS, Config
 from fastpmae.architecture import make_networks, shape_of
 from fastpmae.data import stochastic_depth
 from fastpmae.flops import flop_formulas
-from fastpmae.host_memory import give_back_at_once
+from fastpmae.host_memory import tune_allocator
 from fastpmae.optimiser import make_optimiser, update
 from fastpmae.step import learn, teach
 from fastpmae.world import World
@@ -191,7 +191,7 @@ class Apart:
 def serve(connection: Connection, name: str, model: str, batch_size: int, chunk: int) -> None:
     """The other end of `Apart`: the losses, then the seconds of a step whenever one is asked for."""
     if not name.startswith("plain-"):
-        give_back_at_once()  # as the trainer does on the CPU
+        tune_allocator()  # as the trainer does on the CPU
     case = make_case(name, model, batch_size, chunk)
     given = case.given(made_batch(case.config, batch_size))
     connection.send(case.losses(given))
@@ -390,7 +390,7 @@ def main() -> int:
     batch_size = given.batch_size or (4 if given.quick else 32)
     if given.measure:
         if not given.measure.startswith("plain-"):
-            give_back_at_once()  # as the trainer does on the CPU
+            tune_allocator()  # as the trainer does on the CPU
         before = resident("RssAnon")
         case = make_case(given.measure, given.model, batch_size, given.prototypes_chunk)
         batch, few = (made_batch(case.config, size) for size in (batch_size, 2))

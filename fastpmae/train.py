@@ -24,7 +24,7 @@ from fastpmae.errors import Interrupted, RunError, exit_with_sentence
 from fastpmae.fp8 import check_fp8
 from fastpmae.geometry import match_geometry
 from fastpmae.health import health
-from fastpmae.host_memory import give_back_at_once
+from fastpmae.host_memory import tune_allocator
 from fastpmae.log import Log, Meter
 from fastpmae.optimiser import learning_rate, make_optimiser, update
 from fastpmae.parallel import gradients_stay, over_ranks
@@ -49,7 +49,7 @@ def pretrain(config: Config) -> Path:
         stop = stack.enter_context(Stop())
         world = stack.enter_context(join_world(config.efficiency.device, config.efficiency.rank_timeout))
         if world.device.type == "cpu":
-            give_back_at_once()
+            tune_allocator()
         images = open_images(config)
         config = resolve(config, world.device, images)
         loader = stack.enter_context(make_loader(images, config, world))
