@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import Row, arguments, device_name, finish, make_row, save
-from fastpmae.errors import UserError, exit_with_sentence
+from benchmarks.common import SHARED, Row, arguments, device_name, finish, make_row, save, unpack
+from fastpmae.errors import exit_with_sentence
 
-SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 DATA = {"camvid": "camvid_240x180.tar", "tiny_imagenet_20": "tiny_imagenet_20.tar"}
 VOID = 11
 """CamVid's number of what belongs to no class."""
@@ -35,11 +33,7 @@ SOON = 10.0
 
 def labelled_folders(name: str, folder: Path) -> Path:
     """The data as `train` and `val` folders of a folder for each class."""
-    archive = SHARED / DATA[name]
-    if not archive.exists():
-        raise UserError(f"{archive} is not there")
-    with tarfile.open(archive) as opened:
-        opened.extractall(folder, filter="data")
+    unpack(SHARED / DATA[name], folder)
     if name != "camvid":
         return folder / name
     sorted_by_class = folder / "by-class"

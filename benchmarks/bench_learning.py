@@ -12,7 +12,6 @@ the base's.
 
 import json
 import sys
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import Row, arguments, device_name, finish, make_row, save
+from benchmarks.common import SHARED, Row, arguments, device_name, finish, make_row, save, unpack
 from benchmarks.learning_cases import CASES, TABLES
 from benchmarks.learning_judge import (
     MEASURES,
@@ -43,7 +42,7 @@ from fastpmae.files import appearing
 from fastpmae.train import pretrain
 from fastpmae.write import write_beton
 
-IMAGES = Path(__file__).resolve().parents[2] / "shared/data/tiny_imagenet_20.tar"
+IMAGES = SHARED / "tiny_imagenet_20.tar"
 UNTRAINED = ("random", "thumbnails")
 
 
@@ -201,8 +200,7 @@ def default_betons(folder: Path) -> tuple[Path, Path]:
     files = folder / "train.beton", folder / "val.beton"
     if not all(file.exists() for file in files):
         folder.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(IMAGES) as archive:
-            archive.extractall(folder, filter="data")
+        unpack(IMAGES, folder)
         for file in files:
             write_beton(folder / "tiny_imagenet_20" / file.stem, file, force=True)
     return files

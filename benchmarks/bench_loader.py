@@ -13,7 +13,6 @@ import argparse
 import importlib
 import os
 import sys
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import Row, arguments, device_name, finish, make_row, processor_name, save
+from benchmarks.common import SHARED, Row, arguments, device_name, finish, make_row, processor_name, save, unpack
 from benchmarks.loader_baselines import Task
 from benchmarks.loader_cases import CASES
 from benchmarks.loader_checks import check
@@ -34,7 +33,7 @@ from fastpmae.write import write_beton
 from fastpmae_loaders import Beton
 from fastpmae_loaders.beton import JPG
 
-SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "imagenet_sample_400.tar"
+SAMPLE = SHARED / "imagenet_sample_400.tar"
 BATCH, QUICK_BATCH, SIDE = 64, 16, 224
 CEILING = "decode-only"
 
@@ -66,8 +65,7 @@ def prepare(data: Path | None, into: Path, least: int) -> Images:
     if data is not None:
         source, words = data, str(data)
     elif SAMPLE.exists():
-        with tarfile.open(SAMPLE) as tar:
-            tar.extractall(into / "sample", filter="data")
+        unpack(SAMPLE, into / "sample")
         source, words = into / "sample" / "imagenet_sample", f"{SAMPLE.name}, the original bytes"
     else:
         write_demo_images(into / "demo")

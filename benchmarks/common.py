@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import platform
 import statistics
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastpmae.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -25,6 +28,18 @@ PACKAGES = (
     "torch", "triton", "numba", "numpy", "torchvision", "timm", "pillow", "ffcv",
     "nvidia-dali-cuda130", "nvidia-dali-cuda120",
 )  # fmt: skip
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared/data"
+"""The real images that lie beside a checkout."""
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Everything in a tar of theirs. Raises UserError where it is not there."""
+    if not archive.exists():
+        raise UserError(f"{archive} is not there")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
 
 
 @dataclass(frozen=True)

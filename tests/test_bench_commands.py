@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bench_commands
-from benchmarks.bench_commands import SHARED, labelled_folders, time_rows, typed
+from benchmarks.bench_commands import labelled_folders, time_rows, typed
+from benchmarks.common import SHARED
 
 
 def command(path: Path, body: str) -> list[str]:

@@ -19,20 +19,17 @@ from fastpmae.learnt_pictures import AGREES, DISAGREES
 from fastpmae.step import label, learn, teach
 from fastpmae.view import draw_run, view_command
 from fastpmae_loaders import Beton
+from tests.made import tiny_settings
 
 
 @pytest.fixture(scope="module")
 def run(small_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.made import tiny_settings
-
     return pretrain(tiny_settings(small_beton).using(out=tmp_path_factory.mktemp("learnt") / "run", epochs=1))
 
 
 @pytest.mark.parametrize("scope", ["image", "fold"])
 def test_similarity_and_match_are_those_of_the_step(run: Path, small_beton: Path, tmp_path: Path, scope: str):
     if scope == "fold":
-        from tests.made import tiny_settings
-
         run = pretrain(tiny_settings(small_beton).using(out=tmp_path / "run", match_scope="fold", steps=5))
     learnt = look(find_checkpoint(run), Beton(small_beton), samples=7)
     student, teachers = networks_of(find_checkpoint(run))
