@@ -1,8 +1,9 @@
 """Pseudo-MAE and SdAE the usual way, which the trainer is measured against.
 
 Written as a careful researcher would on top of public code: timm's parts in eager mode, MAE's decoder over all tokens
-put back in order, each view embedded whole before tokens are picked, every matrix of logits and assignments written
-down, distances by cdist, EMA and AdamW one parameter at a time. The networks take the trainer's weights by name.
+put back in order, each view embedded whole and once for each network before tokens are picked, every matrix of logits
+and assignments written down, distances by cdist, EMA and AdamW one parameter at a time. The networks take the
+trainer's weights by name.
 """
 
 from collections.abc import Sequence
@@ -67,7 +68,12 @@ class PlainEncoder(nn.Module):
         self.norm = LayerNorm(shape.width)
 
     def forward(self, images: Tensor, ids: Int[Tensor, "batch count"]) -> Float[Tensor, "batch 1+count dim"]:
-        tokens = pick(self.patch_embed(images) + self.pos_embed[:, 1:], ids)
+        return self.encode(pick(self.embed(images), ids))
+
+    def embed(self, images: Tensor) -> Float[Tensor, "batch patches dim"]:
+        return self.patch_embed(images) + self.pos_embed[:, 1:]
+
+    def encode(self, tokens: Float[Tensor, "batch count dim"]) -> Float[Tensor, "batch 1+count dim"]:
         class_token = self.cls_token + self.pos_embed[:, :1]
         tokens = torch.cat((class_token.expand(len(tokens), -1, -1), tokens), dim=1)
         return self.norm(self.blocks(tokens))
@@ -186,7 +192,9 @@ class PlainMethod:
 
     def folds(self, teacher: PlainNetwork, images: Tensor, batch: PlainBatch) -> tuple[list[Tensor], Tensor]:
         """The teacher's class token of each fold, and its patch tokens of all folds."""
-        encoded = [teacher.encoder(images, fold) for fold in batch.folds.split(list(batch.fold_sizes), dim=1)]
+        embedded = teacher.encoder.embed(images)
+        folds = batch.folds.split(list(batch.fold_sizes), dim=1)
+        encoded = [teacher.encoder.encode(pick(embedded, fold)) for fold in folds]
         return [tokens[:, 0] for tokens in encoded], torch.cat([tokens[:, 1:] for tokens in encoded], dim=1)
 
     @torch.no_grad()
