@@ -248,8 +248,13 @@ class Decoder(nn.Module):
         encoded: Float[Tensor, "batch 1+visible encoder_dim"],
         visible: Int[Tensor, "batch visible"],
         masked: Int[Tensor, "batch masked"],
+        labels: bool = True,
     ) -> tuple[Float[Tensor, "batch output_dim"] | None, Float[Tensor, "batch masked output_dim"]]:
-        """The class prediction (None without a class token) and the predictions of the masked patches."""
+        """The class prediction and the predictions of the masked patches.
+
+        Args:
+            labels: whether the class prediction is read; where it is not, or there is no class token, it is None.
+        """
         positions = self.pos_embed[0, 1:]
         mask = self.mask_token + positions[masked]
         # Autocast gives bf16 here; positions and the sums along the blocks stay in the weights' own precision.
@@ -257,9 +262,10 @@ class Decoder(nn.Module):
         visible_tokens = known[:, 1:] + positions[visible]
         tokens = torch.cat([visible_tokens] + [known[:, :1]] * self.class_token + [mask], dim=1)
         # Nothing reads the predictions of visible patches: in the last block the others only look at them.
-        read = masked.shape[1] + self.class_token
+        reads_class = self.class_token and labels
+        read = masked.shape[1] + reads_class
         predicted = norm_linear(self.blocks(tokens, last=read), self.norm, self.output)
-        return (predicted[:, 0], predicted[:, 1:]) if self.class_token else (None, predicted)
+        return (predicted[:, 0], predicted[:, 1:]) if reads_class else (None, predicted)
 
 
 class Factors(NamedTuple):
@@ -351,7 +357,9 @@ class Student(nn.Module):
         Float[Tensor, "batch*masked prototypes"] | Factors | Unseen | None,
     ]:
         """Predicted tokens of the masked patches, and the class and patch logits over the prototypes (see `Head`)."""
-        class_prediction, masked_prediction = self.decoder(self.encoder(images, visible, keep), visible, masked)
+        class_prediction, masked_prediction = self.decoder(
+            self.encoder(images, visible, keep), visible, masked, self.head is not None
+        )
         if self.head is None or class_prediction is None:
             return masked_prediction, None, None
         class_logits, patch_logits = self.head(class_prediction, masked_prediction.flatten(0, 1), chunk)

@@ -197,6 +197,24 @@ def test_the_decoder_equals_the_reference(class_token: bool) -> None:
             torch.testing.assert_close(token[i], true_token, rtol=1e-10, atol=1e-10)
 
 
+def test_a_class_prediction_that_nobody_reads_is_not_computed() -> None:
+    """The masked patches are predicted as ever, from a class token that the last block only looks at."""
+    decoder = made_decoder()
+    encoded = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double()
+    order = made_ids(2, 16, 16)
+    rows: list[int] = []
+    decoder.blocks[-1].register_forward_hook(lambda block, given, result: rows.append(result.shape[1]))
+    (_, tokens), (nothing, alone) = (decoder(encoded, order[:, :4], order[:, 4:], labels) for labels in (True, False))
+    assert nothing is None
+    torch.testing.assert_close(alone, tokens, rtol=1e-12, atol=1e-12)
+    assert rows == [13, 12]
+    # a student asks for it where it has a head
+    encoder, ids = made_encoder(), (order[:, :4], order[:, 4:])
+    Student(encoder, decoder, None)(made_images(), *ids)
+    Student(encoder, decoder, Head(16, 12, 6, 10).double())(made_images(), *ids)
+    assert rows[2:] == [12, 13]
+
+
 def test_the_decoder_does_not_mind_the_order() -> None:
     decoder = made_decoder()
     encoded = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double()
