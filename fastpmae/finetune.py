@@ -225,13 +225,16 @@ def examine(setting: Setting, encode: Callable[[Tensor], Tensor], model: nn.Modu
 
 
 def write_classifier(setting: Setting, model: nn.Module, course: Course) -> None:
-    """The trained weights, under timm's names where it is a whole network, with the classes' names in the header."""
+    """The trained weights, under timm's names where it is a whole network, and in the header what they need besides."""
+    backbone = setting.backbone
     header = {
         "format": "pt",
         **({"timm": json.dumps(timm_arguments_of(model))} if isinstance(model, VisionTransformer) else {}),
         "classes": json.dumps(setting.train.names),
         "course": json.dumps(dataclasses.asdict(course)),
-        "backbone": setting.backbone.source,
+        "backbone": backbone.source,
+        "mean": json.dumps(backbone.mean),
+        "std": json.dumps(backbone.std),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with appearing(setting.folder / "classifier.safetensors") as beside:
@@ -241,8 +244,21 @@ def write_classifier(setting: Setting, model: nn.Module, course: Course) -> None
 def timm_arguments_of(model: VisionTransformer) -> dict[str, Any]:
     """What `timm.create_model` needs to build a ViT of these sizes with its classifier."""
     vit: Any = model
+    # What timm made by a name may have parts that no size tells (another activation, a norm before the blocks).
+    made = getattr(vit, "pretrained_cfg", None) or {}
+    parts: dict[str, Any] = {}
+    if not isinstance(vit.blocks[0].ls1, nn.Identity):
+        parts["init_values"] = 1e-5  # that there is a LayerScale; its values are among the weights
+    if not isinstance(vit.blocks[0].attn.q_norm, nn.Identity):
+        parts["qk_norm"] = True
+    if vit.no_embed_class:
+        parts["no_embed_class"] = True
+    if vit.num_reg_tokens:
+        parts["reg_tokens"] = vit.num_reg_tokens
+    if not vit.has_class_token:
+        parts["class_token"] = False
     return {
-        "model_name": "vit_base_patch16_224",
+        "model_name": made.get("architecture") or "vit_base_patch16_224",
         "img_size": vit.patch_embed.img_size[0],
         "patch_size": vit.patch_embed.patch_size[0],
         "embed_dim": vit.embed_dim,
@@ -252,6 +268,7 @@ def timm_arguments_of(model: VisionTransformer) -> dict[str, Any]:
         "global_pool": vit.global_pool,
         "fc_norm": isinstance(vit.fc_norm, nn.LayerNorm),
         "num_classes": vit.num_classes,
+        **parts,
     }
 
 
