@@ -7,7 +7,7 @@ a run that was stopped goes on, one whose file is there is read, so that evening
 (cosine, majority) on the validation images and leave-one-out on the training images, and logistic regression, of the
 class token and of the mean of the patch tokens; against a random start and 8 x 8 thumbnails. Differences come with a
 paired bootstrap's 95 % interval over images. With `--equal time` every case gets as many epochs as fit in the time of
-the base's.
+the base's; `mae-sdae` and `mae-dual` then spend the first half of it on MAE.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import SHARED, Row, arguments, device_name, finish, make_row, save, unpack
-from benchmarks.learning_cases import CASES, TABLES
+from benchmarks.learning_cases import AFTER_MAE, CASES, TABLES
 from benchmarks.learning_judge import (
     MEASURES,
     POOLS,
@@ -74,40 +74,58 @@ class Evening:
 
     def trained(self, name: str, seed: int, equal: str, epochs: int) -> Judged:
         """A case's run, pretrained (or gone on with) and judged, or read where that is done."""
-        run = self.out / f"{name}-{equal}-{epochs}-seed{seed}"
-        path = self.results / f"{run.name}.json"
+        path = self.results / f"{name}-{equal}-{epochs}-seed{seed}.json"
         if not path.exists():
-            changes = CASES[name].changes(self.base) | {"epochs": epochs, "seed": seed}
-            print(f"{run.name}:", flush=True)
-            pretrain(self.base.using(**changes, out=run, name=run.name, resume="auto"))
-            encoder, _ = load_encoder(run)
+            runs: list[Path] = []
+            start = CASES[name].after
+            if start is not None:
+                runs.append(self._pretrained(start, seed, "half", self.known_epochs(half=True)[start]))
+            runs.append(self._pretrained(name, seed, equal, epochs, init=runs[0] if runs else None))
+            encoder, _ = load_encoder(runs[-1])
             right = judge(features_of(encoder, self.train, self.val), self.train, self.val)
-            write(Judged(name, seed, equal, epochs, sum(seconds_of(run)), right), path)
+            write(
+                Judged(name, seed, equal, epochs, sum(second for run in runs for second in seconds_of(run)), right),
+                path,
+            )
         return read(path)
+
+    def _pretrained(self, name: str, seed: int, equal: str, epochs: int, init: Path | None = None) -> Path:
+        """A case's run, gone on with where it was stopped."""
+        run = self.out / f"{name}-{equal}-{epochs}-seed{seed}"
+        changes = CASES[name].changes(self.base) | {"epochs": epochs, "seed": seed, "init": init}
+        print(f"{run.name}:", flush=True)
+        return pretrain(self.base.using(**changes, out=run, name=run.name, resume="auto"))
 
     def epochs_in_the_same_time(self, name: str) -> int:
         """As many epochs as the case gets done while the base does its own; measured in turns, and kept."""
-        if name not in self.known_epochs():
-            found: dict[str, list[float]] = {"dual": [], name: []}
-            for turn in range(3):
-                for case, seconds in found.items():
-                    run = self.out / "timing" / f"{name}-{case}-{turn}"
-                    config = self.base.using(**CASES[case].changes(self.base), out=run, steps=12, log_every=4)
-                    pretrain(config.using(resume="auto", tensorboard=False))
-                    seconds.append(float(np.median(seconds_of(run))))
-            times = self.times() | {name: float(np.median(np.divide(found[name], found["dual"])))}
-            with appearing(self.results / "step-seconds.json") as beside:
-                beside.write_text(json.dumps(times, indent=1) + "\n")
-        return self.known_epochs()[name]
+        case = CASES[name]
+        for one in (case.timed(), *([case.after] if case.after else [])):
+            if one not in self.times():
+                self._time(one)
+        return self.known_epochs(half=case.after is not None)[case.timed()]
 
-    def known_epochs(self) -> dict[str, int]:
-        """The same of every case whose time has been measured."""
-        return {name: max(1, round(self.base.optimiser.epochs / share)) for name, share in self.times().items()}
+    def _time(self, name: str) -> None:
+        """Measure what a step of a case takes, as a share of dual's."""
+        found: dict[str, list[float]] = {"dual": [], name: []}
+        for turn in range(3):
+            for case, seconds in found.items():
+                run = self.out / "timing" / f"{name}-{case}-{turn}"
+                config = self.base.using(**CASES[case].changes(self.base), out=run, steps=12, log_every=4)
+                pretrain(config.using(resume="auto", tensorboard=False))
+                seconds.append(float(np.median(seconds_of(run))))
+        times = self.times() | {name: float(np.median(np.divide(found[name], found["dual"])))}
+        with appearing(self.results / "step-seconds.json") as beside:
+            beside.write_text(json.dumps(times, indent=1) + "\n")
+
+    def known_epochs(self, half: bool = False) -> dict[str, int]:
+        """The same of every case whose time has been measured; in half of the time where asked."""
+        epochs = self.base.optimiser.epochs / (2 if half else 1)
+        return {name: max(1, round(epochs / share)) for name, share in self.times().items()}
 
     def times(self) -> dict[str, float]:
         """What a step of each case takes, as a share of the base's, where it has been measured."""
         path = self.results / "step-seconds.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return {"dual": 1.0} | (json.loads(path.read_text()) if path.exists() else {})
 
 
 def seconds_of(run: Path) -> list[float]:
@@ -127,7 +145,8 @@ def lines_of(found: dict[tuple[str, str], list[Judged]]) -> Iterator[str]:
         if equal == "time" and "dual" not in known:
             known["dual"] = found.get(("dual", "steps"), [])
         for number, names in TABLES.items():
-            there = [name for name in names if name in known]
+            more = AFTER_MAE if (number, equal) == (6, "time") else ()
+            there = [name for name in (*names, *more) if name in known]
             if not set(there) - {"dual"} or not known.get("dual"):
                 continue
             yield from ("", f"**Table {number}, equal {equal}**", "")
@@ -237,6 +256,9 @@ def bench() -> int:
     given = parser.parse_args()
     if (given.train is None) != (given.val is None):
         raise UserError("--train and --val go together")
+    halves = [name for name in given.cases if CASES[name].after]
+    if halves and given.equal != "time":
+        raise UserError(f"{', '.join(halves)} shares its time with another case: say --equal time")
     data = (given.train, given.val) if given.train else default_betons(given.out / "data")
     base = read_config(Path(given.base)) if Path(given.base).is_file() else preset(given.base)
     base = base.using(epochs=1 if given.quick else given.epochs)
@@ -251,7 +273,8 @@ def bench() -> int:
             epochs = evening.epochs_in_the_same_time(name) if in_time else base.optimiser.epochs
             evening.trained(name, seed, "time" if in_time else "steps", epochs)
     found: dict[tuple[str, str], list[Judged]] = {}
-    same_time = evening.known_epochs()
+    whole, half = evening.known_epochs(), evening.known_epochs(half=True)
+    same_time = {name: (half if case.after else whole).get(case.timed()) for name, case in CASES.items()}
     for path in sorted(results.glob("*-seed*.json")):
         one = read(path)
         comparable = same_time.get(one.case) if one.equal == "time" else base.optimiser.epochs

@@ -21,6 +21,14 @@ class LearningCase:
     """The settings that differ from the base's."""
     paper: float | None = None
     """Top-1 on ImageNet-1k that the paper gives the row, fine-tuned, with ViT-S."""
+    after: str | None = None
+    """The case that has the first half of the time, and whose encoder this one starts from."""
+    as_long_as: str | None = None
+    """The case whose steps take as long, where that is another's."""
+
+    def timed(self) -> str:
+        """The case whose step is timed for it."""
+        return self.as_long_as or self.name
 
 
 def _weights(class_share: float, patch_share: float, token_share: float = 1.0) -> Callable[[Config], dict[str, Any]]:
@@ -38,6 +46,19 @@ def _weights(class_share: float, patch_share: float, token_share: float = 1.0) -
     return changes
 
 
+def _after_mae(case: str, title: str, changes: dict[str, Any]) -> LearningCase:
+    """Teachers that begin as MAE's encoder, and so may follow the student sooner."""
+    soon = changes | {"reconstruction_momentum": (0.7, 0.99)}
+    return LearningCase(f"mae-{case}", f"MAE, then {title}", lambda _: soon, after="mae", as_long_as=case)
+
+
+_SDAE: dict[str, Any] = {
+    "teachers": "reconstruction",
+    "lambda_c": 0.0,
+    "lambda_p": 0.0,
+    "decoder_class_token": False,
+}
+
 CASES: dict[str, LearningCase] = {
     case.name: case
     for case in (
@@ -50,7 +71,7 @@ CASES: dict[str, LearningCase] = {
         LearningCase(
             "sdae",
             "SdAE: the reconstruction teacher alone",
-            lambda _: {"teachers": "reconstruction", "lambda_c": 0.0, "lambda_p": 0.0, "decoder_class_token": False},
+            lambda _: _SDAE,
             74.19,
         ),
         LearningCase("single-step", "one teacher, follows each step", lambda _: {"teachers": "single"}, 73.5),
@@ -71,10 +92,14 @@ CASES: dict[str, LearningCase] = {
         LearningCase("weights-1-0-1", "no class labels (1, 0, 1)", _weights(0, 1), 73.20),
         LearningCase("weights-1-1-0", "no patch labels (1, 1, 0)", _weights(1, 0), 74.23),
         LearningCase("weights-0-1-1", "no reconstruction (0, 1, 1)", _weights(1, 1, 0), 74.09),
+        _after_mae("sdae", "the reconstruction teacher alone", _SDAE),
+        _after_mae("dual", "two teachers", {}),
         LearningCase("one-fold", "one fold for the teachers", lambda _: {"folds": 1}),
         LearningCase("simple-view", "simple view for the labelling teacher", lambda _: {"labelling_view": "simple"}),
     )
 }
+AFTER_MAE = ("mae-sdae", "mae-dual")
+"""Not in the paper: shown beside Table 6, at equal time."""
 TABLES: dict[int, tuple[str, ...]] = {
     6: ("mae", "sdae", "single-step", "single-epoch", "dual"),
     7: ("momentum-0.96", "dual"),

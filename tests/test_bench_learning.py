@@ -12,7 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from benchmarks.bench_learning import lines_of, write_page
+from benchmarks.bench_learning import Evening, lines_of, write_page
 from benchmarks.learning_cases import CASES, TABLES
 from benchmarks.learning_judge import POOLS, Images, Judged, best_pool, interval, judge, read, write
 from fastpmae.architecture import check
@@ -37,6 +37,32 @@ def test_every_case_is_a_run_that_differs_in_what_its_row_is_about(name):
     differing = {key for key in one if one[key] != other[key]} - {"beton"}
     assert differing <= set(CASES[name].changes(BASE))
     assert {"lr", "batch_size", "epochs", "seed", "mask_ratio", "image_size"}.isdisjoint(differing)
+
+
+def test_what_comes_after_mae_begins_with_its_encoder(small_beton, tmp_path, monkeypatch):
+    """Half of the time is the first case's: its run comes first, and the second starts from it."""
+    given = []
+
+    def pretrained(config):
+        given.append(config)
+        return config.run.out
+
+    monkeypatch.setattr("benchmarks.bench_learning.pretrain", pretrained)
+    monkeypatch.setattr("benchmarks.bench_learning.load_encoder", lambda run: (None, None))
+    monkeypatch.setattr("benchmarks.bench_learning.features_of", lambda *_: {})
+    monkeypatch.setattr("benchmarks.bench_learning.seconds_of", lambda _: [2.0, 3.0])
+    base = BASE.using(epochs=12)
+    evening = Evening(base, small_beton, small_beton, tmp_path / "runs", tmp_path / "results", 1)
+    (tmp_path / "results" / "step-seconds.json").write_text('{"sdae": 0.6, "mae": 0.4}')
+    epochs = evening.epochs_in_the_same_time("mae-sdae")
+    result = evening.trained("mae-sdae", 5, "time", epochs)
+    first, second = given
+    assert (first.teachers.teachers, first.optimiser.epochs, first.run.init) == ("none", 15, None)
+    assert (second.teachers.teachers, second.optimiser.epochs) == ("reconstruction", 10)
+    assert second.run.init == first.run.out
+    assert (first.run.seed, second.run.seed, result.seconds) == (5, 5, 10.0)
+    assert evening.epochs_in_the_same_time("mae-dual") == 6
+    assert evening.epochs_in_the_same_time("mae") == 30
 
 
 def test_rows_of_table_8_take_the_base_s_own_weights():
