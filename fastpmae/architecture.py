@@ -147,6 +147,9 @@ def check(config: Config) -> None:
         (optimiser.accumulate == 1 or efficiency.compile_mode not in CUDA_GRAPHS,
          f"--compile-mode {efficiency.compile_mode} keeps gradients where the next part's CUDA graph writes its own: "
          "with --accumulate choose default or max-autotune-no-cudagraphs"),
+        (not efficiency.shard or efficiency.compile_mode not in CUDA_GRAPHS,
+         f"--compile-mode {efficiency.compile_mode} replays kernels on weights that stay where they are, which --shard "
+         "moves: choose default or max-autotune-no-cudagraphs"),
         (efficiency.checkpoint_blocks >= 0,
          f"--checkpoint-blocks {efficiency.checkpoint_blocks}: every so many blocks, or 0 for none"),
         (config.run.save_every >= 0, f"--save-every {config.run.save_every} is negative"),

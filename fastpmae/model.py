@@ -265,7 +265,11 @@ class Decoder(nn.Module):
         reads_class = self.class_token and labels
         read = masked.shape[1] + reads_class
         predicted = norm_linear(self.blocks(tokens, last=read), self.norm, self.output)
-        return (predicted[:, 0], predicted[:, 1:]) if reads_class else (None, predicted)
+        if not reads_class:
+            return None, predicted
+        patches = predicted[:, 1:]
+        # DistributedDataParallel copies a view at its first step and not later: the losses would be compiled twice.
+        return predicted[:, 0], patches.contiguous() if torch.compiler.is_compiling() else patches
 
 
 class Factors(NamedTuple):

@@ -1,11 +1,13 @@
 """The two functions that do a step's work, `see` and `learn`: compiled as the settings say, or as they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastpmae.config import Config
+from fastpmae.model import Blocks
 from fastpmae.world import World
 
 Pass = Callable[..., Any]
@@ -14,14 +16,21 @@ CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 def make_passes(
-    see: Pass, learn: Pass, config: Config, world: World, backend: str = "inductor"
-) -> tuple[Pass, Pass]:  # fmt: skip
+    see: Pass,
+    learn: Pass,
+    config: Config,
+    world: World,
+    networks: Iterable[nn.Module] = (),
+    backend: str = "inductor",
+) -> tuple[Pass, Pass]:
     """The step's two functions as the loop calls them, each as one graph where they are compiled.
 
     Across ranks the student is inside a module of torch's that is not to be compiled: dynamo makes one graph of what
-    stands before it, of the student and of the losses each.
+    stands before it, of the student and of the losses each. In shards the blocks alone are compiled, each between
+    FSDP2's hooks, which put it together and take it apart and are not to be traced.
 
     Args:
+        networks: those of the step, whose blocks are changed in place where they are in shards.
         backend: torch.compile's; tests take one that needs no C++ compiler.
     """
     efficiency = config.efficiency
@@ -31,6 +40,10 @@ def make_passes(
     mode = None if efficiency.compile_mode == "default" else efficiency.compile_mode
     # xformers' operators have no form that a graph could hold.
     whole = efficiency.attention != "xformers"
+    if efficiency.shard and world.group is not None:
+        for network in networks:
+            _compile_blocks(network, backend=backend, mode=mode, fullgraph=whole)
+        return see, learn
     seen = torch.compile(see, backend=backend, mode=mode, fullgraph=whole)
     learnt = torch.compile(learn, backend=backend, mode=mode, fullgraph=whole and world.group is None)
     if efficiency.compile_mode not in CUDA_GRAPHS or not on_gpu:
@@ -42,3 +55,11 @@ def make_passes(
         return seen(*arguments)
 
     return seen_anew, learnt
+
+
+def _compile_blocks(network: nn.Module, **how: Any) -> None:
+    """Compile each transformer block's own work. Blocks of one shape share a graph, and each shape has its own."""
+    for blocks in network.modules():
+        if isinstance(blocks, Blocks):
+            for block in blocks:
+                block.forward = torch.compile(block.forward, dynamic=False, **how)

@@ -82,7 +82,7 @@ def pretrain(config: Config) -> Path:
             step, feed.bad_images = checkpoint.progress["step"], checkpoint.progress["bad_images"]
 
         stack.enter_context(use_attention(config.efficiency.attention, world.device))
-        seen, learnt = make_passes(see, learn, config, world)
+        seen, learnt = make_passes(see, learn, config, world, (student, *teachers.modules().values()))
         # Autocast would keep the 16-bit copies of weights that are whole for a moment only.
         low = config.efficiency.precision == "bf16"
         autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=low, cache_enabled=not shard)

@@ -52,7 +52,7 @@ def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[
     for network in (student, *teachers.modules().values()):
         network.float()
     optimiser = make_optimiser(student, config)
-    seen, learnt = make_passes(see, learn, config, ALONE, backend)
+    seen, learnt = make_passes(see, learn, config, ALONE, backend=backend)
     totals = []
     for step in range(4):
         for part in range(config.optimiser.accumulate):
@@ -108,12 +108,12 @@ def test_another_shape_would_have_been_noticed():
         trained(config, (4, 4, 4), "eager")
         torch._dynamo.config.error_on_recompile = True
         with pytest.raises(torch._dynamo.exc.RecompileError):
-            make_passes(see, learn, config, ALONE, "eager")[0](None, made_batch(0, 2), config)
+            make_passes(see, learn, config, ALONE, backend="eager")[0](None, made_batch(0, 2), config)
 
 
-@pytest.mark.slow
-def test_across_ranks_there_are_three_graphs():
-    """The teachers, the student and the losses: broken nowhere else than around torch's own module, compiled once."""
+@pytest.fixture(scope="module")
+def of_ranks() -> dict[str, Any]:
+    """What `tests.compiled_ranks` says of each of its cases."""
     paths = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
@@ -125,9 +125,19 @@ def test_across_ranks_there_are_three_graphs():
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "graphs"), [("whole", 3), ("parts", 3), ("shard", 4)])
+def test_across_ranks_all_is_compiled_in_the_first_step(case: str, graphs: int, of_ranks: dict[str, Any]):
+    """The teachers, the student and the losses: broken nowhere else than around torch's own module, compiled once.
+
+    In shards: a block of the teachers, of the student's encoder, of the decoder, and the decoder's last.
+    """
+    said = of_ranks[case]
     assert said["found"] == pytest.approx(said["expected"], rel=1e-5)
-    assert said["graphs"] == 3
+    assert said["graphs"] == graphs
 
 
 @pytest.mark.parametrize(
@@ -169,13 +179,14 @@ def test_what_torch_is_asked_to_compile(
     [
         ({"compile": "off", "compile_mode": "max-autotune"}, "--compile off"),
         ({"accumulate": 2, "compile_mode": "reduce-overhead"}, "--accumulate"),
+        ({"shard": True, "compile_mode": "max-autotune"}, "--shard"),
         ({"checkpoint_blocks": -1}, "--checkpoint-blocks -1"),
     ],
 )
 def test_modes_that_make_no_sense_get_a_sentence(settings: dict[str, Any], sentence: str):
     with pytest.raises(UserError, match=sentence):
         check(Settings().using(**settings))
-    check(Settings().using(accumulate=2, compile_mode="max-autotune-no-cudagraphs"))
+    check(Settings().using(accumulate=2, shard=True, compile_mode="max-autotune-no-cudagraphs"))
 
 
 WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select", "unique_dim"}
