@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
 import torch
 from jaxtyping import Float, UInt8
 from timm.data.constants import (
@@ -21,8 +20,8 @@ from fastpmae.architecture import shape_of
 from fastpmae.checkpoint import find_checkpoint
 from fastpmae.embed import Network, Pool, encoder_of, pooled
 from fastpmae.errors import UserError
-from fastpmae.layouts import read_foreign
-from fastpmae.weights import fit_positions, is_ours
+from fastpmae.layouts import PATCHES, Foreign, read_foreign
+from fastpmae.weights import few, fit_positions, header_of, is_ours, position_prefix, timm_arguments_in, tuned_weights
 
 Which = Literal["auto", "student", "labelling_teacher", "reconstruction_teacher", "random"]
 
@@ -57,8 +56,8 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
     """The network that a user names: a run folder, a file, or `timm:NAME`.
 
     Args:
-        weights: our checkpoint or run folder, a safetensors file, a .pth of MAE, SdAE, DINO, iBOT, MoCo v3 or BEiT,
-            or `timm:` and the name of a pretrained model, which timm fetches.
+        weights: our checkpoint or run folder, the folder of a fine-tuning, a safetensors file, a .pth of MAE, SdAE,
+            DINO, iBOT, MoCo v3 or BEiT, or `timm:` and the name of a pretrained model, which timm fetches.
         which: of a file with several networks; "auto" takes our student, and of others what they evaluate themselves.
         image_size: 0 takes the one that it was trained with.
         heads: 0 takes the usual number for the width, where the weights do not tell.
@@ -67,23 +66,31 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
         UserError: when there are no such weights or they make no ViT.
     """
     if weights.startswith("timm:"):
+        if which != "auto":
+            raise UserError(f"--network {which} chooses among the networks of a file, and {weights} is one network")
+        if heads:
+            raise UserError(f"--heads {heads}: timm knows how many attention heads {weights} has; leave it out")
         return _of_timm(weights.removeprefix("timm:"), image_size)
     path = Path(weights)
-    if path.is_dir() or is_ours(path):
+    tuned = tuned_weights(path)
+    if tuned is None and (path.is_dir() or is_ours(path)):
+        if heads:
+            raise UserError(f"--heads {heads}: the settings of {path} say how many it has; leave it out")
         return _of_run(path, "student" if which == "auto" else which, image_size)
+    path = tuned or path
     if which == "random":
         raise UserError(f"--network random draws the start of a run of ours, and {path} is none")
     teacher = None if which == "auto" else which != "student"
     found = read_foreign(path, teacher)
-    width = len(found.tensors["patch_embed.proj.weight"])
-    own = MOCO_HEADS.get(width) if found.layout == "MoCo v3" else None
+    if teacher and not found.choice:
+        raise UserError(f"--network {which}: {path} holds one network; leave it out")
     return _of_tensors(
         found.tensors,
-        f"{found.layout}, {path.name}",
+        f"fine-tuned {found.layout}, {path}" if tuned else f"{found.layout}, {path.name}",
         found.choice,
         image_size,
-        heads or own or _exported_heads(path) or HEADS.get(width, 0),
-        inception=found.layout == "BEiT",
+        _heads_of(found, path, heads),
+        _normalisation_of(found, path),
     )
 
 
@@ -106,14 +113,44 @@ def features(
     return [vit.fc_norm(pooled(kept, pool)) for pool in pools]
 
 
-def _exported_heads(path: Path) -> int:
-    """The attention heads that a file of `fastpmae-export` names in its header; 0 where it does not."""
+def _heads_of(found: Foreign, path: Path, named: int) -> int:
+    """How many attention heads a file's network has: as the file tells, as a user says, or as its width has usually.
+
+    Raises:
+        UserError: when the user says otherwise than the file, or nobody knows.
+    """
+    width = len(found.tensors[PATCHES])
+    table = found.tensors.get("blocks.0.attn.relative_position_bias_table")
+    one = found.tensors.get("blocks.0.attn.q_norm.weight")
+    told = timm_arguments_in(header_of(path)).get("num_heads", 0)
+    told = told if isinstance(told, int) else 0
+    if table is not None:
+        told = table.shape[1]
+    elif one is not None:
+        told = width // len(one)
+    if named and told and named != told:
+        raise UserError(f"--heads {named}: {path} says that it has {told}; leave it out")
+    usual = MOCO_HEADS.get(width, 0) if found.layout == "MoCo v3" else 0
+    heads = told or named or usual or HEADS.get(width, 0)
+    if heads < 1 or width % heads:
+        raise UserError(f"{path}: say how many attention heads the network has, with --heads (its width is {width})")
+    return heads
+
+
+def _normalisation_of(found: Foreign, path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and spread by which a file's network wants its images: of its header, or its project's."""
+    header = header_of(path)
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            heads = json.loads((file.metadata() or {}).get("timm", "{}")).get("num_heads", 0)
-    except (safetensors.SafetensorError, OSError, ValueError, AttributeError):
-        return 0
-    return heads if isinstance(heads, int) else 0
+        return _three(header["mean"]), _three(header["std"])
+    except (KeyError, ValueError, TypeError):
+        if found.layout == "BEiT":
+            return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def _three(said: str) -> tuple[float, float, float]:
+    red, green, blue = json.loads(said)
+    return float(red), float(green), float(blue)
 
 
 def _of_run(path: Path, network: Network, image_size: int) -> Backbone:
@@ -121,24 +158,34 @@ def _of_run(path: Path, network: Network, image_size: int) -> Backbone:
     encoder, config = encoder_of(checkpoint, network)
     tensors = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
     size = image_size or config.views.image_size
-    return _of_tensors(tensors, f"{config.run.preset}, {checkpoint.path}", network, size, shape_of(config.model).heads)
+    normal = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    source = f"{config.run.preset}, {checkpoint.path}"
+    return _of_tensors(tensors, source, network, size, shape_of(config.model).heads, normal)
 
 
 def _of_tensors(
-    tensors: dict[str, Tensor], source: str, network: str, image_size: int, heads: int, inception: bool = False
+    tensors: dict[str, Tensor],
+    source: str,
+    network: str,
+    image_size: int,
+    heads: int,
+    normal: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> Backbone:
     """A plain ViT, or a BEiT where there are position biases, of the sizes that the tensors have."""
-    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     table = tensors.get("blocks.0.attn.relative_position_bias_table")
-    if table is not None:
-        heads = table.shape[1]
-        trained = patch * (round((len(table) - 3) ** 0.5) + 1) // 2
-    elif "pos_embed" in tensors and "cls_token" in tensors:
-        trained = patch * round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
-    else:
+    if tensors[PATCHES].ndim != 4 or "cls_token" not in tensors or (table is None and "pos_embed" not in tensors):
         raise UserError(f"{source}: it is no plain ViT with a class token and absolute positions")
-    if not heads or width % heads:
-        raise UserError(f"{source}: say how many attention heads the network has, with --heads (its width is {width})")
+    if "blocks.0.mlp.fc1.weight" not in tensors:
+        raise UserError(f"{source} makes no ViT: it has no blocks.0.mlp.fc1.weight")
+    patch = tensors[PATCHES].shape[2]
+    if table is not None:
+        trained = patch * (round((len(table) - 3) ** 0.5) + 1) // 2
+    else:
+        try:
+            prefix = position_prefix(tensors["pos_embed"], 1 + _registers(tensors))
+        except UserError as error:
+            raise UserError(f"{source} makes no ViT: {error}") from None
+        trained = patch * round((tensors["pos_embed"].shape[1] - prefix) ** 0.5)
     size = image_size or trained
     if size % patch:
         raise UserError(f"--image-size {size} is no multiple of the network's patches of {patch} pixels")
@@ -148,19 +195,19 @@ def _of_tensors(
         _load(model, tensors, source, classes)
         return model
 
-    mean, std = (
-        (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
-        if inception
-        else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
-    return Backbone(source, network, size, mean, std, build)
+    return Backbone(source, network, size, *normal, build)
+
+
+def _registers(tensors: dict[str, Tensor]) -> int:
+    """Tokens besides the class token that stand for no patch."""
+    return tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
 
 
 def _vit(tensors: dict[str, Tensor], size: int, heads: int, classes: int, pool: Pool, drop_path: float) -> nn.Module:
     from timm.models.beit import Beit
     from timm.models.vision_transformer import VisionTransformer
 
-    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    width, _, patch, _ = tensors[PATCHES].shape
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     # Networks that were trained on the mean of the patches keep their last norm behind it.
     fc_norm = "norm.weight" not in tensors or (classes > 0 and pool == "mean")
@@ -176,7 +223,15 @@ def _vit(tensors: dict[str, Tensor], size: int, heads: int, classes: int, pool: 
         "drop_path_rate": drop_path,
     }
     if "blocks.0.attn.relative_position_bias_table" not in tensors:
-        return VisionTransformer(**common, fc_norm=fc_norm)
+        registers = _registers(tensors)
+        return VisionTransformer(
+            **common,
+            fc_norm=fc_norm,
+            init_values=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
+            qk_norm="blocks.0.attn.q_norm.weight" in tensors,
+            reg_tokens=registers,
+            no_embed_class=position_prefix(tensors["pos_embed"], 1 + registers) == 0,
+        )
     gamma = tensors.get("blocks.0.gamma_1")
     return Beit(
         **common,
@@ -194,13 +249,19 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], source: str, classes: in
     own = model.state_dict()
     weights = dict(tensors)
     if "pos_embed" in weights:
-        weights["pos_embed"] = fit_positions(weights["pos_embed"], own["pos_embed"].shape[1])
+        prefix = position_prefix(weights["pos_embed"], 1 + _registers(tensors))
+        weights["pos_embed"] = fit_positions(weights["pos_embed"], own["pos_embed"].shape[1], prefix)
     if "blocks.0.attn.relative_position_bias_table" in weights:
         weights = checkpoint_filter_fn(weights, model)
     new = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} if classes else set()
     missing = sorted(own.keys() - weights.keys() - new)
     if missing:
         raise UserError(f"{source} lacks {len(missing)} of the network's weights, {missing[0]} among them")
+    # A classifier of the patches' mean has a norm of its own in the place of the last one.
+    left = sorted(weights.keys() - own.keys() - ({"norm.weight", "norm.bias"} if classes else set()))
+    if left:
+        # What is left out would be another network's figures in silence.
+        raise UserError(f"{source} is no plain ViT: there is no place in one for {few(left)}")
     for name, tensor in own.items():
         if name in weights and weights[name].shape != tensor.shape:
             raise UserError(

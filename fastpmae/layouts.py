@@ -21,7 +21,7 @@ Layout = Literal["MAE", "SdAE", "DINO", "iBOT", "MoCo v3", "BEiT", "plain ViT"]
 
 PATCHES = "patch_embed.proj.weight"
 """Every ViT has it: what stands before it in a name is the encoder's prefix."""
-DROPPED = ("head", "lm_head", "mask_token", "masked_embed", "decoder", "projector", "predictor")
+DROPPED = ("head", "lm_head", "mask_token", "masked_embed", "decoder", "projector", "predictor", "cls_pt_layers")
 """Beginnings of names that are no part of the encoder."""
 
 

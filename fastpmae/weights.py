@@ -1,13 +1,16 @@
 """Encoder weights by others or ourselves, as the start of a run: our checkpoints, timm's safetensors, MAE's .pth."""
 
+import json
+import math
 from pathlib import Path
 
 import safetensors
+import torch
 from torch import Tensor
 
-from fastpmae.checkpoint import FORMAT, find_checkpoint
+from fastpmae.checkpoint import FORMAT, CheckpointError, checkpoints_in, find_checkpoint, read_progress
 from fastpmae.errors import UserError
-from fastpmae.layouts import read_foreign
+from fastpmae.layouts import PATCHES, read_foreign
 from fastpmae.model import Encoder
 
 
@@ -22,11 +25,16 @@ def start_encoder(encoder: Encoder, path: Path) -> None:
     """
     weights = encoder_weights(path)
     own = encoder.state_dict()
-    if "pos_embed" in weights and weights["pos_embed"].ndim == 3:
-        weights["pos_embed"] = fit_positions(weights["pos_embed"], own["pos_embed"].shape[1])
     missing = [name for name in own if name not in weights and name != "pos_embed"]
     if missing:
         raise UserError(f"--init {path} lacks {len(missing)} of the encoder's weights, {missing[0]} among them")
+    left = sorted(weights.keys() - own.keys())
+    if left:
+        # LayerScale, say: without it the same weights are another network.
+        raise UserError(f"--init {path} is no plain ViT: there is no place in one for {few(left)}")
+    if "pos_embed" in weights:
+        weights["pos_embed"] = _with_class(weights["pos_embed"], path)
+        weights["pos_embed"] = fit_positions(weights["pos_embed"], own["pos_embed"].shape[1])
     for name, tensor in own.items():
         if name in weights and weights[name].shape != tensor.shape:
             raise UserError(
@@ -38,6 +46,9 @@ def start_encoder(encoder: Encoder, path: Path) -> None:
 
 def encoder_weights(path: Path) -> dict[str, Tensor]:
     """Tensors under timm's names from a checkpoint of ours, or from a file of others (see `read_foreign`)."""
+    tuned = tuned_weights(path)
+    if tuned is not None:
+        return read_foreign(tuned).tensors
     if path.is_dir() or is_ours(path):
         return find_checkpoint(path).part("student.encoder")
     return read_foreign(path).tensors
@@ -45,18 +56,86 @@ def encoder_weights(path: Path) -> dict[str, Tensor]:
 
 def is_ours(path: Path) -> bool:
     """Whether a file says that it is a checkpoint of ours."""
+    return header_of(path).get("format") == FORMAT
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says; nothing where it is none."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
+            return file.metadata() or {}
     except (safetensors.SafetensorError, OSError):
-        return False
+        return {}
 
 
-def fit_positions(positions: Tensor, count: int) -> Tensor:
-    """Positions [1, 1+N, D] for another number of patches, the class token's kept."""
+def tuned_weights(path: Path) -> Path | None:
+    """The classifier that a fine-tuning left, named by its folder or itself; None where the path is something else.
+
+    Raises:
+        UserError: when the training has not ended, or it was a linear probe, which holds no network.
+    """
+    file = path / "classifier.safetensors" if path.is_dir() else path
+    header = header_of(file)
+    if file.name == "classifier.safetensors" and "course" in header:
+        with safetensors.safe_open(file, "pt") as held:
+            if PATCHES not in held.keys():  # noqa: SIM118
+                raise UserError(f"{file} is a linear probe: the network that it reads is {header.get('backbone')}")
+        return file
+    checkpoint = path if is_ours(path) else next(iter(checkpoints_in(path)), None)
+    try:
+        config = {} if checkpoint is None else read_progress(checkpoint)["config"]
+    except CheckpointError:  # whoever reads it says so, or passes it over
+        return None
+    if "course" in config:
+        raise UserError(
+            f"{path} is a classifier's training that has left no classifier.safetensors yet: end it with --resume"
+            if path.is_dir()
+            else f"{path} is the state of a classifier's training: name its folder, {path.parent.parent}"
+        )
+    return None
+
+
+def timm_arguments_in(header: dict[str, str]) -> dict[str, object]:
+    """timm's arguments in the header of a file of ours; nothing where there are none."""
+    try:
+        found = json.loads(header.get("timm", "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def position_prefix(positions: Tensor, tokens: int = 1) -> int:
+    """How many of the positions [1, P, D] are no patch's: all of the class token and registers have one, or none.
+
+    Raises:
+        UserError: when the others make no square.
+    """
+    for prefix in (0, tokens):
+        count = positions.shape[1] - prefix if positions.ndim == 3 else 0
+        if count > 0 and math.isqrt(count) ** 2 == count:
+            return prefix
+    raise UserError(f"positions of the shape {tuple(positions.shape)} make no square of patches")
+
+
+def fit_positions(positions: Tensor, count: int, prefix: int = 1) -> Tensor:
+    """Positions [1, prefix+N, D] for another number of patches, those of the class token (and registers) kept."""
     if positions.shape[1] == count:
         return positions
     from timm.layers import resample_abs_pos_embed
 
-    side = round((count - 1) ** 0.5)
-    return resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=1)
+    side = round((count - prefix) ** 0.5)
+    return resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=prefix)
+
+
+def _with_class(positions: Tensor, path: Path) -> Tensor:
+    """Positions with one for the class token, which is 0 where the network adds none to it (DeiT III)."""
+    try:
+        prefix = position_prefix(positions)
+    except UserError as error:
+        raise UserError(f"--init {path}: {error}") from None
+    return positions if prefix else torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+
+
+def few(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -135,6 +135,56 @@ def test_another_image_size_gets_timms_positions(tmp_path: Path):
         assert torch.allclose(features(model, images)[0], small.forward_features(images)[:, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"init_values": 0.1},
+        {"qk_norm": True},
+        {"init_values": 0.1, "no_embed_class": True},  # DeiT III
+        {"reg_tokens": 3},
+        {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5},  # DINOv2 with registers
+    ],
+)
+def test_parts_that_the_tensors_tell_are_built(parts: dict, tmp_path: Path):
+    theirs = made(6, **parts)
+    save_file(theirs.state_dict(), tmp_path / "vit.safetensors")
+    for side in (32, 48):
+        # the weights of a norm of queries tell how wide a head is
+        heads = 0 if "qk_norm" in parts else 2
+        backbone = find_backbone(str(tmp_path / "vit.safetensors"), heads=heads, image_size=side if side > 32 else 0)
+        assert backbone.image_size == side
+        theirs.set_input_size((side, side))
+        images = torch.randn(2, 3, side, side)
+        with torch.no_grad():
+            ours = features(backbone.build().eval(), images, ("class", "mean"))
+            tokens = theirs.forward_features(images)
+        assert torch.allclose(ours[0], tokens[:, 0], atol=1e-6)
+        assert torch.allclose(ours[1], tokens[:, theirs.num_prefix_tokens :].mean(dim=1), atol=1e-6)
+
+
+def test_a_tensor_without_a_place_is_named(tmp_path: Path):
+    for name in ("blocks.1.attn.gate.weight", "register_tokens"):
+        torch.save(made(1).state_dict() | {name: torch.zeros(2)}, tmp_path / "more.pth")
+        with pytest.raises(UserError, match=f"no place in one for {name}$"):
+            find_backbone(str(tmp_path / "more.pth"), heads=2).build()
+    torch.save(made(1).state_dict() | {"pos_embed": torch.zeros(1, 19, 32)}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match="make no square of patches"):
+        find_backbone(str(tmp_path / "odd.pth"), heads=2)
+
+
+def test_flags_that_choose_nothing_are_refused(tmp_path: Path):
+    torch.save(made(1).state_dict(), tmp_path / "one.pth")
+    save_file(made(1, qk_norm=True).state_dict(), tmp_path / "told.safetensors")
+    with pytest.raises(UserError, match=r"--network labelling_teacher: .* holds one network"):
+        find_backbone(str(tmp_path / "one.pth"), "labelling_teacher", heads=2)
+    with pytest.raises(UserError, match=r"--heads 4: .* says that it has 2"):
+        find_backbone(str(tmp_path / "told.safetensors"), heads=4)
+    with pytest.raises(UserError, match="--network student chooses among the networks of a file"):
+        find_backbone("timm:vit_tiny_patch16_224", "student")
+    with pytest.raises(UserError, match="--heads 3: timm knows"):
+        find_backbone("timm:vit_tiny_patch16_224", heads=3)
+
+
 def test_timm_names_are_taken_from_a_folder_too(tmp_path: Path):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, embed_dim=32, depth=1, num_heads=2)
     args = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}

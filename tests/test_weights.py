@@ -156,6 +156,36 @@ def test_init_interpolates_the_positions_of_another_grid(tiny: Config, tmp_path:
     assert torch.equal(encoder.cls_token, larger.cls_token)
 
 
+def test_init_takes_positions_without_the_class_token(tiny: Config, tmp_path: Path):
+    """As DeiT III has them: only the patches' tokens get a position."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    source = timm.create_model("vit_tiny_patch16_224", no_embed_class=True, **sizes).eval()
+    torch.nn.init.normal_(source.pos_embed)
+    save_file(source.state_dict(), tmp_path / "deit.safetensors")
+    encoder = make_encoder(tiny).eval()
+    start_encoder(encoder, tmp_path / "deit.safetensors")
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        theirs = source.forward_features((images / 255 - mean[:, None, None]) / std[:, None, None])
+    assert torch.allclose(embed_module.whole_tokens(encoder, images), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        ({"init_values": 0.1}, r"no place in one for blocks\.0\.ls1\.gamma and 3 more"),
+        ({"qk_norm": True}, r"no place in one for blocks\.0\.attn\.k_norm\.bias and 7 more"),
+        ({"reg_tokens": 4, "no_embed_class": True}, "no place in one for reg_token$"),
+    ],
+)
+def test_init_refuses_what_the_encoder_has_no_place_for(tiny: Config, tmp_path: Path, parts: dict, sentence: str):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    save_file(timm.create_model("vit_tiny_patch16_224", **sizes, **parts).state_dict(), tmp_path / "more.safetensors")
+    with pytest.raises(UserError, match=sentence):
+        start_encoder(make_encoder(tiny), tmp_path / "more.safetensors")
+
+
 class Bomb:
     def __init__(self, marker: Path):
         self.marker = marker
