@@ -39,7 +39,7 @@ class Sweep:
         if not self.rates or not all(rate > 0 for rate in self.rates):
             raise UserError(f"--rates {' '.join(map(str, self.rates))}: name learning rates above 0")
         if self.epochs < 1 or self.batch_size < 1:
-            raise UserError(f"--epochs {self.epochs} and --batch-size {self.batch_size} must be at least 1")
+            raise UserError(f"--epochs {self.epochs} and --step-images {self.batch_size} must be at least 1")
 
 
 def standardised(

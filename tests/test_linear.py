@@ -1,13 +1,19 @@
 """Linear classifiers against scikit-learn and against one training for each rate; draws of few labels by counting."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from timm.models.vision_transformer import VisionTransformer
 
-from fastpmae import UserError
+from fastpmae import UserError, eval
+from fastpmae.backbone import find_backbone
+from fastpmae.labelled import extract, open_labelled
 from fastpmae.linear import (
     Sweep,
     best_c,
@@ -18,6 +24,7 @@ from fastpmae.linear import (
     train_sweep,
 )
 from fastpmae_loaders import epoch_order
+from tests.made import write_tree
 
 
 def made(images: int = 120, dim: int = 9, classes: int = 4, seed: int = 0):
@@ -37,6 +44,35 @@ def test_logistic_regression_is_scikit_learns(c: float, classes: int):
     np.testing.assert_allclose(weight.T.numpy(), expected, atol=2e-4)
     ours = (features.double() @ weight + bias).softmax(dim=1)
     np.testing.assert_allclose(ours.numpy(), reference.predict_proba(features.double().numpy()), atol=1e-4)
+
+
+def test_the_logistic_method_is_scikit_learns_on_an_encoders_features(tmp_path: Path, monkeypatch):
+    torch.manual_seed(3)
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    write_tree(tmp_path / "tree" / "train", 45)
+    write_tree(tmp_path / "tree" / "val", 75)
+    words = ["linear", tmp_path / "vit.pth", "--train", tmp_path / "tree", "--method", "logistic", "--heads", 2]
+    words += ["--choose-on", "val", "--c", 0.001, 0.02, 1.0, "--workers", 1, "--out", tmp_path]
+    monkeypatch.setattr("sys.argv", ["fastpmae-eval", *map(str, words)])
+    assert eval.main() == 0
+    backbone = find_backbone(str(tmp_path / "vit.pth"), heads=2)
+    train, val = open_labelled(tmp_path / "tree", None)
+    assert val is not None
+    rows, others = (
+        extract(backbone.build(), backbone, images, ("class",), device=torch.device("cpu"))[0].double().numpy()
+        for images in (train, val)
+    )
+    scaler = StandardScaler().fit(rows)
+    result = json.loads(next(tmp_path.glob("linear-logistic*.json")).read_text())
+    expected = {}
+    for row in result["table"]:
+        reference = LogisticRegression(C=row["c"], tol=1e-10, max_iter=10_000)
+        reference.fit(scaler.transform(rows), train.labels.numpy())
+        expected[row["c"]] = 100 * reference.score(scaler.transform(others), val.labels.numpy())
+        assert row["top1"] == pytest.approx(expected[row["c"]], abs=1e-3)
+    assert len(set(expected.values())) == 3
+    assert result["top1"] == pytest.approx(max(expected.values()), abs=1e-3)
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
@@ -114,6 +150,7 @@ def test_the_penalty_that_tells_images_apart_is_chosen():
     [
         (lambda: Sweep(rates=(0.1, 0.0)), "learning rates above 0"),
         (lambda: Sweep(epochs=0), "at least 1"),
+        (lambda: Sweep(batch_size=0), "--step-images 0 must be at least 1"),
         (lambda: logistic_regression(torch.eye(2), torch.arange(2), 2, 0.0), "must be above 0"),
         (lambda: draw_few(torch.arange(3), 0.0, 0), "shares of the labels"),
         (lambda: draw_few(torch.arange(3), 1.5, 0), "at most 1"),
