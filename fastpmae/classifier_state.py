@@ -12,7 +12,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from fastpmae.backbone import Backbone
-from fastpmae.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, require
+from fastpmae.checkpoint import Checkpoint, CheckpointError, digest, newest_checkpoint, require
 from fastpmae.course import Course
 from fastpmae.errors import UserError
 from fastpmae.labelled import Engine, Labelled
@@ -31,7 +31,7 @@ class Setting:
     workers: int = 2
     crop_ratio: float = 0.875
     feature_batch: int = 64
-    """Images at a time in a test."""
+    """Images at a time in a test, and through a frozen network."""
     frozen: bool = False
     """Train a linear classifier of the frozen network instead of the network."""
 
@@ -39,9 +39,18 @@ class Setting:
 def recorded_setting(setting: Setting, course: Course) -> dict[str, Any]:
     """What decides the numbers of a training, as a checkpoint keeps it."""
     backbone = setting.backbone
+    network = backbone.build()
+    heads = [part.num_heads for part in network.modules() if isinstance(getattr(part, "num_heads", None), int)]
+    # No tensor tells the heads and what images are normalised by.
+    told = json.dumps([heads, backbone.mean, backbone.std])
     return {
         "course": json.loads(json.dumps(dataclasses.asdict(course))),
-        "backbone": {"source": backbone.source, "network": backbone.network, "image_size": backbone.image_size},
+        "backbone": {
+            "source": backbone.source,
+            "network": backbone.network,
+            "image_size": backbone.image_size,
+            "digest": digest(network.state_dict(), told),
+        },
         "frozen": setting.frozen,
         "train": setting.train.describe(),
     }
@@ -69,27 +78,44 @@ def take_up(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     ema: ModelEmaV3 | None,
-) -> tuple[int, Float[Tensor, " 2"]]:
-    """Take the folder's newest checkpoint up: the steps that are done, and the sum and number of losses since."""
+) -> tuple[int, Float[Tensor, " 2"], list[str]]:
+    """Take the folder's newest sound checkpoint up.
+
+    Returns the steps that are done, the sum and number of losses since the last row, and a sentence for each damaged
+    checkpoint that was passed over.
+    """
     sums = torch.zeros(2, dtype=torch.float64)
     checkpoint, complaints = newest_checkpoint(setting.folder)
     if not resume:
         if checkpoint is not None or complaints:
             raise UserError(f"{setting.folder} already holds a training: add --resume to go on with it")
-        return 0, sums
+        return 0, sums, []
     if checkpoint is None:
         if complaints:
             raise UserError("; ".join(complaints))
-        return 0, sums
+        return 0, sums, []
     before, progress = checkpoint.progress["config"], checkpoint.progress
     changed = course.differences(before.get("course", {}))
-    changed += [f"{what} was {before.get(what)}" for what in ("backbone", "frozen") if before.get(what) != record[what]]
+    changed += _other_network(before.get("backbone", {}), record["backbone"])
+    if before.get("frozen") != record["frozen"]:
+        changed.append(f"frozen was {before.get('frozen')}")
     if progress["fingerprint"] != record["train"]["fingerprint"] or progress["steps_per_epoch"] != steps_per_epoch:
         changed.append("the training images are others")
     if changed:
         raise UserError(f"the training in {setting.folder} was started with other settings: {'; '.join(changed)}")
     _scatter(checkpoint, model, optimiser, ema)
-    return progress["step"], torch.tensor(progress["loss"], dtype=torch.float64)
+    return progress["step"], torch.tensor(progress["loss"], dtype=torch.float64), complaints
+
+
+def _other_network(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is different about the network that a training starts from; the same weights may lie elsewhere by now."""
+    if before.get("image_size") != now["image_size"]:
+        return [f"--image-size was {before.get('image_size')} and is now {now['image_size']}"]
+    if "digest" not in before:
+        return ["an earlier version of fastpmae wrote it, without a digest of the network's weights"]
+    if before["digest"] != now["digest"]:
+        return [f"the network's weights are others, then of {before.get('source')}, now of {now['source']}"]
+    return []
 
 
 def _scatter(
