@@ -1,12 +1,18 @@
 """The model card beside exported weights: what the network is, how to load it, how good it was found to be."""
 
-import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastpmae.config import Config
+from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
+from fastpmae.results import Result, results_in, step_in
 from fastpmae.run import run_of
+
+if TYPE_CHECKING:
+    from fastpmae.export import Export
+
+PLACES = ("beton", "out", "init", "resume", "eval_train", "eval_val")
+"""Settings that say where something lies on the machine that trained: nobody else's business, and no use to them."""
 
 
 def loading_lines(out: Path | str, format: str, arguments: dict[str, Any]) -> list[str]:
@@ -31,68 +37,73 @@ def loading_lines(out: Path | str, format: str, arguments: dict[str, Any]) -> li
     ]
 
 
-def model_card(
-    name: str,
-    format: str,
-    source: Path,
-    network: str,
-    arguments: dict[str, Any],
-    config: Config | None,
-    classes: list[str] | None,
-) -> str:
+def model_card(name: str, format: str, export: "Export") -> str:
     """README.md of an exported folder, in Markdown."""
+    arguments, classes = export.arguments, export.classes
     library = {"huggingface": "transformers", "timm": "timm"}.get(format)
     task = "image-classification" if classes else "image-feature-extraction"
-    head = ["---", *([f"library_name: {library}"] if library else []), f"pipeline_tag: {task}", "---"]
-    what = "a fine-tuned classifier" if classes else f"the encoder of the {network.replace('_', ' ')}"
+    what = "a fine-tuned classifier" if classes else f"the encoder of the {export.network.replace('_', ' ')}"
+    usual = (tuple(export.mean), tuple(export.std)) == (IMAGENET_MEAN, IMAGENET_STD)
+    normal = "ImageNet's mean and spread" if usual else f"mean {list(export.mean)} and spread {list(export.std)}"
     lines = [
-        *head,
+        *["---", *([f"library_name: {library}"] if library else []), f"pipeline_tag: {task}", "---"],
         "",
         f"# {name}",
         "",
         f"A vision transformer: {arguments['depth']} blocks, {arguments['embed_dim']} wide, {arguments['num_heads']} "
         f"heads, patches of {arguments['patch_size']} pixels, images of {arguments['img_size']}; {what}, written by "
-        f"fastpmae from `{source.name}`. Images are resized, cut at the centre and normalised with ImageNet's mean and "
-        "spread.",
+        f"fastpmae from `{export.source.name}`. Images are resized, cut at the centre and normalised with {normal}.",
         "",
         "```python",
         # Where the folder will lie nobody knows yet.
         *loading_lines(name, format, arguments),
         "```",
     ]
-    figures = _figures(source, network)
+    figures = [_row(result) for result in _results(export)]
     if figures:
+        lines += ["", "## How good it was found to be", ""]
         lines += [
-            "",
-            "## How good it was found to be",
-            "",
-            "| evaluation | top-1 | top-5 | images |",
-            "| --- | --- | --- | --- |",
+            "| evaluation | images | | top-1 | top-5 | tested |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *figures,
         ]
-        lines += figures
     if classes:
         lines += ["", "## Classes", "", ", ".join(classes)]
-    if config is not None:
-        settings = {key: value for key, value in config.flat().items() if key not in ("beton", "out", "init", "resume")}
+    if export.course is not None:
+        began = _without_folders(export.backbone)
         lines += [
             "",
-            "## How it was pretrained",
+            "## How it was trained",
             "",
-            "With Pseudo-MAE (Nandam et al., BMVC 2024) and these settings:",
+            f"From {began}, by `fastpmae-eval finetune` with these settings:",
             "",
         ]
+        lines += ["```json", json.dumps(export.course, indent=1), "```"]
+    if export.config is not None:
+        settings = {key: value for key, value in export.config.flat().items() if key not in PLACES}
+        lines += ["", "## How it was pretrained", ""]
+        lines += ["With Pseudo-MAE (Nandam et al., BMVC 2024) and these settings:", ""]
         lines += ["```json", json.dumps(settings, indent=1, default=str), "```"]
     return "\n".join(lines) + "\n"
 
 
-def _figures(source: Path, network: str) -> list[str]:
-    """A row for each result of this network that lies beside its run."""
-    run = source.parent if network == "classifier" else run_of(source)
-    rows = []
-    for path in sorted((run / ("." if network == "classifier" else "eval")).glob("*.json")) if run is not None else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            found = json.loads(path.read_text())
-            if network in ("classifier", found["network"]):
-                figures = f"{found['top1']:.2f} % | {found['top5']:.2f} % | {found['images']:,}"
-                rows.append(f"| {found['evaluation']} | {figures} |")
-    return rows
+def _results(export: "Export") -> list[Result]:
+    """Of the results beside the weights those of these very weights, not of the run's other checkpoints or networks."""
+    source = export.source
+    if export.network == "classifier":
+        # What was found of the classifier's own encoder names its file.
+        return [r for r in results_in(source.parent) if r.evaluation == "finetune" or r.source.endswith(source.name)]
+    run = run_of(source)
+    found = [] if run is None else results_in(run / "eval")
+    return [result for result in found if (result.network, result.step) == (export.network, step_in(source.name))]
+
+
+def _row(result: Result) -> str:
+    cells = [result.evaluation, result.images_of, result.detail, f"{result.top1:.2f} %", f"{result.top5:.2f} %"]
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} | {result.images:,} |"
+
+
+def _without_folders(source: str) -> str:
+    """The weights' own name, without the folders of this machine."""
+    layout, _, path = source.partition(", ")
+    return f"{layout}, {Path(path).name}" if path.endswith((".safetensors", ".pth", ".pt", ".bin")) else source

@@ -20,7 +20,7 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.hugging_face import image_config, model_config, transformers_names
 from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
-from fastpmae.weights import fit_positions
+from fastpmae.weights import fit_positions, header_of, position_prefix, tuned_weights
 
 Format = Literal["timm", "huggingface", "plain"]
 
@@ -38,6 +38,9 @@ class Export:
         classes: names of the classes where there is a classifier.
         more: the projection head with its prototypes, where it was asked for.
         config: the run's settings, where it is a run's.
+        mean, std: by which its images are normalised.
+        course: a classifier's training.
+        backbone: what the classifier's training started from, in words.
     """
 
     tensors: dict[str, Tensor]
@@ -48,6 +51,10 @@ class Export:
     classes: list[str] | None
     more: dict[str, Tensor]
     config: Config | None
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    course: dict[str, Any] | None = None
+    backbone: str = ""
 
 
 def timm_arguments(config: Config) -> dict[str, Any]:
@@ -90,8 +97,8 @@ def export_encoder(
         with_head: with "plain", the projection head and the prototypes too, under `head.`.
 
     Returns:
-        The arguments for `timm.create_model`, which are also in the file's header as JSON under "timm". Images are
-        normalised with ImageNet's mean and spread.
+        The arguments for `timm.create_model`, which are also in the file's header as JSON under "timm", as is under
+        "mean" and "std" what images are normalised with: ImageNet's, or what a classifier's first weights wanted.
 
     Raises:
         UserError: when the checkpoint cannot be used, the format cannot hold it, or the file not be written.
@@ -101,7 +108,12 @@ def export_encoder(
     if with_head and format != "plain":
         raise UserError(f"the projection head fits only into --format plain, not into {format}")
     tensors = {name: tensor.contiguous() for name, tensor in export.tensors.items()}
-    header = {"format": "pt", "timm": json.dumps(export.arguments)}
+    header = {
+        "format": "pt",
+        "timm": json.dumps(export.arguments),
+        "mean": json.dumps(export.mean),
+        "std": json.dumps(export.std),
+    }
     if out.suffix == ".safetensors":
         if format == "huggingface":
             raise UserError(f"{out}: what transformers opens is a folder; leave .safetensors out of the name")
@@ -114,7 +126,7 @@ def export_encoder(
         tensors = _for_transformers(export)
         files = {
             "config.json": model_config(export.shape, size, export.classes),
-            "preprocessor_config.json": image_config(size),
+            "preprocessor_config.json": image_config(size, export.mean, export.std),
         }
     elif format == "timm":
         files = {"config.json": _timm_config(export)}
@@ -131,16 +143,17 @@ def export_encoder(
         with appearing(out / name) as beside:
             beside.write_text(json.dumps(content, indent=2, default=str) + "\n")
     with appearing(out / "README.md") as beside:
-        beside.write_text(
-            model_card(out.name, format, export.source, export.network, export.arguments, export.config, export.classes)
-        )
+        beside.write_text(model_card(out.name, format, export))
     return export.arguments
 
 
 def read_export(path: Path, network: Network, with_head: bool = False) -> Export:
     """The network of a checkpoint, a run folder, or a fine-tuning's folder. Raises UserError where there is none."""
-    tuned = path / "classifier.safetensors" if path.is_dir() else path
-    if tuned.name == "classifier.safetensors" and tuned.exists():
+    tuned = tuned_weights(path)
+    if tuned is not None:
+        if with_head or network != "student":
+            flag = "--with-head" if with_head else f"--network {network}"
+            raise UserError(f"{flag}: {path} holds a classifier and no run's networks; leave it out")
         return _fine_tuned(tuned)
     checkpoint = find_checkpoint(path)
     encoder, config = encoder_of(checkpoint, network)
@@ -165,7 +178,12 @@ def at_size(export: Export, image_size: int) -> Export:
     side, rest = divmod(image_size, export.shape.patch_size)
     if rest or side < 1:
         raise UserError(f"--image-size {image_size} is no multiple of the patches' {export.shape.patch_size} pixels")
-    positions = fit_positions(export.tensors["pos_embed"], side * side + 1)
+    before = export.tensors.get("pos_embed")
+    if before is None:
+        raise UserError(f"--image-size: {export.source} has no positions to interpolate")
+    class_token = "cls_token" in export.tensors
+    prefix = position_prefix(before, class_token + export.arguments.get("reg_tokens", 0))
+    positions = fit_positions(before, side * side + prefix, prefix)
     return replace(
         export,
         tensors=export.tensors | {"pos_embed": positions},
@@ -174,16 +192,20 @@ def at_size(export: Export, image_size: int) -> Export:
 
 
 def _fine_tuned(path: Path) -> Export:
+    header = header_of(path)
+    backbone = header.get("backbone", "")
+    if "timm" not in header:
+        raise UserError(f"{path} is tuned from {backbone}, which is no plain ViT: it is not exported")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-        arguments, classes = json.loads(header["timm"]), json.loads(header["classes"])
+        arguments, classes, course = (json.loads(header[name]) for name in ("timm", "classes", "course"))
+        normal = [tuple(json.loads(header[name])) for name in ("mean", "std") if name in header]
         tensors = load_file(path)
         sizes = (arguments[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"))
         shape = Shape(*sizes)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no fine-tuned ViT of fastpmae-eval") from None
-    return Export(tensors, arguments, shape, path, "classifier", classes, {}, None)
+    mean, std = normal if len(normal) == 2 else (IMAGENET_MEAN, IMAGENET_STD)
+    return Export(tensors, arguments, shape, path, "classifier", classes, {}, None, mean, std, course, backbone)
 
 
 def _for_transformers(export: Export) -> dict[str, Tensor]:
@@ -191,7 +213,7 @@ def _for_transformers(export: Export) -> dict[str, Tensor]:
     encoder = {name: tensor for name, tensor in export.tensors.items() if not name.startswith("head.")}
     if export.classes is None:
         return transformers_names(encoder)
-    if any(name.startswith("fc_norm.") for name in encoder):
+    if export.arguments["global_pool"] != "token":
         raise UserError(
             "transformers' ViTForImageClassification reads the class token, and this classifier the mean of the "
             "patches: fine-tune with --pool class, or use --format timm"
@@ -215,8 +237,8 @@ def _timm_config(export: Export) -> dict[str, Any]:
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": 0.875,
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
+            "mean": list(export.mean),
+            "std": list(export.std),
             "num_classes": export.arguments["num_classes"],
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -240,7 +262,7 @@ def export_command(
     """Write the encoder of a run for other programs, and print the lines that load it.
 
     Args:
-        checkpoint: A checkpoint or a run folder, or the folder of a fine-tuning.
+        checkpoint: A checkpoint or a run folder, or the folder of a fine-tuning, whose classifier goes along.
         out: A name that ends in .safetensors makes a file; any other a folder with settings and a model card.
         network: Whose encoder.
         format: For timm, for transformers (a folder), or the tensors as they are in the checkpoint.

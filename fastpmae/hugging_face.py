@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastpmae.architecture import Shape
-from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
+from fastpmae.errors import UserError
+from fastpmae.weights import few, with_class_position
 
 OUTSIDE = {
     "cls_token": "embeddings.cls_token",
@@ -28,20 +29,36 @@ def transformers_names(tensors: dict[str, Float[Tensor, "..."]]) -> dict[str, Fl
     """timm's tensors under ViTModel's names, the joint query, key and value product cut in three.
 
     These are the names of transformers 4 and of every ViT on the hub, which transformers 5 reads as well.
+
+    Raises:
+        UserError: for what ViTModel has no place for (LayerScale, registers), or a ViT that lacks what it needs.
     """
+    tensors = dict(tensors)
+    missing = [
+        name for name in ("cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias") if name not in tensors
+    ]
+    if missing:
+        raise UserError(f"transformers' ViTModel needs {few(missing)}, which this network lacks: use --format timm")
     renamed: dict[str, Tensor] = {}
+    left = []
     for name, tensor in tensors.items():
         words = name.split(".")
-        if words[0] != "blocks":
-            stem, _, kind = name.rpartition(".")
-            renamed[OUTSIDE[name] if name in OUTSIDE else f"{OUTSIDE[stem]}.{kind}"] = tensor
-            continue
-        layer, inner, kind = f"encoder.layer.{words[1]}", ".".join(words[2:-1]), words[-1]
-        if inner == "attn.qkv":
+        stem, _, kind = name.rpartition(".")
+        layer, inner = ".".join(["encoder.layer", *words[1:2]]), ".".join(words[2:-1])
+        if name in OUTSIDE:
+            renamed[OUTSIDE[name]] = tensor
+        elif stem in OUTSIDE:
+            renamed[f"{OUTSIDE[stem]}.{kind}"] = tensor
+        elif words[0] == "blocks" and inner == "attn.qkv":
             for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 renamed[f"{layer}.attention.attention.{part}.{kind}"] = third
-        else:
+        elif words[0] == "blocks" and inner in INSIDE:
             renamed[f"{layer}.{INSIDE[inner]}.{kind}"] = tensor
+        else:
+            left.append(name)
+    if left:
+        raise UserError(f"transformers' ViTModel has no place for {few(left)}: use --format timm")
+    renamed[OUTSIDE["pos_embed"]] = with_class_position(tensors["pos_embed"])
     return {name: tensor.contiguous().clone() for name, tensor in renamed.items()}
 
 
@@ -71,7 +88,9 @@ def model_config(shape: Shape, image_size: int, classes: list[str] | None) -> di
     return config
 
 
-def image_config(image_size: int, crop_ratio: float = 0.875) -> dict[str, Any]:
+def image_config(
+    image_size: int, mean: tuple[float, ...], std: tuple[float, ...], crop_ratio: float = 0.875
+) -> dict[str, Any]:
     """What preprocessor_config.json says: images as they were evaluated (shorter side resized, the centre cut out)."""
     return {
         "image_processor_type": "BitImageProcessor",
@@ -83,6 +102,6 @@ def image_config(image_size: int, crop_ratio: float = 0.875) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+        "image_mean": list(mean),
+        "image_std": list(std),
     }

@@ -33,7 +33,10 @@ def start_encoder(encoder: Encoder, path: Path) -> None:
         # LayerScale, say: without it the same weights are another network.
         raise UserError(f"--init {path} is no plain ViT: there is no place in one for {few(left)}")
     if "pos_embed" in weights:
-        weights["pos_embed"] = _with_class(weights["pos_embed"], path)
+        try:
+            weights["pos_embed"] = with_class_position(weights["pos_embed"])
+        except UserError as error:
+            raise UserError(f"--init {path}: {error}") from None
         weights["pos_embed"] = fit_positions(weights["pos_embed"], own["pos_embed"].shape[1])
     for name, tensor in own.items():
         if name in weights and weights[name].shape != tensor.shape:
@@ -127,13 +130,12 @@ def fit_positions(positions: Tensor, count: int, prefix: int = 1) -> Tensor:
     return resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=prefix)
 
 
-def _with_class(positions: Tensor, path: Path) -> Tensor:
-    """Positions with one for the class token, which is 0 where the network adds none to it (DeiT III)."""
-    try:
-        prefix = position_prefix(positions)
-    except UserError as error:
-        raise UserError(f"--init {path}: {error}") from None
-    return positions if prefix else torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+def with_class_position(positions: Tensor) -> Tensor:
+    """Positions with one for the class token: 0 where the network adds none to it (DeiT III). Raises UserError as
+    `position_prefix` does."""
+    if position_prefix(positions):
+        return positions
+    return torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
 
 
 def few(names: list[str]) -> str:

@@ -8,15 +8,16 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from timm.models.beit import Beit
 from torch import Tensor
 
 from fastpmae import Config, UserError, export_encoder, load_encoder, pretrain
 from fastpmae import export as export_module
-from fastpmae.backbone import find_backbone
+from fastpmae.backbone import Backbone, features, find_backbone
 from fastpmae.checkpoint import find_checkpoint
 from fastpmae.classifier_state import Setting
-from fastpmae.course import COURSES
+from fastpmae.course import COURSES, PROBE
 from fastpmae.embed import whole_tokens
 from fastpmae.finetune import train_classifier
 from fastpmae.labelled import open_labelled
@@ -113,15 +114,30 @@ def test_plain_tensors_with_the_head_and_prototypes(run: Path, tmp_path: Path):
 
 
 def test_the_card_tells_settings_figures_and_lines_that_run(run: Path, tmp_path: Path, monkeypatch):
-    (run / "eval").mkdir()
-    result = {"evaluation": "knn", "network": "student", "top1": 42.125, "top5": 80.5, "images": 1234}
-    (run / "eval" / "knn-student.json").write_text(json.dumps(result))
-    (run / "eval" / "knn-random.json").write_text(json.dumps(result | {"network": "random", "top1": 13.0}))
+    here, before = (f"demo, {run}/checkpoints/step-{step:08d}.safetensors" for step in (3, 2))
+    result = {"evaluation": "knn", "network": "student", "top1": 42.125, "top5": 80.5, "images": 1234, "source": here}
+    result |= {"val": {"path": "/a/birds/val.beton"}, "shown": {"pool": "class", "k": 7}}
+    few = {"evaluation": "lowshot", "top1": 31.0, "table": [{"share": 0.01}], "pool": "mean"}
+    results = {
+        "knn-student": result,
+        "knn-random": result | {"network": "random", "top1": 13.0},
+        "step-00000002/knn-student": result | {"source": before, "top1": 14.0},
+        "step-00000003/lowshot-student": result | few,
+        "finetune-student/finetune-student": result | {"evaluation": "finetune", "top1": 71.0},
+        "finetune-student/config": {"settings": 1},
+    }
+    for name, record in results.items():
+        (run / "eval" / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / "eval" / f"{name}.json").write_text(json.dumps(record))
     monkeypatch.chdir(tmp_path)
     export_encoder(run, "card")
     card = Path("card/README.md").read_text()
-    assert "| knn | 42.12 % | 80.50 % | 1,234 |" in card
-    assert "13.00" not in card
+    assert "| knn | birds/val.beton | k = 7, class token | 42.12 % | 80.50 % | 1,234 |" in card
+    # those of a named checkpoint and of a fine-tuning lie in folders of their own
+    assert "| lowshot | birds/val.beton | 1 % of the labels, k = 7, class token | 31.00 % |" in card
+    assert "| finetune | " in card
+    assert "13.00" not in card, "another network's"
+    assert "14.00" not in card, "another checkpoint's"
     assert json.loads(card.split("```json\n")[1].split("```")[0])["width"] == 32
     said: dict = {}
     exec(card.split("```python\n")[1].split("```")[0], said)
@@ -136,7 +152,15 @@ def test_a_fine_tuned_classifier_goes_along(run: Path, small_beton: Path, tmp_pa
     )
     course = dataclasses.replace(COURSES["small"], epochs=1, batch_size=22, warmup_epochs=0.0, lr=0.05, pool=pool)
     train_classifier(setting, course)
+    record = {"evaluation": "finetune", "network": "student", "top1": 51.5, "top5": 100.0, "images": 44}
+    (tmp_path / "tuned" / "finetune-student.json").write_text(json.dumps(record))
+    (tmp_path / "tuned" / "knn-student.json").write_text(json.dumps(record | {"evaluation": "knn", "top1": 12.5}))
     export_encoder(tmp_path / "tuned", tmp_path / "timm")
+    card = (tmp_path / "timm" / "README.md").read_text()
+    assert "From demo, step-00000003.safetensors, by `fastpmae-eval finetune`" in card
+    assert json.loads(card.split("```json\n")[1].split("```")[0])["jitter"] == 0.3
+    assert "51.50 %" in card
+    assert "12.50 %" not in card, "the encoder's before it was tuned"
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     with torch.no_grad():
         images = normal(bytes_of(32))
@@ -154,6 +178,71 @@ def test_a_fine_tuned_classifier_goes_along(run: Path, small_beton: Path, tmp_pa
     assert torch.allclose(rows @ tensors["classifier.weight"].T + tensors["classifier.bias"], logits, atol=1e-5)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["id2label"] == {"0": "class_0", "1": "class_1", "2": "class_2"}
+
+
+def tuned_from(backbone: Backbone, beton: Path, folder: Path) -> Path:
+    """A classifier that hardly learns, from any weights."""
+    train, _ = open_labelled(beton, None)
+    setting = Setting(backbone, train, train, folder, torch.device("cpu"), workers=1, feature_batch=44)
+    train_classifier(setting, dataclasses.replace(COURSES["small"], epochs=1, batch_size=22, warmup_epochs=0.0))
+    return folder
+
+
+def test_a_classifier_of_other_weights_keeps_its_parts_and_normalisation(small_beton: Path, tmp_path: Path):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    # An entrypoint with a LayerScale, positions without the class token's, registers, and a spread of 0.5.
+    theirs = timm.create_model("vit_small_patch14_reg4_dinov2", **sizes)
+    cfg = theirs.pretrained_cfg | {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "architecture": None}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "vit_small_patch14_reg4_dinov2", "model_args": sizes, "pretrained_cfg": cfg})
+    )
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    tuned = tuned_from(find_backbone(f"timm:local-dir:{tmp_path}"), small_beton, tmp_path / "tuned")
+    export_encoder(tuned, tmp_path / "timm", image_size=48)
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert config["pretrained_cfg"]["mean"] == config["pretrained_cfg"]["std"] == [0.5, 0.5, 0.5]
+    assert "normalised with mean [0.5, 0.5, 0.5]" in (tmp_path / "timm" / "README.md").read_text()
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    # the same classifier by the two ways that it can be opened
+    backbone = find_backbone(str(tuned), image_size=48)
+    assert backbone.mean == backbone.std == (0.5, 0.5, 0.5)
+    images = backbone.normalised(bytes_of(48))
+    with torch.no_grad():
+        tokens = model.forward_features(images)  # pyright: ignore
+        assert torch.allclose(features(backbone.build().eval(), images)[0], tokens[:, 0], atol=1e-5)
+    with pytest.raises(
+        UserError, match=r"ViTModel has no place for blocks\.0\.ls1\.gamma and 4 more: use --format timm"
+    ):
+        export_encoder(tuned, tmp_path / "hf", format="huggingface")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_what_transformers_is_told_of_the_images_is_the_classifiers_own(run: Path, small_beton: Path, tmp_path: Path):
+    backbone = dataclasses.replace(find_backbone(str(run)), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+    export_encoder(tuned_from(backbone, small_beton, tmp_path / "tuned"), tmp_path / "hf", format="huggingface")
+    said = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert (said["image_mean"], said["image_std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.2])
+
+
+def test_trainings_that_hold_no_classifier_are_told_by_a_sentence(run: Path, small_beton: Path, tmp_path: Path):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
+    theirs = Beit(**sizes, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    torch.save({"model": theirs.state_dict()}, tmp_path / "beit.pth")
+    with pytest.raises(UserError, match=r"tuned from BEiT, beit\.pth, which is no plain ViT"):
+        export_encoder(
+            tuned_from(find_backbone(str(tmp_path / "beit.pth")), small_beton, tmp_path / "a"), tmp_path / "x"
+        )
+    train, _ = open_labelled(small_beton, None)
+    setting = Setting(find_backbone(str(run)), train, train, tmp_path / "tuned", torch.device("cpu"), workers=1)
+    course = dataclasses.replace(PROBE, batch_size=22, epochs=1, warmup_epochs=0.0)
+    train_classifier(dataclasses.replace(setting, frozen=True), course)
+    with pytest.raises(UserError, match=r"is a linear probe: the network that it reads is demo, .*step-00000003"):
+        find_backbone(str(tmp_path / "tuned"))
+    (tmp_path / "tuned" / "classifier.safetensors").unlink()
+    with pytest.raises(UserError, match=r"training that has left no classifier\.safetensors yet"):
+        find_backbone(str(tmp_path / "tuned"))
+    with pytest.raises(UserError, match="is the state of a classifier's training: name its folder"):
+        export_encoder(next((tmp_path / "tuned" / "checkpoints").glob("*.safetensors")), tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -180,18 +269,35 @@ def test_the_command_prints_lines_for_each_format(run: Path, tmp_path: Path, mon
 
 
 @pytest.mark.slow
-def test_transformers_itself_opens_the_folder(run: Path, tmp_path: Path):
+@pytest.mark.parametrize("network", ["student", "labelling_teacher"])
+def test_transformers_itself_opens_the_folder(run: Path, tmp_path: Path, network):
     transformers = pytest.importorskip("transformers")
-    export_encoder(run, tmp_path / "hf", format="huggingface")
+    export_encoder(run, tmp_path / "hf", network, format="huggingface")
     model = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
     larger = bytes_of(48)
     with torch.no_grad():
-        ours = whole_tokens(load_encoder(run)[0], bytes_of(32))
+        ours = whole_tokens(load_encoder(run, network)[0], bytes_of(32))
         assert (model(normal(bytes_of(32))).last_hidden_state - ours).abs().max() < 1e-5
         # Its own interpolation at run time has another bicubic kernel than timm's: positions are exported as they fit.
-        export_encoder(run, tmp_path / "larger", format="huggingface", image_size=48)
+        export_encoder(run, tmp_path / "larger", network, format="huggingface", image_size=48)
         model = transformers.ViTModel.from_pretrained(tmp_path / "larger", add_pooling_layer=False).eval()
-        ours = find_backbone(str(run), image_size=48).build().eval().forward_features(normal(larger))  # pyright: ignore
+        ours = find_backbone(str(run), network, image_size=48).build().eval().forward_features(normal(larger))  # pyright: ignore
         assert (model(normal(larger)).last_hidden_state - ours).abs().max() < 1e-5
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     assert processor(bytes_of(50)[0], return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+
+
+@pytest.mark.slow
+def test_transformers_itself_opens_a_classifier(run: Path, small_beton: Path, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    tuned = tuned_from(find_backbone(str(run)), small_beton, tmp_path / "tuned")
+    export_encoder(tuned, tmp_path / "hf", format="huggingface")
+    export_encoder(tuned, tmp_path / "timm")
+    model, report = transformers.ViTForImageClassification.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    images = normal(bytes_of(32))
+    with torch.no_grad():
+        ours = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()(images)
+        assert torch.allclose(model.eval()(images).logits, ours, atol=1e-5)
+    assert model.config.id2label == {0: "class_0", 1: "class_1", 2: "class_2"}
