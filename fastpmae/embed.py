@@ -16,6 +16,7 @@ from fastpmae.config import Config
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.model import Encoder
+from fastpmae.tally import Tally
 from fastpmae.world import choose_device
 from fastpmae_loaders import Beton, PlainViews
 
@@ -85,6 +86,7 @@ def embed_images(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: int = 2,
     crop_ratio: float = 0.875,
+    tally: Tally | None = None,
 ) -> tuple[Float[np.ndarray, "images dim"], Int[np.ndarray, " images"]]:
     """Features of every image of a .beton, resized and cut at the centre, in the file's order.
 
@@ -93,6 +95,7 @@ def embed_images(
         network: whose encoder (see `load_encoder`).
         pool: the class token, or the mean of the patch tokens.
         crop_ratio: the shorter side is resized to the image size over this ratio before the centre is cut out.
+        tally: counts the images.
 
     Returns:
         Features in fp32 and labels in int64.
@@ -104,17 +107,20 @@ def embed_images(
     chosen = choose_device(device)
     encoder.to(chosen)
     rows, labels = [], []
-    with PlainViews(
-        Beton(beton),
+    tally, images = tally or Tally(), Beton(beton)
+    views = PlainViews(
+        images,
         batch_size,
         image_size=config.views.image_size,
         crop_ratio=crop_ratio,
         engine=config.data.loader,
         workers=workers,
-    ) as views:
-        for images, label, _ in views:
-            rows.append(features(encoder, images.to(chosen), pool).float().cpu().numpy())
+    )
+    with views, tally.count(len(images), "images"):
+        for pictures, label, _ in views:
+            rows.append(features(encoder, pictures.to(chosen), pool).float().cpu().numpy())
             labels.append(label.numpy())
+            tally.advance(len(pictures))
     return np.concatenate(rows), np.concatenate(labels)
 
 
@@ -151,6 +157,7 @@ def embed_command(
         device=device,
         workers=workers,
         crop_ratio=crop_ratio,
+        tally=Tally(live=True),
     )
     with appearing(out) as beside, beside.open("wb") as file:
         np.savez(file, features=rows, labels=labels)

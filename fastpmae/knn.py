@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastpmae.tally import Tally
 from fastpmae_loaders.errors import UserError
 
 
@@ -57,12 +58,13 @@ def knn_ranked(
     best: int = 5,
     leave_one_out: bool = False,
     chunk_bytes: int = 256 * 2**20,
+    tally: Tally | None = None,
 ) -> dict[int, Int[Tensor, "test best"]]:
     """For each k the likeliest classes of each test row, the likeliest first, at most `best` of them.
 
     The k nearest training rows by cosine similarity s vote with exp(s / temperature) each (DINO, eval_knn.py), or
     with one vote each where the temperature is None. All else is as in `knn_predict`: every k is counted from the
-    same similarities.
+    same similarities. A tally counts the test rows.
 
     Raises UserError as `knn_predict` does, and for a temperature that is not positive.
     """
@@ -75,24 +77,27 @@ def knn_ranked(
     train_labels = train_labels.long()
     rows = max(1, chunk_bytes // (4 * (count + classes)))
     ranked: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for begin in range(0, len(test_features), rows):
-        test = F.normalize(test_features[begin : begin + rows].float(), dim=1)
-        similarity = test @ train.T
-        if leave_one_out:
-            own = torch.arange(len(test), device=test.device)
-            similarity[own, begin + own] = -torch.inf
-        for k in ks:
-            nearest = _nearest(similarity, k)
-            # Shifted by the largest similarity there is, so that no temperature overflows.
-            weight = torch.ones_like(nearest, dtype=torch.float64)
-            if temperature is not None:
-                weight = ((similarity.gather(1, nearest).double() - 1) / temperature).exp()
-            votes = torch.zeros(len(test), classes, dtype=torch.float64, device=test.device)
-            votes.scatter_add_(1, train_labels[nearest], weight)
-            if best == 1:
-                ranked[k].append(votes.argmax(1, keepdim=True))  # the first of equal maxima: the smallest label
-            else:
-                ranked[k].append(votes.sort(dim=1, descending=True, stable=True).indices[:, :best])
+    tally = tally or Tally()
+    with tally.count(len(test_features), "images"):
+        for begin in range(0, len(test_features), rows):
+            test = F.normalize(test_features[begin : begin + rows].float(), dim=1)
+            similarity = test @ train.T
+            if leave_one_out:
+                own = torch.arange(len(test), device=test.device)
+                similarity[own, begin + own] = -torch.inf
+            for k in ks:
+                nearest = _nearest(similarity, k)
+                # Shifted by the largest similarity there is, so that no temperature overflows.
+                weight = torch.ones_like(nearest, dtype=torch.float64)
+                if temperature is not None:
+                    weight = ((similarity.gather(1, nearest).double() - 1) / temperature).exp()
+                votes = torch.zeros(len(test), classes, dtype=torch.float64, device=test.device)
+                votes.scatter_add_(1, train_labels[nearest], weight)
+                if best == 1:
+                    ranked[k].append(votes.argmax(1, keepdim=True))  # the first of equal maxima: the smallest label
+                else:
+                    ranked[k].append(votes.sort(dim=1, descending=True, stable=True).indices[:, :best])
+            tally.advance(len(test))
     nothing = train_labels.new_empty(0, min(best, classes))
     return {k: torch.cat(parts) if parts else nothing for k, parts in ranked.items()}
 

@@ -1,12 +1,13 @@
 """Labelled images for an evaluation: two sets that agree on their classes, and the features of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from fastpmae.backbone import Backbone, features
@@ -91,7 +92,6 @@ def engine_for(samples: Samples, engine: Engine) -> str:
     return "ffcv" if isinstance(samples, Beton) else "torch"
 
 
-@torch.inference_mode()
 def extract(
     model: nn.Module,
     backbone: Backbone,
@@ -106,26 +106,55 @@ def extract(
     tally: Tally | None = None,
 ) -> list[Float[Tensor, "images dim"]]:
     """Frozen features of whole images in the set's order, one matrix in fp32 on the CPU for each pooling."""
-    tally = tally or Tally()
     model = model.to(device).eval()
-    rows: list[list[Tensor]] = [[] for _ in pools]
+    half = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+    def embed(pictures: UInt8[Tensor, "batch 3 side side"]) -> list[Float[Tensor, "batch dim"]]:
+        with half:
+            return features(model, backbone.normalised(pictures), pools)
+
+    return over_images(
+        embed,
+        images,
+        image_size=backbone.image_size,
+        device=device,
+        engine=engine,
+        batch_size=batch_size,
+        crop_ratio=crop_ratio,
+        workers=workers,
+        tally=tally,
+    )
+
+
+@torch.no_grad()
+def over_images(
+    embed: Callable[[UInt8[Tensor, "batch 3 side side"]], list[Float[Tensor, "batch dim"]]],
+    images: Labelled,
+    *,
+    image_size: int,
+    device: torch.device,
+    engine: Engine = "auto",
+    batch_size: int = 64,
+    crop_ratio: float = 0.875,
+    workers: int = 2,
+    tally: Tally | None = None,
+) -> list[Float[Tensor, "images dim"]]:
+    """What `embed` makes of whole images on the device, in the set's order: matrices in fp32 on the CPU."""
+    tally = tally or Tally()
+    batches: list[list[Tensor]] = []
     views = PlainViews(
         images.samples,
         batch_size,
-        image_size=backbone.image_size,
+        image_size=image_size,
         crop_ratio=crop_ratio,
         engine=engine_for(images.samples, engine),
         workers=workers,
     )
-    half = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
     with views, tally.count(len(images.samples), "images"):
         for pictures, _, _ in views:
-            with half:
-                found = features(model, backbone.normalised(pictures.to(device)), pools)
-            for kept, new in zip(rows, found, strict=True):
-                kept.append(new.float().cpu())
+            batches.append([rows.float().cpu() for rows in embed(pictures.to(device))])
             tally.advance(len(pictures))
-    return [torch.cat(kept) for kept in rows]
+    return [torch.cat(rows) for rows in zip(*batches, strict=True)]
 
 
 def _labelled(samples: Samples) -> Labelled:

@@ -111,6 +111,8 @@ def pretrain(config: Config) -> Path:
 
         saved_at = time.monotonic()
         log.start_clock(step)
+        if watch.is_owed(step, steps_per_epoch, run.folder):
+            watch.report(log, step, step // steps_per_epoch, student, teachers, stop)
         while step < last_step:
             epoch = step // steps_per_epoch
             batches = feed.epoch(epoch, first_batch=step % steps_per_epoch * accumulate)
@@ -160,13 +162,14 @@ def pretrain(config: Config) -> Path:
                         if of_part.match is not None:
                             figures |= match_geometry(batch, of_part.match, config)
                     log.row(figures, feed.take_wait(), partial=not on_grid)
-                if ends_epoch and watch.is_due(epoch + 1):
-                    log.evaluation(step, epoch + 1, lambda: watch.figures(student, teachers))
-
                 on_steps = config.run.save_steps > 0 and step % config.run.save_steps == 0
                 if ends or ends_epoch or on_steps or on_time:
                     save()
                     saved_at = time.monotonic()
+                # After the checkpoint: an evaluation may take longer than whoever sends a signal waits.
+                if ends_epoch and watch.is_due(epoch + 1) and not interrupted:
+                    watch.report(log, step, epoch + 1, student, teachers, stop)
+                    (interrupted,) = world.agree(stop.signal)
                 if interrupted:
                     raise Interrupted(interrupted, step, last_step, run.folder)
             batches.close()

@@ -1,28 +1,52 @@
 """Evaluation during training: k-NN on labelled images, by the student and every teacher as they are."""
 
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fastpmae.config import Config
 from fastpmae.embed import features
 from fastpmae.errors import UserError
 from fastpmae.knn import knn_ranked
-from fastpmae.labelled import Labelled, engine_for, open_labelled
+from fastpmae.labelled import Labelled, open_labelled, over_images
+from fastpmae.log import Log
 from fastpmae.model import Encoder, Student
 from fastpmae.scores import Scores
+from fastpmae.stop import Stop
+from fastpmae.tally import Tally
 from fastpmae.teachers import Teachers
 from fastpmae.world import World
-from fastpmae_loaders import PlainViews
 
 NEIGHBOURS = 20
 BATCH = 64
 
 
+class _Stopped(Exception):
+    """An evaluation that a signal ended."""
+
+
+class _Within(Tally):
+    """Counts in the bar that the run shows already: a terminal has room for one."""
+
+    def __init__(self, show: Callable[[str], None]):
+        super().__init__()
+        self.show = show
+
+    def advance(self, count: int = 1) -> None:
+        super().advance(count)
+        self.show(f"k-NN: {self._done:,} of {self._total:,} {self._unit}")
+
+
 class Watch:
     """What `--eval-every` asks for. Nothing of the run itself changes by it: no random number is drawn.
 
-    Every rank computes all of it, as fast as one would, so that none has to wait for another.
+    Every rank computes all of it, so that none waits long for another and the ranks need not agree on anything. Those
+    that share a machine's cores take longer over it than one alone would.
 
     Raises:
         UserError: for images that cannot be opened, have no labels, or are fewer than the neighbours.
@@ -46,41 +70,71 @@ class Watch:
         """Whether it is time after so many epochs; also after the last one."""
         return self.every > 0 and (epochs_done % self.every == 0 or epochs_done == self.config.optimiser.epochs)
 
-    def figures(self, student: Student, teachers: Teachers) -> dict[str, float]:
+    def is_owed(self, step: int, steps_per_epoch: int, folder: Path) -> bool:
+        """Whether a resumed run starts where an evaluation was due that a signal has kept from being written."""
+        epochs, rest = divmod(step, steps_per_epoch)
+        if rest or not epochs or not self.is_due(epochs):
+            return False
+        return self.world.from_first(lambda: not _is_written(folder / "metrics.jsonl", step))
+
+    def report(self, log: Log, step: int, epoch: int, student: Student, teachers: Teachers, stop: Stop) -> None:
+        """Write the figures as a row of the run's; after a signal none, and soon."""
+        tally = _Within(lambda words: log.progress.update(log.task, figures=words))
+        with contextlib.suppress(_Stopped):
+            log.evaluation(step, epoch, lambda: self.figures(student, teachers, stop, tally))
+
+    def figures(
+        self, student: Student, teachers: Teachers, stop: Stop | None = None, tally: Tally | None = None
+    ) -> dict[str, float]:
         """Top-1 of each network's class token by 20-NN (cosine, temperature 0.07), in percent.
 
         On `--eval-val`, or, without it, on the training images, each left out once.
         """
         assert self.train is not None
+        tally = tally or Tally()
         networks: dict[str, Encoder] = {"student": student.encoder}
         networks |= {name: teacher.encoder for name, teacher in teachers.modules().items()}
         labels = self.train.labels.to(self.world.device)
-        learnt = self._features(networks, self.train)
-        tested = learnt if self.val is None else self._features(networks, self.val)
+        learnt = self._features(networks, self.train, stop, tally)
+        tested = learnt if self.val is None else self._features(networks, self.val, stop, tally)
         found = {}
         for name in networks:
             ranked = knn_ranked(
-                learnt[name], labels, tested[name], [NEIGHBOURS], best=1, leave_one_out=self.val is None
+                learnt[name], labels, tested[name], [NEIGHBOURS], best=1, leave_one_out=self.val is None, tally=tally
             )  # fmt: skip
             truth = (self.val or self.train).labels
             found[f"knn_{name}"] = round(Scores(truth, ranked[NEIGHBOURS].cpu()).top1, 4)
         return found
 
-    @torch.no_grad()
-    def _features(self, networks: dict[str, Encoder], images: Labelled) -> dict[str, Float[Tensor, "images dim"]]:
-        device = self.world.device
-        rows: dict[str, list[Tensor]] = {name: [] for name in networks}
-        views = PlainViews(
-            images.samples,
-            BATCH,
+    def _features(
+        self, networks: dict[str, Encoder], images: Labelled, stop: Stop | None, tally: Tally
+    ) -> dict[str, Float[Tensor, "images dim"]]:
+        efficiency = self.config.efficiency
+        low = torch.autocast(self.world.device.type, torch.bfloat16, enabled=efficiency.precision == "bf16")
+
+        def embed(pictures: UInt8[Tensor, "batch 3 side side"]) -> list[Float[Tensor, "batch dim"]]:
+            if stop is not None and stop.signal:
+                raise _Stopped
+            with low:
+                return [features(encoder, pictures) for encoder in networks.values()]
+
+        rows = over_images(
+            embed,
+            images,
             image_size=self.config.views.image_size,
-            engine=engine_for(images.samples, "auto"),
-            workers=self.config.efficiency.workers or 2,
+            device=self.world.device,
+            batch_size=BATCH,
+            workers=efficiency.workers or 2,
+            tally=tally,
         )
-        low = torch.autocast(device.type, torch.bfloat16, enabled=self.config.efficiency.precision == "bf16")
-        with views, low:
-            for pictures, _, _ in views:
-                pictures = pictures.to(device)
-                for name, encoder in networks.items():
-                    rows[name].append(features(encoder, pictures).float())
-        return {name: torch.cat(parts) for name, parts in rows.items()}
+        return {name: part.to(self.world.device) for name, part in zip(networks, rows, strict=True)}
+
+
+def _is_written(metrics: Path, step: int) -> bool:
+    """Whether there is a row of an evaluation after so many steps."""
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        with contextlib.suppress(ValueError, AttributeError):
+            row = json.loads(line)
+            if row.get("step") == step and "knn_student" in row:
+                return True
+    return False

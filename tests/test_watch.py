@@ -1,17 +1,24 @@
 """--eval-every: the figures of a run's own networks, and nothing else of the run changed."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastpmae import Config, pretrain
+from fastpmae import Config, pretrain, watch
 from fastpmae.checkpoint import checkpoint_path, read_checkpoint
+from fastpmae.config import write_config
 from fastpmae.embed import embed_images
-from fastpmae.errors import UserError
+from fastpmae.errors import Interrupted, UserError
 from fastpmae.knn import knn_ranked
 from fastpmae.scores import Scores
+from tests.test_ranks import FORKED
+from tests.test_train import environment
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:
@@ -42,6 +49,47 @@ def test_a_run_is_the_same_with_and_without(tiny: Config, tmp_path: Path):
     timings = {"images_per_second", "data_wait"}
     kept = [{k: v for k, v in row.items() if k not in timings} for row in rows_of(watched) if "loss" in row]
     assert kept == [{k: v for k, v in row.items() if k not in timings} for row in rows_of(plain)]
+
+
+def test_a_run_is_saved_before_it_is_evaluated_and_a_signal_stops_that_soon(tiny: Config, monkeypatch):
+    folder, figures = tiny.run.out, []
+    assert folder is not None
+    embed = watch.features
+
+    def signalled(encoder, pictures):
+        figures.append(checkpoint_path(folder, 5).exists())
+        os.kill(os.getpid(), signal.SIGTERM)
+        return embed(encoder, pictures)
+
+    # 44 images in batches of ten: the signal comes in the first and the second is not begun
+    monkeypatch.setattr(watch, "BATCH", 10)
+    monkeypatch.setattr(watch, "features", signalled)
+    with pytest.raises(Interrupted, match="SIGTERM after step 5 of 15"):
+        pretrain(tiny.using(eval_every=1))
+    assert figures == [True] * 3, "three networks saw one batch"
+    assert not [row for row in rows_of(folder) if "knn_student" in row]
+    monkeypatch.undo()
+    pretrain(tiny.using(eval_every=1, resume="auto"))
+    found = [row for row in rows_of(folder) if "knn_student" in row]
+    assert [row["step"] for row in found] == [5, 10, 15], "the resumed run makes up for it"
+    straight = pretrain(tiny.using(eval_every=1, out=folder.parent / "straight"))
+    assert found == [row for row in rows_of(straight) if "knn_student" in row]
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_what_they_have_learnt_together(tiny: Config, small_beton: Path, tmp_path: Path):
+    write_config(tiny.using(warmup_epochs=0.0), tmp_path / "config.json")
+    settings = {"eval_every": 1, "steps": 5}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, tmp_path / "config.json", tmp_path,
+         json.dumps([{"name": "two", "ranks": 2, "settings": settings}])],
+        env={**environment(), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == ["two", [0, 0]], done.stderr
+    (row,) = [row for row in rows_of(tmp_path / "two") if "knn_student" in row]
+    features, labels = map(torch.from_numpy, embed_images(tmp_path / "two", small_beton))
+    ranked = knn_ranked(features, labels, features, [20], leave_one_out=True)[20]
+    assert row["knn_student"] == pytest.approx(Scores(labels, ranked).top1, abs=1e-4)
 
 
 def test_a_resumed_run_has_each_evaluation_once(tiny: Config):

@@ -10,6 +10,7 @@ import safetensors
 import timm
 import torch
 from PIL import Image
+from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
 from fastpmae import Config, UserError, embed_images, export_encoder, load_encoder, pretrain
@@ -17,6 +18,8 @@ from fastpmae import embed as embed_module
 from fastpmae import export as export_module
 from fastpmae.architecture import make_encoder
 from fastpmae.checkpoint import checkpoint_path, read_checkpoint
+from fastpmae.knn import knn_ranked
+from fastpmae.tally import Tally
 from fastpmae.weights import start_encoder
 from fastpmae_loaders import Beton
 
@@ -78,6 +81,34 @@ def test_embed_equals_timm_on_pil_crops(run: Path, small_beton: Path, tmp_path: 
     theirs = tokens[:, 0].numpy()
     nearest = ((features[:, None] - theirs[None]) ** 2).sum(-1).argmin(1)
     assert (nearest == np.arange(44)).mean() > 0.9
+
+
+def test_what_takes_long_counts_its_images(run: Path, small_beton: Path, tiny: Config, monkeypatch):
+    counted: list[tuple[int, str, int]] = []
+
+    class Counted(Tally):
+        def count(self, total: int, unit: str):
+            counted.append((total, unit, 0))
+            return super().count(total, unit)
+
+        def advance(self, count: int = 1) -> None:
+            total, unit, done = counted[-1]
+            counted[-1] = total, unit, done + count
+
+    features, labels = embed_images(run, small_beton, batch_size=16, tally=Counted())
+    knn_ranked(
+        torch.from_numpy(features),
+        torch.from_numpy(labels),
+        torch.from_numpy(features),
+        chunk_bytes=999,
+        tally=Counted(),
+    )
+    assert counted == [(44, "images", 44), (44, "images", 44)]
+    # during a run the same counts stand in the run's own bar
+    shown: list[str] = []
+    monkeypatch.setattr(Progress, "update", lambda bar, task, **more: shown.append(str(more.get("figures", ""))))
+    pretrain(tiny.using(eval_every=1, steps=5, out=run.parent / "watched"))
+    assert [words for words in shown if words.startswith("k-NN")] == ["k-NN: 44 of 44 images"] * 4
 
 
 def test_embed_command_writes_features_and_labels(run: Path, small_beton: Path, tmp_path: Path, monkeypatch):
