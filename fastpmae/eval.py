@@ -1,6 +1,9 @@
 """`fastpmae-eval`: how good a network's features are, by k-NN, linear probes, few labels, or fine-tuning."""
 
 import dataclasses
+import itertools
+import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -72,9 +75,36 @@ class Evaluation:
             "seconds": round(time.monotonic() - self.began, 1),
         }
         stem = "-".join(filter(None, [name, network.replace("_", "-").replace("/", "-")]))
+        stem = free_name(self.folder, stem, record)
         path = write_scores(self.folder, stem, scores, self.train.names, record)
         print(f"{stem}: top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % of {len(scores.labels):,} images")
         print(f"wrote {path}, and beside it a row for each class (.csv) and the confusion matrix (.png)")
+
+
+def free_name(folder: Path, stem: str, record: dict[str, Any]) -> str:
+    """The name for a result's files: the stem, or, where that holds figures of other images, with these images' name.
+
+    A second data set does not replace the figures of the first, and the same command finds its own files again.
+    """
+    path = Path((record["val"] or record["train"])["path"])
+    images = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(path.with_suffix("").parts[-2:])).strip("-")
+    others = (f"{stem}-{images}-{number}" for number in itertools.count(2))
+    names = itertools.chain([stem, f"{stem}-{images}"], others)
+    return next(name for name in names if _has_room(folder / f"{name}.json", record))
+
+
+def _has_room(path: Path, record: dict[str, Any]) -> bool:
+    """Whether there is no result of other images in a file."""
+    try:
+        before = json.loads(path.read_text())
+        return _prints(before) == _prints(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
+
+
+def _prints(record: dict[str, Any]) -> list[str | None]:
+    """The fingerprints of the images that a result was learnt and tested on."""
+    return [None if record[part] is None else record[part]["fingerprint"] for part in ("train", "val")]
 
 
 def place_of(weights: str) -> Path:
@@ -98,10 +128,17 @@ def run_knn(command: Knn) -> None:
     tested = learnt if val is None else evaluation.features(val, pools)
     labels = train.labels.to(evaluation.device)
     table, best = [], None
+    evaluation.tally.phase("nearest neighbours")
     print("pool    k      top-1   top-5")
     for pool, rows, others in zip(pools, learnt, tested, strict=True):
         ranked = knn_ranked(
-            rows, labels, others, command.k, temperature=command.temperature or None, leave_one_out=val is None
+            rows,
+            labels,
+            others,
+            command.k,
+            temperature=command.temperature or None,
+            leave_one_out=val is None,
+            tally=evaluation.tally,
         )
         for k, classes in ranked.items():
             scores = Scores(train.labels if val is None else val.labels, classes.cpu())

@@ -20,8 +20,8 @@ class Common:
     """What every evaluation is told."""
 
     weights: Annotated[str, tyro.conf.Positional]
-    """A run folder or checkpoint of ours, a safetensors file, a .pth of MAE, SdAE, DINO, iBOT, MoCo v3 or BEiT, or
-    timm:NAME for a model that timm fetches."""
+    """A run folder or checkpoint of ours, the folder of a fine-tuning, a safetensors file, a .pth of MAE, SdAE, DINO,
+    iBOT, MoCo v3 or BEiT, or timm:NAME for a model that timm fetches."""
     train: Path
     """Labelled images to learn from: a .beton file, a folder of images, or tar shards. A folder with a train and a val
     folder in it holds both sets."""

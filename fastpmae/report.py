@@ -20,6 +20,7 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.learnt import look, prototype_use
 from fastpmae.learnt_pictures import draw_learnt, draw_prototypes
+from fastpmae.results import Result, results_in
 from fastpmae.tally import Tally
 from fastpmae_loaders import open_samples
 
@@ -68,8 +69,10 @@ def write_report(
         tally: counts the parts that are done: the log, two pictures, the page.
 
     Raises:
-        UserError: when the folder holds no run, or what it holds cannot be used.
+        UserError: when the folder holds no run, what it holds cannot be used, or the samples make no picture.
     """
+    if not 1 <= samples <= 64:
+        raise UserError(f"--samples {samples} make no picture: draw between 1 and 64")
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run folder: there is no config.json in it")
     target = out or run / "report.html"
@@ -147,16 +150,12 @@ def _page(
         for words, value in _figures(config, rows):
             yield f"<div><b>{html.escape(value)}</b>{html.escape(words)}</div>"
         yield "</div>"
-    evaluations = list(_evaluations(run))
+    evaluations = results_in(run / "eval")
     if evaluations:
         yield '<h2>Evaluations</h2><table id="evaluations">'
-        yield "<tr><th>evaluation</th><th>network</th><th>top-1, %</th><th>top-5, %</th><th>images</th></tr>"
-        for found in evaluations:
-            cells = "".join(
-                f'<td class="number">{html.escape(_shown(found.get(key)))}</td>' for key in ("top1", "top5")
-            )
-            named = "".join(f"<td>{html.escape(str(found.get(key, '')))}</td>" for key in ("evaluation", "network"))
-            yield f'<tr>{named}{cells}<td class="number">{html.escape(_shown(found.get("images")))}</td></tr>'
+        heads = ("evaluation", "network", "step", "images", "", "top-1, %", "top-5, %", "tested", "date")
+        yield f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"
+        yield from (_evaluation(result) for result in evaluations)
         yield "</table>"
     yield "<h2>Curves</h2>"
     if len(rows) > 1:
@@ -225,13 +224,18 @@ def _shown(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else ""
 
 
-def _evaluations(run: Path) -> Iterator[dict[str, Any]]:
-    """What `fastpmae-eval` has left beside the run, newest last; files that are no results are passed over."""
-    for path in sorted((run / "eval").glob("**/*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads(path.read_text())
-            if isinstance(found, dict) and "top1" in found:
-                yield found
+def _evaluation(result: Result) -> str:
+    """A row of the table, with what tells it from the others."""
+    words = [result.evaluation, result.network.replace("_", " ")]
+    numbers = [_shown(result.top1), _shown(result.top5), _shown(result.images)]
+    cells = [
+        *(f"<td>{html.escape(word)}</td>" for word in words),
+        f'<td class="number">{"" if result.step is None else _shown(result.step)}</td>',
+        *(f"<td>{html.escape(word)}</td>" for word in (result.images_of, result.detail)),
+        *(f'<td class="number">{number}</td>' for number in numbers),
+        f"<td>{html.escape(result.date.replace('T', ' ')[:16])}</td>",
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _curves(rows: Sequence[dict[str, float]]) -> Figure:
@@ -271,7 +275,7 @@ def report_command(
         run: The run's folder; it may still be going on.
         out: The file to write (RUN/report.html).
         beton: Images for the pictures, if not the run's own.
-        samples: How many of them.
+        samples: How many of them, 1 to 64.
     """
     print(f"wrote {write_report(run, out, beton, samples, Tally(live=True))}")
 

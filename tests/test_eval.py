@@ -83,6 +83,18 @@ def test_results_lie_beside_the_run_and_folders_hold_both_splits(data: Path, mon
     assert found["table"] != named["table"]
 
 
+def test_a_second_data_set_keeps_the_figures_of_the_first(data: Path, tmp_path: Path, monkeypatch):
+    write_tree(tmp_path / "birds", 30)
+    write_beton(tmp_path / "birds", tmp_path / "birds.beton")
+    out = tmp_path / "out"
+    for _ in range(2):  # and each is found again
+        for beton in (data / "train.beton", tmp_path / "birds.beton", data / "val.beton"):
+            assert call(monkeypatch, "knn", data / "run", "--train", beton, "--pool", "class", "--out", out) == 0
+    found = {path.name: json.loads(path.read_text())["images"] for path in out.glob("*.json")}
+    mine, theirs = (f"knn-student-{folder.name}-{name}.json" for folder, name in ((tmp_path, "birds"), (data, "val")))
+    assert found == {"knn-student.json": 45, mine: 30, theirs: 24}
+
+
 def test_without_a_validation_set_each_image_is_left_out_once(data: Path, tmp_path: Path, monkeypatch):
     words = ["knn", data / "run", "--train", data / "train.beton", "--k", 1, "--pool", "class", "--out", tmp_path]
     assert call(monkeypatch, *words) == 0
@@ -145,6 +157,8 @@ def test_the_installed_command_speaks_in_sentences(data: Path):
         (["knn", "/nowhere", "--train", "{beton}"], "/nowhere: there is no such file"),
         (["knn", "{run}", "--train", "/nowhere"], "/nowhere does not exist"),
         (["knn", "{run}", "--train", "{beton}", "--image-size", "33"], "--image-size 33 is no multiple"),
+        (["knn", "{run}", "--train", "{beton}", "--heads", "2"], "--heads 2: the settings of"),
+        (["knn", "timm:vit", "--train", "{beton}", "--network", "random"], "and timm:vit is one network"),
         (["finetune", "{run}", "--train", "{beton}", "--preset", "none"], "there is no such preset"),
         (["lowshot", "{run}", "--train", "{tree}", "--shares", "2"], "shares of the labels"),
     ],

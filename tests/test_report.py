@@ -68,6 +68,46 @@ def test_in_a_browser(tiny: Config, small_beton: Path, tmp_path: Path):
     assert (picture.max(-1) - picture.min(-1) > 40).mean() > 0.05
 
 
+def test_evaluations_can_be_told_apart(tiny: Config, tmp_path: Path):
+    folder = pretrain(tiny.using(steps=1))
+    record = {"network": "student", "top1": 50.0, "top5": 90.0, "images": 44, "image_size": 32}
+    record["source"] = f"demo, {folder}/checkpoints/step-00000001.safetensors"
+    record["train"], record["val"] = {"path": "/a/birds/train.beton"}, {"path": "/a/birds/val.beton"}
+    results = {
+        "a": {
+            "evaluation": "knn",
+            "shown": {"pool": "mean", "k": 10},
+            "date": "2026-02-02T10:00:00",
+            "leave_one_out": True,
+        },
+        "b": {"evaluation": "lowshot", "table": [{"share": 0.01}], "pool": "class", "date": "2026-02-01T10:00:00"},
+        "c": {"evaluation": "linear-sgd", "chosen": 0.3, "table": [{"rate": 0.3}], "date": "2026-02-03T10:00:00"},
+        "step-00000001/a": {"evaluation": "finetune", "course": {"epochs": 5, "pool": "mean"}, "date": "2026-02-04"},
+        "odd": {"top1": 3},
+    }
+    for name, more in results.items():
+        (folder / "eval" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "eval" / f"{name}.json").write_text(json.dumps(more if name == "odd" else record | more))
+    text = write_report(folder).read_text()
+    table = text.split('id="evaluations">')[1].split("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert [(row[0], row[4]) for row in rows] == [
+        ("lowshot", "1 % of the labels, class token, 32 px"),
+        ("knn", "k = 10, mean of the patches, each left out once, 32 px"),
+        ("linear-sgd", "rate 0.3, 32 px"),
+        ("finetune", "5 epochs, mean of the patches, 32 px"),
+    ]
+    assert all(row[1:4] == ["student", "1", "birds/val.beton"] for row in rows)
+    assert rows[0][-1] == "2026-02-01 10:00"
+
+
+@pytest.mark.parametrize("samples", [0, -1, 65])
+def test_a_number_of_samples_that_makes_no_picture(tiny: Config, samples: int):
+    folder = pretrain(tiny.using(steps=1))
+    with pytest.raises(UserError, match=f"--samples {samples} make no picture"):
+        write_report(folder, samples=samples)
+
+
 def test_a_run_that_has_just_begun(tiny: Config, tmp_path: Path):
     folder = pretrain(tiny.using(steps=1))
     shutil.rmtree(folder / "checkpoints")
