@@ -37,6 +37,10 @@ class Gpu:
     """CPU cores of that machine."""
     source: str
 
+    def peak(self, precision: str) -> float:
+        """FLOP/s of products with `--precision`; "auto" is bf16 on a GPU."""
+        return self.fp32 if precision == "fp32" else self.bf16
+
     @property
     def usable(self) -> float:
         """Bytes that a step may fill."""

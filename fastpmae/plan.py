@@ -23,7 +23,7 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.gpus import GPUS, Gpu, gpu_named
 from fastpmae.loader_rate import LoaderRate, busy, measure
-from fastpmae.plan_report import draw, show
+from fastpmae.plan_report import CHUNK, draw, show
 from fastpmae.scaling import (
     JITTER,
     Point,
@@ -50,6 +50,8 @@ OF_A_METHOD = (
     "teachers", "target", "lambda_c", "lambda_p", "decoder_class_token", "labelling_cadence", "labelling_momentum",
 )  # fmt: skip
 """What makes a preset the method it is."""
+CHUNKED = {"single, in chunks": "single-step", "dual, in chunks": "paper"}
+"""More rows, of methods with prototypes: without patch logits as large as the batch."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Plan(Command):
     """Images of an epoch; by default those of --beton, or ImageNet-1k's 1,281,167."""
     efficiency_of_peak: float = 0.35
     """ASSUMPTION: share of the GPU's dense peak that a whole step reaches. Large products alone reach about 0.65; what
-    is bound by memory halves that for widths of a ViT. Better: what benchmarks.bench_step measures on your GPU."""
+    is bound by memory halves that for widths of a ViT. Better: what a short run on your GPU reaches, images/s of its
+    metrics.jsonl and GPU, times the FLOPs of an image that the plan prints, over the peak."""
     loader_rate: float | None = None
     """Images/s that one CPU core loads; by default measured here in a few seconds."""
     cores: int | None = None
@@ -137,6 +140,7 @@ class Report:
     cores: float
     """For each GPU, that there are."""
     methods: list[Method]
+    """The rows of Table 6; where the plan has its logits whole, then those of methods with logits in chunks."""
     models: list[ModelNeeds]
     messages: Traffic
     weak: list[Point]
@@ -169,7 +173,7 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
     tell("the largest batch")
     largest = largest_batch(config, costs, gpu, options.gpus)
 
-    peak = gpu.fp32 if config.efficiency.precision == "fp32" else gpu.bf16
+    peak = gpu.peak(config.efficiency.precision)
     rate = peak * options.efficiency_of_peak
     step = _step(config, costs, rate)
     planned = step_on(options.gpus, gpu, step, options.jitter)
@@ -178,15 +182,16 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
 
     methods: list[Method] = []
     counted: dict[str, Costs] = {}  # how fast a teacher follows costs nothing
-    for name, preset in METHODS.items():
+    whole = config.efficiency.prototypes_chunk == 0
+    for name, preset in (METHODS | CHUNKED if whole else METHODS).items():
         tell(f"the method {name}")
         own = {key: PRESETS[preset].flat()[key] for key in OF_A_METHOD}
-        method_config = config.using(**own)
+        method_config = config.using(**own, **({"prototypes_chunk": CHUNK} if name in CHUNKED else {}))
         of_costs = repr(method_config.using(labelling_cadence="step", labelling_momentum=(0.0, 0.0)))
         if of_costs not in counted:
             counted[of_costs] = step_costs(method_config, share, ranks=options.gpus)
         found = counted[of_costs]
-        seconds = found.flops / rate + planned.seconds - planned.compute
+        seconds = step_on(options.gpus, gpu, _step(method_config, found, rate), options.jitter).seconds
         methods.append(Method(name, found, seconds, seconds * steps / 86400))
     models = []
     for model in SHAPES:
@@ -273,6 +278,8 @@ def _step(config: Config, costs: Costs, rate: float) -> Step:
     ]
     labels = config.teachers.teachers in ("dual", "single")
     prototypes = 2 * config.model.prototypes if labels else 0
+    # Logits in chunks are balanced on their own, after those of class tokens.
+    rounds = 2 if config.efficiency.prototypes_chunk else 1
     shards: list[float] = []
     if config.efficiency.shard:
         depth = shape_of(config.model).depth
@@ -281,7 +288,7 @@ def _step(config: Config, costs: Costs, rate: float) -> Step:
         teachers = [(count, depth) for name, count in costs.parameters.items() if name not in blocks]
         shards = shard_messages(student, teachers, parts)
     balanced = 1 if config.optimiser.balance == "step" else parts
-    messages = traffic(costs.trained, prototypes, config.loss.sinkhorn_iterations, balanced, shards)
+    messages = traffic(costs.trained, prototypes, config.loss.sinkhorn_iterations, balanced, shards, rounds)
     return Step(costs.flops / rate, backward, messages)
 
 
@@ -305,7 +312,7 @@ def fitting_accumulate(share: int, largest: int) -> int | None:
 
 def _model_needs(config: Config, efficiency: float, per_core: float) -> ModelNeeds:
     flops = flops_of_an_image(config)
-    rates = {name: gpu.bf16 * efficiency / flops for name, gpu in GPUS.items()}
+    rates = {name: gpu.peak(config.efficiency.precision) * efficiency / flops for name, gpu in GPUS.items()}
     return ModelNeeds(config.model.model, flops, rates, {name: rate / per_core for name, rate in rates.items()})
 
 
@@ -351,7 +358,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
     """A bar in a terminal, nothing elsewhere: a plan takes seconds."""
     console = Console(stderr=True)
     columns = (TextColumn("counting {task.description}"), BarColumn(), MofNCompleteColumn())
-    total = 3 + len(METHODS) + len(SHAPES)
+    total = 3 + len(METHODS) + len(CHUNKED) + len(SHAPES)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         yield lambda words: bar.update(task, advance=1, description=words)

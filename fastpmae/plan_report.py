@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 PAPER = {"mae": (12.7, 10.0), "sdae": (2.5, 11.2), "single-step": (2.9, 12.0), "single-epoch": (2.9, 12.0),
          "dual": (3.2, 14.5)}  # fmt: skip
 """Days and GB of the paper's Table 6."""
+CHUNK = 1024
+"""`--prototypes-chunk` of the rows that stand below the paper's."""
 TOLD_BATCH = 4096
 """The largest batch that MAE's rule for the learning rate, which this method uses, was published with."""
 WAITS = {
@@ -32,10 +34,11 @@ def show(report: Report, console: Console) -> None:
     config = report.config
     batch, parts = config.optimiser.batch_size, config.optimiser.accumulate
     say = _Saying(console)
+    peak, kind = report.gpu.peak(config.efficiency.precision), config.efficiency.precision
     say(
         f"{config.model.model}, {config.optimiser.epochs} epochs of {report.epoch_images:,} images in steps of "
         f"{batch:,}, on {report.gpus} × {report.gpu.words}\n"
-        f"{report.gpu.bf16 / 1e12:,.0f} TFLOP/s in bf16, {report.gpu.bandwidth / 1e12:.2f} TB/s "
+        f"{peak / 1e12:,.0f} TFLOP/s in {'fp32' if kind == 'fp32' else 'bf16'}, {report.gpu.bandwidth / 1e12:.2f} TB/s "
         f"({report.gpu.source})\n"
     )
     console.print(_work(report))
@@ -55,9 +58,10 @@ def show(report: Report, console: Console) -> None:
     )
     console.print(_time(report))
     say(
-        f"ASSUMED: a step reaches {report.efficiency_of_peak:.0%} of the dense peak (--efficiency-of-peak; "
-        f"benchmarks.bench_step measures it). The peak itself would take {_ms(report.peak_seconds)}; memory traffic "
-        f"with nothing fused {_ms(report.traffic_seconds)}.\n"
+        f"ASSUMED: a step reaches {report.efficiency_of_peak:.0%} of the dense peak (--efficiency-of-peak). A short "
+        "run on the GPU measures it: images_per_second of its metrics.jsonl for each GPU, times "
+        f"{costs.flops / costs.images / 1e9:,.1f} GFLOP an image, over {peak / 1e12:,.0f} TFLOP/s. The peak itself "
+        f"would take {_ms(report.peak_seconds)}; memory traffic with nothing fused {_ms(report.traffic_seconds)}.\n"
     )
     console.print(_loader(report))
     noisy = report.busy is not None and report.loader.source != "--loader-rate" and report.busy > report.loader.cores
@@ -73,13 +77,18 @@ def show(report: Report, console: Console) -> None:
     )
     console.print(_models(report))
     say(
-        "Cores for each GPU; with fewer the loader is the bottleneck (bold: more than the usual machine has, "
-        f"{report.cores:.0f} for the {report.gpu_name}'s).\n"
+        "Cores for each GPU; with fewer the loader is the bottleneck (bold: more than "
+        + (
+            f"the usual machine has, {report.cores:.0f} for the {report.gpu_name}'s).\n"
+            if report.cores == gpu.cores / gpu.per_node
+            else f"--cores {report.cores:.0f} for the {report.gpu_name}, than the usual machine has for others).\n"
+        )
     )
     console.print(_methods(report))
     say(
         "The paper's 12.7 days for MAE are plausible only for its 1,600 epochs, that is "
-        f"{12.7 * 300 / 1600:.1f} for 300: they are no ratio of steps. The paper's memory is of each of its GPUs.\n"
+        f"{12.7 * 300 / 1600:.1f} for 300: they are no ratio of steps. The paper's memory is of each of its GPUs."
+        + (f" In chunks: --prototypes-chunk {CHUNK}.\n" if len(report.methods) > len(PAPER) else "\n")
     )
     console.print(_scaling(report))
     say(_end_of_scaling(report))
@@ -161,7 +170,8 @@ def _loader(report: Report) -> Table:
 
 
 def _models(report: Report) -> Table:
-    shown = list(dict.fromkeys([report.gpu_name.lower().replace("_", "-"), *SHOWN_GPUS]))
+    planned = report.gpu_name.lower().replace("_", "-")
+    shown = list(dict.fromkeys([planned, *SHOWN_GPUS]))
     table = _table("CPU cores that feed a GPU", "model", "GFLOP an image", *shown)
     from fastpmae.gpus import GPUS
 
@@ -170,7 +180,8 @@ def _models(report: Report) -> Table:
         for name in shown:
             gpu, cores = GPUS[name], needs.cores[name]
             words = f"{cores:.1f}" if cores < 10 else f"{cores:,.0f}"
-            cells.append(f"[bold]{words}[/bold]" if cores > gpu.cores / gpu.per_node else words)
+            there = report.cores if name == planned else gpu.cores / gpu.per_node
+            cells.append(f"[bold]{words}[/bold]" if cores > there else words)
         table.add_row(needs.model, f"{needs.flops / 1e9:,.1f}", *cells)
     return table
 
@@ -182,11 +193,13 @@ def _methods(report: Report) -> Table:
     )  # fmt: skip
     base = next(row for row in report.methods if row.name == "sdae")
     for row in report.methods:
-        days, gigabytes = PAPER[row.name]
+        paper = ()
+        if row.name in PAPER:
+            (days, gigabytes), of_sdae = PAPER[row.name], PAPER["sdae"]
+            paper = f"{days:g}", f"{days / of_sdae[0]:.2f}", f"{gigabytes:g}", f"{gigabytes / of_sdae[1]:.2f}"
         table.add_row(
             row.name, f"{row.costs.flops / 1e12:,.2f}", f"{row.costs.flops / base.costs.flops:.2f}", f"{row.days:.2f}",
-            _gb(row.costs.peak), f"{row.costs.peak / base.costs.peak:.2f}", f"{days:g}",
-            f"{days / PAPER['sdae'][0]:.2f}", f"{gigabytes:g}", f"{gigabytes / PAPER['sdae'][1]:.2f}",
+            _gb(row.costs.peak), f"{row.costs.peak / base.costs.peak:.2f}", *paper,
         )  # fmt: skip
     return table
 

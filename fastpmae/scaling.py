@@ -3,7 +3,9 @@
 An all-reduce takes latency + bytes / bandwidth, as NCCL's own tuner (src/graph/tuning.cc) models it: the best of a
 ring and a double tree, each in a protocol for large messages ("simple") and one for small ones ("LL"). Latencies are
 that file's figures. Every step waits for its slowest GPU. Not modelled: congestion, reductions within the switch
-(NVLink SHARP, SHARP), shared storage; a real machine scales less well.
+(NVLink SHARP, SHARP), shared storage, and what the hosts agree on after every step (`World.agree`: some bytes over
+gloo's ring, 2 (n - 1) hops by TCP one after the other; at some tens of microseconds each up to a tenth of a second at
+1,024 GPUs, hidden only while GPUs have as much left to compute). A real machine scales less well.
 """
 
 import math
@@ -69,7 +71,7 @@ class Traffic:
 
 
 def traffic(
-    trained: int, prototypes: int, iterations: int, parts: int = 1, shards: Sequence[float] = ()
+    trained: int, prototypes: int, iterations: int, parts: int = 1, shards: Sequence[float] = (), rounds: int = 1
 ) -> Traffic:  # fmt: skip
     """The messages of a step.
 
@@ -78,9 +80,10 @@ def traffic(
         prototypes: of all label matrices together; 0 where there are no pseudo labels.
         parts: of the step that have labels of their own; gradients travel with the last.
         shards: see `Traffic`.
+        rounds: one after the other in which the matrices are balanced, each with an equal share of the prototypes.
     """
     # one message of maxima, then one of sums for each iteration
-    assignments = [4 * prototypes] * ((1 + iterations) * parts) if prototypes else []
+    assignments = [4 * prototypes // rounds] * ((1 + iterations) * rounds * parts) if prototypes else []
     return Traffic(4 * trained, assignments, 4, shards)
 
 

@@ -105,6 +105,8 @@ def test_messages_of_a_step():
     # the maxima, then three sums, for both matrices of prototypes at once
     assert MESSAGES.assignments == [32768] * 4
     assert len(traffic(1, 8192, 3, parts=2).assignments) == 8
+    # in two rounds each matrix has messages of its own
+    assert traffic(120_000_000, 8192, 3, rounds=2).assignments == [16384] * 8
     assert traffic(1, 0, 3).assignments == []
     assert MESSAGES.sent(2) == 480_000_000 + 4 * 32768 + 4
 
