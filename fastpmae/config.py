@@ -221,7 +221,8 @@ class Efficiency:
     """Minutes that a rank waits for the others before all of them end."""
     prototypes_chunk: int = 0
     """Rows that the student's head sees at a time, gradients and all, and of the labelling teacher's patch logits,
-    which are computed anew in each sweep: a tenth less memory, 2 % more work; 0 keeps everything."""
+    which are computed anew in each sweep: 9 % less memory for 0.8 % more FLOPs at ViT-B and batch 768, 5 % for 1.6 % at
+    ViT-S and 64 (by the plan); 0 keeps everything."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ OF_A_METHOD = (
     "teachers", "target", "lambda_c", "lambda_p", "decoder_class_token", "labelling_cadence", "labelling_momentum",
 )  # fmt: skip
 """What makes a preset the method it is."""
-CHUNKED = {"single, in chunks": "single-step", "dual, in chunks": "paper"}
+CHUNKED = {"single-chunk": "single-step", "dual-chunk": "paper"}
 """More rows, of methods with prototypes: without patch logits as large as the batch."""
 
 

@@ -88,7 +88,7 @@ def show(report: Report, console: Console) -> None:
     say(
         "The paper's 12.7 days for MAE are plausible only for its 1,600 epochs, that is "
         f"{12.7 * 300 / 1600:.1f} for 300: they are no ratio of steps. The paper's memory is of each of its GPUs."
-        + (f" In chunks: --prototypes-chunk {CHUNK}.\n" if len(report.methods) > len(PAPER) else "\n")
+        + (f" Rows in -chunk: --prototypes-chunk {CHUNK}.\n" if len(report.methods) > len(PAPER) else "\n")
     )
     console.print(_scaling(report))
     say(_end_of_scaling(report))

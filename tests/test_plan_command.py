@@ -62,7 +62,7 @@ def test_command_line(tmp_path: Path):
     assert found["costs"]["images"] == 16
     assert found["step"]["compute"] == pytest.approx(found["costs"]["flops"] / (362.05e12 * 0.35))
     assert [row["name"] for row in found["methods"]] == [
-        "mae", "sdae", "single-step", "single-epoch", "dual", "single, in chunks", "dual, in chunks",
+        "mae", "sdae", "single-step", "single-epoch", "dual", "single-chunk", "dual-chunk",
     ]  # fmt: skip
     assert found["methods"][4]["costs"] == found["costs"]
     assert found["methods"][6]["costs"]["flops"] > found["costs"]["flops"]
