@@ -30,7 +30,7 @@ class Common:
     network: Which = "auto"
     """Whose encoder, where the file holds several; auto takes our student, and of others what they evaluate."""
     out: Path | None = None
-    """Folder for the result; by default `eval` beside the checkpoint."""
+    """Folder for the result; by default `eval` in the run's folder, and NAME-eval beside a file."""
     image_size: int = 0
     """Side of the images in pixels, with positions interpolated; 0 takes the network's own."""
     crop_ratio: float = 0.875
