@@ -17,6 +17,7 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.model import Encoder
 from fastpmae.tally import Tally
+from fastpmae.weights import tuned_weights
 from fastpmae.world import choose_device
 from fastpmae_loaders import Beton, PlainViews
 
@@ -33,6 +34,10 @@ def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encode
     Raises:
         UserError: when the checkpoint cannot be read or the run has no such teacher.
     """
+    if tuned_weights(Path(path)) is not None:
+        raise UserError(
+            f"{path} holds a fine-tuned classifier: fastpmae-eval and fastpmae-export take it, this does not"
+        )
     return encoder_of(find_checkpoint(Path(path)), network)
 
 

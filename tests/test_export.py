@@ -219,7 +219,12 @@ def test_a_classifier_of_other_weights_keeps_its_parts_and_normalisation(small_b
 
 def test_what_transformers_is_told_of_the_images_is_the_classifiers_own(run: Path, small_beton: Path, tmp_path: Path):
     backbone = dataclasses.replace(find_backbone(str(run)), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
-    export_encoder(tuned_from(backbone, small_beton, tmp_path / "tuned"), tmp_path / "hf", format="huggingface")
+    tuned = tuned_from(backbone, small_beton, tmp_path / "tuned")
+    with pytest.raises(UserError, match="holds a fine-tuned classifier"):
+        load_encoder(tuned)
+    with pytest.raises(UserError, match=r"--network labelling_teacher: .* holds a classifier and no run's networks"):
+        export_encoder(tuned, tmp_path / "hf", "labelling_teacher")
+    export_encoder(tuned, tmp_path / "hf", format="huggingface")
     said = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     assert (said["image_mean"], said["image_std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.2])
 
