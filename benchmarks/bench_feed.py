@@ -1,11 +1,13 @@
-"""How long the training loop waits for its loader when a GPU takes most of what the loader can give.
+"""How long whoever takes batches from the trainer's feed waits when a GPU takes most of what the feed can give.
 
 `python -m benchmarks.bench_feed [--data DIR_OR_BETON] [--share 0.8] [--workers N] [--quick] [--json F] [--plot F]`. The
-loader's own rate is measured first, through the trainer's own feed and on real JPEGs. Then a consumer takes a batch,
-sleeps as long as a GPU that needs `--share` of that rate would compute, and takes the next: what it waits for is the
-`data_wait` of `metrics.jsonl`. Both take turns in one run.
+feed's own rate is measured first, on real JPEGs. Then a consumer takes a batch, sleeps as long as a GPU that needs
+`--share` of that rate would compute, and takes the next: what it waits for is the `data_wait` of `metrics.jsonl`, and
+its check is that this is less than 2 % of the time. Both take turns in one run. No network is trained: what the
+trainer's own work on the CPU takes from the loader beside a GPU is not in it.
 """
 
+import statistics
 import sys
 import tempfile
 import time
@@ -25,6 +27,8 @@ from fastpmae_loaders import open_samples
 
 ALONE = World(0, 1, 1, torch.device("cpu"), None)
 BATCH = 64
+LIMIT = 2.0
+"""Per cent of the time that a consumer may wait."""
 WARM_UP = 4
 """Batches before the clock starts: what was made ahead while nobody took anything."""
 
@@ -46,7 +50,7 @@ def taken(feed: Feed, epoch: int, batches: int, seconds_each: float) -> tuple[fl
 
 
 def rows_of(beton: Path, batch: int, workers: int, share: float, rounds: int, batches: int) -> list[Row]:
-    """The loader's rate, and the share of the time that the consumer waits."""
+    """The feed's rate, and the share of the time that the consumer waits."""
     config = PRESETS["paper"].using(beton=beton, batch_size=batch, workers=workers)
     rates, waits, free = [], [], []
     with make_loader(open_samples(beton), config, ALONE) as loader:
@@ -60,9 +64,9 @@ def rows_of(beton: Path, batch: int, workers: int, share: float, rounds: int, ba
             waits.append(100 * waited / passed)
     where = f"{processor_name()}, {workers} workers, batches of {batch}"
     return [
-        make_row("loader", "images_per_second", "images/s", rates, where, True, more_is_better=True),
-        make_row("loader", "data_wait", "%", free, where, True),
-        make_row(f"consumer of {share:.0%}", "data_wait", "%", waits, where, True),
+        make_row("feed", "images_per_second", "images/s", rates, where, True, more_is_better=True),
+        make_row("feed", "data_wait", "%", free, where, True),
+        make_row(f"consumer of {share:.0%}", "data_wait", "%", waits, where, statistics.median(waits) < LIMIT),
     ]
 
 
@@ -78,7 +82,7 @@ def picture(rows: Sequence[Row], title: str, file: Path) -> None:
     spread = [[row.value - row.low for row in waits], [row.high - row.value for row in waits]]
     bars = axes.barh([row.case for row in waits], [row.value for row in waits], xerr=spread, capsize=3)
     axes.bar_label(bars, fmt="%.2f %%", padding=6)
-    axes.axvline(2, color="tab:red", linestyle="--", label="2 %")
+    axes.axvline(LIMIT, color="tab:red", linestyle="--", label=f"{LIMIT:g} %")
     axes.legend()
     axes.invert_yaxis()
     axes.margins(x=0.15)
@@ -91,7 +95,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, metavar="DIR_OR_BETON", help="images to read")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="loader threads")
     parser.add_argument("--batch", type=int, default=0, help=f"images in a batch: {BATCH}, with --quick 16")
-    parser.add_argument("--share", type=float, default=0.8, help="of the loader's rate that the consumer takes")
+    parser.add_argument("--share", type=float, default=0.8, help="of the feed's rate that the consumer takes")
     given = parser.parse_args()
     if not 0 < given.share < 1:
         parser.error(f"--share {given.share} is not between 0 and 1")

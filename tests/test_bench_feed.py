@@ -12,12 +12,21 @@ from benchmarks import bench_feed
 def test_rows(small_beton: Path):
     rows = bench_feed.rows_of(small_beton, batch=4, workers=1, share=0.5, rounds=1, batches=3)
     assert [(row.case, row.metric, row.unit) for row in rows] == [
-        ("loader", "images_per_second", "images/s"),
-        ("loader", "data_wait", "%"),
+        ("feed", "images_per_second", "images/s"),
+        ("feed", "data_wait", "%"),
         ("consumer of 50%", "data_wait", "%"),
     ]
     assert rows[0].value > 0
     assert all(0 <= row.value <= 100 for row in rows[1:])
+
+
+@pytest.mark.parametrize(("waited", "passes"), [(1.9, True), (2.0, False)])
+def test_the_check_is_that_a_consumer_hardly_waits(
+    waited: float, passes: bool, small_beton: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bench_feed, "taken", lambda feed, epoch, batches, pause: (100.0, waited if pause else 90.0))
+    rows = bench_feed.rows_of(small_beton, batch=4, workers=1, share=0.5, rounds=3, batches=3)
+    assert [row.gate for row in rows] == [True, True, passes]
 
 
 def test_what_is_waited_for_is_counted_and_what_is_computed_is_not():
