@@ -171,7 +171,12 @@ def run_linear(command: Linear) -> None:
 
     def classifiers(rows: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         if command.method == "logistic":
-            return [logistic_regression(rows, labels, classes, c) for c in command.c]
+            found = []
+            with evaluation.tally.count(len(command.c), "strengths of c"):
+                for c in command.c:
+                    found.append(logistic_regression(rows, labels, classes, c))
+                    evaluation.tally.advance()
+            return found
         return list(zip(*train_sweep(rows, labels, classes, sweep, evaluation.tally), strict=True))
 
     def ranked(rows: Tensor, found: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -263,7 +268,9 @@ def run_course(command: Probe | Finetune) -> None:
     scores = train_classifier(
         setting, command.course, resume=command.resume, steps=command.steps, tally=evaluation.tally
     )
-    evaluation.finish(name, scores, {"course": dataclasses.asdict(command.course)})
+    # As it was carried out: of few images a probe takes fewer in a step.
+    course = command.course.fitted(len(evaluation.train.labels)) if setting.frozen else command.course
+    evaluation.finish(name, scores, {"course": dataclasses.asdict(course)})
 
 
 def run_command(command: Command) -> None:

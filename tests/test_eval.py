@@ -125,8 +125,8 @@ def test_lowshot_means_over_its_draws(data: Path, tmp_path: Path, monkeypatch):
 
 
 def test_finetune_and_probe_go_on_where_they_stopped(data: Path, tmp_path: Path, monkeypatch, capsys):
-    for name, more in (("finetune", ["--preset", "small", "--ema", 0.5]), ("probe", [])):
-        words = [name, data / "run", "--train", data / "tree", "--batch-size", 16, "--epochs", 2]
+    for name, more in (("finetune", ["--preset", "small", "--ema", 0.5, "--batch-size", 16]), ("probe", [])):
+        words = [name, data / "run", "--train", data / "tree", "--epochs", 2]
         words += ["--warmup-epochs", 1, "--out", tmp_path / name, *more]
         assert call(monkeypatch, *words, "--steps", 1) == 0
         assert call(monkeypatch, *words) == 2
@@ -136,6 +136,8 @@ def test_finetune_and_probe_go_on_where_they_stopped(data: Path, tmp_path: Path,
         last = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
         assert last["epoch"] == 2
         assert result["top1"] == last["top1"]
+        # The probe's usual 16,384 are more than the images that there are.
+        assert result["course"]["batch_size"] == (16 if name == "finetune" else result["train"]["images"])
         assert result["course"]["jitter"] == (0.3 if name == "finetune" else 0.0)
 
 
