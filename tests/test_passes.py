@@ -53,13 +53,15 @@ def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[
         network.float()
     optimiser = make_optimiser(student, config)
     seen, learnt = make_passes(see, learn, config, ALONE, backend=backend)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.efficiency.precision == "bf16")
     totals = []
     for step in range(4):
         for part in range(config.optimiser.accumulate):
             batch = made_batch(10 * step + part, 3, fold_sizes)
             keep = keep_of(config, 3, step).float() if config.model.drop_path else None
-            targets = balance([seen(teachers, batch, config)], config)[0]
-            losses = learnt(student, batch, keep, targets, config)
+            with autocast:
+                targets = balance([seen(teachers, batch, config)], config)[0]
+                losses = learnt(student, batch, keep, targets, config)
             (losses.total / config.optimiser.accumulate).backward()
             totals.append(losses.total.item())
         update(optimiser, losses.total.detach(), 1e-3 * step, 0.0, ALONE)
@@ -83,22 +85,27 @@ def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[
             {"prototypes_chunk": 7, "checkpoint_blocks": 1, "accumulate": 2, "depth": 1},
             marks=pytest.mark.slow,
         ),
+        ("paper", (4, 4, 4), {"depth": 1, "precision": "bf16"}),
+        ("paper", (4, 4, 4), {"depth": 1, "precision": "bf16", "teacher_precision": "fp8"}),
         ("single-epoch", (4, 4, 4), {"depth": 1}),
         ("sdae", (4, 4, 4), {}),
         ("mae", (4, 4, 4), {}),
     ],
-    ids=["dual", "single", "sdae", "mae"],
+    ids=["dual in chunks", "dual in bf16", "dual in fp8", "single", "sdae", "mae"],
 )
 def test_each_pass_is_one_graph_and_is_compiled_once(
     preset: str, fold_sizes: tuple[int, ...], settings: dict[str, Any]
 ):
     config = tiny_config(preset, folds=len(fold_sizes), **settings)
     with watched():
-        found = trained(config.using(compile="on"), fold_sizes, "aot_eager" if preset == "paper" else "eager")
+        found = trained(config.using(compile="on"), fold_sizes, "aot_eager" if "accumulate" in settings else "eager")
         assert counters["graph_break"] == {}
         assert counters["stats"]["unique_graphs"] == 2
     expected = trained(config.using(compile="off"), fold_sizes, "")
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # Gradients differ in their last bits, and after a step of AdamW some weights fall to another of 256 numbers.
+    rtol, atol = (2e-3, 1e-3) if "teacher_precision" in settings else (1e-4, 1e-5)
+    assert found[0][:2] == pytest.approx(expected[0][:2], rel=1e-5)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
 def test_another_shape_would_have_been_noticed():
