@@ -138,8 +138,8 @@ def seconds_of(run: Path) -> list[float]:
     return seconds
 
 
-def lines_of(found: dict[tuple[str, str], list[Judged]]) -> Iterator[str]:
-    """Markdown: a table for each of the paper's, for equal steps and for equal time."""
+def lines_of(found: dict[tuple[str, str], list[Judged]], compared: str = "dual") -> Iterator[str]:
+    """Markdown: a table for each of the paper's, for equal steps and for equal time; how far the case is ahead."""
     for equal in ("steps", "time"):
         known = {name: runs for (name, kind), runs in found.items() if kind == equal or name in UNTRAINED}
         if equal == "time" and "dual" not in known:
@@ -147,7 +147,7 @@ def lines_of(found: dict[tuple[str, str], list[Judged]]) -> Iterator[str]:
         for number, names in TABLES.items():
             more = AFTER_MAE if (number, equal) == (6, "time") else ()
             there = [name for name in (*names, *more) if name in known]
-            if not set(there) - {"dual"} or not known.get("dual"):
+            if not set(there) - {"dual"} or not known.get(compared):
                 continue
             yield from ("", f"**Table {number}, equal {equal}**", "")
             yield "| case | seeds | epochs | 10-NN, val | 10-NN, train (leave one out) | linear, val | paper |"
@@ -155,19 +155,19 @@ def lines_of(found: dict[tuple[str, str], list[Judged]]) -> Iterator[str]:
             for name in [*(UNTRAINED if number == 6 else ()), *there]:
                 runs, case = known.get(name, []), CASES.get(name)
                 if runs:
-                    yield _line(name, case.title if case else name, case.paper if case else None, runs, known["dual"])
+                    yield _line(name, case.title if case else name, case.paper if case else None, runs, known[compared])
 
 
-def _line(name: str, title: str, paper: float | None, runs: list[Judged], dual: list[Judged]) -> str:
-    """A case's shares, each with its half range over seeds, and below it what dual has more, with its interval."""
+def _line(name: str, title: str, paper: float | None, runs: list[Judged], compared: list[Judged]) -> str:
+    """A case's shares, each with its half range over seeds, and below it what another has more, with its interval."""
     cells = []
     for measure in MEASURES:
         shares = [100 * one.share(best_pool([one], measure)) for one in runs]
         spread = f" ± {(max(shares) - min(shares)) / 2:.1f}" if len(shares) > 1 else ""
         gap = ""
-        if name != "dual":
-            # one pooling for both sides: the one that dual's own training images chose
-            middle, low, high = (100 * value for value in interval(dual, runs, best_pool(dual, measure)))
+        if name != compared[0].case:
+            # one pooling for both sides: the one that its own training images chose
+            middle, low, high = (100 * value for value in interval(compared, runs, best_pool(compared, measure)))
             gap = f"<br>{middle:+.1f} ({low:+.1f} to {high:+.1f})"
         cells.append(f"{np.mean(shares):.1f}{spread}{gap}")
     paper_shown = "" if paper is None else f"{paper:g}"
@@ -245,6 +245,8 @@ def bench() -> int:
     parser.add_argument("--val", type=Path, metavar="F.beton", help="labelled images to test on")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(TABLES[6]), metavar="CASE",
                         help=f"which of {', '.join(CASES)} (those of Table 6)")  # fmt: skip
+    parser.add_argument("--compare", choices=list(CASES), default="dual", metavar="CASE",
+                        help="whose lead over each case the tables give (dual)")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the runs (0)")
     parser.add_argument("--epochs", type=int, default=10, help="of the base's schedule (10)")
     parser.add_argument("--equal", choices=("steps", "time"), default="steps", help="what the cases have in common")
@@ -280,7 +282,7 @@ def bench() -> int:
         comparable = same_time.get(one.case) if one.equal == "time" else base.optimiser.epochs
         if one.case in UNTRAINED or one.epochs == comparable:
             found.setdefault((one.case, one.equal), []).append(one)
-    lines = list(lines_of(found))
+    lines = list(lines_of(found, given.compare))
     print("\n".join(lines))
     if given.page is not None:
         write_page(given.page, Path(given.base).stem, lines)

@@ -144,6 +144,10 @@ def test_tables_and_page(tmp_path):
     (row,) = [line for line in lines if line.startswith("| SdAE")]
     assert row.count("+10.0 (") == 3
     assert row.endswith("| 74.19 |")
+    others = list(lines_of(found, "sdae"))
+    (row_of_dual,) = [line for line in others if line.startswith("| Pseudo-MAE")]
+    assert row_of_dual.count("-10.0 (") == 3
+    assert not any("(" in line.removeprefix("| SdAE") for line in others if line.startswith("| SdAE"))
     assert best_pool(found["dual", "steps"], "knn_val") == "knn_val/class"
     page = tmp_path / "page.md"
     marker = "<!-- {}: written by benchmarks/bench_learning.py -->\n{}\n<!-- end of {} -->\n"
