@@ -79,7 +79,7 @@ class Evening:
             runs: list[Path] = []
             start = CASES[name].after
             if start is not None:
-                runs.append(self._pretrained(start, seed, "half", self.known_epochs(half=True)[start]))
+                runs.append(self._pretrained(start, seed, "half", self._epochs(start, half=True)))
             runs.append(self._pretrained(name, seed, equal, epochs, init=runs[0] if runs else None))
             encoder, _ = load_encoder(runs[-1])
             right = judge(features_of(encoder, self.train, self.val), self.train, self.val)
@@ -102,7 +102,7 @@ class Evening:
         for one in (case.timed(), *([case.after] if case.after else [])):
             if one not in self.times():
                 self._time(one)
-        return self.known_epochs(half=case.after is not None)[case.timed()]
+        return self.known_epochs()[name]
 
     def _time(self, name: str) -> None:
         """Measure what a step of a case takes, as a share of dual's."""
@@ -117,10 +117,18 @@ class Evening:
         with appearing(self.results / "step-seconds.json") as beside:
             beside.write_text(json.dumps(times, indent=1) + "\n")
 
-    def known_epochs(self, half: bool = False) -> dict[str, int]:
-        """The same of every case whose time has been measured; in half of the time where asked."""
-        epochs = self.base.optimiser.epochs / (2 if half else 1)
-        return {name: max(1, round(epochs / share)) for name, share in self.times().items()}
+    def known_epochs(self) -> dict[str, int]:
+        """The same of every case whose time has been measured."""
+        times = self.times()
+        return {
+            name: self._epochs(case.timed(), half=case.after is not None)
+            for name, case in CASES.items()
+            if case.timed() in times
+        }
+
+    def _epochs(self, timed: str, half: bool) -> int:
+        """How many epochs of a timed case the base's time holds, or half of it."""
+        return max(1, round(self.base.optimiser.epochs / (2 if half else 1) / self.times()[timed]))
 
     def times(self) -> dict[str, float]:
         """What a step of each case takes, as a share of the base's, where it has been measured."""
@@ -275,8 +283,7 @@ def bench() -> int:
             epochs = evening.epochs_in_the_same_time(name) if in_time else base.optimiser.epochs
             evening.trained(name, seed, "time" if in_time else "steps", epochs)
     found: dict[tuple[str, str], list[Judged]] = {}
-    whole, half = evening.known_epochs(), evening.known_epochs(half=True)
-    same_time = {name: (half if case.after else whole).get(case.timed()) for name, case in CASES.items()}
+    same_time = evening.known_epochs()
     for path in sorted(results.glob("*-seed*.json")):
         one = read(path)
         comparable = same_time.get(one.case) if one.equal == "time" else base.optimiser.epochs

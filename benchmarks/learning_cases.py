@@ -98,7 +98,7 @@ CASES: dict[str, LearningCase] = {
         LearningCase("simple-view", "simple view for the labelling teacher", lambda _: {"labelling_view": "simple"}),
     )
 }
-AFTER_MAE = ("mae-sdae", "mae-dual")
+AFTER_MAE = tuple(name for name, case in CASES.items() if case.after)
 """Not in the paper: shown beside Table 6, at equal time."""
 TABLES: dict[int, tuple[str, ...]] = {
     6: ("mae", "sdae", "single-step", "single-epoch", "dual"),

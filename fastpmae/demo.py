@@ -1,6 +1,5 @@
 """The job behind `make train`: demo images, a .beton of them, a short pretraining, and what came of it."""
 
-import json
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from fastpmae.config import PRESETS
 from fastpmae.embed import Network, load_encoder, pooled, whole_tokens
 from fastpmae.errors import Interrupted, exit_with_sentence
 from fastpmae.knn import knn_accuracy
+from fastpmae.log import read_rows
 from fastpmae.model import Encoder
 from fastpmae.photographs import PHOTOGRAPHS, write_demo_images
 from fastpmae.run import folder_of
@@ -114,8 +114,7 @@ class _TimeLimit:
 
 def rows_of(run: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl, without those of its evaluations."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "loss" in row]
+    return [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
 
 
 def accuracies(run: Path, train: Path, validation: Path) -> list[Accuracy]:

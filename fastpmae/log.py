@@ -255,6 +255,18 @@ def _writers(folder: Path, config: Config, first_step: int) -> list[Any]:
     return writers
 
 
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a torn last line is passed over, as is what is not a number."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int | float):
+                    rows.append({name: value for name, value in row.items() if isinstance(value, int | float)})
+    return rows
+
+
 def _drop_rows_past(path: Path, step: int) -> None:
     """Keep the full rows up to `step`: what came after it is computed again, and a torn last line goes."""
     if not path.exists():

@@ -20,6 +20,7 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.learnt import look, prototype_use
 from fastpmae.learnt_pictures import draw_learnt, draw_prototypes
+from fastpmae.log import read_rows
 from fastpmae.results import Result, results_in
 from fastpmae.tally import Tally
 from fastpmae_loaders import open_samples
@@ -89,18 +90,6 @@ def write_report(
             beside.write_text(page)
         tally.advance()
     return target
-
-
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a torn last line is passed over, as is what is not a number."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int | float):
-                    rows.append({name: value for name, value in row.items() if isinstance(value, int | float)})
-    return rows
 
 
 def _pictures(

@@ -1,7 +1,6 @@
 """Evaluation during training: k-NN on labelled images, by the student and every teacher as they are."""
 
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from fastpmae.embed import features
 from fastpmae.errors import UserError
 from fastpmae.knn import knn_ranked
 from fastpmae.labelled import Labelled, open_labelled, over_images
-from fastpmae.log import Log
+from fastpmae.log import Log, read_rows
 from fastpmae.model import Encoder, Student
 from fastpmae.scores import Scores
 from fastpmae.stop import Stop
@@ -75,7 +74,9 @@ class Watch:
         epochs, rest = divmod(step, steps_per_epoch)
         if rest or not epochs or not self.is_due(epochs):
             return False
-        return self.world.from_first(lambda: not _is_written(folder / "metrics.jsonl", step))
+        return self.world.from_first(
+            lambda: not any(row["step"] == step and "knn_student" in row for row in read_rows(folder / "metrics.jsonl"))
+        )
 
     def report(self, log: Log, step: int, epoch: int, student: Student, teachers: Teachers, stop: Stop) -> None:
         """Write the figures as a row of the run's; after a signal none, and soon."""
@@ -128,13 +129,3 @@ class Watch:
             tally=tally,
         )
         return {name: part.to(self.world.device) for name, part in zip(networks, rows, strict=True)}
-
-
-def _is_written(metrics: Path, step: int) -> bool:
-    """Whether there is a row of an evaluation after so many steps."""
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        with contextlib.suppress(ValueError, AttributeError):
-            row = json.loads(line)
-            if row.get("step") == step and "knn_student" in row:
-                return True
-    return False

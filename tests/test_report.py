@@ -15,7 +15,8 @@ from PIL import Image
 
 from fastpmae import Config, pretrain
 from fastpmae.errors import UserError
-from fastpmae.report import read_rows, write_report
+from fastpmae.log import read_rows
+from fastpmae.report import write_report
 from fastpmae.tally import Tally
 from tests.made import REPOSITORY, write_tree
 
