@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.bench_step import Ours, flops_of, made_batch, make_case, measured, timed
+from benchmarks.bench_step import CHUNK, Ours, flops_of, made_batch, make_case, measured, timed
 from benchmarks.common import Row, arguments, device_name, finish, make_row, save
+from fastpmae.host_memory import tune_allocator
 
 METHODS = ("sdae", "mae", "single-step", "single-epoch", "dual")
 NAMES = ("SdAE", "MAE", "single teacher, per step", "single teacher, per epoch", "two teachers")
-CHUNK = 1024
-"""`--prototypes-chunk` of the methods that have prototypes."""
 PAPER_DAYS = (2.5, 12.7, 2.9, 2.9, 3.2)
 PAPER_GIGABYTES = (11.2, 10.0, 12.0, 12.0, 14.5)
 REMARK = (
@@ -139,6 +138,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=6, help="times that each method is timed (2 with --quick)")
     given = parser.parse_args()
+    tune_allocator()  # as the trainer does on the CPU
     batch_size = given.batch_size or (4 if given.quick else 32)
     memory_batch_size = given.memory_batch_size or (4 if given.quick else 96)
     rows = rows_of(given.model, batch_size, 2 if given.quick else given.rounds, memory_batch_size)

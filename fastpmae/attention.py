@@ -44,6 +44,11 @@ def attention(
     return torch.cat(mixed).unsqueeze(0)
 
 
+def is_torchs() -> bool:
+    """Whether `attention` is torch's own."""
+    return _xformers is None
+
+
 def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)

@@ -3,9 +3,8 @@
 A norm and a GELU cost little to compute again; their results are 6 of the 16 widths a token that a transformer block
 would keep. torch.compile makes the same choice by itself, so under it the plain form is traced.
 
-On the CPU a block's MLP goes over its tokens some rows at a time. What is in between then stays in the cache and in
-memory that has been used before: new pages cost the system more time than a GELU takes, and all rows at once are a good
-part of a step's peak.
+On the CPU a block's MLP goes over its tokens some rows at a time, both ways, and attention's gradient some images at a
+time: what is in between at all tokens at once would be a good part of a step's peak.
 """
 
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from fastpmae.attention import Runs, attention, is_torchs
 
 
 def norm_linear(
@@ -32,15 +33,44 @@ def gelu_linear(hidden: Float[Tensor, "*rows inputs"], linear: nn.Linear) -> Flo
     return _GeluLinear.apply(hidden, linear.weight, linear.bias)
 
 
-def mlp(
-    tokens: Float[Tensor, "*rows dim"], norm: nn.LayerNorm, first: nn.Linear, second: nn.Linear
+def attend(
+    tokens: Float[Tensor, "batch tokens dim"],
+    norm: nn.LayerNorm,
+    qkv: nn.Linear,
+    heads: int,
+    last: int | None = None,
+    runs: Runs | None = None,
+) -> Float[Tensor, "batch last dim"]:
+    """What each of the `last` tokens (by default all) takes from all of them, after `norm`, before the projection."""
+    batch, count, dim = tokens.shape
+    queries = count if last is None else last
+    if runs is None and is_torchs() and torch.is_grad_enabled() and _plain_on_cpu(tokens, qkv):
+        return _Attend.apply(tokens, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, heads, queries)
+    query, key, value = norm_linear(tokens, norm, qkv).view(batch, count, 3, heads, dim // heads).unbind(2)
+    return attention(query[:, count - queries :], key, value, runs).reshape(batch, queries, dim)
+
+
+def add_mlp(
+    tokens: Float[Tensor, "*rows dim"],
+    norm: nn.LayerNorm,
+    first: nn.Linear,
+    second: nn.Linear,
+    scale: Float[Tensor, "*rows 1"] | None = None,
 ) -> Float[Tensor, "*rows dim"]:
-    """`second(gelu(first(norm(tokens))))`, which keeps `tokens` and what the GELU reads."""
-    plain = type(first) is nn.Linear and type(second) is nn.Linear and not torch.is_autocast_enabled("cpu")
-    if tokens.device.type != "cpu" or tokens.dtype != first.weight.dtype or torch.compiler.is_compiling() or not plain:
-        return gelu_linear(norm_linear(tokens, norm, first), second)
+    """`tokens + scale * second(gelu(first(norm(tokens))))`, which keeps `tokens` and what the GELU reads."""
+    if not _plain_on_cpu(tokens, first, second):
+        branch = gelu_linear(norm_linear(tokens, norm, first), second)
+        return tokens + (branch if scale is None else scale * branch)
     parameters = norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias
-    return _Mlp.apply(torch.is_grad_enabled(), norm.eps, tokens, *parameters)
+    rows_scale = None if scale is None else scale.expand(*tokens.shape[:-1], 1).reshape(-1, 1)
+    return _AddMlp.apply(torch.is_grad_enabled(), norm.eps, rows_scale, tokens, *parameters)
+
+
+def _plain_on_cpu(tokens: Tensor, *layers: nn.Linear) -> bool:
+    """Whether this is eager work on the CPU in one precision, with layers that are no more than linear."""
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(type(layer) is nn.Linear and layer.weight.dtype == tokens.dtype for layer in layers)
 
 
 def _autocast(tensor: Tensor) -> torch.autocast:
@@ -100,51 +130,112 @@ class _GeluLinear(torch.autograd.Function):
 
 
 ROWS = 1024
-"""Tokens that an MLP sees at a time: products as fast as over all of them, and what is in between in the cache."""
+"""Tokens at a time on the CPU: enough for products as fast as over all of them, and no more memory than that."""
 
 
-class _Mlp(torch.autograd.Function):
+class _Attend(torch.autograd.Function):
+    """Forward all images at once, and backward a few at a time, so that gradients of queries, keys and values are
+    never whole."""
+
     @staticmethod
     def forward(
-        ctx: Any, keeps: bool, eps: float, tokens: Tensor, scale: Tensor, shift: Tensor,
+        ctx: Any, tokens: Tensor, gain: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor,
+        heads: int, queries: int,
+    ) -> Tensor:  # fmt: skip
+        batch, count, dim = tokens.shape
+        qkv = F.linear(F.layer_norm(tokens, gain.shape, gain, shift, eps), weight, bias)
+        qkv = qkv.view(batch, count, 3, heads, dim // heads)
+        mixed, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(qkv, queries))
+        ctx.save_for_backward(tokens, gain, shift, weight, qkv, mixed, sums)
+        ctx.eps = eps
+        return mixed.transpose(1, 2).reshape(batch, queries, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        tokens, gain, shift, weight, qkv, mixed, sums = ctx.saved_tensors
+        batch, count, dim = tokens.shape
+        queries = mixed.shape[2]
+        gradient = gradients[0].view(batch, queries, *qkv.shape[3:]).transpose(1, 2)
+        of_tokens, of_weight = tokens.new_empty(tokens.shape), torch.zeros_like(weight)
+        of_bias, of_gain, of_shift = weight.new_zeros(len(weight)), torch.zeros_like(gain), torch.zeros_like(shift)
+        few = max(1, ROWS // count)
+        for start in range(0, batch, few):
+            place = slice(start, start + few)
+            of_qkv = torch.zeros_like(qkv[place])
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gradient[place], *_heads_first(qkv[place], queries), mixed[place], sums[place], 0.0, False
+            )
+            for here, part in zip(_heads_first(of_qkv, queries), parts, strict=True):
+                here.copy_(part)
+            of_rows, rows = of_qkv.view(-1, 3 * dim), tokens[place].reshape(-1, dim)
+            normed, mean, spread = torch.native_layer_norm(rows, list(gain.shape), gain, shift, ctx.eps)
+            torch.addmm(of_weight, of_rows.t(), normed, out=of_weight)
+            of_bias += of_rows.sum(dim=0)
+            of_part, *others = torch.ops.aten.native_layer_norm_backward(
+                of_rows @ weight, rows, list(gain.shape), mean, spread, gain, shift, [True, True, True]
+            )
+            of_tokens[place] = of_part.view(-1, count, dim)
+            of_gain += others[0]
+            of_shift += others[1]
+        return of_tokens, of_gain, of_shift, None, of_weight, of_bias, None, None
+
+
+def _heads_first(qkv: Float[Tensor, "batch tokens 3 heads dim"], queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (of the last tokens), keys and values, as (batch, heads, tokens, dim)."""
+    query, key, value = (each.transpose(1, 2) for each in qkv.unbind(2))
+    return query[:, :, query.shape[2] - queries :], key, value
+
+
+class _AddMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, keeps: bool, eps: float, scale: Tensor | None, tokens: Tensor, gain: Tensor, shift: Tensor,
         weight: Tensor, bias: Tensor, second_weight: Tensor, second_bias: Tensor,
     ) -> Tensor:  # fmt: skip
         rows = tokens.flatten(0, -2)
         kept = rows.new_empty(len(rows) if keeps else min(ROWS, len(rows)), len(weight))
-        out = rows.new_empty(len(rows), len(second_weight))
+        out = rows.new_empty(rows.shape)
         for start in range(0, len(rows), ROWS):
-            part = rows[start : start + ROWS]
-            hidden = kept[start : start + ROWS] if keeps else kept[: len(part)]
-            torch.addmm(bias, F.layer_norm(part, scale.shape, scale, shift, eps), weight.t(), out=hidden)
-            torch.addmm(second_bias, F.gelu(hidden), second_weight.t(), out=out[start : start + ROWS])
-        ctx.save_for_backward(tokens, scale, shift, weight, second_weight, kept)
+            place = slice(start, start + ROWS)
+            part, sums = rows[place], out[place]
+            hidden = kept[place] if keeps else kept[: len(part)]
+            torch.addmm(bias, F.layer_norm(part, gain.shape, gain, shift, eps), weight.t(), out=hidden)
+            if scale is None:
+                torch.add(part, second_bias, out=sums)
+                torch.addmm(sums, F.gelu(hidden), second_weight.t(), out=sums)
+            else:
+                torch.addcmul(part, torch.addmm(second_bias, F.gelu(hidden), second_weight.t()), scale[place], out=sums)
+        ctx.save_for_backward(tokens, gain, shift, weight, second_weight, kept, scale)
         ctx.eps = eps
-        return out.view(*tokens.shape[:-1], len(second_weight))
+        return out.view_as(tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        tokens, scale, shift, weight, second_weight, kept = ctx.saved_tensors
+        tokens, gain, shift, weight, second_weight, kept, scale = ctx.saved_tensors
         rows, gradient = tokens.flatten(0, -2), gradients[0].flatten(0, -2)
         of_rows, of_weight, of_second = (
-            torch.empty_like(rows),
+            rows.new_empty(rows.shape),
             torch.zeros_like(weight),
             torch.zeros_like(second_weight),
         )
-        of_bias, of_scale, of_shift = weight.new_zeros(len(weight)), torch.zeros_like(scale), torch.zeros_like(shift)
+        of_bias, of_gain, of_shift = weight.new_zeros(len(weight)), torch.zeros_like(gain), torch.zeros_like(shift)
+        of_second_bias = weight.new_zeros(len(second_weight))
         for start in range(0, len(rows), ROWS):
             place = slice(start, start + ROWS)
             above, hidden = gradient[place], kept[place]
-            torch.addmm(of_second, above.t(), F.gelu(hidden), out=of_second)
-            of_hidden = above @ second_weight
+            of_branch = above if scale is None else above * scale[place]
+            of_second_bias += of_branch.sum(dim=0)
+            torch.addmm(of_second, of_branch.t(), F.gelu(hidden), out=of_second)
+            of_hidden = of_branch @ second_weight
             torch.ops.aten.gelu_backward.grad_input(of_hidden, hidden, grad_input=of_hidden)
-            normed, mean, spread = torch.native_layer_norm(rows[place], list(scale.shape), scale, shift, ctx.eps)
+            normed, mean, spread = torch.native_layer_norm(rows[place], list(gain.shape), gain, shift, ctx.eps)
             torch.addmm(of_weight, of_hidden.t(), normed, out=of_weight)
             of_bias += of_hidden.sum(dim=0)
             of_part, *others = torch.ops.aten.native_layer_norm_backward(
-                of_hidden @ weight, rows[place], list(scale.shape), mean, spread, scale, shift, [True, True, True]
+                of_hidden @ weight, rows[place], list(gain.shape), mean, spread, gain, shift, [True, True, True]
             )
-            of_rows[place] = of_part
-            of_scale += others[0]
+            torch.add(above, of_part, out=of_rows[place])
+            of_gain += others[0]
             of_shift += others[1]
-        of_second_bias = gradient.sum(dim=0)
-        return None, None, of_rows.view_as(tokens), of_scale, of_shift, of_weight, of_bias, of_second, of_second_bias
+        of_tokens = of_rows.view_as(tokens)
+        return None, None, None, of_tokens, of_gain, of_shift, of_weight, of_bias, of_second, of_second_bias

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastpmae.attention import Runs, attention
-from fastpmae.lean import gelu_linear, mlp, norm_linear
+from fastpmae.attention import Runs
+from fastpmae.lean import add_mlp, attend, gelu_linear, norm_linear
 from fastpmae.patches import sincos_positions
 from fastpmae.shards import comes_apart
 from fastpmae_kernels import patch_tokens
@@ -36,12 +36,7 @@ class Attention(nn.Module):
         runs: Runs | None = None,
     ) -> Float[Tensor, "batch last dim"]:
         """What each of the `last` tokens (by default all) takes from all of them, after `norm`."""
-        batch, count, dim = tokens.shape
-        qkv = norm_linear(tokens, norm, self.qkv).view(batch, count, 3, self.heads, dim // self.heads)
-        query, key, value = qkv.unbind(2)
-        if last is not None:
-            query = query[:, count - last :]
-        return self.proj(attention(query, key, value, runs).reshape(batch, query.shape[1], dim))
+        return self.proj(attend(tokens, norm, self.qkv, self.heads, last, runs))
 
 
 class Mlp(nn.Module):
@@ -51,9 +46,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"], norm: nn.LayerNorm
-    ) -> Float[Tensor, "batch tokens dim"]:  # fmt: skip
-        return mlp(tokens, norm, self.fc1, self.fc2)
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        norm: nn.LayerNorm,
+        scale: Float[Tensor, "batch 1 1"] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The tokens, each with what the layers make of it, after `norm`."""
+        return add_mlp(tokens, norm, self.fc1, self.fc2, scale)
 
 
 class Block(nn.Module):
@@ -78,11 +77,9 @@ class Block(nn.Module):
         if last is not None:
             tokens = tokens[:, tokens.shape[1] - last :]
         if keep is None:
-            tokens = tokens + mixed
-            return tokens + self.mlp(tokens, self.norm2)
-        keep = keep.to(tokens.dtype)
-        tokens = tokens + keep[:, 0, None, None] * mixed
-        return tokens + keep[:, 1, None, None] * self.mlp(tokens, self.norm2)
+            return self.mlp(tokens + mixed, self.norm2)
+        keep = keep.to(tokens.dtype)[..., None, None]
+        return self.mlp(tokens + keep[:, 0] * mixed, self.norm2, keep[:, 1])
 
 
 class Blocks(nn.ModuleList):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpmae import lean
-from fastpmae.lean import gelu_linear, mlp, norm_linear
+from fastpmae.lean import add_mlp, attend, gelu_linear, norm_linear
 from fastpmae.model import Block
 
 FORMS: dict[str, Callable[[Tensor, nn.LayerNorm, nn.Linear], tuple[Tensor, Tensor]]] = {
@@ -55,15 +55,21 @@ def mlp_layers(dtype: torch.dtype) -> tuple[Tensor, nn.LayerNorm, nn.Linear, nn.
 
 
 @pytest.mark.parametrize("rows", [1, 4, 15, 1024])
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-12), (True, 2e-2)])
-def test_an_mlp_some_rows_at_a_time_is_torchs(monkeypatch, rows: int, autocast: bool, tolerance: float):
+def test_an_mlp_some_rows_at_a_time_is_torchs(monkeypatch, rows: int, scaled: bool, autocast: bool, tolerance: float):
     monkeypatch.setattr(lean, "ROWS", rows)
     tokens, norm, first, second = mlp_layers(torch.float32 if autocast else torch.float64)
+    scale = torch.tensor([0, 1.5, 2], dtype=tokens.dtype)[:, None, None] if scaled else None
     leaves = [tokens, *norm.parameters(), *first.parameters(), *second.parameters()]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ours, plain = mlp(tokens, norm, first, second), second(nn.functional.gelu(first(norm(tokens))))
+        ours = add_mlp(tokens, norm, first, second, scale)
+        branch = second(nn.functional.gelu(first(norm(tokens))))
+        plain = tokens + (branch if scale is None else scale * branch)
         with torch.no_grad():
-            torch.testing.assert_close(mlp(tokens, norm, first, second), plain, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                add_mlp(tokens, norm, first, second, scale), plain, rtol=tolerance, atol=tolerance
+            )
     assert ours.dtype == plain.dtype
     torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
     towards = torch.randn(ours.shape, dtype=ours.dtype)
@@ -72,15 +78,47 @@ def test_an_mlp_some_rows_at_a_time_is_torchs(monkeypatch, rows: int, autocast: 
         torch.testing.assert_close(gradient, truth, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("rows", [1, 15, 2048])
+@pytest.mark.parametrize("last", [None, 2])
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-12), (True, 2e-2)])
+def test_attention_some_images_at_a_time_is_torchs(
+    monkeypatch, rows: int, last: int | None, autocast: bool, tolerance: float
+):  # fmt: skip
+    monkeypatch.setattr(lean, "ROWS", rows)
+    tokens, norm, _ = layers(torch.float32 if autocast else torch.float64)
+    qkv = nn.Linear(12, 36).to(tokens.dtype)
+    leaves = [tokens, *norm.parameters(), *qkv.parameters()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = attend(tokens, norm, qkv, 3, last)
+        query, key, value = (each.transpose(1, 2) for each in qkv(norm(tokens)).view(3, 5, 3, 3, 4).unbind(2))
+        weights = (query @ key.mT / 2).softmax(-1)
+        plain = (weights.to(value.dtype) @ value).transpose(1, 2).reshape(3, 5, 12)
+        plain = plain if last is None else plain[:, 5 - last :]
+        with torch.no_grad():
+            torch.testing.assert_close(attend(tokens, norm, qkv, 3, last), plain, rtol=tolerance, atol=tolerance)
+    assert ours.dtype == plain.dtype
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    towards = torch.randn(ours.shape, dtype=ours.dtype)
+    expected = torch.autograd.grad(plain, leaves, towards)
+    for gradient, truth in zip(torch.autograd.grad(ours, leaves, towards), expected, strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_s_gradients_are_finite_differences():
+    tokens, norm, _ = layers(torch.float64)
+    qkv = nn.Linear(12, 36).double()
+    assert torch.autograd.gradcheck(lambda t, *_: attend(t, norm, qkv, 3, 2), (tokens, *qkv.parameters()))
+
+
 def test_an_mlp_s_gradients_are_finite_differences():
     tokens, norm, first, second = mlp_layers(torch.float64)
-    assert torch.autograd.gradcheck(lambda t, *_: mlp(t, norm, first, second), (tokens, *first.parameters()))
+    assert torch.autograd.gradcheck(lambda t, *_: add_mlp(t, norm, first, second), (tokens, *first.parameters()))
 
 
 def test_an_mlp_of_no_tokens():
     _, norm, first, second = mlp_layers(torch.float32)
     tokens = torch.empty(0, 5, 12, requires_grad=True)
-    mlp(tokens, norm, first, second).sum().backward()
+    add_mlp(tokens, norm, first, second).sum().backward()
     assert tokens.grad is not None
     assert first.weight.grad is not None
     assert first.weight.grad.abs().sum() == 0
