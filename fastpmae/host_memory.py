@@ -7,7 +7,7 @@ import sys
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h."""
 LARGE = 128 * 2**20
-KEPT = 2**31 - 1
+NEVER = -1
 
 
 def tune_allocator() -> None:
@@ -15,12 +15,12 @@ def tune_allocator() -> None:
 
     glibc would give those of tensors of 32 MB and more, and what is free at the end of its heap, back to the system
     when they are freed, and take them anew, filled with zeros, at the next tensor: several times within each step, for
-    a tenth of its time. Here tensors of up to 128 MB come from the heap, and 2 GB at its end stay. Whoever has set one
-    of the variables keeps it. Only Linux with glibc is changed.
+    a tenth of its time. Here tensors of up to 128 MB come from the heap, whose end is never given back. Whoever has set
+    one of the variables keeps it. Only Linux with glibc is changed.
     """
     if sys.platform != "linux" or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, LARGE)
-        mallopt(TRIM_THRESHOLD, KEPT)
+        mallopt(TRIM_THRESHOLD, NEVER)
