@@ -27,6 +27,17 @@ def layers(dtype: torch.dtype) -> tuple[Tensor, nn.LayerNorm, nn.Linear]:
     return torch.randn(3, 5, 12, dtype=dtype).requires_grad_(), norm, linear
 
 
+def check(ours: Tensor, plain: Tensor, leaves: list[Tensor], tolerance: float) -> None:
+    """Results and gradients agree, in value and in type."""
+    assert ours.dtype == plain.dtype
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    towards = torch.randn(ours.shape, dtype=ours.dtype)
+    expected = torch.autograd.grad(plain, leaves, towards)
+    for gradient, truth in zip(torch.autograd.grad(ours, leaves, towards), expected, strict=True):
+        assert gradient.dtype == truth.dtype
+        torch.testing.assert_close(gradient, truth, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-12), (True, 2e-2)])
 def test_results_and_gradients_are_torchs(form: str, autocast: bool, tolerance: float):
@@ -34,13 +45,8 @@ def test_results_and_gradients_are_torchs(form: str, autocast: bool, tolerance: 
     leaves = [tokens, *norm.parameters(), *linear.parameters()]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours, plain = FORMS[form](tokens, norm, linear)
-    assert ours.dtype == plain.dtype
     assert torch.equal(ours, plain)
-    towards = torch.randn(ours.shape, dtype=ours.dtype)
-    expected = torch.autograd.grad(plain, leaves, towards)
-    for gradient, truth in zip(torch.autograd.grad(ours, leaves, towards), expected, strict=True):
-        assert gradient.dtype == truth.dtype
-        torch.testing.assert_close(gradient, truth, rtol=tolerance, atol=tolerance)
+    check(ours, plain, leaves, tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -70,12 +76,7 @@ def test_an_mlp_some_rows_at_a_time_is_torchs(monkeypatch, rows: int, scaled: bo
             torch.testing.assert_close(
                 add_mlp(tokens, norm, first, second, scale), plain, rtol=tolerance, atol=tolerance
             )
-    assert ours.dtype == plain.dtype
-    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
-    towards = torch.randn(ours.shape, dtype=ours.dtype)
-    expected = torch.autograd.grad(plain, leaves, towards)
-    for gradient, truth in zip(torch.autograd.grad(ours, leaves, towards), expected, strict=True):
-        torch.testing.assert_close(gradient, truth, rtol=tolerance, atol=tolerance)
+    check(ours, plain, leaves, tolerance)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 2048])
@@ -96,12 +97,7 @@ def test_attention_some_images_at_a_time_is_torchs(
         plain = plain if last is None else plain[:, 5 - last :]
         with torch.no_grad():
             torch.testing.assert_close(attend(tokens, norm, qkv, 3, last), plain, rtol=tolerance, atol=tolerance)
-    assert ours.dtype == plain.dtype
-    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
-    towards = torch.randn(ours.shape, dtype=ours.dtype)
-    expected = torch.autograd.grad(plain, leaves, towards)
-    for gradient, truth in zip(torch.autograd.grad(ours, leaves, towards), expected, strict=True):
-        torch.testing.assert_close(gradient, truth, rtol=tolerance, atol=tolerance)
+    check(ours, plain, leaves, tolerance)
 
 
 def test_attention_s_gradients_are_finite_differences():
