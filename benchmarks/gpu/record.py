@@ -50,9 +50,11 @@ class Record:
         except Exception as error:
             said, where = f"{type(error).__name__}: {str(error)[:800]}", traceback.format_exc()[-2000:]
             self.note(name, ok=False, failed=said, where=where)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            del error  # with its frames, and what they hold on the device
+            gc.collect()
+            if self.device.type == "cuda":
+                with contextlib.suppress(RuntimeError):  # after some errors a device answers nothing any more
+                    torch.cuda.empty_cache()
 
 
 def now() -> str:
