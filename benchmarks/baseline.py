@@ -38,8 +38,10 @@ class PlainBatch(NamedTuple):
 
 
 def plain_batch(batch: Batch) -> PlainBatch:
-    """The trainer's batch in fp32. `ToTensor` and `Normalize` are the work of a usual loader's processes."""
-    mean, std = (torch.tensor(numbers).view(1, 3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    """The trainer's batch in fp32, where it lies. `ToTensor` and `Normalize` are the work of a usual loader's
+    processes."""
+    where = batch.simple.device
+    mean, std = (torch.tensor(numbers, device=where).view(1, 3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
     simple, other = ((view.float() / 255 - mean) / std for view in (batch.simple, batch.complex))
     return PlainBatch(simple, other, batch.visible, batch.folds, batch.fold_sizes)
 
@@ -136,8 +138,8 @@ class PlainNetwork(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(logits: Float[Tensor, "rows prototypes"], epsilon: float, iterations: int) -> Tensor:
-    """Assignments of all rows as one matrix, divided in place."""
-    table = torch.exp(logits / epsilon).t()
+    """Assignments of all rows as one matrix, no coarser than fp32, divided in place."""
+    table = torch.exp(logits.to(torch.promote_types(logits.dtype, torch.float32)) / epsilon).t()
     prototypes, rows = table.shape
     table /= table.sum()
     for _ in range(iterations):
@@ -162,19 +164,23 @@ class PlainMethod:
     Args:
         config: of the methods with token targets: `paper` and `sdae`.
         student, teachers: whose weights to copy.
+        device: where it computes; on a GPU AdamW is torch's fused one.
     """
 
-    def __init__(self, config: Config, student: Student, teachers: Teachers):
+    def __init__(
+        self, config: Config, student: Student, teachers: Teachers, device: torch.device | str = "cpu"
+    ):  # fmt: skip
         self.config = config
         labels = teachers.labelling is not None
         self.student = PlainNetwork(config, decoder=True, head=labels)
         self.student.load_state_dict(student.state_dict())
+        self.student.to(device)
         self.teachers: dict[str, PlainNetwork] = {}
         for name, teacher in teachers.modules().items():
             plain = PlainNetwork(config, decoder=False, head=teacher.head is not None)
             plain.load_state_dict(teacher.state_dict())
             # A teacher sees every token whole.
-            self.teachers[name] = plain.eval().requires_grad_(False)
+            self.teachers[name] = plain.to(device).eval().requires_grad_(False)
         self.momenta = {
             name: schedule.momentum
             for name, (_, schedule) in zip(self.teachers, teachers.scheduled(), strict=True)
@@ -188,7 +194,8 @@ class PlainMethod:
             {"params": decayed, "weight_decay": decay},
             {"params": spared, "weight_decay": 0.0},
         ]
-        self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=config.optimiser.betas)
+        fused = torch.device(device).type == "cuda" or None
+        self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=config.optimiser.betas, fused=fused)
 
     def folds(self, teacher: PlainNetwork, images: Tensor, batch: PlainBatch) -> tuple[list[Tensor], Tensor]:
         """The teacher's class token of each fold, and its patch tokens of all folds."""
@@ -228,7 +235,7 @@ class PlainMethod:
         predicted = pick(patches, batch.folds)
         reconstruction = (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()
         if student.head is None or label_tokens is None or class_labels is None or patch_labels is None:
-            nothing = torch.zeros(())
+            nothing = torch.zeros_like(reconstruction)
             return PlainLosses(reconstruction, reconstruction, nothing, nothing)
         assert classes is not None
         temperature = loss.student_temperature

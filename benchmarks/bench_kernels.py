@@ -30,6 +30,7 @@ from fastpmae_kernels import (
     sinkhorn_bias_from_features,
     traffic,
 )
+from fastpmae_loaders.machine import usable_cores
 
 BATCH, MASKED, PROTOTYPES, BOTTLENECK, DIM = 64, 147, 4096, 256, 768
 EPSILON, TEMPERATURE, ITERATIONS = 0.05, 0.1, 3
@@ -327,7 +328,7 @@ def memory_rows(device: str, rounds: int) -> list[Row]:
     """Peak memory of the whole loss, from features to gradients, beyond the features."""
     rows: list[Row] = []
     # It is memory that is measured and not time, so the processes may run side by side.
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         started = {name: [pool.submit(_measured, name, device) for _ in range(rounds)] for name in LOSSES}
         found = {name: [json.loads(each.result()) for each in runs] for name, runs in started.items()}
     truth = found["usual"][0]["loss"]

@@ -16,143 +16,27 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.baseline import PlainMethod, plain_batch
 from benchmarks.common import Row, arguments, device_name, finish, make_row, save
-from fastpmae import PRESETS, Config
-from fastpmae.architecture import make_networks, shape_of
-from fastpmae.data import stochastic_depth
+from benchmarks.step_cases import Ours, Plain, made_batch, make_case
 from fastpmae.flops import flop_formulas
 from fastpmae.host_memory import tune_allocator
-from fastpmae.optimiser import make_optimiser, update
-from fastpmae.step import learn, teach
-from fastpmae.world import World
 from fastpmae_loaders import Batch
 
 PAIRS = (("dual", "plain-dual"), ("sdae", "plain-sdae"))
-DROP_PATH = 0.25
-"""In every method, also in MAE, whose own is 0."""
 CHUNK = 1024
 """`--prototypes-chunk` of the methods that have prototypes."""
-STEPS, RATE = 10_000, 1e-4
 PARTS = ("data", "teachers", "forward", "backward", "optimiser", "EMA")
-ALONE = World(0, 1, 1, torch.device("cpu"), None)
-
-
-def settings(preset: str, model: str, batch_size: int, **others: Any) -> Config:
-    return PRESETS[preset].using(model=model, batch_size=batch_size, **others)
-
-
-def made_batch(config: Config, size: int, seed: int = 0) -> Batch:
-    """Random pixels and a random mask for each image: a step's work does not depend on what they show."""
-    generator = torch.Generator().manual_seed(seed)
-    side = config.views.image_size
-    patches = (side // shape_of(config.model).patch_size) ** 2
-    masked = int(patches * config.views.mask_ratio)
-    fold, rest = divmod(masked, config.views.folds)
-    order = torch.stack([torch.randperm(patches, generator=generator) for _ in range(size)])
-    views = torch.randint(0, 256, (2, size, 3, side, side), generator=generator, dtype=torch.uint8)
-    return Batch(
-        views=(views[0], views[1]),
-        visible=order[:, : patches - masked].contiguous(),
-        folds=order[:, patches - masked :].contiguous(),
-        fold_sizes=tuple(fold + (i < rest) for i in range(config.views.folds)),
-        label=torch.zeros(size, dtype=torch.int64),
-        index=torch.arange(size),
-        boxes=torch.zeros(size, 2, 4, dtype=torch.int32),
-        flips=torch.zeros(size, 2, dtype=torch.bool),
-        factors=torch.ones(size, 2, 5, dtype=torch.float64),
-        choices=torch.zeros(size, 2, 9, dtype=torch.uint8),
-        source_size=torch.zeros(size, 2, dtype=torch.int32),
-        samples=np.arange(size),
-        failed=[],
-    )
-
-
-class Ours:
-    """The trainer's step as its loop takes it."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        self.student, self.teachers = make_networks(config, STEPS, torch.device("cpu"), None)
-        self.optimiser = make_optimiser(self.student, config)
-        self.steps = 0
-
-    def given(self, batch: Batch) -> Batch:
-        return batch
-
-    def losses(self, batch: Batch) -> list[float]:
-        """Without stochastic depth, which the two draw differently."""
-        with torch.no_grad():
-            targets = teach(self.teachers, batch, self.config)
-            return [float(loss) for loss in learn(self.student, batch, None, targets, self.config)[:4]]
-
-    def step(self, batch: Batch, mark: Callable[[str], None]) -> None:
-        keep = stochastic_depth(self.config, 0, batch.samples, torch.device("cpu"))
-        mark("data")
-        targets = teach(self.teachers, batch, self.config)
-        mark("teachers")
-        losses = learn(self.student, batch, keep, targets, self.config)
-        mark("forward")
-        losses.total.backward()
-        mark("backward")
-        update(self.optimiser, losses.total.detach(), RATE, self.config.optimiser.clip_grad, ALONE)
-        mark("optimiser")
-        self.teachers.follow(self.student, "step", self.steps)
-        mark("EMA")
-        self.steps += 1
-
-
-class Plain:
-    """The usual step."""
-
-    def __init__(self, ours: Ours):
-        self.config = ours.config
-        self.method = PlainMethod(ours.config, ours.student, ours.teachers)
-        self.steps = 0
-
-    def given(self, batch: Batch) -> Any:
-        return plain_batch(batch)
-
-    def losses(self, batch: Any) -> list[float]:
-        self.method.student.eval()
-        with torch.no_grad():
-            losses = [float(loss) for loss in self.method.learn(batch, self.method.teach(batch))]
-        self.method.student.train()
-        return losses
-
-    def step(self, batch: Any, mark: Callable[[str], None]) -> None:
-        mark("data")
-        targets = self.method.teach(batch)
-        mark("teachers")
-        losses = self.method.learn(batch, targets)
-        mark("forward")
-        losses.total.backward()
-        mark("backward")
-        self.method.update(losses, RATE)
-        mark("optimiser")
-        self.method.follow(self.steps)
-        mark("EMA")
-        self.steps += 1
-
-
-def make_case(name: str, model: str, batch_size: int, chunk: int = 0) -> Ours | Plain:
-    """A case by its name, from the same seed as its partner; `chunk` is the trainer's `prototypes_chunk`."""
-    method = name.removeprefix("plain-")
-    preset = "paper" if method == "dual" else method
-    ours = Ours(settings(preset, model, batch_size, drop_path=DROP_PATH, prototypes_chunk=chunk))
-    return Plain(ours) if name.startswith("plain-") else ours
 
 
 def timed(case: Ours | Plain, batch: Any) -> dict[str, float]:
@@ -194,7 +78,7 @@ def serve(connection: Connection, name: str, model: str, batch_size: int, chunk:
     """The other end of `Apart`: the losses, then the seconds of a step whenever one is asked for."""
     if not name.startswith("plain-"):
         tune_allocator()  # as the trainer does on the CPU
-    case = make_case(name, model, batch_size, chunk)
+    case = make_case(name, model, batch_size, chunk=chunk)
     given = case.given(made_batch(case.config, batch_size))
     connection.send(case.losses(given))
     while connection.recv():
@@ -236,9 +120,9 @@ def time_rows(model: str, batch_size: int, rounds: int, chunk: int = 0) -> list[
                 share = [100 * parts[part] / sum(parts.values()) for parts in found[name]]
                 rows.append(make_row(name, f"share_{part}", "%", share, where, gate))
     for ours, _ in PAIRS:
-        case = make_case(ours, model, batch_size, chunk)
+        case = make_case(ours, model, batch_size, chunk=chunk)
         batch = made_batch(case.config, batch_size)
-        case.step(batch, lambda part: None)
+        case.step(batch)
         rows += rate_rows(ours, case, batch, statistics.median(seconds[ours]), gates[ours], max(1, rounds // 3))
     return rows
 
@@ -247,7 +131,7 @@ def flops_of(case: Ours | Plain, batch: Any) -> tuple[float, float]:
     """Floating point operations of one step by torch's count: of all products, and of attention among them."""
     flop_formulas()
     with FlopCounterMode(display=False) as counter:
-        case.step(batch, lambda part: None)
+        case.step(batch)
     total = counter.get_flop_counts()["Global"]
     attention = sum(count for operation, count in total.items() if "scaled_dot_product" in str(operation))
     return float(sum(total.values())), float(attention)
@@ -259,7 +143,7 @@ def rate_rows(name: str, case: Ours | Plain, batch: Any, step: float, gate: bool
     linear, attention, alone = [], [], []
     for _ in range(repeats):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-            case.step(batch, lambda part: None)
+            case.step(batch)
         products: dict[tuple[int, int, int, bool], int] = defaultdict(int)
         seconds = attending = 0.0
         for event in profiler.key_averages(group_by_input_shape=True):
@@ -338,9 +222,9 @@ def measure(case: Ours | Plain, batch: Batch, few: Batch, before: int) -> dict[s
     del batch, few
     gc.collect()
     for _ in range(2):
-        case.step(given, lambda part: None)
+        case.step(given)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    case.step(given, lambda part: None)
+    case.step(given)
     return {"peak": resident("VmHWM") - resident("RssFile") - before, "loss": loss}
 
 
@@ -393,7 +277,7 @@ def main() -> int:
         if not given.measure.startswith("plain-"):
             tune_allocator()  # as the trainer does on the CPU
         before = resident("RssAnon")
-        case = make_case(given.measure, given.model, batch_size, given.prototypes_chunk)
+        case = make_case(given.measure, given.model, batch_size, chunk=given.prototypes_chunk)
         batch, few = (made_batch(case.config, size) for size in (batch_size, 2))
         print(json.dumps(measure(case, batch, few, before)))
         return 0

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.bench_step import CHUNK, Ours, flops_of, made_batch, make_case, measured, timed
+from benchmarks.bench_step import CHUNK, flops_of, measured, timed
 from benchmarks.common import Row, arguments, device_name, finish, make_row, save
+from benchmarks.step_cases import Ours, made_batch, make_case
 from fastpmae.host_memory import tune_allocator
 
 METHODS = ("sdae", "mae", "single-step", "single-epoch", "dual")
@@ -37,7 +38,7 @@ def rows_of(model: str, batch_size: int, rounds: int, memory_batch_size: int) ->
 
     cases: dict[str, Ours] = {}
     for name in METHODS:
-        case = make_case(name, model, batch_size, CHUNK)
+        case = make_case(name, model, batch_size, chunk=CHUNK)
         assert isinstance(case, Ours)
         cases[name] = case
     batch, few = (made_batch(cases["sdae"].config, size) for size in (batch_size, 2))

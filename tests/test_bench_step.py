@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_step, bench_table6
+from benchmarks import bench_step, bench_table6, step_cases
 from benchmarks.baseline import plain_batch
-from benchmarks.bench_step import ALONE, PAIRS, PARTS, Ours, Plain
+from benchmarks.bench_step import PAIRS, PARTS
+from benchmarks.step_cases import DROP_PATH, Ours, Plain, made_batch, make_case
 from fastpmae import Config
 from fastpmae.step import learn, teach
-from tests.tiny import disturb, made_batch, tiny_config
+from tests import tiny
+from tests.tiny import disturb, tiny_config
 
 KEYS = {"case", "metric", "unit", "value", "low", "high", "baseline", "ratio", "gate", "device", "versions", "date"}
 PRESETS = ("paper", "sdae")
@@ -31,7 +33,7 @@ def both(preset: str, folds: int = 3) -> tuple[Ours, Plain]:
 @pytest.mark.parametrize("fold_sizes", [(4, 4, 4), (5, 4, 4)])
 def test_the_usual_way_has_the_same_losses_and_gradients(preset: str, fold_sizes: tuple[int, ...]):
     ours, plain = both(preset)
-    batch = made_batch(1, 3, fold_sizes)
+    batch = tiny.made_batch(1, 3, fold_sizes)
     losses = learn(ours.student, batch, None, teach(ours.teachers, batch, ours.config), ours.config)
     losses.total.backward()
     usual = plain_batch(batch)
@@ -51,10 +53,10 @@ def test_the_usual_way_has_the_same_losses_and_gradients(preset: str, fold_sizes
 def test_the_usual_way_takes_the_same_steps(preset: str):
     """AdamW, weight decay and the teachers' EMA: the weights after three steps."""
     ours, plain = both(preset)
-    batch = made_batch(1, 3)
+    batch = tiny.made_batch(1, 3)
     for _ in range(3):
-        ours.step(batch, lambda part: None)
-        plain.step(plain_batch(batch), lambda part: None)
+        ours.step(batch)
+        plain.step(plain_batch(batch))
     for name, teacher in ours.teachers.modules().items():
         for key, tensor in teacher.state_dict().items():
             torch.testing.assert_close(plain.method.teachers[name].state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
@@ -70,15 +72,15 @@ def test_a_plain_step_stops_at_a_loss_that_is_not_finite():
     with torch.no_grad():
         plain.method.student.encoder.cls_token.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="loss is nan"):
-        plain.step(plain_batch(made_batch(1, 2)), lambda part: None)
+        plain.step(plain_batch(tiny.made_batch(1, 2)))
 
 
 class Here:
     """`Apart` in this process, where the sizes can be swapped."""
 
     def __init__(self, *given: Any):
-        self.case = bench_step.make_case(*given)
-        self.given = self.case.given(bench_step.made_batch(self.case.config, given[2]))
+        self.case = make_case(*given[:3], chunk=given[3])
+        self.given = self.case.given(made_batch(self.case.config, given[2]))
         self.losses = self.case.losses(self.given)
 
     def timed(self) -> dict[str, float]:
@@ -93,7 +95,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     def settings(preset: str, model: str, batch_size: int, **others: Any) -> Config:
         return tiny_config(preset, **others)
 
-    monkeypatch.setattr(bench_step, "settings", settings)
+    monkeypatch.setattr(step_cases, "settings", settings)
     monkeypatch.setattr(bench_step, "Apart", Here)
 
 
@@ -130,7 +132,7 @@ def test_nothing_is_claimed_of_other_losses(monkeypatch: pytest.MonkeyPatch):
 
 def served(connection: Any, *given: Any) -> None:
     """`serve` with a method that takes no time to make."""
-    bench_step.settings = lambda preset, model, batch_size, **others: tiny_config(preset, **others)
+    step_cases.settings = lambda preset, model, batch_size, **others: tiny_config(preset, **others)
     bench_step.serve(connection, *given)
 
 
@@ -139,9 +141,9 @@ def test_a_case_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patched:
         patched.setattr(bench_step, "serve", served)
         case = bench_step.Apart("dual", "tiny", 2, 0)
-    bench_settings = tiny_config("paper", drop_path=bench_step.DROP_PATH)
+    bench_settings = tiny_config("paper", drop_path=DROP_PATH)
     here = Ours(bench_settings)
-    assert case.losses == pytest.approx(here.losses(bench_step.made_batch(bench_settings, 2)), rel=1e-5)
+    assert case.losses == pytest.approx(here.losses(made_batch(bench_settings, 2)), rel=1e-5)
     assert set(case.timed()) == set(PARTS)
     case.end()
     assert case.process.exitcode == 0
@@ -150,8 +152,8 @@ def test_a_case_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.usefixtures("small")
 def test_flops_are_those_of_the_products():
     """Of SdAE at the tiny size, counted by hand: two for each product and sum, thrice where gradients are needed."""
-    case = bench_step.make_case("plain-sdae", "tiny", 2)
-    batch = case.given(bench_step.made_batch(case.config, 2))
+    case = make_case("plain-sdae", "tiny", 2)
+    batch = case.given(made_batch(case.config, 2))
     total, attention = bench_step.flops_of(case, batch)
     images, width, deep = 2, 16, 8
 
@@ -183,7 +185,7 @@ def test_the_peak_is_that_of_memory_held():
         def losses(self, batch: Any) -> list[float]:
             return [1.0]
 
-        def step(self, batch: Any, mark: Any) -> None:
+        def step(self, batch: Any) -> None:
             torch.ones(self.size)
 
     batch: Any = None
@@ -192,16 +194,11 @@ def test_the_peak_is_that_of_memory_held():
     assert much - little == pytest.approx(2**26, rel=0.05)
 
 
-def test_one_process_alone_is_the_world():
-    assert ALONE.first
-    assert float(ALONE.largest(torch.ones(()))) == 1
-
-
 @pytest.mark.usefixtures("small")
 def test_table_6_has_every_method_beside_the_papers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any):
     def measured(name: str, *rest: Any) -> str:
-        case = bench_step.make_case(name, "tiny", 2)
-        loss = case.losses(bench_step.made_batch(case.config, 2))[0]
+        case = make_case(name, "tiny", 2)
+        loss = case.losses(made_batch(case.config, 2))[0]
         return json.dumps({"peak": 2**20 * (1 + (name == "dual")), "loss": loss})
 
     monkeypatch.setattr(bench_table6, "measured", measured)

@@ -1,0 +1,357 @@
+"""The cases of `bench_step`, `bench_table6` and `on_gpu`: the trainer's own step and the usual one, on either device.
+
+A case is made by name and takes steps on batches that are where it computes. On a GPU they are timed by events, and
+memory is the allocator's; each case is closed before the next is made, so that neither holds the other's.
+"""
+
+import contextlib
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.baseline import PlainBatch, PlainMethod, plain_batch
+from fastpmae import PRESETS, Config
+from fastpmae.architecture import make_networks, shape_of
+from fastpmae.attention import use as use_attention
+from fastpmae.costs import flops_of_an_image
+from fastpmae.data import stochastic_depth
+from fastpmae.optimiser import make_optimiser, update
+from fastpmae.passes import CUDA_GRAPHS, make_passes
+from fastpmae.step import Losses, Targets, balance, learn, see, teach
+from fastpmae.world import World
+from fastpmae_loaders import Batch
+
+Precision = Literal["fp32", "bf16"]
+Mark = Callable[[str], None]
+
+DROP_PATH = 0.25
+"""In every method, also in MAE, whose own is 0."""
+STEPS, RATE = 10_000, 1e-4
+CPU = torch.device("cpu")
+HOST_STEPS = 3
+"""Steps that the host's own time is taken from."""
+
+
+def settings(preset: str, model: str, batch_size: int, **others: Any) -> Config:
+    return PRESETS[preset].using(model=model, batch_size=batch_size, **others)
+
+
+def made_batch(config: Config, size: int, seed: int = 0) -> Batch:
+    """Random pixels and a random mask for each image: a step's work does not depend on what they show."""
+    generator = torch.Generator().manual_seed(seed)
+    side = config.views.image_size
+    patches = (side // shape_of(config.model).patch_size) ** 2
+    masked = int(patches * config.views.mask_ratio)
+    fold, rest = divmod(masked, config.views.folds)
+    order = torch.stack([torch.randperm(patches, generator=generator) for _ in range(size)])
+    views = torch.randint(0, 256, (2, size, 3, side, side), generator=generator, dtype=torch.uint8)
+    return Batch(
+        views=(views[0], views[1]),
+        visible=order[:, : patches - masked].contiguous(),
+        folds=order[:, patches - masked :].contiguous(),
+        fold_sizes=tuple(fold + (i < rest) for i in range(config.views.folds)),
+        label=torch.zeros(size, dtype=torch.int64),
+        index=torch.arange(size),
+        boxes=torch.zeros(size, 2, 4, dtype=torch.int32),
+        flips=torch.zeros(size, 2, dtype=torch.bool),
+        factors=torch.ones(size, 2, 5, dtype=torch.float64),
+        choices=torch.zeros(size, 2, 9, dtype=torch.uint8),
+        source_size=torch.zeros(size, 2, dtype=torch.int32),
+        samples=np.arange(size),
+        failed=[],
+    )
+
+
+def unmarked(part: str) -> None:
+    """For a step of which nobody asks how long its parts take."""
+
+
+class Ours:
+    """The trainer's step as its loop takes it: the same passes, autocast, attention and optimiser.
+
+    Attributes:
+        targets, out: what the last step's teachers gave and the student's losses; None before the first.
+    """
+
+    def __init__(self, config: Config, device: torch.device = CPU):
+        self.config = config
+        self.world = World(0, 1, 1, device, None)
+        self.stack = contextlib.ExitStack()
+        self.stack.enter_context(use_attention(config.efficiency.attention, device))
+        self.student, self.teachers = make_networks(config, STEPS, device, None)
+        self.optimiser = make_optimiser(self.student, config)
+        self.seen, self.learnt = make_passes(see, learn, config, self.world)
+        self.autocast = _autocast(config, device)
+        self.targets: Targets | None = None
+        self.out: Losses | None = None
+        self.steps = 0
+
+    @property
+    def replays(self) -> bool:
+        """Whether the passes are CUDA graphs."""
+        efficiency = self.config.efficiency
+        return self.world.device.type == "cuda" and efficiency.compile_mode in CUDA_GRAPHS
+
+    def given(self, batch: Batch) -> Batch:
+        """The batch as `losses` and `step` take it, where the case computes."""
+        return batch.to(self.world.device)
+
+    def losses(self, batch: Any) -> list[float]:
+        """Of the passes as they are without torch.compile, and without stochastic depth, which the two draw
+        differently."""
+        return self._eager_losses(batch, None)
+
+    def step(self, batch: Any, mark: Mark = unmarked) -> None:
+        self.targets = self.out = None
+        keep = stochastic_depth(self.config, 0, batch.samples, self.world.device)
+        mark("data")
+        with self.autocast:
+            (self.targets,) = balance([self.seen(self.teachers, batch, self.config)], self.config)
+        mark("teachers")
+        with self.autocast:
+            self.out = out = self.learnt(self.student, batch, keep, self.targets, self.config)
+        mark("forward")
+        out.total.backward()
+        mark("backward")
+        update(self.optimiser, out.total.detach(), RATE, self.config.optimiser.clip_grad, self.world)
+        mark("optimiser")
+        self.teachers.follow(self.student, "step", self.steps)
+        mark("EMA")
+        self.steps += 1
+
+    def checked_step(self, batch: Batch) -> float:
+        """Take a step, compiled where the passes are; how far its losses are `apart` from those without."""
+        keep = stochastic_depth(self.config, 0, batch.samples, self.world.device)
+        expected = self._eager_losses(batch, keep)
+        self.step(batch)
+        assert self.out is not None
+        return apart([float(loss.detach()) for loss in self.out[:4]], expected)
+
+    def close(self) -> None:
+        """Give attention back; another case may be made."""
+        self.stack.close()
+
+    def _eager_losses(self, batch: Batch, keep: torch.Tensor | None) -> list[float]:
+        with torch.no_grad(), self.autocast:
+            targets = teach(self.teachers, batch, self.config)
+            return [float(loss) for loss in learn(self.student, batch, keep, targets, self.config)[:4]]
+
+
+class Plain:
+    """The usual step, with the weights of another case.
+
+    Args:
+        ours: whose weights and settings to take; may be closed and dropped afterwards.
+        compiled: the teachers' pass and the student's are compiled, as `Ours` compiles its own.
+    """
+
+    replays = False
+
+    def __init__(self, ours: Ours, device: torch.device = CPU, compiled: bool = False):
+        self.config, self.device = ours.config, device
+        self.method = PlainMethod(ours.config, ours.student, ours.teachers, device)
+        self.teach, self.learn = self.method.teach, self.method.learn
+        if compiled:
+            self.teach, self.learn = torch.compile(self.teach), torch.compile(self.learn)
+        self.autocast = _autocast(ours.config, device)
+        self.steps = 0
+
+    def given(self, batch: Batch) -> PlainBatch:
+        """The batch as `losses` and `step` take it: normalised, where the case computes."""
+        return plain_batch(batch.to(self.device))
+
+    def losses(self, batch: Any) -> list[float]:
+        self.method.student.eval()
+        with torch.no_grad(), self.autocast:
+            losses = [float(loss) for loss in self.method.learn(batch, self.method.teach(batch))]
+        self.method.student.train()
+        return losses
+
+    def step(self, batch: Any, mark: Mark = unmarked) -> None:
+        mark("data")
+        with self.autocast:
+            targets = self.teach(batch)
+        mark("teachers")
+        with self.autocast:
+            losses = self.learn(batch, targets)
+        mark("forward")
+        losses.total.backward()
+        mark("backward")
+        self.method.update(losses, RATE)
+        mark("optimiser")
+        self.method.follow(self.steps)
+        mark("EMA")
+        self.steps += 1
+
+    def close(self) -> None:
+        """It holds nothing that others share."""
+
+
+def make_case(
+    name: str,
+    model: str,
+    batch_size: int,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    compiled: bool = False,
+    chunk: int = 0,
+    **others: Any,
+) -> Ours | Plain:
+    """A case by its name, from the same seed as its partner.
+
+    Args:
+        name: `dual`, or a preset; behind `plain-` the usual code of it, which there is of `dual` and `sdae`.
+        device: where it computes; `cuda` is the first GPU.
+        precision: of activations; `bf16` is autocast's.
+        compiled: whether torch.compile makes the passes.
+        chunk: the trainer's `prototypes_chunk`.
+        others: further settings of the trainer by their names (`depth`, `attention`, `compile_mode`, ...).
+
+    Raises:
+        UserError: for an attention that is not to be had.
+    """
+    method = name.removeprefix("plain-")
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
+    config = settings(
+        "paper" if method == "dual" else method, model, batch_size,
+        **{"drop_path": DROP_PATH, "precision": precision, "prototypes_chunk": chunk,
+           "compile": "on" if compiled else "off", **others},
+    )  # fmt: skip
+    if method == name:
+        return Ours(config, device)
+    # The weights alone are of interest: they are made on the CPU, as those of `Ours` are, in eager mode.
+    partner = Ours(config.using(compile="off", compile_mode="default", attention="auto", teacher_precision="auto"))
+    try:
+        return Plain(partner, device, compiled)
+    finally:
+        partner.close()
+
+
+def _autocast(config: Config, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.efficiency.precision == "bf16")
+
+
+def apart(found: Sequence[float], truth: Sequence[float]) -> float:
+    """The largest relative distance of numbers from the true ones."""
+    return max(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(found, truth, strict=True))
+
+
+def most_apart(device: torch.device | str, precision: Precision) -> float:
+    """How far apart the losses of two ways to compute them may be: on GPUs convolutions are in TF32, and in bf16 some
+    patches are matched with others."""
+    if precision == "bf16":
+        return 2e-2
+    return 1e-3 if torch.device(device).type == "cuda" else 1e-4
+
+
+class Timing(NamedTuple):
+    """What some steps of a case took."""
+
+    seconds: list[float]
+    """Of each step; on a GPU from the end of the one before, by events."""
+    warm_up: float
+    """Seconds of the steps before, which compile."""
+    host: list[float]
+    """Seconds that the host takes to hand a step over to a GPU that has nothing else to do. Where it waits in the step,
+    or for room among the thousand kernels that may be on their way, that is in it. On the CPU the steps' own."""
+    peak: int
+    """Bytes that torch's allocator held at most on the GPU, batches and weights too; 0 on the CPU."""
+
+
+def take_steps(case: Ours | Plain, batches: Sequence[Any], steps: int, warm: int = 4) -> Timing:
+    """Time `steps` steps after `warm` others, going round the batches (as `case.given` gives them)."""
+    on_gpu = (case.world.device if isinstance(case, Ours) else case.device).type == "cuda"
+
+    def go(count: int, after: Callable[[int], None] = lambda turn: None) -> None:
+        for turn in range(count):
+            case.step(batches[turn % len(batches)])
+            after(turn)
+
+    if not on_gpu:
+        start = time.perf_counter()
+        go(warm)
+        ends = [time.perf_counter()]
+        go(steps, lambda turn: ends.append(time.perf_counter()))
+        seconds = [end - begin for begin, end in itertools.pairwise(ends)]
+        return Timing(seconds, ends[0] - start, seconds, 0)
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    go(warm)
+    torch.cuda.synchronize()
+    warm_up = time.perf_counter() - start
+    if not case.replays:  # what a CUDA graph holds is taken when it is recorded, and not when it is replayed
+        torch.cuda.reset_peak_memory_stats()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    go(steps, lambda turn: marks[turn + 1].record())
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    host = []
+    for _ in range(HOST_STEPS):
+        start = time.perf_counter()
+        go(1)
+        host.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    seconds = [begin.elapsed_time(end) / 1e3 for begin, end in itertools.pairwise(marks)]
+    return Timing(seconds, warm_up, host, peak)
+
+
+def timed_steps(case: Ours | Plain, batches: Sequence[Any], steps: int, warm: int = 4) -> dict[str, float]:
+    """The figures of `take_steps`: medians of a step and of the host's part in it (ms), the peak (GiB; 0 on the CPU),
+    seconds of the warm-up, images a second."""
+    timing = take_steps(case, batches, steps, warm)
+    step = statistics.median(timing.seconds)
+    return {
+        "step_ms": 1e3 * step,
+        "images_per_second": len(batches[0].visible) / step,
+        "peak_gib": timing.peak / 2**30,
+        "warm_up_s": timing.warm_up,
+        "host_ms": 1e3 * statistics.median(timing.host),
+    }
+
+
+def release() -> None:
+    """After the last reference to a case is gone: what it compiled and held goes too."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def model_flops(config: Config) -> float:
+    """FLOPs that a step of the method needs for an image, whoever computes it: without any that is computed anew."""
+    return flops_of_an_image(config.using(prototypes_chunk=0, checkpoint_blocks=0, teacher_precision="auto"))
+
+
+def matrix_rate(device: torch.device | str, size: int = 8192, repeats: int = 20) -> float:
+    """FLOP/s of a product of two square matrices of random bf16 numbers (fp32 on the CPU): the median of some."""
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    left, right = (
+        torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32) for _ in range(2)
+    )
+    seconds = []
+    for _ in range(repeats + 5):  # the first ones choose their kernel, and wake the GPU
+        if on_gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            torch.matmul(left, right)
+            end.record()
+            torch.cuda.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            torch.matmul(left, right)
+            seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[5:])
