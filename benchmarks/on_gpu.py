@@ -142,7 +142,9 @@ def run_all(given: argparse.Namespace) -> int:
     if warming is not None and warming.poll() is None:
         warming.kill()
     results = Results(file)
-    print("\n" + stages_table(results, given.stages) + "\n\n" + aims_table(results))
+    print("\n" + stages_table(results, given.stages))
+    if not given.tiny:
+        print("\n" + aims_table(results))
     if failed:
         print(f"\nfailed: {', '.join(failed)}; {file} says what and where")
     return 1 if failed else 0
@@ -151,8 +153,8 @@ def run_all(given: argparse.Namespace) -> int:
 def _in_a_process(name: str, given: argparse.Namespace, limit: float) -> tuple[int, bool]:
     """A stage's exit status, and whether it was ended at its limit, with everything that it had started."""
     words = [
-        sys.executable, "-W", "ignore", "-m", "benchmarks.on_gpu", "--run", name, STAGES[name].work, "--out", given.out, "--data",
-        given.data, "--seconds", limit, "--epochs", given.epochs, "--methods", *given.methods,
+        sys.executable, "-W", "ignore", "-m", "benchmarks.on_gpu", "--run", name, STAGES[name].work, "--out", given.out,
+        "--data", given.data, "--seconds", limit, "--epochs", given.epochs, "--methods", *given.methods,
     ]  # fmt: skip
     if given.tiny:
         words.append("--tiny")
@@ -221,7 +223,10 @@ def main() -> int:
         given.stages = given.stages or (list(STAGES) if given.tiny else USUAL)
         given.methods = given.methods or (["mae-dual"] if given.tiny else list(METHODS))
         given.out = given.out or Path("runs/gpu-tiny" if given.tiny else "runs/gpu")
-        return run_stage(*given.run, given) if given.run else run_all(given)
+        if given.run:
+            name, work = given.run
+            return run_stage(name, work, given)
+        return run_all(given)
 
     return exit_with_sentence("on_gpu", run)
 

@@ -156,7 +156,9 @@ def gpu_results(file: Path, **changes: Any) -> Path:
     for stage, rows in figures.items():
         lines.append({"stage": stage, "name": "started", "date": "2026-01-02T03:04:05", **about})
         for row in rows:
-            changed = {key.split("/")[2]: value for key, value in changes.items() if key.startswith(f"{stage}/{row['name']}/")}
+            changed = {
+                key.split("/")[2]: value for key, value in changes.items() if key.startswith(f"{stage}/{row['name']}/")
+            }
             lines.append({"stage": stage, "seconds": 1.0, **row, **changed})
         lines.append({"stage": stage, "name": "ended", "status": 0, "limit": None, "seconds": 12.0})
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -247,7 +249,7 @@ def test_rows_apart_is_the_worst_of_all_figures():
     row = dict.fromkeys(train_stages.COMPARED, 2.0)
     assert train_stages.rows_apart([row, row], [row, row]) == 0.0
     assert train_stages.rows_apart([row, row | {"loss_p": 2.5}], [row, row]) == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="zip"):
         train_stages.rows_apart([row], [row, row])
 
 
@@ -260,7 +262,7 @@ def test_images_are_drawn_where_there_are_none(tmp_path: Path):
     more = Beton(repeated(Beton(folder / ORIGINALS), tmp_path / "more.beton", 40))
     assert len(more) == 48
     assert more.payload(17).tobytes() == more.payload(1).tobytes()
-    with pytest.raises(UserError, match="lacks originals.beton"):
+    with pytest.raises(UserError, match=r"lacks originals\.beton"):
         find_images(tmp_path, tmp_path, tiny=False)
 
 
@@ -292,5 +294,11 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path):
 
 
 def test_sizes_are_those_of_the_aims():
-    assert (FULL.batch, FULL.models[-1], FULL.kernel_batch, FULL.masked, FULL.prototypes) == (256, "vit_base", 768, 147, 4096)
+    assert (FULL.batch, FULL.models[-1], FULL.kernel_batch, FULL.masked, FULL.prototypes) == (
+        256,
+        "vit_base",
+        768,
+        147,
+        4096,
+    )
     assert TINY.batch < 8

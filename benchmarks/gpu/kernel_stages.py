@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks import bench_kernels
 from benchmarks.baseline import sinkhorn as plain_sinkhorn
 from benchmarks.gpu.task import Task
+from benchmarks.step_cases import matrix_rate
 from fastpmae_kernels import (
     nearest_patch,
     patch_tokens,
@@ -160,9 +161,9 @@ def check_photometric(task: Task) -> None:
     # A device may contract a multiplication and an addition: a value on the edge then rounds the other way.
     task.record.check("photometric", int(apart.max()), 2, differing=float((apart > 0).double().mean()))
     small = images[:4, :, :9, :13].contiguous()  # narrower than the blur reaches
-    few = [tensor[:4] for tensor in (factors, choices)]
-    found = photometric(small.to(task.device), *(tensor.to(task.device) for tensor in few)).cpu()
-    apart = (found.int() - photometric_ref(small, *few).int()).abs()
+    factors, choices = factors[:4], choices[:4]
+    found = photometric(small.to(task.device), factors.to(task.device), choices.to(task.device)).cpu()
+    apart = (found.int() - photometric_ref(small, factors, choices).int()).abs()
     task.record.check("photometric, narrow", int(apart.max()), 2)
 
 
@@ -240,10 +241,7 @@ def bandwidth(task: Task) -> None:
     copied = 2 * source.nbytes / task.median(source.clone)
     del source
     record.note("copy", bytes_per_second=copied)
-    side = 8192 if not task.tiny else 64
-    left, right = (torch.randn(side, side, device=device, dtype=BF16) for _ in range(2))
-    record.note("matrix product", flops_per_second=2 * side**3 / task.median(lambda: left @ right), side=side)
-    del left, right
+    record.note("matrix product", flops_per_second=matrix_rate(device, 8192 if not task.tiny else 64))
 
     def tell(name: str, run: Callable[[], object], moved: Traffic, usual: float | None = None) -> None:
         seconds = task.median(run)

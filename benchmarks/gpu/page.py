@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.record import read_results
+from benchmarks.gpu.record import figures_in_words, read_results
 from fastpmae.errors import UserError
 from fastpmae.files import appearing
 
 STARTED, ENDED = "started", "ended"
 """The names of a stage's first and last line."""
-HIDDEN = ("stage", "name", "seconds", "ok", "where", "said", "losses", "case")
-"""Figures that the tables leave out."""
 
 
 @dataclass(frozen=True)
@@ -218,13 +216,8 @@ def figures_table(stage: Stage) -> str:
             worst[row["name"]] = row
     lines = ["| what | figures | check |", "|---|---|---|"]
     for name, row in worst.items():
-        figures = ", ".join(
-            f"{key.replace('_', ' ')} {_shown(value)}"
-            for key, value in row.items()
-            if key not in HIDDEN and value is not None
-        )
         check = "" if "ok" not in row else "passed" if row["ok"] else "FAILED"
-        lines.append(f"| {_plain(name)} | {figures} | {check} |")
+        lines.append(f"| {_plain(name)} | {_plain(figures_in_words(row))} | {check} |")
     return "\n".join(lines)
 
 
@@ -234,14 +227,6 @@ def _badness(row: dict[str, Any]) -> float:
         return float("inf")
     value, limit = row.get("value"), row.get("limit")
     return value / limit if isinstance(value, int | float) and limit else -1.0
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return " ".join(map(_shown, value)) or "none"
-    return _plain(str(value))
 
 
 def _plain(words: str) -> str:

@@ -28,11 +28,10 @@ class Record:
 
     def note(self, name: str, **figures: Any) -> None:
         """Write one line, flushed to the disk: a machine may be taken away at any moment."""
-        line = json.dumps(
-            {"stage": self.stage, "name": name, "seconds": round(time.perf_counter() - self.began, 2), **figures},
-            default=str,
-        )
-        print(line, flush=True)
+        seconds = round(time.perf_counter() - self.began, 2)
+        line = json.dumps({"stage": self.stage, "name": name, "seconds": seconds, **figures}, default=str)
+        passed = {True: "passed", False: "FAILED"}.get(figures.get("ok", ""), "")
+        print(f"  {name}: {figures_in_words(figures)} {passed}".rstrip(" :"), flush=True)
         with self.file.open("a") as file:
             file.write(line + "\n")
             file.flush()
@@ -55,6 +54,22 @@ class Record:
             if self.device.type == "cuda":
                 with contextlib.suppress(RuntimeError):  # after some errors a device answers nothing any more
                     torch.cuda.empty_cache()
+
+
+UNSAID = ("stage", "name", "seconds", "ok", "where", "said", "losses", "case", "versions")
+"""What a line of a table or a terminal has no room for."""
+
+
+def figures_in_words(figures: dict[str, Any]) -> str:
+    """The figures of a line, as a table shows them."""
+    told = {key: value for key, value in figures.items() if key not in UNSAID and value is not None}
+    return ", ".join(f"{key.replace('_', ' ')} {_shown(value)}" for key, value in told.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(map(_shown, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def now() -> str:

@@ -11,16 +11,25 @@ import torch
 from benchmarks.bench_table6 import METHODS
 from benchmarks.gpu.record import read_results
 from benchmarks.gpu.task import Task
-from benchmarks.step_cases import Ours, Plain, made_batch, make_case, timed_steps
-from fastpmae.costs import flops_of_an_image, step_costs
+from benchmarks.step_cases import (
+    DROP_PATH,
+    Ours,
+    Plain,
+    apart,
+    made_batch,
+    make_case,
+    model_flops,
+    most_apart,
+    release,
+    settings,
+    timed_steps,
+)
+from fastpmae.config import Config
+from fastpmae.costs import step_costs
 from fastpmae.geometry import match_geometry
 from fastpmae.gpus import GPUS, Gpu
 from fastpmae.health import health
 from fastpmae.plan import Plan
-
-AGREE = 0.02
-"""Largest relative difference of a loss from the baseline's: both are in bf16 and round at other places."""
-AGREE_FP32 = 1e-4
 
 
 def step(task: Task) -> None:
@@ -41,24 +50,24 @@ def step(task: Task) -> None:
 
 def compare_losses(task: Task, method: str, model: str) -> None:
     """The four losses of the same weights on the same images, by both codes and in both precisions."""
-    for precision, limit in (("bf16", AGREE), ("fp32", AGREE_FP32)):
+    for precision in ("bf16", "fp32"):
         found = {}
         for name in (f"plain-{method}", method):
             case = build(task, name, model, task.sizes.batch, precision=precision)
             found[name] = case.losses(given(task, case, task.sizes.batch)[0])
             case.close()
             del case
-        apart = max(
-            abs(one - other) / max(abs(other), 1e-3)
-            for one, other in zip(found[method], found[f"plain-{method}"], strict=True)
-        )
-        task.record.check(f"losses of {method}, {model}, {precision}", apart, limit, losses=found)
+        release()
+        task.record.check(
+            f"losses of {method}, {model}, {precision}", apart(found[method], found[f"plain-{method}"]),
+            most_apart(task.device, precision), losses=found,
+        )  # fmt: skip
 
 
-def build(task: Task, name: str, model: str, batch: int, **settings: Any) -> Ours | Plain:
+def build(task: Task, name: str, model: str, batch: int, **others: Any) -> Ours | Plain:
     """A case at this task's sizes, in bf16 unless it says otherwise."""
-    settings = {"precision": "bf16", "compiled": False} | task.sizes.network | settings
-    return make_case(name, model, batch, device=task.device, **settings)
+    others = {"precision": "bf16"} | task.sizes.network | others
+    return make_case(name, model, batch, device=task.device, **others)
 
 
 def given(task: Task, case: Ours | Plain, batch: int) -> list[Any]:
@@ -66,20 +75,24 @@ def given(task: Task, case: Ours | Plain, batch: int) -> list[Any]:
     return [case.given(made_batch(case.config, batch, seed)) for seed in range(2)]
 
 
-def time_case(task: Task, title: str, name: str, model: str, batch: int, **settings: Any) -> dict[str, Any]:
-    """Time a case's steps and note the figures. An empty dict where it failed."""
+def time_case(task: Task, title: str, name: str, model: str, batch: int, **others: Any) -> dict[str, Any]:
+    """Time a case's steps, after a first one that is checked, and note the figures. An empty dict where it failed."""
     figures: dict[str, Any] = {}
     with task.record.trying(title):
-        torch._dynamo.reset()
-        case = build(task, name, model, batch, **settings)
-        figures = timed_steps(case, given(task, case, batch), task.sizes.steps, 4 if task.cuda else 1)
-        flops = flops_of_an_image(case.config)
+        case = build(task, name, model, batch, **others)
+        batches = given(task, case, batch)
+        if isinstance(case, Ours) and others.get("compiled"):
+            limit = most_apart(task.device, others.get("precision", "bf16"))
+            task.record.check(f"{title}: losses against eager", case.checked_step(batches[0]), limit)
+        figures = timed_steps(case, batches, task.sizes.steps, 4 if task.cuda else 1)
+        flops = model_flops(case.config)
         task.record.note(
-            title, case=name, model=model, batch=batch, compiled=bool(settings.get("compiled")), **figures,
+            title, case=name, model=model, batch=batch, compiled=bool(others.get("compiled")), **figures,
             flops_of_an_image=flops, flops_per_second=flops * figures["images_per_second"],
         )  # fmt: skip
         case.close()
-        del case
+        del case, batches
+    release()
     return figures
 
 
@@ -89,17 +102,17 @@ def waits(task: Task) -> None:
     forms: Sequence[tuple[str, dict[str, Any]]] = (
         ("dual", {}), ("dual", {"match_scope": "fold"}), ("sdae", {}), ("mae", {}),
     )  # fmt: skip
-    for name, settings in forms:
-        title = " ".join(["waits of", name, *(f"{key} {value}" for key, value in settings.items())])
+    for name, others in forms:
+        title = " ".join(["waits of", name, *(f"{key} {value}" for key, value in others.items())])
         with task.record.trying(title):
-            case = build(task, name, model, batch, **settings)
+            case = build(task, name, model, batch, **others)
             batches = given(task, case, batch)
             for _ in range(2):
-                case.step(batches[0], lambda part: None)
+                case.step(batches[0])
             task.wait()
-            places = host_waits(task, lambda case=case, batches=batches: case.step(batches[0], lambda part: None))
+            places = host_waits(task, lambda case=case, batches=batches: case.step(batches[0]))
             task.record.note(title, places=places, ok=not places)
-            if name == "dual" and not settings and isinstance(case, Ours):
+            if name == "dual" and not others and isinstance(case, Ours):
                 time_row(task, case, batches[0])
             case.close()
             del case
@@ -133,11 +146,10 @@ def host_waits(task: Task, run: Callable[[], Any]) -> list[str]:
 
 def time_row(task: Task, case: Ours, batch: Any) -> None:
     """The figures that a row of metrics.jsonl adds to a step."""
-    targets, losses = case.targets, case.out
-    rows = {
-        "health": lambda: health(targets),
-        "match_geometry": lambda: match_geometry(batch, losses.match, case.config),
-    }
+    targets, match = case.targets, None if case.out is None else case.out.match
+    assert targets is not None
+    assert match is not None
+    rows = {"health": lambda: health(targets), "match_geometry": lambda: match_geometry(batch, match, case.config)}
     for name, run in rows.items():
         run()
         task.wait()
@@ -155,7 +167,7 @@ def table6(task: Task) -> None:
         found = {
             name: time_case(task, f"{name}, {model}, {how}", name, model, batch, compiled=compiled) for name in METHODS
         }
-        flops = {name: flops_of_an_image(build_config(task, name, model, batch)) for name in METHODS}
+        flops = {name: model_flops(settings_of(task, name, model, batch)) for name in METHODS}
         base = found["sdae"]
         for name, figures in found.items():
             if figures and base:
@@ -166,11 +178,10 @@ def table6(task: Task) -> None:
                 )  # fmt: skip
 
 
-def build_config(task: Task, name: str, model: str, batch: int) -> Any:
-    """A case's settings without its networks."""
-    from benchmarks.step_cases import settings_of
-
-    return settings_of(name, model, batch, **task.sizes.network)
+def settings_of(task: Task, name: str, model: str, batch: int) -> Config:
+    """A case's settings, without its networks."""
+    preset = "paper" if name == "dual" else name
+    return settings(preset, model, batch, drop_path=DROP_PATH, precision="bf16", **task.sizes.network)
 
 
 def variants(task: Task) -> None:
@@ -189,10 +200,10 @@ def variants(task: Task) -> None:
         ("every block recomputed", {"checkpoint_blocks": 1}, False),
         ("fp32", {"precision": "fp32"}, False),
     )  # fmt: skip
-    for title, settings, needs_gpu in forms:
+    for title, others, needs_gpu in forms:
         if needs_gpu and not task.cuda:
             continue
-        time_case(task, f"dual, {model}, {title}", "dual", model, batch, **settings)
+        time_case(task, f"dual, {model}, {title}", "dual", model, batch, **others)
 
 
 def plan(task: Task) -> None:
@@ -203,8 +214,8 @@ def plan(task: Task) -> None:
         if row["case"].startswith("plain-"):
             continue
         with task.record.trying(f"plan of {row['name']}"):
-            config = build_config(task, row["case"], row["model"], row["batch"])
-            costs = step_costs(config.using(precision="bf16"), row["batch"])
+            config = settings_of(task, row["case"], row["model"], row["batch"])
+            costs = step_costs(config, row["batch"])
             seconds = costs.flops / (gpu.bf16 * Plan.efficiency_of_peak)
             task.record.note(
                 f"plan of {row['name']}",
