@@ -85,7 +85,7 @@ def show_versions(task: Task) -> None:
         try:
             found = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found = None
+            found = "not installed"
         task.record.note(package, version=found)
     with task.record.trying("imports"):
         import fastpmae.train

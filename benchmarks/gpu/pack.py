@@ -1,9 +1,9 @@
 """What `benchmarks.on_gpu` needs beside the checkout on a machine that can reach nothing, in one folder.
 
 `python -m benchmarks.gpu.pack DIR [--originals 150] [--python 3.12] [--archive F ...] [--dali]`, on a machine with a
-network. DIR then holds `data/` (three .beton files), `wheels/` (the packages that a machine with torch usually lacks),
-the archives that are named (FFCV built elsewhere, say, as it lies in site-packages), and with --dali DALI without the
-machine code of other GPUs. On the machine: `scripts/on_bare_gpu DIR`.
+network. DIR then holds `data/` (three .beton files), `wheels/` (the packages that a machine with torch usually lacks)
+and the archives that are named (FFCV built elsewhere, say, as it lies in site-packages); or with --dali nothing but
+DALI without the machine code of other GPUs. On the machine: `scripts/on_bare_gpu DIR`.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def download(names: tuple[str, ...], folder: Path, python: str) -> list[Path]:
 
 
 def pack_dali(folder: Path, python: str, capability: int) -> None:
-    """DALI and its codecs as `dali.tar.xz`: 270 MB of wheels, of which one architecture's machine code is 60."""
+    """DALI and its codecs as `dali.tar.xz`: of 270 MB of wheels about 60 are left, with one architecture's code."""
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         site = Path(scratch) / "site"
         tag = f"cpython-{python.replace('.', '')}"
@@ -56,9 +57,9 @@ def pack_dali(folder: Path, python: str, capability: int) -> None:
             with zipfile.ZipFile(wheel) as opened:
                 opened.extractall(site, [name for name in opened.namelist() if _is_needed(name, tag)])
         for library in sorted(site.rglob("*.so*")):
-            if zero_others(library, capability):
-                subprocess.run(["strip", "--strip-debug", str(library)], check=False)
-        with tarfile.open(folder / "dali.tar.xz", "w:xz", preset=6) as archive:
+            zero_others(library, capability)
+            subprocess.run(["strip", "--strip-unneeded", str(library)], check=True)
+        with tarfile.open(folder / "dali.tar.xz", "w:xz", preset=9) as archive:
             for path in sorted(site.iterdir()):
                 archive.add(path, path.name)
     download(DALI_NEEDS, folder / "wheels", python)
@@ -114,13 +115,14 @@ def pack(given: argparse.Namespace) -> int:
     for archive in given.archive:
         if not archive.is_file() or not archive.name.endswith((".tar.gz", ".tar.xz")):
             raise UserError(f"--archive {archive} is no .tar.gz or .tar.xz file")
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    write_images(folder / "data", given.originals)
-    download(WHEELS, folder / "wheels", given.python)
-    for archive in given.archive:
-        shutil.copy(archive, folder)
     if given.dali:
         pack_dali(folder, given.python, given.capability)
+    else:
+        (folder / "data").mkdir(parents=True)
+        write_images(folder / "data", given.originals)
+        download(WHEELS, folder / "wheels", given.python)
+    for archive in given.archive:
+        shutil.copy(archive, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 2**20:.1f} MiB; on the machine with the GPU: scripts/on_bare_gpu {folder}")
     return 0
@@ -133,7 +135,7 @@ def main() -> int:
     parser.add_argument("--python", default="3.12", help="of the other machine (3.12)")
     parser.add_argument("--archive", type=Path, nargs="+", default=[], metavar="F",
                         help="archives of packages as they lie in site-packages")  # fmt: skip
-    parser.add_argument("--dali", action="store_true", help="DALI too, with the machine code of one architecture")
+    parser.add_argument("--dali", action="store_true", help="DALI alone, for a second call: both are too large for one")
     parser.add_argument("--capability", type=int, default=90, help="of the GPU that DALI is to run on (90: Hopper)")
     given = parser.parse_args()
     return exit_with_sentence("pack", lambda: pack(given))
