@@ -102,7 +102,7 @@ def run_stage(name: str, work: str, given: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="on_gpu_") as folder:
         task = Task(
             device=device, tiny=given.tiny, record=record, data=given.data, folder=Path(folder), out=given.out,
-            seconds=given.seconds, methods=tuple(given.methods), epochs=given.epochs,
+            deadline=time.monotonic() + given.seconds, methods=tuple(given.methods), epochs=given.epochs,
         )  # fmt: skip
         done = False
         with record.trying(name):

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def test_hostile_words_stay_in_their_cell(tmp_path: Path):
 def test_a_check_that_kernels_must_fail_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A Sinkhorn that is a little wrong, and one that gives NaN, do not pass."""
     record = Record(tmp_path / "results.jsonl", "kernels", torch.device("cpu"))
-    task = Task(torch.device("cpu"), True, record, tmp_path, tmp_path, tmp_path, 60.0, (), 1)
+    task = Task(torch.device("cpu"), True, record, tmp_path, tmp_path, tmp_path, time.monotonic() + 60, (), 1)
     right = kernel_stages.sinkhorn_bias
     for wrong in (lambda *words: right(*words) + 1e-3, lambda *words: right(*words) * float("nan")):
         monkeypatch.setattr(kernel_stages, "sinkhorn_bias", wrong)
@@ -235,6 +236,16 @@ def test_a_check_that_kernels_must_fail_fails(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(kernel_stages, "sinkhorn_bias", right)
     kernel_stages.check_sinkhorn(task, 70, 300, torch.float32)
     assert [row["ok"] for row in read_results(record.file)] == [False, False, True]
+
+
+def test_what_the_time_does_not_hold_is_left_out_with_a_reason(tmp_path: Path):
+    record = Record(tmp_path / "results.jsonl", "step", torch.device("cpu"))
+    task = Task(torch.device("cpu"), True, record, tmp_path, tmp_path, tmp_path, time.monotonic() + 30, (), 1)
+    assert task.has(20, "short")
+    assert not task.has(40, "long")
+    (row,) = read_results(record.file)
+    assert row["name"] == "long"
+    assert row["left_out"].startswith("it takes about 40 s, and 3")
 
 
 def test_rows_lie_among_nan():

@@ -62,8 +62,8 @@ class Task:
     """For files that nobody keeps."""
     out: Path
     """For files that come back."""
-    seconds: float
-    """What is left for the stage."""
+    deadline: float
+    """When the stage must be done, by `time.monotonic()`."""
     methods: tuple[str, ...]
     """That the learning stage trains."""
     epochs: int
@@ -76,6 +76,13 @@ class Task:
     @property
     def sizes(self) -> Sizes:
         return TINY if self.tiny else FULL
+
+    def has(self, seconds: float, name: str) -> bool:
+        """Whether so much time is left; where it is not, that is noted as the reason why `name` was left out."""
+        left = self.deadline - time.monotonic()
+        if left < seconds:
+            self.record.note(name, left_out=f"it takes about {seconds:.0f} s, and {max(left, 0):.0f} s were left")
+        return left >= seconds
 
     def wait(self) -> None:
         """Until the device has done what it was given."""
