@@ -22,6 +22,10 @@ class Data:
     images and tar shards."""
     loader: Literal["ffcv", "dali", "torch"] = "ffcv"
     """Engine that reads it: the same crops, flips and masks, and pixels that differ a little by the decoder."""
+    dali_part: int = 0
+    """Images that DALI gets at a time; 0 takes 32 on the CPU and 64 on a GPU."""
+    hw_decoder_load: float = 0.0
+    """Share of the images that DALI decodes by a GPU's decoders in hardware, 0 to 1; their pixels differ slightly."""
     page_order: Literal["auto", "on", "off"] = "auto"
     """Shuffle page by page, which reads a disk in long stretches; auto does so where the file outgrows the memory."""
     bad_fraction: float = 0.01

@@ -14,7 +14,7 @@ from fastpmae.config import Config
 from fastpmae.errors import UserError
 from fastpmae.world import World
 from fastpmae_kernels import photometric
-from fastpmae_loaders import Batch, PairedViews, Samples, open_samples, uniforms
+from fastpmae_loaders import Batch, DaliSettings, PairedViews, Samples, open_samples, uniforms
 from fastpmae_loaders.machine import loader_threads
 
 DROP_PATH = 0
@@ -87,6 +87,7 @@ def make_loader(images: Samples, config: Config, world: World) -> PairedViews:
         augment_on="device" if config.efficiency.augment_on == "device" else "cpu",
         device=world.device,
         colour=photometric,
+        dali=DaliSettings(config.data.dali_part, config.data.hw_decoder_load),
     )
 
 

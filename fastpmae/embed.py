@@ -122,6 +122,7 @@ def embed_images(
         crop_ratio=crop_ratio,
         engine=config.data.loader,
         workers=loader_threads(workers),
+        pinned=chosen.type == "cuda",
     )
     with views, tally.count(len(images), "images"):
         for pictures, label, _ in views:

@@ -260,6 +260,7 @@ def examine(setting: Setting, encode: Callable[[Tensor], Tensor], model: nn.Modu
         crop_ratio=setting.crop_ratio,
         engine=engine_for(setting.val.samples, setting.engine),
         workers=setting.workers,
+        pinned=setting.device.type == "cuda",
     )
     with views, tally.count(len(setting.val.labels), "test images"), _half(setting.device):
         for images, _, _ in views:

@@ -156,6 +156,7 @@ def over_images(
         crop_ratio=crop_ratio,
         engine=engine_for(images.samples, engine),
         workers=loader_threads(workers),
+        pinned=device.type == "cuda",
     )
     with views, tally.count(len(images.samples), "images"):
         for pictures, _, _ in views:

@@ -32,7 +32,7 @@ from fastpmae_loaders.engine import larger_than_memory
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
 COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimiser")
-COMPARED_SETTINGS = ("seed", "precision", "teacher_precision", "page_order", "loader", "augment_on")
+COMPARED_SETTINGS = ("seed", "precision", "teacher_precision", "page_order", "loader", "hw_decoder_load", "augment_on")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, batch_of
+from .dali_settings import DaliSettings
 from .engine import ATTEMPTS, Job, Samples, Source, advice, larger_than_memory, make_job
 from .errors import UserError
 from .folders import open_samples
@@ -55,6 +56,7 @@ class PairedViews:
             a GPU), and "device" above means the CPU.
         colour: (images uint8 [B, 3, S, S], factors [B, 5], choices [B, 9], solarise threshold) -> images; None
             takes `device_colour.change_colours`.
+        dali: settings of engine "dali" alone.
 
     Raises:
         UserError: for arguments that do not fit, files that cannot be read, and too many bad images.
@@ -79,6 +81,7 @@ class PairedViews:
         augment_on: Literal["cpu", "device"] = "cpu",
         device: torch.device | str | None = None,
         colour: Colour | None = None,
+        dali: DaliSettings | None = None,
     ) -> None:
         self.samples = open_samples(samples)
         self.settings = settings or ViewSettings()
@@ -121,6 +124,7 @@ class PairedViews:
         self._label = torch.from_numpy(np.array(self.samples.label, np.int64))
         self._order: tuple[tuple[int, bool], np.ndarray] | None = None
         self.device = None if device is None else torch.device(device)
+        on_gpu = self.device is not None and self.device.type == "cuda"
         self._colour = None
         if augment_on == "device" and any(view.coloured for view in self.views):
             self._colour = colour or _change_colours()
@@ -133,6 +137,10 @@ class PairedViews:
             colours=self._colour is None,
             workers=workers,
             device=self.device,
+            made_on_device=engine == "dali" and on_gpu,
+            # what stays on the host may be for a GPU later on
+            pinned=self.device is None or on_gpu,
+            dali=dali or DaliSettings(),
         )
         self._runner = Runner(self._source, engine, ahead)
 
@@ -255,6 +263,7 @@ class PairedViews:
 
     def _finish(self, job: Job, failed: list[int]) -> Batch:
         """The job's rows as a batch where it was asked for, with its colours changed there if they are to be."""
+        job.wait()
         label = self._label[job.rows.index]
         batch = batch_of(job, label, self._fold_sizes, failed)
         if self.device is not None:
