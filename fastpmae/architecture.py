@@ -11,7 +11,7 @@ from torch import nn
 
 from fastpmae.config import Config, Model
 from fastpmae.errors import UserError
-from fastpmae.fp8 import use_fp8
+from fastpmae.fp8 import check_fp8_sizes, use_fp8
 from fastpmae.model import Decoder, Encoder, Head, Student, initialise
 from fastpmae.passes import CUDA_GRAPHS
 from fastpmae.teachers import Teachers, make_teachers
@@ -166,6 +166,8 @@ def check(config: Config) -> None:
     for fits, sentence in rules:
         if not fits:
             raise UserError(sentence)
+    if efficiency.teacher_precision == "fp8":
+        check_fp8_sizes(shape.width, int(shape.width * shape.mlp_ratio))
 
 
 def _check_numbers(config: Config) -> None:

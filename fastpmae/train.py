@@ -21,7 +21,7 @@ from fastpmae.command import read_command
 from fastpmae.config import Config
 from fastpmae.data import Feed, fingerprint, make_loader, open_images
 from fastpmae.errors import Interrupted, RunError, exit_with_sentence
-from fastpmae.fp8 import check_fp8
+from fastpmae.fp8 import check_fp8_device
 from fastpmae.geometry import match_geometry
 from fastpmae.health import health
 from fastpmae.host_memory import tune_allocator
@@ -50,6 +50,8 @@ def pretrain(config: Config) -> Path:
         world = stack.enter_context(join_world(config.efficiency.device, config.efficiency.rank_timeout))
         if world.device.type == "cpu":
             tune_allocator()
+        if config.efficiency.teacher_precision == "fp8":
+            check_fp8_device(world.device)
         images = open_images(config)
         config = resolve(config, world.device, images)
         loader = stack.enter_context(make_loader(images, config, world))
@@ -68,8 +70,6 @@ def pretrain(config: Config) -> Path:
         shard = config.efficiency.shard and world.group is not None
         # What is cut in shards is never whole on a GPU.
         student, teachers = make_networks(config, total_steps, torch.device("cpu") if shard else world.device, init)
-        if config.efficiency.teacher_precision == "fp8":
-            check_fp8(student.encoder, world.device)
         parallel = over_ranks(student, teachers, world, shard=shard, accumulate=accumulate)
         optimiser = make_optimiser(student, config)
         meter = Meter(world.device, loader.batch_size * accumulate)

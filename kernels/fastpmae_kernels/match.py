@@ -238,6 +238,8 @@ def _(student: Tensor, teacher: Tensor, cosine: bool, folds: Sequence[int]) -> t
 def nearest_patch_triton(
     student: Tensor, teacher: Tensor, cosine: bool, folds: Sequence[int]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # A bf16 student's teacher comes in fp32 from its last norm. Rounded here once, for every tile of student patches.
+    teacher = teacher.to(student.dtype)
     student, teacher = (t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous() for t in (student, teacher))
     batch, masked, dim = student.shape
     index = torch.empty(batch, masked, dtype=torch.int64, device=student.device)
@@ -283,7 +285,6 @@ def nearest_kernel(
             ours = tl.load(place, mask=(row < masked)[:, None] & (feature < dim)[None, :], other=0.0)
             place = teacher + patch.to(tl.int64)[:, None] * teacher_row + feature[None, :]
             theirs = tl.load(place, mask=(patch < patches)[:, None] & (feature < dim)[None, :], other=0.0)
-            theirs = theirs.to(ours.dtype)
             # "ieee": fp32 tokens are multiplied in fp32, as in the plain form, not in tf32.
             product = tl.dot(ours, tl.trans(theirs), product, input_precision="ieee")
             length += tl.sum(theirs.to(tl.float32) * theirs.to(tl.float32), axis=1)
