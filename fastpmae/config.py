@@ -174,7 +174,7 @@ class Run:
     log_every: int = 20
     """Steps between two rows of metrics.jsonl."""
     save_every: float = 10.0
-    """Minutes between two checkpoints within an epoch (one is written at each epoch's end)."""
+    """Minutes between two checkpoints; 0 saves after every step. The last step and a signal always save."""
     save_steps: int = 0
     """Also save every so many steps; 0 does not."""
     keep: int = 1

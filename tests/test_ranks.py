@@ -86,7 +86,7 @@ SCENARIOS: list[dict[str, Any]] = [
     # one run: in shards, where the ranks' clocks do not agree when to save, then on more ranks, then alone
     {"name": "moves", "ranks": 2, "settings": {"steps": 4, "log_every": 3, "keep": 9, "shard": True, "accumulate": 2},
      "of_first": {"save_every": 0.0}},
-    {"name": "moves", "ranks": 4, "settings": {"steps": 7, "log_every": 3, "keep": 9, "resume": "auto"}},
+    {"name": "moves", "ranks": 4, "settings": {"steps": 7, "log_every": 3, "keep": 9, "save_steps": 5, "resume": "auto"}},
     {"name": "moves", "ranks": 1, "settings": {"steps": 10, "log_every": 3, "keep": 9, "resume": "auto"}},
     # and into shards
     {"name": "two", "ranks": 2,

@@ -245,7 +245,7 @@ def test_damaged_checkpoints_are_passed_over_for_the_one_before(tiny: Config, tm
 
 
 def test_keep_older_checkpoints(tiny: Config):
-    folder = pretrain(tiny.using(steps=7, save_steps=2, keep=2))
+    folder = pretrain(tiny.using(steps=7, save_steps=1, keep=2))
     assert [int(path.stem[5:]) for path in checkpoints_in(folder)] == [7, 6, 5]
 
 

@@ -26,7 +26,7 @@ def rows_of(run: Path) -> list[dict[str, float]]:
 
 
 def test_figures_are_those_of_the_checkpoint(tiny: Config, small_beton: Path, capsys):
-    folder = pretrain(tiny.using(eval_every=2, keep=10))
+    folder = pretrain(tiny.using(eval_every=2, keep=10, save_steps=5))
     found = [row for row in rows_of(folder) if "knn_student" in row]
     # after the second epoch, and at the end
     assert [(row["step"], row["epoch"]) for row in found] == [(10, 2), (15, 3)]
