@@ -26,6 +26,7 @@ from fastpmae.backbone import features
 from fastpmae.checkpoint import checkpoint_path
 from fastpmae.classifier_state import Setting, gather, recorded_setting, take_up
 from fastpmae.course import Course
+from fastpmae.deterministic import deterministic
 from fastpmae.errors import Interrupted, RunError, UserError
 from fastpmae.files import appearing
 from fastpmae.labelled import engine_for
@@ -127,6 +128,7 @@ def train_classifier(
         course = fitted
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
+        stack.enter_context(deterministic(setting.deterministic, setting.device))
         stack.enter_context(claim_folder(setting.folder))
         saver = stack.enter_context(Saver(setting.device, keep=1))
         loader = stack.enter_context(_loader(setting, course))

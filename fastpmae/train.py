@@ -19,6 +19,7 @@ from fastpmae.checkpoint import (
 from fastpmae.command import read_command
 from fastpmae.config import Config
 from fastpmae.data import Feed, fingerprint, make_loader, open_images
+from fastpmae.deterministic import deterministic
 from fastpmae.errors import Interrupted, RunError, exit_with_sentence
 from fastpmae.fp8 import check_fp8
 from fastpmae.geometry import match_geometry
@@ -48,6 +49,7 @@ def pretrain(config: Config) -> Path:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         world = stack.enter_context(join_world(config.efficiency.device, config.efficiency.rank_timeout))
+        stack.enter_context(deterministic(config.efficiency.deterministic, world.device))
         if world.device.type == "cpu":
             tune_allocator()
         images = open_images(config)

@@ -248,7 +248,7 @@ def test_a_full_disk_ends_the_training(setting: Setting, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fastpmae.checkpoint.save_file", full)
-    with pytest.raises(RunError, match="No space left on device. Last checkpoint: none yet"):
+    with pytest.raises(RunError, match=r"No space left on device. Last checkpoint: none yet"):
         train_classifier(setting, COURSE)
     assert not (setting.folder / "classifier.safetensors").exists()
 

@@ -34,9 +34,8 @@ def made() -> dict[str, Tensor]:
 
 
 def progress(step: int) -> dict[str, Any]:
-    return {
-        "step": step, "steps_per_epoch": 5, "bad_images": 0, "fingerprint": "f", "config": {}, "loader": {"batch": step},
-    }  # fmt: skip
+    told = {"step": step, "steps_per_epoch": 5, "bad_images": 0, "fingerprint": "f", "config": {}}
+    return told | {"loader": {"batch": step}}
 
 
 class Gate:
@@ -109,17 +108,20 @@ def test_what_went_wrong_comes_up_once_and_the_next_may_do(tmp_path: Path, monke
 
 
 def test_leaving_waits_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def leave(error: Exception | None) -> None:
+        with Saver(CPU, keep=1) as beside:
+            beside.save(checkpoint_path(tmp_path, 1), made(), progress(1))
+            if error is not None:
+                raise error
+
     monkeypatch.setattr("fastpmae.checkpoint.save_file", full)
-    with pytest.raises(RunError, match="No space left"), Saver(CPU, keep=1) as beside:
-        beside.save(checkpoint_path(tmp_path, 1), made(), progress(1))
-    # another error goes first
-    with pytest.raises(ZeroDivisionError), Saver(CPU, keep=1) as beside:
-        beside.save(checkpoint_path(tmp_path, 1), made(), progress(1))
-        raise ZeroDivisionError
+    with pytest.raises(RunError, match="No space left"):
+        leave(None)
+    with pytest.raises(ZeroDivisionError):  # another error goes first
+        leave(ZeroDivisionError())
     monkeypatch.undo()
-    with pytest.raises(ZeroDivisionError), Saver(CPU, keep=1) as beside:
-        beside.save(checkpoint_path(tmp_path, 1), made(), progress(1))
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        leave(ZeroDivisionError())
     assert read_checkpoint(checkpoint_path(tmp_path, 1)).progress == progress(1)
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
 
@@ -234,9 +236,8 @@ def test_memory_for_copies_comes_in_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(saver, "BLOCK", 1024)
     beside = Saver(CUDA, keep=1)
     assert beside.gpu is not None
-    likes = [torch.empty(size, dtype=dtype) for size, dtype in (
-        (100, torch.float32), (3, torch.uint8), (500, torch.float32), (0, torch.int64), (90, torch.float64), (5, torch.bfloat16),
-    )]  # fmt: skip
+    sizes = {torch.float32: 100, torch.uint8: 3, torch.float16: 1000, torch.int64: 0, torch.float64: 90, torch.int8: 5}
+    likes = [torch.empty(size, dtype=dtype) for dtype, size in sizes.items()]
     for _ in range(2):
         rooms = [beside.gpu.room(like) for like in likes]
         for number, room in enumerate(rooms):
