@@ -155,6 +155,11 @@ def check(config: Config) -> None:
         (not efficiency.shard or efficiency.compile_mode not in CUDA_GRAPHS,
          f"--compile-mode {efficiency.compile_mode} replays kernels on weights that stay where they are, which --shard "
          "moves: choose default or max-autotune-no-cudagraphs"),
+        (not efficiency.deterministic or not efficiency.compile_mode.startswith("max-autotune"),
+         f"--compile-mode {efficiency.compile_mode} tries kernels out, and under --deterministic torch does not: "
+         "choose default or reduce-overhead"),
+        (not efficiency.deterministic or efficiency.attention != "xformers",
+         "--attention xformers promises no order in which its gradients add up: with --deterministic choose sdpa"),
         (efficiency.checkpoint_blocks >= 0,
          f"--checkpoint-blocks {efficiency.checkpoint_blocks}: every so many blocks, or 0 for none"),
         (config.run.save_every >= 0, f"--save-every {config.run.save_every} is negative"),

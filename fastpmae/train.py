@@ -15,11 +15,11 @@ from fastpmae.checkpoint import (
     gather,
     read_checkpoint,
     scatter,
-    write_checkpoint,
 )
 from fastpmae.command import read_command
 from fastpmae.config import Config
 from fastpmae.data import Feed, fingerprint, make_loader, open_images
+from fastpmae.deterministic import deterministic
 from fastpmae.errors import Interrupted, RunError, exit_with_sentence
 from fastpmae.fp8 import check_fp8_device
 from fastpmae.geometry import match_geometry
@@ -30,6 +30,7 @@ from fastpmae.optimiser import learning_rate, make_optimiser, update
 from fastpmae.parallel import gradients_stay, over_ranks
 from fastpmae.passes import make_passes
 from fastpmae.run import claim, describe_run, open_run, recorded, resolve, write_machine
+from fastpmae.saver import Saver
 from fastpmae.step import balance, learn, see
 from fastpmae.stop import Stop
 from fastpmae.watch import Watch
@@ -41,13 +42,14 @@ def pretrain(config: Config) -> Path:
 
     Raises:
         UserError: for settings, images or a run folder that do not fit.
-        RunError: when a loss or a gradient is no longer finite.
+        RunError: when a loss or a gradient is no longer finite, or a checkpoint cannot be written.
         Interrupted: after SIGTERM, SIGINT or SIGUSR1, once the checkpoint is written.
     """
     check(config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         world = stack.enter_context(join_world(config.efficiency.device, config.efficiency.rank_timeout))
+        stack.enter_context(deterministic(config.efficiency.deterministic, world.device))
         if world.device.type == "cpu":
             tune_allocator()
         if config.efficiency.teacher_precision == "fp8":
@@ -89,6 +91,7 @@ def pretrain(config: Config) -> Path:
 
         world.from_first(lambda: stack.enter_context(claim(run, config)))
         log = stack.enter_context(Log(run.folder, config, step, last_step, speaks=world.first))
+        saver = stack.enter_context(Saver(world.device, config.run.keep, first=world.first))
         for sentence in run.remarks + describe_run(config, images, world, student, steps_per_epoch, run.folder):
             log.say(sentence)
         if world.first:
@@ -105,9 +108,9 @@ def pretrain(config: Config) -> Path:
                     "fingerprint": identity,
                     "config": recorded(config).groups(),
                 }
-                tensors = gather(student, teachers, optimiser, first=world.first) | meter.state(world.group)
-                path = checkpoint_path(run.folder, step)
-                world.from_first(lambda: write_checkpoint(path, tensors, progress, config.run.keep))
+                world.from_first(saver.wait)
+                tensors = gather(student, teachers, optimiser) | meter.state(world.group)
+                saver.save(checkpoint_path(run.folder, step), tensors, progress)
 
         saved_at = time.monotonic()
         log.start_clock(step)
@@ -135,6 +138,7 @@ def pretrain(config: Config) -> Path:
                     losses.append(torch.stack(of_part[:4]).detach())
                     index.append(batch.index)
                 mean_losses = torch.stack(losses).mean(dim=0)
+                saver.before_update()
                 norm, skipped = update(optimiser, mean_losses[0], lr, config.optimiser.clip_grad, world)
                 teachers.follow(student, "step", step)
                 meter.add(step, mean_losses, norm, skipped, torch.cat(index))
@@ -145,11 +149,13 @@ def pretrain(config: Config) -> Path:
 
                 log.step(step, epoch, feed.take_failed())
                 on_time = time.monotonic() - saved_at >= 60 * config.run.save_every
-                interrupted, on_time = world.agree(stop.signal, on_time)
+                interrupted, on_time, failed = world.agree(stop.signal, on_time, saver.failed)
+                if failed:
+                    world.from_first(saver.wait)
                 ends = step == last_step or interrupted
                 on_grid = step % config.run.log_every == 0 or step == total_steps
                 if on_grid or ends:
-                    stop_if_bad(meter, world, run.folder)
+                    stop_if_bad(meter, saver, world, run.folder)
                     figures = {
                         "step": step,
                         "epoch": step / steps_per_epoch,
@@ -163,23 +169,30 @@ def pretrain(config: Config) -> Path:
                             figures |= match_geometry(batch, of_part.match, config)
                     log.row(figures, feed.take_wait(), partial=not on_grid)
                 on_steps = config.run.save_steps > 0 and step % config.run.save_steps == 0
-                if ends or ends_epoch or on_steps or on_time:
+                due = ends or on_steps or on_time
+                if due:
                     save()
                     saved_at = time.monotonic()
-                # After the checkpoint: an evaluation may take longer than whoever sends a signal waits.
                 if ends_epoch and watch.is_due(epoch + 1) and not interrupted:
+                    # A signal ends it soon; the resumed run makes up for it.
                     watch.report(log, step, epoch + 1, student, teachers, stop)
                     (interrupted,) = world.agree(stop.signal)
+                    if interrupted and not due:
+                        stop_if_bad(meter, saver, world, run.folder)
+                        save()
                 if interrupted:
+                    world.from_first(saver.wait)
                     raise Interrupted(interrupted, step, last_step, run.folder)
             batches.close()
+        world.from_first(saver.wait)
         log.say(f"done: {step} of {total_steps} steps, in {run.folder}")
     return run.folder
 
 
-def stop_if_bad(meter: Meter, world: World, folder: Path) -> None:
+def stop_if_bad(meter: Meter, saver: Saver, world: World, folder: Path) -> None:
     """Raise RunError, on every rank, when a step since the start was not finite."""
     if meter.is_bad():
+        world.from_first(saver.wait)
         samples = sorted(set(world.gathered(meter.bad_index).tolist()))
         newest = next(iter(checkpoints_in(folder)), "none yet")
         raise RunError(
