@@ -99,7 +99,7 @@ class Ours:
             return [float(loss) for loss in learn(self.student, batch, None, targets, self.config)[:4]]
 
     def step(self, batch: Batch, mark: Callable[[str], None]) -> None:
-        keep = stochastic_depth(self.config, 0, batch.samples, torch.device("cpu"))
+        keep = stochastic_depth(self.config, 0, batch.samples)
         mark("data")
         targets = teach(self.teachers, batch, self.config)
         mark("teachers")
