@@ -15,6 +15,7 @@ from fastpmae.patches import normalise
 from fastpmae_kernels import (
     prototype_cross_entropy,
     prototype_cross_entropy_from_features,
+    prototype_cross_entropy_of_product,
     sinkhorn_bias_from_features,
     sinkhorn_biases,
 )
@@ -120,14 +121,20 @@ def patch_loss(
 
     Args:
         student_logits: the gradient is written over them, so nothing may read them afterwards (a leaf's are spared).
-            No logits, but factors or tokens, where the labels' logits are factors.
+            No logits, but factors or tokens, where the labels' logits are factors; factors also under torch.compile.
     """
     batch, masked = match.shape
+    rows = batch * masked
     index = (match + torch.arange(batch, device=match.device).unsqueeze(1) * masked).flatten()
+    if isinstance(student_logits, Factors) and isinstance(labels.logits, Tensor):
+        return prototype_cross_entropy_of_product(
+            *student_logits[:2], labels.logits, labels.logv, index, labels.epsilon, temperature,
+            expected_gradient=1 / rows,
+        ).mean()  # fmt: skip
     if not isinstance(student_logits, Tensor):
         return _patch_loss_in_chunks(student_logits, labels, index, temperature)
     assert isinstance(labels.logits, Tensor)
-    rows, spared = len(student_logits), student_logits.is_leaf
+    spared = student_logits.is_leaf
     return prototype_cross_entropy(
         student_logits, labels.logits, labels.logv, index, labels.epsilon, temperature,
         overwrite=not spared, expected_gradient=1 / rows,

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +29,7 @@ from fastpmae.passes import make_passes
 from fastpmae.step import balance, learn, see, teach
 from fastpmae.teachers import make_teachers
 from fastpmae.world import World
+from fastpmae_kernels import prototype_cross_entropy
 from tests.made import REPOSITORY
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
 
@@ -106,6 +109,59 @@ def test_each_pass_is_one_graph_and_is_compiled_once(
     rtol, atol = (2e-3, 1e-3) if "teacher_precision" in settings else (1e-4, 1e-5)
     assert found[0][:2] == pytest.approx(expected[0][:2], rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+def made_in(graph: torch.fx.Graph, numbers: int) -> list[str]:
+    """What makes a new tensor of at least so many numbers in a graph of aot_autograd's."""
+    found = []
+    for node in graph.nodes:
+        value, schema = node.meta.get("val"), getattr(node.target, "_schema", None)
+        view = schema is not None and any(result.alias_info is not None for result in schema.returns)
+        if node.op == "call_function" and not view and isinstance(value, Tensor) and value.numel() >= numbers:
+            found.append(str(node.target))
+    return found
+
+
+def graphs_of(function: Any, *arguments: Any) -> tuple[torch.fx.Graph, torch.fx.Graph]:
+    """The graphs of a function's forward and backward pass, as a compiler is given them."""
+    graphs: list[torch.fx.Graph] = []
+
+    def compiler(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    with watched():
+        backend = aot_autograd(
+            fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
+        )
+        torch.compile(function, backend=backend, fullgraph=True)(*arguments).backward()
+    forward, backward = graphs
+    return forward, backward
+
+
+def test_the_compiled_step_copies_no_gradient_of_logits():
+    """Of the student's patch logits one matrix is made, and none in the backward pass."""
+    config = tiny_config(prototypes=1000, depth=1, drop_path=0.0)
+    student, teachers = tiny_networks(config)
+    for network in (student, *teachers.modules().values()):
+        network.float()
+    batch = made_batch()
+    targets = teach(teachers, batch, config)
+    logits = batch.folds.numel() * 1000
+    forward, backward = graphs_of(lambda: learn(student, batch, None, targets, config).total)
+    assert [name for name in made_in(forward, logits) if "getitem" not in name] == ["aten.mm.default"]
+    assert made_in(backward, logits) == []
+
+
+def test_a_copy_of_logits_would_have_been_noticed():
+    """What the test above relies on: where the gradient is scaled in place, the backward pass makes another."""
+    leaf, labels = torch.rand(8, 40, requires_grad=True), torch.rand(8, 40)
+
+    def loss() -> Tensor:
+        rows = torch.arange(8)
+        return prototype_cross_entropy(leaf * 1, labels, torch.zeros(40), rows, overwrite=True).mean()
+
+    assert made_in(graphs_of(loss)[1], 8 * 40) != []
 
 
 def test_another_shape_would_have_been_noticed():
