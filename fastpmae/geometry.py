@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fastpmae.config import Config
+from fastpmae_kernels.match import fold_of
 from fastpmae_loaders import Batch
 
 MOST_IMAGES = 256
@@ -63,8 +64,7 @@ def masked_overlaps(
     hits = overlaps(student, teacher)
     candidates = torch.ones_like(hits[0])
     if config.loss.match_scope == "fold":
-        sizes = torch.tensor(batch.fold_sizes, device=hits.device)
-        fold = torch.repeat_interleave(torch.arange(len(sizes), device=hits.device), sizes)
+        fold = fold_of(batch.fold_sizes, hits.device)
         candidates = fold[:, None] == fold
     return hits, candidates
 

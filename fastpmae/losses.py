@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastpmae.chunks import mean_in_chunks
 from fastpmae.model import Factors, Unseen
-from fastpmae.patches import normalise
 from fastpmae_kernels import (
+    patch_tokens,
     prototype_cross_entropy,
     prototype_cross_entropy_from_features,
     prototype_cross_entropy_of_product,
@@ -50,12 +50,14 @@ def reconstruction_loss(
     return 1 - cosine.mean()
 
 
-def pixel_target(pixels: UInt8[Tensor, "batch masked pixels"]) -> Float[Tensor, "batch masked pixels"]:
+def pixel_target(
+    images: UInt8[Tensor, "batch 3 height width"], masked: Int[Tensor, "batch masked"], patch_size: int
+) -> Float[Tensor, "batch masked pixels"]:
     """MAE's target: each patch with mean 0 and variance 1 over its values, pixel by pixel and channels last.
 
     The mean and spread of a patch are taken over its normalised values, all channels together.
     """
-    values = normalise(pixels).unflatten(-1, (3, -1)).mT.flatten(-2)
+    values = patch_tokens(images, masked, patch_size).unflatten(-1, (3, -1)).mT.flatten(-2)
     variance, mean = torch.var_mean(values, -1, keepdim=True)
     return (values - mean) / (variance + 1e-6).sqrt()
 

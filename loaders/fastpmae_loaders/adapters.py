@@ -213,7 +213,7 @@ class IBOTLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[Tensor]]]):
                 for crop in range(self.global_crops)
             ]
         device = batch.label.device
-        hidden = [torch.from_numpy(mask).to(device, non_blocking=True) for mask in masks]
+        hidden = [_carried(torch.from_numpy(mask), device) for mask in masks]
         return [self.normalised(view) for view in batch.views], batch.label, hidden
 
 
@@ -367,11 +367,12 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
         return {
             "collated_global_crops": torch.cat(crops[: self.global_crops]),
             "collated_local_crops": torch.cat(crops[self.global_crops :] or [crops[0][:0]]),
-            "collated_masks": hidden.to(device, non_blocking=True),
-            "mask_indices_list": places.to(device, non_blocking=True),
-            "masks_weight": weights.to(device, non_blocking=True),
+            "collated_masks": _carried(hidden, device),
+            "mask_indices_list": _carried(places, device),
+            "masks_weight": _carried(weights, device),
             "upperbound": upperbound,
-            "n_masked_patches": torch.tensor([len(places)], device=device),
+            # written by the device: a list would be copied to it, and the copy waited for
+            "n_masked_patches": torch.full((1,), len(places), device=device),
         }
 
     def _hidden(self, batch: Batch, epoch: int) -> tuple[Bool[Tensor, "crops patches"], int]:
@@ -381,6 +382,11 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
             return torch.from_numpy(drawn.masks), drawn.upperbound
         masks = np.concatenate(own_masks(batch, epoch, seed, self.global_crops, self.grid))
         return torch.from_numpy(masks).flatten(1), int(masks.sum())
+
+
+def _carried(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what that has still to do: a GPU's copy starts in pinned memory."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def own_masks(batch: Batch, epoch: int, seed: int, views: int, grid: tuple[int, int]) -> list[np.ndarray]:

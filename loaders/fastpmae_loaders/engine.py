@@ -50,7 +50,8 @@ class Source:
 
     With `colours` false the views' colours are left for the device to change. `workers` is how many threads the
     loader was given, for engines that bring their own; `device` is where batches are handed over (None: the host's
-    memory), for engines that can make them there.
+    memory), for engines that can make them there. With `pin_memory` what is made on the host lies where the system
+    leaves it, so that a GPU's copy of it need not be waited for.
     """
 
     samples: Samples
@@ -61,6 +62,7 @@ class Source:
     colours: bool = True
     workers: int = 1
     device: torch.device | None = None
+    pin_memory: bool = False
 
     def recipes(self) -> np.ndarray:
         """The views as compiled code takes them."""
@@ -110,12 +112,11 @@ class Engine(Protocol):
 
 
 def make_job(indices: np.ndarray, epoch: int, source: Source) -> Job:
-    """A job with memory of its own, pinned where CUDA is there, so that a batch belongs to who takes it."""
+    """A job with memory of its own, so that a batch belongs to who takes it."""
     count, views = len(indices), source.views
-    pinned = torch.cuda.is_available()
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned and 0 not in shape)
+        return torch.empty(shape, dtype=dtype, pin_memory=source.pin_memory and 0 not in shape)
 
     pictures = [empty(count, 3, view.size, view.size, dtype=torch.uint8) for view in views]
     tensors = {

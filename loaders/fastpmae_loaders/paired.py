@@ -51,8 +51,10 @@ class PairedViews:
         ahead: batches made before they are asked for.
         augment_on: "device" leaves the colours to `colour`, for whole batches on the device, once they are there:
             the CPU then decodes and crops alone.
-        device: where batches are handed over; with None they stay in the host's memory (pinned where there is
-            a GPU), and "device" above means the CPU.
+        device: where batches are handed over; with None they stay in the host's memory, and "device" above means the
+            CPU.
+        pin_memory: make batches on the host where the system leaves them, so that a GPU's copy of them need not be
+            waited for; None does so where `device` is a GPU.
         colour: (images uint8 [B, 3, S, S], factors [B, 5], choices [B, 9], solarise threshold) -> images; None
             takes `device_colour.change_colours`.
 
@@ -79,6 +81,7 @@ class PairedViews:
         augment_on: Literal["cpu", "device"] = "cpu",
         device: torch.device | str | None = None,
         colour: Colour | None = None,
+        pin_memory: bool | None = None,
     ) -> None:
         self.samples = open_samples(samples)
         self.settings = settings or ViewSettings()
@@ -133,6 +136,7 @@ class PairedViews:
             colours=self._colour is None,
             workers=workers,
             device=self.device,
+            pin_memory=self.device is not None and self.device.type == "cuda" if pin_memory is None else pin_memory,
         )
         self._runner = Runner(self._source, engine, ahead)
 
@@ -255,7 +259,9 @@ class PairedViews:
 
     def _finish(self, job: Job, failed: list[int]) -> Batch:
         """The job's rows as a batch where it was asked for, with its colours changed there if they are to be."""
-        label = self._label[job.rows.index]
+        count = len(job.indices)
+        label = torch.empty(count, dtype=torch.int64, pin_memory=self._source.pin_memory and count > 0)
+        torch.index_select(self._label, 0, job.tensors["index"], out=label)
         batch = batch_of(job, label, self._fold_sizes, failed)
         if self.device is not None:
             batch = batch.to(self.device, non_blocking=True)

@@ -17,6 +17,8 @@ from .runner import Runner
 class PlainViews:
     """Shorter side resized to image_size / crop_ratio with antialiased bicubic, then the centre.
 
+    With `pin_memory` the images lie where a GPU's copy of them need not be waited for.
+
     Yields (images uint8 [B, 3, S, S], label int64 [B], index int64 [B]); the last batch may be short.
 
     Raises:
@@ -33,6 +35,7 @@ class PlainViews:
         engine: str = "ffcv",
         workers: int = 2,
         ahead: int = 2,
+        pin_memory: bool = False,
     ) -> None:
         self.samples = open_samples(samples)
         if batch_size < 1:
@@ -40,7 +43,8 @@ class PlainViews:
         if not 2 <= image_size <= 4096:
             raise UserError(f"image_size = {image_size} must be between 2 and 4096")
         self.batch_size = batch_size
-        self._source = Source(self.samples, (plain_view(image_size, crop_ratio),), 0, workers=workers)
+        view = plain_view(image_size, crop_ratio)
+        self._source = Source(self.samples, (view,), 0, workers=workers, pin_memory=pin_memory)
         self._label = torch.from_numpy(np.array(self.samples.label, np.int64))
         self._runner = Runner(self._source, engine, ahead)
 
