@@ -264,6 +264,9 @@ def make_networks(
 ) -> tuple[Student, Teachers]:
     """Student and teachers on the device, all weights from the run's seed, so that every rank starts alike.
 
+    All are made on the CPU and moved when they are ready: its generator draws for no other device, and a seed's weights
+    are the same everywhere.
+
     Args:
         total_steps: of the whole run, which the momentum schedules stretch over.
         init: weights that the encoder starts from instead.
@@ -272,8 +275,9 @@ def make_networks(
     student = make_student(config, generator)
     if init is not None:
         start_encoder(student.encoder, init)
-    student.to(device)
     teachers = make_teachers(student, config.teachers, total_steps, config.optimiser.epochs, generator)
+    for network in (student, *teachers.modules().values()):
+        network.to(device)
     if config.efficiency.teacher_precision == "fp8":
         for teacher in teachers.modules().values():
             use_fp8(teacher.encoder)

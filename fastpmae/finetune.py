@@ -29,13 +29,14 @@ from fastpmae.course import Course
 from fastpmae.deterministic import deterministic
 from fastpmae.errors import Interrupted, RunError, UserError
 from fastpmae.files import appearing
-from fastpmae.labelled import engine_for
+from fastpmae.labelled import engine_for, half
 from fastpmae.mixing import START, STEP, Mixing, RandAugment, drawn_from
 from fastpmae.run import claim_folder
 from fastpmae.saver import Saver
 from fastpmae.scores import Scores, rank
 from fastpmae.stop import Stop
 from fastpmae.tally import Tally
+from fastpmae.world import carried
 from fastpmae_loaders import PairedViews, PlainViews
 from fastpmae_loaders.machine import loader_threads
 
@@ -163,7 +164,7 @@ def train_classifier(
         sums = sums.to(setting.device)
         last = course.epochs * steps_per_epoch
         last = last if steps is None else min(last, steps)
-        half = _half(setting.device)
+        low = half(setting.device)
         tested = ema.module if ema is not None else model
         # A frozen network sees a large batch piece by piece; images that are mixed have to stay together.
         piece = setting.feature_batch if setting.frozen and not course.mixes else course.part
@@ -240,7 +241,7 @@ def train_classifier(
                     saver.before_update()  # a BatchNorm moves its means in the forward pass
                     for part in range(course.accumulate):
                         images, labels = next(parts)
-                        with drawn_from(STEP, course.seed, step, part), half:
+                        with drawn_from(STEP, course.seed, step, part), low:
                             loss = loss_of(images, labels)
                         (loss / course.accumulate).backward()
                         sums += torch.stack([loss.detach(), torch.ones_like(loss)])
@@ -285,13 +286,13 @@ def examine(
         crop_ratio=setting.crop_ratio,
         engine=engine_for(setting.val.samples, setting.engine),
         workers=setting.workers,
-        pinned=setting.device.type == "cuda",
+        pin_memory=setting.device.type == "cuda",
     )
-    with views, tally.count(len(setting.val.labels), "test images"), _half(setting.device):
+    with views, tally.count(len(setting.val.labels), "test images"), half(setting.device):
         for images, _, _ in views:
             if stop.signal:
                 return None
-            ranked.append(rank(model(encode(setting.backbone.normalised(images.to(setting.device)))).float()))
+            ranked.append(rank(model(encode(setting.backbone.normalised(carried(images, setting.device)))).float()))
             tally.advance(len(images))
     return Scores(setting.val.labels, torch.cat(ranked))
 
@@ -354,6 +355,7 @@ def _loader(setting: Setting, course: Course) -> PairedViews:
         workers=setting.workers,
         views=[course.view(setting.backbone.image_size)],
         drop_last=True,
+        pin_memory=setting.device.type == "cuda",
     )
 
 
@@ -374,12 +376,7 @@ def _parts(
 def _handed_over(begun: Any, samples: np.ndarray, setting: Setting) -> tuple[Tensor, Tensor]:
     images = torch.from_numpy(RandAugment.collect(begun))
     labels = setting.train.labels[torch.from_numpy(samples)]
-    return images.to(setting.device, non_blocking=True), labels.to(setting.device, non_blocking=True)
-
-
-def _half(device: torch.device) -> torch.autocast:
-    on = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    return carried(images, setting.device), carried(labels, setting.device)
 
 
 def _write_row(folder: Path, row: dict[str, float]) -> None:

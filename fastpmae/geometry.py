@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastpmae.config import Config
 from fastpmae.figures import Figures, bring
+from fastpmae_kernels.match import fold_of
 from fastpmae_loaders import Batch
 
 MOST_IMAGES = 256
@@ -71,8 +72,7 @@ def masked_overlaps(
     hits = overlaps(student, teacher)
     candidates = torch.ones_like(hits[0])
     if config.loss.match_scope == "fold":
-        # filled on the device: numbers of the host's would have to be waited for
-        fold = torch.cat([torch.full((size,), k, device=hits.device) for k, size in enumerate(batch.fold_sizes)])
+        fold = fold_of(batch.fold_sizes, hits.device)
         candidates = fold[:, None] == fold
     return hits, candidates
 

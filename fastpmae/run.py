@@ -25,7 +25,7 @@ from fastpmae.checkpoint import (
 from fastpmae.config import Config, settings_by_name, write_config
 from fastpmae.errors import UserError
 from fastpmae.files import appearing, remove_partial
-from fastpmae.world import World
+from fastpmae.world import World, has_bf16
 from fastpmae_loaders import Samples
 from fastpmae_loaders.engine import larger_than_memory
 
@@ -58,8 +58,7 @@ def resolve(config: Config, device: torch.device, images: Samples) -> Config:
         page_order = "on" if larger_than_memory(images) else "off"
     precision = config.efficiency.precision
     if precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if bf16 else "fp32"
+        precision = "bf16" if has_bf16(device) else "fp32"
     augment_on = config.efficiency.augment_on
     if augment_on == "auto":
         augment_on = "device" if device.type == "cuda" else "cpu"

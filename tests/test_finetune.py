@@ -25,6 +25,7 @@ from fastpmae.labelled import Labelled, open_labelled
 from fastpmae.mixing import STEP, Mixing, RandAugment, drawn_from
 from fastpmae.saver import Saver
 from fastpmae.tally import Tally
+from tests.devices import Draws
 
 CPU = torch.device("cpu")
 
@@ -77,6 +78,15 @@ def test_every_rate_is_the_papers_formula_and_timms_number(setting: Setting, pre
         id(p): (group["lr_scale"], group["weight_decay"]) for group in theirs.param_groups for p in group["params"]
     }
     assert scales == {key: (group["lr_scale"], group["weight_decay"]) for key, group in places.items()}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_classifiers_are_drawn_on_the_host_whatever_they_compute_on(setting: Setting, frozen: bool):
+    elsewhere = dataclasses.replace(setting, device=torch.device("meta"), frozen=frozen)
+    with Draws() as draws:
+        model, _ = make_classifier(elsewhere, PROBE if frozen else COURSE)
+    assert draws.devices == {"cpu"}
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_presets_are_the_papers():

@@ -370,6 +370,7 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
             "mask_indices_list": carry(places),
             "masks_weight": carry(weights),
             "upperbound": upperbound,
+            # written by the device: a list would be copied to it, and the copy waited for
             "n_masked_patches": torch.full((1,), len(places), device=batch.label.device),
         }
 

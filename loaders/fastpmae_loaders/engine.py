@@ -52,7 +52,8 @@ class Source:
     With `colours` false the views' colours are left for the device to change. `workers` is how many threads the
     loader was given, for engines that bring their own; `device` is where batches are handed over (None: the host's
     memory), for engines that can make them there; where one does, `made_on_device` says so and it brings the memory of
-    the views. Host memory is page-locked where there is a GPU, unless `pinned` is false.
+    the views. With `pin_memory` what is made on the host lies where the system leaves it, so that a GPU's copy of it
+    need not be waited for.
     """
 
     samples: Samples
@@ -64,7 +65,7 @@ class Source:
     workers: int = 1
     device: torch.device | None = None
     made_on_device: bool = False
-    pinned: bool = True
+    pin_memory: bool = False
     dali: DaliSettings = field(default_factory=DaliSettings)
 
     def recipes(self) -> np.ndarray:
@@ -126,12 +127,11 @@ class Engine(Protocol):
 
 
 def make_job(indices: np.ndarray, epoch: int, source: Source) -> Job:
-    """A job with memory of its own, pinned where CUDA is there, so that a batch belongs to who takes it."""
+    """A job with memory of its own, so that a batch belongs to who takes it."""
     count, views = len(indices), source.views
-    pinned = source.pinned and torch.cuda.is_available()
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned and 0 not in shape)
+        return torch.empty(shape, dtype=dtype, pin_memory=source.pin_memory and 0 not in shape)
 
     # of no rows nothing is made: such a job is done as it is
     in_host = () if source.made_on_device and count else views

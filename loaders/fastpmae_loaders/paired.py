@@ -54,8 +54,10 @@ class PairedViews:
         augment_on: "device" leaves the colours to `colour`, for whole batches on the device, once they are there:
             the CPU then decodes and crops alone.
         device: where batches are handed over, for the stream that is current then; with None they stay in the host's
-            memory (pinned where there is a GPU), and "device" above means the CPU. To a GPU a batch is copied, and its
-            colours changed, while the one before is computed on: one more batch lies in its memory.
+            memory, and "device" above means the CPU. To a GPU a batch is copied, and its colours changed, while the one
+            before is computed on: one more batch lies in its memory.
+        pin_memory: make batches on the host where the system leaves them, so that a GPU's copy of them need not be
+            waited for; None does so where `device` is a GPU.
         colour: (images uint8 [B, 3, S, S], factors [B, 5], choices [B, 9], solarise threshold) -> images; None
             takes `device_colour.change_colours`.
         dali: settings of engine "dali" alone.
@@ -84,6 +86,7 @@ class PairedViews:
         device: torch.device | str | None = None,
         colour: Colour | None = None,
         dali: DaliSettings | None = None,
+        pin_memory: bool | None = None,
     ) -> None:
         self.samples = open_samples(samples)
         self.settings = settings or ViewSettings()
@@ -141,8 +144,7 @@ class PairedViews:
             workers=workers,
             device=self.device,
             made_on_device=engine == "dali" and on_gpu,
-            # what stays on the host may be for a GPU later on
-            pinned=self.device is None or on_gpu,
+            pin_memory=on_gpu if pin_memory is None else pin_memory,
             dali=dali or DaliSettings(),
         )
         self._runner = Runner(self._source, engine, ahead)
@@ -267,7 +269,7 @@ class PairedViews:
     def _send(self, job: Job) -> Sent[Batch]:
         """The job's rows as a batch on its way to where it was asked for."""
         index = job.rows.index
-        label = torch.empty(len(index), dtype=torch.int64, pin_memory=job.tensors["index"].is_pinned())
+        label = torch.empty(len(index), dtype=torch.int64, pin_memory=self._source.pin_memory and len(index) > 0)
         # rows for which no sample was found name the sample -1; whoever takes the batch is told
         np.take(self._label, index, out=label.numpy(), mode="wrap")
         batch = batch_of(job, label, self._fold_sizes, [])

@@ -465,21 +465,6 @@ def test_who_takes_a_job_lets_its_own_stream_wait(mixed, monkeypatch):
     assert all(by is stream for _, by in kept)
 
 
-@pytest.mark.parametrize(("device", "pinned"), [(None, True), ("cuda", True), ("cuda:1", True), ("cpu", False)])
-def test_host_memory_is_page_locked_where_a_gpu_may_take_it(mixed, monkeypatch, device, pinned):
-    asked = []
-    empty = torch.empty
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: asked.append(pin_memory) or empty(*a, **k))
-    with loader(mixed, engine="torch", device=device) as views:
-        make_job(np.arange(3), 0, views._source)
-    assert set(asked) == {pinned}
-    with PlainViews(mixed, 3, image_size=32, engine="torch", pinned=False) as views:
-        asked.clear()
-        make_job(np.arange(3), 0, views._source)
-    assert set(asked) == {False}
-
-
 def test_host_memory_is_not_spent_on_views_that_are_made_on_the_device(mixed, monkeypatch):
     monkeypatch.setattr(dali_engine, "_cuda_device", lambda device: torch.device("cpu"))
     for engine, device, there in (

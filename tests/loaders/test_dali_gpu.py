@@ -178,8 +178,8 @@ def test_dali_changes_colours_as_the_compiled_functions_do(many: Path):
 
 
 def test_host_memory_for_a_gpu_is_page_locked(many: Path):
-    for device, pinned in ((None, True), ("cpu", False)):
-        with PairedViews(many, 8, "torch", SETTINGS, device=device) as loader:
+    for asked, pinned in ((None, False), (True, True)):
+        with PairedViews(many, 8, "torch", SETTINGS, pin_memory=asked) as loader:
             assert next(iter(loader)).simple.is_pinned() == pinned
 
 
