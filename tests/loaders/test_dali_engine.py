@@ -318,7 +318,7 @@ def test_a_gpu_is_named_by_its_number():
     assert dali_engine._cuda_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu(mixed):
     reference = shown(mixed, "torch", views=MANY)
     pictures, drawn, failed = shown(mixed, views=MANY, device="cuda")
