@@ -172,7 +172,7 @@ def test_a_case_of_a_gpu_is_there_whole(name: str, precision: Any, monkeypatch: 
         assert kept
         for network in (student, *teachers.values()):
             kept += [*network.parameters(), *network.buffers()]
-        kept += [part for part in leaves(list(vars(batch).values()) if isinstance(case, Ours) else list(batch))]
+        kept += leaves(list(vars(batch).values()) if isinstance(case, Ours) else list(batch))
         if isinstance(case, Ours):
             kept += leaves([case.targets, case.out])
         assert {each.device.type for each in kept if isinstance(each, Tensor)} == {"cuda"}
