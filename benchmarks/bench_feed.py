@@ -21,9 +21,9 @@ from benchmarks.common import Row, arguments, finish, make_row, processor_name, 
 from fastpmae import PRESETS
 from fastpmae.data import Feed, make_loader
 from fastpmae.errors import UserError
-from fastpmae.workers import usable_cores
 from fastpmae.world import World
 from fastpmae_loaders import open_samples
+from fastpmae_loaders.machine import loader_threads
 
 ALONE = World(0, 1, 1, torch.device("cpu"), None)
 BATCH = 64
@@ -93,7 +93,7 @@ def picture(rows: Sequence[Row], title: str, file: Path) -> None:
 def main() -> int:
     parser = arguments("bench_feed", (__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, metavar="DIR_OR_BETON", help="images to read")
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="loader threads")
+    parser.add_argument("--workers", type=int, default=loader_threads(), help="loader threads")
     parser.add_argument("--batch", type=int, default=0, help=f"images in a batch: {BATCH}, with --quick 16")
     parser.add_argument("--share", type=float, default=0.8, help="of the feed's rate that the consumer takes")
     given = parser.parse_args()

@@ -30,6 +30,7 @@ from fastpmae_kernels import (
     sinkhorn_bias_from_features,
     traffic,
 )
+from fastpmae_loaders.machine import usable_cores
 
 BATCH, MASKED, PROTOTYPES, BOTTLENECK, DIM = 64, 147, 4096, 256, 768
 EPSILON, TEMPERATURE, ITERATIONS = 0.05, 0.1, 3
@@ -268,19 +269,19 @@ FEW = 2
 """Images on which the plain form, which takes a while, is the check."""
 
 
-def made_views(device: str) -> tuple[Tensor, Tensor, Tensor]:
+def made_views(device: str, count: int = IMAGES) -> tuple[Tensor, Tensor, Tensor]:
     """Smooth images, and a plan for them: DINO's factors and shares of the coins, an order of its own for each."""
     generator = torch.Generator().manual_seed(2)
-    coarse = torch.rand(IMAGES, 3, 7, 7, generator=generator) * 255
+    coarse = torch.rand(count, 3, 7, 7, generator=generator) * 255
     images = F.interpolate(coarse, SIDE, mode="bicubic").clamp(0, 255).byte()
-    drawn = torch.rand(IMAGES, 5, generator=generator, dtype=torch.float64)
+    drawn = torch.rand(count, 5, generator=generator, dtype=torch.float64)
     low, high = torch.tensor([[0.6, 0.6, 0.8, -0.1, 0.1], [1.4, 1.4, 1.2, 0.1, 2.0]], dtype=torch.float64)
-    choices = torch.zeros(IMAGES, 9, dtype=torch.uint8)
+    choices = torch.zeros(count, 9, dtype=torch.uint8)
     for row in choices:
         row[:4] = torch.randperm(4, generator=generator)
     # whatever is drawn, 80 % are jittered, 20 % gray, 55 % blurred, 10 % solarised
     for column, share in ((4, 0.8), (5, 0.2), (6, 0.55), (7, 0.1)):
-        choices[torch.randperm(IMAGES, generator=generator)[: round(share * IMAGES)], column] = 1
+        choices[torch.randperm(count, generator=generator)[: round(share * count)], column] = 1
     return images.to(device), (low + drawn * (high - low)).to(device), choices.to(device)
 
 
@@ -327,7 +328,7 @@ def memory_rows(device: str, rounds: int) -> list[Row]:
     """Peak memory of the whole loss, from features to gradients, beyond the features."""
     rows: list[Row] = []
     # It is memory that is measured and not time, so the processes may run side by side.
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         started = {name: [pool.submit(_measured, name, device) for _ in range(rounds)] for name in LOSSES}
         found = {name: [json.loads(each.result()) for each in runs] for name, runs in started.items()}
     truth = found["usual"][0]["loss"]

@@ -28,10 +28,10 @@ from benchmarks.loader_turns import Record, Turns, take_turns, watch_memory
 from fastpmae.errors import UserError
 from fastpmae.pages import PageWriter
 from fastpmae.photographs import write_demo_images
-from fastpmae.workers import usable_cores
 from fastpmae.write import write_beton
 from fastpmae_loaders import Beton
 from fastpmae_loaders.beton import JPG
+from fastpmae_loaders.machine import loader_threads, usable_cores
 
 SAMPLE = SHARED / "imagenet_sample_400.tar"
 BATCH, QUICK_BATCH, SIDE = 64, 16, 224
@@ -287,7 +287,7 @@ def bench(given: argparse.Namespace, into: Path) -> int:
 def main() -> int:
     parser = arguments("bench_loader", (__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, metavar="DIR_OR_BETON", help="images to read")
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="threads, or processes, of every case")
+    parser.add_argument("--workers", type=int, default=loader_threads(), help="threads, or processes, of every case")
     parser.add_argument("--batch", type=int, help=f"images in a batch: {BATCH}, with --quick {QUICK_BATCH}")
     parser.add_argument("--side", type=int, default=SIDE, help="of the views, pixels")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of DALI, and of colour on the device")

@@ -28,7 +28,8 @@ class Setting:
     folder: Path
     device: torch.device
     engine: Engine = "auto"
-    workers: int = 2
+    workers: int = 0
+    """Loader threads; 0 takes all cores."""
     crop_ratio: float = 0.875
     feature_batch: int = 64
     """Images at a time in a test, and through a frozen network."""

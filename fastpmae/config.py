@@ -200,7 +200,7 @@ class Efficiency:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast; auto takes it on a GPU that has it, and fp32 elsewhere."""
     workers: int = 0
-    """Loader threads of each rank; 0 takes all cores, shared among the ranks of a machine."""
+    """Loader threads of each rank; 0 takes all cores that the run may use, shared among the ranks of a machine."""
     augment_on: Literal["auto", "cpu", "device"] = "auto"
     """Where the complex view's colours are changed: by the loader's threads, or for whole batches on the device, within
     2/255 of the same result; auto does the latter on a GPU."""

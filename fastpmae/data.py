@@ -1,7 +1,6 @@
 """The images of a run: opened, identified, and turned into batches on the device with the next one on its way."""
 
 import hashlib
-import os
 import time
 from collections.abc import Generator
 
@@ -16,6 +15,7 @@ from fastpmae.errors import UserError
 from fastpmae.world import World
 from fastpmae_kernels import photometric
 from fastpmae_loaders import Batch, PairedViews, Samples, open_samples, uniforms
+from fastpmae_loaders.machine import loader_threads
 
 DROP_PATH = 0
 """Stochastic depth's own counters, beside those of views and masks."""
@@ -78,7 +78,7 @@ def make_loader(images: Samples, config: Config, world: World) -> PairedViews:
         seed=config.run.seed,
         rank=world.rank,
         world_size=world.size,
-        workers=config.efficiency.workers or max(1, (os.cpu_count() or 1) // world.ranks_here),
+        workers=loader_threads(config.efficiency.workers, world.ranks_here),
         ahead=batches_ahead(size, config),
         bad_fraction=config.data.bad_fraction,
         page_order=config.data.page_order == "on",

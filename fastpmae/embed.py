@@ -20,6 +20,7 @@ from fastpmae.tally import Tally
 from fastpmae.weights import tuned_weights
 from fastpmae.world import choose_device
 from fastpmae_loaders import Beton, PlainViews
+from fastpmae_loaders.machine import loader_threads
 
 Network = Literal["student", "labelling_teacher", "reconstruction_teacher", "random"]
 Pool = Literal["class", "mean"]
@@ -89,7 +90,7 @@ def embed_images(
     pool: Pool = "class",
     batch_size: int = 64,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    workers: int = 2,
+    workers: int = 0,
     crop_ratio: float = 0.875,
     tally: Tally | None = None,
 ) -> tuple[Float[np.ndarray, "images dim"], Int[np.ndarray, " images"]]:
@@ -99,6 +100,7 @@ def embed_images(
         checkpoint: a checkpoint or a run folder.
         network: whose encoder (see `load_encoder`).
         pool: the class token, or the mean of the patch tokens.
+        workers: loader threads; 0 takes all cores.
         crop_ratio: the shorter side is resized to the image size over this ratio before the centre is cut out.
         tally: counts the images.
 
@@ -119,7 +121,7 @@ def embed_images(
         image_size=config.views.image_size,
         crop_ratio=crop_ratio,
         engine=config.data.loader,
-        workers=workers,
+        workers=loader_threads(workers),
     )
     with views, tally.count(len(images), "images"):
         for pictures, label, _ in views:
@@ -137,7 +139,7 @@ def embed_command(
     pool: Pool = "class",
     batch_size: int = 64,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    workers: int = 2,
+    workers: int = 0,
     crop_ratio: float = 0.875,
 ) -> None:
     """Write the frozen features of every image of a .beton to OUT.npz, as `features` [n, dim] and `labels` [n].
@@ -150,7 +152,7 @@ def embed_command(
         pool: The class token, or the mean of the patch tokens.
         batch_size: Images at a time.
         device: Where to compute.
-        workers: Loader threads.
+        workers: Loader threads; 0 takes all cores.
         crop_ratio: The shorter side is resized to the image size over this ratio before the centre is cut out.
     """
     rows, labels = embed_images(

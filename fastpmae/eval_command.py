@@ -41,8 +41,8 @@ class Common:
     """What decodes the images: auto, ffcv (.beton only), dali or torch."""
     feature_batch: int = 64
     """Images at a time through a frozen network, and in every test."""
-    workers: int = 2
-    """Loader threads."""
+    workers: int = 0
+    """Loader threads; 0 takes all cores that may be used."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 

@@ -35,6 +35,7 @@ from fastpmae.scores import Scores, rank
 from fastpmae.stop import Stop
 from fastpmae.tally import Tally
 from fastpmae_loaders import PairedViews, PlainViews
+from fastpmae_loaders.machine import loader_threads
 
 
 class Probe(nn.Module):
@@ -117,6 +118,7 @@ def train_classifier(
         Interrupted: after SIGTERM, SIGINT or SIGUSR1, once the checkpoint is written.
     """
     tally = tally or Tally()
+    setting = dataclasses.replace(setting, workers=loader_threads(setting.workers))
     if setting.frozen and (fitted := course.fitted(len(setting.train.labels))) != course:
         # MAE's batch for its probe is larger than many a set of images.
         tally.tell(
@@ -130,7 +132,12 @@ def train_classifier(
         loader = stack.enter_context(_loader(setting, course))
         changes = stack.enter_context(
             RandAugment(
-                course.rand_augment, setting.backbone.image_size, setting.backbone.mean, course.seed, setting.workers
+                course.rand_augment,
+                setting.backbone.image_size,
+                setting.backbone.mean,
+                course.seed,
+                # a process more than there are images would have nothing to do
+                min(setting.workers, course.part),
             )
         )
         steps_per_epoch = len(loader) // course.accumulate

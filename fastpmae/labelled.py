@@ -16,6 +16,7 @@ from fastpmae.embed import Pool
 from fastpmae.errors import UserError
 from fastpmae.tally import Tally
 from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
+from fastpmae_loaders.machine import loader_threads
 
 Engine = Literal["auto", "ffcv", "dali", "torch"]
 
@@ -102,10 +103,13 @@ def extract(
     engine: Engine = "auto",
     batch_size: int = 64,
     crop_ratio: float = 0.875,
-    workers: int = 2,
+    workers: int = 0,
     tally: Tally | None = None,
 ) -> list[Float[Tensor, "images dim"]]:
-    """Frozen features of whole images in the set's order, one matrix in fp32 on the CPU for each pooling."""
+    """Frozen features of whole images in the set's order, one matrix in fp32 on the CPU for each pooling.
+
+    `workers` are the loader's threads, 0 for all cores that may be used.
+    """
     model = model.to(device).eval()
     half = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
 
@@ -136,10 +140,13 @@ def over_images(
     engine: Engine = "auto",
     batch_size: int = 64,
     crop_ratio: float = 0.875,
-    workers: int = 2,
+    workers: int = 0,
     tally: Tally | None = None,
 ) -> list[Float[Tensor, "images dim"]]:
-    """What `embed` makes of whole images on the device, in the set's order: matrices in fp32 on the CPU."""
+    """What `embed` makes of whole images on the device, in the set's order: matrices in fp32 on the CPU.
+
+    `workers` are the loader's threads, 0 for all cores that may be used.
+    """
     tally = tally or Tally()
     batches: list[list[Tensor]] = []
     views = PlainViews(
@@ -148,7 +155,7 @@ def over_images(
         image_size=image_size,
         crop_ratio=crop_ratio,
         engine=engine_for(images.samples, engine),
-        workers=workers,
+        workers=loader_threads(workers),
     )
     with views, tally.count(len(images.samples), "images"):
         for pictures, _, _ in views:

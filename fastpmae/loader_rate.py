@@ -14,9 +14,9 @@ from fastpmae.architecture import view_settings, views_needed
 from fastpmae.config import Config
 from fastpmae.pages import PageWriter
 from fastpmae.photographs import PHOTOGRAPHS, open_photograph
-from fastpmae.workers import usable_cores
 from fastpmae.write import PAGE_SIZE
 from fastpmae_loaders import PairedViews
+from fastpmae_loaders.machine import loader_threads
 
 WIDTH, HEIGHT = 500, 375
 """Of the images made: the median of ImageNet's."""
@@ -72,7 +72,7 @@ def _room(size: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def _measure(config: Config, path: Path, seconds: float, source: str) -> LoaderRate:
-    cores = config.efficiency.workers or usable_cores()
+    cores = loader_threads(config.efficiency.workers)
     on_device = config.efficiency.augment_on != "cpu"
     with PairedViews(
         path,

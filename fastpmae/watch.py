@@ -20,6 +20,7 @@ from fastpmae.stop import Stop
 from fastpmae.tally import Tally
 from fastpmae.teachers import Teachers
 from fastpmae.world import World
+from fastpmae_loaders.machine import loader_threads
 
 NEIGHBOURS = 20
 BATCH = 64
@@ -125,7 +126,7 @@ class Watch:
             image_size=self.config.views.image_size,
             device=self.world.device,
             batch_size=BATCH,
-            workers=efficiency.workers or 2,
+            workers=loader_threads(efficiency.workers, self.world.ranks_here),
             tally=tally,
         )
         return {name: part.to(self.world.device) for name, part in zip(networks, rows, strict=True)}

@@ -33,11 +33,6 @@ _START_SECONDS = 120.0
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fastpmae.workers import serve; serve()"
 
 
-def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @dataclass(frozen=True)
 class Failure:
     """In place of a result: why there is none."""

@@ -17,11 +17,13 @@ from fastpmae.images import ImageSettings, StoredImage, store
 from fastpmae.pages import LARGEST_PAGE, PageWriter
 from fastpmae.sources import Item, Listing, SourceSettings, find_images, printable, read_item
 from fastpmae.tally import Tally
-from fastpmae.workers import Failure, WorkerPool, usable_cores
+from fastpmae.workers import Failure, WorkerPool
 from fastpmae_loaders.beton import Beton
+from fastpmae_loaders.machine import usable_cores
 
 PAGE_SIZE = 8 << 20
 SMALLEST_PAGE = 2 << 20  # FFCV's own limit
+MOST_WORKERS = 1024
 TIMEOUT = 60.0
 
 
@@ -77,7 +79,7 @@ def write_beton(
     """
     out = Path(out)
     images = replace(images or ImageSettings(), **settings)
-    count = workers if workers is not None else usable_cores()
+    count = workers if workers is not None else min(usable_cores(), MOST_WORKERS)
     _check_numbers(count, limit, page_size, timeout)
     _check_out(Path(source), out, force)
     tally = tally or Tally()
@@ -138,8 +140,8 @@ def _group_size(found: Listing) -> int:
 
 
 def _check_numbers(workers: int, limit: int | None, page_size: int, timeout: float) -> None:
-    if not 1 <= workers <= 1024:
-        raise UserError(f"--workers is {workers}; it must lie between 1 and 1024")
+    if not 1 <= workers <= MOST_WORKERS:
+        raise UserError(f"--workers is {workers}; it must lie between 1 and {MOST_WORKERS}")
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; it must be positive")
     if page_size & (page_size - 1) or not SMALLEST_PAGE <= page_size <= LARGEST_PAGE:
@@ -307,7 +309,7 @@ def _print_bad(bad: list[tuple[str, str]]) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    count = options.workers if options.workers is not None else usable_cores()
+    count = options.workers if options.workers is not None else min(usable_cores(), MOST_WORKERS)
     _check_numbers(count, None, PAGE_SIZE, options.timeout)
     tally = Tally(live=True)
     checked = check_beton(options.check, workers=count, timeout=options.timeout, tally=tally)

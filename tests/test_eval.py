@@ -18,6 +18,7 @@ from fastpmae.checkpoint import checkpoint_path
 from fastpmae.labelled import open_labelled
 from fastpmae.scores import Scores, rank, write_scores
 from tests.made import REPOSITORY, made_image, write_tree
+from tests.test_feed import threads_of_loaders
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     monkeypatch.setattr("sys.argv", ["fastpmae-eval", *map(str, words), "--workers", "1"])
     return eval.main()
+
+
+def test_images_are_decoded_with_all_cores(data: Path, tmp_path: Path, monkeypatch):
+    seen = threads_of_loaders(monkeypatch, 3)
+    words = ["knn", data / "run", "--train", data / "train.beton", "--val", data / "val.beton", "--out", tmp_path]
+    monkeypatch.setattr("sys.argv", ["fastpmae-eval", *map(str, words)])
+    assert eval.main() == 0
+    words = ["probe", data / "run", *words[2:6], "--out", tmp_path / "probe", "--steps", 1]
+    monkeypatch.setattr("sys.argv", ["fastpmae-eval", *map(str, words)])
+    assert eval.main() == 0
+    assert set(seen) == {3}
 
 
 def test_knn_is_scikit_learns_on_the_same_features(data: Path, tmp_path: Path, monkeypatch, capsys):

@@ -7,10 +7,11 @@ import torch
 
 from fastpmae import PRESETS, Config
 from fastpmae.architecture import views_needed
-from fastpmae.data import batches_ahead
+from fastpmae.data import batches_ahead, make_loader
 from fastpmae.run import resolve
 from fastpmae.train import pretrain
-from fastpmae_loaders import Beton
+from fastpmae.world import World
+from fastpmae_loaders import Beton, machine, runner
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,24 @@ def test_auto_is_decided_by_the_device(tiny: Config, small_beton) -> None:
     for device, place in (("cpu", "cpu"), ("cuda", "device")):
         settled = resolve(tiny.using(precision="fp32"), torch.device(device), Beton(small_beton))
         assert settled.efficiency.augment_on == place
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "asked", "threads"),
+    [(1, 1, 0, 1), (16, 1, 0, 16), (16, 8, 0, 2), (4, 8, 0, 1), (384, 1, 0, 256), (384, 4, 0, 96), (64, 4, 5, 5)],
+)
+def test_ranks_share_the_cores_that_may_be_used(
+    tiny: Config, small_beton, monkeypatch, cores: int, ranks: int, asked: int, threads: int
+) -> None:
+    seen = threads_of_loaders(monkeypatch, cores)
+    world = World(0, ranks, ranks, torch.device("cpu"), None)
+    with make_loader(Beton(small_beton), tiny.using(workers=asked), world):
+        assert seen == [threads]
+
+
+def threads_of_loaders(monkeypatch: pytest.MonkeyPatch, cores: int) -> list[int]:
+    """On a machine of so many cores: the threads of every loader that is opened from now on."""
+    seen, make = [], runner.make_engine
+    monkeypatch.setattr(machine, "usable_cores", lambda: cores)
+    monkeypatch.setattr(runner, "make_engine", lambda name, source: seen.append(source.workers) or make(name, source))
+    return seen

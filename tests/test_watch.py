@@ -17,6 +17,7 @@ from fastpmae.embed import embed_images
 from fastpmae.errors import Interrupted, UserError
 from fastpmae.knn import knn_ranked
 from fastpmae.scores import Scores
+from tests.test_feed import threads_of_loaders
 from tests.test_ranks import FORKED
 from tests.test_train import environment
 
@@ -38,6 +39,15 @@ def test_figures_are_those_of_the_checkpoint(tiny: Config, small_beton: Path, ca
             ranked = knn_ranked(features, labels, features, [20], leave_one_out=True)[20]
             assert row[f"knn_{network}"] == pytest.approx(Scores(labels, ranked).top1, abs=1e-4)
     assert "k-NN after epoch 2: student " in capsys.readouterr().err
+
+
+def test_it_decodes_with_all_cores(tiny: Config, small_beton: Path, monkeypatch):
+    seen = threads_of_loaders(monkeypatch, 3)
+    folder = pretrain(tiny.using(eval_every=3, workers=0))
+    # the run's own images, and the labelled ones that vote
+    assert seen == [3, 3]
+    embed_images(folder, small_beton)
+    assert seen == [3, 3, 3]
 
 
 def test_a_run_is_the_same_with_and_without(tiny: Config, tmp_path: Path):

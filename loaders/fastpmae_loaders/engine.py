@@ -1,6 +1,5 @@
 """What the loaders ask of an engine, and what an engine is given to fill."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from .machine import usable_memory
 from .plan import CHOICES, FACTORS
 from .recipes import View, recipes_of
 from .scratch import Scratch, make_scratch
@@ -134,12 +134,9 @@ def make_job(indices: np.ndarray, epoch: int, source: Source) -> Job:
 
 
 def larger_than_memory(samples: Samples) -> bool:
-    """Whether images leave too little of this machine's memory to be kept in it."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return False
-    return samples.nbytes > 0.8 * memory
+    """Whether images leave too little of the memory that this process may use to be kept in it."""
+    memory = usable_memory()
+    return memory is not None and samples.nbytes > 0.8 * memory
 
 
 def advice(samples: Samples) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from .engine import Engine, Job, Source
 from .errors import UserError
+from .machine import MOST_THREADS
 from .scratch import Scratch
 from .stream import Stream
 
@@ -32,8 +33,8 @@ class Runner:
     """Opens the engine at once, so that a missing package is known before the first batch."""
 
     def __init__(self, source: Source, engine: str, ahead: int) -> None:
-        if not 1 <= source.workers <= 256:
-            raise UserError(f"workers = {source.workers} must be between 1 and 256 threads")
+        if not 1 <= source.workers <= MOST_THREADS:
+            raise UserError(f"workers = {source.workers} must be between 1 and {MOST_THREADS} threads")
         if not 1 <= ahead <= 64:
             raise UserError(f"ahead = {ahead} must be between 1 and 64 batches")
         self._source = source

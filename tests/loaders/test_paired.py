@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpmae_loaders import Batch, Beton, PairedViews, UserError, ViewSettings, draw_plans, epoch_order
+from fastpmae_loaders import Batch, Beton, PairedViews, UserError, ViewSettings, draw_plans, engine, epoch_order
 
 ENGINES = ["ffcv", "torch"]
 TENSORS = ("simple", "complex", "visible", "folds", "label", "index", "simple_box", "complex_box")
@@ -141,6 +141,14 @@ def test_page_order(mixed):
     with loader(mixed, 4, page_order=True, drop_last=False) as views:
         found = torch.cat([batch.index for batch in views]).tolist()
     assert found == epoch_order(0, 0, 23, page_of).tolist()
+
+
+@pytest.mark.parametrize(("times", "by_page"), [(1.0, True), (1.2, True), (1.3, False), (None, False)])
+def test_a_file_that_fills_the_usable_memory_goes_page_by_page(mixed, monkeypatch, times, by_page):
+    memory = None if times is None else int(times * Beton(mixed).nbytes)
+    monkeypatch.setattr(engine, "usable_memory", lambda: memory)
+    with loader(mixed, 4) as views:
+        assert views.page_order == by_page
 
 
 @pytest.mark.parametrize("engine", ENGINES)

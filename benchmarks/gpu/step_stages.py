@@ -1,0 +1,248 @@
+"""Stages `step`, `waits`, `table6`, `variants` and `plan`: the trainer's step beside the plain baseline's."""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bench_table6 import METHODS
+from benchmarks.gpu.record import read_results
+from benchmarks.gpu.task import Task
+from benchmarks.step_cases import (
+    DROP_PATH,
+    Ours,
+    Plain,
+    apart,
+    made_batch,
+    make_case,
+    model_flops,
+    most_apart,
+    release,
+    settings,
+    timed_steps,
+)
+from fastpmae.config import Config
+from fastpmae.costs import step_costs
+from fastpmae.geometry import match_geometry
+from fastpmae.gpus import GPUS, Gpu
+from fastpmae.health import health
+from fastpmae.plan import Plan
+
+
+COMPILING = 45.0
+"""Seconds that a compiled case takes about; one that would be cut off is not begun."""
+EAGER = 8.0
+"""The same of a case that is not compiled."""
+
+
+def step(task: Task) -> None:
+    """Ours and the baseline: eager first, which takes seconds, then compiled, from the largest model down."""
+    sizes = task.sizes
+    for model in sizes.models:
+        for method in ("dual", "sdae"):
+            with task.record.trying(f"losses of {method}, {model}"):
+                compare_losses(task, method, model)
+            for name in (f"plain-{method}", method):
+                time_case(task, f"{name}, {model}, eager", name, model, sizes.batch)
+    for model in reversed(sizes.models):
+        for name in ("dual", "plain-dual", "sdae", "plain-sdae"):
+            title = f"{name}, {model}, compiled"
+            if task.tiny and name != "dual":
+                continue  # each takes a CPU's compiler tens of seconds
+            if task.has(COMPILING, title):
+                time_case(task, title, name, model, sizes.batch, compiled=True)
+
+
+def compare_losses(task: Task, method: str, model: str) -> None:
+    """The four losses of the same weights on the same images, by both codes and in both precisions."""
+    for precision in ("bf16", "fp32"):
+        found = {}
+        for name in (f"plain-{method}", method):
+            case = build(task, name, model, task.sizes.batch, precision=precision)
+            found[name] = case.losses(given(task, case, task.sizes.batch)[0])
+            case.close()
+            del case
+        release()
+        task.record.check(
+            f"losses of {method}, {model}, {precision}", apart(found[method], found[f"plain-{method}"]),
+            most_apart(task.device, precision), losses=found,
+        )  # fmt: skip
+
+
+def build(task: Task, name: str, model: str, batch: int, **others: Any) -> Ours | Plain:
+    """A case at this task's sizes, in bf16 unless it says otherwise."""
+    others = {"precision": "bf16"} | task.sizes.network | others
+    return make_case(name, model, batch, device=task.device, **others)
+
+
+def given(task: Task, case: Ours | Plain, batch: int) -> list[Any]:
+    """Two batches on the device, as the case takes them."""
+    return [case.given(made_batch(case.config, batch, seed)) for seed in range(2)]
+
+
+def time_case(task: Task, title: str, name: str, model: str, batch: int, **others: Any) -> dict[str, Any]:
+    """Time a case's steps, after a first one that is checked, and note the figures. An empty dict where it failed."""
+    figures: dict[str, Any] = {}
+    with task.record.trying(title):
+        case = build(task, name, model, batch, **others)
+        batches = given(task, case, batch)
+        if isinstance(case, Ours) and others.get("compiled"):
+            limit = most_apart(task.device, others.get("precision", "bf16"))
+            task.record.check(f"{title}: losses against eager", case.checked_step(batches[0]), limit)
+        figures = timed_steps(case, batches, task.sizes.steps, 4 if task.cuda else 1)
+        flops = model_flops(case.config)
+        task.record.note(
+            title, case=name, model=model, batch=batch, compiled=bool(others.get("compiled")), **figures,
+            flops_of_an_image=flops, flops_per_second=flops * figures["images_per_second"],
+        )  # fmt: skip
+        case.close()
+        del case, batches
+    release()
+    return figures
+
+
+def waits(task: Task) -> None:
+    """Where the host waits for the GPU within a step (nowhere, it should), and what a row of metrics.jsonl costs."""
+    model, batch = task.sizes.models[0], task.sizes.table6_batch
+    forms: Sequence[tuple[str, dict[str, Any]]] = (
+        ("dual", {}), ("dual", {"match_scope": "fold"}), ("sdae", {}), ("mae", {}),
+    )  # fmt: skip
+    for name, others in forms:
+        title = " ".join(["waits of", name, *(f"{key} {value}" for key, value in others.items())])
+        with task.record.trying(title):
+            case = build(task, name, model, batch, **others)
+            batches = given(task, case, batch)
+            for _ in range(2):
+                case.step(batches[0])
+            task.wait()
+            places = host_waits(task, lambda case=case, batches=batches: case.step(batches[0]))
+            task.record.note(title, places=places, ok=not places)
+            if name == "dual" and not others and isinstance(case, Ours):
+                time_row(task, case, batches[0])
+            case.close()
+            del case
+    if task.cuda:
+        for kind in ("pageable", "pinned"):
+            host = torch.zeros(768, dtype=torch.int64)
+            if kind == "pinned":
+                host = host.pin_memory()
+            torch.cuda._sleep(200_000_000)
+            start = time.perf_counter()
+            host.to(task.device, non_blocking=True)
+            task.record.note(
+                f"a {kind} copy of 6 KB behind 0.1 s of work", milliseconds=1e3 * (time.perf_counter() - start)
+            )
+            task.wait()
+
+
+def host_waits(task: Task, run: Callable[[], Any]) -> list[str]:
+    """Files and lines at which the host waited for the GPU, by CUDA's own account."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if task.cuda:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            if task.cuda:
+                torch.cuda.set_sync_debug_mode("default")
+    return sorted({f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)})
+
+
+def time_row(task: Task, case: Ours, batch: Any) -> None:
+    """The figures that a row of metrics.jsonl adds to a step."""
+    targets, match = case.targets, None if case.out is None else case.out.match
+    assert targets is not None
+    assert match is not None
+    rows = {"health": lambda: health(targets), "match_geometry": lambda: match_geometry(batch, match, case.config)}
+    for name, run in rows.items():
+        run()
+        task.wait()
+        start = time.perf_counter()
+        run()
+        task.wait()
+        task.record.note(f"row: {name}", milliseconds=1e3 * (time.perf_counter() - start))
+
+
+def table6(task: Task) -> None:
+    """Time and memory of the five methods, and their ratios to SdAE's beside the FLOPs' own."""
+    model, batch = task.sizes.models[0], task.sizes.table6_batch
+    for compiled in (False,) if task.tiny else (False, True):
+        how = "compiled" if compiled else "eager"
+        found = {
+            name: time_case(task, f"{name}, {model}, {how}", name, model, batch, compiled=compiled)
+            for name in METHODS
+            if task.has(COMPILING / 2 if compiled else EAGER, f"{name}, {model}, {how}")
+        }
+        flops = {name: model_flops(settings_of(task, name, model, batch)) for name in METHODS}
+        base = found.get("sdae")
+        for name, figures in found.items():
+            if figures and base:
+                ratio, floor = figures["step_ms"] / base["step_ms"], flops[name] / flops["sdae"]
+                memory = figures["peak_gib"] / base["peak_gib"] if base["peak_gib"] else None
+                task.record.note(
+                    f"{name} over sdae, {how}", time=ratio, flops=floor, time_over_flops=ratio / floor, memory=memory
+                )  # fmt: skip
+
+
+def settings_of(task: Task, name: str, model: str, batch: int) -> Config:
+    """A case's settings, without its networks."""
+    preset = "paper" if name == "dual" else name
+    return settings(preset, model, batch, drop_path=DROP_PATH, precision="bf16", **task.sizes.network)
+
+
+def variants(task: Task) -> None:
+    """The forms of a step that a flag chooses, at the largest model."""
+    model, batch = task.sizes.models[-1], task.sizes.batch
+    forms: Sequence[tuple[str, dict[str, Any], bool]] = (
+        ("fp8 teachers", {"teacher_precision": "fp8"}, False),
+        ("fp8 teachers, compiled", {"teacher_precision": "fp8", "compiled": True}, True),
+        ("xformers", {"attention": "xformers"}, True),
+        ("xformers, 5 folds", {"attention": "xformers", "folds": 5}, True),
+        ("sdpa, 5 folds", {"folds": 5}, False),
+        ("CUDA graphs", {"compiled": True, "compile_mode": "reduce-overhead"}, True),
+        ("CUDA graphs, match in fold",
+         {"compiled": True, "compile_mode": "reduce-overhead", "match_scope": "fold"}, True),
+        ("logits in chunks", {"chunk": 4096 if not task.tiny else 16}, False),
+        ("every block recomputed", {"checkpoint_blocks": 1}, False),
+        ("fp32", {"precision": "fp32"}, False),
+    )  # fmt: skip
+    for title, others, needs_gpu in forms:
+        if needs_gpu and not task.cuda:
+            continue
+        if task.has(COMPILING if others.get("compiled") else EAGER, title):
+            time_case(task, f"dual, {model}, {title}", "dual", model, batch, **others)
+
+
+def plan(task: Task) -> None:
+    """`fastpmae-plan`'s memory and time beside what the stage `step` has measured."""
+    measured = [row for row in read_results(task.record.file) if row["stage"] == "step" and "step_ms" in row]
+    gpu = gpu_here(task)
+    for row in measured:
+        if row["case"].startswith("plain-"):
+            continue
+        with task.record.trying(f"plan of {row['name']}"):
+            config = settings_of(task, row["case"], row["model"], row["batch"])
+            costs = step_costs(config, row["batch"])
+            seconds = costs.flops / (gpu.bf16 * Plan.efficiency_of_peak)
+            task.record.note(
+                f"plan of {row['name']}",
+                compiled=row["compiled"],
+                planned_gib=costs.peak / 2**30,
+                memory=costs.peak / 2**30 / row["peak_gib"] if row["peak_gib"] else None,
+                planned_ms=1e3 * seconds,
+                time=1e3 * seconds / row["step_ms"],
+                efficiency_of_peak=costs.flops / gpu.bf16 / (row["step_ms"] / 1e3),
+            )
+    if not measured:
+        task.record.note("plan", ok=False, failed="the stage 'step' has measured nothing to compare with")
+
+
+def gpu_here(task: Task) -> Gpu:
+    """What the plan knows of this GPU; on a CPU, and of one that it does not know, an H100's."""
+    name = torch.cuda.get_device_name(task.device) if task.cuda else ""
+    known = [gpu for gpu in GPUS.values() if gpu.words.split()[0].lower() in name.lower().split()]
+    return known[0] if known else GPUS["h100"]
