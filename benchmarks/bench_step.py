@@ -5,8 +5,13 @@ turns, each in a process of its own, from the same weights and on batches that a
 Peak memory is measured two processes at a time, over the third step: anonymous memory, by the kernel's account, beyond
 what Python and its libraries held. The trainer's setting of the allocator (`host_memory`) is part of our cases, and
 `--prototypes-chunk 1024` is of `dual`. fp32, on the CPU.
+
+With `--device cuda` the cases run one after the other in this process, each eager and compiled, in bf16 and without
+chunks: steps are timed by events, memory is the allocator's peak, `host` is the host's own time a step, and
+`utilisation` the share of a measured 8192 x 8192 x 8192 product's rate that the method's own FLOPs reach.
 """
 
+import argparse
 import gc
 import json
 import multiprocessing
@@ -27,31 +32,31 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import Row, arguments, device_name, finish, make_row, save
-from benchmarks.step_cases import Ours, Plain, made_batch, make_case
+from benchmarks.common import Row, add_device, arguments, device_name, finish, make_row, save
+from benchmarks.step_cases import (
+    Measured,
+    Ours,
+    Plain,
+    Precision,
+    apart,
+    made_batch,
+    make_case,
+    matrix_rate,
+    measured_case,
+    model_flops,
+    most_apart,
+    seconds_of_parts,
+)
+from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.flops import flop_formulas
 from fastpmae.host_memory import tune_allocator
+from fastpmae.world import choose_device
 from fastpmae_loaders import Batch
 
 PAIRS = (("dual", "plain-dual"), ("sdae", "plain-sdae"))
 CHUNK = 1024
 """`--prototypes-chunk` of the methods that have prototypes."""
 PARTS = ("data", "teachers", "forward", "backward", "optimiser", "EMA")
-
-
-def timed(case: Ours | Plain, batch: Any) -> dict[str, float]:
-    """Seconds of each part of one step."""
-    parts: dict[str, float] = {}
-    last = time.perf_counter()
-
-    def mark(part: str) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        parts[part] = now - last
-        last = now
-
-    case.step(batch, mark)
-    return parts
 
 
 class Apart:
@@ -82,7 +87,7 @@ def serve(connection: Connection, name: str, model: str, batch_size: int, chunk:
     given = case.given(made_batch(case.config, batch_size))
     connection.send(case.losses(given))
     while connection.recv():
-        connection.send(timed(case, given))
+        connection.send(seconds_of_parts(case, given))
 
 
 def time_rows(model: str, batch_size: int, rounds: int, chunk: int = 0) -> list[Row]:
@@ -181,6 +186,62 @@ def _linear_seconds(rows: int, inner: int, columns: int, biased: bool) -> float:
     return statistics.median(taken[1:])
 
 
+def rows_in_turn(
+    model: str,
+    batch_size: int,
+    steps: int,
+    device: torch.device,
+    precision: Precision,
+    ways: Sequence[bool],
+    **more: Any,
+) -> list[Row]:
+    """All figures of every case, one case after the other in this process: for a GPU, whose clock and memory tell (a
+    CPU's memory is not known there).
+
+    Args:
+        ways: eager (False) and compiled (True).
+        more: settings of all cases, as `make_case` takes them.
+    """
+    rate, limit = matrix_rate(device), most_apart(device, precision)
+    rows = []
+    for pair in PAIRS:
+        for compiled in ways:
+            ours, plain = (
+                measured_case(
+                    name, model, batch_size, steps, device=device, precision=precision, compiled=compiled, **more
+                )
+                for name in pair
+            )
+            gate = apart(ours.losses, plain.losses) <= limit and ours.apart <= limit
+            least = model_flops(ours.config) * batch_size / rate
+            mine, usual = (name + " compiled" * compiled for name in pair)
+            where, of_usual = device_name(device.type), _samples(plain, batch_size, least)
+            for name, case, baseline in ((mine, ours, usual), (usual, plain, None)):
+                for (metric, unit), samples in _samples(case, batch_size, least).items():
+                    against = None if baseline is None else (baseline, of_usual[metric, unit])
+                    upward = unit in ("images/s", "%")
+                    rows.append(make_row(name, metric, unit, samples, where, gate, against, more_is_better=upward))
+                rows.append(make_row(name, "warm_up", "s", [case.timing.warm_up], where, gate))
+                for part in PARTS:
+                    share = [100 * parts[part] / sum(parts.values()) for parts in case.parts]
+                    rows.append(make_row(name, f"share_{part}", "%", share, where, gate))
+    return rows
+
+
+def _samples(case: Measured, batch_size: int, least: float) -> dict[tuple[str, str], list[float]]:
+    """By metric and unit; `least` is the time of a step of nothing but products, at the rate of a large one."""
+    steps = case.timing.seconds
+    found = {
+        ("images_per_second", "images/s"): [batch_size / seconds for seconds in steps],
+        ("step", "s"): steps,
+        ("host", "ms"): [1e3 * seconds for seconds in case.timing.host],
+        ("utilisation", "%"): [100 * least / seconds for seconds in steps],
+    }
+    if case.timing.peak:
+        found["peak_memory", "MiB"] = [case.timing.peak / 2**20]
+    return found
+
+
 def memory_rows(
     pairs: Sequence[tuple[str, str]], model: str, batch_size: int, rounds: int, chunk: int = 0
 ) -> list[Row]:
@@ -264,27 +325,53 @@ def picture(rows: Sequence[Row], title: str, file: Path) -> None:
     save(figure, file)
 
 
-def main() -> int:
+def bench() -> int:
     parser = arguments("bench_step", (__doc__ or "").split("\n\n")[0])
+    add_device(parser)
     parser.add_argument("--model", default="vit_small", help="as of fastpmae-train")
-    parser.add_argument("--batch-size", type=int, default=0, help="images a step: 32, or 4 with --quick")
-    parser.add_argument("--prototypes-chunk", type=int, default=CHUNK, help="of our cases, as of fastpmae-train")
-    parser.add_argument("--rounds", type=int, default=6, help="times that each case is timed (2 with --quick)")
+    parser.add_argument(
+        "--batch-size", type=int, default=0, help="images a step: 32, or 4 with --quick; on a GPU 256, or 32"
+    )
+    parser.add_argument("--prototypes-chunk", type=int, help=f"of our cases, as of fastpmae-train: {CHUNK}, on a GPU 0")
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="times that each case is timed: 6 (2 with --quick), on a GPU 12 (4)"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="on a GPU (bf16); fp32 on the CPU")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="on a GPU, only compiled or only eager cases: by default both, eager with --quick",
+    )
     parser.add_argument("--measure", metavar="CASE", help="(used by the benchmark itself) one case's memory")
     given = parser.parse_args()
+    device = choose_device(given.device)
+    if device.type == "cpu" and (given.precision == "bf16" or given.compile):
+        raise UserError("--precision bf16 and --compile are of a GPU: say --device cuda, or leave them out")
+    if device.type == "cuda":
+        batch_size, steps = given.batch_size or (32 if given.quick else 256), given.rounds or (4 if given.quick else 12)
+        ways = [given.compile] if given.compile is not None else [False] if given.quick else [False, True]
+        rows = rows_in_turn(
+            given.model, batch_size, steps, device, given.precision or "bf16", ways, chunk=given.prototypes_chunk or 0
+        )
+        return finish(rows, f"A step of {given.model}, {batch_size} images", given.json, given.plot, picture)
     batch_size = given.batch_size or (4 if given.quick else 32)
+    chunk = CHUNK if given.prototypes_chunk is None else given.prototypes_chunk
     if given.measure:
         if not given.measure.startswith("plain-"):
             tune_allocator()  # as the trainer does on the CPU
         before = resident("RssAnon")
-        case = make_case(given.measure, given.model, batch_size, chunk=given.prototypes_chunk)
+        case = make_case(given.measure, given.model, batch_size, chunk=chunk)
         batch, few = (made_batch(case.config, size) for size in (batch_size, 2))
         print(json.dumps(measure(case, batch, few, before)))
         return 0
-    chunk = given.prototypes_chunk
+    rounds = given.rounds or (2 if given.quick else 6)
     rows = memory_rows(PAIRS, given.model, batch_size, 1 if given.quick else 2, chunk)
-    rows += time_rows(given.model, batch_size, 2 if given.quick else given.rounds, chunk)
+    rows += time_rows(given.model, batch_size, rounds, chunk)
     return finish(rows, f"A step of {given.model}, {batch_size} images", given.json, given.plot, picture)
+
+
+def main() -> int:
+    return exit_with_sentence("bench_step", bench)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,39 @@ its own, as in `bench_step`, with more images: what does not grow with them (wei
 does on a GPU; 96 is what each of 8 GPUs has of the paper's 768. Times and memory are given as ratios to SdAE, beside
 the paper's. The ratio of the products' FLOPs is the floor of a time ratio: the method's own, without those that are
 computed anew because patch logits are held a chunk at a time (`--prototypes-chunk 1024`). fp32, on the CPU.
+
+With `--device cuda` the methods run one after the other in this process, in bf16, compiled as the trainer does it, and
+without chunks: time by events, memory by the allocator's peak, both with 96 images.
 """
 
+import argparse
 import json
 import math
+import operator
+import statistics
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from benchmarks.bench_step import CHUNK, flops_of, measured, timed
-from benchmarks.common import Row, arguments, device_name, finish, make_row, save
-from benchmarks.step_cases import Ours, made_batch, make_case
+import torch
+
+from benchmarks.bench_step import CHUNK, flops_of, measured
+from benchmarks.common import Row, add_device, arguments, device_name, finish, make_row, save
+from benchmarks.step_cases import (
+    Ours,
+    Precision,
+    made_batch,
+    make_case,
+    measured_case,
+    model_flops,
+    most_apart,
+    seconds_of_parts,
+)
+from fastpmae.errors import exit_with_sentence
 from fastpmae.host_memory import tune_allocator
+from fastpmae.world import choose_device
 
 METHODS = ("sdae", "mae", "single-step", "single-epoch", "dual")
 NAMES = ("SdAE", "MAE", "single teacher, per step", "single teacher, per epoch", "two teachers")
@@ -47,7 +67,7 @@ def rows_of(model: str, batch_size: int, rounds: int, memory_batch_size: int) ->
         losses = case.losses(few)
         same = abs(memory[name]["loss"] - losses[0]) <= 1e-4 * abs(losses[0])
         gates[name] = same and all(map(math.isfinite, losses))
-        timed(case, batch)  # warms up
+        seconds_of_parts(case, batch)  # warms up
     # In proportion to the images, and without chunks: those cost FLOPs of their own.
     flops: dict[str, float] = {}
     for name in METHODS:
@@ -56,23 +76,58 @@ def rows_of(model: str, batch_size: int, rounds: int, memory_batch_size: int) ->
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in range(rounds):
         for name, case in cases.items():
-            seconds[name].append(sum(timed(case, batch).values()))
+            seconds[name].append(sum(seconds_of_parts(case, batch).values()))
     peaks = {name: run["peak"] / 2**20 for name, run in memory.items()}
+    # Each round's steps saw the same machine, so they are compared with each other.
+    times = {name: list(map(operator.truediv, seconds[name], seconds["sdae"])) for name in METHODS}
+    return _ratios(seconds, times, flops, peaks, gates, device_name("cpu"))
 
-    where, rows = device_name("cpu"), []
+
+def rows_in_turn(
+    model: str,
+    batch_size: int,
+    steps: int,
+    device: torch.device,
+    precision: Precision,
+    compiled: bool,
+    **more: Any,
+) -> list[Row]:
+    """The same of one method after the other in this process: for a GPU, whose clock and memory tell (a CPU's memory
+    is not known there, nor its ratio)."""
+    seconds: dict[str, list[float]] = {}
+    flops, peaks, gates = {}, {}, {}
+    for name in METHODS:
+        case = measured_case(
+            name, model, batch_size, steps, device=device, precision=precision, compiled=compiled, **more
+        )
+        seconds[name], peaks[name] = case.timing.seconds, case.timing.peak / 2**20
+        flops[name] = model_flops(case.config) * batch_size
+        gates[name] = case.apart <= most_apart(device, precision) and all(map(math.isfinite, case.losses))
+    first = statistics.median(seconds["sdae"])
+    times = {name: [step / first for step in steps_of] for name, steps_of in seconds.items()}
+    return _ratios(seconds, times, flops, peaks, gates, device_name(device.type))
+
+
+def _ratios(
+    seconds: dict[str, list[float]],
+    times: dict[str, list[float]],
+    flops: dict[str, float],
+    peaks: dict[str, float],
+    gates: dict[str, bool],
+    where: str,
+) -> list[Row]:
+    rows = []
     for place, name in enumerate(METHODS):
         gate = gates[name] and gates["sdae"]
-        # Each round's steps saw the same machine, so they are compared with each other.
-        times = [mine / first for mine, first in zip(seconds[name], seconds["sdae"], strict=True)]
         floor = flops[name] / flops["sdae"]
         for metric, unit, samples in (
             ("step", "s", seconds[name]),
             ("flops", "GFLOP", [flops[name] / 1e9]),
             ("peak_memory", "MiB", [peaks[name]]),
-            ("time_over_sdae", "×", times),
+            ("time_over_sdae", "×", times[name]),
             ("flops_over_sdae", "×", [floor]),
-            ("time_over_floor", "×", [ratio / floor for ratio in times]),
-            ("memory_over_sdae", "×", [peaks[name] / peaks["sdae"]]),
+            ("time_over_floor", "×", [ratio / floor for ratio in times[name]]),
+            ("memory_over_sdae", "×", [peaks[name] / peaks["sdae"] if peaks["sdae"] else math.nan]),
             ("paper_time_over_sdae", "×", [PAPER_DAYS[place] / PAPER_DAYS[0]]),
             ("paper_memory_over_sdae", "×", [PAPER_GIGABYTES[place] / PAPER_GIGABYTES[0]]),
         ):
@@ -127,26 +182,47 @@ def picture(rows: Sequence[Row], title: str, file: Path) -> None:
     save(figure, file)
 
 
-def main() -> int:
+def bench() -> int:
     parser = arguments("bench_table6", (__doc__ or "").split("\n\n")[0])
+    add_device(parser)
     parser.add_argument("--model", default="vit_small", help="as of fastpmae-train")
-    parser.add_argument("--batch-size", type=int, default=0, help="images a step: 32, or 4 with --quick")
+    parser.add_argument(
+        "--batch-size", type=int, default=0, help="images a step: 32, or 4 with --quick; on a GPU 96, or 32"
+    )
     parser.add_argument(
         "--memory-batch-size",
         type=int,
         default=0,
-        help="images of the step whose memory is taken: 96, or 4 with --quick",
+        help="on the CPU, images of the step whose memory is taken: 96, or 4 with --quick",
     )
-    parser.add_argument("--rounds", type=int, default=6, help="times that each method is timed (2 with --quick)")
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="times that each method is timed: 6 (2 with --quick), on a GPU 20 (4)"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="on a GPU: compiled passes, unless --quick"
+    )
     given = parser.parse_args()
-    tune_allocator()  # as the trainer does on the CPU
-    batch_size = given.batch_size or (4 if given.quick else 32)
-    memory_batch_size = given.memory_batch_size or (4 if given.quick else 96)
-    rows = rows_of(given.model, batch_size, 2 if given.quick else given.rounds, memory_batch_size)
-    title = f"Table 6 at {given.model}: time with {batch_size} images a step, memory with {memory_batch_size}"
+    device = choose_device(given.device)
+    if device.type == "cuda":
+        batch_size = given.batch_size or (32 if given.quick else 96)
+        compiled = not given.quick if given.compile is None else given.compile
+        rows = rows_in_turn(
+            given.model, batch_size, given.rounds or (4 if given.quick else 20), device, "bf16", compiled
+        )
+        title = f"Table 6 at {given.model}: time and memory with {batch_size} images a step"
+    else:
+        tune_allocator()  # as the trainer does on the CPU
+        batch_size = given.batch_size or (4 if given.quick else 32)
+        memory_batch_size = given.memory_batch_size or (4 if given.quick else 96)
+        rows = rows_of(given.model, batch_size, given.rounds or (2 if given.quick else 6), memory_batch_size)
+        title = f"Table 6 at {given.model}: time with {batch_size} images a step, memory with {memory_batch_size}"
     status = finish(rows, title, given.json, given.plot, picture)
     print(table6(rows))
     return status
+
+
+def main() -> int:
+    return exit_with_sentence("bench_table6", bench)
 
 
 if __name__ == "__main__":

@@ -164,6 +164,11 @@ def arguments(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The flag of those that also measure on a GPU."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what computes (cpu)")
+
+
 def finish(
     rows: Sequence[Row],
     title: str,

@@ -81,7 +81,7 @@ class Ours:
     """
 
     def __init__(self, config: Config, device: torch.device = CPU):
-        self.config = config
+        self.config, self.device = config, device
         self.world = World(0, 1, 1, device, None)
         self.stack = contextlib.ExitStack()
         self.stack.enter_context(use_attention(config.efficiency.attention, device))
@@ -98,11 +98,11 @@ class Ours:
     def replays(self) -> bool:
         """Whether the passes are CUDA graphs."""
         efficiency = self.config.efficiency
-        return self.world.device.type == "cuda" and efficiency.compile_mode in CUDA_GRAPHS
+        return self.device.type == "cuda" and efficiency.compile_mode in CUDA_GRAPHS
 
     def given(self, batch: Batch) -> Batch:
         """The batch as `losses` and `step` take it, where the case computes."""
-        return batch.to(self.world.device)
+        return batch.to(self.device)
 
     def losses(self, batch: Any) -> list[float]:
         """Of the passes as they are without torch.compile, and without stochastic depth, which the two draw
@@ -260,6 +260,28 @@ def most_apart(device: torch.device | str, precision: Precision) -> float:
     return 1e-3 if torch.device(device).type == "cuda" else 1e-4
 
 
+class Laps:
+    """Points in time by the clock of what computes: events of a GPU, which reaches them when its work is done."""
+
+    def __init__(self, device: torch.device | str):
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.points: list[Any] = []
+
+    def mark(self) -> None:
+        if self.on_gpu:
+            self.points.append(torch.cuda.Event(enable_timing=True))
+            self.points[-1].record()
+        else:
+            self.points.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """From each point to the next. Waits for the last one."""
+        if not self.on_gpu:
+            return [end - begin for begin, end in itertools.pairwise(self.points)]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) / 1e3 for begin, end in itertools.pairwise(self.points)]
+
+
 class Timing(NamedTuple):
     """What some steps of a case took."""
 
@@ -276,42 +298,82 @@ class Timing(NamedTuple):
 
 def take_steps(case: Ours | Plain, batches: Sequence[Any], steps: int, warm: int = 4) -> Timing:
     """Time `steps` steps after `warm` others, going round the batches (as `case.given` gives them)."""
-    on_gpu = (case.world.device if isinstance(case, Ours) else case.device).type == "cuda"
-
-    def go(count: int, after: Callable[[int], None] = lambda turn: None) -> None:
-        for turn in range(count):
-            case.step(batches[turn % len(batches)])
-            after(turn)
-
-    if not on_gpu:
-        start = time.perf_counter()
-        go(warm)
-        ends = [time.perf_counter()]
-        go(steps, lambda turn: ends.append(time.perf_counter()))
-        seconds = [end - begin for begin, end in itertools.pairwise(ends)]
-        return Timing(seconds, ends[0] - start, seconds, 0)
-
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    go(warm)
-    torch.cuda.synchronize()
-    warm_up = time.perf_counter() - start
-    if not case.replays:  # what a CUDA graph holds is taken when it is recorded, and not when it is replayed
+    on_gpu = case.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
-    go(steps, lambda turn: marks[turn + 1].record())
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
-    host = []
-    for _ in range(HOST_STEPS):
+    start = time.perf_counter()
+    for turn in range(warm):
+        case.step(batches[turn % len(batches)])
+    if on_gpu:
+        torch.cuda.synchronize()
+    warm_up = time.perf_counter() - start
+    if on_gpu and not case.replays:  # a CUDA graph's memory is taken when it is recorded, not when it is replayed
+        torch.cuda.reset_peak_memory_stats()
+    laps = Laps(case.device)
+    laps.mark()
+    for turn in range(steps):
+        case.step(batches[turn % len(batches)])
+        laps.mark()
+    seconds = laps.seconds()
+    if not on_gpu:
+        return Timing(seconds, warm_up, seconds, 0)
+    peak, host = torch.cuda.max_memory_allocated(), []
+    for turn in range(HOST_STEPS):
         start = time.perf_counter()
-        go(1)
+        case.step(batches[turn % len(batches)])
         host.append(time.perf_counter() - start)
         torch.cuda.synchronize()
-    seconds = [begin.elapsed_time(end) / 1e3 for begin, end in itertools.pairwise(marks)]
     return Timing(seconds, warm_up, host, peak)
+
+
+def seconds_of_parts(case: Ours | Plain, batch: Any) -> dict[str, float]:
+    """Seconds of each part of one step, by the clock of what computes."""
+    laps, parts = Laps(case.device), []
+
+    def mark(part: str) -> None:
+        parts.append(part)
+        laps.mark()
+
+    laps.mark()
+    case.step(batch, mark)
+    return dict(zip(parts, laps.seconds(), strict=True))
+
+
+class Measured(NamedTuple):
+    """A case that was made, checked, timed and let go."""
+
+    config: Config
+    losses: list[float]
+    """Of the first batch at the start; see `Ours.losses`."""
+    apart: float
+    """How far a step's losses were from those without torch.compile; 0 for the usual code."""
+    timing: Timing
+    parts: list[dict[str, float]]
+    """`seconds_of_parts` of some steps more."""
+
+
+def measured_case(name: str, model: str, batch_size: int, steps: int, **how: Any) -> Measured:
+    """A case that is alone: afterwards its memory is free, and what was compiled for it forgotten.
+
+    Args:
+        steps: that are timed.
+        how: as `make_case` takes it.
+    """
+    case = make_case(name, model, batch_size, **how)
+    try:
+        batches: list[Any] = [case.given(made_batch(case.config, batch_size, seed)) for seed in range(2)]
+        losses = case.losses(batches[0])
+        start = time.perf_counter()
+        distance = case.checked_step(batches[0]) if isinstance(case, Ours) else 0.0
+        first = time.perf_counter() - start
+        timing = take_steps(case, batches, steps)
+        parts = [seconds_of_parts(case, batches[0]) for _ in range(HOST_STEPS)]
+        return Measured(case.config, losses, distance, timing._replace(warm_up=first + timing.warm_up), parts)
+    finally:
+        case.close()
+        del case
+        release()
 
 
 def timed_steps(case: Ours | Plain, batches: Sequence[Any], steps: int, warm: int = 4) -> dict[str, float]:
@@ -341,24 +403,21 @@ def model_flops(config: Config) -> float:
     return flops_of_an_image(config.using(prototypes_chunk=0, checkpoint_blocks=0, teacher_precision="auto"))
 
 
-def matrix_rate(device: torch.device | str, size: int = 8192, repeats: int = 20) -> float:
-    """FLOP/s of a product of two square matrices of random bf16 numbers (fp32 on the CPU): the median of some."""
+def matrix_rate(device: torch.device | str, size: int = 0, repeats: int = 20) -> float:
+    """FLOP/s of a product of two square matrices of random numbers: the median of some.
+
+    Args:
+        size: of a side; by default 8,192 in bf16 on a GPU. On the CPU, in fp32, 512.
+    """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    left, right = (
-        torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32) for _ in range(2)
-    )
-    seconds = []
-    for _ in range(repeats + 5):  # the first ones choose their kernel, and wake the GPU
-        if on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            torch.matmul(left, right)
-            end.record()
-            torch.cuda.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            torch.matmul(left, right)
-            seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds[5:])
+    size, dtype = size or (8192 if on_gpu else 512), torch.bfloat16 if on_gpu else torch.float32
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(5):  # the first one chooses its kernel, and a GPU wakes
+        torch.matmul(left, right)
+    laps = Laps(device)
+    laps.mark()
+    for _ in range(repeats):
+        torch.matmul(left, right)
+        laps.mark()
+    return 2 * size**3 / statistics.median(laps.seconds())

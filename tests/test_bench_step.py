@@ -84,7 +84,7 @@ class Here:
         self.losses = self.case.losses(self.given)
 
     def timed(self) -> dict[str, float]:
-        return bench_step.timed(self.case, self.given)
+        return step_cases.seconds_of_parts(self.case, self.given)
 
     def end(self) -> None:
         pass
@@ -128,6 +128,69 @@ def test_nothing_is_claimed_of_other_losses(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Plain, "losses", lambda self, batch: [0.0] * 4)
     rows = bench_step.time_rows("vit_small", 3, 1)
     assert all(row.ratio is None and not row.gate for row in rows if row.case in ("dual", "sdae"))
+
+
+@pytest.mark.usefixtures("small")
+def test_one_case_after_the_other_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """What `--device cuda` does, on the CPU, with passes that are not really compiled."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(function) or function)
+    real = bench_step.measured_case
+
+    def with_memory(name: str, *given: Any, **how: Any) -> step_cases.Measured:
+        found = real(name, *given, **how)
+        return found._replace(timing=found.timing._replace(peak=2**20 * (2 if "plain" in name else 1)))
+
+    monkeypatch.setattr(bench_step, "measured_case", with_memory)
+    rows = bench_step.rows_in_turn("tiny", 2, 3, torch.device("cpu"), "fp32", [False, True])
+    assert all(row.gate for row in rows)
+    found = {(row.case, row.metric): row for row in rows}
+    names = [name for pair in PAIRS for name in pair]
+    assert {case for case, _ in found} == {name + way for name in names for way in ("", " compiled")}
+    # both passes of each of the four
+    assert len(asked) == 8
+    metrics = {"images_per_second", "step", "peak_memory", "host", "utilisation", "warm_up"}
+    for name in names:
+        assert {metric for case, metric in found if case == name} == metrics | {f"share_{part}" for part in PARTS}
+        assert sum(found[name, f"share_{part}"].value for part in PARTS) == pytest.approx(100, abs=60)
+    for name, baseline in (*PAIRS, ("dual compiled", "plain-dual compiled")):
+        for metric in ("images_per_second", "step", "host", "utilisation"):
+            assert (found[name, metric].baseline, found[baseline, metric].baseline) == (baseline, None)
+        rate, usual = (found[case, "images_per_second"] for case in (name, baseline))
+        assert rate.ratio == pytest.approx(rate.value / usual.value)
+        assert found[name, "peak_memory"].ratio == 2
+    # both are held against what the method itself needs
+    shares = [found[name, "utilisation"].value * found[name, "step"].value for name in PAIRS[0]]
+    assert shares[0] == pytest.approx(shares[1], rel=0.3)
+    bench_step.picture(rows, "as on a GPU", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("spoilt", ["losses", "checked_step"])
+def test_nothing_is_claimed_of_a_gpu_that_computes_something_else(spoilt: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Ours, spoilt, lambda self, batch: [0.0] * 4 if spoilt == "losses" else 0.5)
+    rows = bench_step.rows_in_turn("tiny", 2, 1, torch.device("cpu"), "fp32", [False])
+    assert not any(row.gate for row in rows)
+    assert all(row.ratio is None for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("bench", [bench_step, bench_table6])
+def test_a_gpu_that_is_not_there_gets_a_sentence(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cuda", "--quick"])
+    assert bench.main() == 2
+    said = capsys.readouterr()
+    assert "--device cuda: torch sees no GPU here" in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("flag", [["--precision", "bf16"], ["--compile"]])
+def test_what_only_a_gpu_is_asked_for(flag: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(sys, "argv", ["bench_step", *flag])
+    assert bench_step.main() == 2
+    assert "--device cuda" in capsys.readouterr().err
 
 
 def served(connection: Any, *given: Any) -> None:
@@ -228,3 +291,17 @@ def test_table_6_has_every_method_beside_the_papers(monkeypatch: pytest.MonkeyPa
     printed = capsys.readouterr().out
     assert "1,600 epochs" in printed
     assert all(name in printed for name in bench_table6.NAMES)
+
+
+@pytest.mark.usefixtures("small")
+def test_table_6_one_method_after_the_other_as_on_a_gpu():
+    rows = bench_table6.rows_in_turn("tiny", 2, 3, torch.device("cpu"), "fp32", False)
+    found = {(row.case, row.metric): row for row in rows}
+    assert all(row.gate for row in rows)
+    assert {case for case, _ in found} == set(bench_table6.METHODS)
+    assert found["sdae", "time_over_sdae"].value == pytest.approx(1)
+    assert found["dual", "time_over_sdae"].value == pytest.approx(
+        found["dual", "step"].value / found["sdae", "step"].value
+    )
+    assert found["mae", "flops_over_sdae"].value < 1 < found["dual", "flops_over_sdae"].value
+    assert "two teachers" in bench_table6.table6(rows)
