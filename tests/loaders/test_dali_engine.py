@@ -473,6 +473,6 @@ def test_host_memory_is_not_spent_on_views_that_are_made_on_the_device(mixed, mo
         ("dali", None, False),
         ("torch", "cuda", False),
     ):
-        with loader(mixed, engine=engine, device=device) as views:
+        with loader(mixed, engine=engine, device=device, pin_memory=False) as views:
             assert views._source.made_on_device == there
             assert len(make_job(np.arange(3), 0, views._source).views) == (0 if there else 2)
