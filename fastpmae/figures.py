@@ -1,6 +1,7 @@
 """Figures that are still on the device, and how all of a row's come to the host at once."""
 
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -23,15 +24,15 @@ def bring(*parts: Figures) -> Callable[[], dict[str, float]]:
     """Wait for the device, once for all figures; the work that the host has to do on them is left to the call."""
     # Into pinned memory and without waiting: before the numbers, so that they are there when the numbers are.
     matrices = [[matrix.to("cpu", non_blocking=True) for matrix in part.matrices] for part in parts]
-    numbers = torch.cat([part.numbers for part in parts]).tolist()
+    numbers = iter(torch.cat([part.numbers for part in parts]).tolist())
+    found = [
+        (part.named, list(islice(numbers, len(part.numbers))), mine) for part, mine in zip(parts, matrices, strict=True)
+    ]
 
     def named() -> dict[str, float]:
         entries: dict[str, float] = {}
-        start = 0
-        for part, theirs in zip(parts, matrices, strict=True):
-            stop = start + len(part.numbers)
-            entries |= part.named(numbers[start:stop], theirs)
-            start = stop
+        for name, theirs, mine in found:
+            entries |= name(theirs, mine)
         return entries
 
     return named

@@ -43,10 +43,11 @@ def geometry_figures(batch: Batch, match: Int[Tensor, "batch masked"], config: C
     share = (hits & candidates).sum(dim=2) / candidates.sum(dim=1)
     reachable = share > 0
     matched = hits.gather(2, match.unsqueeze(2)).squeeze(2)
+    every = reachable.numel()
 
     def named(found: list[float], _: object) -> dict[str, float]:
         count, right, chance = found
-        figures = {"match_reachable": count / reachable.numel()}
+        figures = {"match_reachable": count / every}
         return figures | ({"match_overlap": right / count, "match_chance": chance / count} if count else {})
 
     sums = [reachable.sum().double(), (matched & reachable).sum().double(), share.double().sum()]

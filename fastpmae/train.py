@@ -21,9 +21,10 @@ from fastpmae.config import Config
 from fastpmae.data import Feed, fingerprint, make_loader, open_images
 from fastpmae.deterministic import deterministic
 from fastpmae.errors import Interrupted, RunError, exit_with_sentence
+from fastpmae.figures import bring
 from fastpmae.fp8 import check_fp8_device
-from fastpmae.geometry import match_geometry
-from fastpmae.health import health
+from fastpmae.geometry import geometry_figures
+from fastpmae.health import health_figures
 from fastpmae.host_memory import tune_allocator
 from fastpmae.log import Log, Meter
 from fastpmae.optimiser import learning_rate, make_optimiser, update
@@ -108,6 +109,7 @@ def pretrain(config: Config) -> Path:
                     "fingerprint": identity,
                     "config": recorded(config).groups(),
                 }
+                log.settle()
                 world.from_first(saver.wait)
                 tensors = gather(student, teachers, optimiser) | meter.state(world.group)
                 saver.save(checkpoint_path(run.folder, step), tensors, progress)
@@ -155,19 +157,20 @@ def pretrain(config: Config) -> Path:
                 ends = step == last_step or interrupted
                 on_grid = step % config.run.log_every == 0 or step == total_steps
                 if on_grid or ends:
-                    stop_if_bad(meter, saver, world, run.folder)
                     figures = {
                         "step": step,
                         "epoch": step / steps_per_epoch,
                         "lr": lr,
                         "bad_images": feed.bad_images,
-                    }
-                    figures |= meter.means(world.group, anew=on_grid) | teachers.momenta(step - 1, epoch)
+                    } | teachers.momenta(step - 1, epoch)
+                    on_device = [meter.means(world.group, anew=on_grid)]
                     if world.first:
-                        figures |= health(targets)
+                        on_device.append(health_figures(targets))
                         if of_part.match is not None:
-                            figures |= match_geometry(batch, of_part.match, config)
-                    log.row(figures, feed.take_wait(), partial=not on_grid)
+                            on_device.append(geometry_figures(batch, of_part.match, config))
+                    rest = bring(*on_device)
+                    stop_if_bad(meter, saver, world, run.folder)
+                    log.row(figures, rest, feed.take_wait(), partial=not on_grid)
                 on_steps = config.run.save_steps > 0 and step % config.run.save_steps == 0
                 due = ends or on_steps or on_time
                 if due:
