@@ -7,7 +7,11 @@ a run that was stopped goes on, one whose file is there is read, so that evening
 (cosine, majority) on the validation images and leave-one-out on the training images, and logistic regression, of the
 class token and of the mean of the patch tokens; against a random start and 8 x 8 thumbnails. Differences come with a
 paired bootstrap's 95 % interval over images. With `--equal time` every case gets as many epochs as fit in the time of
-the base's; `mae-sdae` and `mae-dual` then spend the first half of it on MAE.
+the base's; `mae-sdae` and `mae-dual` then spend the first half of it on MAE. What a run is worth and its curve are in
+the files of --results, the rows of the table in that of --json.
+
+With `--device cuda` runs, features and judges are on the GPU; passes are compiled, as CUDA graphs unless --compile-mode
+says otherwise, since steps of small images are short.
 """
 
 import json
@@ -19,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import SHARED, Row, arguments, device_name, finish, make_row, save, unpack
+from benchmarks.common import SHARED, Row, add_device, arguments, device_name, finish, make_row, save, unpack
 from benchmarks.learning_cases import AFTER_MAE, CASES, TABLES
 from benchmarks.learning_judge import (
     MEASURES,
@@ -33,6 +37,7 @@ from benchmarks.learning_judge import (
     read,
     write,
 )
+from benchmarks.step_cases import release
 from fastpmae.architecture import make_student
 from fastpmae.config import Config, preset, read_config
 from fastpmae.demo import rows_of, thumbnails, whole_images
@@ -40,17 +45,31 @@ from fastpmae.embed import load_encoder
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.train import pretrain
+from fastpmae.world import choose_device
 from fastpmae.write import write_beton
+from fastpmae_loaders.machine import loader_threads
 
 IMAGES = SHARED / "tiny_imagenet_20.tar"
 UNTRAINED = ("random", "thumbnails")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+CURVE = ("step", "epoch", "loss", "loss_m", "loss_c", "loss_p")
 
 
 class Evening:
     """The runs of one invocation: what they share, and where they lie."""
 
-    def __init__(self, base: Config, train: Path, val: Path, out: Path, results: Path, workers: int):
-        self.base = base.using(beton=train, workers=workers)
+    def __init__(
+        self,
+        base: Config,
+        train: Path,
+        val: Path,
+        out: Path,
+        results: Path,
+        workers: int,
+        device: torch.device | str = "cpu",
+    ):
+        self.device = torch.device(device)
+        self.base = base.using(beton=train, workers=workers, device=self.device.type)
         self.out, self.results = out, results
         for folder in (out, results):
             folder.mkdir(parents=True, exist_ok=True)
@@ -68,8 +87,8 @@ class Evening:
                 )
             else:
                 encoder = make_student(self.base, torch.Generator().manual_seed(seed)).encoder.eval()
-                features = features_of(encoder, self.train, self.val)
-            write(Judged(name, seed, "steps", 0, 0.0, judge(features, self.train, self.val)), path)
+                features = features_of(encoder, self.train, self.val, self.device)
+            write(Judged(name, seed, "steps", 0, 0.0, judge(features, self.train, self.val, self.device)), path)
         return read(path)
 
     def trained(self, name: str, seed: int, equal: str, epochs: int) -> Judged:
@@ -82,11 +101,9 @@ class Evening:
                 runs.append(self._pretrained(start, seed, "half", self._epochs(start, half=True)))
             runs.append(self._pretrained(name, seed, equal, epochs, init=runs[0] if runs else None))
             encoder, _ = load_encoder(runs[-1])
-            right = judge(features_of(encoder, self.train, self.val), self.train, self.val)
-            write(
-                Judged(name, seed, equal, epochs, sum(second for run in runs for second in seconds_of(run)), right),
-                path,
-            )
+            right = judge(features_of(encoder, self.train, self.val, self.device), self.train, self.val, self.device)
+            seconds = sum(second for run in runs for second in seconds_of(run))
+            write(Judged(name, seed, equal, epochs, seconds, right), path, curve_of(runs[-1]))
         return read(path)
 
     def _pretrained(self, name: str, seed: int, equal: str, epochs: int, init: Path | None = None) -> Path:
@@ -94,6 +111,7 @@ class Evening:
         run = self.out / f"{name}-{equal}-{epochs}-seed{seed}"
         changes = CASES[name].changes(self.base) | {"epochs": epochs, "seed": seed, "init": init}
         print(f"{run.name}:", flush=True)
+        release()  # what was compiled for another run is of no use, and there is a limit to it
         return pretrain(self.base.using(**changes, out=run, name=run.name, resume="auto"))
 
     def epochs_in_the_same_time(self, name: str) -> int:
@@ -107,10 +125,13 @@ class Evening:
     def _time(self, name: str) -> None:
         """Measure what a step of a case takes, as a share of dual's."""
         found: dict[str, list[float]] = {"dual": [], name: []}
+        # on a GPU the first of three stretches compiles
+        every = 20 if self.device.type == "cuda" else 4
         for turn in range(3):
             for case, seconds in found.items():
                 run = self.out / "timing" / f"{name}-{case}-{turn}"
-                config = self.base.using(**CASES[case].changes(self.base), out=run, steps=12, log_every=4)
+                config = self.base.using(**CASES[case].changes(self.base), out=run, steps=3 * every, log_every=every)
+                release()
                 pretrain(config.using(resume="auto", tensorboard=False))
                 seconds.append(float(np.median(seconds_of(run))))
         times = self.times() | {name: float(np.median(np.divide(found[name], found["dual"])))}
@@ -144,6 +165,14 @@ def seconds_of(run: Path) -> list[float]:
         seconds.append((row["step"] - before) * batch / row["images_per_second"])
         before = row["step"]
     return seconds
+
+
+def curve_of(run: Path) -> list[dict[str, float]]:
+    """Of each row of a run's log: step, epoch, the losses, and how long it took."""
+    return [
+        {key: value for key, value in row.items() if key in CURVE} | {"seconds": seconds}
+        for row, seconds in zip(rows_of(run), seconds_of(run), strict=True)
+    ]
 
 
 def lines_of(found: dict[tuple[str, str], list[Judged]], compared: str = "dual") -> Iterator[str]:
@@ -207,9 +236,9 @@ def picture(found: dict[tuple[str, str], list[Judged]], title: str, file: Path) 
     save(figure, file)
 
 
-def as_rows(found: dict[tuple[str, str], list[Judged]]) -> list[Row]:
+def as_rows(found: dict[tuple[str, str], list[Judged]], device: str = "cpu") -> list[Row]:
     """The rows that every benchmark writes; the baseline is the random start."""
-    rows, where = [], device_name("cpu")
+    rows, where = [], device_name(device)
     for (name, equal), runs in found.items():
         for measure in MEASURES:
             shares = [one.share(best_pool([one], measure)) for one in runs]
@@ -247,8 +276,24 @@ def write_page(page: Path, base: str, lines: Sequence[str]) -> None:
     page.write_text("\n".join([f"{before}{begin}", *lines, "", f"{end}{after}"]))
 
 
+def for_device(base: Config, device: torch.device, mode: str | None) -> Config:
+    """The base's settings as a run of this device takes them: on a GPU compiled, as CUDA graphs unless told.
+
+    Raises:
+        UserError: for a mode on the CPU.
+    """
+    if device.type != "cuda":
+        if mode is not None:
+            raise UserError(f"--compile-mode {mode} is of a GPU: say --device cuda, or leave it out")
+        return base
+    graphs = "reduce-overhead" if base.optimiser.accumulate == 1 else "default"
+    return base.using(compile="on", compile_mode=mode or graphs)
+
+
 def bench() -> int:
     parser = arguments("bench_learning", (__doc__ or "").split("\n\n")[0])
+    add_device(parser)
+    parser.add_argument("--compile-mode", metavar="MODE", choices=MODES, help=f"on a GPU: {', '.join(MODES)}")
     parser.add_argument("--train", type=Path, metavar="F.beton", help="labelled images to pretrain and judge on")
     parser.add_argument("--val", type=Path, metavar="F.beton", help="labelled images to test on")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(TABLES[6]), metavar="CASE",
@@ -259,11 +304,12 @@ def bench() -> int:
     parser.add_argument("--epochs", type=int, default=10, help="of the base's schedule (10)")
     parser.add_argument("--equal", choices=("steps", "time"), default="steps", help="what the cases have in common")
     parser.add_argument("--base", metavar="PRESET_OR_FILE", default="small-data", help="settings of dual (small-data)")
-    parser.add_argument("--workers", type=int, default=1, help="loader threads (1)")
+    parser.add_argument("--workers", type=int, default=0, help="loader threads (1; on a GPU all cores')")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="where the runs lie (runs/learning)")
     parser.add_argument("--results", type=Path, metavar="DIR", help="where what they are worth is kept (--out)")
     parser.add_argument("--page", type=Path, metavar="F.md", help="renew this page's tables of the base's runs")
     given = parser.parse_args()
+    device = choose_device(given.device)
     if (given.train is None) != (given.val is None):
         raise UserError("--train and --val go together")
     halves = [name for name in given.cases if CASES[name].after]
@@ -271,9 +317,10 @@ def bench() -> int:
         raise UserError(f"{', '.join(halves)} shares its time with another case: say --equal time")
     data = (given.train, given.val) if given.train else default_betons(given.out / "data")
     base = read_config(Path(given.base)) if Path(given.base).is_file() else preset(given.base)
-    base = base.using(epochs=1 if given.quick else given.epochs)
+    base = for_device(base.using(epochs=1 if given.quick else given.epochs), device, given.compile_mode)
     results = given.results or given.out
-    evening = Evening(base, *data, given.out, results, given.workers)
+    workers = given.workers or (loader_threads() if device.type == "cuda" else 1)
+    evening = Evening(base, *data, given.out, results, workers, device)
     for name in UNTRAINED:
         for seed in given.seeds if name == "random" else [0]:
             evening.untrained(name, seed)
@@ -294,7 +341,9 @@ def bench() -> int:
     if given.page is not None:
         write_page(given.page, Path(given.base).stem, lines)
     title = f"Features after {base.optimiser.epochs} epochs of {len(evening.train.labels)} images"
-    return finish(as_rows(found), title, given.json, given.plot, lambda _, words, file: picture(found, words, file))
+    return finish(
+        as_rows(found, device.type), title, given.json, given.plot, lambda _, words, file: picture(found, words, file)
+    )
 
 
 def main() -> int:

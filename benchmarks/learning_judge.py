@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -44,13 +45,13 @@ class Judged:
         return float(self.right[measure].mean())
 
 
-def write(judged: Judged, path: Path) -> None:
-    """As JSON; the bits as hexadecimal digits."""
+def write(judged: Judged, path: Path, curve: Sequence[dict[str, float]] = ()) -> None:
+    """As JSON; the bits as hexadecimal digits. The learning curve is for who reads the file: `read` leaves it out."""
     bits = {name: {"n": len(right), "bits": np.packbits(right).tobytes().hex()} for name, right in judged.right.items()}
     figures = {name: judged.share(name) for name in judged.right}
     record = {
         "case": judged.case, "seed": judged.seed, "equal": judged.equal, "epochs": judged.epochs,
-        "seconds": judged.seconds, "figures": figures, "right": bits,
+        "seconds": judged.seconds, "figures": figures, "right": bits, "curve": list(curve),
     }  # fmt: skip
     with appearing(path) as beside:
         beside.write_text(json.dumps(record, indent=1) + "\n")
@@ -66,26 +67,33 @@ def read(path: Path) -> Judged:
 
 
 def judge(
-    features: dict[str, tuple[Float[Tensor, "train dim"], Float[Tensor, "val dim"]]], train: Images, val: Images
+    features: dict[str, tuple[Float[Tensor, "train dim"], Float[Tensor, "val dim"]]],
+    train: Images,
+    val: Images,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Bool[np.ndarray, " images"]]:
-    """By measure and pooling, `knn_val/class` and so on: which images were sorted rightly."""
+    """By measure and pooling, `knn_val/class` and so on: which images were sorted rightly; computed on `device`."""
     right, classes = {}, int(train.labels.max()) + 1
-    for pool, (learnt, tested) in features.items():
-        near = knn_predict(learnt, train.labels, tested, NEIGHBOURS)
-        right[f"knn_val/{pool}"] = (near == val.labels).numpy()
-        near = knn_predict(learnt, train.labels, learnt, NEIGHBOURS, leave_one_out=True)
-        right[f"knn_train/{pool}"] = (near == train.labels).numpy()
-        rows, others = standardised(learnt, tested)
-        c = best_c(rows, train.labels, classes, (0.001, 0.01, 0.1), seed=0)
-        weight, bias = logistic_regression(rows, train.labels, classes, c, most_steps=200)
-        found = (others.double() @ weight.double() + bias.double()).argmax(dim=1)
-        right[f"linear_val/{pool}"] = (found == val.labels).numpy()
+    labels, others = train.labels.to(device), val.labels.to(device)
+    for pool, of_pool in features.items():
+        learnt, tested = (rows.to(device) for rows in of_pool)
+        near = knn_predict(learnt, labels, tested, NEIGHBOURS)
+        right[f"knn_val/{pool}"] = (near == others).cpu().numpy()
+        near = knn_predict(learnt, labels, learnt, NEIGHBOURS, leave_one_out=True)
+        right[f"knn_train/{pool}"] = (near == labels).cpu().numpy()
+        rows, tests = standardised(learnt, tested)
+        c = best_c(rows, labels, classes, (0.001, 0.01, 0.1), seed=0)
+        weight, bias = logistic_regression(rows, labels, classes, c, most_steps=200)
+        found = (tests.double() @ weight.double() + bias.double()).argmax(dim=1)
+        right[f"linear_val/{pool}"] = (found == others).cpu().numpy()
     return right
 
 
-def features_of(encoder: Encoder, train: Images, val: Images) -> dict[str, tuple[Tensor, Tensor]]:
-    """Class token and mean of the patch tokens of every image."""
-    of_train, of_val = first_and_mean(encoder, train.pixels), first_and_mean(encoder, val.pixels)
+def features_of(
+    encoder: Encoder, train: Images, val: Images, device: torch.device | str = "cpu"
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Class token and mean of the patch tokens of every image, computed on `device`."""
+    of_train, of_val = (first_and_mean(encoder, images.pixels, torch.device(device)) for images in (train, val))
     return dict(zip(POOLS, zip(of_train, of_val, strict=True), strict=True))
 
 

@@ -157,10 +157,11 @@ def thumbnails(
 
 
 def first_and_mean(
-    encoder: Encoder, images: UInt8[Tensor, "images 3 side side"]
+    encoder: Encoder, images: UInt8[Tensor, "images 3 side side"], device: torch.device | None = None
 ) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "images dim"]]:
-    """The class token and the mean of the patch tokens of each image."""
-    device = choose_device("auto")
+    """The class token and the mean of the patch tokens of each image, computed on a GPU where there is one, or on
+    `device`."""
+    device = device or choose_device("auto")
     encoder.to(device)
     first, mean = [], []
     for part in images.split(64):

@@ -12,7 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from benchmarks.bench_learning import Evening, lines_of, write_page
+from benchmarks.bench_learning import Evening, for_device, lines_of, main, write_page
 from benchmarks.learning_cases import CASES, TABLES
 from benchmarks.learning_judge import POOLS, Images, Judged, best_pool, interval, judge, read, write
 from fastpmae.architecture import check
@@ -51,6 +51,7 @@ def test_what_comes_after_mae_begins_with_its_encoder(small_beton, tmp_path, mon
     monkeypatch.setattr("benchmarks.bench_learning.load_encoder", lambda run: (None, None))
     monkeypatch.setattr("benchmarks.bench_learning.features_of", lambda *_: {})
     monkeypatch.setattr("benchmarks.bench_learning.seconds_of", lambda _: [2.0, 3.0])
+    monkeypatch.setattr("benchmarks.bench_learning.curve_of", lambda _: [])
     base = BASE.using(epochs=12)
     evening = Evening(base, small_beton, small_beton, tmp_path / "runs", tmp_path / "results", 1)
     (tmp_path / "results" / "step-seconds.json").write_text('{"sdae": 0.6, "mae": 0.4}')
@@ -163,6 +164,26 @@ def test_tables_and_page(tmp_path):
         write_page(page, "unknown", lines)
 
 
+def test_what_a_gpu_changes_of_the_base():
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert for_device(BASE, cpu, None) == BASE
+    with pytest.raises(UserError, match="--device cuda"):
+        for_device(BASE, cpu, "default")
+    for base, mode, expected in (
+        (BASE, None, "reduce-overhead"), (BASE, "default", "default"), (BASE.using(accumulate=2), None, "default"),
+    ):  # fmt: skip
+        efficiency = for_device(base, gpu, mode).efficiency
+        assert (efficiency.compile, efficiency.compile_mode) == ("on", expected)
+        check(for_device(base, gpu, mode))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_gets_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench_learning", "--device", "cuda"])
+    assert main() == 2
+    assert "--device cuda: torch sees no GPU here" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_that_is_done_is_not_done_again(small_beton, tmp_path):
     """The command, twice: the second time nothing is trained."""
@@ -187,6 +208,9 @@ def test_a_run_that_is_done_is_not_done_again(small_beton, tmp_path):
     assert "**Table 6, equal steps**" in outputs[1].stdout
     names = {"dual-steps-1-seed0.json", "mae-steps-1-seed0.json", "random-seed0.json", "thumbnails-seed0.json"}
     assert {path.name for path in (tmp_path / "results").iterdir()} == names
+    curve = json.loads((tmp_path / "results" / "dual-steps-1-seed0.json").read_text())["curve"]
+    assert curve[-1]["step"] == 5
+    assert all(set(point) == {"step", "epoch", "loss", "loss_m", "loss_c", "loss_p", "seconds"} for point in curve)
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     cases = {row["case"] for row in json.loads((tmp_path / "rows.json").read_text())}
     assert cases == {"dual", "mae", "random", "thumbnails"}
