@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.transforms.functional import normalize
 
 from fastpmae import UserError
 from fastpmae.backbone import find_backbone
@@ -25,7 +27,7 @@ from fastpmae.labelled import Labelled, open_labelled
 from fastpmae.mixing import STEP, Mixing, RandAugment, drawn_from
 from fastpmae.saver import Saver
 from fastpmae.tally import Tally
-from tests.devices import Draws
+from tests.devices import Draws, Waits
 
 CPU = torch.device("cpu")
 
@@ -87,6 +89,29 @@ def test_classifiers_are_drawn_on_the_host_whatever_they_compute_on(setting: Set
         model, _ = make_classifier(elsewhere, PROBE if frozen else COURSE)
     assert draws.devices == {"cpu"}
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_happens_to_images_on_a_gpu_waits_for_nothing(setting: Setting, mixed: bool):
+    """Normalised, erased, mixed: from bytes to what the network is given, and the loss."""
+    course = dataclasses.replace(COURSE, erase=1.0, mixup=0.8 * mixed, cutmix=1.0 * mixed)
+    there = torch.device("cuda", 0)
+    with FakeTensorMode():
+        images = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device=there)
+        labels, answers = torch.empty(4, dtype=torch.int64, device=there), torch.empty(4, 5, device=there)
+        with Waits() as waits:
+            for _ in range(8):
+                changed, target = Mixing(course, 5, there)(setting.backbone.normalised(images), labels)
+                (target * answers.log_softmax(dim=1)).sum()
+            assert changed.device == target.device == there
+    assert waits.found == []
+
+
+def test_normalised_is_torchvisions(setting: Setting):
+    backbone = dataclasses.replace(setting.backbone, mean=(0.48, 0.5, 0.1), std=(0.2, 0.25, 0.3))
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    truth = normalize(images / 255, [0.48, 0.5, 0.1], [0.2, 0.25, 0.3])
+    assert torch.equal(backbone.normalised(images), truth)
 
 
 def test_presets_are_the_papers():
