@@ -82,8 +82,8 @@ def check_fp8_sizes(width: int, hidden: int) -> None:
     odd = next((layer for layer in layers if any(size % 16 for size in layer)), None)
     if odd:
         raise UserError(
-            f"--teacher-precision fp8: layers of {odd[0]} x {odd[1]} are no multiples of 16; choose another --width, "
-            "or leave it out"
+            f"--teacher-precision fp8: layers of {odd[0]} x {odd[1]} are no multiples of 16; "
+            "choose another --width, or leave it out"
         )
 
 

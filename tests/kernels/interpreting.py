@@ -22,6 +22,11 @@ from fastpmae_kernels import traffic
 DTYPES = (torch.float32, torch.float16)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton before 3.7 makes a number of an array of one: NumPy before 2.4 does it, and warns.
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the launchers allocate holds NaN (or a huge index) until a kernel writes to it."""
