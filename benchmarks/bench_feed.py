@@ -2,7 +2,8 @@
 
 `python -m benchmarks.bench_feed [--data DIR_OR_BETON] [--share 0.8] [--workers N] [--quick] [--json F] [--plot F]`. The
 feed's own rate is measured first, on real JPEGs. Then a consumer takes a batch, sleeps as long as a GPU that needs
-`--share` of that rate would compute, and takes the next: what it waits for is the `data_wait` of `metrics.jsonl`, and
+`--share` of that rate would compute, and takes the next: what it waits for is the `data_wait` of `metrics.jsonl` (on a
+GPU that is less, since the loop takes a batch while the one before is computed on), and
 its check is that this is less than 2 % of the time. Both take turns in one run. No network is trained: what the
 trainer's own work on the CPU takes from the loader beside a GPU is not in it.
 
