@@ -26,6 +26,7 @@ from fastpmae.passes import CUDA_GRAPHS, make_passes
 from fastpmae.step import Losses, Targets, balance, learn, see, teach
 from fastpmae.world import World
 from fastpmae_loaders import Batch
+from fastpmae_loaders.transfer import Transfer
 
 Precision = Literal["fp32", "bf16"]
 Mark = Callable[[str], None]
@@ -88,6 +89,7 @@ class Ours:
         self.optimiser = make_optimiser(self.student, config)
         self.seen, self.learnt = make_passes(see, learn, config, self.world)
         self.autocast = _autocast(config, device)
+        self.transfer = Transfer(device)
         self.targets: Targets | None = None
         self.out: Losses | None = None
         self.steps = 0
@@ -109,7 +111,7 @@ class Ours:
 
     def step(self, batch: Any, mark: Mark = unmarked) -> None:
         self.targets = self.out = None
-        keep = stochastic_depth(self.config, 0, batch.samples, self.device)
+        keep = self._keep(batch)
         mark("data")
         with self.autocast:
             (self.targets,) = balance([self.seen(self.teachers, batch, self.config)], self.config)
@@ -125,9 +127,14 @@ class Ours:
         mark("EMA")
         self.steps += 1
 
+    def _keep(self, batch: Batch) -> torch.Tensor | None:
+        """Stochastic depth's factors, on their way as the trainer sends them."""
+        keep = stochastic_depth(self.config, 0, batch.samples)
+        return None if keep is None else self.transfer.carry(keep)
+
     def checked_step(self, batch: Batch) -> float:
         """Take a step, compiled where the passes are; how far its losses are `apart` from those without."""
-        keep = stochastic_depth(self.config, 0, batch.samples, self.device)
+        keep = self._keep(batch)
         expected = self._eager_losses(batch, keep)
         self.step(batch)
         assert self.out is not None

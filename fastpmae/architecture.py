@@ -11,7 +11,7 @@ from torch import nn
 
 from fastpmae.config import Config, Model
 from fastpmae.errors import UserError
-from fastpmae.fp8 import use_fp8
+from fastpmae.fp8 import check_fp8_sizes, use_fp8
 from fastpmae.model import Decoder, Encoder, Head, Student, initialise
 from fastpmae.passes import CUDA_GRAPHS
 from fastpmae.teachers import Teachers, make_teachers
@@ -138,6 +138,11 @@ def check(config: Config) -> None:
          "--eval-every needs whole networks, which --shard has not: evaluate its checkpoints with fastpmae-eval"),
         (config.run.save_steps >= 0, f"--save-steps {config.run.save_steps}: 0 or more"),
         (config.run.steps is None or config.run.steps >= 0, f"--steps {config.run.steps}: 0 or more"),
+        (config.data.dali_part >= 0, f"--dali-part {config.data.dali_part}: images, or 0"),
+        (0 <= config.data.hw_decoder_load <= 1,
+         f"--hw-decoder-load {config.data.hw_decoder_load} is no share between 0 and 1"),
+        (config.data.loader == "dali" or not (config.data.dali_part or config.data.hw_decoder_load),
+         "--dali-part and --hw-decoder-load say nothing without --loader dali: leave them out"),
         (config.efficiency.workers >= 0, f"--workers {config.efficiency.workers}: 0 or more"),
         (config.efficiency.rank_timeout > 0, f"--rank-timeout {config.efficiency.rank_timeout}: minutes above 0"),
         (config.efficiency.prototypes_chunk >= 0,
@@ -150,6 +155,11 @@ def check(config: Config) -> None:
         (not efficiency.shard or efficiency.compile_mode not in CUDA_GRAPHS,
          f"--compile-mode {efficiency.compile_mode} replays kernels on weights that stay where they are, which --shard "
          "moves: choose default or max-autotune-no-cudagraphs"),
+        (not efficiency.deterministic or not efficiency.compile_mode.startswith("max-autotune"),
+         f"--compile-mode {efficiency.compile_mode} tries kernels out, and under --deterministic torch does not: "
+         "choose default or reduce-overhead"),
+        (not efficiency.deterministic or efficiency.attention != "xformers",
+         "--attention xformers promises no order in which its gradients add up: with --deterministic choose sdpa"),
         (efficiency.checkpoint_blocks >= 0,
          f"--checkpoint-blocks {efficiency.checkpoint_blocks}: every so many blocks, or 0 for none"),
         (config.run.save_every >= 0, f"--save-every {config.run.save_every} is negative"),
@@ -161,6 +171,8 @@ def check(config: Config) -> None:
     for fits, sentence in rules:
         if not fits:
             raise UserError(sentence)
+    if efficiency.teacher_precision == "fp8":
+        check_fp8_sizes(shape.width, int(shape.width * shape.mlp_ratio))
 
 
 def _check_numbers(config: Config) -> None:
@@ -252,6 +264,9 @@ def make_networks(
 ) -> tuple[Student, Teachers]:
     """Student and teachers on the device, all weights from the run's seed, so that every rank starts alike.
 
+    All are made on the CPU and moved when they are ready: its generator draws for no other device, and a seed's weights
+    are the same everywhere.
+
     Args:
         total_steps: of the whole run, which the momentum schedules stretch over.
         init: weights that the encoder starts from instead.
@@ -260,8 +275,9 @@ def make_networks(
     student = make_student(config, generator)
     if init is not None:
         start_encoder(student.encoder, init)
-    student.to(device)
     teachers = make_teachers(student, config.teachers, total_steps, config.optimiser.epochs, generator)
+    for network in (student, *teachers.modules().values()):
+        network.to(device)
     if config.efficiency.teacher_precision == "fp8":
         for teacher in teachers.modules().values():
             use_fp8(teacher.encoder)

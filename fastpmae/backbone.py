@@ -22,6 +22,7 @@ from fastpmae.embed import Network, Pool, encoder_of, pooled
 from fastpmae.errors import UserError
 from fastpmae.layouts import PATCHES, Foreign, read_foreign
 from fastpmae.weights import few, fit_positions, header_of, is_ours, position_prefix, timm_arguments_in, tuned_weights
+from fastpmae_kernels.backend import written_on
 
 Which = Literal["auto", "student", "labelling_teacher", "reconstruction_teacher", "random"]
 
@@ -48,7 +49,7 @@ class Backbone:
         self, images: UInt8[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 3 height width"]:  # fmt: skip
         """Bytes as the network wants them."""
-        mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (self.mean, self.std))
+        mean, std = (written_on(images.device, numbers).view(3, 1, 1) for numbers in (self.mean, self.std))
         return (images / 255 - mean) / std
 
 

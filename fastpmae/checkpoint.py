@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastpmae.config import Config, config_from
 from fastpmae.errors import RunError, UserError
 from fastpmae.files import appearing
-from fastpmae.shards import in_shards, shared_as, whole
+from fastpmae.shards import shared_as
 from fastpmae.teachers import Teachers
 
 FORMAT = "fastpmae-checkpoint-1"
@@ -58,25 +58,13 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:08d}.safetensors"
 
 
-def gather(
-    student: nn.Module, teachers: Teachers, optimiser: torch.optim.Optimizer, *, first: bool = True
-) -> dict[str, Tensor]:
-    """Every tensor that the rest of a run depends on, by its name in a checkpoint.
-
-    Tensors in shards are put together one by one, for which all ranks must call it; only the `first` keeps them, on
-    the CPU, and the others get nothing.
-    """
+def gather(student: nn.Module, teachers: Teachers, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor that the rest of a run depends on, by its name in a checkpoint: the run's own, not copies."""
     tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
     for role, teacher in teachers.modules().items():
         tensors |= {f"{role}.{name}": tensor for name, tensor in teacher.state_dict().items()}
     for name, parameter in student.named_parameters():
         tensors |= {f"optimiser.{name}.{key}": value for key, value in optimiser.state[parameter].items()}
-    for name, tensor in tensors.items():
-        if in_shards(tensor):
-            together = whole(tensor)
-            tensors[name] = together.cpu() if first else torch.empty(0)
-    if not first:
-        return {}
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_initialized():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()

@@ -35,6 +35,8 @@ class Setting:
     """Images at a time in a test, and through a frozen network."""
     frozen: bool = False
     """Train a linear classifier of the frozen network instead of the network."""
+    deterministic: bool = False
+    """On a GPU compute the same bits each time."""
 
 
 def recorded_setting(setting: Setting, course: Course) -> dict[str, Any]:

@@ -22,6 +22,10 @@ class Data:
     images and tar shards."""
     loader: Literal["ffcv", "dali", "torch"] = "ffcv"
     """Engine that reads it: the same crops, flips and masks, and pixels that differ a little by the decoder."""
+    dali_part: int = 0
+    """Images that DALI gets at a time; 0 takes 32 on the CPU and 64 on a GPU."""
+    hw_decoder_load: float = 0.0
+    """Share of the images that DALI decodes by a GPU's decoders in hardware, 0 to 1; their pixels differ slightly."""
     page_order: Literal["auto", "on", "off"] = "auto"
     """Shuffle page by page, which reads a disk in long stretches; auto does so where the file outgrows the memory."""
     bad_fraction: float = 0.01
@@ -174,7 +178,7 @@ class Run:
     log_every: int = 20
     """Steps between two rows of metrics.jsonl."""
     save_every: float = 10.0
-    """Minutes between two checkpoints within an epoch (one is written at each epoch's end)."""
+    """Minutes between two checkpoints; 0 saves after every step. The last step and a signal always save."""
     save_steps: int = 0
     """Also save every so many steps; 0 does not."""
     keep: int = 1
@@ -204,6 +208,9 @@ class Efficiency:
     augment_on: Literal["auto", "cpu", "device"] = "auto"
     """Where the complex view's colours are changed: by the loader's threads, or for whole batches on the device, within
     2/255 of the same result; auto does the latter on a GPU."""
+    deterministic: bool = False
+    """On a GPU, too, compute the same bits each time: somewhat slower, and on one GPU alone to the last bit. On the CPU
+    every run does."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the student, the teachers and the losses; auto compiles on a GPU."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"

@@ -60,7 +60,7 @@ class Course:
     eval_every: int = 1
     """Epochs between two tests on the validation set; the last epoch is always tested."""
     save_every: float = 10.0
-    """Minutes between two checkpoints within an epoch (one is written at each epoch's end)."""
+    """Minutes between two checkpoints; 0 saves after every step. The last step and a signal always save."""
     seed: int = 0
     """Decides crops, mixing, erasing, stochastic depth and the order."""
 

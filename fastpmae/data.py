@@ -1,7 +1,6 @@
 """The images of a run: opened, identified, and turned into batches on the device with the next one on its way."""
 
 import hashlib
-import time
 from collections.abc import Generator
 
 import numpy as np
@@ -12,9 +11,10 @@ from torch import Tensor
 from fastpmae.architecture import shape_of, view_settings, views_needed
 from fastpmae.config import Config
 from fastpmae.errors import UserError
+from fastpmae.idle import DeviceWait, HostWait, Wait
 from fastpmae.world import World
 from fastpmae_kernels import photometric
-from fastpmae_loaders import Batch, PairedViews, Samples, open_samples, uniforms
+from fastpmae_loaders import Batch, DaliSettings, PairedViews, Samples, open_samples, uniforms
 from fastpmae_loaders.machine import loader_threads
 
 DROP_PATH = 0
@@ -87,13 +87,12 @@ def make_loader(images: Samples, config: Config, world: World) -> PairedViews:
         augment_on="device" if config.efficiency.augment_on == "device" else "cpu",
         device=world.device,
         colour=photometric,
+        dali=DaliSettings(config.data.dali_part, config.data.hw_decoder_load),
     )
 
 
-def stochastic_depth(
-    config: Config, epoch: int, index: np.ndarray, device: torch.device
-) -> Float[Tensor, "batch depth 2"] | None:
-    """What each block's two branches are scaled by for each image: 0 where dropped, else 1 / (1 - rate).
+def stochastic_depth(config: Config, epoch: int, index: np.ndarray) -> Float[Tensor, "batch depth 2"] | None:
+    """What each block's two branches are scaled by for each image, on the CPU: 0 where dropped, else 1 / (1 - rate).
 
     A function of (seed, epoch, sample, block) alone; the rate grows evenly from 0 in the first block.
     """
@@ -102,19 +101,22 @@ def stochastic_depth(
     depth = shape_of(config.model).depth
     drawn = uniforms(config.run.seed, epoch, index, DROP_PATH, 2 * depth)
     rate = torch.linspace(0, config.model.drop_path, depth).view(1, depth, 1)
-    keep = (torch.from_numpy(drawn).view(-1, depth, 2) >= rate).float() / (1 - rate)
-    if device.type == "cuda":
-        # From memory that the system may move away the copy would wait for what the GPU has still to do.
-        keep = keep.pin_memory()
-    return keep.to(device, non_blocking=True)
+    return (torch.from_numpy(drawn).view(-1, depth, 2) >= rate).float() / (1 - rate)
 
 
 class Feed:
-    """Micro-batches on the device; counts the time spent waiting for them and the images that did not decode."""
+    """Micro-batches on the device; counts the time that it waited for them and the images that did not decode.
 
-    def __init__(self, loader: PairedViews, config: Config, device: torch.device, bad_images: int = 0):
-        self.loader, self.config, self.device = loader, config, device
-        self.waited = 0.0
+    Args:
+        wait: the clock; by default the device's own.
+    """
+
+    def __init__(
+        self, loader: PairedViews, config: Config, device: torch.device, bad_images: int = 0, wait: Wait | None = None
+    ):
+        self.loader, self.config = loader, config
+        on_gpu = device.type == "cuda"
+        self.wait: Wait = wait or (DeviceWait(config.optimiser.accumulate) if on_gpu else HostWait())
         self.bad_images = bad_images
         self.unreported: list[int] = []
 
@@ -122,22 +124,21 @@ class Feed:
         self, epoch: int, first_batch: int
     ) -> Generator[tuple[Batch, Float[Tensor, "batch depth 2"] | None], None, None]:
         """The micro-batches of an epoch from `first_batch` on, each with its stochastic depth."""
+        self.wait.ask()
         self.loader.load_state_dict({**self.loader.state_dict(), "epoch": epoch, "batch": first_batch})
-        batches = iter(self.loader)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
+        for batch in self.loader:
             self.bad_images += len(batch.failed)
             self.unreported += batch.failed
-            yield batch, stochastic_depth(self.config, epoch, batch.samples, self.device)
+            keep = stochastic_depth(self.config, epoch, batch.samples)
+            if keep is not None:
+                keep = self.loader.transfer.carry(keep)
+            self.wait.have()
+            yield batch, keep
+            self.wait.ask()
 
     def take_wait(self) -> float:
-        """Seconds waited since the last call."""
-        waited, self.waited = self.waited, 0.0
-        return waited
+        """Seconds that the device has waited since the last call."""
+        return self.wait.seconds()
 
     def take_failed(self) -> list[int]:
         """Samples that did not decode since the last call."""

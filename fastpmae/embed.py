@@ -18,7 +18,7 @@ from fastpmae.files import appearing
 from fastpmae.model import Encoder
 from fastpmae.tally import Tally
 from fastpmae.weights import tuned_weights
-from fastpmae.world import choose_device
+from fastpmae.world import carried, choose_device
 from fastpmae_loaders import Beton, PlainViews
 from fastpmae_loaders.machine import loader_threads
 
@@ -122,10 +122,11 @@ def embed_images(
         crop_ratio=crop_ratio,
         engine=config.data.loader,
         workers=loader_threads(workers),
+        pin_memory=chosen.type == "cuda",
     )
     with views, tally.count(len(images), "images"):
         for pictures, label, _ in views:
-            rows.append(features(encoder, pictures.to(chosen), pool).float().cpu().numpy())
+            rows.append(features(encoder, carried(pictures, chosen), pool).float().cpu().numpy())
             labels.append(label.numpy())
             tally.advance(len(pictures))
     return np.concatenate(rows), np.concatenate(labels)

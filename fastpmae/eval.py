@@ -264,6 +264,7 @@ def run_course(command: Probe | Finetune) -> None:
         common.crop_ratio,
         common.feature_batch,
         frozen=isinstance(command, Probe),
+        deterministic=command.deterministic,
     )
     scores = train_classifier(
         setting, command.course, resume=command.resume, steps=command.steps, tally=evaluation.tally

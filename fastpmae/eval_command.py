@@ -96,6 +96,8 @@ class Probe:
     """Go on with the training in --out."""
     steps: int | None = None
     """Stop after so many optimiser steps in all; changes no schedule."""
+    deterministic: bool = False
+    """On a GPU, too, compute the same bits each time, somewhat slower."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Finetune:
     """Go on with the training in --out."""
     steps: int | None = None
     """Stop after so many optimiser steps in all; changes no schedule."""
+    deterministic: bool = False
+    """On a GPU, too, compute the same bits each time, somewhat slower."""
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,9 @@ def appearing(path: Path) -> Iterator[Path]:
             raise UserError(f"{path} is a folder; name the file to write")
         folder.mkdir()
         yield folder / path.name
-        # Some writers keep their file to its owner; ours is as readable as any other file of the user's.
-        mask = os.umask(0)
-        os.umask(mask)
-        (folder / path.name).chmod(0o666 & ~mask)
+        # Some writers keep their file to its owner; ours is as readable as any other file of the user's. The folder
+        # tells: to ask for the mask is to change it, also for whatever else this process writes at the time.
+        (folder / path.name).chmod(folder.stat().st_mode & 0o666)
         with (folder / path.name).open("rb") as file:
             os.fsync(file.fileno())
         (folder / path.name).replace(path)

@@ -23,17 +23,20 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from fastpmae.backbone import features
-from fastpmae.checkpoint import checkpoint_path, write_checkpoint
+from fastpmae.checkpoint import checkpoint_path
 from fastpmae.classifier_state import Setting, gather, recorded_setting, take_up
 from fastpmae.course import Course
+from fastpmae.deterministic import deterministic
 from fastpmae.errors import Interrupted, RunError, UserError
 from fastpmae.files import appearing
-from fastpmae.labelled import engine_for
+from fastpmae.labelled import engine_for, half
 from fastpmae.mixing import START, STEP, Mixing, RandAugment, drawn_from
 from fastpmae.run import claim_folder
+from fastpmae.saver import Saver
 from fastpmae.scores import Scores, rank
 from fastpmae.stop import Stop
 from fastpmae.tally import Tally
+from fastpmae.world import carried
 from fastpmae_loaders import PairedViews, PlainViews
 from fastpmae_loaders.machine import loader_threads
 
@@ -114,7 +117,7 @@ def train_classifier(
 
     Raises:
         UserError: for images that make no batch, a folder that holds a training, or a resume with other settings.
-        RunError: when the loss is no longer finite.
+        RunError: when the loss is no longer finite, or a checkpoint cannot be written.
         Interrupted: after SIGTERM, SIGINT or SIGUSR1, once the checkpoint is written.
     """
     tally = tally or Tally()
@@ -128,7 +131,9 @@ def train_classifier(
         course = fitted
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
+        stack.enter_context(deterministic(setting.deterministic, setting.device))
         stack.enter_context(claim_folder(setting.folder))
+        saver = stack.enter_context(Saver(setting.device, keep=1))
         loader = stack.enter_context(_loader(setting, course))
         changes = stack.enter_context(
             RandAugment(
@@ -159,11 +164,11 @@ def train_classifier(
         sums = sums.to(setting.device)
         last = course.epochs * steps_per_epoch
         last = last if steps is None else min(last, steps)
-        half = _half(setting.device)
+        low = half(setting.device)
         tested = ema.module if ema is not None else model
         # A frozen network sees a large batch piece by piece; images that are mixed have to stay together.
         piece = setting.feature_batch if setting.frozen and not course.mixes else course.part
-        saved_at = time.monotonic()
+        saved, saved_at = step or None, time.monotonic()
 
         def loss_of(images: UInt8[Tensor, "batch 3 side side"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
             pieces = []
@@ -173,12 +178,16 @@ def train_classifier(
             given, targets = pieces[0] if len(pieces) == 1 else map(torch.cat, zip(*pieces, strict=True))
             return -(targets * model(given).float().log_softmax(dim=1)).sum(dim=1).mean()
 
-        def save() -> None:
-            nonlocal saved_at
+        def stop_if_bad() -> None:
+            # The checkpoint before stays the newest.
             if not torch.isfinite(sums[0]):
-                # The checkpoint before stays the newest.
                 epoch = (step - 1) // steps_per_epoch + 1
                 raise RunError(f"a loss of epoch {epoch} is not finite; a lower --lr usually helps")
+
+        def save() -> None:
+            nonlocal saved, saved_at
+            stop_if_bad()
+            saver.wait()
             progress = {
                 "step": step,
                 "steps_per_epoch": steps_per_epoch,
@@ -187,14 +196,18 @@ def train_classifier(
                 "config": record,
                 "loss": sums.tolist(),
             }
-            write_checkpoint(checkpoint_path(setting.folder, step), gather(model, optimiser, ema), progress, keep=1)
-            saved_at = time.monotonic()
+            saver.save(checkpoint_path(setting.folder, step), gather(model, optimiser, ema), progress)
+            saved, saved_at = step, time.monotonic()
+
+        def is_late() -> bool:
+            return time.monotonic() - saved_at >= 60 * course.save_every
 
         def lacks_row() -> bool:
             return step % steps_per_epoch == 0 and bool(sums[1] > 0)
 
         def end_epoch() -> Scores | None:
-            """Write the epoch's row, with a test where one is due."""
+            """Write the epoch's row, with a test where one is due; nothing when a signal ends the test."""
+            stop_if_bad()
             epoch = step // steps_per_epoch
             schedule.step_update(step - 1)  # a training that is resumed here has set no rate yet
             row = {
@@ -205,17 +218,19 @@ def train_classifier(
             }
             found = None
             if epoch % course.eval_every == 0 or epoch == course.epochs:
-                found = examine(setting, encode, tested, tally)
+                found = examine(setting, encode, tested, tally, stop)
+                if found is None:
+                    return None
                 row |= found.figures()
             _write_row(setting.folder, row)
             tally.tell(_sentence(row, course.epochs))
             sums.zero_()
             return found
 
-        # An epoch is saved before its row is written, and a signal in its last step leaves the row to the resumed
-        # training: a test may take longer than whoever sends the signal waits.
+        # A signal leaves the row of an epoch that is not tested yet to the resumed training: a test may take longer
+        # than whoever sends the signal waits.
         scores = end_epoch() if lacks_row() else None
-        while step < last:
+        while step < last and not stop.signal:
             scores, epoch = None, step // steps_per_epoch
             ends = min((epoch + 1) * steps_per_epoch, last)
             parts = _parts(loader, changes, setting, epoch, step % steps_per_epoch * course.accumulate)
@@ -223,9 +238,10 @@ def train_classifier(
                 while step < ends and not stop.signal:
                     schedule.step_update(step)
                     model.train()
+                    saver.before_update()  # a BatchNorm moves its means in the forward pass
                     for part in range(course.accumulate):
                         images, labels = next(parts)
-                        with drawn_from(STEP, course.seed, step, part), half:
+                        with drawn_from(STEP, course.seed, step, part), low:
                             loss = loss_of(images, labels)
                         (loss / course.accumulate).backward()
                         sums += torch.stack([loss.detach(), torch.ones_like(loss)])
@@ -237,20 +253,30 @@ def train_classifier(
                     if ema is not None:
                         ema.update(model, step)
                     tally.advance(course.batch_size)
-                    if step < ends and time.monotonic() - saved_at >= 60 * course.save_every:
+                    if saver.failed:
+                        saver.wait()
+                    if is_late() or step == last:
                         save()
-            save()
             if lacks_row() and not stop.signal:
                 scores = end_epoch()
-            if stop.signal:
-                raise Interrupted(stop.signal, step, last, setting.folder)
+        if stop.signal:
+            if saved != step:
+                save()
+            saver.wait()
+            raise Interrupted(stop.signal, step, last, setting.folder)
+        saver.wait()
         write_classifier(setting, tested, course)
-        return scores or examine(setting, encode, tested, tally)
+        scores = scores or examine(setting, encode, tested, tally, stop)
+        if scores is None:
+            raise Interrupted(stop.signal, step, last, setting.folder)
+        return scores
 
 
 @torch.inference_mode()
-def examine(setting: Setting, encode: Callable[[Tensor], Tensor], model: nn.Module, tally: Tally) -> Scores:
-    """The classifier's scores on the validation set."""
+def examine(
+    setting: Setting, encode: Callable[[Tensor], Tensor], model: nn.Module, tally: Tally, stop: Stop
+) -> Scores | None:
+    """The classifier's scores on the validation set; None where a signal came before the end."""
     model.eval()
     ranked = []
     views = PlainViews(
@@ -260,10 +286,13 @@ def examine(setting: Setting, encode: Callable[[Tensor], Tensor], model: nn.Modu
         crop_ratio=setting.crop_ratio,
         engine=engine_for(setting.val.samples, setting.engine),
         workers=setting.workers,
+        pin_memory=setting.device.type == "cuda",
     )
-    with views, tally.count(len(setting.val.labels), "test images"), _half(setting.device):
+    with views, tally.count(len(setting.val.labels), "test images"), half(setting.device):
         for images, _, _ in views:
-            ranked.append(rank(model(encode(setting.backbone.normalised(images.to(setting.device)))).float()))
+            if stop.signal:
+                return None
+            ranked.append(rank(model(encode(setting.backbone.normalised(carried(images, setting.device)))).float()))
             tally.advance(len(images))
     return Scores(setting.val.labels, torch.cat(ranked))
 
@@ -326,6 +355,7 @@ def _loader(setting: Setting, course: Course) -> PairedViews:
         workers=setting.workers,
         views=[course.view(setting.backbone.image_size)],
         drop_last=True,
+        pin_memory=setting.device.type == "cuda",
     )
 
 
@@ -346,12 +376,7 @@ def _parts(
 def _handed_over(begun: Any, samples: np.ndarray, setting: Setting) -> tuple[Tensor, Tensor]:
     images = torch.from_numpy(RandAugment.collect(begun))
     labels = setting.train.labels[torch.from_numpy(samples)]
-    return images.to(setting.device, non_blocking=True), labels.to(setting.device, non_blocking=True)
-
-
-def _half(device: torch.device) -> torch.autocast:
-    on = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    return carried(images, setting.device), carried(labels, setting.device)
 
 
 def _write_row(folder: Path, row: dict[str, float]) -> None:

@@ -18,6 +18,4 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         ),
     ):
         flop_registry.setdefault(here, flop_registry[known])
-    if hasattr(aten, "_scaled_mm_v2"):  # later than the oldest torch that will do
-        flop_registry.setdefault(aten._scaled_mm_v2, flop_registry[aten.mm])
     return flop_registry

@@ -10,6 +10,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fastpmae.config import Config
+from fastpmae.figures import Figures, bring
+from fastpmae_kernels.match import fold_of
 from fastpmae_loaders import Batch
 
 MOST_IMAGES = 256
@@ -31,17 +33,25 @@ def match_geometry(batch: Batch, match: Int[Tensor, "batch masked"], config: Con
         whose match overlaps them, and `match_chance`: the same for a match drawn at random, which is the mean share
         of the candidates that overlap. The latter two are left out where nothing is reachable.
     """
+    return bring(geometry_figures(batch, match, config))()
+
+
+def geometry_figures(batch: Batch, match: Int[Tensor, "batch masked"], config: Config) -> Figures:
+    """The figures of `match_geometry`, without waiting for the device."""
     match = match[:MOST_IMAGES]
     hits, candidates = masked_overlaps(batch, config, MOST_IMAGES)
     share = (hits & candidates).sum(dim=2) / candidates.sum(dim=1)
     reachable = share > 0
     matched = hits.gather(2, match.unsqueeze(2)).squeeze(2)
-    count = reachable.sum()
-    sums = torch.stack([count.double(), (matched & reachable).sum().double(), share.double().sum()]).tolist()
-    figures = {"match_reachable": sums[0] / reachable.numel()}
-    if sums[0]:
-        figures |= {"match_overlap": sums[1] / sums[0], "match_chance": sums[2] / sums[0]}
-    return figures
+    every = reachable.numel()
+
+    def named(found: list[float], _: object) -> dict[str, float]:
+        count, right, chance = found
+        figures = {"match_reachable": count / every}
+        return figures | ({"match_overlap": right / count, "match_chance": chance / count} if count else {})
+
+    sums = [reachable.sum().double(), (matched & reachable).sum().double(), share.double().sum()]
+    return Figures(torch.stack(sums), named)
 
 
 def masked_overlaps(
@@ -63,8 +73,7 @@ def masked_overlaps(
     hits = overlaps(student, teacher)
     candidates = torch.ones_like(hits[0])
     if config.loss.match_scope == "fold":
-        sizes = torch.tensor(batch.fold_sizes, device=hits.device)
-        fold = torch.repeat_interleave(torch.arange(len(sizes), device=hits.device), sizes)
+        fold = fold_of(batch.fold_sizes, hits.device)
         candidates = fold[:, None] == fold
     return hits, candidates
 
@@ -91,6 +100,10 @@ def overlaps(
     one: Int[Tensor, "batch ones 4"], other: Int[Tensor, "batch others 4"]
 ) -> Bool[Tensor, "batch ones others"]:  # fmt: skip
     """Which rectangles share an area; a common edge is none."""
-    first, second = one.unsqueeze(2), other.unsqueeze(1)
-    begin, end = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
-    return (begin < end).all(dim=3)
+    hits = torch.ones((), dtype=torch.bool, device=one.device)
+    for begin, end in ((0, 2), (1, 3)):
+        first, second = one[..., begin] < one[..., end], other[..., begin] < other[..., end]
+        hits = hits & first.unsqueeze(2) & second.unsqueeze(1)
+        hits = hits & (one[..., begin].unsqueeze(2) < other[..., end].unsqueeze(1))
+        hits = hits & (other[..., begin].unsqueeze(1) < one[..., end].unsqueeze(2))
+    return hits

@@ -15,6 +15,7 @@ from fastpmae.data import fingerprint
 from fastpmae.embed import Pool
 from fastpmae.errors import UserError
 from fastpmae.tally import Tally
+from fastpmae.world import carried, has_bf16
 from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
 from fastpmae_loaders.machine import loader_threads
 
@@ -93,6 +94,11 @@ def engine_for(samples: Samples, engine: Engine) -> str:
     return "ffcv" if isinstance(samples, Beton) else "torch"
 
 
+def half(device: torch.device) -> torch.autocast:
+    """Evaluation's precision: bf16 where the device has it, else that of the weights."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+
+
 def extract(
     model: nn.Module,
     backbone: Backbone,
@@ -111,10 +117,9 @@ def extract(
     `workers` are the loader's threads, 0 for all cores that may be used.
     """
     model = model.to(device).eval()
-    half = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
 
     def embed(pictures: UInt8[Tensor, "batch 3 side side"]) -> list[Float[Tensor, "batch dim"]]:
-        with half:
+        with half(device):
             return features(model, backbone.normalised(pictures), pools)
 
     return over_images(
@@ -156,10 +161,11 @@ def over_images(
         crop_ratio=crop_ratio,
         engine=engine_for(images.samples, engine),
         workers=loader_threads(workers),
+        pin_memory=device.type == "cuda",
     )
     with views, tally.count(len(images.samples), "images"):
         for pictures, _, _ in views:
-            batches.append([rows.float().cpu() for rows in embed(pictures.to(device))])
+            batches.append([rows.float().cpu() for rows in embed(carried(pictures, device))])
             tally.advance(len(pictures))
     return [torch.cat(rows) for rows in zip(*batches, strict=True)]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastpmae.errors import UserError
 from fastpmae.tally import Tally
+from fastpmae.world import carried
 from fastpmae_loaders import epoch_order
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -78,7 +79,7 @@ def train_sweep(
     tally = tally or Tally()
     with tally.count(sweep.epochs, "epochs"):
         for epoch in range(sweep.epochs):
-            order = torch.from_numpy(epoch_order(sweep.seed, epoch, count)).to(features.device)
+            order = carried(torch.from_numpy(epoch_order(sweep.seed, epoch, count)), features.device)
             for chosen in order[: count // batch * batch].split(batch):
                 rows = features[chosen]
                 logits = rows @ torch.cat(weights, dim=1) + torch.cat(biases)

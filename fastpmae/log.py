@@ -19,6 +19,7 @@ from torch import Tensor
 from fastpmae.checkpoint import CheckpointError
 from fastpmae.config import Config
 from fastpmae.errors import UserError
+from fastpmae.figures import Figures
 from fastpmae.files import appearing
 
 TIMINGS = ("images_per_second", "data_wait")
@@ -58,13 +59,13 @@ class Meter:
         """Whether any step since the start was skipped; waits for the device."""
         return self.bad_step.item() >= 0
 
-    def means(self, group: dist.ProcessGroup | None = None, *, anew: bool = True) -> dict[str, float]:
-        """The mean of each figure since it last started anew, over all ranks; waits for the device."""
-        means = (self._over(group) / self.count).tolist()
+    def means(self, group: dist.ProcessGroup | None = None, *, anew: bool = True) -> Figures:
+        """The mean of each figure since it last started anew, over all ranks."""
+        means = self._over(group) / self.count
         if anew:
             self.sums.zero_()
             self.count.zero_()
-        return dict(zip(self.names, means, strict=True))
+        return Figures(means, lambda found, _: dict(zip(self.names, found, strict=True)))
 
     def _over(self, group: dist.ProcessGroup | None) -> Float[Tensor, " 5"]:
         """The sums, as the mean over all ranks."""
@@ -114,6 +115,7 @@ class Log:
         self.task = self.progress.add_task("training", total=last_step, completed=first_step, figures="")
         self.writers: list[Any] = []
         self.reported: set[int] = set()
+        self._owed: Callable[[], None] | None = None
         if speaks:
             self.writers = _writers(folder, config, first_step)
             _drop_rows_past(folder / "metrics.jsonl", first_step)
@@ -126,6 +128,12 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self.settle()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         self.progress.stop()
         if self.speaks:
             self.metrics.close()
@@ -134,6 +142,7 @@ class Log:
 
     def say(self, sentence: str) -> None:
         """A line for the user and for train.log."""
+        self.settle()
         if not self.speaks:
             return
         with (self.folder / "train.log").open("a") as file:
@@ -148,7 +157,8 @@ class Log:
         self.clock, self.clock_step = time.perf_counter(), step
 
     def step(self, step: int, epoch: int, failed: list[int]) -> None:
-        """Move the progress bar, and report the samples that did not decode."""
+        """Move the progress bar, write the row that is owed, and report the samples that did not decode."""
+        self.settle()
         for index in sorted(set(failed) - self.reported):
             self.reported.add(index)
             sentence = (
@@ -160,23 +170,33 @@ class Log:
                 print(sentence, file=sys.stderr, flush=True)
         self.progress.update(self.task, completed=step, description=f"epoch {epoch + 1}/{self.config.optimiser.epochs}")
 
-    def row(self, row: dict[str, float], waited: float, *, partial: bool) -> None:
-        """Write a row of metrics wherever this run writes them.
+    def row(self, row: dict[str, float], rest: Callable[[], dict[str, float]], waited: float, *, partial: bool) -> None:
+        """A row of metrics, written wherever this run writes them when the next step is under way.
+
+        Until `settle`, that is, which whatever is said or saved later calls.
 
         Args:
             row: its figures; rates are added here.
-            waited: seconds that the loop has waited for data since the last row.
+            rest: finds further figures, on the host alone: a GPU has the next step to work on meanwhile.
+            waited: seconds that the device has waited for data since the last row.
             partial: the row stands off the grid of --log-every because the run stops here. A resumed run drops it,
                 and writes the rows that a run without the stop would have written.
         """
+        self.settle()
         seconds = time.perf_counter() - self.clock
         images = (row["step"] - self.clock_step) * self.config.optimiser.batch_size
-        row = row | {"images_per_second": images / seconds, "data_wait": waited / seconds}
-        if partial:
-            row["partial"] = True
+        rates = {"images_per_second": images / seconds, "data_wait": waited / seconds}
         self.start_clock(int(row["step"]))
-        if not self.speaks:
-            return
+        if self.speaks:
+            self._owed = lambda: self._write(row | rest() | rates | ({"partial": True} if partial else {}))
+
+    def settle(self) -> None:
+        """Write the row that is owed."""
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            owed()
+
+    def _write(self, row: dict[str, float]) -> None:
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
         for writer in self.writers:
@@ -192,6 +212,7 @@ class Log:
 
     def evaluation(self, step: int, epoch: int, evaluate: Callable[[], dict[str, float]]) -> None:
         """A row of its own for what is evaluated; the time it takes counts for no rate."""
+        self.settle()
         began = time.perf_counter()
         figures = evaluate()
         self.clock += time.perf_counter() - began

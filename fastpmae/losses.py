@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastpmae.chunks import mean_in_chunks
 from fastpmae.model import Factors, Unseen
-from fastpmae.patches import normalise
 from fastpmae_kernels import (
+    patch_tokens,
     prototype_cross_entropy,
     prototype_cross_entropy_from_features,
+    prototype_cross_entropy_of_product,
     sinkhorn_bias_from_features,
     sinkhorn_biases,
 )
@@ -49,12 +50,14 @@ def reconstruction_loss(
     return 1 - cosine.mean()
 
 
-def pixel_target(pixels: UInt8[Tensor, "batch masked pixels"]) -> Float[Tensor, "batch masked pixels"]:
+def pixel_target(
+    images: UInt8[Tensor, "batch 3 height width"], masked: Int[Tensor, "batch masked"], patch_size: int
+) -> Float[Tensor, "batch masked pixels"]:
     """MAE's target: each patch with mean 0 and variance 1 over its values, pixel by pixel and channels last.
 
     The mean and spread of a patch are taken over its normalised values, all channels together.
     """
-    values = normalise(pixels).unflatten(-1, (3, -1)).mT.flatten(-2)
+    values = patch_tokens(images, masked, patch_size).unflatten(-1, (3, -1)).mT.flatten(-2)
     variance, mean = torch.var_mean(values, -1, keepdim=True)
     return (values - mean) / (variance + 1e-6).sqrt()
 
@@ -120,14 +123,20 @@ def patch_loss(
 
     Args:
         student_logits: the gradient is written over them, so nothing may read them afterwards (a leaf's are spared).
-            No logits, but factors or tokens, where the labels' logits are factors.
+            No logits, but factors or tokens, where the labels' logits are factors; factors also under torch.compile.
     """
     batch, masked = match.shape
+    rows = batch * masked
     index = (match + torch.arange(batch, device=match.device).unsqueeze(1) * masked).flatten()
+    if isinstance(student_logits, Factors) and isinstance(labels.logits, Tensor):
+        return prototype_cross_entropy_of_product(
+            *student_logits[:2], labels.logits, labels.logv, index, labels.epsilon, temperature,
+            expected_gradient=1 / rows,
+        ).mean()  # fmt: skip
     if not isinstance(student_logits, Tensor):
         return _patch_loss_in_chunks(student_logits, labels, index, temperature)
     assert isinstance(labels.logits, Tensor)
-    rows, spared = len(student_logits), student_logits.is_leaf
+    spared = student_logits.is_leaf
     return prototype_cross_entropy(
         student_logits, labels.logits, labels.logv, index, labels.epsilon, temperature,
         overwrite=not spared, expected_gradient=1 / rows,

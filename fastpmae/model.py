@@ -270,7 +270,8 @@ class Decoder(nn.Module):
 
 
 class Factors(NamedTuple):
-    """Logits `features @ prototypes.T` that are multiplied out `chunk` rows at a time, and never all at once."""
+    """Logits `features @ prototypes.T` that are multiplied out `chunk` rows at a time and never all at once, or, with a
+    `chunk` of 0, where their loss is computed."""
 
     features: Float[Tensor, "rows bottleneck"]
     prototypes: Float[Tensor, "prototypes bottleneck"]
@@ -312,12 +313,14 @@ class Head(nn.Module):
 
         With `chunk` above 0 those of the patches, which are many, are left as factors; where a gradient is due the
         tokens are left as they are (not under torch.compile, which cannot trace what becomes of them, nor in shards:
-        the weights are whole in here alone).
+        the weights are whole in here alone). Under torch.compile they are factors wherever a gradient is due, whole or
+        in chunks: it would copy the gradient of logits that it has multiplied out.
         """
         class_logits = F.linear(*self.factors(class_tokens, self.class_prototypes))
-        if chunk == 0:
+        due, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
+        if chunk == 0 and not (due and compiled):
             return class_logits, F.linear(*self.factors(patch_tokens, self.patch_prototypes))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not comes_apart(self):
+        if due and not compiled and not comes_apart(self):
             return class_logits, Unseen(self, patch_tokens, chunk)
         return class_logits, self.patch_factors(patch_tokens, chunk)
 

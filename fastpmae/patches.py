@@ -1,32 +1,11 @@
-"""Images to patches, and where a patch sits: the two things that need the grid."""
+"""Where a patch sits in its image, and by what numbers its pixels are normalised."""
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def pixel_patches(
-    images: UInt8[Tensor, "batch 3 height width"], ids: Int[Tensor, "batch count"], patch_size: int
-) -> UInt8[Tensor, "batch count pixels"]:
-    """The pixels of the patches `ids`, channel by channel, row by row: the order of a timm patch embedding."""
-    batch, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    grid = images.view(batch, channels, rows, patch_size, columns, patch_size)
-    patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)
-    return patches.gather(1, ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-
-
-def normalise(
-    pixels: UInt8[Tensor, "batch count pixels"], dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "batch count pixels"]:
-    """Bytes to numbers with ImageNet's mean and spread a channel."""
-    mean = torch.tensor(IMAGENET_MEAN, dtype=dtype, device=pixels.device) * 255
-    std = torch.tensor(IMAGENET_STD, dtype=dtype, device=pixels.device) * 255
-    area = pixels.shape[-1] // 3
-    return (pixels.to(dtype) - mean.repeat_interleave(area)) / std.repeat_interleave(area)
 
 
 def sincos_positions(rows: int, columns: int, dim: int) -> Float[Tensor, "positions dim"]:

@@ -25,14 +25,18 @@ from fastpmae.checkpoint import (
 from fastpmae.config import Config, settings_by_name, write_config
 from fastpmae.errors import UserError
 from fastpmae.files import appearing, remove_partial
-from fastpmae.world import World
+from fastpmae.world import World, has_bf16
 from fastpmae_loaders import Samples
 from fastpmae_loaders.engine import larger_than_memory
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
 COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimiser")
-COMPARED_SETTINGS = ("seed", "precision", "teacher_precision", "page_order", "loader", "augment_on")
+COMPARED_SETTINGS = (
+    "seed", "precision", "teacher_precision", "page_order", "loader", "hw_decoder_load", "augment_on", "deterministic",
+)  # fmt: skip
+# And to the last bit, which --deterministic is about.
+ROUNDING_SETTINGS = ("compile", "compile_mode", "attention", "checkpoint_blocks", "prototypes_chunk", "shard")
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,7 @@ def resolve(config: Config, device: torch.device, images: Samples) -> Config:
         page_order = "on" if larger_than_memory(images) else "off"
     precision = config.efficiency.precision
     if precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if bf16 else "fp32"
+        precision = "bf16" if has_bf16(device) else "fp32"
     augment_on = config.efficiency.augment_on
     if augment_on == "auto":
         augment_on = "device" if device.type == "cuda" else "cpu"
@@ -202,12 +205,13 @@ def holds_run(folder: Path) -> bool:
 def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> list[str]:
     """What a resumed run would compute differently, one phrase each."""
     before, now, groups = checkpoint.config.flat(), config.flat(), settings_by_name()
+    compared = COMPARED_SETTINGS + ROUNDING_SETTINGS * (before["deterministic"] and now["deterministic"])
     if before["balance"] == now["balance"] == "step":  # parts only decide what is held at a time
         before["accumulate"] = now["accumulate"]
     changes = [
         f"--{name.replace('_', '-')} was {before[name]} and is now {now[name]}"
         for name in now
-        if (groups[name] in COMPARED_GROUPS or name in COMPARED_SETTINGS) and before[name] != now[name]
+        if (groups[name] in COMPARED_GROUPS or name in compared) and before[name] != now[name]
     ]
     if checkpoint.progress["fingerprint"] != fingerprint:
         changes.append("the .beton holds other images")

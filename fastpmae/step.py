@@ -21,7 +21,6 @@ from fastpmae.losses import (
     reconstruction_loss,
     reconstruction_target,
 )
-from fastpmae.patches import pixel_patches
 from fastpmae.teachers import Teacher, Teachers
 from fastpmae_kernels import nearest_patch
 from fastpmae_loaders import Batch
@@ -69,7 +68,7 @@ def see(teachers: Teachers, batch: Batch, config: Config) -> Seen:
     if config.loss.target == "pixels":
         # Every patch is visible or masked, so a batch tells their size; a graph cannot ask what a model's name means.
         side = math.isqrt(batch.visible.shape[1] + batch.folds.shape[1])
-        target = pixel_target(pixel_patches(batch.simple, batch.folds, batch.simple.shape[-1] // side))
+        target = pixel_target(batch.simple, batch.folds, batch.simple.shape[-1] // side)
         return Seen(Targets(target, None, None, None, None), None)
     assert teachers.reconstruction is not None
     view = getattr(batch, config.views.reconstruction_view)

@@ -101,6 +101,7 @@ def make_teachers(
     """The teachers of a method, as copies of the student or with random weights of their own (as SdAE starts).
 
     Args:
+        student: on the generator's device, which is the CPU.
         steps, epochs: of the whole run, which the momentum schedules stretch over.
         generator: draws the weights of teachers that start at random.
     """

@@ -15,21 +15,23 @@ from fastpmae.checkpoint import (
     gather,
     read_checkpoint,
     scatter,
-    write_checkpoint,
 )
 from fastpmae.command import read_command
 from fastpmae.config import Config
 from fastpmae.data import Feed, fingerprint, make_loader, open_images
+from fastpmae.deterministic import deterministic
 from fastpmae.errors import Interrupted, RunError, exit_with_sentence
-from fastpmae.fp8 import check_fp8
-from fastpmae.geometry import match_geometry
-from fastpmae.health import health
+from fastpmae.figures import bring
+from fastpmae.fp8 import check_fp8_device
+from fastpmae.geometry import geometry_figures
+from fastpmae.health import health_figures
 from fastpmae.host_memory import tune_allocator
 from fastpmae.log import Log, Meter
 from fastpmae.optimiser import learning_rate, make_optimiser, update
 from fastpmae.parallel import gradients_stay, over_ranks
 from fastpmae.passes import make_passes
 from fastpmae.run import claim, describe_run, open_run, recorded, resolve, write_machine
+from fastpmae.saver import Saver
 from fastpmae.step import balance, learn, see
 from fastpmae.stop import Stop
 from fastpmae.watch import Watch
@@ -41,15 +43,18 @@ def pretrain(config: Config) -> Path:
 
     Raises:
         UserError: for settings, images or a run folder that do not fit.
-        RunError: when a loss or a gradient is no longer finite.
+        RunError: when a loss or a gradient is no longer finite, or a checkpoint cannot be written.
         Interrupted: after SIGTERM, SIGINT or SIGUSR1, once the checkpoint is written.
     """
     check(config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         world = stack.enter_context(join_world(config.efficiency.device, config.efficiency.rank_timeout))
+        stack.enter_context(deterministic(config.efficiency.deterministic, world.device))
         if world.device.type == "cpu":
             tune_allocator()
+        if config.efficiency.teacher_precision == "fp8":
+            check_fp8_device(world.device)
         images = open_images(config)
         config = resolve(config, world.device, images)
         loader = stack.enter_context(make_loader(images, config, world))
@@ -68,8 +73,6 @@ def pretrain(config: Config) -> Path:
         shard = config.efficiency.shard and world.group is not None
         # What is cut in shards is never whole on a GPU.
         student, teachers = make_networks(config, total_steps, torch.device("cpu") if shard else world.device, init)
-        if config.efficiency.teacher_precision == "fp8":
-            check_fp8(student.encoder, world.device)
         parallel = over_ranks(student, teachers, world, shard=shard, accumulate=accumulate)
         optimiser = make_optimiser(student, config)
         meter = Meter(world.device, loader.batch_size * accumulate)
@@ -89,6 +92,7 @@ def pretrain(config: Config) -> Path:
 
         world.from_first(lambda: stack.enter_context(claim(run, config)))
         log = stack.enter_context(Log(run.folder, config, step, last_step, speaks=world.first))
+        saver = stack.enter_context(Saver(world.device, config.run.keep, first=world.first))
         for sentence in run.remarks + describe_run(config, images, world, student, steps_per_epoch, run.folder):
             log.say(sentence)
         if world.first:
@@ -105,9 +109,10 @@ def pretrain(config: Config) -> Path:
                     "fingerprint": identity,
                     "config": recorded(config).groups(),
                 }
-                tensors = gather(student, teachers, optimiser, first=world.first) | meter.state(world.group)
-                path = checkpoint_path(run.folder, step)
-                world.from_first(lambda: write_checkpoint(path, tensors, progress, config.run.keep))
+                log.settle()
+                world.from_first(saver.wait)
+                tensors = gather(student, teachers, optimiser) | meter.state(world.group)
+                saver.save(checkpoint_path(run.folder, step), tensors, progress)
 
         saved_at = time.monotonic()
         log.start_clock(step)
@@ -135,6 +140,7 @@ def pretrain(config: Config) -> Path:
                     losses.append(torch.stack(of_part[:4]).detach())
                     index.append(batch.index)
                 mean_losses = torch.stack(losses).mean(dim=0)
+                saver.before_update()
                 norm, skipped = update(optimiser, mean_losses[0], lr, config.optimiser.clip_grad, world)
                 teachers.follow(student, "step", step)
                 meter.add(step, mean_losses, norm, skipped, torch.cat(index))
@@ -145,41 +151,51 @@ def pretrain(config: Config) -> Path:
 
                 log.step(step, epoch, feed.take_failed())
                 on_time = time.monotonic() - saved_at >= 60 * config.run.save_every
-                interrupted, on_time = world.agree(stop.signal, on_time)
+                interrupted, on_time, failed = world.agree(stop.signal, on_time, saver.failed)
+                if failed:
+                    world.from_first(saver.wait)
                 ends = step == last_step or interrupted
                 on_grid = step % config.run.log_every == 0 or step == total_steps
                 if on_grid or ends:
-                    stop_if_bad(meter, world, run.folder)
                     figures = {
                         "step": step,
                         "epoch": step / steps_per_epoch,
                         "lr": lr,
                         "bad_images": feed.bad_images,
-                    }
-                    figures |= meter.means(world.group, anew=on_grid) | teachers.momenta(step - 1, epoch)
+                    } | teachers.momenta(step - 1, epoch)
+                    on_device = [meter.means(world.group, anew=on_grid)]
                     if world.first:
-                        figures |= health(targets)
+                        on_device.append(health_figures(targets))
                         if of_part.match is not None:
-                            figures |= match_geometry(batch, of_part.match, config)
-                    log.row(figures, feed.take_wait(), partial=not on_grid)
+                            on_device.append(geometry_figures(batch, of_part.match, config))
+                    rest = bring(*on_device)
+                    stop_if_bad(meter, saver, world, run.folder)
+                    log.row(figures, rest, feed.take_wait(), partial=not on_grid)
                 on_steps = config.run.save_steps > 0 and step % config.run.save_steps == 0
-                if ends or ends_epoch or on_steps or on_time:
+                due = ends or on_steps or on_time
+                if due:
                     save()
                     saved_at = time.monotonic()
-                # After the checkpoint: an evaluation may take longer than whoever sends a signal waits.
                 if ends_epoch and watch.is_due(epoch + 1) and not interrupted:
+                    # A signal ends it soon; the resumed run makes up for it.
                     watch.report(log, step, epoch + 1, student, teachers, stop)
                     (interrupted,) = world.agree(stop.signal)
+                    if interrupted and not due:
+                        stop_if_bad(meter, saver, world, run.folder)
+                        save()
                 if interrupted:
+                    world.from_first(saver.wait)
                     raise Interrupted(interrupted, step, last_step, run.folder)
             batches.close()
+        world.from_first(saver.wait)
         log.say(f"done: {step} of {total_steps} steps, in {run.folder}")
     return run.folder
 
 
-def stop_if_bad(meter: Meter, world: World, folder: Path) -> None:
+def stop_if_bad(meter: Meter, saver: Saver, world: World, folder: Path) -> None:
     """Raise RunError, on every rank, when a step since the start was not finite."""
     if meter.is_bad():
+        world.from_first(saver.wait)
         samples = sorted(set(world.gathered(meter.bad_index).tolist()))
         newest = next(iter(checkpoints_in(folder)), "none yet")
         raise RunError(

@@ -82,6 +82,21 @@ def choose_device(device: Literal["auto", "cpu", "cuda"], number: int = 0) -> to
     return torch.device("cuda", number)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies numbers of bf16 itself. CPUs and older GPUs emulate it, which is slower than fp32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def carried(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on the device, without waiting for what the device has still to do.
+
+    From memory that the system may move away a copy waits: a GPU's copy therefore starts in pinned memory.
+    """
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @contextlib.contextmanager
 def join_world(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -> Iterator[World]:
     """Join the other ranks where torchrun (or SLURM through it) started several, and choose the device.

@@ -1,5 +1,6 @@
 """Checkpoints hold what was put in, and say so when they no longer do."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ def test_a_failed_write_leaves_nothing(written: Path, monkeypatch: pytest.Monkey
     with pytest.raises(RunError, match=r"no space left on device. Last checkpoint: .*step-00000007"):
         write_checkpoint(checkpoint_path(written.parent.parent, 8), TENSORS, {**PROGRESS, "step": 8}, keep=1)
     assert list(written.parent.iterdir()) == [written]
+
+
+def test_it_is_as_readable_as_other_files_and_the_mask_is_never_touched(tmp_path: Path, monkeypatch):
+    """The mask is the process's: a thread that asked for it would open what another writes to everybody."""
+    before, umask = os.umask(0o027), os.umask
+    try:
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the mask was changed"))
+        write_checkpoint(checkpoint_path(tmp_path, 7), TENSORS, PROGRESS, keep=1)
+    finally:
+        umask(before)
+    assert checkpoint_path(tmp_path, 7).stat().st_mode & 0o777 == 0o640
 
 
 def test_a_run_folder_stands_for_its_newest_sound_checkpoint(written: Path):

@@ -11,7 +11,7 @@ from fastpmae.data import batches_ahead, make_loader
 from fastpmae.run import resolve
 from fastpmae.train import pretrain
 from fastpmae.world import World
-from fastpmae_loaders import Beton, machine, runner
+from fastpmae_loaders import Beton, DaliSettings, machine, runner
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,14 @@ def test_ranks_share_the_cores_that_may_be_used(
     world = World(0, ranks, ranks, torch.device("cpu"), None)
     with make_loader(Beton(small_beton), tiny.using(workers=asked), world):
         assert seen == [threads]
+
+
+def test_dalis_settings_reach_its_engine(tiny: Config, small_beton) -> None:
+    pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
+    world = World(0, 1, 1, torch.device("cpu"), None)
+    config = tiny.using(loader="dali", dali_part=5, hw_decoder_load=0.25)
+    with make_loader(Beton(small_beton), config, world) as loader:
+        assert loader._source.dali == DaliSettings(part=5, hw_decoder_load=0.25)
 
 
 def threads_of_loaders(monkeypatch: pytest.MonkeyPatch, cores: int) -> list[int]:

@@ -16,14 +16,16 @@ from timm.optim import create_optimizer_v2
 
 from fastpmae import UserError
 from fastpmae.backbone import find_backbone
-from fastpmae.checkpoint import checkpoint_path, checkpoints_in
+from fastpmae.checkpoint import checkpoint_path, checkpoints_in, step_of
 from fastpmae.classifier_state import Setting
 from fastpmae.course import COURSES, PROBE, Course
 from fastpmae.errors import Interrupted, RunError
 from fastpmae.finetune import Probe, make_classifier, make_optimiser, make_schedule, train_classifier
 from fastpmae.labelled import Labelled, open_labelled
 from fastpmae.mixing import STEP, Mixing, RandAugment, drawn_from
+from fastpmae.saver import Saver
 from fastpmae.tally import Tally
+from tests.devices import Draws
 
 CPU = torch.device("cpu")
 
@@ -76,6 +78,15 @@ def test_every_rate_is_the_papers_formula_and_timms_number(setting: Setting, pre
         id(p): (group["lr_scale"], group["weight_decay"]) for group in theirs.param_groups for p in group["params"]
     }
     assert scales == {key: (group["lr_scale"], group["weight_decay"]) for key, group in places.items()}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_classifiers_are_drawn_on_the_host_whatever_they_compute_on(setting: Setting, frozen: bool):
+    elsewhere = dataclasses.replace(setting, device=torch.device("meta"), frozen=frozen)
+    with Draws() as draws:
+        model, _ = make_classifier(elsewhere, PROBE if frozen else COURSE)
+    assert draws.devices == {"cpu"}
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_presets_are_the_papers():
@@ -198,6 +209,58 @@ def test_a_signal_in_an_epochs_last_step_loses_no_row(setting: Setting, tmp_path
     one, other = ((folder / "metrics.jsonl").read_text() for folder in (whole.folder, setting.folder))
     assert one == other
     assert torch.equal(scores.ranked, resumed.ranked)
+
+
+def test_epoch_ends_save_when_it_is_time(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+    saved, save = [], Saver.save
+
+    def noted(saver, path, *others):
+        saved.append(step_of(path))
+        save(saver, path, *others)
+
+    monkeypatch.setattr(Saver, "save", noted)
+    train_classifier(setting, COURSE)
+    assert saved == [6]
+
+
+class SignalsInATest(Tally):
+    """Sends a signal when the first images of the second epoch's test are done, and counts how many are."""
+
+    tests, images = 0, 0
+
+    def advance(self, count: int = 1) -> None:
+        if count != COURSE.batch_size:
+            self.tests += 1
+            self.images += count
+            if self.tests == 5:  # 44 images in batches of ten: five in the first test
+                assert self.images == 44
+            if self.tests == 6:
+                signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_in_a_test_ends_it_and_leaves_its_row_to_the_resumed_training(setting: Setting, tmp_path: Path):
+    setting = dataclasses.replace(setting, feature_batch=10)
+    whole = dataclasses.replace(setting, folder=tmp_path / "whole")
+    scores = train_classifier(whole, COURSE)
+    tally = SignalsInATest()
+    with pytest.raises(Interrupted, match="SIGTERM after step 4 of 6"):
+        train_classifier(setting, COURSE, tally=tally)
+    assert tally.tests == 6, "the test goes on after the signal"
+    assert checkpoints_in(setting.folder) == [checkpoint_path(setting.folder, 4)]
+    resumed = train_classifier(setting, COURSE, resume=True)
+    one, other = ((folder / "metrics.jsonl").read_text() for folder in (whole.folder, setting.folder))
+    assert one == other
+    assert torch.equal(scores.ranked, resumed.ranked)
+
+
+def test_a_full_disk_ends_the_training(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastpmae.checkpoint.save_file", full)
+    with pytest.raises(RunError, match=r"No space left on device. Last checkpoint: none yet"):
+        train_classifier(setting, COURSE)
+    assert not (setting.folder / "classifier.safetensors").exists()
 
 
 def test_checkpoints_come_with_time_and_an_older_one_serves_where_the_newest_is_damaged(

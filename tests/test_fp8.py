@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpmae import Config
-from fastpmae.architecture import make_networks
+from fastpmae.architecture import check, make_networks
 from fastpmae.costs import step_costs
 from fastpmae.errors import UserError
-from fastpmae.fp8 import Fp8Linear, check_fp8, to_fp8, use_fp8
+from fastpmae.fp8 import Fp8Linear, check_fp8_device, multiply_on_gpu, multiply_plainly, to_fp8, use_fp8
 from fastpmae.step import Targets, learn, teach
 from tests.tiny import disturb, made_batch, tiny_config
 
@@ -117,21 +118,69 @@ def test_the_plan_counts_8_bit_products():
     assert plain.forward == low.forward
 
 
+def test_on_a_gpu_the_product_is_torchs_own_in_one_graph():
+    """Tensors that say they are on a GPU: torch's rules for its 8-bit product look at sizes, strides and dtypes."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        layer, rows = Fp8Linear.of(nn.Linear(64, 48, device="cuda")), torch.empty(3, 7, 64, device="cuda")
+        for run in (layer, torch.compile(layer, backend=backend, fullgraph=True)):
+            found = run(rows)
+            assert (found.shape, found.dtype, found.device.type) == ((3, 7, 48), torch.float32, "cuda")
+    (graph,) = graphs
+    (product,) = (node for node in graph.graph.nodes if node.target is torch._scaled_mm)
+    left, right, left_scale, right_scale = (argument.meta["example_value"] for argument in product.args)
+    assert left.dtype == right.dtype == torch.float8_e4m3fn
+    assert (left.shape, left.stride(), right.shape, right.stride()) == ((21, 64), (64, 1), (64, 48), (1, 64))
+    assert left_scale.dtype == right_scale.dtype == torch.float32
+    assert (left_scale.shape, right_scale.shape) == ((21, 1), (1, 48))
+    assert product.kwargs["out_dtype"] == product.kwargs["bias"].meta["example_value"].dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 14),
+    reason=f"torch {torch.__version__} may not scale 8-bit products by rows on the CPU; 2.14 does",
+)
+def test_what_a_gpu_is_asked_for_is_the_plain_product():
+    generator = torch.Generator().manual_seed(3)
+    left, right = (to_fp8(torch.randn(count, 64, generator=generator)) for count in (21, 48))
+    bias = torch.randn(48, generator=generator)
+    found = multiply_on_gpu(*left, *right, bias)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), multiply_plainly(*left, *right, bias), rtol=2**-7, atol=2**-7)
+
+
 def test_what_cannot_multiply_in_8_bits_gets_a_sentence(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(UserError, match="multiples of 16"):
-        check_fp8(make_networks(tiny_config(width=24), 10, CPU, None)[0].encoder, CPU)
-    encoder = networks()[1].encoder
+    check(tiny_config(width=48, teacher_precision="fp8"))
+    check(tiny_config(width=24))
+    with pytest.raises(UserError, match="layers of 24 x 72 are no multiples of 16"):
+        check(tiny_config(width=24, teacher_precision="fp8"))
+    check_fp8_device(CPU)
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(UserError, match=r"NVIDIA A100 does not multiply .* 8.9"):
-        check_fp8(encoder, cuda)
+        check_fp8_device(cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    check_fp8(encoder, cuda)
-    check_fp8(encoder, CPU)
-    monkeypatch.delattr(torch.nn.functional, "scaled_mm")
-    with pytest.raises(UserError, match="no products in 8 bits"):
-        check_fp8(encoder, CPU)
+    with FakeTensorMode():
+        check_fp8_device(cuda)
+
+        def refuses(*_given: Any, **_named: Any) -> Tensor:
+            raise RuntimeError("Rowwise scaling is not currently supported\nC++ CapturedTraceback: ...")
+
+        monkeypatch.setattr(torch, "_scaled_mm", refuses)
+        with pytest.raises(
+            UserError, match=r"no product .* A100 \(Rowwise scaling is not currently supported\); leave"
+        ):
+            check_fp8_device(cuda)
+        monkeypatch.delattr(torch, "_scaled_mm")
+        with pytest.raises(UserError, match=r"no product .* A100 \(.*_scaled_mm.*\); leave it out"):
+            check_fp8_device(cuda)
 
 
 def test_only_blocks_are_changed():

@@ -44,6 +44,16 @@ def test_similarity_and_match_are_those_of_the_step(run: Path, small_beton: Path
     assert learnt.step == 5
 
 
+def test_a_run_with_teachers_in_8_bits_is_looked_at_on_any_cpu(
+    small_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = pretrain(tiny_settings(small_beton).using(out=tmp_path / "run", teacher_precision="fp8", steps=1))
+    monkeypatch.delattr(torch, "_scaled_mm")
+    monkeypatch.delattr(torch.nn.functional, "scaled_mm", raising=False)
+    out = draw_run(run, small_beton, tmp_path / "learnt.png", samples=2)
+    assert np.array(Image.open(out).convert("L")).min() < 200
+
+
 def test_class_attention_is_timms(run: Path):
     student, _ = networks_of(find_checkpoint(run))
     encoder = student.encoder

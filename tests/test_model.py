@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fastpmae.model import Decoder, Encoder, Head, Student, initialise
-from fastpmae.patches import normalise, pixel_patches, sincos_positions
+from fastpmae.patches import sincos_positions
 from tests import reference
 from tests.tiny import disturb, widen
 
@@ -125,19 +125,6 @@ def test_a_fold_does_not_see_the_other_folds() -> None:
     assert torch.equal(classes[:, [0, 2]], other_classes[:, [0, 2]])
     assert torch.equal(patches[:, [*range(5), 9, 10, 11]], other_patches[:, [*range(5), 9, 10, 11]])
     assert not torch.isclose(patches[:, 5:9], other_patches[:, 5:9]).all(-1).any()
-
-
-def test_pixels_are_those_of_the_patch() -> None:
-    images, ids = made_images(2, 12), made_ids(2, 9, 4)
-    pixels = pixel_patches(images, ids, 4)
-    assert pixels.dtype == torch.uint8
-    values = normalise(pixels, torch.float64)
-    for i in range(2):
-        for n in range(4):
-            truth = reference.pixels_of(images[i], int(ids[i, n]), 4).flatten()
-            torch.testing.assert_close(values[i, n], truth, rtol=1e-12, atol=1e-12)
-    assert normalise(pixels).dtype == torch.float32
-    torch.testing.assert_close(normalise(pixels), values.float(), rtol=1e-6, atol=1e-6)
 
 
 def test_patch_embedding_is_timms_convolution() -> None:

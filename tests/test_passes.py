@@ -5,28 +5,37 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
-from fastpmae import Config, pretrain
+from fastpmae import PRESETS, Config, pretrain
 from fastpmae import train as loop
-from fastpmae.architecture import build_student, check
+from fastpmae.architecture import build_student, check, make_networks
 from fastpmae.config import Config as Settings
 from fastpmae.costs import _batch
 from fastpmae.errors import UserError
+from fastpmae.fp8 import use_fp8
 from fastpmae.log import Meter
 from fastpmae.optimiser import make_optimiser, update
 from fastpmae.passes import make_passes
 from fastpmae.step import balance, learn, see, teach
 from fastpmae.teachers import make_teachers
 from fastpmae.world import World
+from fastpmae_kernels import backend, prototype_cross_entropy
+from fastpmae_kernels.backend import written_on
+from tests.devices import Waits
 from tests.made import REPOSITORY
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
 
@@ -106,6 +115,59 @@ def test_each_pass_is_one_graph_and_is_compiled_once(
     rtol, atol = (2e-3, 1e-3) if "teacher_precision" in settings else (1e-4, 1e-5)
     assert found[0][:2] == pytest.approx(expected[0][:2], rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+def made_in(graph: torch.fx.Graph, numbers: int) -> list[str]:
+    """What makes a new tensor of at least so many numbers in a graph of aot_autograd's."""
+    found = []
+    for node in graph.nodes:
+        value, schema = node.meta.get("val"), getattr(node.target, "_schema", None)
+        view = schema is not None and any(result.alias_info is not None for result in schema.returns)
+        if node.op == "call_function" and not view and isinstance(value, Tensor) and value.numel() >= numbers:
+            found.append(str(node.target))
+    return found
+
+
+def graphs_of(function: Any, *arguments: Any) -> tuple[torch.fx.Graph, torch.fx.Graph]:
+    """The graphs of a function's forward and backward pass, as a compiler is given them."""
+    graphs: list[torch.fx.Graph] = []
+
+    def compiler(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    with watched():
+        backend = aot_autograd(
+            fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
+        )
+        torch.compile(function, backend=backend, fullgraph=True)(*arguments).backward()
+    forward, backward = graphs
+    return forward, backward
+
+
+def test_the_compiled_step_copies_no_gradient_of_logits():
+    """Of the student's patch logits one matrix is made, and none in the backward pass."""
+    config = tiny_config(prototypes=1000, depth=1, drop_path=0.0)
+    student, teachers = tiny_networks(config)
+    for network in (student, *teachers.modules().values()):
+        network.float()
+    batch = made_batch()
+    targets = teach(teachers, batch, config)
+    logits = batch.folds.numel() * 1000
+    forward, backward = graphs_of(lambda: learn(student, batch, None, targets, config).total)
+    assert [name for name in made_in(forward, logits) if "getitem" not in name] == ["aten.mm.default"]
+    assert made_in(backward, logits) == []
+
+
+def test_a_copy_of_logits_would_have_been_noticed():
+    """What the test above relies on: where the gradient is scaled in place, the backward pass makes another."""
+    leaf, labels = torch.rand(8, 40, requires_grad=True), torch.rand(8, 40)
+
+    def loss() -> Tensor:
+        rows = torch.arange(8)
+        return prototype_cross_entropy(leaf * 1, labels, torch.zeros(40), rows, overwrite=True).mean()
+
+    assert made_in(graphs_of(loss)[1], 8 * 40) != []
 
 
 def test_another_shape_would_have_been_noticed():
@@ -196,30 +258,24 @@ def test_modes_that_make_no_sense_get_a_sentence(settings: dict[str, Any], sente
     check(Settings().using(accumulate=2, shard=True, compile_mode="max-autotune-no-cudagraphs"))
 
 
-WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select", "unique_dim"}
-"""Operations whose result the host has to wait for."""
-
-
-class Waits(TorchDispatchMode):
-    """Notes each operation that waits for the device, or that carries something to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside, self.found = True, []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        home = isinstance(result, Tensor) and result.device.type == "cpu" and result.numel() > 0
-        carried = home and any(isinstance(each, Tensor) and each.device.type == "cuda" for each in args)
-        if func._opname in WAITING or carried:
-            self.found.append((func._opname, self.inside))
-        return result
+PLACES = {preset: {"preset": preset} for preset in PRESETS} | {
+    "dual, uneven folds": {"folds": 5},
+    "dual, match within uneven folds": {"match_scope": "fold", "folds": 5},
+    "dual, L2 match": {"match_metric": "l2"},
+    "dual in chunks": {"prototypes_chunk": 7},
+    "dual, blocks anew": {"checkpoint_blocks": 1},
+    "dual in fp8": {"teacher_precision": "fp8"},
+    "SdAE, cosine over tokens, uneven folds": {"preset": "sdae-code", "folds": 5},
+    "MAE, uneven folds": {"preset": "mae", "folds": 5},
+}
+"""Settings that change which operations a step has."""
 
 
 def test_no_step_between_two_rows_waits(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     """The loop itself, on the CPU: from the start of a step to its last figure."""
-    waits = Waits()
+    waits = Waits(anywhere=True)
     waits.inside = False
+    looked: list[str] = []
     real_rate, real_step = loop.learning_rate, loop.Log.step
 
     def starts(*arguments: Any) -> float:
@@ -230,29 +286,67 @@ def test_no_step_between_two_rows_waits(tiny: Config, monkeypatch: pytest.Monkey
         waits.inside = False
         real_step(*arguments)
 
+    def looks(name: str) -> Callable[..., Any]:
+        real = getattr(loop, name)
+        return lambda *arguments: looked.append(name) or real(*arguments)
+
+    for name in ("health", "match_geometry"):
+        monkeypatch.setattr(loop, name, looks(name))
     monkeypatch.setattr(loop, "learning_rate", starts)
     monkeypatch.setattr(loop.Log, "step", ends)
     with waits:
         pretrain(tiny.using(log_every=4, steps=8, accumulate=2, clip_grad=1.0))
     assert [name for name, inside in waits.found if inside] == []
+    # what a row looks at waits for the device: there are two rows
+    assert looked == ["health", "match_geometry"] * 2
     # rows and checkpoints do wait, so the test would have seen it
     assert {name for name, _ in waits.found} >= {"_local_scalar_dense"}
 
 
-@pytest.mark.parametrize("settings", [{}, {"prototypes_chunk": 7}, {"preset": "sdae"}, {"preset": "mae"}], ids=str)
+@pytest.fixture
+def meta_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The meta device in a GPU's place: the kernels' operators run there, and autocast, which it has not, is off."""
+    monkeypatch.setattr(backend, "runs_plain", lambda *tensors: any(each.dtype == torch.float64 for each in tensors))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float32)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_forward_and_backward_neither_wait_nor_carry_anything(case: str, meta_as_a_gpu: torch.device):
+    """Tensors without memory, on a device that is not the host: what needs a number of one, or brings one, is seen."""
+    settings = dict(PLACES[case])
+    config = tiny_config(settings.pop("preset", "paper"), **settings)
+    student, teachers = make_networks(config, 10, meta_as_a_gpu, None)
+    with meta_as_a_gpu:
+        batch, keep = _batch(config, 3)
+    with Waits() as waits:
+        learn(student, batch, keep, teach(teachers, batch, config), config).total.backward()
+        assert waits.found == []
+        assert {parameter.grad.device.type for parameter in student.parameters() if parameter.grad is not None} == {
+            "meta"
+        }
+
+
+@pytest.mark.parametrize("case", PLACES)
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-def test_nothing_is_carried_from_a_gpu_to_the_host(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    """Tensors that say they are on a GPU, and cannot be read: what needs a number from one fails."""
-    # autograd asks for the GPU itself, which is not there; `lean` and the kernels' tests hold its operations
+def test_nothing_is_carried_between_a_gpu_and_the_host(case: str, monkeypatch: pytest.MonkeyPatch):
+    """The whole step but its backward pass, on tensors that say they are on a GPU and cannot be read."""
+    # autograd asks for the GPU itself, which is not there; the test above holds its operations
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs: [torch.empty_like(each) for each in inputs])
-    settings = dict(settings)
-    config = tiny_config(settings.pop("preset", "paper"), folds=5, **settings)
+    settings = dict(PLACES[case])
+    config = tiny_config(settings.pop("preset", "paper"), **settings)
     device = torch.device("cuda", 0)
     world = World(0, 1, 1, device, None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with device:
             student = build_student(config)
-            teachers = make_teachers(student, config.teachers, 10, 10, torch.Generator())
+            # what is drawn cannot be read here
+            teachers = make_teachers(student, config.using(teacher_init="copy").teachers, 10, 10, torch.Generator())
+            if config.efficiency.teacher_precision == "fp8":
+                for teacher in teachers.modules().values():
+                    use_fp8(teacher.encoder)
             optimiser = make_optimiser(student, config)
             batch, keep = _batch(config, 3)
             meter = Meter(device, 3)
@@ -267,7 +361,45 @@ def test_nothing_is_carried_from_a_gpu_to_the_host(settings: dict[str, Any], mon
             meter.add(0, torch.stack(losses[:4]).detach(), norm, skipped, batch.index)
             assert losses.total.device == device
             assert waits.found == []
-            losses.total.cpu()
-            assert waits.found == [("_to_copy", True)]
-            with pytest.raises(DataDependentOutputException):
-                meter.is_bad()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_waits_and_copies_would_have_been_noticed():
+    """What the tests above rely on, in both directions."""
+    device = torch.device("cuda", 0)
+
+    def seen(work: Callable[[Tensor], Any]) -> list[str]:
+        with Waits() as waits, contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
+            work(there)
+        return [name for name, _ in waits.found]
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there, here = torch.empty(4, 3, device=device), torch.empty(4, 3)
+        assert seen(lambda x: x.cpu()) == ["_to_copy to the host"]
+        assert seen(lambda x: here.copy_(x)) == ["copy_ to the host"]
+        assert seen(lambda x: here.to(x.device, non_blocking=True)) == ["_to_copy to the device"]
+        assert seen(lambda x: torch.tensor(0.5).to(x.device)) == ["_to_copy to the device"]
+        assert "tensor from Python's numbers" in seen(lambda x: x + torch.tensor([1.0, 2.0, 3.0], device=device))
+        assert "index to the device" in seen(lambda x: x[torch.arange(2)])
+        for waiting in (
+            lambda x: x.sum().item(),
+            lambda x: bool(x.isfinite().all()),
+            lambda x: x.tolist(),
+            lambda x: x.nonzero(),
+            lambda x: x[x > 0],
+            lambda x: x.unique(),
+            lambda x: x.masked_select(x > 0),
+            lambda x: torch.equal(x, x),
+            lambda x: x.repeat_interleave(torch.ones(4, dtype=torch.int64, device=device), 0),
+        ):
+            assert seen(waiting) != []
+        for free in (
+            lambda x: x + torch.arange(3, device=device),
+            lambda x: x.repeat_interleave(torch.ones(4, dtype=torch.int64, device=device), 0, output_size=4),
+            lambda x: x[torch.arange(2, device=device)],
+            lambda x: x * torch.tensor(0.5),
+            lambda x: torch.where(x > 0, 0.5, x),
+            lambda x: x.repeat_interleave(2, dim=0),
+            lambda x: written_on(x.device, (0.1, 0.2, 0.3)) * x,
+        ):
+            assert seen(free) == []

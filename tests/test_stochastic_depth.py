@@ -10,9 +10,7 @@ from tests.tiny import tiny_config
 
 
 def drawn(samples: np.ndarray, epoch: int = 0, drop_path: float = 0.6, depth: int = 4, seed: int = 0) -> Tensor:
-    keep = stochastic_depth(
-        tiny_config(drop_path=drop_path, depth=depth, seed=seed), epoch, samples, torch.device("cpu")
-    )
+    keep = stochastic_depth(tiny_config(drop_path=drop_path, depth=depth, seed=seed), epoch, samples)
     assert keep is not None
     return keep
 
@@ -46,4 +44,4 @@ def test_only_seed_epoch_and_sample_matter() -> None:
 
 def test_none_where_nothing_is_dropped() -> None:
     config = tiny_config(drop_path=0.0)
-    assert stochastic_depth(config, 0, np.arange(3), torch.device("cpu")) is None
+    assert stochastic_depth(config, 0, np.arange(3)) is None

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastpmae import PRESETS
 from fastpmae.architecture import make_networks
 from fastpmae.model import Student
 from fastpmae.teachers import Schedule, Teachers, make_teachers
 from tests import reference
+from tests.devices import Draws
 from tests.tiny import disturb, made_batch, tiny_config, tiny_networks
 
 State = dict[str, Tensor]
@@ -195,6 +197,22 @@ def test_teachers_start_at_random() -> None:
         assert_same(teacher, state, 0)
     # the student is the one that copying teachers would have had
     assert_same(made()[0], own, 0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("start", ["copy", "random"])
+def test_all_networks_are_drawn_on_the_host_whatever_they_compute_on(preset: str, start: str) -> None:
+    """A generator of the host's draws for no other device, and a GPU's own would give a seed other weights."""
+    config = tiny_config(preset, teacher_init=start)
+    with Draws() as draws:
+        student, teachers = make_networks(config, 10, torch.device("meta"), None)
+    assert draws.devices == {"cpu"}
+    for network in (student, *teachers.modules().values()):
+        tensors = [*network.parameters(), *network.buffers()]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
+    with Draws() as draws:
+        torch.nn.init.normal_(student.encoder.cls_token)
+    assert draws.devices == {"meta"}  # it would have been seen
 
 
 def test_random_teachers_keep_nothing_of_a_student_with_weights() -> None:

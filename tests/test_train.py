@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from fastpmae import PRESETS, Config, RunError, UserError, preset, pretrain, write_beton
+from fastpmae import saver as saving
 from fastpmae import train as loop
 from fastpmae.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of, write_checkpoint
+from fastpmae.errors import Interrupted
 from fastpmae.log import TIMINGS
 from tests.made import REPOSITORY, write_tree
 
@@ -245,7 +247,7 @@ def test_damaged_checkpoints_are_passed_over_for_the_one_before(tiny: Config, tm
 
 
 def test_keep_older_checkpoints(tiny: Config):
-    folder = pretrain(tiny.using(steps=7, save_steps=2, keep=2))
+    folder = pretrain(tiny.using(steps=7, save_steps=1, keep=2))
     assert [int(path.stem[5:]) for path in checkpoints_in(folder)] == [7, 6, 5]
 
 
@@ -367,6 +369,154 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_named(tiny: Config, m
     with pytest.raises(RunError, match=r"No space left on device. Last checkpoint: .*step-00000001"):
         pretrain(tiny.using(steps=2, resume="auto"))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001.safetensors"]
+
+
+def test_a_full_disk_is_told_at_the_next_step(tiny: Config, monkeypatch: pytest.MonkeyPatch):
+    """The checkpoint is written beside the steps, which go on for the moment that the disk takes to refuse it."""
+    tiny = tiny.using(epochs=1000)
+    written, write = 0, saving.write_checkpoint
+
+    def fills_up(*arguments: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 2:
+            raise RunError("No space left on device. Last checkpoint: none but the first")
+        write(*arguments)
+
+    monkeypatch.setattr(saving, "write_checkpoint", fills_up)
+    with pytest.raises(RunError, match="No space left on device"):
+        pretrain(tiny.using(save_steps=4))
+    assert tiny.run.out is not None
+    assert [step_of(path) for path in checkpoints_in(tiny.run.out)] == [4]
+    assert 8 <= rows_of(tiny.run.out)[-1]["step"] < 100
+    monkeypatch.undo()
+    pretrain(tiny.using(resume="auto", steps=9))
+
+
+DISK = """
+import os, signal, sys, time
+from pathlib import Path
+import safetensors.torch
+import fastpmae.checkpoint, fastpmae.train
+
+kind, write = sys.argv.pop(1), safetensors.torch.save_file
+
+def disk(tensors, beside, header):
+    step = int(Path(beside).stem[5:])
+    if kind == "slow":
+        time.sleep(1)
+    if kind == "dies" and step == 6:
+        Path(beside).write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "full" and step == 6:
+        raise OSError(28, os.strerror(28))
+    write(tensors, beside, header)
+
+fastpmae.checkpoint.save_file = disk
+sys.exit(fastpmae.train.main())
+"""
+
+
+def on_a_disk(kind: str, config: Config) -> tuple[int, str]:
+    """`fastpmae-train` in a process of its own, on a disk that is "slow", "full" at step 6, or "dies" there."""
+    done = subprocess.run(
+        [sys.executable, "-c", DISK, kind, *flags_of(config)],
+        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_disks_that_are_slow_full_or_gone(tiny: Config, tmp_path: Path):
+    straight = pretrain(tiny.using(steps=12, out=tmp_path / "straight"))
+    tiny = tiny.using(save_steps=3, keep=9)
+    folder = tiny.run.out
+    assert folder is not None
+    # killed in the middle of a write: the checkpoint before is there, and what is half done goes at the next start
+    status, text = on_a_disk("dies", tiny)
+    assert status == -signal.SIGKILL, text
+    assert [step_of(path) for path in checkpoints_in(folder)] == [3]
+    assert len(list(folder.glob("checkpoints/.partial-*"))) == 1
+    status, text = on_a_disk("full", tiny.using(resume="auto", epochs=3))
+    assert status == 1, text
+    assert text.splitlines()[-1].endswith(f"No space left on device. Last checkpoint: {checkpoint_path(folder, 3)}")
+    assert text.count("fastpmae-train: stopped: ") == 1
+    assert "Traceback" not in text
+    assert not list(folder.glob("checkpoints/.*"))
+    status, text = on_a_disk("slow", tiny.using(resume="auto", steps=12))
+    assert status == 0, text
+    assert [step_of(path) for path in checkpoints_in(folder)] == [12, 9, 6, 3]
+    assert_same_run(straight, folder, 12)
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And each holds the step that it names: the same as of a run that waits for each."""
+    tiny = tiny.using(save_steps=4, keep=99, steps=11)
+    steps, seen, write, step, save = [0], [], saving.write_checkpoint, loop.Log.step, loop.Saver.save
+
+    def counted(log: Any, number: int, *others: Any) -> None:
+        steps[0] = number
+        step(log, number, *others)
+
+    def slow(path: Path, *others: Any) -> None:
+        limit = time.monotonic() + 60
+        while steps[0] < min(step_of(path) + 3, 11) and time.monotonic() < limit:
+            time.sleep(0.005)
+        seen.append((step_of(path), steps[0]))
+        write(path, *others)
+
+    monkeypatch.setattr(loop.Log, "step", counted)
+    monkeypatch.setattr(saving, "write_checkpoint", slow)
+    beside = pretrain(tiny)
+    # three steps later, while the write before the last is waited for when the last is due
+    assert [(number, later - number) for number, later in seen] == [(4, 3), (8, 3), (11, 0)]
+    monkeypatch.setattr(saving, "write_checkpoint", write)
+
+    def waits(saver: Any, *arguments: Any) -> None:
+        save(saver, *arguments)
+        saver.wait()
+
+    monkeypatch.setattr(loop.Saver, "save", waits)
+    plain = pretrain(tiny.using(out=tmp_path / "plain"))
+    for number in (4, 8, 11):
+        one, other = (read_checkpoint(checkpoint_path(folder, number)) for folder in (beside, plain))
+        assert one.progress == other.progress
+        assert one.tensors.keys() == other.tensors.keys()
+        assert [name for name in one.tensors if not torch.equal(one.tensors[name], other.tensors[name])] == []
+
+
+def test_epoch_ends_save_when_it_is_time(tiny: Config, monkeypatch: pytest.MonkeyPatch):
+    saved, save = [], loop.Saver.save
+
+    def noted(saver: Any, path: Path, *others: Any) -> None:
+        saved.append(step_of(path))
+        save(saver, path, *others)
+
+    monkeypatch.setattr(loop.Saver, "save", noted)
+    folder = pretrain(tiny.using(steps=11))
+    assert saved == [11]
+    saved.clear()
+    pretrain(tiny.using(steps=13, save_every=0.0, resume="auto"))
+    assert saved == [12, 13]
+    assert [step_of(path) for path in checkpoints_in(folder)] == [13, 12]
+
+
+def test_a_signal_waits_for_the_write(tiny: Config, monkeypatch: pytest.MonkeyPatch):
+    write = saving.write_checkpoint
+
+    def signalled(path: Path, *others: Any) -> None:
+        if step_of(path) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        write(path, *others)
+
+    monkeypatch.setattr(saving, "write_checkpoint", signalled)
+    with pytest.raises(Interrupted) as stopped:
+        pretrain(tiny.using(save_steps=2, epochs=1000, keep=9))
+    assert tiny.run.out is not None
+    newest = step_of(checkpoints_in(tiny.run.out)[0])
+    assert f"SIGTERM after step {newest} of" in str(stopped.value)
+    assert read_checkpoint(checkpoint_path(tiny.run.out, newest)).progress["step"] == newest
 
 
 def test_resume_from_a_checkpoint_by_its_path(tiny: Config, tmp_path: Path):

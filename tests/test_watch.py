@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def rows_of(run: Path) -> list[dict[str, float]]:
 
 
 def test_figures_are_those_of_the_checkpoint(tiny: Config, small_beton: Path, capsys):
-    folder = pretrain(tiny.using(eval_every=2, keep=10))
+    folder = pretrain(tiny.using(eval_every=2, keep=10, save_steps=5))
     found = [row for row in rows_of(folder) if "knn_student" in row]
     # after the second epoch, and at the end
     assert [(row["step"], row["epoch"]) for row in found] == [(10, 2), (15, 3)]
@@ -61,13 +62,17 @@ def test_a_run_is_the_same_with_and_without(tiny: Config, tmp_path: Path):
     assert kept == [{k: v for k, v in row.items() if k not in timings} for row in rows_of(plain)]
 
 
-def test_a_run_is_saved_before_it_is_evaluated_and_a_signal_stops_that_soon(tiny: Config, monkeypatch):
+@pytest.mark.parametrize("save_steps", [5, 0], ids=["saved before", "saved after"])
+def test_a_run_that_is_evaluated_is_saved_and_a_signal_stops_that_soon(tiny: Config, monkeypatch, save_steps: int):
     folder, figures = tiny.run.out, []
     assert folder is not None
-    embed = watch.features
+    embed, checkpoint = watch.features, checkpoint_path(folder, 5)
 
     def signalled(encoder, pictures):
-        figures.append(checkpoint_path(folder, 5).exists())
+        limit = time.monotonic() + 60  # it is being written
+        while save_steps and not checkpoint.exists() and time.monotonic() < limit:
+            time.sleep(0.005)
+        figures.append(checkpoint.exists())
         os.kill(os.getpid(), signal.SIGTERM)
         return embed(encoder, pictures)
 
@@ -75,8 +80,9 @@ def test_a_run_is_saved_before_it_is_evaluated_and_a_signal_stops_that_soon(tiny
     monkeypatch.setattr(watch, "BATCH", 10)
     monkeypatch.setattr(watch, "features", signalled)
     with pytest.raises(Interrupted, match="SIGTERM after step 5 of 15"):
-        pretrain(tiny.using(eval_every=1))
-    assert figures == [True] * 3, "three networks saw one batch"
+        pretrain(tiny.using(eval_every=1, save_steps=save_steps))
+    assert figures == [save_steps > 0] * 3, "three networks saw one batch"
+    assert checkpoint.exists()
     assert not [row for row in rows_of(folder) if "knn_student" in row]
     monkeypatch.undo()
     pretrain(tiny.using(eval_every=1, resume="auto"))

@@ -98,7 +98,7 @@ def test_logged_losses_and_gradients_are_the_references(tiny: Config) -> None:
             epoch, place = divmod(step - 1, PER_EPOCH)
             loader.set_epoch(epoch)
             batch = next(batch for number, batch in enumerate(loader) if number == place)
-            keep = stochastic_depth(config, epoch, batch.samples, alone.device)
+            keep = stochastic_depth(config, epoch, batch.samples)
             assert keep is not None
             before, after = (read_checkpoint(checkpoint_path(folder, number)) for number in (step - 1, step))
             parts = ("student", "reconstruction_teacher", "labelling_teacher")

@@ -31,7 +31,6 @@ from fastpmae.gpus import GPUS, Gpu
 from fastpmae.health import health
 from fastpmae.plan import Plan
 
-
 COMPILING = 45.0
 """Seconds that a compiled case takes about; one that would be cut off is not begun."""
 EAGER = 8.0

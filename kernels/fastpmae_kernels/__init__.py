@@ -10,7 +10,11 @@ from fastpmae_kernels import backend
 from fastpmae_kernels.match import nearest_patch, nearest_patch_ref, nearest_patch_similarity
 from fastpmae_kernels.patch_tokens import patch_tokens, patch_tokens_ref
 from fastpmae_kernels.photometric import photometric, photometric_ref
-from fastpmae_kernels.prototype_features import prototype_cross_entropy_from_features, sinkhorn_bias_from_features
+from fastpmae_kernels.prototype_features import (
+    prototype_cross_entropy_from_features,
+    prototype_cross_entropy_of_product,
+    sinkhorn_bias_from_features,
+)
 from fastpmae_kernels.prototype_loss import prototype_cross_entropy, prototype_cross_entropy_ref
 from fastpmae_kernels.sinkhorn import (
     label_bias,
@@ -33,6 +37,7 @@ __all__ = [
     "photometric_ref",
     "prototype_cross_entropy",
     "prototype_cross_entropy_from_features",
+    "prototype_cross_entropy_of_product",
     "prototype_cross_entropy_ref",
     "sinkhorn",
     "sinkhorn_bias",

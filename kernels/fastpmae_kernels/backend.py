@@ -5,11 +5,12 @@ torch's CUDA and ROCm builds only).
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 try:
@@ -58,6 +59,17 @@ def operation(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], 
         return torch.library.custom_op(f"fastpmae::{name}", function, mutates_args=mutates, device_types="cpu")
 
     return register
+
+
+def written_on(
+    device: torch.device, numbers: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, " numbers"]:
+    """A few of Python's numbers as a tensor, each written by the device itself.
+
+    `torch.tensor(numbers, device=device)` is made on the host and copied, and the host waits until the device comes to
+    that copy; in the capture of a CUDA graph it fails.
+    """
+    return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
 
 
 def next_power_of_two(number: int) -> int:

@@ -47,6 +47,11 @@ SPILLS = r"\b(STL|LDL)\b"
 WIDE_LOADS = r"\bLDG\.\S*128|\bLDGSTS\.\S*128|\bUTMALDG|(global|buffer)_load_dwordx4"
 
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NEAREST = (("", True, False), ("'s l2", False, False), (" in folds", True, True), ("'s l2 in folds", False, True))
+"""Words for it, whether by the cosine, whether within folds."""
+
+
 @dataclass(frozen=True)
 class Build:
     """A kernel with the types and tile it is launched with, and what its machine code must show."""
@@ -88,60 +93,69 @@ def _types(kernel: Any, pointers: dict[str, str], floats: tuple[str, ...] = ()) 
 
 
 def builds(prototypes: int = 4096, patch_size: int = 16) -> list[Build]:
-    """Every kernel as the paper's sizes launch it."""
+    """Every kernel as the paper's sizes launch it.
+
+    Logits and tokens in all types that the trainer has (where it computes in bf16 the teacher's logits are in fp16),
+    and in some that other code has.
+    """
     strides = ("prototypes", "stride", "student_stride", "teacher_stride", "gradient_stride")
     tokens = ("dim", "student_image", "student_row", "teacher_image", "teacher_row", "height", "width")
-    half, whole = "*fp16", "*fp32"
+    half, brain, whole = "fp16", "bf16", "fp32"
     found = []
     for dtype in (half, whole):
-        name = {half: "fp16", whole: "fp32"}[dtype]
+        pointers = {"logits": f"*{dtype}"} | dict.fromkeys(("peaks", "totals", "logv", "sums"), "*fp32")
         found += [
             Build(
-                f"column_logsumexp {name}", column_kernel,
-                _types(column_kernel, {"logits": dtype, "peaks": whole, "totals": whole}, ("scale",)),
+                f"column_logsumexp {dtype}", column_kernel, _types(column_kernel, pointers, ("scale",)),
                 {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}, registers=128, aligned=strides,
             ),
             Build(
-                f"assigned_sums {name}", assigned_kernel,
-                _types(assigned_kernel, {"logits": dtype, "logv": whole, "sums": whole}, ("scale",)),
+                f"assigned_sums {dtype}", assigned_kernel, _types(assigned_kernel, pointers, ("scale",)),
                 assigned_meta(prototypes), registers=128, aligned=strides,
             ),
-            Build(
-                f"cross_entropy {name}", cross_entropy_kernel,
-                _types(
-                    cross_entropy_kernel,
-                    {"student": dtype, "teacher": dtype, "logv": whole, "index": "*i64", "loss": whole,
-                     "gradient": dtype},
-                    ("label_scale", "scale", "expected"),
-                ),
-                {"GRADIENT": True, **cross_entropy_meta(prototypes)}, registers=80, aligned=strides,
-            ),
-            Build(
-                f"scale_rows {name}", scale_kernel, _types(scale_kernel, {"rows": dtype, "factor": whole}),
-                {"COLUMNS": 4096, "num_warps": 4}, registers=64, aligned=strides,
-            ),
-            *_of_long_rows(dtype, name, strides),
+            *_sweeps_of_long_rows(dtype, strides),
         ]  # fmt: skip
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        pointers = {"student": f"*{name}", "teacher": f"*{name}", "fold": "*i64", "index": "*i64", "similarity": whole}
+    for dtype in (half, brain, whole):
         found.append(
             Build(
-                f"nearest_patch {name}", nearest_kernel, _types(nearest_kernel, pointers),
-                {"COSINE": True, "FOLDS": False, **nearest_meta(dtype)}, registers=128,
-                tensor_cores=dtype != torch.float32, aligned=tokens,
+                f"scale_rows {dtype}", scale_kernel, _types(scale_kernel, {"rows": f"*{dtype}", "factor": "*fp32"}),
+                {"COLUMNS": 4096, "num_warps": 4}, registers=64, aligned=strides,
             )
         )  # fmt: skip
+    for student, teacher in ((half, half), (brain, half), (brain, brain), (whole, whole)):
+        pair = student if student == teacher else f"{student}, teacher's {teacher}"
+        pointers = {"student": f"*{student}", "teacher": f"*{teacher}", "gradient": f"*{student}", "index": "*i64"}
+        pointers |= dict.fromkeys(("logv", "loss"), "*fp32")
+        floats = ("label_scale", "scale", "expected")
+        for words, kernel, tile, registers in (
+            ("cross_entropy", cross_entropy_kernel, cross_entropy_meta(prototypes), 80),
+            ("long rows' cross_entropy", long_rows.long_cross_entropy_kernel,
+             {"COLUMNS": long_rows.TILE, "num_warps": 4}, 160),
+        ):  # fmt: skip
+            types, tile = _types(kernel, pointers, floats), {"GRADIENT": True, **tile}
+            found.append(Build(f"{words} {pair}", kernel, types, tile, registers, aligned=strides))
+    for dtype, by in ((brain, NEAREST), (whole, NEAREST), (half, NEAREST[:1])):
+        for words, cosine, folds in by:
+            pointers = {"student": f"*{dtype}", "teacher": f"*{dtype}", "fold": "*i32" if folds else "*i64"}
+            pointers |= {"index": "*i64", "similarity": "*fp32"}
+            found.append(
+                Build(
+                    f"nearest_patch{words} {dtype}", nearest_kernel, _types(nearest_kernel, pointers),
+                    {"COSINE": cosine, "FOLDS": folds, **nearest_meta(DTYPES[dtype])}, registers=128,
+                    tensor_cores=dtype != whole, aligned=tokens,
+                )
+            )  # fmt: skip
     affine = tuple(f"{kind}_{channel}" for kind in ("scale", "shift") for channel in "rgb")
-    found.append(
-        Build(
-            "patch_tokens bf16", tokens_kernel,
-            _types(tokens_kernel, {"images": "*u8", "ids": "*i64", "tokens": "*bf16"}, affine),
-            {"SIZE": patch_size, **tokens_meta(patch_size)}, registers=48, aligned=tokens,
-        )
-    )  # fmt: skip
+    for dtype in (brain, half, whole):
+        found.append(
+            Build(
+                f"patch_tokens {dtype}", tokens_kernel,
+                _types(tokens_kernel, {"images": "*u8", "ids": "*i64", "tokens": f"*{dtype}"}, affine),
+                {"SIZE": patch_size, **tokens_meta(patch_size)}, registers=48, aligned=tokens,
+            )
+        )  # fmt: skip
     pointers = {"images": "*u8", "choices": "*u8", "source": "*u8", "unblurred": "*u8", "taps": "*i32", "sums": "*i32",
-                "numbers": whole, "means": whole}  # fmt: skip
+                "numbers": "*fp32", "means": "*fp32"}  # fmt: skip
     planes = ("pixels", "height", "width")
     tile = {"PIXELS": PIXELS, **photometric_meta()}
     found.append(Build("luma_sums", luma_kernel, _types(luma_kernel, pointers), tile, registers=160, aligned=planes))
@@ -154,26 +168,21 @@ def builds(prototypes: int = 4096, patch_size: int = 16) -> list[Build]:
         tile = {"DOWN": down, "NORMALISED": dtype != "*u8", "TINY": False, "RADIUS": RADIUS, "LINES": LINES,
                 "COLUMNS": COLUMNS, **photometric_meta()}  # fmt: skip
         way = "down" if down else "along"
-        found.append(Build(f"blur {way} {name}", blur_kernel, types, tile, registers=128, aligned=planes))
+        # Triton 3.6 takes 157 along the rows on sm_80, and spills none.
+        found.append(Build(f"blur {way} {name}", blur_kernel, types, tile, registers=160, aligned=planes))
     return found
 
 
-def _of_long_rows(dtype: str, name: str, aligned: tuple[str, ...]) -> list[Build]:
-    """What more prototypes than fit into registers are launched with, the same for any number of them."""
-    whole, tile = "*fp32", {"COLUMNS": long_rows.TILE, "num_warps": 4}
-    pointers = {"logits": dtype, "student": dtype, "teacher": dtype, "gradient": dtype, "index": "*i64"}
-    pointers |= dict.fromkeys(("logv", "peaks", "totals", "sums", "loss"), whole)
-    floats = ("label_scale", "scale", "expected")
-    sums_tile = {"ROWS": long_rows.ROWS, "COLUMNS": long_rows.COLUMNS}
+def _sweeps_of_long_rows(dtype: str, aligned: tuple[str, ...]) -> list[Build]:
+    """What more prototypes than fit into registers are swept with, the same for any number of them."""
+    pointers = {"logits": f"*{dtype}"} | dict.fromkeys(("logv", "peaks", "totals", "sums"), "*fp32")
     return [
-        Build(
-            f"{words} {name}", kernel, _types(kernel, pointers, floats), tile | each, registers=registers,
-            aligned=aligned,
-        )
-        for words, kernel, each, registers in (
-            ("long rows' maxima", long_rows.row_peak_kernel, {}, 96),
-            ("long rows' column sums", long_rows.column_sums_kernel, sums_tile, 128),
-            ("long rows' cross_entropy", long_rows.long_cross_entropy_kernel, {"GRADIENT": True}, 160),
+        Build(f"long rows' {words} {dtype}", kernel, _types(kernel, pointers, ("scale",)), tile, registers,
+              aligned=aligned)
+        for words, kernel, tile, registers in (
+            ("maxima", long_rows.row_peak_kernel, {"COLUMNS": long_rows.TILE, "num_warps": 4}, 96),
+            ("column sums", long_rows.column_sums_kernel,
+             {"ROWS": long_rows.ROWS, "COLUMNS": long_rows.COLUMNS, "num_warps": 4}, 128),
         )
     ]  # fmt: skip
 
@@ -232,7 +241,7 @@ def spoilt() -> Iterator[tuple[str, str, Build]]:
     large = replace(nearest, tile={**nearest.tile, "ROWS": 128, "PATCHES": 128, "FEATURES": 128, "num_stages": 6})
     yield "spills", "sm_90", long_rows
     yield "spills", "gfx942", large
-    yield "registers", "sm_100", long_rows
+    yield "registers", "sm_100", replace(sweep, tile={"ROWS": 2, "COLUMNS": 4096, "num_warps": 4})
     for target in ("sm_80", "gfx942"):
         yield "no 16-byte load", target, replace(sweep, unaligned=True)
     yield "no tensor-core instruction", "sm_80", replace(known["nearest_patch fp32"], tensor_cores=True)

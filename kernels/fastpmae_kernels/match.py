@@ -84,7 +84,7 @@ def _nearest_ref(student: Tensor, teacher: Tensor, metric: Metric, folds: Sequen
             lengths = student.square().sum(dim=-1).unsqueeze(2) + teacher.square().sum(dim=-1).unsqueeze(1)
             similarity = 2 * student @ teacher.mT - lengths
     if len(folds) > 1:
-        fold = _fold_of(folds, student.device)
+        fold = fold_of(folds, student.device)
         similarity = similarity.masked_fill(fold[:, None] != fold[None, :], -torch.inf)
     index = similarity.argmax(dim=-1)
     return index, similarity.gather(2, index.unsqueeze(2)).squeeze(2)
@@ -111,9 +111,10 @@ def _checked_folds(
     return [size for size in fold_sizes if size > 0]
 
 
-def _fold_of(folds: Sequence[int], device: torch.device) -> Int[Tensor, " patches"]:
-    sizes = torch.tensor(folds, device=device)
-    return torch.arange(len(folds), device=device).repeat_interleave(sizes, output_size=sum(folds))
+def fold_of(folds: Sequence[int], device: torch.device) -> Int[Tensor, " patches"]:
+    """The number of each patch's fold, int32, written by the device itself: a list of sizes would be copied to it."""
+    numbered = enumerate(folds)
+    return torch.cat([torch.full((size,), fold, dtype=torch.int32, device=device) for fold, size in numbered])
 
 
 # The CPU form: tiles of products and a running best, all of an image's work on one thread.
@@ -238,11 +239,13 @@ def _(student: Tensor, teacher: Tensor, cosine: bool, folds: Sequence[int]) -> t
 def nearest_patch_triton(
     student: Tensor, teacher: Tensor, cosine: bool, folds: Sequence[int]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # A bf16 student's teacher comes in fp32 from its last norm. Rounded here once, for every tile of student patches.
+    teacher = teacher.to(student.dtype)
     student, teacher = (t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous() for t in (student, teacher))
     batch, masked, dim = student.shape
     index = torch.empty(batch, masked, dtype=torch.int64, device=student.device)
     similarity = torch.empty(batch, masked, dtype=torch.float32, device=student.device)
-    fold = _fold_of(folds, student.device).to(torch.int32) if folds else index
+    fold = fold_of(folds, student.device) if folds else index
     if index.numel():
         # Images go along the grid's first axis: the others end at 65,535.
         nearest_kernel[(batch, ceil_div(masked, 64))](
@@ -283,7 +286,6 @@ def nearest_kernel(
             ours = tl.load(place, mask=(row < masked)[:, None] & (feature < dim)[None, :], other=0.0)
             place = teacher + patch.to(tl.int64)[:, None] * teacher_row + feature[None, :]
             theirs = tl.load(place, mask=(patch < patches)[:, None] & (feature < dim)[None, :], other=0.0)
-            theirs = theirs.to(ours.dtype)
             # "ieee": fp32 tokens are multiplied in fp32, as in the plain form, not in tf32.
             product = tl.dot(ours, tl.trans(theirs), product, input_precision="ieee")
             length += tl.sum(theirs.to(tl.float32) * theirs.to(tl.float32), axis=1)

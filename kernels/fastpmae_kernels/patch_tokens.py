@@ -9,7 +9,7 @@ from numpy import float32
 from torch import Tensor
 
 from fastpmae_kernels import backend
-from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton
+from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton, written_on
 from fastpmae_kernels.rows import compiled, share_out
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -56,8 +56,8 @@ def patch_tokens_ref(
     """The plain form of `patch_tokens`: normalise, cut, gather."""
     _check(images, ids, patch_size)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    channel = torch.tensor([mean, std], dtype=exact, device=images.device)[:, None, :, None, None]
-    pixels = (images.to(exact) - channel[0] * 255) / (channel[1] * 255)
+    of_channels = [written_on(images.device, numbers, exact)[:, None, None] * 255 for numbers in (mean, std)]
+    pixels = (images.to(exact) - of_channels[0]) / of_channels[1]
     batch, channels, height, width = images.shape
     grid = pixels.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
     patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

@@ -12,7 +12,7 @@ from numpy import float32, int32, int64, uint8
 from torch import Tensor
 
 from fastpmae_kernels import backend
-from fastpmae_kernels.backend import operation
+from fastpmae_kernels.backend import operation, written_on
 from fastpmae_kernels.patch_tokens import IMAGENET_MEAN, IMAGENET_STD, affine
 from fastpmae_kernels.rows import compiled, share_out
 
@@ -88,8 +88,8 @@ def photometric_ref(
     if dtype == torch.uint8:
         return changed
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    channel = torch.tensor([mean, std], dtype=exact, device=images.device)[:, :, None, None]
-    return ((changed.to(exact) - channel[0] * 255) / (channel[1] * 255)).to(dtype)
+    of_channels = [written_on(images.device, numbers, exact)[:, None, None] * 255 for numbers in (mean, std)]
+    return ((changed.to(exact) - of_channels[0]) / of_channels[1]).to(dtype)
 
 
 def _byte_ref(pixels: Tensor) -> Tensor:

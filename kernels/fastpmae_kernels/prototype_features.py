@@ -1,7 +1,7 @@
-"""The labels and the loss straight from features: prototype product and softmax in chunks of rows.
+"""The labels and the loss straight from features: prototype product and softmax in chunks of rows, or product and loss.
 
-Neither logits matrix exists at full size. Each pass of the Sinkhorn iterations computes the teacher's product anew,
-and the loss computes both products once and the gradients with them.
+In chunks neither logits matrix exists at full size. Each pass of the Sinkhorn iterations computes the teacher's product
+anew, and the loss computes both products once and the gradients with them.
 """
 
 import torch
@@ -9,7 +9,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastpmae_kernels.prototype_loss import prototype_cross_entropy_ref
+from fastpmae_kernels import backend
+from fastpmae_kernels.prototype_loss import check, prototype_cross_entropy_ref
 from fastpmae_kernels.sinkhorn import sinkhorn_bias_ref
 
 PROTOTYPES_CHUNK = 4096
@@ -140,6 +141,69 @@ class _FromFeatures(torch.autograd.Function):
         if of_prototypes is not None:
             of_prototypes = (of_prototypes * gradient).to(ctx.dtype)
         return of_student, of_prototypes, None, None, None, None, None, None, None
+
+
+def prototype_cross_entropy_of_product(
+    student: Float[Tensor, "rows bottleneck"],
+    student_prototypes: Float[Tensor, "prototypes bottleneck"],
+    teacher_logits: Float[Tensor, "labels prototypes"],
+    logv: Float[Tensor, " prototypes"],
+    index: Int[Tensor, " rows"],
+    epsilon: float = 0.05,
+    temperature: float = 0.1,
+    *,
+    expected_gradient: float = 1.0,
+) -> Float[Tensor, " rows"]:
+    """`prototype_cross_entropy(student @ student_prototypes.T, ..., overwrite=True)`, in the form for torch.compile.
+
+    What a row's loss receives in backward multiplies the features and their gradient, which are small. The other form
+    multiplies the gradient of the logits, in place and only where that was not foreseen; torch.compile, which writes
+    into nothing that the forward pass has left, copies it whole before.
+
+    Args:
+        student, student_prototypes: in one dtype; gradients flow to these two.
+        teacher_logits, logv, index, epsilon, temperature, expected_gradient: as in `prototype_cross_entropy`.
+
+    Returns:
+        The loss of each row, in fp32.
+
+    Raises:
+        ValueError, IndexError: as `prototype_cross_entropy` does.
+    """
+    _check(student, student_prototypes, 1)
+    if backend.runs_plain(student, teacher_logits):
+        logits = student @ student_prototypes.T
+        check(logits, teacher_logits, logv, index, epsilon, temperature)
+        return prototype_cross_entropy_ref(logits, teacher_logits, logv, index, epsilon, temperature)
+    return _OfProduct.apply(  # pyright: ignore[reportReturnType]
+        student, student_prototypes, teacher_logits.detach(), logv, index, epsilon, temperature, expected_gradient
+    )
+
+
+class _OfProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, prototypes, teacher, logv, index, epsilon, temperature, expected):
+        logits = student @ prototypes.T
+        check(logits, teacher, logv, index, epsilon, temperature)
+        if not any(ctx.needs_input_grad):
+            return torch.ops.fastpmae.prototype_loss(logits, teacher, logv, index, epsilon, temperature)
+        # The gradient takes the logits' place.
+        loss = torch.ops.fastpmae.prototype_loss_over(logits, teacher, logv, index, epsilon, temperature, expected)
+        ctx.save_for_backward(student, prototypes, logits)
+        ctx.expected = expected
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+        student, prototypes, slope = ctx.saved_tensors
+        factor = (gradients[0].float() / ctx.expected).unsqueeze(1)
+        of_student = of_prototypes = None
+        if ctx.needs_input_grad[0]:
+            of_student = ((slope @ prototypes) * factor).to(student.dtype)
+        if ctx.needs_input_grad[1]:
+            of_prototypes = slope.T @ (student * factor).to(student.dtype)
+        return of_student, of_prototypes, None, None, None, None, None, None
 
 
 def _lift(logits: Tensor) -> float:

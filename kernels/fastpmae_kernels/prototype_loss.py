@@ -50,7 +50,7 @@ def prototype_cross_entropy(
         IndexError: on the CPU, for an index outside the teacher's rows; on a GPU, which is not waited for, such a
             row's loss and gradient are NaN.
     """
-    _check(student_logits, teacher_logits, logv, index, epsilon, temperature)
+    check(student_logits, teacher_logits, logv, index, epsilon, temperature)
     if overwrite and student_logits.is_leaf and student_logits.requires_grad:
         raise ValueError("overwrite=True would put the gradient over a leaf's own values")
     if backend.runs_plain(student_logits, teacher_logits):
@@ -79,9 +79,10 @@ def prototype_cross_entropy_ref(
     return -(label * torch.log_softmax(student_logits / temperature, dim=1)).sum(dim=1)
 
 
-def _check(
+def check(
     student: Tensor, teacher: Tensor, logv: Tensor, index: Tensor, epsilon: float, temperature: float
 ) -> None:  # fmt: skip
+    """Raise ValueError where these make no loss."""
     if (
         student.ndim != 2
         or teacher.ndim != 2

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batch import Batch
     from .beton import Beton
+    from .dali_settings import DaliSettings
     from .engine import Samples
     from .errors import BetonError, UserError
     from .folders import ImageFolder, TarShards, open_samples
@@ -23,6 +24,7 @@ __all__ = [
     "Batch",
     "Beton",
     "BetonError",
+    "DaliSettings",
     "ImageFolder",
     "PairedViews",
     "PlainViews",
@@ -46,6 +48,7 @@ _HOMES = {
     "Batch": "batch",
     "Beton": "beton",
     "BetonError": "errors",
+    "DaliSettings": "dali_settings",
     "ImageFolder": "folders",
     "PairedViews": "paired",
     "PlainViews": "plain",

@@ -212,8 +212,7 @@ class IBOTLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[Tensor]]]):
                 self.masks.draw(self.loader.seed, epoch, batch.samples, crop, self.grid)
                 for crop in range(self.global_crops)
             ]
-        device = batch.label.device
-        hidden = [torch.from_numpy(mask).to(device, non_blocking=True) for mask in masks]
+        hidden = [self.loader.transfer.carry(torch.from_numpy(mask)) for mask in masks]
         return [self.normalised(view) for view in batch.views], batch.label, hidden
 
 
@@ -363,15 +362,16 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
         counts = hidden.sum(1)
         places = hidden.flatten().nonzero().flatten()
         weights = (1 / counts.clamp(min=1)).repeat_interleave(counts)
-        device = batch.label.device
+        carry = self.loader.transfer.carry
         return {
             "collated_global_crops": torch.cat(crops[: self.global_crops]),
             "collated_local_crops": torch.cat(crops[self.global_crops :] or [crops[0][:0]]),
-            "collated_masks": hidden.to(device, non_blocking=True),
-            "mask_indices_list": places.to(device, non_blocking=True),
-            "masks_weight": weights.to(device, non_blocking=True),
+            "collated_masks": carry(hidden),
+            "mask_indices_list": carry(places),
+            "masks_weight": carry(weights),
             "upperbound": upperbound,
-            "n_masked_patches": torch.tensor([len(places)], device=device),
+            # written by the device: a list would be copied to it, and the copy waited for
+            "n_masked_patches": torch.full((1,), len(places), device=batch.label.device),
         }
 
     def _hidden(self, batch: Batch, epoch: int) -> tuple[Bool[Tensor, "crops patches"], int]:

@@ -88,6 +88,12 @@ class Batch:
         views = tuple(view.to(device, non_blocking=non_blocking) for view in self.views)
         return replace(self, views=views, **moved)
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator of every tensor that `stream` uses it too (see `torch.Tensor.record_stream`)."""
+        for tensor in (*self.views, *(getattr(self, f.name) for f in fields(self))):
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(stream)
+
 
 def batch_of(job: Job, label: Tensor, fold_sizes: tuple[int, ...], failed: list[int]) -> Batch:
     """A finished job as a Batch; copies nothing."""

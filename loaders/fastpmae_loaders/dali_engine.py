@@ -2,10 +2,16 @@
 
 A job is cut into parts, and while DALI works on one the next is made ready. DALI gives a whole part up for one image
 that does not decode: the part is then looked through with Pillow, what is broken replaced, and DALI asked again.
+
+On a GPU nothing is waited for: a part's views are copied from DALI's memory on a stream of ours, DALI's own stream
+waits there before that memory is used again, and an event behind the last copy tells who takes the batch when it is
+there. Hardware decoders are the exception. They write without regard to what is queued on their stream (seen on an
+H100, github.com/meta-pytorch/torchcodec/pull/1634), so with them a part begins when all of the one before is done.
 """
 
 import ctypes
 import importlib
+import io
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -14,20 +20,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from .beton import JPG, RAW
 from .colour import change_colours
 from .compiled import kernel
+from .dali_settings import PARTS
 from .engine import ATTEMPTS, Job, Source
 from .errors import BetonError, UserError
 from .jpeg import jpeg_header
-from .plan import draw_plans
+from .plan import Plans, draw_plans
 from .scratch import Scratch
 from .torch_engine import decode
 from .vectors import view_at
 
-_PART = {"cpu": 32, "gpu": 64}
-"""Samples that DALI gets at a time."""
+_JOBS = 2
+"""Jobs that may be under way on a GPU, whoever takes them."""
 _MISSING = (
     "engine='dali' needs NVIDIA DALI, and {} is not installed here: pip install 'fastpmae-loaders[dali-cuda130]' "
     "(or [dali-cuda120], to fit the CUDA of your torch), or use another engine"
@@ -40,11 +48,12 @@ _NOTHING = np.zeros(3, np.uint8)
 
 @dataclass
 class _Part:
-    """Rows start ... stop-1 of a job, and which samples DALI was given for them (-1 where there is none)."""
+    """Rows start ... stop-1 of a job, which samples stand in them (-1 where there is none), and what DALI is given."""
 
     start: int
     stop: int
     samples: np.ndarray
+    inputs: dict[str, Any]
 
 
 @kernel
@@ -77,18 +86,23 @@ class DALIEngine:
         self._recipes = source.recipes()
         self._device = _cuda_device(source.device)
         self._kind = "cpu" if self._device is None else "gpu"
+        self._part = source.dali.part or PARTS[self._kind]
+        self._by_hardware = self._kind == "gpu" and source.dali.hw_decoder_load > 0
         self._coloured = np.array([source.colours and view.coloured for view in source.views], np.bool_)
         self._known = np.zeros(len(source.samples), np.uint8)
         # several streams may run at once, and there is one pipeline
         self._lock = threading.Lock()
         self._pipeline: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._under_way: deque[torch.cuda.Event] = deque()
 
     def fill(self, job: Job, scratch: Scratch) -> int:
         """See Engine."""
         count = len(job.indices)
+        if count == 0:
+            return 0
         with self._lock:
-            size = -(-count // max(1, -(-count // _PART[self._kind])))
+            size = -(-count // max(1, -(-count // self._part)))
             waiting: deque[_Part] = deque()
             if self._device is not None:
                 self._place_on_device(job)
@@ -96,11 +110,16 @@ class DALIEngine:
                 # a stream that is closed sets the counter to the end
                 while (start := int(job.counter[0])) < count:
                     job.counter[0] = stop = min(start + size, count)
-                    waiting.append(self._begin(job, start, stop))
-                    if len(waiting) == 2:
+                    part = self._prepare(job, start, stop)
+                    while len(waiting) >= (1 if self._by_hardware else 2):
                         self._finish(job, waiting, scratch)
+                    self._schedule(part)
+                    waiting.append(part)
                 while waiting:
                     self._finish(job, waiting, scratch)
+                if self._stream is not None:
+                    job.ready = self._mark()
+                    self._under_way.append(job.ready)
             except BaseException:
                 self._pipeline = None
                 raise
@@ -111,35 +130,47 @@ class DALIEngine:
         with self._lock:
             self._pipeline = None
 
-    def _begin(self, job: Job, start: int, stop: int) -> _Part:
-        """Draw the plans of some rows, give them to DALI and let it begin."""
+    def _prepare(self, job: Job, start: int, stop: int) -> _Part:
+        """Draw the plans of some rows and collect what DALI is to be given for them."""
         source, rows = self._source, job.rows
-        samples, data, raw = zip(*self._find_all(job.indices[start:stop]), strict=True)
-        part = _Part(start, stop, np.array(samples, np.int64))
-        there = part.samples >= 0
-        height = np.where(there, source.samples.height[part.samples], 1)
-        width = np.where(there, source.samples.width[part.samples], 1)
-        plans = draw_plans(
-            source.seed, job.epoch, np.maximum(part.samples, 0), height, width, source.views, source.patches
-        )
+        found, data, raw = zip(*self._find_all(job.indices[start:stop]), strict=True)
+        samples = np.array(found, np.int64)
+        there = samples >= 0
+        height = np.where(there, source.samples.height[samples], 1)
+        width = np.where(there, source.samples.width[samples], 1)
+        plans = draw_plans(source.seed, job.epoch, np.maximum(samples, 0), height, width, source.views, source.patches)
         here = slice(start, stop)
-        rows.index[here] = part.samples
+        rows.index[here] = samples
         rows.size[here] = np.stack([height, width], 1)
         rows.boxes[here], rows.flips[here] = plans.boxes, plans.flips
         rows.factors[here], rows.choices[here] = plans.factors, plans.choices
         rows.visible[here], rows.folds[here] = np.split(plans.order, [source.visible], 1)
+        hardware = chosen_for_hardware(samples, source.dali.hw_decoder_load)
+        return _Part(start, stop, samples, self._inputs(list(data), np.array(raw), hardware, height, width, plans))
 
+    def _inputs(
+        self,
+        data: list[np.ndarray],
+        raw: np.ndarray,
+        hardware: np.ndarray,
+        height: np.ndarray,
+        width: np.ndarray,
+        plans: Plans,
+    ) -> dict[str, Any]:
+        shape = np.stack([height, width, np.full_like(height, 3)], 1).astype(np.int32)
+        inputs: dict[str, Any] = {"data": data, "raw": raw, "shape": shape}
+        if self._definition.shares_decoders(self._kind, self._source.dali.hw_decoder_load):
+            inputs["hardware"] = hardware
+        views, colours = self._source.views, self._colours_in_pipeline
+        return inputs | self._definition.view_inputs(views, plans, height, width, colours)
+
+    def _schedule(self, part: _Part) -> None:
+        """Give a part to DALI and let it begin."""
         if self._pipeline is None:
             self._pipeline = self._make_pipeline()
-        feed = self._pipeline.feed_input
-        feed("data", list(data))
-        feed("raw", np.array(raw))
-        feed("shape", np.stack([height, width, np.full_like(height, 3)], 1).astype(np.int32))
-        colours = self._colours_in_pipeline
-        for name, values in self._definition.view_inputs(source.views, plans, height, width, colours).items():
-            feed(name, values)
+        for name, values in part.inputs.items():
+            self._pipeline.feed_input(name, values)
         self._pipeline.schedule_run()
-        return part
 
     def _finish(self, job: Job, waiting: deque[_Part], scratch: Scratch) -> None:
         """Wait for the first part that DALI works on and take its views."""
@@ -154,7 +185,10 @@ class DALIEngine:
                 self._pipeline = None
                 parts = list(waiting)
                 waiting.clear()
-                waiting.extend(self._begin(job, part.start, part.stop) for part in parts)
+                for part in parts:
+                    again = self._prepare(job, part.start, part.stop)
+                    self._schedule(again)
+                    waiting.append(again)
         part = waiting.popleft()
         for view, output in zip(job.views, outputs, strict=True):
             target = ctypes.c_void_p(view[part.start : part.stop].data_ptr())
@@ -162,9 +196,9 @@ class DALIEngine:
                 output.copy_to_external(target)
             else:
                 output.copy_to_external(target, ctypes.c_void_p(self._stream.cuda_stream), non_blocking=True)
-        if self._stream is not None:
-            self._stream.synchronize()
         self._pipeline.release_outputs()
+        if self._by_hardware:
+            self._mark().synchronize()
         if self._stream is None and self._coloured.any():
             _change_colours(part.start, part.stop, self._recipes, self._coloured, scratch, job.rows)
 
@@ -178,22 +212,54 @@ class DALIEngine:
             source.views,
             self._kind,
             self._colours_in_pipeline,
-            batch_size=_PART[self._kind],
+            source.dali.hw_decoder_load if self._by_hardware else 0.0,
+            batch_size=self._part,
             num_threads=source.workers,
             device_id=None if self._device is None else self._device.index,
         )
         pipeline.build()
+        if self._by_hardware:
+            self._settle(pipeline)
         return pipeline
 
+    def _settle(self, pipeline: Any) -> None:
+        """Let a whole part of small JPEGs through.
+
+        How many of a batch the hardware takes is settled by nvImageCodec with the first batch, for good: after one
+        that was smaller, the last images of a part would go to the other decoder.
+        """
+        file = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(file, "jpeg")
+        height = width = np.full(self._part, 64)
+        plans = draw_plans(0, 0, np.arange(self._part), height, width, self._source.views)
+        every, none = np.ones(self._part, np.bool_), np.zeros(self._part, np.bool_)
+        jpegs = [np.frombuffer(file.getvalue(), np.uint8)] * self._part
+        for name, values in self._inputs(jpegs, none, every, height, width, plans).items():
+            pipeline.feed_input(name, values)
+        pipeline.schedule_run()
+        # without a stream the outputs are there when this returns
+        pipeline.share_outputs()
+        pipeline.release_outputs()
+
     def _place_on_device(self, job: Job) -> None:
-        """Views of the job on the GPU, written on a stream of our own so that no training step is waited for."""
+        """Memory for the job's views on the GPU, of a stream of our own so that no training step is waited for."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
+        # whoever takes batches may be far ahead of the GPU, and its memory is worth more than a wait here
+        while len(self._under_way) >= _JOBS:
+            self._under_way.popleft().synchronize()
+        count = len(job.indices)
         with torch.cuda.stream(self._stream):
-            job.views = [torch.empty(view.shape, dtype=view.dtype, device=self._device) for view in job.views]
-        for view in job.views:
-            # its memory goes back only when what the consumer does with it is done
-            view.record_stream(torch.cuda.default_stream(self._device))
+            job.views = [
+                torch.empty(count, 3, view.size, view.size, dtype=torch.uint8, device=self._device)
+                for view in self._source.views
+            ]
+
+    def _mark(self) -> torch.cuda.Event:
+        """An event behind all that our stream has to do; who waits for it leaves its core to others."""
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return event
 
     def _find_all(self, indices: np.ndarray) -> list[tuple[int, np.ndarray, bool]]:
         wanted = indices.tolist()
@@ -244,6 +310,12 @@ class DALIEngine:
         else:
             self._known[suspects] = _BY_PILLOW
         return bool(suspects)
+
+
+def chosen_for_hardware(samples: np.ndarray, share: float) -> np.ndarray:
+    """Whether each sample [n] is among the share that a decoder in hardware decodes, by its number alone: bool [n]."""
+    # multiples of the golden ratio fall evenly, whichever numbers in a row are looked at
+    return (samples.astype(np.uint64) * np.uint64(2654435769)) % np.uint64(1 << 32) < share * (1 << 32)
 
 
 def _is_plain(payload: np.ndarray, height: int, width: int) -> bool:

@@ -33,11 +33,14 @@ def _input(name: str, dtype: Any, ndim: int) -> Any:
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, prefetch_queue_depth=1)
-def views_pipeline(views: Sequence[View], device: Literal["cpu", "gpu"], colours: bool) -> tuple[Any, ...]:
-    """All views, each uint8 [3, side, side], of samples fed by `sample_inputs` and `view_inputs`.
+def views_pipeline(
+    views: Sequence[View], device: Literal["cpu", "gpu"], colours: bool, hw_decoder_load: float = 0.0
+) -> tuple[Any, ...]:
+    """All views, each uint8 [3, side, side], of samples fed by `data`, `raw`, `shape` and `view_inputs`.
 
     Build it with DALI's own arguments: batch_size (the most samples at once), num_threads, device_id (None for the
-    CPU). With `colours` false the views are cropped, resized and mirrored only.
+    CPU). With `colours` false the views are cropped, resized and mirrored only. A load between 0 and 1 asks for one
+    more input on a GPU, `hardware`: whether a JPEG is for the decoder in hardware.
     """
     data = _input("data", types.UINT8, 1)
     shape = _input("shape", types.INT32, 1)
@@ -45,18 +48,14 @@ def views_pipeline(views: Sequence[View], device: Literal["cpu", "gpu"], colours
         image = fn.reshape(data, shape=shape, layout="HWC")
         if device == "gpu":
             image = image.gpu()
+    elif shares_decoders(device, hw_decoder_load):
+        # by DALI's own share the first of a batch would go to the hardware, and a sample's pixels depend on its place
+        if _input("hardware", types.BOOL, 0):
+            image = _decoded(data, device, 1.0)
+        else:
+            image = _decoded(data, device, 0.0)
     else:
-        image = fn.decoders.image(
-            data,
-            device="mixed" if device == "gpu" else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,
-            # nvJPEG's own way is faster, and not what every other decoder makes of half the colour channels
-            jpeg_fancy_upsampling=True,
-            # the decoder in hardware takes a share of each batch and makes slightly other pixels: with it, what a
-            # sample looks like would depend on its place
-            hw_decoder_load=0.0,
-        )
+        image = _decoded(data, device, hw_decoder_load)
     outputs = []
     for number, view in enumerate(views):
         picture = image
@@ -76,6 +75,23 @@ def views_pipeline(views: Sequence[View], device: Literal["cpu", "gpu"], colours
             picture = _coloured(picture, number, view.solarise_threshold)
         outputs.append(fn.transpose(picture, perm=[2, 0, 1]))
     return tuple(outputs)
+
+
+def shares_decoders(device: str, hw_decoder_load: float) -> bool:
+    """Whether some JPEGs are for the decoder in hardware and others are not."""
+    return device == "gpu" and 0 < hw_decoder_load < 1
+
+
+def _decoded(data: Any, device: str, hw_decoder_load: float) -> Any:
+    return fn.decoders.image(
+        data,
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        # nvJPEG's own way is faster, and not what every other decoder makes of half the colour channels
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=hw_decoder_load,
+    )
 
 
 def _coloured(picture: Any, number: int, threshold: int) -> Any:

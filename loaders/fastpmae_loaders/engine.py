@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from .dali_settings import DaliSettings
 from .machine import usable_memory
 from .plan import CHOICES, FACTORS
 from .recipes import View, recipes_of
@@ -50,7 +51,9 @@ class Source:
 
     With `colours` false the views' colours are left for the device to change. `workers` is how many threads the
     loader was given, for engines that bring their own; `device` is where batches are handed over (None: the host's
-    memory), for engines that can make them there.
+    memory), for engines that can make them there; where one does, `made_on_device` says so and it brings the memory of
+    the views. With `pin_memory` what is made on the host lies where the system leaves it, so that a GPU's copy of it
+    need not be waited for.
     """
 
     samples: Samples
@@ -61,6 +64,9 @@ class Source:
     colours: bool = True
     workers: int = 1
     device: torch.device | None = None
+    made_on_device: bool = False
+    pin_memory: bool = False
+    dali: DaliSettings = field(default_factory=DaliSettings)
 
     def recipes(self) -> np.ndarray:
         """The views as compiled code takes them."""
@@ -79,7 +85,8 @@ class Source:
 class Job:
     """One batch in the making. Threads take its rows one by one from `counter` until none is left.
 
-    `rows` are views of the tensors. `left` counts the rows that are not yet done; the stream keeps it.
+    `rows` are views of the tensors. `left` counts the rows that are not yet done; the stream keeps it. `ready` is
+    recorded where views are made on a device and a row that is done may still be under way there.
     """
 
     epoch: int
@@ -89,6 +96,16 @@ class Job:
     rows: Rows
     counter: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     left: int = 0
+    ready: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Let the caller's stream wait for views that are still under way, and keep their memory until it is done."""
+        if self.ready is None:
+            return
+        stream = torch.cuda.current_stream(self.views[0].device)
+        stream.wait_event(self.ready)
+        for view in self.views:
+            view.record_stream(stream)
 
 
 class Engine(Protocol):
@@ -110,14 +127,15 @@ class Engine(Protocol):
 
 
 def make_job(indices: np.ndarray, epoch: int, source: Source) -> Job:
-    """A job with memory of its own, pinned where CUDA is there, so that a batch belongs to who takes it."""
+    """A job with memory of its own, so that a batch belongs to who takes it."""
     count, views = len(indices), source.views
-    pinned = torch.cuda.is_available()
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned and 0 not in shape)
+        return torch.empty(shape, dtype=dtype, pin_memory=source.pin_memory and 0 not in shape)
 
-    pictures = [empty(count, 3, view.size, view.size, dtype=torch.uint8) for view in views]
+    # of no rows nothing is made: such a job is done as it is
+    in_host = () if source.made_on_device and count else views
+    pictures = [empty(count, 3, view.size, view.size, dtype=torch.uint8) for view in in_host]
     tensors = {
         "visible": empty(count, source.visible, dtype=torch.int64),
         "folds": empty(count, source.patches - source.visible, dtype=torch.int64),

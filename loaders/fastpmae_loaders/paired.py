@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, batch_of
+from .dali_settings import DaliSettings
 from .engine import ATTEMPTS, Job, Samples, Source, advice, larger_than_memory, make_job
 from .errors import UserError
 from .folders import open_samples
@@ -18,6 +19,7 @@ from .plan import check_key, epoch_order
 from .recipes import MOST_VIEWS, View
 from .runner import Runner
 from .settings import ViewSettings
+from .transfer import Sent, Transfer
 
 FEW = 4
 """So many different samples must fail before their share counts: one bad image in a small file stops nothing."""
@@ -51,10 +53,14 @@ class PairedViews:
         ahead: batches made before they are asked for.
         augment_on: "device" leaves the colours to `colour`, for whole batches on the device, once they are there:
             the CPU then decodes and crops alone.
-        device: where batches are handed over; with None they stay in the host's memory (pinned where there is
-            a GPU), and "device" above means the CPU.
+        device: where batches are handed over, for the stream that is current then; with None they stay in the host's
+            memory, and "device" above means the CPU. To a GPU a batch is copied, and its colours changed, while the one
+            before is computed on: one more batch lies in its memory.
+        pin_memory: make batches on the host where the system leaves them, so that a GPU's copy of them need not be
+            waited for; None does so where `device` is a GPU.
         colour: (images uint8 [B, 3, S, S], factors [B, 5], choices [B, 9], solarise threshold) -> images; None
             takes `device_colour.change_colours`.
+        dali: settings of engine "dali" alone.
 
     Raises:
         UserError: for arguments that do not fit, files that cannot be read, and too many bad images.
@@ -79,6 +85,8 @@ class PairedViews:
         augment_on: Literal["cpu", "device"] = "cpu",
         device: torch.device | str | None = None,
         colour: Colour | None = None,
+        dali: DaliSettings | None = None,
+        pin_memory: bool | None = None,
     ) -> None:
         self.samples = open_samples(samples)
         self.settings = settings or ViewSettings()
@@ -118,9 +126,11 @@ class PairedViews:
         self._batch = 0
         self._resumed = False
         self._seen = 0
-        self._label = torch.from_numpy(np.array(self.samples.label, np.int64))
+        self._label = np.array(self.samples.label, np.int64)
         self._order: tuple[tuple[int, bool], np.ndarray] | None = None
         self.device = None if device is None else torch.device(device)
+        self.transfer = Transfer(self.device or torch.device("cpu"))
+        on_gpu = self.transfer.on_gpu
         self._colour = None
         if augment_on == "device" and any(view.coloured for view in self.views):
             self._colour = colour or _change_colours()
@@ -133,6 +143,9 @@ class PairedViews:
             colours=self._colour is None,
             workers=workers,
             device=self.device,
+            made_on_device=engine == "dali" and on_gpu,
+            pin_memory=on_gpu if pin_memory is None else pin_memory,
+            dali=dali or DaliSettings(),
         )
         self._runner = Runner(self._source, engine, ahead)
 
@@ -221,7 +234,7 @@ class PairedViews:
         wrong = wanted[wanted != job.rows.index]
         if len(wrong):
             raise UserError(f"{self.samples.path}: sample {wrong[0]} does not decode; {advice(self.samples)}")
-        return self._finish(job, [])
+        return self.transfer.take(self._send(job))
 
     def close(self) -> None:
         """End every iteration and its threads."""
@@ -253,14 +266,19 @@ class PairedViews:
         first, last = (len(part) * rank // self.world_size for rank in (self.rank, self.rank + 1))
         return make_job(part[first:last], epoch, self._source)
 
-    def _finish(self, job: Job, failed: list[int]) -> Batch:
-        """The job's rows as a batch where it was asked for, with its colours changed there if they are to be."""
-        label = self._label[job.rows.index]
-        batch = batch_of(job, label, self._fold_sizes, failed)
-        if self.device is not None:
-            batch = batch.to(self.device, non_blocking=True)
-        if self._colour is None:
-            return batch
+    def _send(self, job: Job) -> Sent[Batch]:
+        """The job's rows as a batch on its way to where it was asked for."""
+        index = job.rows.index
+        label = torch.empty(len(index), dtype=torch.int64, pin_memory=self._source.pin_memory and len(index) > 0)
+        # rows for which no sample was found name the sample -1; whoever takes the batch is told
+        np.take(self._label, index, out=label.numpy(), mode="wrap")
+        batch = batch_of(job, label, self._fold_sizes, [])
+        # what DALI is still making on the GPU is waited for there
+        return self.transfer.send(batch, None if self._colour is None else self._recoloured, before=job.wait)
+
+    def _recoloured(self, batch: Batch) -> Batch:
+        """The batch with its colours changed where it is."""
+        assert self._colour is not None
         changed = [
             self._colour(images, batch.factors[:, number], batch.choices[:, number], view.solarise_threshold)
             if view.coloured
@@ -299,6 +317,7 @@ class Iteration(Iterator[Batch]):
         self._loader = loader
         self._number = start
         self._closed = False
+        self._next: tuple[Job, Sent[Batch]] | None = None
         order, epoch = loader.order(loader.epoch), loader.epoch
         self._epoch = epoch
         self._stream = loader._runner.stream(lambda number: loader._job(order, epoch, number), start, len(loader))
@@ -309,22 +328,33 @@ class Iteration(Iterator[Batch]):
     def __next__(self) -> Batch:
         loader = self._loader
         try:
-            job = self._stream.take()
-            if job is None:
+            sent = self._next or self._sent(wait=True)
+            self._next = None
+            if sent is None or self._stream.closed:
                 raise StopIteration
+            job, on_its_way = sent
             failed = loader._account(job)
+            if loader.transfer.on_gpu:
+                # what is not ready yet is sent when it is asked for: then the GPU has to wait for it anyway
+                self._next = self._sent(wait=False)
         except BaseException:
             self.close()
             raise
         self._number += 1
         if loader._epoch == self._epoch:
             loader._batch = self._number
-        return loader._finish(job, failed)
+        return replace(loader.transfer.take(on_its_way), failed=failed)
+
+    def _sent(self, wait: bool) -> tuple[Job, Sent[Batch]] | None:
+        """The next job, and its batch on its way; None at the end, and without `wait` where it is not ready."""
+        job = self._stream.take(wait)
+        return None if job is None else (job, self._loader._send(job))
 
     def close(self) -> None:
         """End the threads. Harmless when done twice."""
         if not self._closed:
             self._loader._runner.end(self._stream)
+            self._next = None
             self._closed = True
 
     def __del__(self) -> None:

@@ -54,8 +54,16 @@ class Stream:
         for thread in self._threads:
             thread.start()
 
-    def take(self) -> Job | None:
-        """The next batch, in order; None when there is no more. Raises what a thread raised."""
+    @property
+    def closed(self) -> bool:
+        """Whether its threads have been ended."""
+        return self._stopped
+
+    def take(self, wait: bool = True) -> Job | None:
+        """The next batch, in order; None when there is no more. Raises what a thread raised.
+
+        Without `wait` None also where it is not ready, and what a thread raised is left to the next call that waits.
+        """
         with self._lock:
             if self._taken >= self._count:
                 return None
@@ -64,7 +72,11 @@ class Stream:
                 job = self._jobs.get(number)
                 if job is not None and job.left == 0:
                     break
+                if not wait:
+                    return None
                 self._changed.wait()
+            if not wait and self._error is not None:
+                return None
             if self._error is not None:
                 raise self._error
             if self._stopped:

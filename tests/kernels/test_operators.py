@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.utils import run_fw_bw_and_get_code
 
 import fastpmae_kernels
 from fastpmae_kernels import (
@@ -16,6 +17,7 @@ from fastpmae_kernels import (
     photometric,
     prototype_cross_entropy,
     prototype_cross_entropy_from_features,
+    prototype_cross_entropy_of_product,
     prototype_cross_entropy_ref,
     rows,
     sinkhorn,
@@ -75,6 +77,27 @@ def test_the_whole_compiles_without_a_break_and_computes_the_same():
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.slow
+def test_compiled_logits_are_one_matrix_that_their_gradient_is_written_over():
+    """Of inductor's code: allocations of the logits' shape, and what reads them in the backward pass."""
+    rows, prototypes = 300, 130
+    leaves = [torch.rand(count, 24, requires_grad=True) for count in (rows, prototypes)]
+    labels, bias = torch.rand(rows, prototypes), torch.zeros(prototypes)
+
+    def loss(student: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+        student, index = torch.nn.functional.normalize(student, dim=1), torch.arange(rows)
+        return prototype_cross_entropy_of_product(student, ours, labels, bias, index).mean()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    _, (forward, backward) = run_fw_bw_and_get_code(lambda: compiled(*leaves))
+    matrix = f"(({rows}, {prototypes})"
+    assert len([line for line in forward.splitlines() if "= empty_strided" in line and matrix in line]) == 1
+    body = [line for line in backward.splitlines() if line.startswith("        ") and "getitem" in line]
+    assert [line for line in body if "empty_strided" in line or "cpp_fused" in line or "reuse" in line] == []
+    assert len([line for line in body if "extern_kernels.mm" in line]) == 2
+
+
 FEATURES, PROTOTYPES = torch.randn(10, 4, generator=GENERATOR), torch.randn(12, 4, generator=GENERATOR)
 PUBLIC = {
     "sinkhorn_bias": lambda x: sinkhorn_bias(x),
@@ -87,6 +110,9 @@ PUBLIC = {
     "prototype_cross_entropy": lambda x: prototype_cross_entropy(x, x, BIAS, INDEX),
     "prototype_cross_entropy_from_features": lambda x: prototype_cross_entropy_from_features(
         x[:, :4], PROTOTYPES, FEATURES, PROTOTYPES, BIAS, INDEX, prototypes_chunk=3
+    ),
+    "prototype_cross_entropy_of_product": lambda x: prototype_cross_entropy_of_product(
+        x[:, :4], PROTOTYPES, LOGITS, BIAS, INDEX
     ),
     "patch_tokens": lambda x: patch_tokens(IMAGES, torch.tensor([[0, 3], [1, 2]]), 4) + x.mean(),
     "photometric": lambda x: photometric(IMAGES, *PLAN, dtype=torch.float32) + x.mean(),

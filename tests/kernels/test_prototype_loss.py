@@ -11,6 +11,7 @@ from fastpmae_kernels import (
     backend,
     prototype_cross_entropy,
     prototype_cross_entropy_from_features,
+    prototype_cross_entropy_of_product,
     sinkhorn_bias,
     sinkhorn_bias_from_features,
 )
@@ -185,6 +186,61 @@ def test_from_features(chunk: int, dtype: torch.dtype):
         assert got.dtype == usual.dtype
         allowed = 2 * (usual - right).abs().max().item() + 1e-6
         assert (got - right).abs().max().item() <= allowed
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_of_product(dtype: torch.dtype, foreseen: bool):
+    """Where the gradient was foreseen it has the bits of the loss of logits; else it is as near as the usual code's."""
+    generator = torch.Generator().manual_seed(0)
+    student, ours = (F.normalize(torch.randn(n, 16, generator=generator)).to(dtype) for n in (60, 257))
+    _, teacher, logv, index = made(60, 80, 257, dtype)
+    weight = torch.full((60,), 1 / 64) if foreseen else torch.linspace(0.25, 1, 60) / 64
+
+    def run(features: Tensor, prototypes: Tensor, product: bool) -> list[Tensor]:
+        a, b = (tensor.clone().requires_grad_() for tensor in (features, prototypes))
+        labels, bias = teacher.to(a.dtype), logv.to(torch.promote_types(a.dtype, torch.float32))
+        if product:
+            rows = prototype_cross_entropy_of_product(a, b, labels, bias, index, expected_gradient=1 / 64)
+        else:
+            rows = prototype_cross_entropy(a @ b.T, labels, bias, index, overwrite=True, expected_gradient=1 / 64)
+        return [rows.detach(), *torch.autograd.grad((rows * weight).sum(), (a, b))]
+
+    got, logits = run(student, ours, True), run(student, ours, False)
+    assert torch.equal(got[0], logits[0])
+    assert [each.dtype for each in got] == [each.dtype for each in logits]
+    if foreseen:
+        assert all(map(torch.equal, got, logits))
+    with backend.use("ref"):
+        plain = run(student, ours, True)
+    for found, usual, right in zip(got, plain, run(student.double(), ours.double(), True), strict=True):
+        allowed = 2 * (usual.double() - right).abs().max().item() + torch.finfo(dtype).eps * right.abs().max().item()
+        assert (found - right).abs().max().item() <= allowed
+
+
+def test_of_product_gives_each_side_its_gradient_alone():
+    a, b = torch.rand(6, 4), torch.rand(10, 4)
+    rest = torch.rand(6, 10), torch.zeros(10), torch.arange(6)
+    first, second = (tensor.clone().requires_grad_() for tensor in (a, b))
+    both = torch.autograd.grad(prototype_cross_entropy_of_product(first, second, *rest).sum(), (first, second))
+    alone = torch.autograd.grad(prototype_cross_entropy_of_product(first, b, *rest).sum(), first)
+    alone += torch.autograd.grad(prototype_cross_entropy_of_product(a, second, *rest).sum(), second)
+    assert all(map(torch.equal, both, alone))
+    assert torch.equal(
+        prototype_cross_entropy_of_product(a, b, *rest), prototype_cross_entropy_of_product(first, b, *rest).detach()
+    )
+
+
+def test_of_product_refuses_what_does_not_fit():
+    a, b, index, logv = torch.ones(4, 8), torch.ones(6, 8), torch.arange(4), torch.zeros(6)
+    with pytest.raises(ValueError, match="do not fit"):
+        prototype_cross_entropy_of_product(a, b[:, :7], torch.ones(4, 6), logv, index)
+    with pytest.raises(ValueError, match="agree on the prototypes"):
+        prototype_cross_entropy_of_product(a, b, torch.ones(4, 7), logv, index)
+    with pytest.raises(ValueError, match="must be positive"):
+        prototype_cross_entropy_of_product(a, b, torch.ones(4, 6), logv, index, temperature=0.0)
+    with pytest.raises(IndexError, match="there are 3 labels"):
+        prototype_cross_entropy_of_product(a, b, torch.ones(3, 6), logv, index)
 
 
 def test_from_features_refuses_what_does_not_fit():

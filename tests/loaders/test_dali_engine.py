@@ -1,9 +1,11 @@
 """The DALI engine behind the loaders: the same plans as the others, any samples, broken images, threads and memory."""
 
+import contextlib
 import gc
 import sys
 import tarfile
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 import fastpmae_loaders
 from fastpmae_loaders import (
     Beton,
+    DaliSettings,
     PairedViews,
     PlainViews,
     UserError,
@@ -22,7 +25,7 @@ from fastpmae_loaders import (
     mae_view,
     plain_view,
 )
-from fastpmae_loaders.engine import ATTEMPTS
+from fastpmae_loaders.engine import ATTEMPTS, Source, make_job
 from fastpmae_loaders.folders import ImageFolder
 from tests.loaders.conftest import jpeg
 from tests.loaders.files import made_pixels, write_beton
@@ -31,7 +34,7 @@ from tests.made import SHARED_DATA, made_image
 pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
 
-from fastpmae_loaders import dali_engine
+from fastpmae_loaders import dali_engine, dali_pipeline
 
 SETTINGS = ViewSettings(image_size=32, patch_size=8, folds=5)
 DRAWN = ("visible", "folds", "label", "index", "boxes", "flips", "factors", "choices", "source_size")
@@ -94,11 +97,10 @@ def test_colours_left_for_the_device(mixed):
     assert_alike(ours, geometry)
 
 
-def test_the_same_bits_at_any_threads_and_batch_size(mixed, monkeypatch):
+def test_the_same_bits_at_any_threads_and_batch_size(mixed):
     expected = shown(mixed, batch_size=23, workers=1)
-    monkeypatch.setitem(dali_engine._PART, "cpu", 4)
     for batch_size, workers in ((23, 2), (7, 3), (1, 1)):
-        again = shown(mixed, batch_size=batch_size, workers=workers)
+        again = shown(mixed, batch_size=batch_size, workers=workers, dali=DaliSettings(part=4))
         assert all(torch.equal(a, b) for a, b in zip(again[0], expected[0], strict=True))
         assert all(torch.equal(again[1][name], expected[1][name]) for name in DRAWN)
 
@@ -127,14 +129,13 @@ def test_broken_images_are_replaced_as_by_the_other_engines(broken, capfd):
 
 def test_a_broken_image_that_only_decoding_finds(broken, monkeypatch, capfd):
     """Cut in its data: DALI gives up all that it was given with it, and what was under way is made again."""
-    monkeypatch.setitem(dali_engine._PART, "cpu", 4)
     # as if its end were there
     monkeypatch.setattr(dali_engine, "_has_end", lambda payload: True)
     made = []
     make = dali_engine.DALIEngine._make_pipeline
     monkeypatch.setattr(dali_engine.DALIEngine, "_make_pipeline", lambda self: made.append(0) or make(self))
     beton = Beton(broken)
-    with loader(beton, 16, shuffle=False, bad_fraction=1.0) as views:
+    with loader(beton, 16, shuffle=False, bad_fraction=1.0, dali=DaliSettings(part=4)) as views:
         for epoch in range(2):
             views.set_epoch(epoch)
             batch = next(iter(views))
@@ -318,10 +319,160 @@ def test_a_gpu_is_named_by_its_number():
     assert dali_engine._cuda_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
-@pytest.mark.gpu
-def test_on_a_gpu(mixed):
-    reference = shown(mixed, "torch", views=MANY)
-    pictures, drawn, failed = shown(mixed, views=MANY, device="cuda")
-    assert all(picture.is_cuda for picture in pictures)
-    on_host = [picture.cpu() for picture in pictures]
-    assert_alike((on_host, {name: value.cpu() for name, value in drawn.items()}, failed), reference, mean=1.0)
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.4, 1.0])
+def test_samples_for_the_hardware_are_chosen_by_their_number(share):
+    numbers = np.arange(-1, 5000)
+    chosen = dali_engine.chosen_for_hardware(numbers, share)
+    assert chosen.dtype == np.bool_
+    order = np.random.default_rng(0).permutation(len(numbers))
+    assert np.array_equal(dali_engine.chosen_for_hardware(numbers[order], share), chosen[order])
+    # the share is kept within any stretch
+    within = np.convolve(chosen, np.ones(100), "valid")
+    assert abs(within - 100 * share).max() <= 2
+
+
+@pytest.mark.parametrize("load", [0.4, 1.0])
+def test_the_graph_that_shares_decoders_gives_every_sample_its_views(mixed, broken, monkeypatch, capfd, load):
+    """On the CPU both decoders are one, so that all pixels must be those of the graph without."""
+    expected, replaced = shown(mixed), shown(broken)
+    settled = []
+    start, settle = dali_engine.DALIEngine.__init__, dali_engine.DALIEngine._settle
+
+    def started(engine, source):
+        start(engine, source)
+        engine._by_hardware = True
+
+    def noted(engine, pipeline):
+        settled.append(pipeline)
+        settle(engine, pipeline)
+
+    monkeypatch.setattr(dali_pipeline, "shares_decoders", lambda device, load: 0 < load < 1)
+    monkeypatch.setattr(dali_engine.DALIEngine, "__init__", started)
+    monkeypatch.setattr(dali_engine.DALIEngine, "_settle", noted)
+    monkeypatch.setattr(dali_engine.DALIEngine, "_mark", lambda engine: types.SimpleNamespace(synchronize=lambda: None))
+    for samples, reference in ((mixed, expected), (broken, replaced)):
+        again = shown(samples, dali=DaliSettings(5, load))
+        assert again[2] == reference[2]
+        assert all(torch.equal(a, b) for a, b in zip(again[0], reference[0], strict=True))
+    assert len(settled) == 2
+
+
+class Recorded:
+    """CUDA's streams and events, a DALI pipeline and its outputs, which note in which order they are asked for what."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.log: list[tuple] = []
+        self.at_once = 0
+        self.fed: dict[str, object] = {}
+        self.waiting: list[int] = []
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "Event", lambda blocking: RecordedEvent(self))
+        monkeypatch.setattr(dali_engine, "_cuda_device", lambda device: torch.device("cpu"))
+        monkeypatch.setattr(dali_engine.DALIEngine, "_make_pipeline", lambda engine: self)
+
+    cuda_stream = 0
+
+    def feed_input(self, name, values):
+        self.fed[name] = values
+
+    def schedule_run(self):
+        self.waiting.append(len(self.fed["data"]))
+        self.at_once = max(self.at_once, len(self.waiting))
+        self.log.append(("run", len(self.fed["data"])))
+
+    def share_outputs(self, cuda_stream):
+        assert cuda_stream is self
+        self.waiting.pop(0)
+        return [self] * len(SETTINGS.views)
+
+    def copy_to_external(self, target, stream, non_blocking):
+        assert non_blocking
+        self.log.append(("copy",))
+
+    def release_outputs(self):
+        self.log.append(("release",))
+
+
+class RecordedEvent:
+    def __init__(self, machine: Recorded):
+        self.machine = machine
+        self.number = sum(entry[0] == "record" for entry in machine.log)
+
+    def record(self, stream):
+        self.machine.log.append(("record", self.number))
+
+    def synchronize(self):
+        self.machine.log.append(("synchronize", self.number))
+
+
+def filled(samples, counts: list[int], dali: DaliSettings) -> tuple[dali_engine.DALIEngine, list]:
+    """An engine that has filled jobs of so many rows, and the jobs."""
+    beton = Beton(samples)
+    source = Source(beton, SETTINGS.views, 0, SETTINGS.patches, SETTINGS.visible, made_on_device=True, dali=dali)
+    engine = dali_engine.DALIEngine(source)
+    jobs = [make_job(np.arange(count) % len(beton), 0, source) for count in counts]
+    for job, count in zip(jobs, counts, strict=True):
+        assert engine.fill(job, source.scratch()) == count
+    return engine, jobs
+
+
+def test_on_a_gpu_two_parts_are_under_way_and_only_the_job_before_the_last_is_waited_for(mixed, monkeypatch):
+    machine = Recorded(monkeypatch)
+    _, jobs = filled(mixed, [20, 20, 20, 20], DaliSettings(part=7))
+    assert machine.at_once == 2
+    assert [entry for entry in machine.log if entry[0] == "run"] == [("run", 7), ("run", 7), ("run", 6)] * 4
+    # a job's event comes behind its last copy, and of three jobs the first is waited for
+    kinds = [entry for entry in machine.log if entry[0] in ("record", "synchronize")]
+    assert kinds == [
+        ("record", 0), ("record", 1), ("synchronize", 0), ("record", 2), ("synchronize", 1), ("record", 3),
+    ]  # fmt: skip
+    assert machine.log.index(("record", 0)) == 3 * 4
+    assert [job.ready.number for job in jobs] == [0, 1, 2, 3]
+    assert all([view.shape for view in job.views] == [(20, 3, 32, 32)] * 2 for job in jobs)
+    assert "hardware" not in machine.fed
+
+
+@pytest.mark.parametrize("load", [0.4, 1.0])
+def test_with_decoders_in_hardware_a_part_begins_when_the_one_before_is_done(mixed, monkeypatch, load):
+    machine = Recorded(monkeypatch)
+    filled(mixed, [20, 9], DaliSettings(7, load))
+    assert machine.at_once == 1
+    runs = [entry for entry in machine.log if entry[0] in ("run", "synchronize")]
+    # every part's own event, and nothing is left to wait for at the next job
+    assert [entry[0] for entry in runs] == ["run", "synchronize"] * 5
+    assert ("hardware" in machine.fed) == (load < 1)
+
+
+def test_a_job_of_no_rows_is_made_nowhere(mixed, monkeypatch):
+    machine = Recorded(monkeypatch)
+    _, (job,) = filled(mixed, [0], DaliSettings())
+    assert machine.log == []
+    assert job.ready is None
+    assert [view.shape for view in job.views] == [(0, 3, 32, 32)] * 2
+
+
+def test_who_takes_a_job_lets_its_own_stream_wait(mixed, monkeypatch):
+    Recorded(monkeypatch)
+    _, (job,) = filled(mixed, [5], DaliSettings())
+    waited, kept = [], []
+    stream = types.SimpleNamespace(wait_event=waited.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda view, stream: kept.append((view, stream)))
+    job.wait()
+    assert waited == [job.ready]
+    assert [view for view, _ in kept] == job.views
+    assert all(by is stream for _, by in kept)
+
+
+def test_host_memory_is_not_spent_on_views_that_are_made_on_the_device(mixed, monkeypatch):
+    monkeypatch.setattr(dali_engine, "_cuda_device", lambda device: torch.device("cpu"))
+    for engine, device, there in (
+        ("dali", "cuda", True),
+        ("dali", "cpu", False),
+        ("dali", None, False),
+        ("torch", "cuda", False),
+    ):
+        with loader(mixed, engine=engine, device=device, pin_memory=False) as views:
+            assert views._source.made_on_device == there
+            assert len(make_job(np.arange(3), 0, views._source).views) == (0 if there else 2)

@@ -213,6 +213,29 @@ def test_the_graph_for_a_gpu_decodes_there_and_takes_all_its_numbers_from_the_ho
     assert kinds["cpu"].count("decoders__Image") == 1
 
 
+@pytest.mark.parametrize(("load", "loads"), [(0.0, [0.0]), (1.0, [1.0]), (0.4, [1.0, 0.0])])
+def test_decoders_in_hardware_take_what_is_meant_for_them(load, loads):
+    """A share of each batch would go by the place in it, so each decoder gets a batch of its own."""
+    inputs = {}
+    for asked in (0.0, load):
+        made = dali_pipeline.views_pipeline(
+            [mae_view()], "gpu", True, asked, batch_size=64, num_threads=3, device_id=None
+        )
+        graph = list(operators(made.serialize()))
+        inputs[asked] = sum(operator["kind"] == "ExternalSource" for operator in graph)
+    decoders = [operator for operator in graph if operator["kind"] == "decoders__Image"]
+    assert [operator["arguments"]["hw_decoder_load"] for operator in decoders] == [[load] for load in loads]
+    assert all(operator["arguments"]["jpeg_fancy_upsampling"] == [1] for operator in decoders)
+    assert inputs[load] - inputs[0.0] == len(loads) - 1
+
+
+def test_on_the_cpu_there_is_one_decoder_whatever_the_share():
+    assert dali_pipeline.shares_decoders("gpu", 0.4)
+    assert not dali_pipeline.shares_decoders("cpu", 0.4)
+    made = dali_pipeline.views_pipeline([mae_view()], "cpu", True, 0.4, batch_size=4, num_threads=1, device_id=None)
+    assert [operator["kind"] for operator in operators(made.serialize())].count("decoders__Image") == 1
+
+
 def operators(graph: bytes) -> Iterator[dict]:
     """The operators of a serialised pipeline, read from protobuf's wire format.
 

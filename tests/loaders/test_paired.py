@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from fastpmae_loaders import Batch, Beton, PairedViews, UserError, ViewSettings, draw_plans, engine, epoch_order
+from fastpmae_loaders import (
+    Batch,
+    Beton,
+    PairedViews,
+    PlainViews,
+    UserError,
+    ViewSettings,
+    draw_plans,
+    engine,
+    epoch_order,
+)
+from fastpmae_loaders.transfer import Sent, Transfer
 
 ENGINES = ["ffcv", "torch"]
 TENSORS = ("simple", "complex", "visible", "folds", "label", "index", "simple_box", "complex_box")
@@ -439,3 +450,43 @@ def test_path_or_beton(mixed):
     assert isinstance(mixed, Path)
     with loader(Beton(mixed)) as a, loader(str(mixed)) as b:
         assert torch.equal(next(iter(a)).simple, next(iter(b)).simple)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, False),
+        ({"device": "cpu"}, False),
+        ({"device": "cuda"}, True),
+        ({"device": "cuda:1"}, True),
+        ({"device": "cuda", "pin_memory": False}, False),
+        ({"pin_memory": True}, True),
+    ],
+    ids=str,
+)
+def test_pinned_memory_is_asked_for_where_batches_go_to_a_gpu(mixed, options, expected, monkeypatch):
+    """And not wherever there is one: a run on the CPU takes none of its memory."""
+    asked, real = [], torch.empty
+
+    def empty(*shape, pin_memory=False, **rest) -> torch.Tensor:
+        made = real(*shape, **rest)
+        if made.numel():
+            asked.append(pin_memory)
+        return made
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(Transfer, "send", lambda self, batch, then=None, before=None: Sent(batch, None))
+    with loader(mixed, 5, **options) as views:
+        next(iter(views))
+    assert set(asked) == {expected}
+    asked.clear()
+    with PlainViews(mixed, 5, image_size=32, engine="torch", pin_memory=expected) as views:
+        next(iter(views))
+    assert set(asked) == {expected}
+
+
+def test_a_batchs_labels_are_its_samples(mixed):
+    with loader(mixed, 5) as views:
+        for batch in views:
+            assert batch.label.tolist() == Beton(mixed).label[batch.samples].tolist()
