@@ -143,7 +143,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, trained: list[nn.Module]) -> Itera
     monkeypatch.setattr(torch.autocast, "__init__", autocast)
     monkeypatch.setattr(FakeTensor, "tolist", lambda rates: [0.25] * len(rates))
     monkeypatch.setattr(Tensor, "backward", backward)
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    # of streams and pinned memory there is a test of its own
+    monkeypatch.setattr(step_cases.Transfer, "carry", lambda transfer, tensor: tensor.to(transfer.device))
     monkeypatch.setattr(nn.Module, "to", move)
     monkeypatch.setattr(architecture, "initialise", lambda network, generator: None)
     with FakeTensorMode(allow_non_fake_inputs=True), Mixed() as mixed:
