@@ -295,6 +295,18 @@ class Timing(NamedTuple):
     peak: int
     """Bytes that torch's allocator held at most on the GPU, batches and weights too; 0 on the CPU."""
 
+    def figures(self, images: int) -> dict[str, float]:
+        """Of steps of so many images: medians of a step and of the host's part in it (ms), images a second, the peak
+        (GiB) and the warm-up (s)."""
+        step = statistics.median(self.seconds)
+        return {
+            "step_ms": 1e3 * step,
+            "images_per_second": images / step,
+            "peak_gib": self.peak / 2**30,
+            "warm_up_s": self.warm_up,
+            "host_ms": 1e3 * statistics.median(self.host),
+        }
+
 
 def take_steps(case: Ours | Plain, batches: Sequence[Any], steps: int, warm: int = 4) -> Timing:
     """Time `steps` steps after `warm` others, going round the batches (as `case.given` gives them)."""
@@ -374,20 +386,6 @@ def measured_case(name: str, model: str, batch_size: int, steps: int, **how: Any
         case.close()
         del case
         release()
-
-
-def timed_steps(case: Ours | Plain, batches: Sequence[Any], steps: int, warm: int = 4) -> dict[str, float]:
-    """The figures of `take_steps`: medians of a step and of the host's part in it (ms), the peak (GiB; 0 on the CPU),
-    seconds of the warm-up, images a second."""
-    timing = take_steps(case, batches, steps, warm)
-    step = statistics.median(timing.seconds)
-    return {
-        "step_ms": 1e3 * step,
-        "images_per_second": len(batches[0].visible) / step,
-        "peak_gib": timing.peak / 2**30,
-        "warm_up_s": timing.warm_up,
-        "host_ms": 1e3 * statistics.median(timing.host),
-    }
 
 
 def release() -> None:

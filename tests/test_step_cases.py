@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import step_cases
-from benchmarks.step_cases import Ours, Plain, apart, made_batch, make_case, matrix_rate, model_flops, timed_steps
+from benchmarks.step_cases import Ours, Plain, apart, made_batch, make_case, matrix_rate, model_flops, take_steps
 from fastpmae import Config, architecture
 from fastpmae.errors import UserError
 from fastpmae.hollow import leaves
@@ -34,7 +34,7 @@ def test_the_figures_of_a_case(name: str, precision: Any):
     case = make_case(name, "tiny", 2, precision=precision)
     batches = [case.given(made_batch(case.config, 2, seed)) for seed in range(2)]
     before = case.losses(batches[0])
-    found = timed_steps(case, batches, steps=3, warm=2)
+    found = take_steps(case, batches, steps=3, warm=2).figures(2)
     assert set(found) == FIGURES
     assert found["images_per_second"] == pytest.approx(2 / (found["step_ms"] / 1e3))
     assert found["host_ms"] == found["step_ms"]

@@ -69,6 +69,8 @@ def figures_in_words(figures: dict[str, Any]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict):
+        return " ".join(f"{name} {_shown(one)}" for name, one in value.items())
     return " ".join(map(_shown, value)) or "none" if isinstance(value, list) else str(value)
 
 

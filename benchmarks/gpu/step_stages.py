@@ -1,5 +1,6 @@
 """Stages `step`, `waits`, `table6`, `variants` and `plan`: the trainer's step beside the plain baseline's."""
 
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,11 +19,11 @@ from benchmarks.step_cases import (
     apart,
     made_batch,
     make_case,
+    measured_case,
     model_flops,
     most_apart,
     release,
     settings,
-    timed_steps,
 )
 from fastpmae.config import Config
 from fastpmae.costs import step_costs
@@ -73,8 +74,12 @@ def compare_losses(task: Task, method: str, model: str) -> None:
 
 def build(task: Task, name: str, model: str, batch: int, **others: Any) -> Ours | Plain:
     """A case at this task's sizes, in bf16 unless it says otherwise."""
-    others = {"precision": "bf16"} | task.sizes.network | others
-    return make_case(name, model, batch, device=task.device, **others)
+    return make_case(name, model, batch, **settings_here(task, **others))
+
+
+def settings_here(task: Task, **others: Any) -> dict[str, Any]:
+    """What a case is made with at this task's sizes, on its device, in bf16 unless `others` say otherwise."""
+    return {"device": task.device, "precision": "bf16"} | task.sizes.network | others
 
 
 def given(task: Task, case: Ours | Plain, batch: int) -> list[Any]:
@@ -83,23 +88,22 @@ def given(task: Task, case: Ours | Plain, batch: int) -> list[Any]:
 
 
 def time_case(task: Task, title: str, name: str, model: str, batch: int, **others: Any) -> dict[str, Any]:
-    """Time a case's steps, after a first one that is checked, and note the figures. An empty dict where it failed."""
+    """Time a case's steps, after a first one that is held against eager, and note the figures; {} where it failed."""
     figures: dict[str, Any] = {}
     with task.record.trying(title):
-        case = build(task, name, model, batch, **others)
-        batches = given(task, case, batch)
-        if isinstance(case, Ours) and others.get("compiled"):
-            limit = most_apart(task.device, others.get("precision", "bf16"))
-            task.record.check(f"{title}: losses against eager", case.checked_step(batches[0]), limit)
-        figures = timed_steps(case, batches, task.sizes.steps, 4 if task.cuda else 1)
-        flops = model_flops(case.config)
+        how = settings_here(task, **others)
+        found = measured_case(name, model, batch, task.sizes.steps, **how)
+        if others.get("compiled") and not name.startswith("plain-"):
+            limit = most_apart(task.device, how["precision"])
+            task.record.check(f"{title}: losses against eager", found.apart, limit)
+        figures, flops = found.timing.figures(batch), model_flops(found.config)
         task.record.note(
             title, case=name, model=model, batch=batch, compiled=bool(others.get("compiled")), **figures,
             flops_of_an_image=flops, flops_per_second=flops * figures["images_per_second"],
+            milliseconds_of={
+                part: 1e3 * statistics.median(parts[part] for parts in found.parts) for part in found.parts[0]
+            },
         )  # fmt: skip
-        case.close()
-        del case, batches
-    release()
     return figures
 
 
