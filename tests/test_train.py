@@ -164,7 +164,7 @@ for turn in range(24):
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:
-            pretrain(config.using(out=out, resume="auto", steps=None))
+            pretrain(config.using(out=out, resume="auto", steps=None, save_steps=5))
         except BaseException as reason:
             error.write_text(repr(reason))
         os._exit(1)
