@@ -98,6 +98,62 @@ def test_the_rate_of_a_product_is_that_of_the_machine():
     assert 1e7 < matrix_rate("cpu", size=64, repeats=3) < 1e14
 
 
+class Clock:
+    """A GPU whose work takes no time of the host's: each step is 20 ms of its own clock."""
+
+    def __init__(self) -> None:
+        self.now, self.peak, self.resets, self.waits = 0.0, 0, 0, 0
+
+    def reset(self) -> None:
+        self.resets, self.peak = self.resets + 1, 0
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def event(self, enable_timing: bool) -> Any:
+        class Event:
+            def record(event) -> None:
+                event.at = self.now
+
+            def elapsed_time(event, other: Any) -> float:
+                return other.at - event.at
+
+        assert enable_timing
+        return Event()
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_gpu_s_own_clock_and_memory_are_asked(replays: bool, monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+
+    class Case:
+        device = torch.device("cuda", 0)
+
+        def __init__(self) -> None:
+            self.replays, self.seen = replays, []
+
+        def step(self, batch: Any, mark: Any = None) -> None:
+            self.seen.append(batch)
+            clock.now += 20.0
+            # what is compiled or recorded takes memory once
+            clock.peak = max(clock.peak, 2**30 if len(self.seen) > 1 else 2**31)
+
+    monkeypatch.setattr(torch.cuda, "Event", clock.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", clock.wait)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", clock.reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: clock.peak)
+    case: Any = Case()
+    timing = step_cases.take_steps(case, ["a", "b"], steps=5, warm=3)
+    assert timing.seconds == pytest.approx([0.02] * 5)
+    assert case.seen == list("abaababaaba")
+    # a CUDA graph's memory is there before, and is not asked for again
+    assert (timing.peak, clock.resets) == ((2**31, 1) if replays else (2**30, 2))
+    assert len(timing.host) == 3
+    assert max(timing.host) < 0.02
+    # before and after the warm-up, after the timed steps, and after each that the host is timed for
+    assert clock.waits == 6
+
+
 class Mixed(TorchDispatchMode):
     """Notes what computes with tensors of both devices: numbers apart, and copies from one to the other."""
 
