@@ -41,7 +41,8 @@ class _InChunks(torch.autograd.Function):
                 # of a leaf itself torch's module trackers, as of its count of FLOPs, cannot follow the gradient
                 share = loss_of(part.view_as(part), place) * (len(part) / len(rows))
                 of_part, *others = torch.autograd.grad(share, (part, *parameters))
-            loss += share.detach()
+            # Not in place: torch 2.11, compiling, would give no gradient to a result that is written to.
+            loss = loss + share.detach()
             of_rows[place] = of_part
             torch._foreach_add_(of_parameters, others)
         ctx.save_for_backward(of_rows, *of_parameters)

@@ -122,7 +122,8 @@ class _FromFeatures(torch.autograd.Function):
                 part = torch.ops.fastpmae.prototype_loss_over(
                     logits, labels, logv, own, epsilon, temperature, expected * _lift(logits)
                 )
-            loss += part.sum() * expected
+            # Not in place: torch 2.11, compiling, would give no gradient to a result that is written to.
+            loss = loss + part.sum() * expected
             if of_student is not None:
                 of_student[rows] = (logits @ prototypes) / _lift(logits)
             if of_prototypes is not None:
