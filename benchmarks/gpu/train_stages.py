@@ -189,14 +189,12 @@ def learning(task: Task) -> None:
             began = time.monotonic()
             words = [
                 sys.executable, "-m", "benchmarks.bench_learning", "--device", task.device.type, "--cases", method,
-                "--compare", method, "--train", task.data / TRAIN, "--val", task.data / VAL, "--epochs", task.epochs,
+                "--compare", method, "--base", base_of(task), "--train", task.data / TRAIN, "--val", task.data / VAL, "--epochs", task.epochs,
                 "--out", task.folder / "learning", "--results", results, "--json", results / f"{method}.json",
                 "--plot", results / f"{method}.png",
             ]  # fmt: skip
             if method in AFTER_MAE:
                 words += ["--equal", "time"]
-            if task.tiny:
-                words += ["--base", tiny_base(task)]
             done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"bench_learning ended with status {done.returncode}: {done.stderr[-1500:]}")
@@ -208,9 +206,11 @@ def learning(task: Task) -> None:
             )
 
 
-def tiny_base(task: Task) -> Path:
-    """The settings of a run that a CPU is through with at once."""
-    path = task.folder / "tiny.json"
-    tiny = PRESETS["small-data"].using(**task.sizes.network, model=task.sizes.models[0], batch_size=8, patch_size=8)
-    write_config(tiny, path)
+def base_of(task: Task) -> Path:
+    """The settings that the methods have in common, with an engine that is here."""
+    path = task.folder / "base.json"
+    base = PRESETS["small-data"].using(loader=engine_here())
+    if task.tiny:
+        base = base.using(**task.sizes.network, model=task.sizes.models[0], batch_size=8, patch_size=8)
+    write_config(base, path)
     return path
