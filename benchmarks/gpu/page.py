@@ -9,6 +9,10 @@ from benchmarks.gpu.record import figures_in_words, read_results
 from fastpmae.errors import UserError
 from fastpmae.files import appearing
 
+MARKED = "decoder_class_token"
+UNLIKE = (
+    "Not SdAE to the letter, whose decoder keeps the class token in its sequence; measured with a decoder without it"
+)
 STARTED, ENDED = "started", "ended"
 """The names of a stage's first and last line."""
 
@@ -258,6 +262,11 @@ def write_page(page: Path, files: Sequence[Path]) -> None:
         lines += [f"- {about}"]
     if drawn:
         lines += ["", f"Measured on drawn images, not on photographs: {', '.join(drawn)}."]
+    without = sorted(
+        {row["name"] for stage in results.stages.values() for row in stage.rows if row.get(MARKED) is False}
+    )
+    if without:
+        lines += ["", f"{UNLIKE}: {_plain(', '.join(without))}."]
     lines += ["", "## Aims", "", aims_table(results), "", "## Stages", "", stages_table(results)]
     for stage in results.stages.values():
         lines += ["", f"### {stage.name}", "", figures_table(stage)]

@@ -98,7 +98,8 @@ def time_case(task: Task, title: str, name: str, model: str, batch: int, **other
             task.record.check(f"{title}: losses against eager", found.apart, limit)
         figures, flops = found.timing.figures(batch), model_flops(found.config)
         task.record.note(
-            title, case=name, model=model, batch=batch, compiled=bool(others.get("compiled")), **figures,
+            title, case=name, model=model, batch=batch, compiled=bool(others.get("compiled")),
+            decoder_class_token=found.config.model.decoder_class_token, **figures,
             flops_of_an_image=flops, flops_per_second=flops * figures["images_per_second"],
             milliseconds_of={
                 part: 1e3 * statistics.median(parts[part] for parts in found.parts) for part in found.parts[0]

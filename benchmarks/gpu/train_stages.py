@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.gpu.images import ORIGINALS, TRAIN, VAL, repeated
 from benchmarks.gpu.task import Task
-from benchmarks.learning_cases import AFTER_MAE
-from fastpmae.config import PRESETS, write_config
+from benchmarks.learning_cases import AFTER_MAE, CASES
+from fastpmae.config import PRESETS, read_config, write_config
 from fastpmae.demo import rows_of
 from fastpmae_loaders import Beton
 
@@ -179,8 +179,9 @@ def stop_and_go_on(task: Task, common: Sequence[Any]) -> None:
 
 def learning(task: Task) -> None:
     """Pretrain on 10,000 small images, one method at a time, each whole: curves, k-NN and linear classification."""
-    results = task.out / "learning"
-    longest = 0.0
+    # what lies there already is not trained again, which is what a trial is about
+    results = task.folder / "judged" if task.tiny else task.out / "learning"
+    base, longest = base_of(task), 0.0
     for method in task.methods:
         # A run that the time does not hold would be lost: nobody could go on with it.
         if not task.has(longest, f"learning {method}"):
@@ -189,9 +190,9 @@ def learning(task: Task) -> None:
             began = time.monotonic()
             words = [
                 sys.executable, "-m", "benchmarks.bench_learning", "--device", task.device.type, "--cases", method,
-                "--compare", method, "--base", base_of(task), "--train", task.data / TRAIN, "--val", task.data / VAL, "--epochs", task.epochs,
-                "--out", task.folder / "learning", "--results", results, "--json", results / f"{method}.json",
-                "--plot", results / f"{method}.png",
+                "--compare", method, "--base", base, "--train", task.data / TRAIN, "--val", task.data / VAL,
+                "--epochs", task.epochs, "--out", task.folder / "learning", "--results", results,
+                "--json", results / f"{method}.json", "--plot", results / f"{method}.png",
             ]  # fmt: skip
             if method in AFTER_MAE:
                 words += ["--equal", "time"]
@@ -201,9 +202,12 @@ def learning(task: Task) -> None:
             longest = max(longest, time.monotonic() - began)
             rows = json.loads((results / f"{method}.json").read_text())
             figures = {row["metric"]: row["value"] for row in rows if row["case"] == method}
+            settings = read_config(base)
+            settings = settings.using(**CASES[method].changes(settings))
             task.record.note(
-                f"learning {method}", epochs=task.epochs, seconds_in_all=time.monotonic() - began, **figures
-            )
+                f"learning {method}", epochs=task.epochs, seconds_in_all=time.monotonic() - began,
+                decoder_class_token=settings.model.decoder_class_token, **figures,
+            )  # fmt: skip
 
 
 def base_of(task: Task) -> Path:
