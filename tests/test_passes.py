@@ -290,15 +290,15 @@ def test_no_step_between_two_rows_waits(tiny: Config, monkeypatch: pytest.Monkey
         real = getattr(loop, name)
         return lambda *arguments: looked.append(name) or real(*arguments)
 
-    for name in ("health", "match_geometry"):
+    for name in ("health_figures", "geometry_figures"):
         monkeypatch.setattr(loop, name, looks(name))
     monkeypatch.setattr(loop, "learning_rate", starts)
     monkeypatch.setattr(loop.Log, "step", ends)
     with waits:
         pretrain(tiny.using(log_every=4, steps=8, accumulate=2, clip_grad=1.0))
     assert [name for name, inside in waits.found if inside] == []
-    # what a row looks at waits for the device: there are two rows
-    assert looked == ["health", "match_geometry"] * 2
+    # what a row looks at costs time: there are two rows
+    assert looked == ["health_figures", "geometry_figures"] * 2
     # rows and checkpoints do wait, so the test would have seen it
     assert {name for name, _ in waits.found} >= {"_local_scalar_dense"}
 

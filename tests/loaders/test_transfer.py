@@ -124,12 +124,16 @@ def on_gpu(beton: Any, gpu: GPU, **options: Any) -> PairedViews:
     return loader
 
 
-def ready(taken: Any) -> None:
-    """Wait until the loader's threads have made the next batch."""
+def ready(taken: Any, batches: int = 1) -> None:
+    """Wait until the loader's threads have made the next batches."""
     stream = taken._stream
+
+    def is_made(number: int) -> bool:
+        job = stream._jobs.get(number)
+        return number >= stream._count or (job is not None and job.left == 0)
+
     with stream._lock:
-        stream._changed.wait_for(lambda: stream._taken >= stream._count or (
-            (job := stream._jobs.get(stream._taken)) is not None and job.left == 0))  # fmt: skip
+        stream._changed.wait_for(lambda: all(is_made(stream._taken + ahead) for ahead in range(batches)))
 
 
 def test_the_next_batch_is_copied_while_the_one_before_is_computed_on(mixed: Any, gpu: GPU):
@@ -137,8 +141,8 @@ def test_the_next_batch_is_copied_while_the_one_before_is_computed_on(mixed: Any
         taken = iter(loader)
         for number in range(len(loader)):
             gpu.told.clear()
-            ready(taken)
             # the first call sends two
+            ready(taken, 2 if number == 0 else 1)
             batch = next(taken)
             sends = 2 if number == 0 else 1 if number < len(loader) - 1 else 0
             sent = [("copy", "side"), ("colour", "side"), ("record", "side")]
