@@ -21,8 +21,9 @@ from fastpmae.errors import UserError, exit_with_sentence
 
 WHEELS = ("tyro", "docstring-parser", "typeguard")
 """What the trainer imports and an image with torch and its usual companions does not have."""
-DALI = ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13")
-DALI_NEEDS = ("six", "gast", "astunparse", "libcst", "pyyaml", "makefun", "nvtx", "optree", "packaging")
+DALI = ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg")
+DALI_NEEDS = ("six", "gast", "astunparse", "makefun", "optree", "packaging")
+"""Of what it names the parts that a pipeline imports."""
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)] + [
     "manylinux2014_x86_64",
     "manylinux1_x86_64",
