@@ -137,7 +137,7 @@ def gpu_results(file: Path, **changes: Any) -> Path:
         "step": [
             {"name": "dual", "case": "dual", **of_step, "step_ms": 100.0, "images_per_second": 2560.0, "peak_gib": 30.0,
              "flops_per_second": 400e12, "flops_of_an_image": 2e11},
-            {"name": "small", "case": "dual", **of_step, "step_ms": 50.0, "images_per_second": 5120.0, "peak_gib": 3.0,
+            {"name": "small", "case": "dual", **of_step, "model": "vit_small", "step_ms": 50.0, "images_per_second": 5120.0, "peak_gib": 3.0,
              "flops_per_second": 100e12, "flops_of_an_image": 1e11},
             {"name": "plain", "case": "plain-dual", **of_step, "step_ms": 150.0, "images_per_second": 1700.0,
              "peak_gib": 50.0, "flops_per_second": 250e12, "flops_of_an_image": 2e11},
@@ -198,6 +198,31 @@ def test_an_aim_that_is_missed_is_called_so(place: str, value: Any, what: str, t
     missed = [line for line in page.aims_table(results).splitlines() if line.endswith("| no |")]
     assert len(missed) == 1
     assert missed[0].startswith(f"| {what}")
+
+
+def test_checks_that_were_cut_off_are_not_all_of_them(tmp_path: Path):
+    file = gpu_results(tmp_path / "results.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    kept = [line for line in lines if (line["stage"], line["name"]) != ("kernels", "ended")]
+    file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    line = page.aims_table(page.Results(file)).splitlines()[2]
+    assert "3 of 3 checks within their bounds, and the stage did not come to its end | no |" in line
+
+
+def test_steps_are_compared_of_one_model_and_with_losses_that_agree(tmp_path: Path):
+    """Where the baseline of the largest model failed, ours is not held against the baseline of a smaller one."""
+    results = page.Results(gpu_results(tmp_path / "results.jsonl", **{"step/plain/model": "vit_small"}))
+    found = page._step(results)
+    assert found is not None
+    assert found == ("3.01 x, 0.06 of its memory, 13% of the matrix rate (vit_small)", False)
+    results = page.Results(gpu_results(tmp_path / "results.jsonl", **{"step/small/model": "vit_small"}))
+    assert page._step(results) == ("1.51 x, 0.60 of its memory, 51% of the matrix rate (vit_base)", True)
+    wrong = {"name": "dual, vit_base, compiled: losses against eager", "ok": False}
+    results.stages["step"].rows.append(wrong)
+    found = page._step(results)
+    assert found is not None
+    assert found[0].endswith("with losses that are apart")
+    assert not found[1]
 
 
 def test_what_was_not_measured_is_not_met(tmp_path: Path):
