@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.bench_table6 import METHODS
-from benchmarks.gpu.record import read_results
+from benchmarks.gpu.page import Results
 from benchmarks.gpu.task import Task
 from benchmarks.step_cases import (
     DROP_PATH,
@@ -176,16 +176,19 @@ def time_row(task: Task, case: Ours, batch: Any) -> None:
 def table6(task: Task) -> None:
     """Time and memory of the five methods, and their ratios to SdAE's beside the FLOPs' own."""
     model, batch = task.sizes.models[0], task.sizes.table6_batch
+    flops = {name: model_flops(settings_of(task, name, model, batch)) for name in METHODS}
+    # A stage may be cut off at any of them: first the two that the aim is about.
+    order = sorted(METHODS, key=lambda name: name not in ("sdae", "dual"))
     for compiled in (False,) if task.tiny else (False, True):
         how = "compiled" if compiled else "eager"
-        found = {
-            name: time_case(task, f"{name}, {model}, {how}", name, model, batch, compiled=compiled)
-            for name in METHODS
-            if task.has(COMPILING / 2 if compiled else EAGER, f"{name}, {model}, {how}")
-        }
-        flops = {name: model_flops(settings_of(task, name, model, batch)) for name in METHODS}
-        base = found.get("sdae")
-        for name, figures in found.items():
+        base: dict[str, Any] = {}
+        for name in order:
+            title = f"{name}, {model}, {how}"
+            if not task.has(COMPILING if compiled else EAGER, title):
+                continue
+            figures = time_case(task, title, name, model, batch, compiled=compiled)
+            if name == "sdae":
+                base = figures
             if figures and base:
                 ratio, floor = figures["step_ms"] / base["step_ms"], flops[name] / flops["sdae"]
                 memory = figures["peak_gib"] / base["peak_gib"] if base["peak_gib"] else None
@@ -228,7 +231,7 @@ def variants(task: Task) -> None:
 
 def plan(task: Task) -> None:
     """`fastpmae-plan`'s memory and time beside what the stage `step` has measured."""
-    measured = [row for row in read_results(task.record.file) if row["stage"] == "step" and "step_ms" in row]
+    measured = [row for row in Results(task.record.file).rows("step") if "step_ms" in row]
     gpu = gpu_here(task)
     for row in measured:
         if row["case"].startswith("plain-"):
