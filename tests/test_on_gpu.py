@@ -289,6 +289,26 @@ def test_rows_apart_is_the_worst_of_all_figures():
         train_stages.rows_apart([row], [row, row])
 
 
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_run_that_is_stopped_leaves_its_rows(deaf: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = tmp_path / "trainer"
+    rows = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2))
+    partial = json.dumps({"step": 3, "loss": 1.0, "partial": True}) + "\n"
+    trainer.write_text(
+        f"#!{sys.executable}\nimport signal, sys, time\n"
+        f"open({str(tmp_path / 'metrics.jsonl')!r}, 'w').write({rows + partial!r})\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: None if {deaf} else sys.exit(143))\n"
+        "end = time.monotonic() + 60\nwhile time.monotonic() < end: time.sleep(0.05)\n"
+    )
+    trainer.chmod(0o755)
+    monkeypatch.setattr(train_stages.sys, "executable", str(trainer))
+    monkeypatch.setattr(train_stages, "STOPPING", 0.5)
+    found = train_stages.run_train(tmp_path, seconds=5.0, whole=False)
+    assert [row["step"] for row in found] == [1, 2]
+    with pytest.raises(RuntimeError, match="stopped after 0 s"):
+        train_stages.run_train(tmp_path, seconds=0.1)
+
+
 def test_images_are_drawn_where_there_are_none(tmp_path: Path):
     folder = find_images(None, tmp_path, tiny=True)
     assert [len(Beton(folder / name)) for name in (ORIGINALS, TRAIN, VAL)] == [16, 48, 24]
