@@ -121,6 +121,8 @@ def pretrain(config: Config) -> Path:
             (interrupted,) = world.agree(stop.signal)
             if interrupted:
                 # Not one step more: the next start would no longer know that it owes one.
+                done = {"epoch": step // steps_per_epoch - 1, "batch": steps_per_epoch * accumulate}
+                loader.load_state_dict(loader.state_dict() | done)
                 save()
                 world.from_first(saver.wait)
                 raise Interrupted(interrupted, step, last_step, run.folder)

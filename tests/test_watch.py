@@ -94,7 +94,7 @@ def test_a_run_that_is_evaluated_is_saved_and_a_signal_stops_that_soon(tiny: Con
 
 def test_a_signal_in_an_evaluation_that_is_made_up_for_loses_nothing(tiny: Config, monkeypatch):
     folder = pretrain(tiny.using(steps=5))
-    embed = watch.features
+    before, embed = read_checkpoint(checkpoint_path(folder, 5)), watch.features
 
     def signalled(encoder, pictures):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -110,7 +110,9 @@ def test_a_signal_in_an_evaluation_that_is_made_up_for_loses_nothing(tiny: Confi
     branch = tiny.using(eval_every=1, out=folder.parent / "branch")
     with pytest.raises(Interrupted, match="SIGTERM after step 5 of 15"):
         pretrain(branch.using(resume=str(checkpoint_path(folder, 5))))
-    assert checkpoint_path(folder.parent / "branch", 5).exists()
+    first, again = (read_checkpoint(checkpoint_path(out, 5)) for out in (folder, folder.parent / "branch"))
+    assert again.progress["loader"] == before.progress["loader"] == first.progress["loader"]
+    assert all(torch.equal(again.tensors[name], before.tensors[name]) for name in before.tensors)
     monkeypatch.undo()
     for config in (tiny.using(eval_every=1), branch):
         found = [row for row in rows_of(pretrain(config.using(resume="auto"))) if "knn_student" in row]
