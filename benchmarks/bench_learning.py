@@ -23,7 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import SHARED, Row, add_device, arguments, device_name, finish, make_row, save, unpack
+from benchmarks.common import (
+    SHARED,
+    Row,
+    add_device,
+    arguments,
+    device_name,
+    engine_here,
+    finish,
+    make_row,
+    save,
+    unpack,
+)
 from benchmarks.learning_cases import AFTER_MAE, CASES, TABLES
 from benchmarks.learning_judge import (
     MEASURES,
@@ -75,7 +86,9 @@ class Evening:
             folder.mkdir(parents=True, exist_ok=True)
         side = base.views.image_size
         # nothing is cut off but what is not square
-        self.train, self.val = (Images(*whole_images(beton, side, crop_ratio=1.0)) for beton in (train, val))
+        self.train, self.val = (
+            Images(*whole_images(beton, side, crop_ratio=1.0, engine=base.data.loader)) for beton in (train, val)
+        )
 
     def untrained(self, name: str, seed: int) -> Judged:
         """A random start's features, or thumbnails."""
@@ -317,6 +330,8 @@ def bench() -> int:
         raise UserError(f"{', '.join(halves)} shares its time with another case: say --equal time")
     data = (given.train, given.val) if given.train else default_betons(given.out / "data")
     base = read_config(Path(given.base)) if Path(given.base).is_file() else preset(given.base)
+    if base.data.loader == "ffcv":
+        base = base.using(loader=engine_here())
     base = for_device(base.using(epochs=1 if given.quick else given.epochs), device, given.compile_mode)
     results = given.results or given.out
     workers = given.workers or (loader_threads() if device.type == "cuda" else 1)

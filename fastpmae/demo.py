@@ -138,10 +138,10 @@ def accuracies(run: Path, train: Path, validation: Path) -> list[Accuracy]:
 
 
 def whole_images(
-    beton: Path, side: int, crop_ratio: float = 0.875
+    beton: Path, side: int, crop_ratio: float = 0.875, engine: str = "ffcv"
 ) -> tuple[UInt8[Tensor, "images 3 side side"], Int[Tensor, " images"]]:
     """Every image of a file, resized and cut at the centre, and the labels."""
-    with PlainViews(Beton(beton), 64, image_size=side, crop_ratio=crop_ratio) as views:
+    with PlainViews(Beton(beton), 64, image_size=side, crop_ratio=crop_ratio, engine=engine) as views:
         batches = [(images, label) for images, label, _ in views]
     return torch.cat([images for images, _ in batches]), torch.cat([label for _, label in batches])
 

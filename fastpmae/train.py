@@ -118,6 +118,14 @@ def pretrain(config: Config) -> Path:
         log.start_clock(step)
         if watch.is_owed(step, steps_per_epoch, run.folder):
             watch.report(log, step, step // steps_per_epoch, student, teachers, stop)
+            (interrupted,) = world.agree(stop.signal)
+            if interrupted:
+                # Not one step more: the next start would no longer know that it owes one.
+                done = {"epoch": step // steps_per_epoch - 1, "batch": steps_per_epoch * accumulate}
+                loader.load_state_dict(loader.state_dict() | done)
+                save()
+                world.from_first(saver.wait)
+                raise Interrupted(interrupted, step, last_step, run.folder)
         while step < last_step:
             epoch = step // steps_per_epoch
             batches = feed.epoch(epoch, first_batch=step % steps_per_epoch * accumulate)

@@ -139,8 +139,8 @@ def gpu_results(file: Path, **changes: Any) -> Path:
         "step": [
             {"name": "dual", "case": "dual", **of_step, "step_ms": 100.0, "images_per_second": 2560.0, "peak_gib": 30.0,
              "flops_per_second": 400e12, "flops_of_an_image": 2e11},
-            {"name": "small", "case": "dual", **of_step, "step_ms": 50.0, "images_per_second": 5120.0, "peak_gib": 3.0,
-             "flops_per_second": 100e12, "flops_of_an_image": 1e11},
+            {"name": "small", "case": "dual", **of_step, "model": "vit_small", "step_ms": 50.0,
+             "images_per_second": 5120.0, "peak_gib": 3.0, "flops_per_second": 100e12, "flops_of_an_image": 1e11},
             {"name": "plain", "case": "plain-dual", **of_step, "step_ms": 150.0, "images_per_second": 1700.0,
              "peak_gib": 50.0, "flops_per_second": 250e12, "flops_of_an_image": 2e11},
         ],
@@ -200,6 +200,31 @@ def test_an_aim_that_is_missed_is_called_so(place: str, value: Any, what: str, t
     missed = [line for line in page.aims_table(results).splitlines() if line.endswith("| no |")]
     assert len(missed) == 1
     assert missed[0].startswith(f"| {what}")
+
+
+def test_checks_that_were_cut_off_are_not_all_of_them(tmp_path: Path):
+    file = gpu_results(tmp_path / "results.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    kept = [line for line in lines if (line["stage"], line["name"]) != ("kernels", "ended")]
+    file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    line = page.aims_table(page.Results(file)).splitlines()[2]
+    assert "3 of 3 checks within their bounds, and the stage did not come to its end | no |" in line
+
+
+def test_steps_are_compared_of_one_model_and_with_losses_that_agree(tmp_path: Path):
+    """Where the baseline of the largest model failed, ours is not held against the baseline of a smaller one."""
+    results = page.Results(gpu_results(tmp_path / "results.jsonl", **{"step/plain/model": "vit_small"}))
+    found = page._step(results)
+    assert found is not None
+    assert found == ("3.01 x, 0.06 of its memory, 13% of the matrix rate (vit_small)", False)
+    results = page.Results(gpu_results(tmp_path / "results.jsonl", **{"step/small/model": "vit_small"}))
+    assert page._step(results) == ("1.51 x, 0.60 of its memory, 51% of the matrix rate (vit_base)", True)
+    wrong = {"name": "dual, vit_base, compiled: losses against eager", "ok": False}
+    results.stages["step"].rows.append(wrong)
+    found = page._step(results)
+    assert found is not None
+    assert found[0].endswith("with losses that are apart")
+    assert not found[1]
 
 
 def test_what_was_not_measured_is_not_met(tmp_path: Path):
@@ -271,6 +296,26 @@ def test_rows_apart_is_the_worst_of_all_figures():
     assert train_stages.rows_apart([row, row | {"loss_p": 2.5}], [row, row]) == pytest.approx(0.25)
     with pytest.raises(ValueError, match="zip"):
         train_stages.rows_apart([row], [row, row])
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_run_that_is_stopped_leaves_its_rows(deaf: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = tmp_path / "trainer"
+    rows = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2))
+    partial = json.dumps({"step": 3, "loss": 1.0, "partial": True}) + "\n"
+    trainer.write_text(
+        f"#!{sys.executable}\nimport signal, sys, time\n"
+        f"open({str(tmp_path / 'metrics.jsonl')!r}, 'w').write({rows + partial!r})\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: None if {deaf} else sys.exit(143))\n"
+        "end = time.monotonic() + 60\nwhile time.monotonic() < end: time.sleep(0.05)\n"
+    )
+    trainer.chmod(0o755)
+    monkeypatch.setattr(train_stages.sys, "executable", str(trainer))
+    monkeypatch.setattr(train_stages, "STOPPING", 0.5)
+    found = train_stages.run_train(tmp_path, seconds=5.0, whole=False)
+    assert [row["step"] for row in found] == [1, 2]
+    with pytest.raises(RuntimeError, match="stopped after 0 s"):
+        train_stages.run_train(tmp_path, seconds=0.1)
 
 
 def test_images_are_drawn_where_there_are_none(tmp_path: Path):

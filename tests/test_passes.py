@@ -363,6 +363,37 @@ def test_nothing_is_carried_between_a_gpu_and_the_host(case: str, monkeypatch: p
             assert waits.found == []
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("case", ["dual", "dual, uneven folds", "dual in chunks", "dual in fp8", "mae"])
+def test_a_gpu_s_passes_are_whole_graphs_under_its_own_autocast(case: str, monkeypatch: pytest.MonkeyPatch):
+    """Its autocast keeps other operations in fp32 than the CPU's, so types meet there that do not meet here."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    settings = dict(PLACES[case])
+    config, graphs = tiny_config(settings.pop("preset", "paper"), **settings), []
+
+    def noted(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append({str(node.target) for node in module.graph.nodes})
+        return module.forward
+
+    with watched(), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda", 0):
+            student = build_student(config)
+            teachers = make_teachers(student, config.using(teacher_init="copy").teachers, 10, 10, torch.Generator())
+            if config.efficiency.teacher_precision == "fp8":
+                for teacher in teachers.modules().values():
+                    use_fp8(teacher.encoder)
+            batch, keep = _batch(config, 3)
+        seen, learnt = (torch.compile(each, backend=noted, fullgraph=True) for each in (see, learn))
+        with torch.autocast("cuda", torch.bfloat16):
+            (targets,) = balance([seen(teachers, batch, config)], config)
+            losses = learnt(student, batch, keep, targets, config)
+    assert losses.total.dtype == torch.float32
+    assert len(graphs) == 2
+    assert any("_scaled_mm" in name for name in graphs[0]) == ("fp8" in case)
+
+
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_waits_and_copies_would_have_been_noticed():
     """What the tests above rely on, in both directions."""

@@ -92,6 +92,33 @@ def test_a_run_that_is_evaluated_is_saved_and_a_signal_stops_that_soon(tiny: Con
     assert found == [row for row in rows_of(straight) if "knn_student" in row]
 
 
+def test_a_signal_in_an_evaluation_that_is_made_up_for_loses_nothing(tiny: Config, monkeypatch):
+    folder = pretrain(tiny.using(steps=5))
+    before, embed = read_checkpoint(checkpoint_path(folder, 5)), watch.features
+
+    def signalled(encoder, pictures):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return embed(encoder, pictures)
+
+    monkeypatch.setattr(watch, "BATCH", 10)
+    monkeypatch.setattr(watch, "features", signalled)
+    for _ in range(2):
+        # no step is taken: after it nothing would tell that an evaluation is owed
+        with pytest.raises(Interrupted, match="SIGTERM after step 5 of 15"):
+            pretrain(tiny.using(eval_every=1, resume="auto"))
+    # nor where the run goes on in a folder that has no checkpoint yet
+    branch = tiny.using(eval_every=1, out=folder.parent / "branch")
+    with pytest.raises(Interrupted, match="SIGTERM after step 5 of 15"):
+        pretrain(branch.using(resume=str(checkpoint_path(folder, 5))))
+    first, again = (read_checkpoint(checkpoint_path(out, 5)) for out in (folder, folder.parent / "branch"))
+    assert again.progress["loader"] == before.progress["loader"] == first.progress["loader"]
+    assert all(torch.equal(again.tensors[name], before.tensors[name]) for name in before.tensors)
+    monkeypatch.undo()
+    for config in (tiny.using(eval_every=1), branch):
+        found = [row for row in rows_of(pretrain(config.using(resume="auto"))) if "knn_student" in row]
+        assert [row["step"] for row in found] == [5, 10, 15]
+
+
 @pytest.mark.slow
 def test_two_ranks_evaluate_what_they_have_learnt_together(tiny: Config, small_beton: Path, tmp_path: Path):
     write_config(tiny.using(warmup_epochs=0.0), tmp_path / "config.json")

@@ -86,7 +86,10 @@ def _checks(results: Results) -> tuple[str, bool] | None:
     if not rows:
         return None
     failed = sum(not row["ok"] for row in rows)
-    return f"{len(rows) - failed} of {len(rows)} checks within their bounds", failed == 0
+    words = f"{len(rows) - failed} of {len(rows)} checks within their bounds"
+    if failed == 0 and not results.stages["kernels"].passed:
+        return f"{words}, and the stage did not come to its end", False
+    return words, failed == 0
 
 
 def _kernel(name: str) -> Callable[[Results], tuple[str, bool] | None]:
@@ -99,21 +102,22 @@ def _kernel(name: str) -> Callable[[Results], tuple[str, bool] | None]:
     return found
 
 
-def _largest(results: Results, name: str) -> dict[str, Any] | None:
-    """The compiled step of a case with the most FLOPs an image."""
-    rows = [row for row in results.rows("step") if row.get("case") == name and row.get("compiled") and "step_ms" in row]
-    return max(rows, key=lambda row: row["flops_of_an_image"], default=None)
-
-
 def _step(results: Results) -> tuple[str, bool] | None:
-    ours, plain = (_largest(results, name) for name in ("dual", "plain-dual"))
+    rows = [row for row in results.rows("step") if row.get("compiled") and "step_ms" in row]
+    mine, usual = ({row["model"]: row for row in rows if row["case"] == name} for name in ("dual", "plain-dual"))
     rate = results.figure("bandwidth", "matrix product", "flops_per_second")
-    if ours is None or plain is None or rate is None or not plain["peak_gib"]:
+    # The largest of the models that both have: one may have failed, or been left out.
+    model = max(mine.keys() & usual.keys(), key=lambda model: mine[model]["flops_of_an_image"], default=None)
+    if model is None or rate is None or not usual[model]["peak_gib"]:
         return None
+    ours, plain = mine[model], usual[model]
     faster = ours["images_per_second"] / plain["images_per_second"]
     memory, used = ours["peak_gib"] / plain["peak_gib"], ours["flops_per_second"] / rate
-    words = f"{faster:.2f} x, {memory:.2f} of its memory, {used:.0%} of the matrix rate ({ours['model']})"
-    return words, faster >= 1.3 and memory <= 0.7 and used >= 0.4
+    words = f"{faster:.2f} x, {memory:.2f} of its memory, {used:.0%} of the matrix rate ({model})"
+    of_both = (f"losses of dual, {model}", f"dual, {model}, compiled")
+    if any(row.get("ok") is False and row["name"].startswith(of_both) for row in results.rows("step")):
+        return f"{words}, with losses that are apart", False
+    return words, model == "vit_base" and faster >= 1.3 and memory <= 0.7 and used >= 0.4
 
 
 def _table6(results: Results) -> tuple[str, bool] | None:

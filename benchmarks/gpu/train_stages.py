@@ -1,7 +1,6 @@
 """Stages `train`, `resume` and `learning`: the command that users start, from JPEGs to checkpoints and features."""
 
 import contextlib
-import importlib.util
 import json
 import shutil
 import signal
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import engine_here
 from benchmarks.gpu.images import ORIGINALS, TRAIN, VAL, repeated
 from benchmarks.gpu.task import Task
 from benchmarks.learning_cases import AFTER_MAE, CASES
@@ -25,11 +25,12 @@ from fastpmae_loaders import Beton
 COMPARED = ("loss", "loss_m", "loss_c", "loss_p", "grad_norm")
 STEPS = 12
 TRAIN_FLAGS = ("--no-tensorboard",)
-
-
-def engine_here() -> str:
-    """The fastest engine that this machine has for a CPU's decoding."""
-    return "ffcv" if importlib.util.find_spec("ffcv") else "torch"
+STOPPING = 8.0
+"""Seconds that a run has to end after SIGTERM."""
+FEWEST = 4
+"""Rows of a run, the first of which compiles, that say how fast it is."""
+STARTING = 40.0
+"""Seconds until a run on a GPU has written its first rows, about."""
 
 
 @contextlib.contextmanager
@@ -60,13 +61,30 @@ def gpu_busy(task: Task) -> Iterator[list[int]]:
         reader.join()
 
 
-def run_train(out: Path, *flags: Any, seconds: float = 240.0) -> list[dict[str, float]]:
-    """Run `fastpmae-train` and read its rows. Raises RuntimeError with what it said when it fails."""
+def run_train(out: Path, *flags: Any, seconds: float = 240.0, whole: bool = True) -> list[dict[str, float]]:
+    """Run `fastpmae-train` and read its rows. Raises RuntimeError with what it said when it fails.
+
+    Args:
+        seconds: after which it is stopped.
+        whole: whether a run that was stopped is a failure; if not, its rows are what was asked for.
+    """
     words = [sys.executable, "-m", "fastpmae.train", "--out", str(out), *TRAIN_FLAGS, *map(str, flags)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)} ended with status {done.returncode}: {done.stderr[-1500:]}")
-    return rows_of(out)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    stopped = False
+    try:
+        said = process.communicate(timeout=seconds)[1]
+    except subprocess.TimeoutExpired:
+        stopped = True
+        process.terminate()
+        try:
+            said = process.communicate(timeout=STOPPING)[1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = process.communicate()[1]
+    if process.returncode and (whole or not stopped):
+        after = f", stopped after {seconds:.0f} s" if stopped else ""
+        raise RuntimeError(f"{' '.join(words)} ended with status {process.returncode}{after}: {said[-1500:]}")
+    return [row for row in rows_of(out) if "partial" not in row]
 
 
 def network_flags(task: Task) -> list[Any]:
@@ -82,15 +100,21 @@ def train(task: Task) -> None:
     sizes = task.sizes
     beton = repeated(Beton(task.data / ORIGINALS), task.folder / "repeated.beton", sizes.epoch_images)
     for model in reversed(sizes.models):
+        if task.cuda and not task.has(STARTING, f"train {model}"):
+            continue
         with task.record.trying(f"train {model}"):
             started = time.perf_counter()
             with gpu_busy(task) as busy:
+                # What the time does not hold of the steps is left out, and what was measured stays.
                 rows = run_train(
                     task.folder / f"train-{model}", "--beton", beton, "--preset", "ablation", "--model", model,
                     "--batch-size", sizes.batch, "--steps", sizes.train_steps,
                     "--log-every", max(1, sizes.train_steps // 8),
                     "--loader", engine_here(), "--device", task.device.type, *network_flags(task),
+                    seconds=task.deadline - time.monotonic() - STOPPING - 2, whole=False,
                 )  # fmt: skip
+            if len(rows) < min(FEWEST, sizes.train_steps):
+                raise RuntimeError(f"in {time.perf_counter() - started:.0f} s the run has written {len(rows)} rows")
             late = rows[len(rows) // 2 :]  # compiled, and the loader is ahead
             task.record.note(
                 f"train {model}",
@@ -100,6 +124,7 @@ def train(task: Task) -> None:
                 data_wait=statistics.median(row["data_wait"] for row in late),
                 gpu_busy=statistics.median(busy[-max(1, len(busy) // 3) :]) if busy else None,
                 seconds_in_all=time.perf_counter() - started,
+                steps=rows[-1]["step"],
                 losses=[row["loss"] for row in rows],
             )
 
