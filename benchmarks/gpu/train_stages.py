@@ -236,9 +236,9 @@ def learning(task: Task) -> None:
 
 
 def base_of(task: Task) -> Path:
-    """The settings that the methods have in common, with an engine that is here."""
+    """The settings that the methods have in common."""
     path = task.folder / "base.json"
-    base = PRESETS["small-data"].using(loader=engine_here())
+    base = PRESETS["small-data"]
     if task.tiny:
         base = base.using(**task.sizes.network, model=task.sizes.models[0], batch_size=8, patch_size=8)
     write_config(base, path)
