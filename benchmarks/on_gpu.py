@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.common import device_name, versions
-from benchmarks.gpu.images import DRAWN, find_images
+from benchmarks.gpu.images import DRAWN, TRAIN, find_images
 from benchmarks.gpu.page import ENDED, STARTED, Results, aims_table, stages_table, write_page
 from benchmarks.gpu.record import Record, now
 from benchmarks.gpu.task import Task
@@ -185,7 +185,7 @@ def _compile_views(data: Path) -> subprocess.Popen:
         "import sys; from fastpmae_loaders import PairedViews; from benchmarks.common import engine_here\n"
         "with PairedViews(sys.argv[1], 16, engine=engine_here()) as views: next(iter(views))"
     )
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(data / "train.beton")])
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(data / TRAIN)])
 
 
 def main() -> int:

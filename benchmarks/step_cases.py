@@ -43,6 +43,11 @@ def settings(preset: str, model: str, batch_size: int, **others: Any) -> Config:
     return PRESETS[preset].using(model=model, batch_size=batch_size, **others)
 
 
+def settings_of(method: str, model: str, batch_size: int, **others: Any) -> Config:
+    """The trainer's settings in a case: `dual`, or a preset's, and `others` by their names."""
+    return settings("paper" if method == "dual" else method, model, batch_size, **{"drop_path": DROP_PATH, **others})
+
+
 def made_batch(config: Config, size: int, seed: int = 0) -> Batch:
     """Random pixels and a random mask for each image: a step's work does not depend on what they show."""
     generator = torch.Generator().manual_seed(seed)
@@ -228,11 +233,8 @@ def make_case(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)
-    config = settings(
-        "paper" if method == "dual" else method, model, batch_size,
-        **{"drop_path": DROP_PATH, "precision": precision, "prototypes_chunk": chunk,
-           "compile": "on" if compiled else "off", **others},
-    )  # fmt: skip
+    more = {"prototypes_chunk": chunk, "compile": "on" if compiled else "off", **others}
+    config = settings_of(method, model, batch_size, precision=precision, **more)
     if method == name:
         return Ours(config, device)
     # The weights alone are of interest: they are made on the CPU, as those of `Ours` are, in eager mode.

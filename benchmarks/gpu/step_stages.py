@@ -14,7 +14,6 @@ from benchmarks.bench_table6 import METHODS
 from benchmarks.gpu.page import Results
 from benchmarks.gpu.task import Task
 from benchmarks.step_cases import (
-    DROP_PATH,
     Ours,
     Plain,
     Precision,
@@ -25,13 +24,13 @@ from benchmarks.step_cases import (
     model_flops,
     most_apart,
     release,
-    settings,
+    settings_of,
 )
-from fastpmae.config import Config
 from fastpmae.costs import step_costs
-from fastpmae.geometry import match_geometry
+from fastpmae.figures import bring
+from fastpmae.geometry import geometry_figures
 from fastpmae.gpus import GPUS, Gpu
-from fastpmae.health import health
+from fastpmae.health import health_figures
 from fastpmae.plan import Plan
 
 COMPILING = 60.0
@@ -77,7 +76,7 @@ def losses_in_fp32(task: Task, name: str, model: str) -> list[float]:
     """A case's losses without autocast."""
     case = build(task, name, model, task.sizes.batch, precision="fp32")
     try:
-        return case.losses(given(task, case, task.sizes.batch)[0])
+        return case.losses(given(case, task.sizes.batch))
     finally:
         case.close()
         del case
@@ -94,9 +93,9 @@ def settings_here(task: Task, **others: Any) -> dict[str, Any]:
     return {"device": task.device, "precision": "bf16"} | task.sizes.network | others
 
 
-def given(task: Task, case: Ours | Plain, batch: int) -> list[Any]:
-    """Two batches on the device, as the case takes them."""
-    return [case.given(made_batch(case.config, batch, seed)) for seed in range(2)]
+def given(case: Ours | Plain, batch: int) -> Any:
+    """A batch on the device, as the case takes it."""
+    return case.given(made_batch(case.config, batch))
 
 
 def time_case(task: Task, title: str, name: str, model: str, batch: int, **others: Any) -> dict[str, Any]:
@@ -131,14 +130,14 @@ def waits(task: Task) -> None:
         title = " ".join(["waits of", name, *(f"{key} {value}" for key, value in others.items())])
         with task.record.trying(title):
             case = build(task, name, model, batch, **others)
-            batches = given(task, case, batch)
+            images = given(case, batch)
             for _ in range(2):
-                case.step(batches[0])
+                case.step(images)
             task.wait()
-            places = host_waits(task, lambda case=case, batches=batches: case.step(batches[0]))
+            places = host_waits(task, lambda case=case, images=images: case.step(images))
             task.record.note(title, places=places, ok=not places)
             if name == "dual" and not others and isinstance(case, Ours):
-                time_row(task, case, batches[0])
+                time_row(task, case, images)
             case.close()
             del case
     if task.cuda:
@@ -170,24 +169,30 @@ def host_waits(task: Task, run: Callable[[], Any]) -> list[str]:
 
 
 def time_row(task: Task, case: Ours, batch: Any) -> None:
-    """The figures that a row of metrics.jsonl adds to a step."""
+    """What a row of metrics.jsonl adds to a step: the wait for its figures, and the host's work beside the next one."""
     targets, match = case.targets, None if case.out is None else case.out.match
     assert targets is not None
     assert match is not None
-    rows = {"health": lambda: health(targets), "match_geometry": lambda: match_geometry(batch, match, case.config)}
-    for name, run in rows.items():
-        run()
+
+    def row() -> tuple[float, float]:
         task.wait()
         start = time.perf_counter()
-        run()
-        task.wait()
-        task.record.note(f"row: {name}", milliseconds=1e3 * (time.perf_counter() - start))
+        rest = bring(health_figures(targets), geometry_figures(batch, match, case.config))
+        there = time.perf_counter()
+        rest()
+        return there - start, time.perf_counter() - there
+
+    row()  # compiles and loads
+    waiting, on_the_host = row()
+    task.record.note("row", waiting_milliseconds=1e3 * waiting, on_the_host_milliseconds=1e3 * on_the_host)
 
 
 def table6(task: Task) -> None:
     """Time and memory of the five methods, and their ratios to SdAE's beside the FLOPs' own."""
     model, batch = task.sizes.models[0], task.sizes.table6_batch
-    flops = {name: model_flops(settings_of(task, name, model, batch)) for name in METHODS}
+    flops = {
+        name: model_flops(settings_of(name, model, batch, precision="bf16", **task.sizes.network)) for name in METHODS
+    }
     # A stage may be cut off at any of them: first the two that the aim is about.
     order = sorted(METHODS, key=lambda name: name not in ("sdae", "dual"))
     for compiled in (False,) if task.tiny else (False, True):
@@ -206,12 +211,6 @@ def table6(task: Task) -> None:
                 task.record.note(
                     f"{name} over sdae, {how}", time=ratio, flops=floor, time_over_flops=ratio / floor, memory=memory
                 )  # fmt: skip
-
-
-def settings_of(task: Task, name: str, model: str, batch: int) -> Config:
-    """A case's settings, without its networks."""
-    preset = "paper" if name == "dual" else name
-    return settings(preset, model, batch, drop_path=DROP_PATH, precision="bf16", **task.sizes.network)
 
 
 def variants(task: Task) -> None:
@@ -248,11 +247,12 @@ def plan(task: Task) -> None:
         if row["case"].startswith("plain-"):
             continue
         with task.record.trying(f"plan of {row['name']}"):
-            config = settings_of(task, row["case"], row["model"], row["batch"])
+            config = settings_of(row["case"], row["model"], row["batch"], precision="bf16", **task.sizes.network)
             costs = step_costs(config, row["batch"])
             seconds = costs.flops / (gpu.bf16 * Plan.efficiency_of_peak)
             task.record.note(
                 f"plan of {row['name']}",
+                gpu=gpu.words,
                 compiled=row["compiled"],
                 planned_gib=costs.peak / 2**30,
                 memory=costs.peak / 2**30 / row["peak_gib"] if row["peak_gib"] else None,

@@ -89,10 +89,7 @@ def run_train(out: Path, *flags: Any, seconds: float = 240.0, whole: bool = True
 
 def network_flags(task: Task) -> list[Any]:
     """The network that makes a tiny run tiny."""
-    flags = ["--precision", "auto"]
-    for name, value in task.sizes.network.items():
-        flags += [f"--{name.replace('_', '-')}", value]
-    return flags
+    return [word for name, value in task.sizes.network.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 def train(task: Task) -> None:
