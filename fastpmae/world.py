@@ -1,11 +1,16 @@
 """The ranks of a run: who we are, what we compute on, and what we agree on."""
 
+import atexit
 import contextlib
+import gc
 import os
 import re
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -18,9 +23,12 @@ from fastpmae.meeting import meet
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
-    """One process among `size`; a run without torchrun is the only one of a world of 1."""
+    """One process among `size`; a run without torchrun is the only one of a world of 1.
+
+    The group is None again as soon as the world is left: see _leave.
+    """
 
     rank: int
     size: int
@@ -122,8 +130,9 @@ def join_world(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -
             torch.cuda.set_device(chosen)
         yield World(0, 1, 1, chosen, None)
         return
+    world = World(rank, size, ranks_here, torch.device("cpu"), None)
     with contextlib.ExitStack() as stack:
-        stack.callback(_leave)
+        stack.callback(_leave, world)
         voice = stack.enter_context(_one_voice(patience))
         chosen = choose_device(device, local_rank)
         on_gpu = chosen.type == "cuda"
@@ -142,12 +151,46 @@ def join_world(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -
             timeout=limit,
             device_id=chosen if on_gpu else None,
         )
-        yield World(rank, size, ranks_here, chosen, dist.group.WORLD)
+        world.device, world.group = chosen, dist.group.WORLD
+        yield world
 
 
-def _leave() -> None:
-    if dist.is_initialized():
+def _leave(world: World) -> None:
+    """Take the ranks' connection down, with the threads that work for it.
+
+    A thread of gloo's lets go of a tensor only after it has told us that the message is through, and needs Python's
+    lock for it. One that comes to this while the interpreter ends is ended by the interpreter, within a destructor: the
+    C++ library then aborts the process ("terminate called without an active exception", SIGABRT), after its work was
+    done. Taking the group down waits for its threads, but happens only when nobody refers to the group any more: what
+    still does (FSDP, a user's own variable, the frames of an error on its way out) is met at the exit.
+    """
+    world.group = None
+    if dist.group.WORLD is not None:
+        group = weakref.ref(dist.group.WORLD)
         dist.destroy_process_group()
+        if group() is not None:
+            atexit.register(_await_threads, group)
+
+
+def _await_threads(group: "weakref.ref[dist.ProcessGroup]", patience: float = 10.0) -> None:
+    """Wait until the threads of a group are gone, or have all been asleep for three looks, for `patience` s at most."""
+    gc.collect()
+    until, asleep = time.monotonic() + patience, 0
+    while group() is not None and asleep < 3 and time.monotonic() < until:
+        time.sleep(0.01)  # who waits for Python's lock has it now
+        asleep = asleep + 1 if set(_states("pt_gloo_runloop")) <= {"S"} else 0
+
+
+def _states(name: str) -> list[str]:
+    """What the threads of this process that have this name do, as Linux says it: S sleeps, R runs or wants to."""
+    found = []
+    for status in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            _, _, told = status.read_text().partition(" (")
+            told, _, rest = told.rpartition(") ")
+            if told == name:
+                found.append(rest[0])
+    return found
 
 
 class _Voice:

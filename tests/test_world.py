@@ -1,13 +1,24 @@
 """What a run computes on, and how it gets there."""
 
+import ctypes
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastpmae import world
 from fastpmae.labelled import half
 from fastpmae.world import carried, has_bf16
+from tests.made import tiny_settings
+from tests.test_train import environment, flags_of
 
 
 @pytest.mark.parametrize("emulated", [False, True])
@@ -34,3 +45,91 @@ def test_what_goes_to_a_gpu_starts_in_pinned_memory(pinned: bool, monkeypatch: p
     assert done == [("cpu", True)]
     carried(torch.zeros(3), torch.device("cuda"))
     assert done[1:] == ["pinned"] * (not pinned) + [("cuda", True)]
+
+
+# A thread that has yet to let go of a tensor while the interpreter ends aborts the process. What is asked last, at the
+# exit, is therefore which threads of gloo's are left.
+LEFT = """
+import atexit, os, sys
+from pathlib import Path
+sys.path[:] = {path!r}
+names = Path("/proc/self/task").glob("*/comm")
+threads = lambda: sum(name.read_text().startswith("pt_gloo_runloop") for name in names)
+atexit.register(lambda: print("threads left:", threads()))
+rank, port, kind, *flags = sys.argv[1:]
+os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+"""
+ENDS = {
+    "train": """
+from fastpmae.train import main
+sys.argv[1:] = flags
+sys.exit(main())
+""",
+    "held": """
+from fastpmae.errors import exit_with_sentence, UserError
+from fastpmae.world import join_world
+kept = []
+def run():
+    with join_world("cpu") as world:
+        assert world.agree(int(rank)) == (1,)
+        kept.extend([world, kept])  # a cycle, and a name of the program's own
+        if kind == "error":
+            raise UserError("no")
+sys.exit(exit_with_sentence("held", run))
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "shard", "held", "error"])
+def test_no_thread_of_gloos_outlives_the_interpreter(kind: str, small_beton: Path, tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = tiny_settings(small_beton).using(steps=2, shard=kind == "shard", out=tmp_path / "run")
+    program = LEFT.format(path=sys.path) + ENDS["held" if kind in ("held", "error") else "train"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(rank), str(port), kind, *flags_of(config)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    ended = [(*rank.communicate(timeout=500), rank.returncode) for rank in ranks]
+    assert {status for *_, status in ended} <= ({2} if kind == "error" else {0}), ended
+    # FSDP keeps the group in the library's own memory: its threads are asleep then, and have let go of everything.
+    if kind != "shard":
+        assert all("threads left: 0" in said for said, *_ in ended), ended
+
+
+def test_the_exit_waits_for_threads_that_still_run(monkeypatch: pytest.MonkeyPatch):
+    """Two that run, sleep for a look, run again, then sleep."""
+    looks = iter(["RR", "SS", "SR", "SS", "SS", "SS"])
+    monkeypatch.setattr(world, "_states", lambda name: list(next(looks)))
+    held = threading.Event()
+    world._await_threads(weakref.ref(held), patience=60)  # pyright: ignore[reportArgumentType]
+    assert next(looks, None) is None
+    monkeypatch.setattr(world, "_states", lambda name: ["R"])
+    world._await_threads(weakref.ref(held), patience=0.05)  # pyright: ignore[reportArgumentType]
+    world._await_threads(lambda: None)  # pyright: ignore[reportArgumentType]
+
+
+def test_threads_are_found_by_name():
+    """One that waits for a lock, whose name holds what ends a name in Linux's line."""
+    lock = threading.Lock()
+    lock.acquire()
+
+    def wait() -> None:
+        ctypes.CDLL(None).prctl(15, b"a (b) R c")  # PR_SET_NAME
+        ready.set()
+        lock.acquire()
+
+    ready, thread = threading.Event(), threading.Thread(target=wait)
+    thread.start()
+    ready.wait()
+    time.sleep(0.05)
+    assert world._states("a (b) R c") == ["S"]
+    lock.release()
+    thread.join()
+    assert world._states("a (b)") == []

@@ -175,6 +175,7 @@ center, alone = torch.zeros(50), torch.zeros(50)
 label_bias(own[0], "center", group=group, center=center)
 label_bias(some[0], "center", center=alone)
 torch.testing.assert_close(center, alone)
+del group  # or the group's threads outlive the interpreter, and one that has still to let go of a tensor aborts it
 dist.destroy_process_group()
 """
 
