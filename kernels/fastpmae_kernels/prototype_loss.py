@@ -13,7 +13,7 @@ from torch import Tensor
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton
 from fastpmae_kernels.long_rows import LONGEST_ROW, long_cross_entropy
-from fastpmae_kernels.rows import as_fp32, compiled, exponential, maximum, row_blocks, share_out
+from fastpmae_kernels.rows import added, as_fp32, compiled, exponential, maximum, row_blocks, share_out
 
 
 def prototype_cross_entropy(
@@ -193,7 +193,7 @@ def _on_cpu(
     return loss
 
 
-@compiled("contract", "reassoc", "nsz")
+@compiled("contract", "nsz")
 def _cross_entropy_block(student, teacher, logv, index, label_scale, scale, expected, loss, gradient):
     rows, prototypes = student.shape
     label, value = empty(prototypes, float32), empty(prototypes, float32)
@@ -202,27 +202,33 @@ def _cross_entropy_block(student, teacher, logv, index, label_scale, scale, expe
         for j in range(prototypes):
             label[j] = row[j] * label_scale + logv[j]
         peak = maximum(label)
-        mass = float32(0.0)
         for j in range(prototypes):
-            entry = exponential(label[j] - peak)
-            label[j] = entry
-            mass += entry
+            label[j] = exponential(label[j] - peak)
+        mass = added(label)
         row = student[r]
         for j in range(prototypes):
             value[j] = row[j] * scale
         peak = maximum(value)
-        total, dot = float32(0.0), float32(0.0)
         for j in range(prototypes):
-            entry = value[j] - peak
-            dot += label[j] * entry if label[j] != float32(0.0) else float32(0.0)
-            entry = exponential(entry)
-            value[j] = entry
-            total += entry
+            value[j] = value[j] - peak
+        dot = _expected(label, value)
+        for j in range(prototypes):
+            value[j] = exponential(value[j])
+        total = added(value)
         loss[r] = log(total) - dot / mass
         if gradient.size:
             row = gradient[r]
             for j in range(prototypes):
                 row[j] = (value[j] / total - label[j] / mass) * expected
+
+
+@compiled("contract", "reassoc", "nsz")
+def _expected(label, value):
+    """The sum of label x value, where a label of 0 counts as nothing beside a value of minus infinity."""
+    total = float32(0.0)
+    for j in range(label.size):
+        total += label[j] * value[j] if label[j] != float32(0.0) else float32(0.0)
+    return total
 
 
 @prototype_loss.register_fake

@@ -133,3 +133,17 @@ def maximum(row):
     for j in range(row.size):
         peak = max(peak, row[j])
     return peak
+
+
+@compiled("reassoc", "nsz")
+def added(row):
+    """The row's sum, in the order of vector instructions.
+
+    A function that may reorder a sum reads one array and writes none: where it wrote one and read another, LLVM would
+    compare their addresses as it runs and add one by one when they lie within a few vectors of each other, so that the
+    bits depended on where the memory allocator had put them.
+    """
+    total = float32(0.0)
+    for j in range(row.size):
+        total += row[j]
+    return total

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy import float32
 
-from fastpmae_kernels.rows import compiled, exponential, maximum
+from fastpmae_kernels.rows import added, compiled, exponential, maximum
 
 WIDTH = 512
 """Columns of a block that are read for their maxima and, from the processor's cache, once more for their sums."""
@@ -48,7 +48,7 @@ LEAST, MOST = 1e-18, 1e30
 """Sums of exponentials between these have lost nothing that counts, whatever was subtracted from their exponents."""
 
 
-@compiled("contract", "reassoc", "nsz")
+@compiled("contract", "nsz")
 def assigned_block(logits, scale, logv, sums):
     """Each row's exponents less an earlier row's maximum, which is near enough nearly always: one pass, not two."""
     rows, prototypes = logits.shape
@@ -68,13 +68,10 @@ def assigned_block(logits, scale, logv, sums):
             sums[j] += values[j] * weight
 
 
-@compiled("contract", "reassoc", "nsz")
+@compiled("contract", "nsz")
 def _exponentials(row, scale, bias, values):
     """Writes exp(row x scale + bias), of at most 87, and returns the sum."""
-    total = float32(0.0)
     for j in range(row.size):
         exponent = row[j] * scale + bias[j]
-        value = exponential(float32(87.0) if exponent > float32(87.0) else exponent)
-        values[j] = value
-        total += value
-    return total
+        values[j] = exponential(float32(87.0) if exponent > float32(87.0) else exponent)
+    return added(values)
