@@ -237,10 +237,10 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("source")
     add = group.add_argument
     add("--limit", type=int, metavar="N", help="take N images, spread evenly over the source")
-    add("--split", metavar="NAME", help="which split, or 'all' (default: train where there are several)")
+    add("--split", metavar="NAME", help="which split, 'all' or 'none' (default: train where there are several)")
     add("--flat", action="store_true", help="take every image below SRC, without labels")
     add("--source", dest="kind", choices=("folder", "tar", "hf"), help="what SRC is, where it could be several")
-    add("--image-column", metavar="NAME", help="of a Hugging Face data set (default: found by its type)")
+    add("--image-column", metavar="NAME", help="of a Hugging Face data set, or the field of a shard's samples (jpg)")
     add("--label-column", metavar="NAME", help="of a Hugging Face data set (default: found by its type)")
     group = parser.add_argument_group("writing")
     add = group.add_argument
