@@ -11,7 +11,8 @@ from pathlib import Path
 from fastpmae.errors import UserError
 from fastpmae_loaders.listing import Files, Item, Listing, helper_notes, list_folder
 from fastpmae_loaders.printable import printable
-from fastpmae_loaders.shards import list_shards, no_images, read_member
+from fastpmae_loaders.reading import read_file
+from fastpmae_loaders.shards import list_shards, no_images
 from fastpmae_loaders.splits import choose_split, splits_of_files
 
 __all__ = ["Item", "Listing", "SourceSettings", "find_images", "printable", "read_item"]
@@ -96,11 +97,11 @@ def read_item(item: Item) -> bytes:
         raise UserError(item.where[0])
     try:
         if item.kind == "file":
-            return Path(item.path).read_bytes()
+            return read_file(item.path)
         if item.kind == "tar":
-            return read_member(item.path, *item.where[:2])
-        from fastpmae.tables import read_row
+            return read_file(item.path, *item.where[:2])
+        from fastpmae.table_reader import read_row
 
-        return read_row(item.kind, item.path, item.where)
+        return read_row(item.path, item.where)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from None

@@ -16,6 +16,7 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.images import ImageSettings, StoredImage, store
 from fastpmae.pages import LARGEST_PAGE, PageWriter
 from fastpmae.sources import Item, Listing, SourceSettings, find_images, printable, read_item
+from fastpmae.table_reader import confine
 from fastpmae.tally import Tally
 from fastpmae.workers import Failure, WorkerPool
 from fastpmae_loaders.beton import Beton
@@ -111,7 +112,13 @@ def write_beton(
 
 def converter(settings: ImageSettings):
     """What a worker process calls for each item: read it, make it what is stored."""
-    return lambda place, item: store(read_item(item), settings, place)
+
+    def converted(place: int, item: Item) -> StoredImage:
+        if item.kind in ("parquet", "arrow"):
+            confine(item.path)
+        return store(read_item(item), settings, place)
+
+    return converted
 
 
 def _take(item: Item, result: StoredImage | Failure, pages: PageWriter, written: Written, skip_bad: bool) -> None:
@@ -195,7 +202,7 @@ def bad_list_path(out: Path) -> Path:
 def _list_bad(out: Path, bad: list[tuple[str, str]]) -> None:
     path = bad_list_path(out)
     if bad:
-        path.write_text("".join(f"{name}\t{reason}\n" for name, reason in bad), encoding="utf-8")
+        path.write_text("".join(f"{name}\t{printable(reason)}\n" for name, reason in bad), encoding="utf-8")
     else:
         path.unlink(missing_ok=True)  # of a file that is being replaced
 
@@ -305,7 +312,7 @@ def _write(options: argparse.Namespace) -> int:
 
 def _print_bad(bad: list[tuple[str, str]]) -> None:
     for name, reason in bad:
-        print(f"bad: {name}: {reason}", file=sys.stderr)
+        print(f"bad: {name}: {printable(reason)}", file=sys.stderr)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -314,7 +321,7 @@ def _check(options: argparse.Namespace) -> int:
     tally = Tally(live=True)
     checked = check_beton(options.check, workers=count, timeout=options.timeout, tally=tally)
     for index, reason in checked.bad:
-        print(f"bad: sample {index}: {reason}", file=sys.stderr)
+        print(f"bad: sample {index}: {printable(reason)}", file=sys.stderr)
     print(checked.describe())
     if checked.bad:
         raise UserError(f"{printable(options.check)}: {len(checked.bad):,} of {checked.samples:,} samples are bad")

@@ -508,6 +508,26 @@ def test_names_with_odd_bytes(tmp_path: Path) -> None:
     assert command("--check", tmp_path / os.fsdecode(b"o\xff.beton"), "--workers", 1).returncode == 0
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"\x1b]0;owned\x07\x1b[31mred.jpg"])
+def test_a_shard_that_ends_within_a_name_of_odd_bytes(tmp_path: Path, name: bytes) -> None:
+    """--skip-bad still writes the file and the list, and no escape sequence reaches the terminal."""
+    buffer = io.BytesIO()
+    made_image(3, 64, 64).save(buffer, "JPEG")
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as shard:
+        for member in (b"a.jpg", b"b.jpg", name):
+            entry = tarfile.TarInfo(os.fsdecode(member))
+            entry.size = len(buffer.getvalue())
+            shard.addfile(entry, io.BytesIO(buffer.getvalue()))
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: whole.rindex(b"\xff\xd9") - 300])
+    done = command(tmp_path / "a.tar", tmp_path / "o.beton", "--workers", 1, "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    assert "truncated within " in done.stderr
+    assert all(line.isprintable() for line in (done.stdout + done.stderr).splitlines())
+    assert len(Beton(tmp_path / "o.beton")) == 2
+    assert all(part.isprintable() for part in (tmp_path / "o.beton.bad.txt").read_text().strip().split("\t"))
+
+
 def test_a_source_can_be_told(tree: Path, tmp_path: Path) -> None:
     shutil.copy(tree / "class_0" / "0000.jpg", tree / "loose.jpg")
     with pytest.raises(UserError, match="--flat"):

@@ -16,14 +16,13 @@ from .errors import UserError
 from .listing import Files, Item, Listing, helper_notes, list_folder
 from .pictures import ImageError, look
 from .printable import printable
+from .reading import FILE_LIMIT
 from .shards import list_shards, no_images
 from .splits import choose_split, splits_of_files
 
 if TYPE_CHECKING:  # looking at files needs no torch
     from .engine import Samples
 
-FILE_LIMIT = 1 << 30
-"""Larger image files are left out: a payload is read as a whole."""
 _TOGETHER = 64  # files that a thread looks at in one go
 _THREADS = 8
 _STRETCH = 8 << 20  # of a shard, read as one by `page_order`

@@ -348,13 +348,3 @@ def _label(kind: str, content: bytes) -> int | str | None:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return None
     return value
-
-
-def read_member(path: str, offset: int, size: int) -> bytes:
-    """The bytes of one file within a shard."""
-    with Path(path).open("rb") as file:
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise UserError("the shard is truncated")
-    return data
