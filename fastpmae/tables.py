@@ -42,7 +42,7 @@ def list_tables(paths: list[str], image_column: str | None, label_column: str | 
             if items and table.names != names:
                 raise UserError(f"{printable(path)} has other classes than the files before it")
             names = table.names
-            items += _rows(path, table)
+            items += rows_of(path, table)
             labels += table.labels
     numbers, words, notes = labels_from(labels)
     if names and not all(-1 <= number < len(names) for number in numbers):
@@ -52,7 +52,8 @@ def list_tables(paths: list[str], image_column: str | None, label_column: str | 
     return Listing(items + bad, names or words, 0, notes)
 
 
-def _rows(path: str, table: Table) -> list[Item]:
+def rows_of(path: str, table: Table) -> list[Item]:
+    """The items of a file, labels yet to come: those of all files are numbered together."""
     items: list[Item] = []
     for group, count in enumerate(table.groups):
         for inner in range(count):
