@@ -135,7 +135,8 @@ def below_splits(
         if wanted is None and any(len(parts) > 2 and parts[0] in splits for _, parts in images) and others:
             raise UserError(
                 f"{printable(str(root))} holds the folder {printable(first)} beside {rest}: is it a split or a class? "
-                f"--split {printable(first.lower())} takes it alone, --split none takes every folder for a class"
+                f"name {printable(f'{root}/{first}')} to take it alone; fastpmae-write --split none takes every folder "
+                "for a class"
             )
         return None
     inside = [image for image in images if len(image[1]) > 1 and image[1][0] in splits]
