@@ -119,7 +119,7 @@ def _arrow_table(path: str) -> Any:
         return arrow.ipc.open_file(source).read_all()
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _column(path: str, group: int | None, name: str) -> Any:
     """A column of a file, or of one row group, whose offsets, lengths and indices were all checked."""
     if is_parquet(path):

@@ -102,7 +102,11 @@ def write_beton(
         if written.bad and not skip_bad:
             raise BadImages(written.bad, len(found.items))
         if not pages.samples:
-            raise UserError(f"{printable(str(source))}: none of {len(found.items):,} images can be stored")
+            name, reason = written.bad[0]
+            raise UserError(
+                f"{printable(str(source))}: none of {len(found.items):,} images can be stored (the first: {name}: "
+                f"{printable(reason)})"
+            )
         written.file_size = pages.finish(found.class_names)
         file.flush()
         Beton(file.name)  # what is about to take its place opens, by the rules for files of strangers
@@ -302,7 +306,7 @@ def _write(options: argparse.Namespace) -> int:
         shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
         print(f"  {len(classes):,} {'class' if len(classes) == 1 else 'classes'}: {shown}")
     if written.passed_over:
-        print(f"  {written.passed_over:,} files that are no images were passed over")
+        print(f"  {written.passed_over:,} other files were passed over")
     if written.bad:
         print(
             f"  {len(written.bad):,} bad images were left out, listed in {printable(str(bad_list_path(written.path)))}"

@@ -26,11 +26,15 @@ def arrow_file(rng: np.random.Generator) -> tuple[bytes, str]:
     content = buffer.getvalue()
     heads, bodies = _messages(content, len(_MAGIC) if as_file else 0)
     data, done = bytearray(content), ["file" if as_file else "stream", str(compression)]
-    done += [_break(rng, data, heads, bodies, as_file) for _ in range(int(rng.choice([0, 1, 1, 1, 2, 2, 3, 5])))]
-    if rng.random() < 0.15:
+    deep = bool(rng.random() < 0.4)  # heads that verify, so that what they describe is looked at
+    done += [
+        _break(rng, data, [] if deep else heads, bodies, as_file)
+        for _ in range(int(rng.choice([0, 1, 1, 1, 2, 2, 3, 5])))
+    ]
+    if rng.random() < 0.15 and not deep:
         moved = _reordered(rng, bytes(data), heads, bodies)
         data, done = bytearray(moved), [*done, "messages moved"]
-    if rng.random() < 0.1:
+    if rng.random() < 0.1 and not deep:
         changed, how = broken(rng, bytes(data))
         return changed, " ".join([*done, how])
     return bytes(data), " ".join(done)
@@ -54,9 +58,11 @@ def _messages(content: bytes, start: int) -> tuple[list[Region], list[Region]]:
 
 def _break(rng: np.random.Generator, data: bytearray, heads: list[Region], bodies: list[Region], footer: bool) -> str:
     where = choice(rng, ("head", "head", "body", "body", "body", "length", "footer" if footer else "head"))
+    where = where if heads else "body"
     if where == "footer":
         return "footer " + set_word(rng, data, bodies[-1][1], len(data), 4)
-    start, stop = choice(rng, bodies if where == "body" else heads)
+    full = [region for region in bodies if region[1] > region[0]] or bodies
+    start, stop = choice(rng, full if where == "body" else heads)
     if where == "length":
         return "length " + set_word(rng, data, start, start + 8, 4)
     if where == "body" and stop > start and rng.random() < 0.2:
