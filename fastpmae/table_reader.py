@@ -80,6 +80,10 @@ def _look(path: str, image_column: str | None, label_column: str | None) -> Tabl
     for column in (image, label):
         if column is not None and column not in schema.names:
             raise UserError(f"{printable(path)} has no column {printable(column)!r}: {_listed(schema.names)}")
+        if column is not None and schema.names.count(column) > 1:
+            raise UserError(
+                f"{printable(path)} has several columns named {printable(column)!r}: which is meant is unknown"
+            )
     labels: list[int | str | None] = [None] * rows
     if label:
         labels = _labels(path, label, schema.field(label).type)
@@ -192,7 +196,7 @@ def _label_column(schema: Any, features: dict[str, Any]) -> str | None:
         return (named or declared)[0]
     for name in _LABEL_NAMES:
         if name in schema.names:
-            kind = schema.field(name).type
+            kind = schema.field(schema.names.index(name)).type
             if types.is_integer(kind) or types.is_string(kind):
                 return name
     return None

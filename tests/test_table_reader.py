@@ -87,6 +87,9 @@ def test_labels_of_other_types(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no column 'nothing'") as caught:
         find_images(tmp_path, SourceSettings(image_column="nothing"))
     assert str(caught.value).isprintable()
+    pa.parquet.write_table(pa.table([[picture()], [1], [2]], names=["image", "label", "label"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="several columns named 'label'"):
+        find_images(tmp_path)
     words = pa.array(["b", None, "a"]).dictionary_encode()
     pa.parquet.write_table(pa.table({"image": [picture()] * 3, "label": words}), tmp_path / "a.parquet")
     listing = find_images(tmp_path, SourceSettings(label_column="label"))
