@@ -157,6 +157,8 @@ def within_classes(images: list[Named], wanted: str | None, root: Path) -> tuple
     """
     below: dict[tuple[str, ...], set[str]] = {}
     for relative, parts in images:
+        if len(parts) < 3:  # no folder below its class's
+            continue
         above = tuple(relative.split("/"))[: -len(parts)]
         for depth in range(1, len(parts) - 1):
             if split_of_folder(parts[depth]):
