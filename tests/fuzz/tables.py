@@ -67,11 +67,15 @@ def _written(source: Path) -> Callable[[], None]:
 
 def _listed(paths: list[Path]) -> Callable[[], None]:
     def run() -> None:
+        refused = None
         for path in paths:
             try:
                 _list(path)
             except UserError as error:
                 _check_said([str(error)])
+                refused = error
+        if refused is not None:
+            raise refused
 
     return run
 
