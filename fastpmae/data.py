@@ -15,6 +15,7 @@ from fastpmae.idle import DeviceWait, HostWait, Wait
 from fastpmae.world import World
 from fastpmae_kernels import photometric
 from fastpmae_loaders import Batch, DaliSettings, PairedViews, Samples, open_samples, uniforms
+from fastpmae_loaders.folders import EncodedImages
 from fastpmae_loaders.machine import loader_threads
 
 DROP_PATH = 0
@@ -29,6 +30,17 @@ def open_images(config: Config) -> Samples:
     if config.data.beton is None:
         raise UserError("--beton FILE is missing: name the images to train on (fastpmae-write makes the file)")
     return open_samples(config.data.beton)
+
+
+def source_notes(images: Samples) -> list[str]:
+    """What a user should know of how a folder or shards were understood; nothing of a .beton, which is what it is."""
+    if not isinstance(images, EncodedImages):
+        return []
+    notes, left_out = list(images.notes), images.left_out
+    if left_out:
+        name, reason = left_out[0]
+        notes.append(f"warning: {len(left_out):,} images are left out (the first: {name}: {reason})")
+    return notes
 
 
 def fingerprint(images: Samples) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastpmae.backbone import find_backbone
 from fastpmae.checkpoint import step_of
 from fastpmae.classifier_state import Setting
+from fastpmae.data import source_notes
 from fastpmae.embed import Pool
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.eval_command import Command, Common, Finetune, Knn, Linear, Lowshot, Probe, read_command
@@ -38,6 +39,9 @@ class Evaluation:
         self.tally = Tally(live=True)
         self.device = choose_device(common.device)
         self.train, self.val = open_labelled(common.train, common.val)
+        for images in (self.train, self.val):
+            for note in source_notes(images.samples) if images else ():
+                self.tally.tell(note)
         self.backbone = find_backbone(common.weights, common.network, image_size=common.image_size, heads=common.heads)
         self.folder = common.out or place_of(common.weights)
 

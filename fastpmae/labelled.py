@@ -18,8 +18,10 @@ from fastpmae.tally import Tally
 from fastpmae.world import carried, has_bf16
 from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
 from fastpmae_loaders.machine import loader_threads
+from fastpmae_loaders.splits import are_splits, split_of_folder
 
 Engine = Literal["auto", "ffcv", "dali", "torch"]
+_TESTED_ON = ("val", "valid", "validation", "holdout", "heldout", "dev", "eval", "evaluation", "test", "testing")
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | N
         UserError: for sets that cannot be opened or have no labels, or a validation class that is not trained on.
     """
     if val is None and train.is_dir():
-        samples, rest = open_samples(train, "train" if (train / "train").is_dir() else None), None
-        split = next((name for name in ("val", "valid", "validation", "test") if (train / name).is_dir()), None)
-        if split is not None and (train / "train").is_dir():
-            rest = open_samples(train, split)
+        folders = {path.name for path in train.iterdir() if path.is_dir()}
+        # with a split to train on and another there is no doubt that these are splits; of several others, by this order
+        named = {split_of_folder(name): name.lower() for name in sorted(folders)} if are_splits(folders) else {}
+        samples = open_samples(train)
+        split = next((named[word] for word in _TESTED_ON if word in named), None)
+        rest = None if split is None else open_samples(train, split)
     else:
         samples = open_samples(train)
         rest = None if val is None else open_samples(val)

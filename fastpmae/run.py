@@ -23,6 +23,7 @@ from fastpmae.checkpoint import (
     step_of,
 )
 from fastpmae.config import Config, settings_by_name, write_config
+from fastpmae.data import source_notes
 from fastpmae.errors import UserError
 from fastpmae.files import appearing, remove_partial
 from fastpmae.world import World, has_bf16
@@ -230,6 +231,7 @@ def describe_run(
         f"on {world.device} x {world.size} in {config.efficiency.precision}{', in shards' * sharded}",
         f"{len(images)} images in {images.path}: {steps_per_epoch} steps of {optimiser.batch_size} an epoch, "
         f"{optimiser.epochs} epochs",
+        *source_notes(images),
     ]
     parts = optimiser.accumulate if optimiser.balance == "part" else 1
     rows = optimiser.batch_size // parts * folds

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastpmae.errors import UserError
-from fastpmae_loaders.listing import Files, Item, Listing, choose_split, list_folder, printable, split_word
-from fastpmae_loaders.shards import list_shards, read_member
+from fastpmae_loaders.listing import Files, Item, Listing, helper_notes, list_folder
+from fastpmae_loaders.printable import printable
+from fastpmae_loaders.reading import read_file
+from fastpmae_loaders.shards import list_shards, no_images
+from fastpmae_loaders.splits import choose_split, splits_of_files
 
 __all__ = ["Item", "Listing", "SourceSettings", "find_images", "printable", "read_item"]
 
@@ -46,15 +49,17 @@ def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = 
     base = root if root.is_dir() else root.parent
     kind = settings.kind or _kind_of(root, files)
     if kind == "tar":
-        shards, note = choose_split(files.tars, split_word, settings.split, root)
-        source = list_shards([str(base / shard) for shard in shards])
+        shards, note = choose_split(files.tars, splits_of_files(files.tars), settings.split, root)
+        source = list_shards([str(base / shard) for shard in shards], settings.image_column)
         source.passed_over += files.others + len(files.images) + len(files.tables)
+        note = files.notes() + note
     elif kind == "hf":
         from fastpmae.tables import list_tables
 
-        tables, note = choose_split(files.tables, split_word, settings.split, root)
+        tables, note = choose_split(files.tables, splits_of_files(files.tables), settings.split, root)
         source = list_tables([str(base / table) for table in tables], settings.image_column, settings.label_column)
         source.passed_over += files.others + len(files.images) + len(files.tars)
+        note = files.notes() + note
     else:
         source, note = list_folder(root, files, settings.split, settings.flat)
     source.items += files.bad
@@ -64,10 +69,13 @@ def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = 
             f"{printable(str(root))} holds no images, but packed files such as {printable(files.packed[0])}: "
             "unpack them first (tar shards must be plain .tar files)"
         )
+    if not source.items and kind == "tar":
+        raise UserError(no_images(root, source))
     if not source.items:
         raise UserError(
             f"{printable(str(root))} holds no images ({files.others:,} other files); a folder of images, tar "
             "shards or the parquet or arrow files of a Hugging Face data set are understood"
+            + "".join(f". {note.rstrip('.')}" for note in helper_notes(files.helpers))
         )
     return source
 
@@ -89,11 +97,11 @@ def read_item(item: Item) -> bytes:
         raise UserError(item.where[0])
     try:
         if item.kind == "file":
-            return Path(item.path).read_bytes()
+            return read_file(item.path)
         if item.kind == "tar":
-            return read_member(item.path, *item.where[:2])
-        from fastpmae.tables import read_row
+            return read_file(item.path, *item.where[:2])
+        from fastpmae.table_reader import read_row
 
-        return read_row(item.kind, item.path, item.where)
+        return read_row(item.path, item.where)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from None

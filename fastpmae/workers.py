@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, BinaryIO
 
 from fastpmae.errors import UserError
+from fastpmae_loaders.printable import printable
 
 _GROUPS_AHEAD = 2  # groups of items a worker holds, so that it need not wait for the next one
 _ITEMS_AHEAD = 4096  # how far any worker may run ahead of the result that is next
@@ -223,7 +224,7 @@ class WorkerPool:
             return "its worker process was killed (SIGKILL: perhaps out of memory)"
         worker.errors.seek(0)
         lines = worker.errors.read()[-2000:].decode(errors="replace").strip().splitlines()
-        return f"its worker process ended with status {status}" + (f": {lines[-1]}" if lines else "")
+        return f"its worker process ended with status {status}" + (f": {_one_line(lines[-1])}" if lines else "")
 
     def _replace(self, worker: _Worker, reason: str) -> None:
         worker.process.kill()
@@ -238,6 +239,11 @@ class WorkerPool:
             )
         self._tell(f"a worker process was replaced: {reason}")
         self._workers[self._workers.index(worker)] = self._start()
+
+
+def _one_line(reason: str) -> str:
+    """A library's words, which may hold a stranger's: printable, and not without end."""
+    return printable(" ".join(reason[:2000].split()))[:500]
 
 
 def serve() -> None:
@@ -257,11 +263,11 @@ def serve() -> None:
                 try:
                     result = function(place, item)
                 except UserError as error:
-                    result = Failure(str(error))
+                    result = Failure(_one_line(str(error)))
                 except MemoryError:
                     result = Failure("it takes more memory than there is")
                 except Exception as error:
-                    result = Failure(f"{type(error).__name__}: {error}")
+                    result = Failure(_one_line(f"{type(error).__name__}: {error}"))
                 connection.send_bytes(pickle.dumps((place, result), protocol=5))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass

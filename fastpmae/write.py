@@ -16,6 +16,7 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.images import ImageSettings, StoredImage, store
 from fastpmae.pages import LARGEST_PAGE, PageWriter
 from fastpmae.sources import Item, Listing, SourceSettings, find_images, printable, read_item
+from fastpmae.table_reader import confine
 from fastpmae.tally import Tally
 from fastpmae.workers import Failure, WorkerPool
 from fastpmae_loaders.beton import Beton
@@ -101,7 +102,11 @@ def write_beton(
         if written.bad and not skip_bad:
             raise BadImages(written.bad, len(found.items))
         if not pages.samples:
-            raise UserError(f"{printable(str(source))}: none of {len(found.items):,} images can be stored")
+            name, reason = written.bad[0]
+            raise UserError(
+                f"{printable(str(source))}: none of {len(found.items):,} images can be stored (the first: {name}: "
+                f"{printable(reason)})"
+            )
         written.file_size = pages.finish(found.class_names)
         file.flush()
         Beton(file.name)  # what is about to take its place opens, by the rules for files of strangers
@@ -111,7 +116,13 @@ def write_beton(
 
 def converter(settings: ImageSettings):
     """What a worker process calls for each item: read it, make it what is stored."""
-    return lambda place, item: store(read_item(item), settings, place)
+
+    def converted(place: int, item: Item) -> StoredImage:
+        if item.kind in ("parquet", "arrow"):
+            confine(item.path)
+        return store(read_item(item), settings, place)
+
+    return converted
 
 
 def _take(item: Item, result: StoredImage | Failure, pages: PageWriter, written: Written, skip_bad: bool) -> None:
@@ -195,7 +206,7 @@ def bad_list_path(out: Path) -> Path:
 def _list_bad(out: Path, bad: list[tuple[str, str]]) -> None:
     path = bad_list_path(out)
     if bad:
-        path.write_text("".join(f"{name}\t{reason}\n" for name, reason in bad), encoding="utf-8")
+        path.write_text("".join(f"{name}\t{printable(reason)}\n" for name, reason in bad), encoding="utf-8")
     else:
         path.unlink(missing_ok=True)  # of a file that is being replaced
 
@@ -237,10 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("source")
     add = group.add_argument
     add("--limit", type=int, metavar="N", help="take N images, spread evenly over the source")
-    add("--split", metavar="NAME", help="which split, or 'all' (default: train where there are several)")
+    add("--split", metavar="NAME", help="which split, 'all' or 'none' (default: train where there are several)")
     add("--flat", action="store_true", help="take every image below SRC, without labels")
     add("--source", dest="kind", choices=("folder", "tar", "hf"), help="what SRC is, where it could be several")
-    add("--image-column", metavar="NAME", help="of a Hugging Face data set (default: found by its type)")
+    add("--image-column", metavar="NAME", help="of a Hugging Face data set, or the field of a shard's samples (jpg)")
     add("--label-column", metavar="NAME", help="of a Hugging Face data set (default: found by its type)")
     group = parser.add_argument_group("writing")
     add = group.add_argument
@@ -295,7 +306,7 @@ def _write(options: argparse.Namespace) -> int:
         shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
         print(f"  {len(classes):,} {'class' if len(classes) == 1 else 'classes'}: {shown}")
     if written.passed_over:
-        print(f"  {written.passed_over:,} files that are no images were passed over")
+        print(f"  {written.passed_over:,} other files were passed over")
     if written.bad:
         print(
             f"  {len(written.bad):,} bad images were left out, listed in {printable(str(bad_list_path(written.path)))}"
@@ -305,7 +316,7 @@ def _write(options: argparse.Namespace) -> int:
 
 def _print_bad(bad: list[tuple[str, str]]) -> None:
     for name, reason in bad:
-        print(f"bad: {name}: {reason}", file=sys.stderr)
+        print(f"bad: {name}: {printable(reason)}", file=sys.stderr)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -314,7 +325,7 @@ def _check(options: argparse.Namespace) -> int:
     tally = Tally(live=True)
     checked = check_beton(options.check, workers=count, timeout=options.timeout, tally=tally)
     for index, reason in checked.bad:
-        print(f"bad: sample {index}: {reason}", file=sys.stderr)
+        print(f"bad: sample {index}: {printable(reason)}", file=sys.stderr)
     print(checked.describe())
     if checked.bad:
         raise UserError(f"{printable(options.check)}: {len(checked.bad):,} of {checked.samples:,} samples are bad")

@@ -203,6 +203,17 @@ def test_classes_are_matched_by_name(tmp_path: Path):
         open_labelled(flat, None)
 
 
+@pytest.mark.parametrize("other", ["val2017", "holdout", "Validation"])
+def test_a_validation_split_by_another_name(tmp_path: Path, other: str):
+    for folder in ("train/a", f"{other}/a", "test/a", "@eaDir"):
+        (tmp_path / folder).mkdir(parents=True)
+        made_image(3, 40, 40).save(tmp_path / folder / f"{folder.split('/')[0]}.png")
+    train, val = open_labelled(tmp_path, None)
+    assert val is not None
+    assert [Path(train.samples.name(0)).stem, Path(val.samples.name(0)).stem] == ["train", other]
+    assert len(train.labels) == len(val.labels) == 1
+
+
 def test_scores_are_scikit_learns(tmp_path: Path):
     generator = np.random.default_rng(0)
     labels, logits = generator.integers(7, size=200), generator.normal(size=(200, 7)).round(1)

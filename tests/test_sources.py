@@ -72,6 +72,99 @@ def test_a_single_split_within_a_folder(tmp_path: Path) -> None:
     assert source.passed_over == 2
 
 
+@pytest.mark.parametrize(
+    "other", ["holdout", "val2017", "evaluation", "hold-out", "test_images", "Valid_64x64", "old_val"]
+)
+def test_splits_by_other_names(tmp_path: Path, other: str) -> None:
+    tree(tmp_path, "train/a/1.jpg", "train/b/2.jpg", f"{other}/a/3.jpg", f"{other}/b/4.jpg")
+    source = find_images(tmp_path)
+    assert listed(source, tmp_path) == [("train/a/1.jpg", 0), ("train/b/2.jpg", 1)]
+    assert f"not taken: {other.lower()} (2 files)" in source.notes[0]
+    assert len(find_images(tmp_path, SourceSettings(split=other)).items) == 2
+    assert len(find_images(tmp_path, SourceSettings(split="all")).items) == 4
+    as_classes = find_images(tmp_path, SourceSettings(split="none"))
+    assert set(as_classes.class_names) == {"train", other}
+
+
+def test_numbered_splits(tmp_path: Path) -> None:
+    tree(tmp_path, "train2017/1.jpg", "val2017/2.jpg")
+    source = find_images(tmp_path)
+    assert listed(source, tmp_path) == [("train2017/1.jpg", -1)]
+    assert listed(find_images(tmp_path, SourceSettings(split="val")), tmp_path) == [("val2017/2.jpg", -1)]
+
+
+@pytest.mark.parametrize("beside", ["docs/preview.jpg", "docs/deep/preview.jpg", "preview.jpg"])
+def test_a_picture_beside_splits_makes_no_classes_of_them(tmp_path: Path, beside: str) -> None:
+    tree(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", beside)
+    source = find_images(tmp_path)
+    assert source.class_names == ["a", "b"]
+    assert listed(source, tmp_path) == [("train/a/1.jpg", 0), ("train/b/2.jpg", 1)]
+    notes = " ".join(source.notes)
+    assert "not taken: val (1 files)" in notes
+    assert ("docs (1 files)" if "docs" in beside else "1 images beside") in notes
+    assert len(find_images(tmp_path, SourceSettings(split="all")).items) == 3
+
+
+def test_splits_in_one_folder_of_several_are_refused(tmp_path: Path) -> None:
+    tree(tmp_path, "set/train/a/1.jpg", "set/val/a/2.jpg", "docs/preview.jpg")
+    with pytest.raises(UserError, match=rf"splits train, val in set and images elsewhere: name {tmp_path}/set"):
+        find_images(tmp_path)
+    assert len(find_images(tmp_path, SourceSettings(split="all")).items) == 3
+
+
+def test_splits_within_classes(tmp_path: Path) -> None:
+    tree(tmp_path, "bolt/train/1.jpg", "bolt/test/2.jpg", "nut/train/good/3.jpg", "nut/test/bad/4.jpg")
+    source = find_images(tmp_path)
+    assert listed(source, tmp_path) == [("bolt/train/1.jpg", 0), ("nut/train/good/3.jpg", 1)]
+    assert "not taken: test (2 files)" in source.notes[0]
+    assert len(find_images(tmp_path, SourceSettings(split="test")).items) == 2
+
+
+def test_a_folder_that_may_be_a_split_or_a_class(tmp_path: Path) -> None:
+    vehicles = tree(tmp_path / "vehicles", "bus/1.jpg", "train/2.jpg", "truck/3.jpg")
+    source = find_images(vehicles)
+    assert source.class_names == ["bus", "train", "truck"]
+    assert "folder train is taken for a class" in " ".join(source.notes)
+    assert listed(find_images(vehicles, SourceSettings(split="train")), vehicles) == [("train/2.jpg", -1)]
+    assert find_images(vehicles, SourceSettings(split="none")).notes == []
+    for name in ("train_station", "test_tube", "latest", "bullet_train", "invalid", "contest"):
+        assert find_images(tree(tmp_path / name, f"{name}/1.jpg", "b/2.jpg")).notes == []
+    doubtful = tree(tmp_path / "doubtful", "train/a/1.jpg", "extra/2.jpg")
+    with pytest.raises(UserError, match="folder train beside extra: is it a split or a class"):
+        find_images(doubtful)
+    assert find_images(doubtful, SourceSettings(split="train")).class_names == ["a"]
+    assert find_images(doubtful, SourceSettings(split="none")).class_names == ["extra", "train"]
+
+
+def test_folders_of_programs_are_no_classes(tmp_path: Path) -> None:
+    tree(
+        tmp_path, "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", ".ipynb_checkpoints/1-checkpoint.jpg",
+        "train/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "train/b/.thumbnails/2.jpg", "train/a/Thumbnails/1.jpg",
+        ".cache/set.tar", ".git/config",
+    )  # fmt: skip
+    source = find_images(tmp_path)
+    assert listed(source, tmp_path) == [("train/a/1.jpg", 0), ("train/b/2.jpg", 1)]
+    assert source.class_names == ["a", "b"]
+    note = " ".join(source.notes)
+    for told in (".cache (1)", ".ipynb_checkpoints (1)", ".thumbnails (1)", "@eaDir (1)", "Thumbnails (1)"):
+        assert told in note
+    assert ".git" not in note
+    with pytest.raises(UserError, match=r"no images .*@eaDir \(1\)"):
+        find_images(tree(tmp_path / "only", "@eaDir/1.jpg"))
+    assert len(find_images(tmp_path / ".ipynb_checkpoints").items) == 1
+
+
+def test_two_links_to_one_folder(tmp_path: Path) -> None:
+    tree(tmp_path, "pool/x/1.jpg", "pool/y/2.jpg")
+    (tmp_path / "set").mkdir()
+    for name, target in (("first", "x"), ("second", "x"), ("third", "y")):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "pool" / target)
+    source = find_images(tmp_path / "set")
+    assert source.class_names == ["first", "second", "third"]
+    assert [item.label for item in source.items] == [0, 1, 2]
+    assert source.notes == ["first and second are one folder by two names: its images are there under each."]
+
+
 def test_splits_without_train_must_be_chosen(tmp_path: Path) -> None:
     tree(tmp_path, "val/a/1.jpg", "test/a/1.jpg")
     with pytest.raises(UserError, match="--split"):
@@ -175,6 +268,73 @@ def test_shards_with_numbers(tmp_path: Path) -> None:
     assert len(find_images(tmp_path / "set-000.tar").items) == 1
 
 
+@pytest.mark.parametrize(
+    "pattern", ["photos/2023.05.{:02d} cat.{}", "vid_0.5fps.frame{:03d}.{}", "__{}.1.{}", "x.{}.{}"]
+)
+def test_shards_of_names_with_dots_lose_nothing(tmp_path: Path, pattern: str) -> None:
+    """Their labels are in files of the same whole name."""
+    members = []
+    for i in range(12):
+        members += [(pattern.format(i, "jpg"), picture(i)), (pattern.format(i, "cls"), b"%d" % (i % 5))]
+    source = find_images(shard(tmp_path / "a.tar", members))
+    assert [read_item(item) for item in source.items] == [picture(i) for i in range(12)]
+    assert [item.label for item in source.items] == [i % 5 for i in range(12)]
+    assert source.passed_over == 0
+    if not pattern.startswith("__"):
+        note = next(note for note in source.notes if "12 images share" in note)
+        assert pattern.format(0, "jpg") in note
+        assert pattern.format(1, "jpg") in note
+
+
+def test_samples_of_several_images(tmp_path: Path) -> None:
+    """As WebDataset's rule has it: one sample, a field for each image, and one label for all."""
+    members = []
+    for i in range(3):
+        members += [(f"{i}.jpg", picture(i)), (f"{i}.cls", b"%d" % i), (f"{i}.seg.png", picture(9, "PNG"))]
+    path = shard(tmp_path / "a.tar", members)
+    source = find_images(path)
+    assert [item.label for item in source.items] == [0, 0, 1, 1, 2, 2]
+    (note,) = source.notes
+    assert "6 images share" in note
+    assert "0.jpg and 0.seg.png" in note
+    assert "--image-column jpg" in note
+    for field, form in (("jpg", "JPEG"), ("SEG.png", "PNG")):
+        source = find_images(path, SourceSettings(image_column=field))
+        assert [read_item(item) for item in source.items] == [
+            picture(9 if form == "PNG" else i, form) for i in range(3)
+        ]
+        assert [item.label for item in source.items] == [0, 1, 2]
+        assert source.passed_over == 3
+    with pytest.raises(UserError, match=r"field 'gif'; there are jpg, seg\.png"):
+        find_images(path, SourceSettings(image_column="gif"))
+
+
+def test_labels_apart_from_their_images_are_counted(tmp_path: Path) -> None:
+    members = [(f"{i}.cls", b"1") for i in range(4)] + [(f"{i}.jpg", picture(i)) for i in range(4)]
+    source = find_images(shard(tmp_path / "a.tar", members))
+    assert [item.label for item in source.items] == [-1] * 4
+    assert "4 labels (.cls or .json) lie apart from their images" in " ".join(source.notes)
+    assert source.passed_over == 4
+
+
+def test_a_tar_of_tars(tmp_path: Path) -> None:
+    """As ImageNet comes."""
+    inner = shard(tmp_path / "inner", [("1.jpg", picture())]).read_bytes()
+    outer = shard(tmp_path / "outer.tar", [("n01440764.tar", inner), ("n01443537.tar", inner)])
+    with pytest.raises(UserError, match=r"no images but 2 archives, such as n01440764\.tar: unpack it, and each"):
+        find_images(outer)
+    both = find_images(shard(tmp_path / "both.tar", [("a.tar", inner), ("1.jpg", picture())]))
+    assert len(both.items) == 1
+    assert "1 archives within the shards" in " ".join(both.notes)
+
+
+def test_folders_of_programs_in_shards(tmp_path: Path) -> None:
+    names = ("./a/1.jpg", "./a/@eaDir/1.jpg/THUMB.jpg", "./__MACOSX/a/._1.jpg", ".hidden/2.jpg")
+    source = find_images(shard(tmp_path / "a.tar", [(name, picture()) for name in names]))
+    assert [item.where[2] for item in source.items] == ["./a/1.jpg"]
+    assert ".hidden (1), @eaDir (1), __MACOSX (1)" in " ".join(source.notes)
+
+
 def test_shards_with_words_and_without_labels(tmp_path: Path) -> None:
     members = [(f"{i}.jpg", picture(i)) for i in range(4)]
     source = find_images(shard(tmp_path / "plain.tar", members))
@@ -194,6 +354,25 @@ def test_shards_of_splits(tmp_path: Path) -> None:
     assert [Path(item.path).name for item in source.items] == ["set-train-00.tar", "set-train-01.tar"]
     assert "validation" in source.notes[0]
     assert len(find_images(tmp_path, SourceSettings(split="all")).items) == 3
+
+
+@pytest.mark.parametrize(
+    "names", ["train000 val000", "train2017-0 val2017-0", "x-train x-holdout", "train-1 evaluation-1"]
+)
+def test_shards_of_splits_by_other_names(tmp_path: Path, names: str) -> None:
+    """Also below a folder whose own name is a split's."""
+    train, other = names.split()
+    for name in (train, other):
+        shard(tmp_path / f"test_project/{name}.tar", [(f"{name}1.jpg", picture())])
+    source = find_images(tmp_path)
+    assert [Path(item.path).stem for item in source.items] == [train]
+    assert "not taken" in source.notes[0]
+    shard(tmp_path / "test_project/more.tar", [("1.jpg", picture())])
+    assert "1 files of no split" in find_images(tmp_path).notes[0]
+    (tmp_path / f"test_project/{other}.tar").unlink()
+    source = find_images(tmp_path)
+    assert len(source.items) == 2
+    assert "Taking every file" in source.notes[0]
 
 
 def test_damaged_shards_are_bad_items(tmp_path: Path) -> None:

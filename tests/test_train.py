@@ -102,6 +102,17 @@ def test_run_folder_holds_what_a_user_looks_for(tiny: Config):
     assert {path.name for path in folder.iterdir()} >= {"config.json", "machine.jsonl", "train.log"}
 
 
+def test_a_run_on_a_folder_says_what_of_it_is_trained_on(tiny: Config, tmp_path: Path):
+    images = write_tree(tmp_path / "images" / "train", 12)
+    write_tree(tmp_path / "images" / "val2017", 3)
+    (images / "class_0" / "empty.jpg").touch()
+    folder = pretrain(tiny.using(steps=1, beton=tmp_path / "images", loader="torch"))
+    log = (folder / "train.log").read_text()
+    assert "12 images" in log
+    assert "Taking the split train; not taken: val2017 (3 files)" in log
+    assert "1 images are left out (the first: " in log
+
+
 def test_same_settings_give_the_same_run(tiny: Config, tmp_path: Path):
     one = pretrain(tiny.using(steps=6))
     other = pretrain(tiny.using(steps=6, out=tmp_path / "other", workers=3))

@@ -194,7 +194,7 @@ def test_bad_images_stop_or_are_left_out(tree: Path, tmp_path: Path) -> None:
 def test_nothing_is_written_when_all_are_bad(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "1.jpg").write_bytes(b"no")
-    with pytest.raises(UserError, match="none of 1 images"):
+    with pytest.raises(UserError, match=r"none of 1 images can be stored \(the first: .*1\.jpg: not an image"):
         write_beton(tmp_path / "tree", tmp_path / "out.beton", skip_bad=True, workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["tree"]
 
@@ -506,6 +506,26 @@ def test_names_with_odd_bytes(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert len(Beton(tmp_path / os.fsdecode(b"o\xff.beton"))) == 2
     assert command("--check", tmp_path / os.fsdecode(b"o\xff.beton"), "--workers", 1).returncode == 0
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"\x1b]0;owned\x07\x1b[31mred.jpg"])
+def test_a_shard_that_ends_within_a_name_of_odd_bytes(tmp_path: Path, name: bytes) -> None:
+    """--skip-bad still writes the file and the list, and no escape sequence reaches the terminal."""
+    buffer = io.BytesIO()
+    made_image(3, 64, 64).save(buffer, "JPEG")
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as shard:
+        for member in (b"a.jpg", b"b.jpg", name):
+            entry = tarfile.TarInfo(os.fsdecode(member))
+            entry.size = len(buffer.getvalue())
+            shard.addfile(entry, io.BytesIO(buffer.getvalue()))
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: whole.rindex(b"\xff\xd9") - 300])
+    done = command(tmp_path / "a.tar", tmp_path / "o.beton", "--workers", 1, "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    assert "truncated within " in done.stderr
+    assert all(line.isprintable() for line in (done.stdout + done.stderr).splitlines())
+    assert len(Beton(tmp_path / "o.beton")) == 2
+    assert all(part.isprintable() for part in (tmp_path / "o.beton.bad.txt").read_text().strip().split("\t"))
 
 
 def test_a_source_can_be_told(tree: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.jpeg import jpeg_size
+from fastpmae_loaders.printable import printable
 
 __all__ = ["JPG", "PIXEL_LIMIT", "RAW", "Beton", "jpeg_size"]
 
@@ -285,7 +286,7 @@ class Beton:
             (self.label >= -1) & (self.label < len(names)),
             lambda i: f"has label {self.label[i]}, and there are {len(names)} classes",
         )
-        return names
+        return [printable(name) for name in names]
 
 
 def _frozen(values: np.ndarray, dtype: type) -> np.ndarray:

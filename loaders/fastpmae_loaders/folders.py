@@ -13,15 +13,16 @@ import numpy as np
 
 from .beton import Beton
 from .errors import UserError
-from .listing import Files, Item, Listing, choose_split, list_folder, printable, split_word
+from .listing import Files, Item, Listing, helper_notes, list_folder
 from .pictures import ImageError, look
-from .shards import list_shards
+from .printable import printable
+from .reading import FILE_LIMIT
+from .shards import list_shards, no_images
+from .splits import choose_split, splits_of_files
 
 if TYPE_CHECKING:  # looking at files needs no torch
     from .engine import Samples
 
-FILE_LIMIT = 1 << 30
-"""Larger image files are left out: a payload is read as a whole."""
 _TOGETHER = 64  # files that a thread looks at in one go
 _THREADS = 8
 _STRETCH = 8 << 20  # of a shard, read as one by `page_order`
@@ -106,29 +107,35 @@ class ImageFolder(EncodedImages):
         listing.items += files.bad
         listing.notes[:0] = notes
         if not listing.items:
-            raise UserError(f"{printable(str(root))} holds no images ({files.others:,} other files)")
+            hidden = "".join(f". {note.rstrip('.')}" for note in helper_notes(files.helpers))
+            raise UserError(f"{printable(str(root))} holds no images ({files.others:,} other files){hidden}")
         super().__init__(root, listing)
 
 
 class TarShards(EncodedImages):
     """Plain .tar files in WebDataset's layout: one of them, a list, or a folder of them.
 
-    Files of one sample share their name up to its first dot; its label is in a .cls or .json file. `split`: of
-    shards whose names say "train", "val" and so on, as in ImageFolder.
+    Files of one sample share their name up to its first dot; its label is in a .cls or .json file. A sample may hold
+    several images, each of which is taken, or those of one field alone: `image="jpg"`. `split`: of shards whose names
+    say "train", "val" and so on, as in ImageFolder.
 
     Raises:
         UserError: where there are no shards, or none with an image.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], split: str | None = None
+        self,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        split: str | None = None,
+        image: str | None = None,
     ) -> None:
         if isinstance(path, str | os.PathLike):
             root = _existing(path)
             shards, notes, others = [str(root)], [], 0
             if root.is_dir():
                 files = Files(root)
-                found, notes = choose_split(files.tars, split_word, split, root)
+                found, notes = choose_split(files.tars, splits_of_files(files.tars), split, root)
+                notes = files.notes() + notes
                 shards = [str(root / shard) for shard in found]
                 others = files.others + len(files.images) + len(files.tables)
         else:
@@ -136,11 +143,11 @@ class TarShards(EncodedImages):
             root = Path(shards[0]).parent if shards else Path()
         if not shards:
             raise UserError(f"{printable(str(root))} holds no tar shards (plain .tar files)")
-        listing = list_shards(shards)
+        listing = list_shards(shards, image)
         listing.passed_over += others
         listing.notes[:0] = notes
         if not listing.items:
-            raise UserError(f"{printable(str(root))}: its tar shards hold no images")
+            raise UserError(no_images(root, listing))
         super().__init__(root, listing)
 
 

@@ -6,12 +6,15 @@ source is always the same samples.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from .errors import UserError
+from .printable import printable
+from .splits import EVERYTHING, below_splits, doubtful_classes, within_classes
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
@@ -27,15 +30,18 @@ _OTHER_SUFFIXES = frozenset((
 # fmt: on
 _TAR_SUFFIXES = (".tar",)
 _PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+ARCHIVE_SUFFIXES = (*_TAR_SUFFIXES, *_PACKED_SUFFIXES)
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|....ftypavif"
     rb"|\0\0\0\x0cjP  ",
     re.DOTALL,
 )
-_TRAIN = ("train", "training")
-_SPLITS = (*_TRAIN, "val", "valid", "validation", "dev", "test", "testing", "eval", "unlabeled", "unlabelled")
-_SPLIT_WORD = re.compile(rf"(?<![a-z0-9])({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?![a-z0-9])")
+# Folders that programs keep beside a user's own, in lower case; so are all whose names begin with a dot
+_HELPERS = frozenset((
+    "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
+    "system volume information", "__macosx", "__pycache__", "thumbnails", "_thumbnails", "thumbs", "_thumbs",
+))  # fmt: skip
 
 
 class Item(NamedTuple):
@@ -62,18 +68,16 @@ class Item(NamedTuple):
 
 @dataclass
 class Listing:
-    """What a source holds. `notes` are sentences for the user about how it was understood."""
+    """What a source holds. `notes` are sentences for the user about how it was understood.
+
+    nested: names of archives within tar shards, which are not looked into.
+    """
 
     items: list[Item]
     class_names: list[str] | None = None
     passed_over: int = 0
     notes: list[str] = field(default_factory=list)
-
-
-def printable(text: str) -> str:
-    """A path or name on one line, in characters that any terminal takes."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    nested: list[str] = field(default_factory=list)
 
 
 class Files:
@@ -86,6 +90,8 @@ class Files:
         self.others = 0
         self.packed: list[str] = []
         self.bad: list[Item] = []
+        self.helpers: Counter[str] = Counter()
+        self._twice: list[list[str]] = []
         if root.is_dir():
             self._walk(str(root))
         elif root.is_file():
@@ -94,11 +100,13 @@ class Files:
             raise UserError(f"{printable(str(root))} is neither a file nor a folder")
 
     def _walk(self, root: str) -> None:
+        names: dict[tuple[int, int], list[str]] = {}
         linked: set[tuple[int, int]] = set()
-        pending = [("", _identity(root), ())]
+        pending = [("", _identity(root), (), False)]
         while pending:
-            folder, identity, above = pending.pop()
+            folder, identity, above, in_link = pending.pop()
             above = (*above, identity)
+            names.setdefault(identity, []).append(folder)
             try:
                 with os.scandir(f"{root}/{folder}") as scan:
                     entries = sorted(scan, key=lambda entry: entry.name)
@@ -113,15 +121,31 @@ class Files:
                 if not _is_folder(entry):
                     self._add(folder, entry.name, entry.path, entry)
                     continue
-                identity = _identity(entry.path)
-                if entry.is_symlink():
-                    # a link upwards would never end, and links across could fan out without limit
-                    if identity in above or identity in linked:
+                if is_helper(entry.name):
+                    self.helpers[entry.name] += _known_files(entry.path)
+                    continue
+                identity, is_link = _identity(entry.path), entry.is_symlink()
+                if is_link:
+                    # a link upwards would never end, and links within linked folders could fan out without limit
+                    if identity in above or (in_link and identity in linked):
                         self.others += 1
                         continue
                     linked.add(identity)
-                below.append((relative, identity, above))
+                below.append((relative, identity, above, in_link or is_link))
             pending += reversed(below)
+        self._twice = [names[identity] for identity in linked if len(names.get(identity, ())) > 1]
+
+    def notes(self) -> list[str]:
+        """What a user should know of how the folders were understood."""
+        found = []
+        for first, *again in sorted(self._twice)[:1]:
+            if any(image.startswith(f"{first}/") for image in self.images):
+                more = f", and so for {len(self._twice) - 1:,} more" if len(self._twice) > 1 else ""
+                found.append(
+                    f"{printable(first)} and {printable(again[0])} are one folder by two names: "
+                    f"its images are there under each{more}."
+                )
+        return found + helper_notes(self.helpers)
 
     def _add(self, folder: str, name: str, path: str, entry: os.DirEntry | None = None) -> None:
         relative = f"{folder}/{name}" if folder else name
@@ -153,6 +177,26 @@ class Files:
         self.bad.append(Item("bad", path, (reason,), -1))
 
 
+def is_helper(folder: str) -> bool:
+    """Whether a folder of this name is a program's own: hidden, or of thumbnails, deleted files and the like."""
+    return folder.lower() in _HELPERS or (folder.startswith(".") and folder not in (".", ".."))
+
+
+def helper_notes(helpers: Mapping[str, int]) -> list[str]:
+    """A note on images in folders for which `is_helper` holds; `helpers`: how many are in those of each name."""
+    found = [f"{printable(name)} ({count:,})" for name, count in sorted(helpers.items()) if count]
+    if not found:
+        return []
+    shown = ", ".join(found[:5]) + (f" and {len(found) - 5:,} more" if len(found) > 5 else "")
+    return [f"Passed over: files in folders that are hidden or hold thumbnails and the like: {shown}."]
+
+
+def _known_files(folder: str) -> int:
+    """How many images, shards and tables lie below a folder, by their names; links are not followed."""
+    suffixes = (*IMAGE_SUFFIXES, *_TAR_SUFFIXES, *_TABLE_SUFFIXES)
+    return sum(name.lower().endswith(suffixes) for _, _, files in os.walk(folder) for name in files)
+
+
 def _is_container(suffix: str) -> bool:
     return suffix in _TAR_SUFFIXES or suffix in _TABLE_SUFFIXES
 
@@ -180,41 +224,6 @@ def _looks_like_image(path: str) -> bool:
         return False
 
 
-Entry = TypeVar("Entry")
-
-
-def choose_split(
-    entries: Sequence[Entry], split_of: Callable[[Entry], str | None], wanted: str | None, root: Path
-) -> tuple[list[Entry], list[str]]:
-    """The entries of the split that is wanted, and a note; train where none is named and there are several."""
-    splits: dict[str | None, list[Entry]] = {}
-    for entry in entries:
-        splits.setdefault(split_of(entry), []).append(entry)
-    names = sorted(name for name in splits if name is not None)
-    if wanted == "all" or (wanted is None and (not names or len(splits) == 1)):
-        return list(entries), []
-    if wanted is None:
-        train = [name for name in names if name in _TRAIN]
-        if len(train) != 1 or None in splits:
-            if None in splits:  # words like "test" in some names mean nothing then
-                return list(entries), []
-            raise UserError(
-                f"{printable(str(root))} has the splits {', '.join(names)}: choose with --split NAME (or all)"
-            )
-        left = ", ".join(f"{name} ({len(splits[name]):,} files)" for name in names if name not in train)
-        return splits[train[0]], [f"Taking the split {train[0]}; not taken: {left}. --split chooses another."]
-    if wanted not in splits:
-        what = f"it has {', '.join(names)}" if names else "it has no splits"
-        raise UserError(f"{printable(str(root))} has no split {wanted!r}: {what}")
-    return splits[wanted], []
-
-
-def split_word(relative: str) -> str | None:
-    """The split that a shard's name or one of its folders names."""
-    words = _SPLIT_WORD.findall(relative.lower())
-    return words[0] if words else None
-
-
 def list_folder(root: Path, files: Files, wanted: str | None = None, flat: bool = False) -> tuple[Listing, list[str]]:
     """Labels from folder names: below what all images share, and below split folders, a folder is a class."""
     images = [(relative, tuple(relative.split("/"))) for relative in files.images]
@@ -222,17 +231,21 @@ def list_folder(root: Path, files: Files, wanted: str | None = None, flat: bool 
     split_seen = False
     while images and not flat:
         tops = {parts[0] for _, parts in images if len(parts) > 1}
-        if any(len(parts) == 1 for _, parts in images):
-            break
-        if {top.lower() for top in tops} <= set(_SPLITS) and not split_seen:
+        chosen = None if split_seen else below_splits(images, tops, wanted, root)
+        if chosen is not None:
             split_seen = True
-            images, note = choose_split(images, lambda image: image[1][0].lower(), wanted, root)
-            notes += note
-        elif len(tops) > 1 or any(len(parts) == 2 for _, parts in images):
+            images = chosen[0]
+            notes += chosen[1]
+        elif len(tops) != 1 or any(len(parts) < 3 for _, parts in images):
             break
         images = [(relative, parts[1:]) for relative, parts in images]
-    if wanted not in (None, "all") and not split_seen:
-        raise UserError(f"{printable(str(root))} has no split {wanted!r}: it has no split folders")
+    if not split_seen and not flat:
+        every = images
+        images, more = within_classes(images, wanted, root)
+        split_seen = len(images) < len(every)
+        notes += more
+    if wanted not in (None, *EVERYTHING) and not split_seen:
+        raise UserError(f"{printable(str(root))} has no split {printable(wanted)!r}: it has no split folders")
     classes = sorted({parts[0] for _, parts in images if len(parts) > 1})
     loose = sum(len(parts) == 1 for _, parts in images)
     if classes and loose and not flat:
@@ -248,9 +261,11 @@ def list_folder(root: Path, files: Files, wanted: str | None = None, flat: bool 
     ]
     listing = Listing(items, [printable(name) for name in classes] if number else None)
     listing.passed_over = files.others + len(files.tars) + len(files.tables)
+    if number and wanted is None:
+        listing.notes += doubtful_classes(classes)
     if items and not number:
-        listing.notes.append("The images have no labels: all of them get label −1.")
-    return listing, notes
+        listing.notes.append("The images have no labels: all of them get label -1.")
+    return listing, files.notes() + notes
 
 
 def labels_from(values: Iterable[int | str | None]) -> tuple[list[int], list[str] | None, list[str]]:
@@ -258,8 +273,8 @@ def labels_from(values: Iterable[int | str | None]) -> tuple[list[int], list[str
     values = list(values)
     missing = sum(value is None for value in values)
     if missing == len(values):
-        return [-1] * len(values), None, ["The images have no labels: all of them get label −1."]
-    notes = [f"{missing:,} images have no label and get −1."] if missing else []
+        return [-1] * len(values), None, ["The images have no labels: all of them get label -1."]
+    notes = [f"{missing:,} images have no label and get -1."] if missing else []
     if all(value is None or (isinstance(value, int) and -(2**63) <= value < 2**63) for value in values):
         return [-1 if value is None else int(value) for value in values], None, notes
     names = sorted({str(value) for value in values if value is not None})

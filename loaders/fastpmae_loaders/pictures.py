@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from .beton import JPG, PIXEL_LIMIT
 from .errors import BetonError, UserError
 from .jpeg import JPEG_MAX_SIDE, jpeg_header
+from .printable import printable
 
 ENCODED = 2
 """Storage mode of an image that is neither a plain JPEG (0) nor raw pixels (1)."""
@@ -212,6 +213,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, in one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What an exception says, which may be a stranger's words, in one printable line of about 200 characters."""
+    text = printable(" ".join(str(error)[:2000].split())) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + "..."

@@ -1,4 +1,7 @@
-"""Tar shards in WebDataset's layout: files that share a name up to its first dot are one sample.
+"""Tar shards in WebDataset's layout: neighbours that share a name up to its first dot are one sample.
+
+What follows that dot is the field, so that `2023.05.01 cat.jpg` is the field `05.01 cat.jpg` of the sample `2023`.
+Archives of ordinary folders are read by the same rule: a sample may hold any number of images, and each is taken.
 
 The archive is read by hand: Python's tarfile loops for ever on a negative size (before 3.11.14) and allocates
 whatever a header asks for. Headers are read, and the small files that hold labels; images are not.
@@ -6,14 +9,18 @@ whatever a header asks for. Headers are read, and the small files that hold labe
 
 import json
 import os
+import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import UserError
-from .listing import IMAGE_SUFFIXES, Item, Listing, labels_from
+from .listing import ARCHIVE_SUFFIXES, IMAGE_SUFFIXES, Item, Listing, helper_notes, is_helper, labels_from
+from .printable import printable
 
 _TEXT_LIMIT = 1 << 20  # a label or a long name is a few bytes; more of it is not read
+_FIELDS_SHOWN = 16
 _BLOCK = 512
 _FILES, _FOLDER, _SPARSE = b"0\x007", b"5", b"S"
 _NO_CONTENT = b"123456"  # links, devices, folders, pipes: whatever their size field says
@@ -32,65 +39,171 @@ class _Damage(Exception):
     """Why an archive cannot be read on, as the end of a sentence about it."""
 
 
-def list_shards(paths: list[str]) -> Listing:
+class _Sample:
+    """Neighbouring files of one folder whose names agree up to their first dot."""
+
+    def __init__(self, key: tuple[str, str]) -> None:
+        self.key = key
+        self.images: list[tuple[int, int, str, str]] = []  # offset, size, name, field
+        self._labels: dict[tuple[str, str], int | str] = {}
+
+    def add_label(self, field: str, content: bytes) -> None:
+        prefix, _, kind = field.rpartition(".")
+        value = _label(kind.lower(), content)
+        if value is not None:
+            self._labels[prefix, kind.lower()] = value
+
+    def label(self, field: str) -> int | str | None:
+        """That of the image's whole name, where there is one (`05.01 cat.cls`), else that of the sample."""
+        prefix = field.rpartition(".")[0]
+        keys = ((prefix, "cls"), (prefix, "json"), ("", "cls"), ("", "json"))
+        return next((self._labels[key] for key in keys if key in self._labels), None)
+
+    @property
+    def labels(self) -> int:
+        return len(self._labels)
+
+
+class _Shard:
+    """What one archive holds; `nested`: the names of archives within it."""
+
+    def __init__(self) -> None:
+        self.samples: list[_Sample] = []
+        self.others = self.apart = 0
+        self.nested: list[str] = []
+        self.helpers: Counter[str] = Counter()
+        self.damage: str | None = None
+
+
+def list_shards(paths: list[str], image: str | None = None) -> Listing:
     """The images of tar files, with labels from their samples' .cls or .json members.
 
-    Only headers and labels are read. A damaged shard costs its images after the damage, as one bad item.
+    Only headers and labels are read. `image` names a field, such as "jpg" or "seg.png": no other images are taken
+    then. A damaged shard costs its images after the damage, as one bad item.
+
+    Raises:
+        UserError: where no image is of that field.
     """
     items: list[Item] = []
     labels: list[int | str | None] = []
     bad: list[Item] = []
     listing = Listing(items)
+    fields: Counter[str] = Counter()
+    helpers: Counter[str] = Counter()
+    nested: list[str] = []
+    together: list[tuple[int, int, str, str]] = []
+    shared = apart = 0
     for path in paths:
-        samples, others, damage = _list_shard(path)
-        listing.passed_over += others
-        for sample in samples:
-            offset, size, name = sample["image"]
-            items.append(Item("tar", path, (offset, size, name), 0))
-            labels.append(sample.get("label"))
-        if damage:
-            bad.append(Item("bad", path, (damage,), -1))
+        shard = _list_shard(path)
+        listing.passed_over += shard.others
+        helpers += shard.helpers
+        apart += shard.apart
+        nested += shard.nested
+        for sample in shard.samples:
+            if len(sample.images) > 1:
+                shared += len(sample.images)
+                together = together or sample.images[:2]
+            for offset, size, name, field in sample.images:
+                if len(fields) < _FIELDS_SHOWN or field.lower() in fields:
+                    fields[field.lower()] += 1
+                if image is not None and field.lower() != image.lower():
+                    listing.passed_over += 1
+                    continue
+                items.append(Item("tar", path, (offset, size, name), 0))
+                labels.append(sample.label(field))
+        if shard.damage:
+            bad.append(Item("bad", path, (shard.damage,), -1))
+    if image is not None and not items and fields:
+        shown = ", ".join(printable(field) for field in sorted(fields)[:5])
+        raise UserError(f"no image in the shards is of the field {printable(image)!r}; there are {shown}")
     numbers, listing.class_names, listing.notes = labels_from(labels)
     items[:] = [item._replace(label=label) for item, label in zip(items, numbers, strict=True)]
     items += bad
+    listing.notes += helper_notes(helpers)
+    if shared and image is None:
+        first, second = (printable(name) for _, _, name, _ in together)
+        few = len(fields) < _FIELDS_SHOWN and len(fields) < shared
+        one = f"; --image-column {printable(min(fields, key=len))} takes those of one field" if few else ""
+        listing.notes.append(
+            f"{shared:,} images share their name up to its first dot with another, as {first} and {second} do, "
+            f"and each is taken{one}."
+        )
+    if apart:
+        listing.notes.append(
+            f"{apart:,} labels (.cls or .json) lie apart from their images and are not used: the files of a sample "
+            "must be neighbours in a shard (tar --sort=name writes them so)."
+        )
+    listing.nested = nested
+    if nested and items:
+        listing.notes.append(f"{len(nested):,} archives within the shards were passed over, such as {nested[0]}.")
     return listing
 
 
-def _list_shard(path: str) -> tuple[list[dict], int, str | None]:
-    samples: list[dict] = []
-    others = 0
-    sample: dict = {}
+def no_images(path: Path, listing: Listing) -> str:
+    """Why there is nothing in shards, as a sentence: a tar of tars, as ImageNet comes, or no images at all."""
+    where = printable(str(path))
+    if not listing.nested:
+        return f"{where}: its tar shards hold no images ({listing.passed_over:,} other files)"
+    return (
+        f"{where} holds no images but {len(listing.nested):,} archives, such as {listing.nested[0]}: unpack it, and "
+        "each archive in it into a folder of its own name, their class; then name the folder that holds them"
+    )
+
+
+def _list_shard(path: str) -> _Shard:
+    shard = _Shard()
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would never open
     except (OSError, ValueError) as error:
-        return samples, others, f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        shard.damage = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        return shard
     try:
-        for member in _members(file, os.fstat(file).st_size):
-            if member.kind == "other":
-                others += 1
-                continue
-            folder, _, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            if stem == "" or name.startswith("__"):
-                others += 1
-                continue
-            if sample.get("key") != (folder, stem):
-                sample = {"key": (folder, stem)}
-            suffix = "." + extension.lower().rpartition(".")[2]
-            if suffix in IMAGE_SUFFIXES and "image" not in sample:
-                sample["image"] = (member.offset, member.size, member.name)
-                samples.append(sample)
-            elif extension.lower() in ("cls", "json") and member.size <= _TEXT_LIMIT:
-                _add_label(sample, extension.lower(), os.pread(file, member.size, member.offset))
-            else:
-                others += 1
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise _Damage("not a regular file")
+        _list_members(file, status.st_size, shard)
     except _Damage as damage:
-        return samples, others, str(damage)
+        shard.damage = str(damage)
     except OSError as error:
-        return samples, others, f"cannot be read: {error.strerror or error}"
+        shard.damage = f"cannot be read: {error.strerror or error}"
     finally:
         os.close(file)
-    return samples, others, None
+    shard.apart = sum(sample.labels for sample in shard.samples if not sample.images)
+    shard.others += shard.apart
+    shard.samples = [sample for sample in shard.samples if sample.images]
+    return shard
+
+
+def _list_members(file: int, length: int, shard: _Shard) -> None:
+    sample: _Sample | None = None
+    for member in _members(file, length):
+        if member.kind == "other":
+            shard.others += 1
+            continue
+        folder, _, name = member.name.rpartition("/")
+        suffix = "." + name.lower().rpartition(".")[2]
+        helper = next((part for part in folder.split("/") if is_helper(part)), None)
+        if helper is not None:
+            shard.helpers[helper] += suffix in IMAGE_SUFFIXES
+            shard.others += suffix not in IMAGE_SUFFIXES
+            continue
+        if name.lower().endswith(ARCHIVE_SUFFIXES):
+            shard.nested.append(printable(member.name))
+            shard.others += 1
+            continue
+        stem, _, field = name.partition(".")
+        if stem == "" or (name.startswith("__") and name.endswith("__")):
+            shard.others += 1
+            continue
+        if sample is None or sample.key != (folder, stem):
+            sample = _Sample((folder, stem))
+            shard.samples.append(sample)
+        if suffix in IMAGE_SUFFIXES:
+            sample.images.append((member.offset, member.size, member.name, field))
+        elif suffix in (".cls", ".json") and member.size <= _TEXT_LIMIT:
+            sample.add_label(field, os.pread(file, member.size, member.offset))
+        else:
+            shard.others += 1
 
 
 def _members(file: int, length: int) -> Iterator[Member]:
@@ -125,14 +238,14 @@ def _members(file: int, length: int) -> Iterator[Member]:
             continue
         this = _own_name(block) if name is None else name
         stored = own_size if size is None else size
-        shown = this.decode("utf-8", "surrogateescape")
+        shown = this.decode("utf-8", "surrogateescape")  # a sample's name, printable where it is printed
         regular = kind in _FILES and not (kind == b"\0" and this.endswith(b"/"))
         if kind == _SPARSE:
             start = _after_sparse_map(file, block, start)
         elif kind in _NO_CONTENT:
             stored = 0
         if start + stored > length:
-            raise _Damage(f"the shard is truncated within {shown}")
+            raise _Damage(f"the shard is truncated within {printable(this)}")
         if regular and not sparse:
             yield Member("file", shown, start, stored)
         elif kind != _FOLDER and not this.endswith(b"/"):
@@ -213,16 +326,17 @@ def _after_sparse_map(file: int, block: bytes, start: int) -> int:
     return start
 
 
-def _add_label(sample: dict, extension: str, content: bytes) -> None:
+def _label(kind: str, content: bytes) -> int | str | None:
+    """What a .cls or .json file says."""
     try:
         text = content.decode().strip()
         value = text
-        if extension == "json":
+        if kind == "json":
             fields = json.loads(text)
             fields = fields if isinstance(fields, dict) else {}
             value = next((fields[key] for key in ("label", "cls", "class") if key in fields), None)
     except (ValueError, RecursionError):
-        return
+        return None
     if isinstance(value, str):
         value = value.strip()
         try:
@@ -230,18 +344,7 @@ def _add_label(sample: dict, extension: str, content: bytes) -> None:
         except ValueError:
             value = value or None
     if isinstance(value, bool) or not isinstance(value, int | str):
-        return
+        return None
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return
-    if extension == "cls" or "label" not in sample:
-        sample["label"] = value
-
-
-def read_member(path: str, offset: int, size: int) -> bytes:
-    """The bytes of one file within a shard."""
-    with Path(path).open("rb") as file:
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise UserError("the shard is truncated")
-    return data
+        return None
+    return value

@@ -86,6 +86,10 @@ def test_class_names_are_read_and_checked(mixed: Path) -> None:
     original = mixed.read_bytes()
     names = [f"class {i} – é" for i in range(71)]
     assert Beton(with_class_names(mixed, names)).class_names == names
+    mixed.write_bytes(original)
+    strange = [*names[:69], "\x1b]0;owned\x07", "\ud800"]
+    assert Beton(with_class_names(mixed, strange)).class_names == [*names[:69], "\\x1b]0;owned\\x07", "\\ud800"]
+    mixed.write_bytes(original)
     for damaged, says in [(names[:70], "label 70"), ("names", "no list"), ([1, 2], "no list"), (None, "no list")]:
         mixed.write_bytes(original)
         with pytest.raises(BetonError, match=says):
