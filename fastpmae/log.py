@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastpmae.config import Config
 from fastpmae.errors import UserError
 from fastpmae.figures import Figures
 from fastpmae.files import appearing
+from fastpmae.terminal import say, stderr
 
 TIMINGS = ("images_per_second", "data_wait")
 """The figures of a row that differ from run to run."""
@@ -100,7 +100,7 @@ class Log:
 
     def __init__(self, folder: Path, config: Config, first_step: int, last_step: int, *, speaks: bool = True):
         self.folder, self.config, self.speaks = folder, config, speaks
-        self.console = Console(stderr=True)
+        self.console = Console(file=stderr())
         self.live = speaks and self.console.is_terminal
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -141,16 +141,16 @@ class Log:
                 writer.close()
 
     def say(self, sentence: str) -> None:
-        """A line for the user and for train.log."""
+        """A line for the user and for train.log. Where it cannot be written, the run goes on without it."""
         self.settle()
         if not self.speaks:
             return
-        with (self.folder / "train.log").open("a") as file:
+        with contextlib.suppress(OSError), (self.folder / "train.log").open("a") as file:
             file.write(sentence + "\n")
         if self.live:
             self.console.print(sentence, highlight=False, markup=False)
         else:
-            print(sentence, file=sys.stderr, flush=True)
+            say(sentence)
 
     def start_clock(self, step: int) -> None:
         """Rates in the next row count from now and from this step."""
@@ -167,7 +167,7 @@ class Log:
             if self.speaks:
                 self.say(sentence)
             else:  # each rank sees other images
-                print(sentence, file=sys.stderr, flush=True)
+                say(sentence)
         self.progress.update(self.task, completed=step, description=f"epoch {epoch + 1}/{self.config.optimiser.epochs}")
 
     def row(self, row: dict[str, float], rest: Callable[[], dict[str, float]], waited: float, *, partial: bool) -> None:

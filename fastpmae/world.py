@@ -172,7 +172,8 @@ def _one_voice(patience: float) -> Iterator[_Voice]:
     voice = _Voice()
     try:
         yield voice
-    except Interrupted:  # all ranks stop in good order
+    except Interrupted as stopped:  # all ranks stop in good order, and know the same of it
+        stopped.speaks = os.environ["RANK"] == "0"
         raise
     except UserError:
         if not voice.is_mine():

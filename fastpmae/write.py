@@ -337,19 +337,24 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def main() -> int:
-    """The command line. Exit status: 0, 2 for bad input (one sentence), 130 or 143 when interrupted."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+def _command() -> int:
     parser = _parser()
     options = parser.parse_args()
     if options.check is not None:
         if options.source is not None:
             parser.error("--check takes a .beton file and nothing else")
-        return exit_with_sentence(parser.prog, lambda: _check(options))
+        return _check(options)
     if options.source is None or options.out is None:
         parser.error("SRC and OUT.beton are needed (or --check F.beton)")
-    return exit_with_sentence(parser.prog, lambda: _write(options))
+    return _write(options)
+
+
+def main() -> int:
+    """The command line. Exit status: 0, 2 for bad input (one sentence), 130 or 143 when interrupted."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _terminate)
+    return exit_with_sentence("fastpmae-write", _command)
 
 
 if __name__ == "__main__":
