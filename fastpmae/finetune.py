@@ -132,7 +132,8 @@ def train_classifier(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         stack.enter_context(deterministic(setting.deterministic, setting.device))
-        stack.enter_context(claim_folder(setting.folder))
+        for remark in stack.enter_context(claim_folder(setting.folder)):
+            tally.tell(remark)
         saver = stack.enter_context(Saver(setting.device, keep=1))
         loader = stack.enter_context(_loader(setting, course))
         changes = stack.enter_context(

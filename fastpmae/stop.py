@@ -34,6 +34,7 @@ class Stop:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT and not is_command():  # whose process ends by itself
+        # A command's process has its own way to end at once, whatever it is in the middle of.
+        if number == signal.SIGINT and self.signal == signal.SIGINT and not is_command():
             raise KeyboardInterrupt
         self.signal = number

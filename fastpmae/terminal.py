@@ -1,4 +1,4 @@
-"""What is said to a terminal, a pipe or a file: it may go away at any moment, and nothing that was said ends the work."""
+"""What is said to a terminal, a pipe or a file: it may go away at any moment, and no work ends by that."""
 
 import contextlib
 import errno

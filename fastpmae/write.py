@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from fastpmae.check import check_beton
 from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae.files import appearing
 from fastpmae.images import ImageSettings, StoredImage, store
 from fastpmae.pages import LARGEST_PAGE, PageWriter
 from fastpmae.sources import Item, Listing, SourceSettings, find_images, printable, read_item
@@ -171,20 +172,11 @@ def _check_out(source: Path, out: Path, force: bool) -> None:
 @contextlib.contextmanager
 def _appearing(out: Path, force: bool) -> Iterator[BinaryIO]:
     """A file that takes the name `out` when the block succeeds, and leaves nothing behind when it does not."""
-    temporary = out.with_name(f".{out.name[:200]}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
+    with appearing(out) as beside:
+        with beside.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         if os.path.lexists(out) and not force:
             raise UserError(f"{printable(str(out))} has appeared meanwhile; --force replaces it")
-        temporary.replace(out)
-    except OSError as error:
-        raise UserError(f"{printable(str(out))} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def bad_list_path(out: Path) -> Path:
