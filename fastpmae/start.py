@@ -48,7 +48,7 @@ def begin() -> None:
     """To be called before anything that takes long is imported."""
     global _command
     if _command is None:
-        _command = command_of(sys.argv, sys.orig_argv)
+        _command = command_of(getattr(sys, "argv", []), sys.orig_argv)
     if _command is None:
         return
     _open_what_is_closed()
