@@ -118,7 +118,7 @@ def train_classifier(
     Raises:
         UserError: for images that make no batch, a folder that holds a training, or a resume with other settings.
         RunError: when the loss is no longer finite, or a checkpoint cannot be written.
-        Interrupted: after SIGTERM, SIGINT or SIGUSR1, once the checkpoint is written.
+        Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP, once the checkpoint is written.
     """
     tally = tally or Tally()
     setting = dataclasses.replace(setting, workers=loader_threads(setting.workers))

@@ -44,7 +44,7 @@ def pretrain(config: Config) -> Path:
     Raises:
         UserError: for settings, images or a run folder that do not fit.
         RunError: when a loss or a gradient is no longer finite, or a checkpoint cannot be written.
-        Interrupted: after SIGTERM, SIGINT or SIGUSR1, once the checkpoint is written.
+        Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP, once the checkpoint is written.
     """
     check(config)
     with contextlib.ExitStack() as stack:
