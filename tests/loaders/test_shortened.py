@@ -1,5 +1,6 @@
 """A .beton file that is cut short, or written over, under its readers: a sentence, and no process dies of SIGBUS."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,8 @@ def test_every_reader_says_so(tmp_path: Path) -> None:
     images = [jpeg(number % 20, 60, 50) for number in range(200)]
     path = write_beton(tmp_path / "cut.beton", images, [(60, 50)] * 200)
     assert path.stat().st_size > 100_000
-    engines = [*(["ffcv"] if turbo_available() else []), "torch"]
+    dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    engines = [*(["ffcv"] if turbo_available() else []), *(["dali"] if dali else []), "torch"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(path), *engines],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
