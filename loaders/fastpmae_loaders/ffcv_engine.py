@@ -91,15 +91,15 @@ def _fill(counter, indices, images, data, decoder, second, seed, epoch, recipes,
                 readable = read_into(-1 - data, source, size, here)
             else:
                 source, readable = data + source, True
-            if not readable:
-                index = (index + 1) % count
-                continue
-            if images.mode[index] == RAW:
+            if readable and images.mode[index] == RAW:
                 pixels = source
-            elif (
-                stands_alone(source, size, height, width)
-                and call_decoder(decoder, source, size, height, width, target) == 0
-            ) or call_decoder(second, source, size, height, width, target) == 0:
+            elif readable and (
+                (
+                    stands_alone(source, size, height, width)
+                    and call_decoder(decoder, source, size, height, width, target) == 0
+                )
+                or call_decoder(second, source, size, height, width, target) == 0
+            ):
                 pixels = target
             else:
                 index = (index + 1) % count
