@@ -9,6 +9,8 @@ Names are imported when they are first used, so that the commands that need no t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastpmae.start import begin
+
 if TYPE_CHECKING:
     from fastpmae.config import PRESETS, Config, preset, read_config
     from fastpmae.embed import embed_images, load_encoder
@@ -49,6 +51,9 @@ __all__ = [  # noqa: RUF022
     "pretrain",
     "write_beton",
 ]
+
+
+begin()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,11 @@
 """How a command ends when something is wrong: one sentence, no traceback."""
 
-import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fastpmae.start import working
+from fastpmae.terminal import reason_lost, say, speaking
 from fastpmae_loaders.errors import BetonError, UserError
 
 __all__ = ["AlreadySaid", "BetonError", "Interrupted", "RunError", "UserError", "exit_with_sentence"]
@@ -16,7 +16,9 @@ class RunError(Exception):
 
 
 class Interrupted(RunError):
-    """A run that a signal ended, after its checkpoint was written."""
+    """A run that a signal ended, after its checkpoint was written. Of several ranks one `speaks`."""
+
+    speaks = True
 
     def __init__(self, number: int, step: int, last_step: int, folder: Path):
         super().__init__(
@@ -35,28 +37,45 @@ class AlreadySaid(RunError):
 
 
 def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status: 2 for bad input, 1 for a run that failed, 130 after ctrl-C."""
+    """Run a command and return its exit status: 2 for bad input, 1 for a run that failed, 130 after ctrl-C.
+
+    It is 0 only when the work is done and what it prints is where it was sent, as far as anybody still reads it. That
+    something cannot be printed is told at the end: no work is broken off for it.
+    """
+    with working(), speaking() as printed:
+        try:
+            status = _status_of(name, function)
+        except SystemExit as ended:  # of a command line that is wrong, or asks for help
+            if ended.code:
+                raise
+            status = 0
+        printed.flush()
+        lost = reason_lost(printed)
+        if status == 0 and lost is not None:
+            say(f"{name}: error: the work is done, but what it prints cannot be written: {lost}")
+            return 1
+        return status
+
+
+def _status_of(name: str, function: Callable[[], int | None]) -> int:
     try:
         return function() or 0
     except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        say(f"{name}: error: {error}")
         return 2
     except Interrupted as stopped:
-        print(f"{name}: {stopped}", file=sys.stderr)
+        if stopped.speaks:
+            say(f"{name}: {stopped}")
         return 128 + stopped.number
     except AlreadySaid as ended:
         return ended.status
     except RunError as error:
-        print(f"{name}: stopped: {error}", file=sys.stderr)
+        say(f"{name}: stopped: {error}")
         return 1
-    except BrokenPipeError:
-        # whoever read our output (head, less) has seen enough; what is left in the buffer must go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         # a disk that fills up, a folder that goes: the sentence is the system's own
-        print(f"{name}: stopped: {error}", file=sys.stderr)
+        say(f"{name}: stopped: {error}")
         return 1
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        say(f"{name}: interrupted")
         return 130

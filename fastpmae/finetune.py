@@ -118,7 +118,7 @@ def train_classifier(
     Raises:
         UserError: for images that make no batch, a folder that holds a training, or a resume with other settings.
         RunError: when the loss is no longer finite, or a checkpoint cannot be written.
-        Interrupted: after SIGTERM, SIGINT or SIGUSR1, once the checkpoint is written.
+        Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP, once the checkpoint is written.
     """
     tally = tally or Tally()
     setting = dataclasses.replace(setting, workers=loader_threads(setting.workers))
@@ -132,7 +132,8 @@ def train_classifier(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         stack.enter_context(deterministic(setting.deterministic, setting.device))
-        stack.enter_context(claim_folder(setting.folder))
+        for remark in stack.enter_context(claim_folder(setting.folder)):
+            tally.tell(remark)
         saver = stack.enter_context(Saver(setting.device, keep=1))
         loader = stack.enter_context(_loader(setting, course))
         changes = stack.enter_context(

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastpmae.config import Config
 from fastpmae.errors import UserError
 from fastpmae.figures import Figures
 from fastpmae.files import appearing
+from fastpmae.terminal import say, stderr
 
 TIMINGS = ("images_per_second", "data_wait")
 """The figures of a row that differ from run to run."""
@@ -100,7 +100,7 @@ class Log:
 
     def __init__(self, folder: Path, config: Config, first_step: int, last_step: int, *, speaks: bool = True):
         self.folder, self.config, self.speaks = folder, config, speaks
-        self.console = Console(stderr=True)
+        self.console = Console(file=stderr())
         self.live = speaks and self.console.is_terminal
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -138,19 +138,20 @@ class Log:
         if self.speaks:
             self.metrics.close()
             for writer in self.writers:
-                writer.close()
+                with contextlib.suppress(Exception):  # nothing of the run hangs on it
+                    writer.close()
 
     def say(self, sentence: str) -> None:
-        """A line for the user and for train.log."""
+        """A line for the user and for train.log. Where it cannot be written, the run goes on without it."""
         self.settle()
         if not self.speaks:
             return
-        with (self.folder / "train.log").open("a") as file:
+        with contextlib.suppress(OSError), (self.folder / "train.log").open("a") as file:
             file.write(sentence + "\n")
         if self.live:
             self.console.print(sentence, highlight=False, markup=False)
         else:
-            print(sentence, file=sys.stderr, flush=True)
+            say(sentence)
 
     def start_clock(self, step: int) -> None:
         """Rates in the next row count from now and from this step."""
@@ -167,7 +168,7 @@ class Log:
             if self.speaks:
                 self.say(sentence)
             else:  # each rank sees other images
-                print(sentence, file=sys.stderr, flush=True)
+                say(sentence)
         self.progress.update(self.task, completed=step, description=f"epoch {epoch + 1}/{self.config.optimiser.epochs}")
 
     def row(self, row: dict[str, float], rest: Callable[[], dict[str, float]], waited: float, *, partial: bool) -> None:
@@ -199,8 +200,7 @@ class Log:
     def _write(self, row: dict[str, float]) -> None:
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
-        for writer in self.writers:
-            writer.row(row)
+        self._pass_on(row)
         figures = (
             f"loss {row['loss']:.3f} (m {row['loss_m']:.3f} c {row['loss_c']:.3f} p {row['loss_p']:.3f})  "
             f"{row['images_per_second']:.0f} images/s"
@@ -209,6 +209,15 @@ class Log:
         if not self.live:
             waiting = f", waiting for data {row['data_wait']:.0%}"
             self.say(f"step {row['step']:.0f}  epoch {row['epoch']:.2f}  {figures}{waiting}")
+
+    def _pass_on(self, row: dict[str, float]) -> None:
+        """Give a row to TensorBoard and W&B. One that fails is left out from then on: metrics.jsonl is the record."""
+        for writer in list(self.writers):
+            try:
+                writer.row(row)
+            except Exception as error:  # a full disk, a server that is gone: each of their own kind
+                self.writers.remove(writer)
+                self.say(f"warning: {writer.name} takes no more rows and is left out: {error}")
 
     def evaluation(self, step: int, epoch: int, evaluate: Callable[[], dict[str, float]]) -> None:
         """A row of its own for what is evaluated; the time it takes counts for no rate."""
@@ -221,8 +230,7 @@ class Log:
         row: dict[str, float] = {"step": step, "epoch": epoch} | figures
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
-        for writer in self.writers:
-            writer.row(row)
+        self._pass_on(row)
         words = ", ".join(
             f"{name.removeprefix('knn_').replace('_', ' ')} {value:.1f} %" for name, value in figures.items()
         )
@@ -230,6 +238,8 @@ class Log:
 
 
 class _TensorBoard:
+    name = "TensorBoard"
+
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -245,6 +255,8 @@ class _TensorBoard:
 
 
 class _WandB:
+    name = "W&B"
+
     def __init__(self, folder: Path, config: Config):
         try:
             import wandb  # pyright: ignore[reportMissingImports]

@@ -35,6 +35,7 @@ from fastpmae.scaling import (
     traffic,
     weak_scaling,
 )
+from fastpmae.terminal import stderr
 from fastpmae.world import World
 
 IMAGENET = 1_281_167
@@ -356,7 +357,7 @@ def plan(options: Plan) -> None:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """A bar in a terminal, nothing elsewhere: a plan takes seconds."""
-    console = Console(stderr=True)
+    console = Console(file=stderr())
     columns = (TextColumn("counting {task.description}"), BarColumn(), MofNCompleteColumn())
     total = 3 + len(METHODS) + len(CHUNKED) + len(SHAPES)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

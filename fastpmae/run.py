@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import fcntl
 import json
 import platform
 import sys
@@ -29,6 +28,7 @@ from fastpmae.files import appearing, remove_partial
 from fastpmae.world import World, has_bf16
 from fastpmae_loaders import Samples
 from fastpmae_loaders.engine import larger_than_memory
+from fastpmae_loaders.locks import lock
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
@@ -124,16 +124,19 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
 
 
 @contextlib.contextmanager
-def claim(run: OpenRun, config: Config) -> Iterator[None]:
+def claim(run: OpenRun, config: Config) -> Iterator[list[str]]:
     """Make the folder this process's own: lock it, clear what killed processes left, record the settings.
 
     Checkpoints past the one that is resumed are set aside, so that the newest in the folder is always the run's own.
+
+    Yields:
+        Remarks for the user.
 
     Raises:
         UserError: when another process trains there, or the folder cannot be written.
     """
     checkpoints = run.folder / "checkpoints"
-    with claim_folder(run.folder):
+    with claim_folder(run.folder) as remarks:
         if run.checkpoint is not None and run.checkpoint.parent.resolve() == checkpoints.resolve():
             past = [path for path in checkpoints_in(run.folder) if step_of(path) > step_of(run.checkpoint)]
             aside = checkpoints / f"past-{run.checkpoint.stem}"
@@ -142,12 +145,15 @@ def claim(run: OpenRun, config: Config) -> Iterator[None]:
                 path.replace(aside / path.name)
         with appearing(run.folder / "config.json") as beside:
             write_config(recorded(config), beside)
-        yield
+        yield remarks
 
 
 @contextlib.contextmanager
-def claim_folder(folder: Path) -> Iterator[None]:
+def claim_folder(folder: Path) -> Iterator[list[str]]:
     """A folder with checkpoints as this process's own: locked, and cleared of what killed processes left.
+
+    Yields:
+        Remarks for the user: that nothing can be locked there, where that is so.
 
     Raises:
         UserError: when another process trains there, or the folder cannot be written.
@@ -155,17 +161,17 @@ def claim_folder(folder: Path) -> Iterator[None]:
     checkpoints = folder / "checkpoints"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        file = (folder / ".lock").open("w")
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is training in {folder}; wait for it or choose another --out") from None
+    with file:
+        locked = lock(file)
+        if locked is False:
+            raise UserError(f"another process is training in {folder}; wait for it or choose another --out")
         remove_partial(folder)
         remove_partial(checkpoints)
-        yield
+        unlocked = f"the file system of {folder} keeps no locks: see to it that no second process trains there"
+        yield [] if locked else [unlocked]
 
 
 def recorded(config: Config) -> Config:

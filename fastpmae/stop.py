@@ -4,11 +4,16 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+from fastpmae.start import is_command
+
 
 class Stop:
-    """Within it, SIGTERM, SIGINT and SIGUSR1 are noted in `signal`; a second ctrl-C interrupts at once."""
+    """Within it, SIGTERM, SIGINT, SIGUSR1 and SIGHUP are noted in `signal`; a second ctrl-C interrupts at once.
 
-    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGHUP is what a process gets whose terminal is closed. One that was started with nohup does not hear it.
+    """
+
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.signal = 0
@@ -17,7 +22,9 @@ class Stop:
     def __enter__(self) -> "Stop":
         # Python lets only the main thread set handlers; called from another, the run is simply not watched.
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in self.watched}
+            deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            watched = [number for number in self.watched if number != signal.SIGHUP or not deaf]
+            self.before = {number: signal.signal(number, self._note) for number in watched}
         return self
 
     def __exit__(
@@ -27,6 +34,7 @@ class Stop:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
+        # A command's process has its own way to end at once, whatever it is in the middle of.
+        if number == signal.SIGINT and self.signal == signal.SIGINT and not is_command():
             raise KeyboardInterrupt
         self.signal = number

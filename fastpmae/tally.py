@@ -1,9 +1,10 @@
 """Progress of a long count: a bar with the rate in a terminal, now and then a line elsewhere, or silence."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
+
+from fastpmae.terminal import say, stderr
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_UPDATES = 0.1
@@ -23,8 +24,8 @@ class Tally:
 
     def phase(self, text: str) -> None:
         """Says what is being done, in a terminal: elsewhere the first line of progress is soon enough."""
-        if self._live and sys.stderr.isatty():
-            print(f"{text} ...", file=sys.stderr)
+        if self._live and stderr().isatty():
+            say(f"{text} ...")
 
     def tell(self, sentence: str) -> None:
         """A line for the user that must not break the bar."""
@@ -33,7 +34,7 @@ class Tally:
         if self._bar is not None:
             self._bar.console.print(sentence, markup=False, highlight=False)
         else:
-            print(sentence, file=sys.stderr)
+            say(sentence)
 
     @contextlib.contextmanager
     def count(self, total: int, unit: str) -> Iterator[None]:
@@ -58,8 +59,7 @@ class Tally:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, rate=self.rate())
         else:
-            line = f"{self._done:,} of {self._total:,} {self._unit}, {self.rate()}"
-            print(line, file=sys.stderr, flush=True)
+            say(f"{self._done:,} of {self._total:,} {self._unit}, {self.rate()}")
 
     def rate(self) -> str:
         """Done per second, since the first was; of what takes seconds, how many each takes."""
@@ -69,14 +69,14 @@ class Tally:
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[None]:
-        if not (self._live and sys.stderr.isatty()):
+        if not (self._live and stderr().isatty()):
             yield
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), refresh_per_second=5, transient=True) as bar:
+        with Progress(*columns, console=Console(file=stderr()), refresh_per_second=5, transient=True) as bar:
             self._bar, self._task = bar, bar.add_task("", total=self._total, rate="")
             self._pause = _SECONDS_BETWEEN_UPDATES
             try:

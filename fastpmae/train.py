@@ -44,7 +44,7 @@ def pretrain(config: Config) -> Path:
     Raises:
         UserError: for settings, images or a run folder that do not fit.
         RunError: when a loss or a gradient is no longer finite, or a checkpoint cannot be written.
-        Interrupted: after SIGTERM, SIGINT or SIGUSR1, once the checkpoint is written.
+        Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP, once the checkpoint is written.
     """
     check(config)
     with contextlib.ExitStack() as stack:
@@ -90,10 +90,10 @@ def pretrain(config: Config) -> Path:
         low = config.efficiency.precision == "bf16"
         autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=low, cache_enabled=not shard)
 
-        world.from_first(lambda: stack.enter_context(claim(run, config)))
+        remarks = run.remarks + world.from_first(lambda: stack.enter_context(claim(run, config)))
         log = stack.enter_context(Log(run.folder, config, step, last_step, speaks=world.first))
         saver = stack.enter_context(Saver(world.device, config.run.keep, first=world.first))
-        for sentence in run.remarks + describe_run(config, images, world, student, steps_per_epoch, run.folder):
+        for sentence in remarks + describe_run(config, images, world, student, steps_per_epoch, run.folder):
             log.say(sentence)
         if world.first:
             write_machine(run.folder)

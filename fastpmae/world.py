@@ -61,7 +61,7 @@ class World:
                 answer[1:] = UserError if isinstance(error, UserError) else RunError, str(error)
         dist.broadcast_object_list(answer, src=0, group=self.group)
         if isinstance(answer[1], type):
-            raise answer[1](answer[2])
+            raise answer[1](answer[2]) from (None if self.first else _OfFirst())
         return answer[0]  # type: ignore[return-value]
 
     def largest(self, value: Tensor) -> Tensor:
@@ -77,6 +77,10 @@ class World:
         values = [torch.empty_like(value) for _ in range(self.size)]
         dist.all_gather(values, value, self.group)
         return torch.cat(values)
+
+
+class _OfFirst(Exception):
+    """The cause of an error that the first rank raises at the same place, and tells of."""
 
 
 def choose_device(device: Literal["auto", "cpu", "cuda"], number: int = 0) -> torch.device:
@@ -215,10 +219,11 @@ def _one_voice(patience: float) -> Iterator[_Voice]:
     voice = _Voice()
     try:
         yield voice
-    except Interrupted:  # all ranks stop in good order
+    except Interrupted as stopped:  # all ranks stop in good order, and know the same of it
+        stopped.speaks = os.environ["RANK"] == "0"
         raise
-    except UserError:
-        if not voice.is_mine():
+    except UserError as error:
+        if isinstance(error.__cause__, _OfFirst) or not voice.is_mine():
             raise AlreadySaid(2) from None
         raise
     except RuntimeError as error:
@@ -234,7 +239,7 @@ def _one_voice(patience: float) -> Iterator[_Voice]:
             "below. --resume goes on from the newest checkpoint"
         ) from None
     except Exception as error:
-        if not voice.is_mine() and isinstance(error, RunError):
+        if isinstance(error.__cause__, _OfFirst) or (not voice.is_mine() and isinstance(error, RunError)):
             raise AlreadySaid(1) from None
         raise
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from fastpmae.check import check_beton
 from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae.files import appearing
 from fastpmae.images import ImageSettings, StoredImage, store
 from fastpmae.pages import LARGEST_PAGE, PageWriter
 from fastpmae.sources import Item, Listing, SourceSettings, find_images, printable, read_item
@@ -182,20 +183,11 @@ def _check_out(source: Path, out: Path, force: bool) -> None:
 @contextlib.contextmanager
 def _appearing(out: Path, force: bool) -> Iterator[BinaryIO]:
     """A file that takes the name `out` when the block succeeds, and leaves nothing behind when it does not."""
-    temporary = out.with_name(f".{out.name[:200]}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
+    with appearing(out) as beside:
+        with beside.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         if os.path.lexists(out) and not force:
             raise UserError(f"{printable(str(out))} has appeared meanwhile; --force replaces it")
-        temporary.replace(out)
-    except OSError as error:
-        raise UserError(f"{printable(str(out))} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def bad_list_path(out: Path) -> Path:
@@ -348,19 +340,24 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def main() -> int:
-    """The command line. Exit status: 0, 2 for bad input (one sentence), 130 or 143 when interrupted."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+def _command() -> int:
     parser = _parser()
     options = parser.parse_args()
     if options.check is not None:
         if options.source is not None:
             parser.error("--check takes a .beton file and nothing else")
-        return exit_with_sentence(parser.prog, lambda: _check(options))
+        return _check(options)
     if options.source is None or options.out is None:
         parser.error("SRC and OUT.beton are needed (or --check F.beton)")
-    return exit_with_sentence(parser.prog, lambda: _write(options))
+    return _write(options)
+
+
+def main() -> int:
+    """The command line. Exit status: 0, 2 for bad input (one sentence), 130 or 143 when interrupted."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _terminate)
+    return exit_with_sentence("fastpmae-write", _command)
 
 
 if __name__ == "__main__":

@@ -47,3 +47,21 @@ def test_a_run_that_breaks_off_writes_its_last_row(tmp_path: Path):
     with pytest.raises(ZeroDivisionError):
         breaks()
     assert [row["partial"] for row in rows(tmp_path)] == [True]
+
+
+def test_a_tensorboard_that_fails_costs_no_row(tmp_path: Path):
+    class Full:
+        name = "TensorBoard"
+
+        def row(self, row: dict[str, float]) -> None:
+            raise OSError(28, "No space left on device")
+
+        close = row
+
+    with Log(tmp_path, Config().using(tensorboard=False), 0, 10) as log:
+        log.writers.append(Full())
+        log.start_clock(0)
+        for step in (1, 2):
+            log.row({"step": step, "epoch": 0.1}, lambda: LOSSES, 0.0, partial=False)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+    assert (tmp_path / "train.log").read_text().count("warning: TensorBoard takes no more rows") == 1

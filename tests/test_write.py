@@ -418,7 +418,7 @@ def in_the_midst(source: Path, out: Path, *options: str) -> tuple[subprocess.Pop
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        parts = list(out.parent.glob(".*.part"))
+        parts = list(out.parent.glob(f".partial-*/{out.name}"))
         if parts and parts[0].stat().st_size > 3_000_000:
             return process, children_of(process.pid)
         time.sleep(0.02)

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import warnings
+import weakref
 import zlib
 from pathlib import Path
 
@@ -60,7 +61,10 @@ class Beton:
     Attributes: `width`, `height` int64 [n] in pixels; `mode` uint8 [n] (0 JPEG, 1 raw); `label` int64 [n]
     (−1 where the file has no int field); `pointer`, `size` uint64 [n], the byte range of each image, inside
     the file and outside its tables; `page_of` int64 [n]; `page_size`; `class_names` (list of str, or None);
-    `data` uint8 memory map of the whole file; `path`.
+    `data` uint8 memory map of the whole file; `descriptor`, the open file; `path`.
+
+    Nothing here reads by way of the map: a file that is cut short while it is read, or a disk that fails, would end the
+    process (SIGBUS). What is read from the descriptor is there or is an error.
 
     The first image field and the first int field are used, whatever their names. Raises BetonError, one
     sentence, when anything in the header or tables is not as FFCV writes it. JPEG payloads are not opened
@@ -110,9 +114,27 @@ class Beton:
         return self.data.nbytes
 
     def payload(self, index: int) -> np.ndarray:
-        """The stored bytes of one image: a read-only uint8 view into the map."""
-        start = int(self.pointer[index])
-        return self.data[start : start + int(self.size[index])]
+        """The stored bytes of one image, uint8, read-only. BetonError where they can no longer be read."""
+        payload = self._read(int(self.pointer[index]), int(self.size[index]))
+        payload.setflags(write=False)
+        return payload
+
+    def check_whole(self, unchanged: bool = False) -> None:
+        """Raise BetonError when the file has become shorter since it was opened; with `unchanged`, or was written to.
+
+        That is for samples that do not decode: who writes over a file in place is told so, and not that it is damaged.
+        """
+        now = os.fstat(self.descriptor)
+        if now.st_size < self.data.size:
+            raise BetonError(
+                f"{self.path} has become shorter since it was opened, {now.st_size:,} bytes instead of "
+                f"{self.data.size:,}: something writes over it. Go on when it is whole again"
+            )
+        if unchanged and now.st_mtime_ns != self._written:
+            raise BetonError(
+                f"{self.path} has been written to since it was opened, and images in it no longer decode. "
+                "Go on when it is whole again"
+            )
 
     def decode(self, index: int) -> np.ndarray:
         """One image as uint8 [height, width, 3]. BetonError names the index when it does not decode."""
@@ -133,9 +155,16 @@ class Beton:
                 raise BetonError(f"{self.path} does not exist")
             if not self.path.is_file():
                 raise BetonError(f"{self.path} is not a file")
-            if not self.path.stat().st_size:
-                raise BetonError(f"{self.path} is empty")
-            return np.memmap(self.path, np.uint8, mode="r")
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if not status.st_size:
+                    raise BetonError(f"{self.path} is empty")
+                self._written = status.st_mtime_ns
+                data = np.memmap(file, np.uint8, mode="r")
+                self.descriptor = os.dup(file.fileno())
+            # Threads may still read from it when the interpreter ends.
+            weakref.finalize(self, os.close, self.descriptor).atexit = False
+            return data
         except (OSError, ValueError) as error:
             raise BetonError(f"{self.path} cannot be read: {_reason(error)}") from None
 
@@ -150,7 +179,23 @@ class Beton:
                 f"{what} would end at byte {stop}, the file at byte {self.data.size}; "
                 "it is truncated or not a .beton file"
             )
-        return np.asarray(self.data[start:stop]).view(dtype)
+        return self._read(start, stop - start).view(dtype)
+
+    def _read(self, start: int, size: int) -> np.ndarray:
+        """Bytes of the file, uint8 [size]."""
+        if not hasattr(os, "preadv"):  # Windows, where a file that is mapped cannot be cut short
+            return np.array(self.data[start : start + size])
+        data = np.empty(size, np.uint8)
+        place = 0
+        try:
+            while place < size and (count := os.preadv(self.descriptor, [data.data[place:]], start + place)):
+                place += count
+        except OSError as error:
+            raise BetonError(f"{self.path} cannot be read: {_reason(error)}") from None
+        if place < size:
+            self.check_whole()
+            raise BetonError(f"{self.path} ends at byte {start + place}, and byte {start + size} was to be read")
+        return data
 
     def _check_header(self, header: np.void) -> None:
         if header["version"] != VERSION:
@@ -273,7 +318,7 @@ class Beton:
         start, size = int(where["ptr"]), int(where["size"])
         if start < self._data_start or start + size > self._table or size > _CLASS_NAMES_LIMIT:
             raise self._fail(f"the class names lie outside the data (byte {start}, {size} bytes)")
-        blob = self.data[start : start + size].tobytes()
+        blob = self._read(start, size).tobytes()
         if zlib.crc32(blob) != where["crc32"]:
             raise self._fail(f"the class names at byte {start} are damaged (wrong checksum)")
         try:

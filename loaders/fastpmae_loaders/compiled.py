@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,7 @@ from typing import Any
 import numba
 from numba.core import caching
 
-try:
-    import fcntl
-except ImportError:  # no such locks on Windows
-    fcntl = None
+from .locks import lock
 
 # what compiled code is made of; numba itself asks only whether the one file that a function stands in changed
 _SOURCES = (
@@ -69,27 +68,36 @@ def _one_at_a_time(file: Any, function: Callable[..., Any]) -> Callable[..., Any
     """Keep other processes out of a function's kept code meanwhile.
 
     numba numbers the files of a function's overloads by what its index holds: two processes that compile different
-    overloads at once would give both the same number, and each then loads the other's code.
+    overloads at once would give both the same number, and each then loads the other's code. Where nothing can be
+    locked, each process therefore gives its files names of its own: an index that another writes over at the same
+    time then costs a compilation, and nothing else.
     """
 
     def locked(*arguments: Any) -> Any:
-        with _alone(Path(file._cache_path) / "fastpmae.lock"):
-            return function(*arguments)
+        with _alone(Path(file._cache_path) / "fastpmae.lock") as alone:
+            if not alone:
+                base = file._index_name.removesuffix(".nbi")
+                file._data_name_pattern = f"{base}.{_OURS}-{os.getpid()}-{{number:d}}.nbc"
+            try:
+                return function(*arguments)
+            except OSError:  # a full disk, say: what is not kept is compiled anew
+                return None
 
     return locked
 
 
+_OURS = uuid.uuid4().hex[:12]
+
+
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(path: Path) -> Iterator[bool]:
     try:
-        lock = path.open("a")
+        file = path.open("a")
     except OSError:  # a folder that is not there yet, or may only be read: nobody writes to it
-        yield
+        yield True
         return
-    with lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    with file:
+        yield lock(file, wait=True) is not None
 
 
 def helper(function: Callable[..., Any] | None = None, **options: Any) -> Any:

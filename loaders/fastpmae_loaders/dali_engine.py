@@ -12,6 +12,7 @@ H100, github.com/meta-pytorch/torchcodec/pull/1634), so with them a part begins 
 import ctypes
 import importlib
 import io
+import os
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,7 @@ class DALIEngine:
         self._known = np.zeros(len(source.samples), np.uint8)
         # several streams may run at once, and there is one pipeline
         self._lock = threading.Lock()
+        self._process = os.getpid()
         self._pipeline: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._under_way: deque[torch.cuda.Event] = deque()
@@ -101,6 +103,10 @@ class DALIEngine:
         count = len(job.indices)
         if count == 0:
             return 0
+        if os.getpid() != self._process:
+            raise UserError(
+                "DALI's threads stayed in the process that this one was forked from: open a loader of its own here"
+            )
         with self._lock:
             size = -(-count // max(1, -(-count // self._part)))
             waiting: deque[_Part] = deque()
@@ -127,6 +133,8 @@ class DALIEngine:
 
     def close(self) -> None:
         """Give DALI's threads and memory back; they are made anew when needed."""
+        if os.getpid() != self._process:  # neither is here
+            return
         with self._lock:
             self._pipeline = None
 

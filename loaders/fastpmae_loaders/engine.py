@@ -78,7 +78,9 @@ class Source:
         sides = [view.size for view in self.views]
         largest = int((samples.width * samples.height).max())
         height, width = int(samples.height.max()), int(samples.width.max())
-        return make_scratch(height, width, max(sides), self.patches, 3 * largest, min(sides))
+        # of other sources Python reads the files
+        stored = int(samples.size.max()) if hasattr(samples, "descriptor") else 0
+        return make_scratch(height, width, max(sides), self.patches, 3 * largest, min(sides), stored)
 
 
 @dataclass
@@ -155,6 +157,13 @@ def larger_than_memory(samples: Samples) -> bool:
     """Whether images leave too little of the memory that this process may use to be kept in it."""
     memory = usable_memory()
     return memory is not None and samples.nbytes > 0.8 * memory
+
+
+def check_whole(samples: Samples, unchanged: bool = False) -> None:
+    """Raise UserError when a .beton file has become shorter under its reader (see `Beton.check_whole`)."""
+    check = getattr(samples, "check_whole", None)
+    if check is not None:
+        check(unchanged)
 
 
 def advice(samples: Samples) -> str:

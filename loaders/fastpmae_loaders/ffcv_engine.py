@@ -30,7 +30,7 @@ from .markers import stands_alone
 from .pictures import decode_jpeg, one_line
 from .plan import CHOICES, FACTORS
 from .scratch import Scratch
-from .vectors import call_decoder, fetch_add
+from .vectors import call_decoder, fetch_add, read_into
 from .views import Rows, fill_row
 
 _MISSING = (
@@ -68,7 +68,10 @@ _second_opinion = _IMDECODE(_ask_pillow)
 
 @kernel
 def _fill(counter, indices, images, data, decoder, second, seed, epoch, recipes, colours, scratch, out):
-    """Rows of a batch until none is left to take; how many were done here."""
+    """Rows of a batch until none is left to take; how many were done here.
+
+    `data` is the address of the file's bytes, or, below 0, -1 minus the descriptor of the open file.
+    """
     count = images.mode.shape[0]
     target = np.int64(scratch.decoded.ctypes.data)
     done = 0
@@ -81,14 +84,22 @@ def _fill(counter, indices, images, data, decoder, second, seed, epoch, recipes,
         out.index[row] = -1
         for _ in range(min(ATTEMPTS, count)):
             height, width = images.height[index], images.width[index]
-            source = data + np.int64(images.pointer[index])
+            source = np.int64(images.pointer[index])
             size = np.int64(images.size[index])
-            if images.mode[index] == RAW:
+            if data < 0:
+                here, source = source, np.int64(scratch.stored.ctypes.data)
+                readable = read_into(-1 - data, source, size, here)
+            else:
+                source, readable = data + source, True
+            if readable and images.mode[index] == RAW:
                 pixels = source
-            elif (
-                stands_alone(source, size, height, width)
-                and call_decoder(decoder, source, size, height, width, target) == 0
-            ) or call_decoder(second, source, size, height, width, target) == 0:
+            elif readable and (
+                (
+                    stands_alone(source, size, height, width)
+                    and call_decoder(decoder, source, size, height, width, target) == 0
+                )
+                or call_decoder(second, source, size, height, width, target) == 0
+            ):
                 pixels = target
             else:
                 index = (index + 1) % count
@@ -207,7 +218,7 @@ def _operation_class(ffcv: Any) -> Any:
             beton: Any = source.samples
             # copies: arrays that may not be written to are another type to numba
             self._images = Images(*(np.array(getattr(beton, name)) for name in Images._fields))
-            self._data = int(beton.data.ctypes.data)
+            self._data = -1 - beton.descriptor
             function = ctypes.cast(ffcv.libffcv.ctypes_imdecode, ctypes.c_void_p).value
             self._decoder = int(function or 0)
             self._second = int(ctypes.cast(_second_opinion, ctypes.c_void_p).value or 0)

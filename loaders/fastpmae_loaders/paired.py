@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .batch import Batch, batch_of
 from .dali_settings import DaliSettings
-from .engine import ATTEMPTS, Job, Samples, Source, advice, larger_than_memory, make_job
+from .engine import ATTEMPTS, Job, Samples, Source, advice, check_whole, larger_than_memory, make_job
 from .errors import UserError
 from .folders import open_samples
 from .plan import check_key, epoch_order
@@ -209,6 +209,7 @@ class PairedViews:
         self.page_order = bool(state.get("page_order", self.page_order))
 
     def __iter__(self) -> "Iteration":
+        check_whole(self.samples)
         start = self._batch
         if start >= len(self) and not self._resumed:
             start = self._batch = 0
@@ -233,6 +234,7 @@ class PairedViews:
             raise UserError("the loader was closed")
         wrong = wanted[wanted != job.rows.index]
         if len(wrong):
+            check_whole(self.samples, unchanged=True)
             raise UserError(f"{self.samples.path}: sample {wrong[0]} does not decode; {advice(self.samples)}")
         return self.transfer.take(self._send(job))
 
@@ -291,9 +293,13 @@ class PairedViews:
         """The samples of a job that did not decode; UserError when they are too many."""
         wanted, shown = job.indices, job.rows.index
         failed: list[int] = []
-        for row in np.flatnonzero(wanted != shown):
+        wrong = np.flatnonzero(wanted != shown)
+        if len(wrong):
+            check_whole(self.samples)
+        for row in wrong:
             first, n = int(wanted[row]), len(self.samples)
             if shown[row] < 0:
+                check_whole(self.samples, unchanged=True)
                 raise UserError(
                     f"{self.samples.path}: {min(ATTEMPTS, n)} samples in a row, from {first} on, do not decode; "
                     f"{advice(self.samples)}"
@@ -302,6 +308,7 @@ class PairedViews:
         self._seen += len(wanted)
         self._failed.update(dict.fromkeys(failed))
         if len(self._failed) >= FEW and len(self._failed) > self.bad_fraction * self._seen:
+            check_whole(self.samples, unchanged=True)
             some = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self._failed) > 10 else "")
             raise UserError(
                 f"{self.samples.path}: {len(self._failed)} of {self._seen} samples do not decode (samples {some}), "

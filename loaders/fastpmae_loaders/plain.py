@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import Samples, Source, advice, make_job
+from .engine import Samples, Source, advice, check_whole, make_job
 from .errors import UserError
 from .folders import open_samples
 from .recipes import plain_view
@@ -56,6 +56,7 @@ class PlainViews:
         return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        check_whole(self.samples)
         order = np.arange(len(self.samples), dtype=np.int64)
 
         def job(number: int):
@@ -67,6 +68,7 @@ class PlainViews:
             while (done := stream.take()) is not None:
                 wrong = np.flatnonzero(done.indices != done.rows.index)
                 if len(wrong):
+                    check_whole(self.samples, unchanged=True)
                     raise UserError(
                         f"{self.samples.path}: sample {done.indices[wrong[0]]} does not decode; {advice(self.samples)}"
                     )

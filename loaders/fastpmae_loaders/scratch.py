@@ -12,6 +12,7 @@ from .resize import table_width
 class Scratch(NamedTuple):
     """Buffers of one thread; their contents mean nothing between two samples."""
 
+    stored: np.ndarray
     decoded: np.ndarray
     rows: np.ndarray
     edge: np.ndarray
@@ -37,9 +38,15 @@ class Scratch(NamedTuple):
 
 
 def make_scratch(
-    height: int, width: int, side: int, patches: int = 1, decoded_bytes: int = 0, least_side: int = 0
+    height: int,
+    width: int,
+    side: int,
+    patches: int = 1,
+    decoded_bytes: int = 0,
+    least_side: int = 0,
+    stored_bytes: int = 0,
 ) -> Scratch:
-    """Scratch for images up to `height` by `width` pixels, of `decoded_bytes` at most.
+    """Scratch for images up to `height` by `width` pixels, of `decoded_bytes` at most and `stored_bytes` in their file.
 
     `side` and `least_side` are those of the largest and the smallest view, the same where the latter is 0. The
     operating system hands out a page only when it is touched, so an image that never comes costs nothing.
@@ -50,6 +57,7 @@ def make_scratch(
     window = 2 * RADIUS + 2  # the blur's
     across = (side + GROUP - 1) // GROUP * GROUP
     return Scratch(
+        stored=np.empty(stored_bytes, np.uint8),
         decoded=np.empty(decoded_bytes + SLACK, np.uint8),
         # rows of bytes after a first pass downwards
         rows=np.empty(side * (3 * width + SLACK) + 3 * taps_x + SLACK, np.uint8),

@@ -432,6 +432,21 @@ def _byte_pointer(typingctx, address):
     return types.CPointer(types.uint8)(types.int64), code
 
 
+_pread = types.ExternalFunction("pread", types.int64(types.int32, types.int64, types.uint64, types.int64))
+
+
+@helper
+def read_into(descriptor, target, size, start):
+    """Read `size` bytes of an open file from byte `start` on into the memory at an address: whether all were there."""
+    place = 0
+    while place < size:
+        count = _pread(np.int32(descriptor), target + place, np.uint64(size - place), start + place)
+        if count <= 0:
+            return False
+        place += count
+    return True
+
+
 @helper
 def view_at(address, side):
     """The memory at an address as uint8 [3, side, side]."""

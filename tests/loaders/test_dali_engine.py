@@ -476,3 +476,17 @@ def test_host_memory_is_not_spent_on_views_that_are_made_on_the_device(mixed, mo
         with loader(mixed, engine=engine, device=device, pin_memory=False) as views:
             assert views._source.made_on_device == there
             assert len(make_job(np.arange(3), 0, views._source).views) == (0 if there else 2)
+
+
+def test_a_forked_process_is_told_to_open_its_own_loader(mixed):
+    """DALI's threads, and perhaps the lock in the hand of one of ours, stayed in the parent."""
+    with loader(mixed) as views:
+        next(iter(views))
+        engine = views._runner._engine
+        assert isinstance(engine, dali_engine.DALIEngine)
+        with engine._lock:  # as a thread of the parent held it
+            engine._process -= 1
+            with pytest.raises(UserError, match="open a loader of its own"):
+                next(iter(views))
+            engine.close()
+            engine._process += 1

@@ -1,0 +1,111 @@
+"""ctrl-C at any moment: one sentence, no traceback; and a second one ends whatever goes on."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastpmae.start import command_of
+from tests.test_train import environment
+
+COMMANDS = ("train", "write", "view", "report", "embed", "eval", "export", "plan")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "original", "command"),
+    [
+        (
+            ["/usr/bin/fastpmae-train", "--out", "x"],
+            ["python", "/usr/bin/fastpmae-train", "--out", "x"],
+            "fastpmae-train",
+        ),
+        (["-m", "--out", "x"], ["python", "-u", "-m", "fastpmae.train", "--out", "x"], "fastpmae-train"),
+        (["-m", "train"], ["python", "-m", "torch.distributed.run", "-m", "fastpmae.train"], None),
+        (["-m"], ["python", "-m", "fastpmae_kernels.certify"], None),
+        (["-m", "tests"], ["python", "-m", "pytest", "tests"], None),
+        (["train.py"], ["python", "train.py"], None),
+        (["-c"], ["python", "-c", "import fastpmae"], None),
+        ([""], ["python"], None),
+        ([], [], None),
+    ],
+)
+def test_which_processes_are_commands(arguments: list[str], original: list[str], command: str | None) -> None:
+    assert command_of(arguments, original) == command
+
+
+def test_a_program_that_imports_us_keeps_its_signals() -> None:
+    code = "import signal, fastpmae, fastpmae.errors; print(signal.getsignal(signal.SIGINT).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "default_int_handler\n"
+
+
+@pytest.mark.parametrize("later", [0, 60, 700])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_while_a_command_starts_is_a_sentence(name: str, later: int) -> None:
+    """At once when our package is there, and so many imports later."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", f"fastpmae.{name}", "missing", "missing"],
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.endswith("| fastpmae\n"):
+            break
+    for _, _ in zip(range(later), process.stderr, strict=False):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert "Traceback" not in said
+    if process.returncode != 2:  # of one that has found out by then that nothing is there
+        assert process.returncode == 130
+        assert said.endswith(f"fastpmae-{name}: interrupted\n")
+
+
+STUCK = """
+import sys
+sys.argv[0] = "fastpmae-made"
+import fastpmae
+from fastpmae.errors import exit_with_sentence
+from pathlib import Path
+import ctypes, time
+
+def command():
+    Path(sys.argv[1]).touch()
+    if sys.argv[2] == "compiled":
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):  # for ever: no bytecode runs here, so Python's handler does not
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    try:
+        time.sleep(600)
+    finally:
+        if sys.argv[2] == "ending":
+            time.sleep(600)
+
+sys.exit(exit_with_sentence("fastpmae-made", command))
+"""
+
+
+@pytest.mark.parametrize("stuck", ["compiled", "ending", "sleeping"])
+def test_a_second_ctrl_c_ends_the_process_at_once(stuck: str, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(tmp_path / "begun"), stuck],
+        env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    if stuck != "sleeping":
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert process.returncode == 130
+    words = ["ended at once, by a second ctrl-C"] * (stuck != "sleeping") + ["interrupted"] * (stuck != "compiled")
+    assert said.strip() in [f"fastpmae-made: {word}" for word in words]
