@@ -11,12 +11,13 @@ from pathlib import Path
 from fastpmae.errors import UserError
 from fastpmae_loaders.listing import Files, Item, Listing, choose_split, list_folder, printable, split_word
 from fastpmae_loaders.shards import list_shards, read_member
+from fastpmae_loaders.values import Typed, local_path
 
 __all__ = ["Item", "Listing", "SourceSettings", "find_images", "printable", "read_item"]
 
 
 @dataclass(frozen=True)
-class SourceSettings:
+class SourceSettings(Typed):
     """How a source is understood.
 
     kind: "folder", "tar" or "hf" instead of finding out. split: which of its splits ("all" for every one).
@@ -35,7 +36,7 @@ def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = 
 
     Raises UserError when there is nothing to list, or no telling how.
     """
-    root, settings = Path(path), settings or SourceSettings()
+    root, settings = local_path(path), settings or SourceSettings()
     try:
         exists = root.exists()
     except (OSError, ValueError):
