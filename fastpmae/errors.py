@@ -1,5 +1,6 @@
 """How a command ends when something is wrong: one sentence, no traceback."""
 
+import io
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ class AlreadySaid(RunError):
 
 def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
     """Run a command and return its exit status: 2 for bad input, 1 for a run that failed, 130 after ctrl-C."""
+    _take_any_name()
     try:
         return function() or 0
     except UserError as error:
@@ -60,3 +62,10 @@ def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _take_any_name() -> None:
+    """What is said holds names of files and classes: what the terminal's encoding lacks is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

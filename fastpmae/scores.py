@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastpmae.files import appearing
+from fastpmae_loaders.listing import printable
 
 MOST_NAMED = 40
 """Classes whose names fit beside the picture of a confusion matrix."""
@@ -73,7 +74,7 @@ def write_scores(folder: Path, name: str, scores: Scores, names: list[str], reco
     """
     folder.mkdir(parents=True, exist_ok=True)
     confusion = scores.confusion(len(names)).numpy()
-    with appearing(folder / f"{name}-classes.csv") as beside, beside.open("w", newline="") as file:
+    with appearing(folder / f"{name}-classes.csv") as beside, beside.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["class", "name", "images", "top1", "top5", "predicted", "precision", "most_taken_for"])
         rows.writerows(_class_rows(scores, confusion, names))
@@ -107,6 +108,8 @@ def _draw(confusion: np.ndarray, names: list[str], title: str, path: Path) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from fastpmae.lettering import save_picture
+
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(8, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -114,11 +117,11 @@ def _draw(confusion: np.ndarray, names: list[str], title: str, path: Path) -> No
     shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="taken for", ylabel="class", title=title)
     if len(names) <= MOST_NAMED:
-        short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
+        short = [name if len(name) <= 18 else name[:17] + "…" for name in map(printable, names)]
         axes.set_xticks(range(len(names)), short, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), short, fontsize=7)
     figure.colorbar(shown, label="share of the class's images", shrink=0.8)
     # The name, like a class's, is text and no formula.
     for text in (axes.title, *axes.get_xticklabels(), *axes.get_yticklabels()):
         text.set_parse_math(False)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)

@@ -145,6 +145,7 @@ class IBOTMasks(Typed):
         UserError: for numbers that make no masks.
     """
 
+    OF = "masks: "
     pred_ratio: float | Sequence[float] = 0.3
     pred_ratio_var: float | Sequence[float] = 0.0
     pred_shape: Literal["block", "rand"] = "block"
@@ -214,6 +215,7 @@ class DINOv2Masks(Typed):
         UserError: for numbers that make no masks.
     """
 
+    OF = "masks: "
     mask_ratio_min_max: tuple[float, float] = (0.1, 0.5)
     mask_sample_probability: float = 0.5
     min_num_patches: int = 4

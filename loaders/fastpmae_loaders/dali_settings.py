@@ -23,6 +23,7 @@ class DaliSettings(Typed):
         UserError: for numbers that are no such.
     """
 
+    OF = "dali: "
     part: int = 0
     hw_decoder_load: float = 0.0
 

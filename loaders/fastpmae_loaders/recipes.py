@@ -62,6 +62,7 @@ class View(Typed):
         UserError: for numbers that make no view.
     """
 
+    OF = "view: "
     size: int = 224
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)

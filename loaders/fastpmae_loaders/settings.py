@@ -29,6 +29,7 @@ class ViewSettings(Typed):
         UserError: for numbers that make no views.
     """
 
+    OF = "views: "
     image_size: int = 224
     patch_size: int = 16
     mask_ratio: float = 0.75

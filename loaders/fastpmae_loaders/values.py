@@ -67,9 +67,12 @@ def typed(value: Any, kind: Any, where: str, *, strict: bool = False) -> Any:
 class Typed:
     """A dataclass whose fields are what their annotations say, however it came to be (see `typed`)."""
 
+    OF = ""
+    """What stands before a field's name in a sentence."""
+
     def __post_init__(self) -> None:
         for name, kind in _kinds(type(self)).items():
-            object.__setattr__(self, name, typed(getattr(self, name), kind, name))
+            object.__setattr__(self, name, typed(getattr(self, name), kind, self.OF + name))
 
 
 def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
