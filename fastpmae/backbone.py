@@ -23,6 +23,7 @@ from fastpmae.errors import UserError
 from fastpmae.layouts import PATCHES, Foreign, read_foreign
 from fastpmae.weights import few, fit_positions, header_of, is_ours, position_prefix, timm_arguments_in, tuned_weights
 from fastpmae_kernels.backend import written_on
+from fastpmae_loaders.values import local_path
 
 Which = Literal["auto", "student", "labelling_teacher", "reconstruction_teacher", "random"]
 
@@ -66,13 +67,14 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
     Raises:
         UserError: when there are no such weights or they make no ViT.
     """
+    weights = str(weights)
     if weights.startswith("timm:"):
         if which != "auto":
             raise UserError(f"--network {which} chooses among the networks of a file, and {weights} is one network")
         if heads:
             raise UserError(f"--heads {heads}: timm knows how many attention heads {weights} has; leave it out")
         return _of_timm(weights.removeprefix("timm:"), image_size)
-    path = Path(weights)
+    path = local_path(weights)
     tuned = tuned_weights(path)
     if tuned is None and (path.is_dir() or is_ours(path)):
         if heads:

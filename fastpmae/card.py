@@ -63,7 +63,8 @@ def model_card(name: str, format: str, export: "Export") -> str:
         "",
         f"A vision transformer: {arguments['depth']} blocks, {arguments['embed_dim']} wide, {arguments['num_heads']} "
         f"heads, patches of {arguments['patch_size']} pixels, images of {arguments['img_size']}; {what}, written by "
-        f"fastpmae from {code(export.source.name)}. Images are resized, cut at the centre and normalised with {normal}.",
+        f"fastpmae from {code(export.source.name)}. Images are resized, cut at the centre and normalised with "
+        f"{normal}.",
         "",
         "```python",
         # Where the folder will lie nobody knows yet.

@@ -373,7 +373,7 @@ PRESETS: dict[str, Config] = {
 
 def write_config(config: Config, path: Path) -> None:
     """Write every setting to a JSON file that `read_config` takes back."""
-    path.write_text(json.dumps(config.groups(), indent=2) + "\n")
+    path.write_text(json.dumps(config.groups(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(path: Path) -> Config:
@@ -382,8 +382,9 @@ def read_config(path: Path) -> Config:
     Raises:
         UserError: for a file that is not JSON, an unknown setting or a value of the wrong kind.
     """
+    path = local_path(path)
     try:
-        groups = json.loads(path.read_text())
+        groups = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the config {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -145,7 +145,7 @@ class Log:
         self.settle()
         if not self.speaks:
             return
-        with (self.folder / "train.log").open("a") as file:
+        with (self.folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(sentence + "\n")
         if self.live:
             self.console.print(sentence, highlight=False, markup=False)

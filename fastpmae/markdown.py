@@ -14,7 +14,9 @@ def plain(words: str) -> str:
     Every sign that could begin one is a character reference (CommonMark 0.31, section 2.5), which makes none.
     """
     line = " ".join(printable(words.replace("\n", " ")).split())
-    text = "".join(sign if sign.isalnum() or sign in _AS_THEY_ARE else _reference(line, at) for at, sign in enumerate(line))
+    text = "".join(
+        sign if sign.isalnum() or sign in _AS_THEY_ARE else _reference(line, at) for at, sign in enumerate(line)
+    )
     # At the beginning of a line these are lists or underline what is above; www. is a link to GitHub.
     return re.sub(r"^[-+=]|^\d+(?=[).](\s|$))|(?i:(?<=www))\.", lambda found: "".join(map(_referred, found[0])), text)
 

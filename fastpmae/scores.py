@@ -63,6 +63,11 @@ def rank(scores: Float[Tensor, "images classes"]) -> Int[Tensor, "images best"]:
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
 
 
+def files_of(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    """The files of a result: its classes, its picture, and last its figures."""
+    return folder / f"{name}-classes.csv", folder / f"{name}-confusion.png", folder / f"{name}.json"
+
+
 def write_scores(folder: Path, name: str, scores: Scores, names: list[str], record: dict[str, Any]) -> Path:
     """Write NAME.json, NAME-classes.csv and NAME-confusion.png into a folder, and return the first.
 
@@ -73,18 +78,19 @@ def write_scores(folder: Path, name: str, scores: Scores, names: list[str], reco
         UserError: when they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    table, picture, figures = files_of(folder, name)
     confusion = scores.confusion(len(names)).numpy()
-    with appearing(folder / f"{name}-classes.csv") as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with appearing(table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["class", "name", "images", "top1", "top5", "predicted", "precision", "most_taken_for"])
         rows.writerows(_class_rows(scores, confusion, names))
-    with appearing(folder / f"{name}-confusion.png") as beside:
+    with appearing(picture) as beside:
         _draw(confusion, names, f"{name}: {scores.top1:.1f} % of {len(scores.labels):,} images", beside)
     record = record | scores.figures() | {"images": len(scores.labels), "classes": len(names)}
     record["date"] = datetime.datetime.now().isoformat(timespec="seconds")
-    with appearing(folder / f"{name}.json") as beside:
+    with appearing(figures) as beside:
         beside.write_text(json.dumps(record, indent=1) + "\n")
-    return folder / f"{name}.json"
+    return figures
 
 
 def _class_rows(scores: Scores, confusion: np.ndarray, names: list[str]) -> list[list[Any]]:

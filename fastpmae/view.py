@@ -167,9 +167,7 @@ def _figure(beton: Beton, batch: Batch, settings: ViewSettings, title: str) -> F
                 # close under a wide original, which does not fill its cell
                 below = CELL * max(0, 1 - picture.shape[0] / picture.shape[1]) / 2
                 words = (x + CELL / 2) / width, (y + below - 0.03) / height
-                figure.text(
-                    *words, captions[column], size=7.5, color=QUIET, ha="center", va="top", parse_math=False
-                )
+                figure.text(*words, captions[column], size=7.5, color=QUIET, ha="center", va="top", parse_math=False)
     figure.legend(handles=_legend(settings), loc="lower center", ncols=12, fontsize=8.5, frameon=False)
     return figure
 

@@ -10,7 +10,6 @@ import json
 import os
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 

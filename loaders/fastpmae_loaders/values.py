@@ -1,8 +1,9 @@
-"""Values from Python as the kind that is asked for: converted where nothing is lost, refused by a sentence elsewhere."""
+"""Values from Python as the kind that is asked for: converted where nothing is lost, else refused by a sentence."""
 
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import re
 import types
@@ -47,8 +48,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 def typed(value: Any, kind: Any, where: str, *, strict: bool = False) -> Any:
     """`value` as `kind` says, the annotation of a setting or an argument.
 
-    1.0 becomes 1, a number of NumPy's Python's own, a list a tuple, a text a path: nothing is lost. A bool is no number,
-    a number no bool and a text neither.
+    1.0 becomes 1, a number of NumPy's Python's own, a list a tuple, a text a path: nothing is lost. A bool is no
+    number, a number no bool and a text neither.
 
     Args:
         where: what the value is of, for the sentence.
@@ -160,7 +161,7 @@ def _whole(value: Any, strict: bool) -> int:
     if isinstance(number, Integral):
         return int(number)
     try:
-        whole = int(number)
+        whole = int(math.trunc(number))
     except (ValueError, OverflowError):  # not finite
         raise Refused from None
     if strict or whole != number:

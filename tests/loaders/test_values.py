@@ -118,7 +118,7 @@ def test_fields_and_arguments():
         return side * side, names
 
     assert area(3.0, names=["a"]) == (9, ("a",))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UserError, match="side is 1.5"):
+    with pytest.raises(UserError, match=r"side is 1\.5"):
         area(1.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="side"):
         area()  # pyright: ignore[reportCallIssue]
@@ -137,7 +137,9 @@ def test_addresses_are_no_paths(path: str, kind: type, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["c:data.beton", "C:/data", "run:1", "a:b/c", "12:30/x", "s3:", "/x/s3://y", "x/s3:/y"])
+@pytest.mark.parametrize(
+    "name", ["c:data.beton", "C:/data", "run:1", "a:b/c", "12:30/x", "s3:", "/x/s3://y", "x/s3:/y"]
+)
 def test_names_with_colons_are_paths(name: str):
     assert local_path(name) == Path(name)
 
