@@ -32,23 +32,35 @@ def save_picture(figure: Figure, target: Path | IO[bytes], dpi: float, kind: str
         figure.savefig(target, dpi=dpi, format=kind, **noted)
 
 
+def drawable(words: str) -> str:
+    """The words with a sign in the place of each that no font has: for ticks, whose labels are set in drawing."""
+    _, missing = _looked_up(words, FontProperties())
+    return "".join(UNKNOWN if sign in missing else sign for sign in words)
+
+
 def _letter(text: Text) -> None:
     """Give a text the fonts that it needs, and what no font has a sign that says so."""
     words = text.get_text()
     if words.isascii():
         return
-    own = _signs(font_manager.findfont(text.get_fontproperties()))
+    families, missing = _looked_up(words, text.get_fontproperties())
+    if families:
+        text.set_fontfamily([*text.get_fontfamily(), *families])
+    if missing:
+        text.set_text("".join(UNKNOWN if sign in missing else sign for sign in words))
+
+
+def _looked_up(words: str, font: FontProperties) -> tuple[list[str], set[str]]:
+    """The families that have what a font has not, and the signs that none has."""
+    own = _signs(font_manager.findfont(font))
     missing = {sign for sign in words if sign != "\n" and ord(sign) not in own}
-    families = list(text.get_fontfamily())
-    for family, path in _fonts():
-        found = {sign for sign in missing if ord(sign) in _signs(path)} if missing else set()
+    families = []
+    for family, path in _fonts() if missing else []:
+        found = {sign for sign in missing if ord(sign) in _signs(path)}
         if found:
             families.append(family)
             missing -= found
-    if len(families) > len(text.get_fontfamily()):
-        text.set_fontfamily(families)
-    if missing:
-        text.set_text("".join(UNKNOWN if sign in missing else sign for sign in words))
+    return families, missing
 
 
 @functools.cache

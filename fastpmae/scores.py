@@ -114,7 +114,7 @@ def _draw(confusion: np.ndarray, names: list[str], title: str, path: Path) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from fastpmae.lettering import save_picture
+    from fastpmae.lettering import drawable, save_picture
 
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(8, 7), layout="constrained")
@@ -123,7 +123,8 @@ def _draw(confusion: np.ndarray, names: list[str], title: str, path: Path) -> No
     shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="taken for", ylabel="class", title=title)
     if len(names) <= MOST_NAMED:
-        short = [name if len(name) <= 18 else name[:17] + "…" for name in map(printable, names)]
+        plain = [drawable(printable(name)) for name in names]
+        short = [name if len(name) <= 18 else name[:17] + "…" for name in plain]
         axes.set_xticks(range(len(names)), short, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), short, fontsize=7)
     figure.colorbar(shown, label="share of the class's images", shrink=0.8)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import math
 import os
 import re
 import types
@@ -149,7 +148,7 @@ def _is_a(value: Any, kind: type) -> bool:
         return not isinstance(value, str | bytes | int | float)
 
 
-def _number(value: Any) -> Real:
+def _number(value: Any) -> Any:
     # NumPy's bool is no Real, Python's is.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise Refused
@@ -161,7 +160,7 @@ def _whole(value: Any, strict: bool) -> int:
     if isinstance(number, Integral):
         return int(number)
     try:
-        whole = int(math.trunc(number))
+        whole = int(number)
     except (ValueError, OverflowError):  # not finite
         raise Refused from None
     if strict or whole != number:
