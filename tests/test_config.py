@@ -243,8 +243,9 @@ def test_using_changes_a_copy() -> None:
 
 def test_using_converts_what_loses_nothing() -> None:
     """What reading a checkpoint would refuse is refused before anything is trained, and what it would take is taken."""
-    settings: dict[str, Any] = {"epochs": 1.0, "batch_size": np.int64(16), "lr": 1, "out": "runs/x", "seed": np.uint8(3),
-                                "simple_scale": [0.3, 1], "resume": Path("runs/x"), "steps": None}  # fmt: skip
+    settings: dict[str, Any] = {"epochs": 1.0, "batch_size": np.int64(16), "lr": 1, "out": "runs/x",
+                                "seed": np.uint8(3), "simple_scale": [0.3, 1], "resume": Path("runs/x"),
+                                "steps": None}  # fmt: skip
     config = PRESETS["demo"].using(**settings)
     plain = PRESETS["demo"].using(
         epochs=1,
@@ -304,8 +305,8 @@ def test_nor_is_it_taken_by_another_way(change: dict[str, Any]) -> None:
 
 
 def test_a_course_is_checked_as_settings_are() -> None:
-    assert dataclasses.replace(COURSES["small"], epochs=3.0, scale=[0.5, 1]) == dataclasses.replace(
-        COURSES["small"], epochs=3, scale=(0.5, 1.0)
+    assert dataclasses.replace(COURSES["small"], epochs=30.0, scale=[0.5, 1]) == dataclasses.replace(
+        COURSES["small"], epochs=30, scale=(0.5, 1.0)
     )
     for name, value in (("epochs", "3"), ("pool", True), ("lr", "fast"), ("optimiser", "adam"), ("betas", (0.9,))):
         with pytest.raises(UserError, match=f"{name} is "):
