@@ -23,7 +23,7 @@ from fastpmae.errors import UserError
 from fastpmae.layouts import PATCHES, Foreign, read_foreign
 from fastpmae.weights import few, fit_positions, header_of, is_ours, position_prefix, timm_arguments_in, tuned_weights
 from fastpmae_kernels.backend import written_on
-from fastpmae_loaders.values import local_path
+from fastpmae_loaders.values import checked, local_path
 
 Which = Literal["auto", "student", "labelling_teacher", "reconstruction_teacher", "random"]
 
@@ -54,6 +54,7 @@ class Backbone:
         return (images / 255 - mean) / std
 
 
+@checked
 def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, heads: int = 0) -> Backbone:
     """The network that a user names: a run folder, a file, or `timm:NAME`.
 
@@ -67,7 +68,6 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
     Raises:
         UserError: when there are no such weights or they make no ViT.
     """
-    weights = str(weights)
     if weights.startswith("timm:"):
         if which != "auto":
             raise UserError(f"--network {which} chooses among the networks of a file, and {weights} is one network")

@@ -17,10 +17,11 @@ from fastpmae.course import Course
 from fastpmae.errors import UserError
 from fastpmae.labelled import Engine, Labelled
 from fastpmae.log import read_rows
+from fastpmae_loaders.values import Typed
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Typed):
     """Everything about a training that is no number of the course."""
 
     backbone: Backbone

@@ -13,7 +13,7 @@ from fastpmae.checkpoint import CheckpointError, checkpoints_in, read_progress
 from fastpmae.config import PRESETS, Config, config_from, preset, read_config
 from fastpmae.errors import UserError
 from fastpmae.run import run_of
-from fastpmae_loaders.values import local_path
+from fastpmae_loaders.values import Typed, local_path
 
 DESCRIPTION = f"""Pretrain a vision transformer with Pseudo-MAE on a .beton file.
 
@@ -22,7 +22,7 @@ flags change them one by one. Example: fastpmae-train --beton imagenet.beton --p
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Typed):
     """What stands on the command line."""
 
     settings: Annotated[Config, tyro.conf.arg(name="")]

@@ -77,8 +77,9 @@ def demo(
         steps: Stop after so many steps.
         minutes: Stop the training after so long, wherever it is.
     """
+    settings = PRESETS["demo"].using(out=out, steps=steps)
     train, validation = write_demo_betons(folder)
-    config = PRESETS["demo"].using(beton=train, out=out, steps=steps)
+    config = settings.using(beton=train)
     run = folder_of(config)
     with _TimeLimit(minutes) as limit:
         try:

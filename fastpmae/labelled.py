@@ -18,6 +18,7 @@ from fastpmae.tally import Tally
 from fastpmae.world import carried, has_bf16
 from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
 from fastpmae_loaders.machine import loader_threads
+from fastpmae_loaders.values import checked
 
 Engine = Literal["auto", "ffcv", "dali", "torch"]
 
@@ -41,6 +42,7 @@ class Labelled:
         return {"path": str(self.samples.path), "images": len(self.samples), "fingerprint": fingerprint(self.samples)}
 
 
+@checked
 def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | None]:
     """The images to learn from and the images to test on.
 

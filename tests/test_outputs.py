@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +266,51 @@ def test_the_demo_takes_no_folder_of_others(tmp_path: Path):
     with pytest.raises(UserError, match=r"a\.jpg is none of the demo's images: choose another --folder"):
         write_demo_betons(tmp_path)
     assert contents(tmp_path) == {"images/holiday/a.jpg": b"mine"}
+
+
+ADDRESSES = [
+    ("write", "{url} {here}/x.beton"),
+    ("write", "{tree} {url}"),
+    ("write", "--check {url}"),
+    ("export", "{url} {here}/x"),
+    ("export", "{run} {url}"),
+    ("export", "{run} {url}.safetensors"),
+    ("embed", "{url} {beton} {here}/x.npz"),
+    ("embed", "{run} {url} {here}/x.npz"),
+    ("embed", "{run} {beton} {url}"),
+    ("report", "{url}"),
+    ("report", "{run} --out {url}"),
+    ("report", "{run} --beton {url} --out {here}/x.html"),
+    ("view", "{url} {here}/x.png"),
+    ("view", "{beton} {url}.png"),
+    ("view", "{beton} {here}/x.png --run {url}"),
+    ("eval", "knn {url} --train {beton}"),
+    ("eval", "knn {run} --train {url}"),
+    ("eval", "knn {run} --train {beton} --val {url}"),
+    ("eval", "knn {run} --train {beton} --out {url}"),
+    ("eval", "finetune {run} --train {beton} --val {beton} --out {url}"),
+    ("plan", "--beton {url} --loader-rate 100"),
+    ("plan", "--images 1000 --loader-rate 100 --json {url}"),
+    ("plan", "--images 1000 --loader-rate 100 --plot {url}.png"),
+    ("plan", "--config {url}"),
+    ("train", "--beton {beton} --out {url}"),
+    ("train", "--beton {beton} --eval-every 1 --eval-val {url}"),
+    ("demo", "--folder {url}"),
+    ("demo", "--folder {here} --out {url}"),
+]
+
+
+@pytest.mark.parametrize(("name", "words"), ADDRESSES, ids=lambda part: part.replace("{", "").replace("}", ""))
+def test_no_command_takes_an_address_for_a_path(
+    name: str, words: str, run: Path, small_beton: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"url": "s3://bucket/run", "run": run, "beton": small_beton, "here": tmp_path, "tree": small_beton.parent}
+    monkeypatch.setattr("sys.argv", [name, *(word.format(**places) for word in words.split())])
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # fastpmae-write sets its own
+    before = contents(run)
+    assert import_module(f"fastpmae.{name}").main() == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"\S+: error: s3://bucket/run(\.\w+)?: s3:// is not supported; .*\n", said), said
+    assert list(tmp_path.iterdir()) == []
+    assert contents(run) == before
