@@ -91,7 +91,7 @@ def export_encoder(
     format: Format = "timm",
     image_size: int = 0,
     with_head: bool = False,
-    force: bool = False,
+    force: bool = True,
 ) -> dict[str, Any]:
     """Write an encoder to a .safetensors file, or to a folder with settings and a model card.
 
@@ -103,7 +103,8 @@ def export_encoder(
             transformers' `from_pretrained` opens; or the checkpoint's own tensors under `encoder.`.
         image_size: interpolate the positions for images of this side; 0 keeps the run's own.
         with_head: with "plain", the projection head and the prototypes too, under `head.`.
-        force: replace files that are there, but for the checkpoint itself and files of a run.
+        force: replace files that are there; the checkpoint itself and files of a run never are. The command does so
+            where it is told to.
 
     The same network gives the same bytes.
 

@@ -69,7 +69,7 @@ def write_report(
     beton: Path | None = None,
     samples: int = 6,
     tally: Tally | None = None,
-    force: bool = False,
+    force: bool = True,
 ) -> Path:
     """Write a run's report and return where it is.
 
@@ -78,7 +78,8 @@ def write_report(
         beton: the images of the pictures; the run's own by default. Where they are not there, the pictures are left
             out and a sentence says so.
         tally: counts the parts that are done: the log, two pictures, the page.
-        force: replace `out`; report.html in the run's folder is renewed without it.
+        force: replace `out`, but no other file of the run and nothing that is read here; report.html in the run's
+            folder is renewed without it. The command does so where it is told to.
 
     Raises:
         UserError: when the folder holds no run, what it holds cannot be used, or the samples make no picture.

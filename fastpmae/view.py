@@ -43,7 +43,7 @@ def draw_views(
     epoch: int = 0,
     settings: ViewSettings | None = None,
     engine: str = "ffcv",
-    force: bool = False,
+    force: bool = True,
 ) -> Path:
     """Draw some samples of a .beton as the trainer's loader shows them in one epoch.
 
@@ -82,7 +82,7 @@ def draw_run(
     picture: Literal["learnt", "prototypes"] = "learnt",
     samples: int = 6,
     index: tuple[int, ...] = (),
-    force: bool = False,
+    force: bool = True,
 ) -> Path:
     """Draw what a run has learnt, by its newest checkpoint or the one named.
 

@@ -110,12 +110,13 @@ def test_an_export_leaves_the_run_and_others_files_alone(own: Path, tmp_path: Pa
                 export_encoder(own, out, force=force)
     assert contents(own) == before
     with pytest.raises(UserError, match=r"README\.md exists already; --force"):
-        export_encoder(own, project)
+        export_encoder(own, project, force=False)
     assert contents(project) == {"README.md": b"my own page\n"}
     export_encoder(own, project, force=True)
     assert (project / "README.md").read_text().startswith("---\nlibrary_name: timm")
     with pytest.raises(UserError, match="exists already"):
-        export_encoder(own, project)
+        export_encoder(own, project, force=False)
+    export_encoder(own, project)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="cannot be made"):
         export_encoder(own, tmp_path / "file", force=True)
@@ -144,7 +145,7 @@ def test_a_report(own: Path, tmp_path: Path, small_beton: Path):
     out = tmp_path / "mine.html"
     out.write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        write_report(own, out)
+        write_report(own, out, force=False)
     assert out.read_text() == "mine"
     with pytest.raises(UserError, match="is what this command reads"):
         write_report(own, small_beton, force=True)
@@ -167,9 +168,9 @@ def test_pictures(own: Path, tmp_path: Path, small_beton: Path):
     ]
     for draw in draws:
         with pytest.raises(UserError, match="exists already"):
-            draw()
+            draw(force=False)
         assert out.read_bytes() == before
-    draws[0](force=True)
+    draws[0]()
     assert out.read_bytes() != before
 
 
@@ -314,3 +315,20 @@ def test_no_command_takes_an_address_for_a_path(
     assert re.fullmatch(r"\S+: error: s3://bucket/run(\.\w+)?: s3:// is not supported; .*\n", said), said
     assert list(tmp_path.iterdir()) == []
     assert contents(run) == before
+
+
+def test_commands_replace_nothing_unasked(own: Path, small_beton: Path, tmp_path: Path, monkeypatch, capsys):
+    for name, words in (
+        ("export", f"{own} {{out}}.safetensors"),
+        ("embed", f"{own} {small_beton} {{out}}.npz"),
+        ("report", f"{own} --out {{out}}.html"),
+        ("view", f"{small_beton} {{out}}.png"),
+        ("view", f"{small_beton} {{out}}.svg --run {own}"),
+        ("plan", "--images 1000 --loader-rate 100 --json {out}.json"),
+    ):
+        monkeypatch.setattr("sys.argv", [name, *words.format(out=tmp_path / "out").split()])
+        out = next(Path(word) for word in sys.argv if Path(word).parent == tmp_path and Path(word).stem == "out")
+        out.write_text("mine")
+        assert import_module(f"fastpmae.{name}").main() == 2
+        assert f"{out} exists already; --force replaces it" in capsys.readouterr().err
+        assert out.read_text() == "mine"

@@ -30,7 +30,7 @@ def test_epochs_differ_and_repeat(small_beton, tmp_path):
     settings = ViewSettings(image_size=64, patch_size=16)
 
     def draw(epoch: int) -> bytes:
-        options = {"index": (1, 2), "epoch": epoch, "settings": settings, "engine": "torch", "force": True}
+        options = {"index": (1, 2), "epoch": epoch, "settings": settings, "engine": "torch"}
         return draw_views(small_beton, tmp_path / "views.png", **options).read_bytes()
 
     assert draw(0) == draw(0) != draw(1)
