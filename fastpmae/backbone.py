@@ -23,6 +23,7 @@ from fastpmae.errors import UserError
 from fastpmae.layouts import PATCHES, Foreign, read_foreign
 from fastpmae.weights import few, fit_positions, header_of, is_ours, position_prefix, timm_arguments_in, tuned_weights
 from fastpmae_kernels.backend import written_on
+from fastpmae_loaders.values import checked, local_path
 
 Which = Literal["auto", "student", "labelling_teacher", "reconstruction_teacher", "random"]
 
@@ -53,6 +54,7 @@ class Backbone:
         return (images / 255 - mean) / std
 
 
+@checked
 def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, heads: int = 0) -> Backbone:
     """The network that a user names: a run folder, a file, or `timm:NAME`.
 
@@ -72,7 +74,7 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
         if heads:
             raise UserError(f"--heads {heads}: timm knows how many attention heads {weights} has; leave it out")
         return _of_timm(weights.removeprefix("timm:"), image_size)
-    path = Path(weights)
+    path = local_path(weights)
     tuned = tuned_weights(path)
     if tuned is None and (path.is_dir() or is_ours(path)):
         if heads:

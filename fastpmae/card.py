@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastpmae.config import Config
+from fastpmae.markdown import code, plain
 from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.results import Result, results_in, step_in
 from fastpmae.run import run_of
@@ -13,6 +15,15 @@ if TYPE_CHECKING:
 
 PLACES = ("beton", "out", "init", "resume", "eval_train", "eval_val")
 """Settings that say where something lies on the machine that trained: nobody else's business, and no use to them."""
+
+
+TIMM = "1.0.16"
+"""The first timm that opens a folder by `local-dir:`, with the sizes that its config.json names."""
+
+
+def portable(config: Config) -> dict[str, Any]:
+    """The settings of a run that mean something on any machine."""
+    return {name: value for name, value in config.flat().items() if name not in PLACES}
 
 
 def loading_lines(out: Path | str, format: str, arguments: dict[str, Any]) -> list[str]:
@@ -48,17 +59,20 @@ def model_card(name: str, format: str, export: "Export") -> str:
     lines = [
         *["---", *([f"library_name: {library}"] if library else []), f"pipeline_tag: {task}", "---"],
         "",
-        f"# {name}",
+        f"# {plain(name)}",
         "",
         f"A vision transformer: {arguments['depth']} blocks, {arguments['embed_dim']} wide, {arguments['num_heads']} "
         f"heads, patches of {arguments['patch_size']} pixels, images of {arguments['img_size']}; {what}, written by "
-        f"fastpmae from `{export.source.name}`. Images are resized, cut at the centre and normalised with {normal}.",
+        f"fastpmae from {code(export.source.name)}. Images are resized, cut at the centre and normalised with "
+        f"{normal}.",
         "",
         "```python",
         # Where the folder will lie nobody knows yet.
         *loading_lines(name, format, arguments),
         "```",
     ]
+    if format == "timm":
+        lines += ["", f"It opens with timm {TIMM} or later."]
     figures = [_row(result) for result in _results(export)]
     if figures:
         lines += ["", "## How good it was found to be", ""]
@@ -68,9 +82,9 @@ def model_card(name: str, format: str, export: "Export") -> str:
             *figures,
         ]
     if classes:
-        lines += ["", "## Classes", "", ", ".join(classes)]
+        lines += ["", "## Classes", "", ", ".join(map(plain, classes))]
     if export.course is not None:
-        began = _without_folders(export.backbone)
+        began = plain(_without_folders(export.backbone))
         lines += [
             "",
             "## How it was trained",
@@ -80,10 +94,9 @@ def model_card(name: str, format: str, export: "Export") -> str:
         ]
         lines += ["```json", json.dumps(export.course, indent=1), "```"]
     if export.config is not None:
-        settings = {key: value for key, value in export.config.flat().items() if key not in PLACES}
         lines += ["", "## How it was pretrained", ""]
         lines += ["With Pseudo-MAE (Nandam et al., BMVC 2024) and these settings:", ""]
-        lines += ["```json", json.dumps(settings, indent=1, default=str), "```"]
+        lines += ["```json", json.dumps(portable(export.config), indent=1), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -100,7 +113,7 @@ def _results(export: "Export") -> list[Result]:
 
 def _row(result: Result) -> str:
     cells = [result.evaluation, result.images_of, result.detail, f"{result.top1:.2f} %", f"{result.top5:.2f} %"]
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} | {result.images:,} |"
+    return f"| {' | '.join(map(plain, cells))} | {result.images:,} |"
 
 
 def _without_folders(source: str) -> str:

@@ -16,10 +16,12 @@ from fastpmae.checkpoint import Checkpoint, CheckpointError, digest, newest_chec
 from fastpmae.course import Course
 from fastpmae.errors import UserError
 from fastpmae.labelled import Engine, Labelled
+from fastpmae.log import read_rows
+from fastpmae_loaders.values import Typed
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Typed):
     """Everything about a training that is no number of the course."""
 
     backbone: Backbone
@@ -89,6 +91,8 @@ def take_up(
     """
     sums = torch.zeros(2, dtype=torch.float64)
     checkpoint, complaints = newest_checkpoint(setting.folder)
+    if checkpoint is None and not complaints:
+        _check_no_others_files(setting.folder)
     if not resume:
         if checkpoint is not None or complaints:
             raise UserError(f"{setting.folder} already holds a training: add --resume to go on with it")
@@ -108,6 +112,18 @@ def take_up(
         raise UserError(f"the training in {setting.folder} was started with other settings: {'; '.join(changed)}")
     _scatter(checkpoint, model, optimiser, ema)
     return progress["step"], torch.tensor(progress["loss"], dtype=torch.float64), complaints
+
+
+def _check_no_others_files(folder: Path) -> None:
+    """Raise UserError where a training that starts would write over what no unfinished training has left."""
+    if (folder / "classifier.safetensors").exists():
+        raise UserError(f"{folder} holds a classifier.safetensors and no checkpoint beside it: choose another --out")
+    rows = folder / "metrics.jsonl"
+    if rows.exists() and rows.stat().st_size:
+        first = next(iter(read_rows(rows)), {})
+        # A training that was killed before its first checkpoint leaves rows of its own.
+        if not {"epoch", "lr", "loss"} <= first.keys() or "loss_m" in first:
+            raise UserError(f"{folder} holds a metrics.jsonl that is no classifier's: choose another --out")
 
 
 def _other_network(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from fastpmae.checkpoint import CheckpointError, checkpoints_in, read_progress
 from fastpmae.config import PRESETS, Config, config_from, preset, read_config
 from fastpmae.errors import UserError
 from fastpmae.run import run_of
+from fastpmae_loaders.values import Typed, local_path
 
 DESCRIPTION = f"""Pretrain a vision transformer with Pseudo-MAE on a .beton file.
 
@@ -21,7 +22,7 @@ flags change them one by one. Example: fastpmae-train --beton imagenet.beton --p
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Typed):
     """What stands on the command line."""
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
@@ -76,7 +77,7 @@ def settings_of_run(path: Path) -> Config:
     Raises:
         UserError: when the checkpoint or the config cannot be read.
     """
-    folder = run_of(path)
+    folder = run_of(local_path(path))
     if path.is_file() or (folder is None and path.name.endswith(".safetensors")):
         return config_from(read_progress(path)["config"], str(path))
     for checkpoint in checkpoints_in(folder) if folder is not None else []:

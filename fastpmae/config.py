@@ -8,13 +8,14 @@ import dataclasses
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from fastpmae.errors import UserError
+from fastpmae_loaders.values import Typed, local_path, typed
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Typed):
     """Where the images come from."""
 
     beton: Path | None = None
@@ -33,7 +34,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Views:
+class Views(Typed):
     """What each image is turned into, and which view each teacher sees."""
 
     image_size: int = 224
@@ -55,7 +56,7 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Typed):
     """Sizes of the networks."""
 
     model: str = "vit_base"
@@ -87,7 +88,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class TeacherSettings:
+class TeacherSettings(Typed):
     """Which teachers there are and how they follow the student."""
 
     teachers: Literal["dual", "single", "reconstruction", "none"] = "dual"
@@ -105,7 +106,7 @@ class TeacherSettings:
 
 
 @dataclass(frozen=True)
-class Loss:
+class Loss(Typed):
     """The losses of equations 1 to 5."""
 
     target: Literal["tokens", "pixels"] = "tokens"
@@ -131,7 +132,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Optimiser:
+class Optimiser(Typed):
     """AdamW and its schedule."""
 
     epochs: int = 300
@@ -156,7 +157,7 @@ class Optimiser:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Typed):
     """Where the run lives and what it leaves behind."""
 
     out: Path | None = None
@@ -194,9 +195,14 @@ class Run:
     wandb: bool = False
     """Log to Weights & Biases too, where it is installed."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume is not None:
+            local_path(self.resume)
+
 
 @dataclass(frozen=True)
-class Efficiency:
+class Efficiency(Typed):
     """What changes speed and memory and not the method."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -233,7 +239,7 @@ class Efficiency:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Typed):
     """All settings of a run. Raises UserError from `check` where they do not fit together."""
 
     data: Data = field(default_factory=Data)
@@ -248,8 +254,10 @@ class Config:
     def using(self, **settings: Any) -> "Config":
         """A copy with these settings changed, named as the flags are: `config.using(epochs=100, seed=1)`.
 
+        A value becomes what its setting is where nothing is lost (1.0 the whole number 1, a text a path).
+
         Raises:
-            UserError: for a name that is no setting.
+            UserError: for a name that is no setting, and a value that is not of its kind.
         """
         groups = settings_by_name()
         changes: dict[str, dict[str, Any]] = {}
@@ -365,7 +373,7 @@ PRESETS: dict[str, Config] = {
 
 def write_config(config: Config, path: Path) -> None:
     """Write every setting to a JSON file that `read_config` takes back."""
-    path.write_text(json.dumps(config.groups(), indent=2) + "\n")
+    path.write_text(json.dumps(config.groups(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(path: Path) -> Config:
@@ -374,8 +382,9 @@ def read_config(path: Path) -> Config:
     Raises:
         UserError: for a file that is not JSON, an unknown setting or a value of the wrong kind.
     """
+    path = local_path(path)
     try:
-        groups = json.loads(path.read_text())
+        groups = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the config {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -397,29 +406,9 @@ def config_from(groups: Any, source: str) -> Config:
         for name, value in settings.items():
             if name not in kinds:
                 raise UserError(f"{source} has a setting {group}.{name}, which does not exist")
-            config = config.using(**{name: _typed(value, kinds[name], f"{group}.{name} in {source}")})
+            value = typed(value, kinds[name], f"{group}.{name} in {source}", strict=True)
+            config = config.using(**{name: value})
     return config
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:
-    """`value`, read from JSON, as the field's type."""
-    choices = get_args(kind)
-    if get_origin(kind) is Literal:
-        if value in choices:
-            return value
-    elif type(None) in choices:
-        return None if value is None else _typed(value, next(c for c in choices if c is not type(None)), where)
-    elif get_origin(kind) is tuple:
-        if isinstance(value, list | tuple) and len(value) == len(choices):
-            return tuple(_typed(part, choice, where) for part, choice in zip(value, choices, strict=True))
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif type(value) is kind:
-        return value
-    expected = " or ".join(map(repr, choices)) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
-    raise UserError(f"{where} is {value!r}; expected {expected}")
 
 
 def _plain(value: Any) -> Any:

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from fastpmae.errors import UserError
 from fastpmae_loaders import View
+from fastpmae_loaders.values import Typed
 
 
 @dataclass(frozen=True)
-class Course:
+class Course(Typed):
     """Every setting of a classifier's training."""
 
     epochs: int = 100
@@ -65,6 +66,7 @@ class Course:
     """Decides crops, mixing, erasing, stochastic depth and the order."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("epochs", "batch_size", "accumulate", "eval_every"):
             _require(getattr(self, name) >= 1, name, self, "at least 1")
         _require(self.batch_size % self.accumulate == 0, "accumulate", self, f"a divisor of {self.batch_size}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastpmae.config import PRESETS
 from fastpmae.embed import Network, load_encoder, pooled, whole_tokens
-from fastpmae.errors import Interrupted, exit_with_sentence
+from fastpmae.errors import Interrupted, UserError, exit_with_sentence
 from fastpmae.knn import knn_accuracy
 from fastpmae.log import read_rows
 from fastpmae.model import Encoder
@@ -28,6 +28,7 @@ from fastpmae.train import pretrain
 from fastpmae.world import choose_device
 from fastpmae.write import write_beton
 from fastpmae_loaders import Beton, PlainViews
+from fastpmae_loaders.values import local_path
 
 NEIGHBOURS = 10
 
@@ -46,13 +47,19 @@ def write_demo_betons(folder: Path) -> tuple[Path, Path]:
     Raises:
         UserError: when the photographs are not installed or the folder cannot be written.
     """
+    folder = local_path(folder)
     train, validation = folder / "train.beton", folder / "validation.beton"
     if not (train.exists() and validation.exists()):
-        print(f"demo: cutting {len(PHOTOGRAPHS)} photographs into labelled crops under {folder / 'images'}", flush=True)
-        write_demo_images(folder / "images")
-        # a file appears whole or not at all, so what a cut-off demo left behind is never taken for done
-        write_beton(folder / "images" / "train", train, force=True)
-        write_beton(folder / "images" / "validation", validation, force=True)
+        images = folder / "images"
+        for file in sorted(images.rglob("*")):
+            if file.is_file() and file.parent.name not in PHOTOGRAPHS:
+                raise UserError(f"{file} is none of the demo's images: choose another --folder")
+        print(f"demo: cutting {len(PHOTOGRAPHS)} photographs into labelled crops under {images}", flush=True)
+        write_demo_images(images)
+        for part in (train, validation):
+            # a file appears whole or not at all, so what a cut-off demo left behind is never taken for done
+            if not part.exists():
+                write_beton(images / part.stem, part)
     return train, validation
 
 
@@ -70,8 +77,9 @@ def demo(
         steps: Stop after so many steps.
         minutes: Stop the training after so long, wherever it is.
     """
+    settings = PRESETS["demo"].using(out=out, steps=steps)
     train, validation = write_demo_betons(folder)
-    config = PRESETS["demo"].using(beton=train, out=out, steps=steps)
+    config = settings.using(beton=train)
     run = folder_of(config)
     with _TimeLimit(minutes) as limit:
         try:

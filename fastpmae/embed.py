@@ -16,16 +16,19 @@ from fastpmae.config import Config
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.model import Encoder
+from fastpmae.outputs import check_output
 from fastpmae.tally import Tally
 from fastpmae.weights import tuned_weights
 from fastpmae.world import carried, choose_device
 from fastpmae_loaders import Beton, PlainViews
 from fastpmae_loaders.machine import loader_threads
+from fastpmae_loaders.values import checked
 
 Network = Literal["student", "labelling_teacher", "reconstruction_teacher", "random"]
 Pool = Literal["class", "mean"]
 
 
+@checked
 def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encoder, Config]:
     """An encoder of a checkpoint or run folder, in evaluation mode on the CPU, and the run's settings.
 
@@ -82,6 +85,7 @@ def features(
     return pooled(whole_tokens(encoder, images), pool)
 
 
+@checked
 def embed_images(
     checkpoint: Path | str,
     beton: Path | str,
@@ -142,6 +146,7 @@ def embed_command(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: int = 0,
     crop_ratio: float = 0.875,
+    force: bool = False,
 ) -> None:
     """Write the frozen features of every image of a .beton to OUT.npz, as `features` [n, dim] and `labels` [n].
 
@@ -155,7 +160,9 @@ def embed_command(
         device: Where to compute.
         workers: Loader threads; 0 takes all cores.
         crop_ratio: The shorter side is resized to the image size over this ratio before the centre is cut out.
+        force: Replace OUT.npz if it exists, but no file of a run and nothing that is read here.
     """
+    check_output(out, force=force, inputs=[checkpoint, beton] if checkpoint.is_file() else [beton])
     rows, labels = embed_images(
         checkpoint,
         beton,
@@ -167,7 +174,7 @@ def embed_command(
         crop_ratio=crop_ratio,
         tally=Tally(live=True),
     )
-    with appearing(out) as beside, beside.open("wb") as file:
+    with appearing(out, force) as beside, beside.open("wb") as file:
         np.savez(file, features=rows, labels=labels)
     print(f"{out}: {rows.shape[0]} features of {rows.shape[1]} numbers")
 

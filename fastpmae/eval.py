@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -25,9 +26,10 @@ from fastpmae.knn import knn_ranked
 from fastpmae.labelled import Labelled, extract, needed, open_labelled
 from fastpmae.linear import Sweep, best_c, draw_few, held_out, logistic_regression, standardised, train_sweep
 from fastpmae.run import run_of
-from fastpmae.scores import Scores, rank, write_scores
+from fastpmae.scores import Scores, files_of, rank, write_scores
 from fastpmae.tally import Tally
 from fastpmae.world import choose_device
+from fastpmae_loaders.values import local_path
 
 
 class Evaluation:
@@ -36,6 +38,8 @@ class Evaluation:
     def __init__(self, common: Common):
         self.common = common
         self.began = time.monotonic()
+        if common.out is not None:
+            local_path(common.out)
         self.tally = Tally(live=True)
         self.device = choose_device(common.device)
         self.train, self.val = open_labelled(common.train, common.val)
@@ -44,6 +48,8 @@ class Evaluation:
                 self.tally.tell(note)
         self.backbone = find_backbone(common.weights, common.network, image_size=common.image_size, heads=common.heads)
         self.folder = common.out or place_of(common.weights)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {self.folder} is a file; name a folder")
 
     def features(self, images: Labelled, pools: tuple[Pool, ...]) -> list[Float[Tensor, "images dim"]]:
         """Frozen features of a set, on the device that computes with them."""
@@ -78,7 +84,8 @@ class Evaluation:
             **more,
             "seconds": round(time.monotonic() - self.began, 1),
         }
-        stem = "-".join(filter(None, [name, network.replace("_", "-").replace("/", "-")]))
+        # A network's name may come out of a stranger's file.
+        stem = "-".join(filter(None, [name, re.sub(r"[^A-Za-z0-9.]+", "-", network)]))
         stem = free_name(self.folder, stem, record)
         path = write_scores(self.folder, stem, scores, self.train.names, record)
         print(f"{stem}: top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % of {len(scores.labels):,} images")
@@ -86,7 +93,8 @@ class Evaluation:
 
 
 def free_name(folder: Path, stem: str, record: dict[str, Any]) -> str:
-    """The name for a result's files: the stem, or, where that holds figures of other images, with these images' name.
+    """The name for a result's files: the stem, or, where that holds figures of other images or files that are no
+    result, with these images' name.
 
     A second data set does not replace the figures of the first, and the same command finds its own files again.
     """
@@ -94,16 +102,19 @@ def free_name(folder: Path, stem: str, record: dict[str, Any]) -> str:
     images = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(path.with_suffix("").parts[-2:])).strip("-")
     others = (f"{stem}-{images}-{number}" for number in itertools.count(2))
     names = itertools.chain([stem, f"{stem}-{images}"], others)
-    return next(name for name in names if _has_room(folder / f"{name}.json", record))
+    return next(name for name in names if _has_room(folder, name, record))
 
 
-def _has_room(path: Path, record: dict[str, Any]) -> bool:
-    """Whether there is no result of other images in a file."""
-    try:
-        before = json.loads(path.read_text())
-        return _prints(before) == _prints(record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+def _has_room(folder: Path, name: str, record: dict[str, Any]) -> bool:
+    """Whether the files of that name are not there, or are a result of the same images."""
+    files = files_of(folder, name)
+    if not any(map(os.path.lexists, files)):
         return True
+    try:
+        before = json.loads(files[-1].read_text(encoding="utf-8"))
+        return _prints(before) == _prints(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def _prints(record: dict[str, Any]) -> list[str | None]:

@@ -1,28 +1,34 @@
 """The encoder as others load it: for timm, for Hugging Face's transformers, or as plain tensors."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import safetensors
 import tyro
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpmae.architecture import SHAPES, Shape, shape_of
-from fastpmae.card import loading_lines, model_card
+from fastpmae.card import loading_lines, model_card, portable
 from fastpmae.checkpoint import find_checkpoint
 from fastpmae.config import Config
 from fastpmae.embed import Network, encoder_of
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.hugging_face import image_config, model_config, transformers_names
+from fastpmae.outputs import check_no_run_file, check_output
 from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
-from fastpmae.weights import fit_positions, header_of, position_prefix, tuned_weights
+from fastpmae.tensor_file import save_tensors
+from fastpmae.tuned import read_tuned
+from fastpmae.weights import fit_positions, position_prefix, tuned_weights
+from fastpmae_loaders.values import checked
 
 Format = Literal["timm", "huggingface", "plain"]
+
+MODEL = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ def timm_arguments(config: Config) -> dict[str, Any]:
     }
 
 
+@checked
 def export_encoder(
     checkpoint: Path | str,
     out: Path | str,
@@ -84,6 +91,7 @@ def export_encoder(
     format: Format = "timm",
     image_size: int = 0,
     with_head: bool = False,
+    force: bool = True,
 ) -> dict[str, Any]:
     """Write an encoder to a .safetensors file, or to a folder with settings and a model card.
 
@@ -95,6 +103,10 @@ def export_encoder(
             transformers' `from_pretrained` opens; or the checkpoint's own tensors under `encoder.`.
         image_size: interpolate the positions for images of this side; 0 keeps the run's own.
         with_head: with "plain", the projection head and the prototypes too, under `head.`.
+        force: replace files that are there; the checkpoint itself and files of a run never are. The command does so
+            where it is told to.
+
+    The same network gives the same bytes.
 
     Returns:
         The arguments for `timm.create_model`, which are also in the file's header as JSON under "timm", as is under
@@ -103,8 +115,8 @@ def export_encoder(
     Raises:
         UserError: when the checkpoint cannot be used, the format cannot hold it, or the file not be written.
     """
-    out = Path(out)
-    export = at_size(read_export(Path(checkpoint), network, with_head), image_size)
+    checkpoint, out = Path(checkpoint), Path(out)
+    export = at_size(read_export(checkpoint, network, with_head), image_size)
     if with_head and format != "plain":
         raise UserError(f"the projection head fits only into --format plain, not into {format}")
     tensors = {name: tensor.contiguous() for name, tensor in export.tensors.items()}
@@ -117,8 +129,9 @@ def export_encoder(
     if out.suffix == ".safetensors":
         if format == "huggingface":
             raise UserError(f"{out}: what transformers opens is a folder; leave .safetensors out of the name")
-        with appearing(out) as beside:
-            save_file(_plain(export) if format == "plain" else tensors, beside, header)
+        check_output(out, force=force, inputs=[export.source])
+        with appearing(out, force) as beside:
+            save_tensors(_plain(export) if format == "plain" else tensors, beside, header)
         return export.arguments
     files: dict[str, Any] = {}
     size = export.arguments["img_size"]
@@ -132,19 +145,38 @@ def export_encoder(
         files = {"config.json": _timm_config(export)}
     else:
         tensors = _plain(export)
-        files = {"config.json": export.arguments | {"run": None if export.config is None else export.config.flat()}}
+        files = {"config.json": export.arguments | {"run": None if export.config is None else portable(export.config)}}
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+    texts["README.md"] = model_card(out.name, format, export)
+    for name in (MODEL, *texts):
+        if out.is_dir():
+            check_output(out / name, force=force, inputs=[export.source])
+        else:
+            check_no_run_file(out / name)
+    with _folder(out), contextlib.ExitStack() as stack:
+        # All of them are written before the first takes its name.
+        places = {name: stack.enter_context(appearing(out / name, force)) for name in (*texts, MODEL)}
+        save_tensors(tensors, places[MODEL], header)
+        for name, text in texts.items():
+            places[name].write_text(text, encoding="utf-8", errors="backslashreplace")
+    return export.arguments
+
+
+@contextlib.contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """A folder to write in, which goes again where it is new and nothing comes to lie in it."""
+    new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}") from None
-    with appearing(out / "model.safetensors") as beside:
-        save_file(tensors, beside, header)
-    for name, content in files.items():
-        with appearing(out / name) as beside:
-            beside.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    with appearing(out / "README.md") as beside:
-        beside.write_text(model_card(out.name, format, export))
-    return export.arguments
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
 
 
 def read_export(path: Path, network: Network, with_head: bool = False) -> Export:
@@ -154,7 +186,11 @@ def read_export(path: Path, network: Network, with_head: bool = False) -> Export
         if with_head or network != "student":
             flag = "--with-head" if with_head else f"--network {network}"
             raise UserError(f"{flag}: {path} holds a classifier and no run's networks; leave it out")
-        return _fine_tuned(tuned)
+        found = read_tuned(tuned)
+        return Export(
+            found.tensors, found.arguments, found.shape, tuned, "classifier", found.classes, {}, None,
+            found.mean, found.std, found.course, found.backbone,
+        )  # fmt: skip
     checkpoint = find_checkpoint(path)
     encoder, config = encoder_of(checkpoint, network)
     role = "labelling_teacher" if config.teachers.teachers == "single" and network != "student" else network
@@ -189,23 +225,6 @@ def at_size(export: Export, image_size: int) -> Export:
         tensors=export.tensors | {"pos_embed": positions},
         arguments=export.arguments | {"img_size": image_size},
     )
-
-
-def _fine_tuned(path: Path) -> Export:
-    header = header_of(path)
-    backbone = header.get("backbone", "")
-    if "timm" not in header:
-        raise UserError(f"{path} is tuned from {backbone}, which is no plain ViT: it is not exported")
-    try:
-        arguments, classes, course = (json.loads(header[name]) for name in ("timm", "classes", "course"))
-        normal = [tuple(json.loads(header[name])) for name in ("mean", "std") if name in header]
-        tensors = load_file(path)
-        sizes = (arguments[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"))
-        shape = Shape(*sizes)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no fine-tuned ViT of fastpmae-eval") from None
-    mean, std = normal if len(normal) == 2 else (IMAGENET_MEAN, IMAGENET_STD)
-    return Export(tensors, arguments, shape, path, "classifier", classes, {}, None, mean, std, course, backbone)
 
 
 def _for_transformers(export: Export) -> dict[str, Tensor]:
@@ -258,6 +277,7 @@ def export_command(
     format: Format = "timm",
     image_size: int = 0,
     with_head: bool = False,
+    force: bool = False,
 ) -> None:
     """Write the encoder of a run for other programs, and print the lines that load it.
 
@@ -268,10 +288,11 @@ def export_command(
         format: For timm, for transformers (a folder), or the tensors as they are in the checkpoint.
         image_size: Interpolate the positions for images of this side; 0 keeps the run's own.
         with_head: With plain, the projection head and the prototypes too.
+        force: Replace files that are there, but for CKPT itself and files of a run.
     """
     arguments = export_encoder(
-        checkpoint, out, network, format=format, image_size=image_size, with_head=with_head
-    )  # fmt: skip
+        checkpoint, out, network, format=format, image_size=image_size, with_head=with_head, force=force
+    )
     print("\n".join(loading_lines(out, format, arguments)))
 
 

@@ -24,11 +24,14 @@ SOON, LATE = 60.0, 24 * 3600.0
 
 
 @contextlib.contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def appearing(path: Path, force: bool = True) -> Iterator[Path]:
     """A place to write a file, which takes the name `path` when the block succeeds and is gone when it does not.
 
     The place lies in a hidden folder beside `path`, so that what a library puts there on its way goes too. Those of
     writers that were killed are removed first.
+
+    Args:
+        force: replace a file that is there; without, one that has appeared since `outputs.check_output` is kept.
 
     Raises:
         UserError: when the file cannot be written.
@@ -48,6 +51,8 @@ def appearing(path: Path) -> Iterator[Path]:
             (folder / path.name).chmod(folder.stat().st_mode & 0o666)
             with (folder / path.name).open("rb") as file:
                 os.fsync(file.fileno())
+            if not force and os.path.lexists(path):
+                raise UserError(f"{printable(str(path))} has appeared meanwhile; --force replaces it")
             (folder / path.name).replace(path)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars, param_groups_layer_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
@@ -36,9 +35,11 @@ from fastpmae.saver import Saver
 from fastpmae.scores import Scores, rank
 from fastpmae.stop import Stop
 from fastpmae.tally import Tally
+from fastpmae.tensor_file import save_tensors
 from fastpmae.world import carried
 from fastpmae_loaders import PairedViews, PlainViews
 from fastpmae_loaders.machine import loader_threads
+from fastpmae_loaders.values import checked
 
 
 class Probe(nn.Module):
@@ -106,6 +107,7 @@ def make_schedule(optimiser: torch.optim.Optimizer, course: Course, steps_per_ep
     )
 
 
+@checked
 def train_classifier(
     setting: Setting, course: Course, *, resume: bool = False, steps: int | None = None, tally: Tally | None = None
 ) -> Scores:
@@ -312,7 +314,7 @@ def write_classifier(setting: Setting, model: nn.Module, course: Course) -> None
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with appearing(setting.folder / "classifier.safetensors") as beside:
-        save_file(tensors, beside, header)
+        save_tensors(tensors, beside, header)
 
 
 def timm_arguments_of(model: VisionTransformer) -> dict[str, Any]:

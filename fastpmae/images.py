@@ -17,12 +17,13 @@ from fastpmae.errors import BetonError, UserError
 from fastpmae_loaders.beton import JPG, PIXEL_LIMIT, RAW
 from fastpmae_loaders.jpeg import JPEG_MAX_SIDE, jpeg_header, turbo_available, turbo_decode
 from fastpmae_loaders.pictures import ImageError, load, one_line, open_image, upright_rgb
+from fastpmae_loaders.values import Typed
 
 RAW_MAX_SIDE = 65535  # the metadata keep sides in 16 bits
 
 
 @dataclass(frozen=True)
-class ImageSettings:
+class ImageSettings(Typed):
     """How images are stored.
 
     max_size: the longer side is brought down to so many pixels (None: images keep their size). quality: of
@@ -38,6 +39,7 @@ class ImageSettings:
     max_pixels: int = PIXEL_LIMIT
 
     def __post_init__(self):
+        super().__post_init__()
         if self.max_size is not None and not 1 <= self.max_size <= JPEG_MAX_SIDE:
             raise UserError(f"--max-size is {self.max_size}; it must lie between 1 and {JPEG_MAX_SIDE} pixels")
         if not 1 <= self.quality <= 100:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastpmae.tally import Tally
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.values import typed
 
 
 @torch.no_grad()
@@ -68,6 +69,7 @@ def knn_ranked(
 
     Raises UserError as `knn_predict` does, and for a temperature that is not positive.
     """
+    ks = typed(ks, tuple[int, ...], "k")
     for k in ks:
         _check(train_features, train_labels, test_features, k, leave_one_out)
     if temperature is not None and not temperature > 0:
@@ -141,6 +143,8 @@ def _nearest(similarity: Float[Tensor, "test train"], k: int) -> Int[Tensor, "te
 
 
 def _check(train: Tensor, labels: Tensor, test: Tensor, k: int, leave_one_out: bool) -> None:
+    if not all(isinstance(rows, Tensor) for rows in (train, labels, test)):
+        raise UserError("k-NN compares tensors; torch.from_numpy makes one of an array")
     if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
         raise UserError(f"k-NN compares rows of one width, not {tuple(train.shape)} with {tuple(test.shape)}.")
     if labels.shape != train.shape[:1]:

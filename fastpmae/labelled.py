@@ -19,6 +19,7 @@ from fastpmae.world import carried, has_bf16
 from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.splits import are_splits, split_of_folder
+from fastpmae_loaders.values import checked
 
 Engine = Literal["auto", "ffcv", "dali", "torch"]
 _TESTED_ON = ("val", "valid", "validation", "holdout", "heldout", "dev", "eval", "evaluation", "test", "testing")
@@ -43,6 +44,7 @@ class Labelled:
         return {"path": str(self.samples.path), "images": len(self.samples), "fingerprint": fingerprint(self.samples)}
 
 
+@checked
 def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | None]:
     """The images to learn from and the images to test on.
 

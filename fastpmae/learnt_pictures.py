@@ -113,7 +113,7 @@ def _grid(
     figure = Figure((width, height), facecolor="white")
     FigureCanvasAgg(figure)
     line = 1 - 0.22 / height
-    figure.text(GAP / width, line, title, size=12, weight="bold", color=INK, va="center")
+    figure.text(GAP / width, line, title, size=12, weight="bold", color=INK, va="center", parse_math=False)
     figure.text(1 - GAP / width, line, words, size=9, color=QUIET, ha="right", va="center")
     cells = np.empty((rows, columns), object)
     for row in range(rows):

@@ -13,12 +13,13 @@ from fastpmae.errors import UserError
 from fastpmae.tally import Tally
 from fastpmae.world import carried
 from fastpmae_loaders import epoch_order
+from fastpmae_loaders.values import Typed
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Typed):
     """How a linear classifier is trained.
 
     Attributes:
@@ -37,6 +38,7 @@ class Sweep:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.rates or not all(rate > 0 for rate in self.rates):
             raise UserError(f"--rates {' '.join(map(str, self.rates))}: name learning rates above 0")
         if self.epochs < 1 or self.batch_size < 1:

@@ -146,7 +146,10 @@ class Log:
         self.settle()
         if not self.speaks:
             return
-        with contextlib.suppress(OSError), (self.folder / "train.log").open("a") as file:
+        with (
+            contextlib.suppress(OSError),
+            (self.folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             file.write(sentence + "\n")
         if self.live:
             self.console.print(sentence, highlight=False, markup=False)

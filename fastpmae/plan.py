@@ -23,6 +23,7 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.gpus import GPUS, Gpu, gpu_named
 from fastpmae.loader_rate import LoaderRate, busy, measure
+from fastpmae.outputs import check_output
 from fastpmae.plan_report import CHUNK, draw, show
 from fastpmae.scaling import (
     JITTER,
@@ -81,6 +82,8 @@ class Plan(Command):
     """Write every figure to this file."""
     plot: Path | None = None
     """Draw the scaling to this .png, .pdf or .svg."""
+    force: bool = False
+    """Replace these two if they exist, but no file of a run and nothing that is read here."""
 
 
 @dataclass(frozen=True)
@@ -343,13 +346,19 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def plan(options: Plan) -> None:
     """Make a plan, print it, and write the files that are asked for."""
+    given = [path for path in (options.config, options.settings.data.beton) if path is not None]
+    for out in (options.json, options.plot):
+        if out is not None:
+            check_output(out, force=options.force, inputs=given)
+    if options.json is not None and options.json == options.plot:
+        raise UserError(f"--json and --plot both name {options.json}: give each a file of its own")
     with _progress() as tell:
         report = make_plan(options, tell)
     if options.json is not None:
-        with appearing(options.json) as beside:
+        with appearing(options.json, options.force) as beside:
             beside.write_text(json.dumps(as_json(report), indent=1) + "\n")
     if options.plot is not None:
-        with appearing(options.plot) as beside:
+        with appearing(options.plot, options.force) as beside:
             draw(report, beside)
     show(report, Console(width=None if sys.stdout.isatty() else 110))
 

@@ -264,6 +264,8 @@ def draw(report: Report, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from fastpmae.lettering import save_picture
+
     figure = Figure((10, 4.2), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -289,7 +291,7 @@ def draw(report: Report, file: Path) -> None:
         f"{1e3 * report.step.compute:,.0f} ms to compute",
         fontsize=11,
     )
-    figure.savefig(file, dpi=130)
+    save_picture(figure, file, dpi=130)
 
 
 def _gb(nbytes: float) -> str:

@@ -20,10 +20,14 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.learnt import look, prototype_use
 from fastpmae.learnt_pictures import draw_learnt, draw_prototypes
+from fastpmae.lettering import save_picture
 from fastpmae.log import read_rows
+from fastpmae.outputs import check_output
 from fastpmae.results import Result, results_in
 from fastpmae.tally import Tally
 from fastpmae_loaders import open_samples
+from fastpmae_loaders.listing import printable
+from fastpmae_loaders.values import checked
 
 CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("loss", {"loss": "total", "loss_m": "L_m, reconstruction", "loss_c": "L_c, class labels",
@@ -58,8 +62,14 @@ img { max-width: 100%; height: auto; } code { background: #f1f3f5; padding: 0 .2
 """
 
 
+@checked
 def write_report(
-    run: Path, out: Path | None = None, beton: Path | None = None, samples: int = 6, tally: Tally | None = None
+    run: Path,
+    out: Path | None = None,
+    beton: Path | None = None,
+    samples: int = 6,
+    tally: Tally | None = None,
+    force: bool = True,
 ) -> Path:
     """Write a run's report and return where it is.
 
@@ -68,6 +78,8 @@ def write_report(
         beton: the images of the pictures; the run's own by default. Where they are not there, the pictures are left
             out and a sentence says so.
         tally: counts the parts that are done: the log, two pictures, the page.
+        force: replace `out`, but no other file of the run and nothing that is read here; report.html in the run's
+            folder is renewed without it. The command does so where it is told to.
 
     Raises:
         UserError: when the folder holds no run, what it holds cannot be used, or the samples make no picture.
@@ -77,17 +89,18 @@ def write_report(
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run folder: there is no config.json in it")
     target = out or run / "report.html"
-    if not target.parent.is_dir():
-        raise UserError(f"{target} cannot be written: there is no folder {target.parent}")
     config = read_config(run / "config.json")
+    own = target.parent.resolve() / target.name == run.resolve() / "report.html"
+    if not own:
+        check_output(target, force=force, inputs=[path for path in (beton, config.data.beton) if path is not None])
     tally = tally or Tally()
     with tally.count(4, "parts"):
         rows = read_rows(run / "metrics.jsonl")
         tally.advance()
         pictures, remark = _pictures(run, config, beton, samples, tally)
         page = "\n".join(_page(run, config, rows, pictures, remark))
-        with appearing(target) as beside:
-            beside.write_text(page)
+        with appearing(target, force or own) as beside:
+            beside.write_text(page, encoding="utf-8", errors="backslashreplace")
         tally.advance()
     return target
 
@@ -105,7 +118,7 @@ def _pictures(
             f"Its images ({beton}) are not here, so there are no pictures of what was learnt: name some (--beton).",
         )
     images = open_samples(beton)
-    title = f"{run.name} · {images.path.name}"
+    title = printable(f"{run.name} · {images.path.name}")
     checkpoint = find_checkpoint(run)
     pictures = {
         "What was learnt of a few images": _png(draw_learnt(look(checkpoint, images, min(samples, len(images))), title))
@@ -121,7 +134,7 @@ def _pictures(
 
 def _png(figure: Figure) -> str:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
+    save_picture(figure, file, dpi=110)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -129,7 +142,7 @@ def _page(
     run: Path, config: Config, rows: list[dict[str, float]], pictures: dict[str, str], remark: str
 ) -> Iterator[str]:
     last = rows[-1] if rows else {}
-    name = html.escape(run.name)
+    name = html.escape(printable(run.name))
     yield f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: fastpmae report</title>'
     yield f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
     yield f"<h1>{name}</h1>"
@@ -257,6 +270,7 @@ def report_command(
     out: Path | None = None,
     beton: Path | None = None,
     samples: int = 6,
+    force: bool = False,
 ) -> None:
     """Write what a run did and learnt as one HTML file: figures, curves, evaluations, pictures, settings.
 
@@ -265,8 +279,9 @@ def report_command(
         out: The file to write (RUN/report.html).
         beton: Images for the pictures, if not the run's own.
         samples: How many of them, 1 to 64.
+        force: Replace OUT if it exists, but no other file of a run; RUN/report.html is renewed without it.
     """
-    print(f"wrote {write_report(run, out, beton, samples, Tally(live=True))}")
+    print(f"wrote {write_report(run, out, beton, samples, Tally(live=True), force)}")
 
 
 def main() -> int:

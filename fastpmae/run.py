@@ -21,7 +21,7 @@ from fastpmae.checkpoint import (
     read_checkpoint,
     step_of,
 )
-from fastpmae.config import Config, settings_by_name, write_config
+from fastpmae.config import Config, read_config, settings_by_name, write_config
 from fastpmae.data import source_notes
 from fastpmae.errors import UserError
 from fastpmae.files import appearing, remove_partial
@@ -91,9 +91,10 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
     resume, folder = config.run.resume, folder_of(config)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
+    if resume is None and holds_run(folder):
+        raise UserError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
+    _check_no_others_files(folder)
     if resume is None:
-        if holds_run(folder):
-            raise UserError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
         return OpenRun(folder, None, [])
     remarks: list[str] = []
     path = folder if resume == "auto" else Path(resume)
@@ -121,6 +122,23 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
         )
     remarks += [f"resumed with a changed setting: {change}" for change in changes]
     return OpenRun(folder, checkpoint.path, [*remarks, f"resumed from {checkpoint.path}"])
+
+
+def _check_no_others_files(folder: Path) -> None:
+    """Raise UserError where a run would write over a file that no run of ours has left."""
+    config, metrics = folder / "config.json", folder / "metrics.jsonl"
+    sentence = f"--out {folder} holds a {{}} that is no run's: choose another folder"
+    if config.exists():
+        try:
+            groups = json.loads(config.read_text(encoding="utf-8"))
+            ours = isinstance(groups, dict) and groups.keys() == read_config(config).groups().keys()
+        except (UserError, OSError, ValueError):
+            ours = False
+        if not ours and not checkpoints_in(folder):
+            raise UserError(sentence.format("config.json"))
+    elif metrics.exists() and metrics.stat().st_size and not checkpoints_in(folder):
+        # Every run writes its settings before its first row.
+        raise UserError(sentence.format("metrics.jsonl"))
 
 
 @contextlib.contextmanager

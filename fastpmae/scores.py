@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastpmae.files import appearing
+from fastpmae_loaders.listing import printable
 
 MOST_NAMED = 40
 """Classes whose names fit beside the picture of a confusion matrix."""
@@ -62,6 +63,11 @@ def rank(scores: Float[Tensor, "images classes"]) -> Int[Tensor, "images best"]:
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
 
 
+def files_of(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    """The files of a result: its classes, its picture, and last its figures."""
+    return folder / f"{name}-classes.csv", folder / f"{name}-confusion.png", folder / f"{name}.json"
+
+
 def write_scores(folder: Path, name: str, scores: Scores, names: list[str], record: dict[str, Any]) -> Path:
     """Write NAME.json, NAME-classes.csv and NAME-confusion.png into a folder, and return the first.
 
@@ -72,18 +78,19 @@ def write_scores(folder: Path, name: str, scores: Scores, names: list[str], reco
         UserError: when they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    table, picture, figures = files_of(folder, name)
     confusion = scores.confusion(len(names)).numpy()
-    with appearing(folder / f"{name}-classes.csv") as beside, beside.open("w", newline="") as file:
+    with appearing(table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["class", "name", "images", "top1", "top5", "predicted", "precision", "most_taken_for"])
         rows.writerows(_class_rows(scores, confusion, names))
-    with appearing(folder / f"{name}-confusion.png") as beside:
+    with appearing(picture) as beside:
         _draw(confusion, names, f"{name}: {scores.top1:.1f} % of {len(scores.labels):,} images", beside)
     record = record | scores.figures() | {"images": len(scores.labels), "classes": len(names)}
     record["date"] = datetime.datetime.now().isoformat(timespec="seconds")
-    with appearing(folder / f"{name}.json") as beside:
+    with appearing(figures) as beside:
         beside.write_text(json.dumps(record, indent=1) + "\n")
-    return folder / f"{name}.json"
+    return figures
 
 
 def _class_rows(scores: Scores, confusion: np.ndarray, names: list[str]) -> list[list[Any]]:
@@ -107,6 +114,8 @@ def _draw(confusion: np.ndarray, names: list[str], title: str, path: Path) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from fastpmae.lettering import drawable, save_picture
+
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(8, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -114,11 +123,12 @@ def _draw(confusion: np.ndarray, names: list[str], title: str, path: Path) -> No
     shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="taken for", ylabel="class", title=title)
     if len(names) <= MOST_NAMED:
-        short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
+        plain = [drawable(printable(name)) for name in names]
+        short = [name if len(name) <= 18 else name[:17] + "…" for name in plain]
         axes.set_xticks(range(len(names)), short, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), short, fontsize=7)
     figure.colorbar(shown, label="share of the class's images", shrink=0.8)
     # The name, like a class's, is text and no formula.
     for text in (axes.title, *axes.get_xticklabels(), *axes.get_yticklabels()):
         text.set_parse_math(False)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)

@@ -14,12 +14,13 @@ from fastpmae_loaders.printable import printable
 from fastpmae_loaders.reading import read_file
 from fastpmae_loaders.shards import list_shards, no_images
 from fastpmae_loaders.splits import choose_split, splits_of_files
+from fastpmae_loaders.values import Typed, local_path
 
 __all__ = ["Item", "Listing", "SourceSettings", "find_images", "printable", "read_item"]
 
 
 @dataclass(frozen=True)
-class SourceSettings:
+class SourceSettings(Typed):
     """How a source is understood.
 
     kind: "folder", "tar" or "hf" instead of finding out. split: which of its splits ("all" for every one).
@@ -38,7 +39,7 @@ def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = 
 
     Raises UserError when there is nothing to list, or no telling how.
     """
-    root, settings = Path(path), settings or SourceSettings()
+    root, settings = local_path(path), settings or SourceSettings()
     try:
         exists = root.exists()
     except (OSError, ValueError):

@@ -20,7 +20,7 @@ from fastpmae.command import read_command
 from fastpmae.config import Config
 from fastpmae.data import Feed, fingerprint, make_loader, open_images
 from fastpmae.deterministic import deterministic
-from fastpmae.errors import Interrupted, RunError, exit_with_sentence
+from fastpmae.errors import Interrupted, RunError, UserError, exit_with_sentence
 from fastpmae.figures import bring
 from fastpmae.fp8 import check_fp8_device
 from fastpmae.geometry import geometry_figures
@@ -46,6 +46,8 @@ def pretrain(config: Config) -> Path:
         RunError: when a loss or a gradient is no longer finite, or a checkpoint cannot be written.
         Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP, once the checkpoint is written.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"pretrain takes a Config, such as PRESETS['demo'].using(...), and no {type(config).__name__}")
     check(config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())

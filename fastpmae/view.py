@@ -16,8 +16,12 @@ from matplotlib.patheffects import withStroke
 
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
+from fastpmae.lettering import save_picture
+from fastpmae.outputs import check_output
 from fastpmae_loaders import Batch, Beton, PairedViews, Samples, ViewSettings, open_samples
+from fastpmae_loaders.listing import printable
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
+from fastpmae_loaders.values import checked
 
 SIMPLE, COMPLEX = "#1c7ed6", "#e8590c"
 INK, QUIET, HIDDEN = "#212529", "#868e96", "#dee2e6"
@@ -28,6 +32,7 @@ CELL = 2.15
 """Inches of a panel."""
 
 
+@checked
 def draw_views(
     beton: Beton | str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -38,6 +43,7 @@ def draw_views(
     epoch: int = 0,
     settings: ViewSettings | None = None,
     engine: str = "ffcv",
+    force: bool = True,
 ) -> Path:
     """Draw some samples of a .beton as the trainer's loader shows them in one epoch.
 
@@ -45,6 +51,7 @@ def draw_views(
         out: a .png, .pdf or .svg file; it appears whole or not at all.
         samples: how many, from the start of the epoch's order.
         index: these samples of the file instead.
+        force: replace `out`, but no file of a run and nothing that is read here.
 
     Returns:
         The file written.
@@ -52,7 +59,7 @@ def draw_views(
     Raises:
         UserError: for files that cannot be read or written, and samples that the file does not hold.
     """
-    target = _target(out)
+    target = _target(out, force, [beton.path if isinstance(beton, Beton) else Path(beton)])
     _check_count(len(index) or samples)
     beton = beton if isinstance(beton, Beton) else Beton(Path(beton))
     settings = settings or ViewSettings()
@@ -60,12 +67,13 @@ def draw_views(
         views.set_epoch(epoch)
         wanted = np.array(index or views.order(epoch)[:samples], np.int64)
         batch = views.batch_of(wanted)
-    figure = _figure(beton, batch, settings, f"{beton.path.name} · seed {seed} · epoch {epoch}")
-    with appearing(target) as beside:
-        figure.savefig(beside, dpi=130)
+    figure = _figure(beton, batch, settings, printable(f"{beton.path.name} · seed {seed} · epoch {epoch}"))
+    with appearing(target, force) as beside:
+        save_picture(figure, beside, dpi=130)
     return target
 
 
+@checked
 def draw_run(
     run: str | os.PathLike[str],
     images: Samples | str | os.PathLike[str],
@@ -74,6 +82,7 @@ def draw_run(
     picture: Literal["learnt", "prototypes"] = "learnt",
     samples: int = 6,
     index: tuple[int, ...] = (),
+    force: bool = True,
 ) -> Path:
     """Draw what a run has learnt, by its newest checkpoint or the one named.
 
@@ -84,6 +93,7 @@ def draw_run(
             components of the patch features. "prototypes": the patches nearest to the most used prototypes.
         samples: images of "learnt", from the start of the first epoch's order.
         index: these samples of the file instead.
+        force: replace `out`, but no file of a run and nothing that is read here.
 
     Returns:
         The file written.
@@ -96,26 +106,26 @@ def draw_run(
     from fastpmae.learnt import look, prototype_use
     from fastpmae.learnt_pictures import draw_learnt, draw_prototypes
 
-    target = _target(out)
+    given = Path(images) if isinstance(images, str | os.PathLike) else images.path
+    target = _target(out, force, [given, *([Path(run)] if Path(run).is_file() else [])])
     _check_count(len(index) or samples)
-    images = open_samples(Path(images)) if isinstance(images, str | os.PathLike) else images
-    title = f"{Path(run).name} · {images.path.name}"
+    images = open_samples(images)
+    title = printable(f"{Path(run).name} · {images.path.name}")
     checkpoint = find_checkpoint(Path(run))
     if picture == "learnt":
         figure = draw_learnt(look(checkpoint, images, samples, index), title)
     else:
         figure = draw_prototypes(prototype_use(checkpoint, images), title)
-    with appearing(target) as beside:
-        figure.savefig(beside, dpi=130)
+    with appearing(target, force) as beside:
+        save_picture(figure, beside, dpi=130)
     return target
 
 
-def _target(out: str | os.PathLike[str]) -> Path:
+def _target(out: str | os.PathLike[str], force: bool, inputs: list[Path]) -> Path:
     target = Path(out)
     if target.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"{target} must end in .png, .pdf or .svg")
-    if not target.parent.is_dir():
-        raise UserError(f"{target} cannot be written: there is no folder {target.parent}")
+    check_output(target, force=force, inputs=inputs)
     return target
 
 
@@ -132,7 +142,7 @@ def _figure(beton: Beton, batch: Batch, settings: ViewSettings, title: str) -> F
     figure = Figure((width, height), facecolor="white")
     FigureCanvasAgg(figure)
     left = gap / width
-    figure.text(left, 1 - 0.2 / height, title, size=12, weight="bold", color=INK, va="center")
+    figure.text(left, 1 - 0.2 / height, title, size=12, weight="bold", color=INK, va="center", parse_math=False)
     visible = f"{settings.visible} of {settings.patches} patches visible"
     folds = f"{settings.folds} folds of {' + '.join(map(str, settings.fold_sizes))}"
     figure.text(
@@ -157,7 +167,7 @@ def _figure(beton: Beton, batch: Batch, settings: ViewSettings, title: str) -> F
                 # close under a wide original, which does not fill its cell
                 below = CELL * max(0, 1 - picture.shape[0] / picture.shape[1]) / 2
                 words = (x + CELL / 2) / width, (y + below - 0.03) / height
-                figure.text(*words, captions[column], size=7.5, color=QUIET, ha="center", va="top")
+                figure.text(*words, captions[column], size=7.5, color=QUIET, ha="center", va="top", parse_math=False)
     figure.legend(handles=_legend(settings), loc="lower center", ncols=12, fontsize=8.5, frameon=False)
     return figure
 
@@ -200,7 +210,7 @@ def _captions(beton: Beton, batch: Batch, row: int) -> list[str]:
     height, width = batch.source_size[row].tolist()
     label = int(batch.label[row])
     names = beton.class_names
-    name = names[label] if names and 0 <= label < len(names) else f"label {label}" if label >= 0 else ""
+    name = printable(names[label]) if names and 0 <= label < len(names) else f"label {label}" if label >= 0 else ""
     if len(name) > 24:
         name = name[:23] + "…"
 
@@ -245,6 +255,7 @@ def view_command(
     engine: Literal["ffcv", "dali", "torch"] = "ffcv",
     run: Path | None = None,
     picture: Literal["views", "learnt", "prototypes"] | None = None,
+    force: bool = False,
 ) -> None:
     """Draw a few samples: the image with both crops, both views, what the student sees, the teachers' folds.
 
@@ -266,9 +277,10 @@ def view_command(
         run: A run folder or checkpoint.
         picture: With --run, "learnt" (the default): predictions, matches, attention, features; "prototypes": the
             patches nearest to the most used ones.
+        force: Replace OUT.png if it exists, but no file of a run and nothing that is read here.
     """
     if run is not None and picture != "views":
-        draw_run(run, beton, out, picture=picture or "learnt", samples=samples, index=index)
+        draw_run(run, beton, out, picture=picture or "learnt", samples=samples, index=index, force=force)
         print(f"wrote {out}")
         return
     if run is None and picture in ("learnt", "prototypes"):
@@ -281,8 +293,16 @@ def view_command(
         complex_recipe=complex_recipe,
     )
     draw_views(
-        beton, out, samples=samples, index=index, seed=seed, epoch=epoch, settings=settings, engine=engine
-    )  # fmt: skip
+        beton,
+        out,
+        samples=samples,
+        index=index,
+        seed=seed,
+        epoch=epoch,
+        settings=settings,
+        engine=engine,
+        force=force,
+    )
     print(f"wrote {out}")
 
 

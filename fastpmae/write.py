@@ -15,6 +15,7 @@ from fastpmae.check import check_beton
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.images import ImageSettings, StoredImage, store
+from fastpmae.outputs import check_no_run_file
 from fastpmae.pages import LARGEST_PAGE, PageWriter
 from fastpmae.sources import Item, Listing, SourceSettings, find_images, printable, read_item
 from fastpmae.table_reader import confine
@@ -22,6 +23,7 @@ from fastpmae.tally import Tally
 from fastpmae.workers import Failure, WorkerPool
 from fastpmae_loaders.beton import Beton
 from fastpmae_loaders.machine import usable_cores
+from fastpmae_loaders.values import checked, local_path
 
 PAGE_SIZE = 8 << 20
 SMALLEST_PAGE = 2 << 20  # FFCV's own limit
@@ -55,6 +57,7 @@ class Written:
     notes: list[str] = field(default_factory=list)
 
 
+@checked
 def write_beton(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -165,6 +168,8 @@ def _check_numbers(workers: int, limit: int | None, page_size: int, timeout: flo
 
 
 def _check_out(source: Path, out: Path, force: bool) -> None:
+    for path in (source, out):
+        local_path(path)
     name = printable(str(out))
     try:
         if out.is_dir():
@@ -174,8 +179,13 @@ def _check_out(source: Path, out: Path, force: bool) -> None:
                 raise UserError(f"{name} exists already; --force replaces it")
             if source.exists() and out.exists() and out.samefile(source):
                 raise UserError(f"{name} is the source itself; name another file to write")
+            if source.is_dir() and out.suffix != ".beton" and out.resolve().is_relative_to(source.resolve()):
+                raise UserError(f"{name} is a file of the source; name another file to write")
+        elif not force and os.path.lexists(bad_list_path(out)):
+            raise UserError(f"{printable(str(bad_list_path(out)))} exists already; --force replaces it")
         if not out.parent.is_dir():
             raise UserError(f"the folder {printable(str(out.parent))} does not exist; make it first")
+        check_no_run_file(out)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 

@@ -5,11 +5,14 @@ import json
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 
-from fastpmae import PRESETS, Config, UserError, preset, read_config
+from fastpmae import PRESETS, Config, UserError, preset, pretrain, read_config
 from fastpmae.architecture import SHAPES, check, shape_of, view_settings, warmup_epochs
-from fastpmae.config import write_config
+from fastpmae.command import read_command
+from fastpmae.config import Efficiency, Optimiser, config_from, write_config
+from fastpmae.course import COURSES
 
 # the paper: section 3.2 (teachers), 3.3 (prototypes), equation 5 (weights), 4 and appendix A (everything else)
 PAPER: dict[str, Any] = {
@@ -236,6 +239,94 @@ def test_using_changes_a_copy() -> None:
     assert changed == {"epochs", "seed", "beton", "labelling_momentum"}
     with pytest.raises(UserError, match="epoch_count"):
         config.using(epoch_count=3)
+
+
+def test_using_converts_what_loses_nothing() -> None:
+    """What reading a checkpoint would refuse is refused before anything is trained, and what it would take is taken."""
+    settings: dict[str, Any] = {"epochs": 1.0, "batch_size": np.int64(16), "lr": 1, "out": "runs/x",
+                                "seed": np.uint8(3), "simple_scale": [0.3, 1], "resume": Path("runs/x"),
+                                "steps": None}  # fmt: skip
+    config = PRESETS["demo"].using(**settings)
+    plain = PRESETS["demo"].using(
+        epochs=1,
+        batch_size=16,
+        lr=1.0,
+        out=Path("runs/x"),
+        seed=3,
+        simple_scale=(0.3, 1.0),
+        resume="runs/x",
+        steps=None,
+    )
+    assert config == plain
+    kinds = [type(value_of(config, name)) for name in settings]
+    assert kinds == [type(value_of(plain, name)) for name in settings]
+    assert config_from(json.loads(json.dumps(config.groups())), "it") == config
+    assert Optimiser(epochs=2.0) == Optimiser(epochs=2)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"precision": "bfloat16"}, "precision is 'bfloat16'; expected 'auto' or 'fp32' or 'bf16'"),
+        ({"device": "cuda:1"}, "device is 'cuda:1'; expected 'auto' or 'cpu' or 'cuda' .*CUDA_VISIBLE_DEVICES=1"),
+        ({"device": "gpu"}, "device is 'gpu'"),
+        ({"compile": False}, r"compile is False; expected 'auto' or 'on' or 'off' \(False is 'off'\)"),
+        ({"compile": True}, r"\(True is 'on'\)"),
+        ({"page_order": True}, "page_order is True"),
+        ({"tensorboard": 0}, "tensorboard is 0; expected True or False"),
+        ({"eval_every": False}, "eval_every is False; expected a whole number"),
+        ({"epochs": 1.5}, r"epochs is 1\.5; expected a whole number"),
+        ({"epochs": "2"}, "epochs is '2'; expected a whole number"),
+        ({"lr": "1e-3"}, "lr is '1e-3'; expected a number"),
+        ({"betas": 0.9}, r"betas is 0\.9; expected 2 values"),
+        ({"resume": True}, "resume is True; expected a text or None"),
+        ({"beton": 3}, "beton is 3; expected a path or None"),
+        ({"model": None}, "model is None; expected a text"),
+        *(({name: "s3://bucket/run"}, "s3://bucket/run: s3:// is not supported")
+          for name in ("beton", "out", "init", "resume", "eval_train", "eval_val")),
+        ({"out": Path("gs://bucket/run")}, "gs://bucket/run: gs:// is not supported"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_of_another_kind_is_refused_when_it_is_set(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        PRESETS["demo"].using(**settings)
+
+
+@pytest.mark.parametrize("change", [{"epochs": "2"}, {"compile": False}])
+def test_nor_is_it_taken_by_another_way(change: dict[str, Any]) -> None:
+    group = Optimiser if "epochs" in change else Efficiency
+    with pytest.raises(UserError, match=f"{next(iter(change))} is "):
+        group(**change)
+    with pytest.raises(UserError, match=f"{next(iter(change))} is "):
+        dataclasses.replace(group(), **change)
+    with pytest.raises(UserError, match="optimiser is "):
+        Config(optimiser=change)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_course_is_checked_as_settings_are() -> None:
+    assert dataclasses.replace(COURSES["small"], epochs=30.0, scale=[0.5, 1]) == dataclasses.replace(
+        COURSES["small"], epochs=30, scale=(0.5, 1.0)
+    )
+    for name, value in (("epochs", "3"), ("pool", True), ("lr", "fast"), ("optimiser", "adam"), ("betas", (0.9,))):
+        with pytest.raises(UserError, match=f"{name} is "):
+            dataclasses.replace(COURSES["small"], **{name: value})
+
+
+@pytest.mark.parametrize("words", [["--out", "s3://b/run"], ["--out=s3://b/run"], ["--resume", "gs://b/run"],
+                                   ["--config", "hf://b/c.json"], ["--beton", "https://b/x.beton"],
+                                   ["--init", "s3://b/w.pth"]])  # fmt: skip
+def test_addresses_on_the_command_line(words: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^\w+://b/\S+: \w+:// is not supported"):
+        read_command(words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [None, {"epochs": 1}, "demo"])
+def test_only_a_config_is_trained_by(wrong: Any) -> None:
+    with pytest.raises(UserError, match="pretrain takes a Config"):
+        pretrain(wrong)
 
 
 def test_a_preset_by_name() -> None:

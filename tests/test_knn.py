@@ -128,3 +128,20 @@ def test_a_small_temperature_is_the_nearest_neighbour_and_none_overflows():
     assert torch.equal(knn_ranked(train, labels, test, (20,), temperature=1e-3)[20][:, 0], nearest)
     with pytest.raises(UserError, match="temperature above 0"):
         knn_ranked(train, labels, test, (20,), temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"k": "3"}, "k is"),
+        ({"k": 1.5}, "k is"),
+        ({"k": True}, "k is"),
+        ({"train_features": np.eye(4)}, "torch.from_numpy"),
+        ({"train_labels": [0, 1, 0, 1]}, "torch.from_numpy"),
+    ],
+)
+def test_arguments_of_another_kind(more, said):
+    rows = {"train_features": torch.eye(4), "train_labels": torch.tensor([0, 1, 0, 1]), "test_features": torch.eye(4)}
+    assert knn_predict(**rows, k=np.int64(2)).tolist() == knn_predict(**rows, k=2.0).tolist()  # pyright: ignore
+    with pytest.raises(UserError, match=said):
+        knn_predict(**(rows | more))

@@ -11,13 +11,13 @@ import os
 import warnings
 import weakref
 import zlib
-from pathlib import Path
 
 import numpy as np
 
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.jpeg import jpeg_size
 from fastpmae_loaders.printable import printable
+from fastpmae_loaders.values import local_path
 
 __all__ = ["JPG", "PIXEL_LIMIT", "RAW", "Beton", "jpeg_size"]
 
@@ -72,7 +72,7 @@ class Beton:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = local_path(path)
         self.data = self._map()
         header = self._records(HEADER, 0, 1, "the header")[0]
         self._check_header(header)

@@ -18,6 +18,7 @@ from .elementary import exponential, round_half_even
 from .errors import UserError
 from .philox import uniform_pair
 from .plan import CALLERS, check_key, draw_permutation
+from .values import Typed
 
 # half of the purposes below the callers'; the views' own begin far lower
 MASKS: Final = CALLERS // 2
@@ -130,7 +131,7 @@ def draw_patches(
 
 
 @dataclass(frozen=True)
-class IBOTMasks:
+class IBOTMasks(Typed):
     """iBOT's masks; the names and defaults are those of its command line (bytedance/ibot, main_ibot.py, loader.py).
 
     Attributes:
@@ -144,6 +145,7 @@ class IBOTMasks:
         UserError: for numbers that make no masks.
     """
 
+    OF = "masks: "
     pred_ratio: float | Sequence[float] = 0.3
     pred_ratio_var: float | Sequence[float] = 0.0
     pred_shape: Literal["block", "rand"] = "block"
@@ -151,6 +153,7 @@ class IBOTMasks:
     pred_aspect_ratio: tuple[float, float] = (0.3, 1 / 0.3)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ratios = self._ratios()
         if not ratios or not all(0 <= spread <= ratio <= ratio + spread <= 1 for ratio, spread in ratios):
             raise UserError(
@@ -200,7 +203,7 @@ class Balanced(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DINOv2Masks:
+class DINOv2Masks(Typed):
     """DINOv2's masks: some crops of a batch masked by shares that cover a range evenly, the others not at all.
 
     The names and defaults are those of its configuration (facebookresearch/dinov2, ssl_default_config.yaml, and
@@ -212,12 +215,14 @@ class DINOv2Masks:
         UserError: for numbers that make no masks.
     """
 
+    OF = "masks: "
     mask_ratio_min_max: tuple[float, float] = (0.1, 0.5)
     mask_sample_probability: float = 0.5
     min_num_patches: int = 4
     min_aspect: float = 0.3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         low, high = self.mask_ratio_min_max
         if not 0 <= low <= high <= 1:
             raise UserError(f"masks: mask_ratio_min_max = {self.mask_ratio_min_max} must be two shares of the patches")

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from .errors import UserError
+from .values import Typed
 
 PARTS = {"cpu": 32, "gpu": 64}
 MOST = 4096
 
 
 @dataclass(frozen=True)
-class DaliSettings:
+class DaliSettings(Typed):
     """Settings of engine="dali". Crops, flips and masks do not depend on them, and no image's pixels on its neighbours.
 
     Attributes:
@@ -22,10 +23,12 @@ class DaliSettings:
         UserError: for numbers that are no such.
     """
 
+    OF = "dali: "
     part: int = 0
     hw_decoder_load: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.part <= MOST:
             raise UserError(f"dali: part = {self.part} must be between 1 and {MOST} images, or 0")
         if not 0 <= self.hw_decoder_load <= 1:

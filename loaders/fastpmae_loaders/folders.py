@@ -19,6 +19,7 @@ from .printable import printable
 from .reading import FILE_LIMIT
 from .shards import list_shards, no_images
 from .splits import choose_split, splits_of_files
+from .values import checked, local_path
 
 if TYPE_CHECKING:  # looking at files needs no torch
     from .engine import Samples
@@ -100,6 +101,7 @@ class ImageFolder(EncodedImages):
         UserError: where there are no images, or no telling what is a class.
     """
 
+    @checked
     def __init__(self, path: str | os.PathLike[str], split: str | None = None, flat: bool = False) -> None:
         root = _existing(path)
         files = Files(root)
@@ -123,6 +125,7 @@ class TarShards(EncodedImages):
         UserError: where there are no shards, or none with an image.
     """
 
+    @checked
     def __init__(
         self,
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -160,7 +163,9 @@ def open_samples(path: "Samples | str | os.PathLike[str]", split: str | None = N
         UserError: where it is none of these, or a folder of both images and shards.
     """
     if not isinstance(path, str | os.PathLike):
-        return path
+        if hasattr(path, "payload"):
+            return path
+        raise UserError(f"{path!r} names no images: give a path, or images that are open")
     root = _existing(path)
     if root.is_file():
         return TarShards(root) if root.suffix.lower() == ".tar" else Beton(root)
@@ -174,7 +179,7 @@ def open_samples(path: "Samples | str | os.PathLike[str]", split: str | None = N
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
-    root = Path(path)
+    root = local_path(path)
     try:
         exists = root.exists()
     except (OSError, ValueError):

@@ -20,6 +20,7 @@ from .recipes import MOST_VIEWS, View
 from .runner import Runner
 from .settings import ViewSettings
 from .transfer import Sent, Transfer
+from .values import checked
 
 FEW = 4
 """So many different samples must fail before their share counts: one bad image in a small file stops nothing."""
@@ -66,6 +67,7 @@ class PairedViews:
         UserError: for arguments that do not fit, files that cannot be read, and too many bad images.
     """
 
+    @checked
     def __init__(
         self,
         samples: Samples | str | os.PathLike[str],
@@ -128,7 +130,10 @@ class PairedViews:
         self._seen = 0
         self._label = np.array(self.samples.label, np.int64)
         self._order: tuple[tuple[int, bool], np.ndarray] | None = None
-        self.device = None if device is None else torch.device(device)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except RuntimeError:
+            raise UserError(f"device is {device!r}; expected one that torch has, such as cpu or cuda:0") from None
         self.transfer = Transfer(self.device or torch.device("cpu"))
         on_gpu = self.transfer.on_gpu
         self._colour = None

@@ -12,6 +12,7 @@ from .errors import UserError
 from .folders import open_samples
 from .recipes import plain_view
 from .runner import Runner
+from .values import checked
 
 
 class PlainViews:
@@ -29,6 +30,7 @@ class PlainViews:
             of another image in its place would be a silent error.
     """
 
+    @checked
     def __init__(
         self,
         samples: Samples | str | os.PathLike[str],

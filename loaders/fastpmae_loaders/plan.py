@@ -16,6 +16,7 @@ from .errors import UserError
 from .philox import fill_uniforms, uniform_pair, words
 from .recipes import View, recipes_of
 from .settings import ViewSettings
+from .values import typed
 
 # of one view: its purposes are 16 apart from the next view's
 CROP: Final = 0
@@ -216,6 +217,8 @@ def draw_plans(
 
 def check_key(seed: int, epoch: int) -> None:
     """Refuse seeds and epochs that do not fit the generator's key and counter."""
+    typed(seed, int, "seed", strict=True)
+    typed(epoch, int, "epoch", strict=True)
     if not 0 <= seed < 2**63:
         raise UserError(f"seed {seed} must be between 0 and 2^63 - 1")
     if not 0 <= epoch < 2**32:

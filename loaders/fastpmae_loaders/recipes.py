@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from .errors import UserError
+from .values import Typed, typed
 
 RECIPE = np.dtype(
     [
@@ -40,7 +41,7 @@ MOST_VIEWS = 64
 
 
 @dataclass(frozen=True)
-class View:
+class View(Typed):
     """One view of an image: a random crop, a flip, and colours; or, with `shorter`, the view of an evaluation.
 
     Attributes:
@@ -61,6 +62,7 @@ class View:
         UserError: for numbers that make no view.
     """
 
+    OF = "view: "
     size: int = 224
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -76,6 +78,8 @@ class View:
     shorter: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         def refuse(name: str, must: str) -> None:
             raise UserError(f"view: {name} = {getattr(self, name)!r} must be {must}")
 
@@ -154,6 +158,7 @@ def plain_view(size: int = 224, crop_ratio: float = 0.875) -> View:
     Raises:
         UserError: for a crop_ratio outside 0.1 ... 1.
     """
+    crop_ratio, size = typed(crop_ratio, float, "crop_ratio"), typed(size, int, "size")
     if not 0.1 <= crop_ratio <= 1:
         raise UserError(f"crop_ratio = {crop_ratio} must be between 0.1 and 1")
     return View(size, flip=0.0, shorter=round(size / crop_ratio))

@@ -5,10 +5,11 @@ from typing import Literal
 
 from .errors import UserError
 from .recipes import View
+from .values import Typed
 
 
 @dataclass(frozen=True)
-class ViewSettings:
+class ViewSettings(Typed):
     """Views and masks of one sample; the defaults are MAE's and DINO's own.
 
     Attributes:
@@ -28,6 +29,7 @@ class ViewSettings:
         UserError: for numbers that make no views.
     """
 
+    OF = "views: "
     image_size: int = 224
     patch_size: int = 16
     mask_ratio: float = 0.75
@@ -48,6 +50,8 @@ class ViewSettings:
     solarise_threshold: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         def refuse(name: str, must: str) -> None:
             raise UserError(f"views: {name} = {getattr(self, name)!r} must be {must}")
 
