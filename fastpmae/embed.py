@@ -44,7 +44,7 @@ def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encode
 
 def encoder_of(checkpoint: Checkpoint, network: Network) -> tuple[Encoder, Config]:
     """The same of a checkpoint that is read already."""
-    config = checkpoint.config
+    config = checkpoint.config_of_encoder
     check(config)
     if network == "random":
         return make_student(config, torch.Generator().manual_seed(config.run.seed)).encoder.eval(), config

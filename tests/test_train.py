@@ -618,11 +618,7 @@ def test_every_method_trains(tiny: Config, name: str):
         for group in ("teachers", "loss")
         for setting in type(getattr(method, group)).__dataclass_fields__
     }
-    folder = pretrain(
-        tiny.using(
-            **settings, decoder_class_token=method.model.decoder_class_token, steps=11, warmup_epochs=0.0, lr=0.05
-        )
-    )
+    folder = pretrain(tiny.using(**settings, steps=11, warmup_epochs=0.0, lr=0.05))
     rows = rows_of(folder)
     assert rows[-1]["loss_m"] < rows[0]["loss_m"]
 
