@@ -305,6 +305,15 @@ def test_a_setting_of_the_wrong_kind_is_named(group: str, name: str, value: Any,
     assert group in str(caught.value) or str(value) in str(caught.value)
 
 
+def test_a_decoder_without_the_class_token_is_refused_and_one_with_it_is_the_only_one(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text('{"run": {"preset": "sdae"}, "model": {"decoder_class_token": true}}')
+    assert read_config(path) == PRESETS["sdae"]
+    path.write_text('{"model": {"decoder_class_token": false}}')
+    with pytest.raises(UserError, match=r"settings\.json asks for a decoder without the class token \(model\.decoder_"):
+        read_config(path)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"run": 3}', '{"run": null}', '{"run": []}', "\x00"])
 def test_a_file_of_something_else_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "settings.json"

@@ -10,7 +10,7 @@ from fastpmae.errors import UserError
 from fastpmae.files import appearing
 
 MARKED = "decoder_class_token"
-"""False in the lines of result files from when the decoder of our SdAE had no class token; later files do not name it."""
+"""False in lines of result files from when the decoder of our SdAE had no class token; later files do not name it."""
 UNLIKE = "Not SdAE, whose decoder keeps the class token in its sequence: measured by an earlier version without it"
 STARTED, ENDED = "started", "ended"
 """The names of a stage's first and last line."""
