@@ -101,7 +101,7 @@ def embed_images(
         network: whose encoder (see `load_encoder`).
         pool: the class token, or the mean of the patch tokens.
         workers: loader threads; 0 takes all cores.
-        crop_ratio: the shorter side is resized to the image size over this ratio before the centre is cut out.
+        crop_ratio: the shorter side is resized to the image size over this ratio, rounded down, and the centre cut out.
         tally: counts the images.
 
     Returns:
@@ -154,7 +154,7 @@ def embed_command(
         batch_size: Images at a time.
         device: Where to compute.
         workers: Loader threads; 0 takes all cores.
-        crop_ratio: The shorter side is resized to the image size over this ratio before the centre is cut out.
+        crop_ratio: The shorter side is resized to the image size over this ratio, rounded down, and the centre cut out.
     """
     rows, labels = embed_images(
         checkpoint,

@@ -39,6 +39,7 @@ class Export:
         more: the projection head with its prototypes, where it was asked for.
         config: the run's settings, where it is a run's.
         mean, std: by which its images are normalised.
+        crop_ratio: of whole images, as they are evaluated and a classifier was tested.
         course: a classifier's training.
         backbone: what the classifier's training started from, in words.
     """
@@ -53,6 +54,7 @@ class Export:
     config: Config | None
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    crop_ratio: float = 0.875
     course: dict[str, Any] | None = None
     backbone: str = ""
 
@@ -98,7 +100,8 @@ def export_encoder(
 
     Returns:
         The arguments for `timm.create_model`, which are also in the file's header as JSON under "timm", as is under
-        "mean" and "std" what images are normalised with: ImageNet's, or what a classifier's first weights wanted.
+        "mean" and "std" what images are normalised with: ImageNet's, or what a classifier's first weights wanted; and
+        under "crop_ratio" what whole images are cut to: 0.875, or what a classifier was tested with.
 
     Raises:
         UserError: when the checkpoint cannot be used, the format cannot hold it, or the file not be written.
@@ -113,6 +116,7 @@ def export_encoder(
         "timm": json.dumps(export.arguments),
         "mean": json.dumps(export.mean),
         "std": json.dumps(export.std),
+        "crop_ratio": json.dumps(export.crop_ratio),
     }
     if out.suffix == ".safetensors":
         if format == "huggingface":
@@ -126,7 +130,7 @@ def export_encoder(
         tensors = _for_transformers(export)
         files = {
             "config.json": model_config(export.shape, size, export.classes),
-            "preprocessor_config.json": image_config(size, export.mean, export.std),
+            "preprocessor_config.json": image_config(size, export.mean, export.std, export.crop_ratio),
         }
     elif format == "timm":
         files = {"config.json": _timm_config(export)}
@@ -199,13 +203,18 @@ def _fine_tuned(path: Path) -> Export:
     try:
         arguments, classes, course = (json.loads(header[name]) for name in ("timm", "classes", "course"))
         normal = [tuple(json.loads(header[name])) for name in ("mean", "std") if name in header]
+        crop_ratio = float(json.loads(header.get("crop_ratio", "0.875")))  # earlier versions did not write it
+        if not 0.1 <= crop_ratio <= 1:
+            raise ValueError
         tensors = load_file(path)
         sizes = (arguments[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"))
         shape = Shape(*sizes)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no fine-tuned ViT of fastpmae-eval") from None
     mean, std = normal if len(normal) == 2 else (IMAGENET_MEAN, IMAGENET_STD)
-    return Export(tensors, arguments, shape, path, "classifier", classes, {}, None, mean, std, course, backbone)
+    return Export(
+        tensors, arguments, shape, path, "classifier", classes, {}, None, mean, std, crop_ratio, course, backbone
+    )
 
 
 def _for_transformers(export: Export) -> dict[str, Tensor]:
@@ -236,7 +245,7 @@ def _timm_config(export: Export) -> dict[str, Any]:
             "input_size": [3, size, size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 0.875,
+            "crop_pct": export.crop_ratio,
             "mean": list(export.mean),
             "std": list(export.std),
             "num_classes": export.arguments["num_classes"],
