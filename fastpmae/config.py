@@ -99,7 +99,7 @@ class TeacherSettings:
     labelling_momentum: tuple[float, float] = (0.996, 1.0)
     """Its momentum, first and last, on a cosine."""
     teacher_init: Literal["copy", "random"] = "copy"
-    """Teachers start as copies of the student, or from random weights and positions of their own, as SdAE's code."""
+    """Teachers start as copies of the student, or from random weights and positions of their own (SdAE's code)."""
 
 
 @dataclass(frozen=True)
