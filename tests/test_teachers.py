@@ -220,10 +220,11 @@ def test_random_teachers_start_as_timm_starts_a_vit() -> None:
     reach = (3 * 4 * 4) ** -0.5
     for teacher in teachers.modules().values():
         encoder = teacher.encoder
-        for block in encoder.blocks:
-            for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
-                assert float(linear.weight.std()) == pytest.approx(0.02, rel=0.05)
-                assert not linear.bias.any()
+        products = [module for module in encoder.modules() if isinstance(module, torch.nn.Linear)]
+        assert len(products) == 4 * 4
+        for product in products:
+            assert float(product.weight.std()) == pytest.approx(0.02, rel=0.05)
+            assert not product.bias.any()
         assert float(encoder.pos_embed.std()) == pytest.approx(0.02, rel=0.05)
         assert 0.01 < float(encoder.cls_token.std()) < 0.04
         for parameter in encoder.patch_embed.proj.parameters():
