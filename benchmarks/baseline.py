@@ -82,13 +82,12 @@ class PlainEncoder(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """MAE's: all patches in their places, a prediction for every one of them."""
+    """MAE's and SdAE's: the class token, then all patches in their places, a prediction for every one of them."""
 
     def __init__(self, config: Config):
         super().__init__()
         model, shape = config.model, shape_of(config.model)
         dim = model.decoder_width
-        self.class_token = model.decoder_class_token
         self.embed = nn.Linear(shape.width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = positions(config.views.image_size // shape.patch_size, dim)
@@ -99,14 +98,13 @@ class PlainDecoder(nn.Module):
         self.norm = LayerNorm(dim)
         self.output = nn.Linear(dim, shape.width)
 
-    def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> Float[Tensor, "batch tokens dim"]:
+    def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> Float[Tensor, "batch 1+patches dim"]:
         tokens = self.embed(encoded)
         hidden = self.mask_token.repeat(len(tokens), masked.shape[1], 1)
         restore = torch.argsort(torch.cat((visible, masked), dim=1), dim=1)
         patches = pick(torch.cat((tokens[:, 1:], hidden), dim=1), restore) + self.pos_embed[:, 1:]
-        if self.class_token:
-            patches = torch.cat((tokens[:, :1] + self.pos_embed[:, :1], patches), dim=1)
-        return self.output(self.norm(self.blocks(patches)))
+        tokens = torch.cat((tokens[:, :1] + self.pos_embed[:, :1], patches), dim=1)
+        return self.output(self.norm(self.blocks(tokens)))
 
 
 class PlainHead(nn.Module):
@@ -231,13 +229,12 @@ class PlainMethod:
         assert student.decoder is not None
         target, label_tokens, class_labels, patch_labels = targets
         decoded = student.decoder(student.encoder(batch.simple, batch.visible), batch.visible, batch.folds)
-        classes, patches = (decoded[:, 0], decoded[:, 1:]) if student.decoder.class_token else (None, decoded)
+        classes, patches = decoded[:, 0], decoded[:, 1:]
         predicted = pick(patches, batch.folds)
         reconstruction = (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()
         if student.head is None or label_tokens is None or class_labels is None or patch_labels is None:
             nothing = torch.zeros_like(reconstruction)
             return PlainLosses(reconstruction, reconstruction, nothing, nothing)
-        assert classes is not None
         temperature = loss.student_temperature
         class_scores = F.log_softmax(student.head(classes, student.head.class_prototypes) / temperature, dim=-1)
         of_class = -(class_labels * class_scores).sum(dim=-1).mean()

@@ -56,7 +56,6 @@ _SDAE: dict[str, Any] = {
     "teachers": "reconstruction",
     "lambda_c": 0.0,
     "lambda_p": 0.0,
-    "decoder_class_token": False,
 }
 
 CASES: dict[str, LearningCase] = {

@@ -112,8 +112,6 @@ def check(config: Config) -> None:
         (0 <= config.model.drop_path < 1, f"--drop-path {config.model.drop_path} is not in [0, 1)"),
         (not labels or teachers.teachers in ("dual", "single"),
          f"--teachers {teachers.teachers} gives no pseudo labels: set --lambda-c 0 --lambda-p 0, or another teacher"),
-        (not (labels or teachers.teachers == "single") or config.model.decoder_class_token,
-         "--no-decoder-class-token leaves no class token to label (--lambda-c, --lambda-p, --teachers single)"),
         (loss.target == "pixels" or teachers.teachers != "none",
          "--teachers none gives no target tokens: set --target pixels, or another teacher"),
         (loss.target == "tokens" or teachers.teachers == "none",
@@ -243,7 +241,6 @@ def build_student(config: Config) -> Student:
         model.decoder_width,
         model.decoder_depth,
         model.decoder_heads,
-        model.decoder_class_token,
         config.efficiency.checkpoint_blocks,
     )
     head = None

@@ -46,11 +46,28 @@ class Checkpoint:
     @property
     def config(self) -> Config:
         """The settings of the run that wrote it."""
-        return config_from(self.progress["config"], str(self.path))
+        return settings_in(self.progress, self.path)
+
+    @property
+    def config_of_encoder(self) -> Config:
+        """The same where the encoder alone is of interest, whatever decoder the run had."""
+        return settings_in(self.progress, self.path, decoder_matters=False)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under `prefix.`, by the rest of their names."""
         return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
+
+
+def settings_in(progress: dict[str, Any], path: Path, *, decoder_matters: bool = True) -> Config:
+    """The settings in a checkpoint's progress, which holds all that its version had: what it lacks was not there yet.
+
+    Raises:
+        UserError: for settings that make no Config (see `config_from`).
+    """
+    settings = progress["config"]
+    config = config_from(settings, str(path), decoder_matters=decoder_matters)
+    # The presets of MAE and SdAE decay tokens by now; the run did not, and goes on as it began.
+    return config if "decay_tokens" in settings.get("optimiser", {}) else config.using(decay_tokens=False)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -9,8 +9,8 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from fastpmae.checkpoint import CheckpointError, checkpoints_in, read_progress
-from fastpmae.config import PRESETS, Config, config_from, preset, read_config
+from fastpmae.checkpoint import CheckpointError, checkpoints_in, read_progress, settings_in
+from fastpmae.config import PRESETS, Config, preset, read_config
 from fastpmae.errors import UserError
 from fastpmae.run import run_of
 from fastpmae_loaders.values import Typed, local_path
@@ -37,7 +37,7 @@ def read_command(arguments: Sequence[str] | None = None) -> Config:
     """The settings that a command line asks for; tyro ends the process with status 2 for flags it does not know.
 
     Raises:
-        UserError: for a preset, config or checkpoint that cannot be read.
+        UserError: for a preset, config or checkpoint that cannot be read, or a flag of earlier versions.
     """
     return parse(Command, "fastpmae-train", DESCRIPTION, arguments).settings
 
@@ -45,6 +45,9 @@ def read_command(arguments: Sequence[str] | None = None) -> Config:
 def parse(kind: type[Given], program: str, description: str, arguments: Sequence[str] | None = None) -> Given:
     """A command line of every setting and of the flags that `kind` adds to them, read as `read_command` does."""
     words = _with_values(list(sys.argv[1:] if arguments is None else arguments))
+    for word in words:
+        if word.replace("_", "-") in ("--decoder-class-token", "--no-decoder-class-token"):
+            raise UserError(f"{word}: every decoder keeps the class token now, as MAE's and SdAE's do; leave it out")
     return tyro.cli(
         tyro.conf.configure(tyro.conf.OmitArgPrefixes)(kind),
         prog=program,
@@ -79,10 +82,10 @@ def settings_of_run(path: Path) -> Config:
     """
     folder = run_of(local_path(path))
     if path.is_file() or (folder is None and path.name.endswith(".safetensors")):
-        return config_from(read_progress(path)["config"], str(path))
+        return settings_in(read_progress(path), path)
     for checkpoint in checkpoints_in(folder) if folder is not None else []:
         with contextlib.suppress(CheckpointError):  # a damaged one is reported when the run is resumed
-            return config_from(read_progress(checkpoint)["config"], str(checkpoint))
+            return settings_in(read_progress(checkpoint), checkpoint)
     config = path / "config.json"
     return read_config(config) if config.exists() else PRESETS["paper"]
 

@@ -77,8 +77,6 @@ class Model(Typed):
     """Its blocks."""
     decoder_heads: int = 16
     """Its attention heads."""
-    decoder_class_token: bool = True
-    """Keep the class token in the decoder; pseudo labels need it, SdAE drops it."""
     head_hidden: int = 2048
     """Width of the projection head's two hidden layers."""
     head_bottleneck: int = 256
@@ -102,7 +100,7 @@ class TeacherSettings(Typed):
     labelling_momentum: tuple[float, float] = (0.996, 1.0)
     """Its momentum, first and last, on a cosine."""
     teacher_init: Literal["copy", "random"] = "copy"
-    """Teachers start as copies of the student, or from random weights of their own."""
+    """Teachers start as copies of the student, or from random weights and positions of their own (SdAE's code)."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class Loss(Typed):
     lambda_p: float = 1.0
     """Weight of the patch pseudo-label loss."""
     cosine_axis: Literal["feature", "token"] = "feature"
-    """Axis of the reconstruction cosine; "token" is what SdAE's released code does."""
+    """Axis of the reconstruction cosine; "token" is what SdAE's released code does, over the tokens of each fold."""
     match_metric: Literal["cosine", "l2"] = "cosine"
     """How near a teacher patch is to a student patch."""
     match_scope: Literal["image", "fold"] = "image"
@@ -150,6 +148,8 @@ class Optimiser(Typed):
     """Epochs of linear warm-up; by default 20 % of all."""
     weight_decay: float = 0.05
     """Not on biases, norms and tokens."""
+    decay_tokens: bool = False
+    """On the class token and the mask token too, as MAE's and SdAE's code does."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's two averaging rates."""
     clip_grad: float = 0.0
@@ -298,7 +298,7 @@ def _named(name: str, base: Config, **settings: Any) -> Config:
 
 _PAPER = Config().using(preset="paper", warmup_epochs=60.0)
 _ABLATION = _named("ablation", Config(), model="vit_small", epochs=100)
-_SDAE = _named("sdae", _PAPER, teachers="reconstruction", lambda_c=0.0, lambda_p=0.0, decoder_class_token=False)
+_SDAE = _named("sdae", _PAPER, teachers="reconstruction", lambda_c=0.0, lambda_p=0.0)
 
 _DEMO = _named(
     "demo",
@@ -329,7 +329,9 @@ PRESETS: dict[str, Config] = {
     "ablation": _ABLATION,
     # SdAE as the paper describes it, and as its authors released it
     "sdae": _SDAE,
-    "sdae-code": _named("sdae-code", _SDAE, cosine_axis="token", teacher_init="random", weight_decay=0.04),
+    "sdae-code": _named(
+        "sdae-code", _SDAE, cosine_axis="token", teacher_init="random", weight_decay=0.04, decay_tokens=True
+    ),
     # MAE's own settings
     "mae": _named(
         "mae",
@@ -343,6 +345,7 @@ PRESETS: dict[str, Config] = {
         batch_size=4096,
         lr=1.5e-4,
         warmup_epochs=40.0,
+        decay_tokens=True,
     ),
     # Table 6: two teachers, or one for both targets
     "dual": _named("dual", _ABLATION),
@@ -392,8 +395,12 @@ def read_config(path: Path) -> Config:
     return config_from(groups, str(path))
 
 
-def config_from(groups: Any, source: str) -> Config:
-    """A Config from nested plain values; `source` names where they come from in the errors."""
+def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Config:
+    """A Config from nested plain values; `source` names where they come from in the errors.
+
+    Args:
+        decoder_matters: False where the encoder alone is of interest, whatever decoder it was trained with.
+    """
     hints = get_type_hints(Config)
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise UserError(f"{source} does not hold groups of settings, like {{'optimiser': {{'epochs': 100}}}}")
@@ -404,6 +411,14 @@ def config_from(groups: Any, source: str) -> Config:
             raise UserError(f"{source} has a group {group!r}; the groups are {', '.join(hints)}")
         kinds = get_type_hints(hints[group])
         for name, value in settings.items():
+            if (group, name) == ("model", "decoder_class_token"):  # in what earlier versions wrote
+                if value is not True and decoder_matters:
+                    raise UserError(
+                        f"{source} asks for a decoder without the class token (model.decoder_class_token), which there "
+                        "is no more, since MAE's and SdAE's keep it: leave that out of a config; a run that was "
+                        "trained so cannot go on, but its encoder can be evaluated, exported and named with --init"
+                    )
+                continue
             if name not in kinds:
                 raise UserError(f"{source} has a setting {group}.{name}, which does not exist")
             value = typed(value, kinds[name], f"{group}.{name} in {source}", strict=True)

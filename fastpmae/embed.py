@@ -47,7 +47,7 @@ def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encode
 
 def encoder_of(checkpoint: Checkpoint, network: Network) -> tuple[Encoder, Config]:
     """The same of a checkpoint that is read already."""
-    config = checkpoint.config
+    config = checkpoint.config_of_encoder
     check(config)
     if network == "random":
         return make_student(config, torch.Generator().manual_seed(config.run.seed)).encoder.eval(), config
@@ -105,7 +105,7 @@ def embed_images(
         network: whose encoder (see `load_encoder`).
         pool: the class token, or the mean of the patch tokens.
         workers: loader threads; 0 takes all cores.
-        crop_ratio: the shorter side is resized to the image size over this ratio before the centre is cut out.
+        crop_ratio: the shorter side is resized to the image size over this ratio, rounded down, and the centre cut out.
         tally: counts the images.
 
     Returns:
@@ -159,7 +159,7 @@ def embed_command(
         batch_size: Images at a time.
         device: Where to compute.
         workers: Loader threads; 0 takes all cores.
-        crop_ratio: The shorter side is resized to the image size over this ratio before the centre is cut out.
+        crop_ratio: The shorter side is resized to the image size over this ratio, rounded down, and the centre cut out.
         force: Replace OUT.npz if it exists, but no file of a run and nothing that is read here.
     """
     check_output(out, force=force, inputs=[checkpoint, beton] if checkpoint.is_file() else [beton])

@@ -34,7 +34,7 @@ class Common:
     image_size: int = 0
     """Side of the images in pixels, with positions interpolated; 0 takes the network's own."""
     crop_ratio: float = 0.875
-    """The shorter side is resized to the image size over this ratio before the centre is cut out."""
+    """The shorter side is resized to the image size over this ratio, rounded down, and the centre cut out."""
     heads: int = 0
     """Attention heads, where the weights do not tell and the width is unusual."""
     engine: Engine = "auto"

@@ -45,6 +45,7 @@ class Export:
         more: the projection head with its prototypes, where it was asked for.
         config: the run's settings, where it is a run's.
         mean, std: by which its images are normalised.
+        crop_ratio: of whole images, as they are evaluated and a classifier was tested.
         course: a classifier's training.
         backbone: what the classifier's training started from, in words.
     """
@@ -59,6 +60,7 @@ class Export:
     config: Config | None
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    crop_ratio: float = 0.875
     course: dict[str, Any] | None = None
     backbone: str = ""
 
@@ -110,7 +112,8 @@ def export_encoder(
 
     Returns:
         The arguments for `timm.create_model`, which are also in the file's header as JSON under "timm", as is under
-        "mean" and "std" what images are normalised with: ImageNet's, or what a classifier's first weights wanted.
+        "mean" and "std" what images are normalised with: ImageNet's, or what a classifier's first weights wanted; and
+        under "crop_ratio" what whole images are cut to: 0.875, or what a classifier was tested with.
 
     Raises:
         UserError: when the checkpoint cannot be used, the format cannot hold it, or the file not be written.
@@ -125,6 +128,7 @@ def export_encoder(
         "timm": json.dumps(export.arguments),
         "mean": json.dumps(export.mean),
         "std": json.dumps(export.std),
+        "crop_ratio": json.dumps(export.crop_ratio),
     }
     if out.suffix == ".safetensors":
         if format == "huggingface":
@@ -139,7 +143,7 @@ def export_encoder(
         tensors = _for_transformers(export)
         files = {
             "config.json": model_config(export.shape, size, export.classes),
-            "preprocessor_config.json": image_config(size, export.mean, export.std),
+            "preprocessor_config.json": image_config(size, export.mean, export.std, export.crop_ratio),
         }
     elif format == "timm":
         files = {"config.json": _timm_config(export)}
@@ -189,7 +193,7 @@ def read_export(path: Path, network: Network, with_head: bool = False) -> Export
         found = read_tuned(tuned)
         return Export(
             found.tensors, found.arguments, found.shape, tuned, "classifier", found.classes, {}, None,
-            found.mean, found.std, found.course, found.backbone,
+            found.mean, found.std, found.crop_ratio, found.course, found.backbone,
         )  # fmt: skip
     checkpoint = find_checkpoint(path)
     encoder, config = encoder_of(checkpoint, network)
@@ -255,7 +259,7 @@ def _timm_config(export: Export) -> dict[str, Any]:
             "input_size": [3, size, size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 0.875,
+            "crop_pct": export.crop_ratio,
             "mean": list(export.mean),
             "std": list(export.std),
             "num_classes": export.arguments["num_classes"],

@@ -311,6 +311,7 @@ def write_classifier(setting: Setting, model: nn.Module, course: Course) -> None
         "backbone": backbone.source,
         "mean": json.dumps(backbone.mean),
         "std": json.dumps(backbone.std),
+        "crop_ratio": json.dumps(setting.crop_ratio),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with appearing(setting.folder / "classifier.safetensors") as beside:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastpmae.architecture import Shape
 from fastpmae.errors import UserError
 from fastpmae.weights import few, with_class_position
+from fastpmae_loaders.recipes import resized_side
 
 OUTSIDE = {
     "cls_token": "embeddings.cls_token",
@@ -88,14 +89,12 @@ def model_config(shape: Shape, image_size: int, classes: list[str] | None) -> di
     return config
 
 
-def image_config(
-    image_size: int, mean: tuple[float, ...], std: tuple[float, ...], crop_ratio: float = 0.875
-) -> dict[str, Any]:
+def image_config(image_size: int, mean: tuple[float, ...], std: tuple[float, ...], crop_ratio: float) -> dict[str, Any]:
     """What preprocessor_config.json says: images as they were evaluated (shorter side resized, the centre cut out)."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": round(image_size / crop_ratio)},
+        "size": {"shortest_edge": resized_side(image_size, crop_ratio)},
         "do_center_crop": True,
         "crop_size": {"height": image_size, "width": image_size},
         "resample": 3,

@@ -41,13 +41,20 @@ def reconstruction_loss(
     predicted: Float[Tensor, "batch masked dim"],
     target: Float[Tensor, "batch masked dim"],
     axis: Literal["feature", "token"] = "feature",
+    fold_sizes: Sequence[int] = (),
 ) -> Float[Tensor, ""]:
     """L_m: one minus the cosine, over the features of each masked token (equation 1).
 
-    SdAE's released code takes the cosine of each feature over the tokens instead, which `axis="token"` gives.
+    Args:
+        axis: "token" takes the cosine of each feature over the tokens of each fold instead, and the mean over folds and
+            features, as SdAE's released code does (engine_pretrain.py: the folds are rows of its batch).
+        fold_sizes: how many of the masked tokens are in each fold, in their order; only "token" asks for them.
     """
-    cosine = F.cosine_similarity(predicted.to(target.dtype), target, dim=2 if axis == "feature" else 1, eps=1e-8)
-    return 1 - cosine.mean()
+    predicted = predicted.to(target.dtype)
+    if axis == "feature":
+        return 1 - F.cosine_similarity(predicted, target, dim=2, eps=1e-8).mean()
+    folds = zip(predicted.split(list(fold_sizes), 1), target.split(list(fold_sizes), 1), strict=True)
+    return 1 - torch.stack([F.cosine_similarity(*fold, dim=1, eps=1e-8) for fold in folds]).mean()
 
 
 def pixel_target(

@@ -221,16 +221,16 @@ class Decoder(nn.Module):
     """A few blocks that predict the tokens of the masked patches from the encoded visible ones.
 
     Attention does not care for the order of tokens, so nothing is put back in its place: each token carries the
-    position of its patch. The masked ones come last, in fold order, and before them the class token.
+    position of its patch. The masked ones come last, in fold order, and before them the class token, which is in the
+    sequence of every method, also where nothing reads what becomes of it (as in MAE's and SdAE's released code).
     """
 
     def __init__(
         self, image_size: int, patch_size: int, encoder_dim: int, output_dim: int, dim: int, depth: int, heads: int,
-        class_token: bool = True, recompute_every: int = 0,
+        recompute_every: int = 0,
     ):  # fmt: skip
         super().__init__()
         side = image_size // patch_size
-        self.class_token = class_token
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = torch.cat([torch.zeros(1, dim), sincos_positions(side, side, dim)])
@@ -250,19 +250,18 @@ class Decoder(nn.Module):
         """The class prediction and the predictions of the masked patches.
 
         Args:
-            labels: whether the class prediction is read; where it is not, or there is no class token, it is None.
+            labels: whether the class prediction is read; where it is not, it is None.
         """
         positions = self.pos_embed[0, 1:]
         mask = self.mask_token + positions[masked]
         # Autocast gives bf16 here; positions and the sums along the blocks stay in the weights' own precision.
         known = self.embed(encoded).to(mask.dtype)
         visible_tokens = known[:, 1:] + positions[visible]
-        tokens = torch.cat([visible_tokens] + [known[:, :1]] * self.class_token + [mask], dim=1)
+        tokens = torch.cat([visible_tokens, known[:, :1], mask], dim=1)
         # Nothing reads the predictions of visible patches: in the last block the others only look at them.
-        reads_class = self.class_token and labels
-        read = masked.shape[1] + reads_class
+        read = masked.shape[1] + labels
         predicted = norm_linear(self.blocks(tokens, last=read), self.norm, self.output)
-        if not reads_class:
+        if not labels:
             return None, predicted
         patches = predicted[:, 1:]
         # DistributedDataParallel copies a view at its first step and not later: the losses would be compiled twice.
@@ -368,6 +367,23 @@ class Student(nn.Module):
             return masked_prediction, None, None
         class_logits, patch_logits = self.head(class_prediction, masked_prediction.flatten(0, 1), chunk)
         return masked_prediction, class_logits, patch_logits
+
+
+@torch.no_grad()
+def initialise_as_timm(encoder: Encoder, generator: torch.Generator) -> None:
+    """An encoder's weights as timm 0.3.2 starts a ViT, positions and all: tokens, positions and products normal .02,
+    norms 1 and 0, the patch embedding as torch starts a convolution."""
+    encoder.cls_token.normal_(std=0.02, generator=generator)
+    encoder.pos_embed.normal_(std=0.02, generator=generator)
+    reach = encoder.patch_embed.proj.weight[0].numel() ** -0.5
+    for parameter in encoder.patch_embed.proj.parameters():
+        parameter.uniform_(-reach, reach, generator=generator)
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(std=0.02, generator=generator)
+            module.bias.zero_()
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
 
 
 def initialise(network: nn.Module, generator: torch.Generator) -> None:

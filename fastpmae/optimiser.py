@@ -23,10 +23,13 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 
 
 def make_optimiser(student: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW over the student; biases, norms and tokens are not decayed."""
+    """Fused AdamW over the student; biases and norms are not decayed, nor are tokens unless the settings say so.
+
+    MAE's and SdAE's code leaves the choice to timm 0.3.2, whose rule spares what has one axis; a token has three there.
+    """
     decayed, spared = [], []
     for name, parameter in student.named_parameters():
-        token = name.endswith(("cls_token", "mask_token"))
+        token = name.endswith(("cls_token", "mask_token")) and not config.optimiser.decay_tokens
         (spared if parameter.ndim <= 1 or token else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.optimiser.weight_decay},

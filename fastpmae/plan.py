@@ -49,7 +49,7 @@ Takes every flag of fastpmae-train, and runs its step on tensors without memory:
 METHODS = {"mae": "mae", "sdae": "sdae", "single-step": "single-step", "single-epoch": "single-epoch", "dual": "paper"}
 """The rows of Table 6 and the presets that they are."""
 OF_A_METHOD = (
-    "teachers", "target", "lambda_c", "lambda_p", "decoder_class_token", "labelling_cadence", "labelling_momentum",
+    "teachers", "target", "lambda_c", "lambda_p", "labelling_cadence", "labelling_momentum",
 )  # fmt: skip
 """What makes a preset the method it is."""
 CHUNKED = {"single-chunk": "single-step", "dual-chunk": "paper"}

@@ -124,7 +124,7 @@ def learn(
     if loss.target == "pixels":
         reconstruction = pixel_loss(predicted, targets.reconstruction)
     else:
-        reconstruction = reconstruction_loss(predicted, targets.reconstruction, loss.cosine_axis)
+        reconstruction = reconstruction_loss(predicted, targets.reconstruction, loss.cosine_axis, batch.fold_sizes)
     if targets.class_labels is None or targets.patch_labels is None or targets.label_tokens is None:
         nothing = torch.zeros_like(reconstruction)
         return Losses(loss.lambda_m * reconstruction, reconstruction, nothing, nothing)

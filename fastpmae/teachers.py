@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpmae.config import TeacherSettings
-from fastpmae.model import Encoder, Head, Student, initialise
+from fastpmae.model import Encoder, Head, Student, initialise, initialise_as_timm
 from fastpmae.shards import local
 
 Cadence = Literal["step", "epoch"]
@@ -98,7 +98,10 @@ class Teachers:
 def make_teachers(
     student: Student, settings: TeacherSettings, steps: int, epochs: int, generator: torch.Generator
 ) -> Teachers:
-    """The teachers of a method, as copies of the student or with random weights of their own (as SdAE starts).
+    """The teachers of a method, as copies of the student or with random weights of their own.
+
+    Random ones start as SdAE's code has its teacher: an encoder as timm makes it, whose positions are random too and
+    come to the student's fixed ones as the weights come to its weights; a head as the student's.
 
     Args:
         student: on the generator's device, which is the CPU.
@@ -123,6 +126,7 @@ def make_teachers(
     if settings.teacher_init == "random":
         for teacher in teachers.modules().values():
             initialise(teacher, generator)
+            initialise_as_timm(teacher.encoder, generator)
     return teachers
 
 
@@ -130,4 +134,9 @@ def _pairs(teacher: Teacher, student: Student) -> tuple[list[Tensor], list[Tenso
     """Weight by weight; of networks in shards this rank's parts, which are cut alike in both."""
     theirs = dict(student.named_parameters())
     named = list(teacher.named_parameters())
-    return [local(weight.detach()) for _, weight in named], [local(theirs[name].detach()) for name, _ in named]
+    mine = [local(weight.detach()) for _, weight in named]
+    # A copy's positions are the student's, and stay so.
+    return (
+        [*mine, teacher.encoder.pos_embed],
+        [*(local(theirs[name].detach()) for name, _ in named), student.encoder.pos_embed],
+    )

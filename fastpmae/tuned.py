@@ -42,6 +42,7 @@ class Tuned:
         arguments: for `timm.create_model`, each of its kind, and of the sizes that the tensors have.
         classes: what they are called; any text.
         mean, std: by which its images are normalised.
+        crop_ratio: of whole images, as it was tested.
         course: the settings of its training that this version knows.
         backbone: what the training started from; any text.
     """
@@ -52,6 +53,7 @@ class Tuned:
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_ratio: float
     course: dict[str, Any]
     backbone: str
 
@@ -69,6 +71,9 @@ def read_tuned(path: Path) -> Tuned:
     try:
         arguments, classes, course = (json.loads(header[name]) for name in ("timm", "classes", "course"))
         normal = [json.loads(header[name]) for name in ("mean", "std") if name in header]
+        # Files of earlier versions do not say it.
+        crop_ratio = typed(json.loads(header.get("crop_ratio", "0.875")), float, "crop_ratio")
+        _require(0.1 <= crop_ratio <= 1, f"crop_ratio is {crop_ratio}")
         tensors = load_file(path)
         mean, std = map(_three, normal) if len(normal) == 2 else (IMAGENET_MEAN, IMAGENET_STD)
         arguments = _arguments(arguments)
@@ -81,7 +86,7 @@ def read_tuned(path: Path) -> Tuned:
     except UserError as error:
         raise UserError(f"{path} is no fine-tuned ViT of fastpmae-eval: {error}") from None
     shape = Shape(*(arguments[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")))
-    return Tuned(tensors, arguments, shape, classes, mean, std, course, backbone)
+    return Tuned(tensors, arguments, shape, classes, mean, std, crop_ratio, course, backbone)
 
 
 def _require(holds: bool, sentence: str) -> None:

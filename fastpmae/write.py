@@ -193,11 +193,8 @@ def _check_out(source: Path, out: Path, force: bool) -> None:
 @contextlib.contextmanager
 def _appearing(out: Path, force: bool) -> Iterator[BinaryIO]:
     """A file that takes the name `out` when the block succeeds, and leaves nothing behind when it does not."""
-    with appearing(out) as beside:
-        with beside.open("wb") as file:
-            yield file
-        if os.path.lexists(out) and not force:
-            raise UserError(f"{printable(str(out))} has appeared meanwhile; --force replaces it")
+    with appearing(out, force) as beside, beside.open("wb") as file:
+        yield file
 
 
 def bad_list_path(out: Path) -> Path:

@@ -92,25 +92,42 @@ def blocks(weights: Weights, tokens: Tokens, heads: int, keep: Tensor | None = N
 
 
 def encode(
-    weights: Weights, image: Tensor, ids: Sequence[int], patch_size: int, heads: int, keep: Tensor | None = None
+    weights: Weights,
+    image: Tensor,
+    ids: Sequence[int],
+    patch_size: int,
+    heads: int,
+    keep: Tensor | None = None,
+    fixed: bool = True,
 ) -> Tokens:
-    """The class token and the patches `ids` of one image, through the encoder."""
+    """The class token and the patches `ids` of one image, through the encoder.
+
+    Positions are MAE's, and none for the class token, or those among the weights, as SdAE's teacher has them.
+    """
     columns = image.shape[2] // patch_size
     kernel = weights["patch_embed.proj.weight"].flatten(1)
-    tokens = [weights["cls_token"].flatten()]
+    table = weights["pos_embed"][0]
+    tokens = [weights["cls_token"].flatten() + (0 if fixed else table[0])]
     for patch in ids:
         embedded = kernel @ pixels_of(image, patch, patch_size).flatten() + weights["patch_embed.proj.bias"]
-        tokens.append(embedded + position(patch // columns, patch % columns, len(embedded)))
+        place = position(patch // columns, patch % columns, len(embedded)) if fixed else table[1 + patch]
+        tokens.append(embedded + place)
     return blocks(weights, tokens, heads, keep)
 
 
 def encode_folds(
-    weights: Weights, image: Tensor, folds: Sequence[int], fold_sizes: Sequence[int], patch_size: int, heads: int
+    weights: Weights,
+    image: Tensor,
+    folds: Sequence[int],
+    fold_sizes: Sequence[int],
+    patch_size: int,
+    heads: int,
+    fixed: bool = True,
 ) -> tuple[Tokens, Tokens]:
     """Class tokens, one a fold, and patch tokens in the order of `folds`."""
     classes, patches, start = [], [], 0
     for size in fold_sizes:
-        first, *rest = encode(weights, image, folds[start : start + size], patch_size, heads)
+        first, *rest = encode(weights, image, folds[start : start + size], patch_size, heads, fixed=fixed)
         classes.append(first)
         patches += rest
         start += size
@@ -124,19 +141,21 @@ def decode(
     masked: Sequence[int],
     grid: int,
     heads: int,
-    class_token: bool = True,
-) -> tuple[Tensor | None, Tokens]:
-    """The class prediction and those of the masked patches, from tokens put back in the order of the image."""
+) -> tuple[Tensor, Tokens]:
+    """The class prediction and those of the masked patches, from tokens put back in the order of the image.
+
+    As MAE and SdAE decode (models_mae.py, forward_decoder): the class token goes first, with a position of zeros, and
+    takes part in every block; a method without labels reads nothing of it afterwards.
+    """
     seen = dict(zip(visible, encoded[1:], strict=True))
-    tokens = [linear(weights, "embed", encoded[0])] if class_token else []
+    tokens = [linear(weights, "embed", encoded[0])]
     for patch in range(grid * grid):
         token = linear(weights, "embed", seen[patch]) if patch in seen else weights["mask_token"].flatten()
         if patch in seen or patch in masked:
             tokens.append(token + position(patch // grid, patch % grid, len(token)))
     outputs = [linear(weights, "output", t) for t in blocks(weights, tokens, heads)]
     order = [patch for patch in range(grid * grid) if patch in seen or patch in masked]
-    first = 1 if class_token else 0
-    return (outputs[0] if class_token else None), [outputs[first + order.index(patch)] for patch in masked]
+    return outputs[0], [outputs[1 + order.index(patch)] for patch in masked]
 
 
 def logits(weights: Weights, token: Tensor, prototypes: str) -> Tensor:
@@ -166,14 +185,32 @@ def pixel_target(image: Tensor, patch: int, patch_size: int) -> Tensor:
     return standardised(torch.cat(values))
 
 
-def reconstruction_loss(predicted: list[Tokens], target: list[Tokens], axis: str = "feature") -> Tensor:
-    """Equation 1 over images and their masked tokens; axis "token" compares each feature over the tokens."""
+def reconstruction_loss(predicted: list[Tokens], target: list[Tokens]) -> Tensor:
+    """Equation 1 over images and their masked tokens."""
     terms = []
     for ours, theirs in zip(predicted, target, strict=True):
-        if axis == "token":
-            ours, theirs = list(torch.stack(ours).T), list(torch.stack(theirs).T)
         terms += [1 - cosine(a, b) for a, b in zip(ours, theirs, strict=True)]
     return torch.stack(terms).mean()
+
+
+def released_loss(predicted: list[Tokens], target: list[Tokens], fold_sizes: Sequence[int]) -> Tensor:
+    """SdAE's loss as released (engine_pretrain.py, train_one_epoch_ema).
+
+    There the masked tokens of an image are cut into its folds, and each fold is a row of a larger batch: for each row
+    and each feature stands the cosine of two vectors whose entries are the tokens of that fold. One minus the mean of
+    them all is the loss.
+    """
+    cosines = []
+    for ours, theirs in zip(predicted, target, strict=True):
+        start = 0
+        for size in fold_sizes:
+            fold = range(start, start + size)
+            for feature in range(len(ours[0])):
+                a = torch.stack([ours[token][feature] for token in fold])
+                b = torch.stack([theirs[token][feature] for token in fold])
+                cosines.append(cosine(a, b))
+            start += size
+    return 1 - torch.stack(cosines).mean()
 
 
 def pixel_loss(predicted: list[Tokens], target: list[Tokens]) -> Tensor:
@@ -240,7 +277,7 @@ def step(
     the two label losses are 0.
     """
     size, heads, loss = config.model.patch_size, config.model.heads, config.loss
-    grid = config.views.image_size // size
+    grid, fixed = config.views.image_size // size, config.teachers.teacher_init == "copy"
     views = {"simple": batch.simple, "complex": batch.complex}
     encoder, decoder, head = (under(student, f"{part}.") for part in ("encoder", "decoder", "head"))
 
@@ -249,9 +286,7 @@ def step(
     for i in range(len(batch.simple)):
         visible, masked = batch.visible[i].tolist(), batch.folds[i].tolist()
         encoded = encode(encoder, batch.simple[i], visible, size, heads, None if keep is None else keep[i])
-        token, tokens = decode(
-            decoder, encoded, visible, masked, grid, config.model.decoder_heads, config.model.decoder_class_token
-        )
+        token, tokens = decode(decoder, encoded, visible, masked, grid, config.model.decoder_heads)
         predicted.append(tokens)
         with torch.no_grad():
             if loss.target == "pixels":
@@ -260,25 +295,26 @@ def step(
                 assert reconstruction_teacher is not None
                 image = views[config.views.reconstruction_view][i]
                 teacher = under(reconstruction_teacher, "encoder.")
-                patches = encode_folds(teacher, image, masked, batch.fold_sizes, size, heads)[1]
+                patches = encode_folds(teacher, image, masked, batch.fold_sizes, size, heads, fixed)[1]
                 targets.append([standardised(patch) for patch in patches])
         if labelling_teacher is None:
             continue
-        assert token is not None
         student_classes.append(logits(head, token, "class_prototypes"))
         student_patches.append([logits(head, patch, "patch_prototypes") for patch in tokens])
         with torch.no_grad():
             image = views[config.views.labelling_view][i]
             teacher, teacher_head = under(labelling_teacher, "encoder."), under(labelling_teacher, "head.")
-            classes, patches = encode_folds(teacher, image, masked, batch.fold_sizes, size, heads)
+            classes, patches = encode_folds(teacher, image, masked, batch.fold_sizes, size, heads, fixed)
             label_tokens.append(patches)
             class_logits += [logits(teacher_head, one, "class_prototypes") for one in classes]
             patch_logits += [logits(teacher_head, one, "patch_prototypes") for one in patches]
 
     if loss.target == "pixels":
         l_m = pixel_loss(predicted, targets)
+    elif loss.cosine_axis == "token":
+        l_m = released_loss(predicted, targets, batch.fold_sizes)
     else:
-        l_m = reconstruction_loss(predicted, targets, loss.cosine_axis)
+        l_m = reconstruction_loss(predicted, targets)
     l_c = l_p = torch.zeros((), dtype=torch.float64)
     if labelling_teacher is not None:
         folds, count = len(batch.fold_sizes), len(batch.folds[0])

@@ -227,8 +227,8 @@ def test_flops_are_those_of_the_products():
 
     pixels = 48 * 16 * 16 * images * 2
     teacher, student = blocks(3 * images, 5, width, 2), blocks(images, 5, width, 2)
-    decoder = blocks(images, 16, deep, 1)
-    ends = 2 * images * (5 * width * deep + 16 * deep * width)
+    decoder = blocks(images, 17, deep, 1)
+    ends = 2 * images * (5 * width * deep + 17 * deep * width)
     # The teacher embeds its view once for all folds; the student's weights have a gradient of their own.
     expected = teacher[0] + teacher[1] + pixels + 2 * pixels + 3 * (student[0] + decoder[0] + ends)
     # Backward of attention is five products for the two of its forward.

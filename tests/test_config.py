@@ -37,6 +37,7 @@ PAPER: dict[str, Any] = {
     "batch_size": 768,
     "lr": 2.666e-4,
     "weight_decay": 0.05,
+    "decay_tokens": False,
     "drop_path": 0.25,
     # left open by the paper; MAE's, DINO's, SwAV's and MC-SSL's own
     "simple_scale": (0.2, 1.0),
@@ -45,7 +46,6 @@ PAPER: dict[str, Any] = {
     "decoder_depth": 8,
     "decoder_width": 512,
     "decoder_heads": 16,
-    "decoder_class_token": True,
     "head_hidden": 2048,
     "head_bottleneck": 256,
     "cosine_axis": "feature",
@@ -57,7 +57,7 @@ PAPER: dict[str, Any] = {
     "betas": (0.9, 0.95),
     "clip_grad": 0.0,
 }
-WITHOUT_LABELS = {"teachers": "reconstruction", "lambda_c": 0.0, "lambda_p": 0.0, "decoder_class_token": False}
+WITHOUT_LABELS = {"teachers": "reconstruction", "lambda_c": 0.0, "lambda_p": 0.0}
 ABLATION = {"model": "vit_small", "epochs": 100}
 DIFFERENT: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -65,7 +65,14 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "ablation": ABLATION,
     "dual": ABLATION,
     "sdae": WITHOUT_LABELS,
-    "sdae-code": {**WITHOUT_LABELS, "cosine_axis": "token", "teacher_init": "random", "weight_decay": 0.04},
+    # engine_pretrain.py, main_pretrain.py and models_teacher.py of AbrahamYabo/SdAE; timm 0.3.2 decides what is decayed
+    "sdae-code": {
+        **WITHOUT_LABELS,
+        "cosine_axis": "token",
+        "teacher_init": "random",
+        "weight_decay": 0.04,
+        "decay_tokens": True,
+    },
     "single-step": {**ABLATION, "teachers": "single"},
     "single-epoch": {
         **ABLATION,
@@ -82,6 +89,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
         "epochs": 1600,
         "batch_size": 4096,
         "lr": 1.5e-4,
+        "decay_tokens": True,
     },
 }
 WARMUP = {"paper": 60, "paper-800": 60, "ablation": 20, "dual": 20, "sdae": 60, "sdae-code": 60, "single-step": 20,
@@ -170,7 +178,6 @@ def test_timms_names_mean_timms_sizes() -> None:
         {"teachers": "reconstruction"},
         {"teachers": "none", "lambda_c": 0.0, "lambda_p": 0.0},
         {"target": "pixels"},
-        {"decoder_class_token": False},
         {"lambda_m": 0.0, "lambda_c": 0.0, "lambda_p": 0.0},
         {"lambda_m": -1.0},
         {"epsilon": 0.0},
@@ -369,6 +376,8 @@ def test_a_file_may_name_a_preset_and_a_few_settings(tmp_path: Path) -> None:
         ("teachers", "teachers", 1),
         ("teachers", "teachers", ["dual"]),
         ("model", "decoder_class_token", 1),
+        ("model", "decoder_class_token", None),
+        ("optimiser", "decay_tokens", 1),
         ("data", "beton", 3),
         ("run", "preset", "papre"),
         ("run", "preset", 3),
@@ -385,6 +394,15 @@ def test_a_setting_of_the_wrong_kind_is_named(group: str, name: str, value: Any,
     with pytest.raises(UserError) as caught:
         read_config(path)
     assert group in str(caught.value) or str(value) in str(caught.value)
+
+
+def test_a_decoder_without_the_class_token_is_refused_and_one_with_it_is_the_only_one(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text('{"run": {"preset": "sdae"}, "model": {"decoder_class_token": true}}')
+    assert read_config(path) == PRESETS["sdae"]
+    path.write_text('{"model": {"decoder_class_token": false}}')
+    with pytest.raises(UserError, match=r"settings\.json asks for a decoder without the class token \(model\.decoder_"):
+        read_config(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"run": 3}', '{"run": null}', '{"run": []}', "\x00"])

@@ -180,10 +180,12 @@ def test_a_fine_tuned_classifier_goes_along(run: Path, small_beton: Path, tmp_pa
     assert config["id2label"] == {"0": "class_0", "1": "class_1", "2": "class_2"}
 
 
-def tuned_from(backbone: Backbone, beton: Path, folder: Path) -> Path:
+def tuned_from(backbone: Backbone, beton: Path, folder: Path, crop_ratio: float = 0.875) -> Path:
     """A classifier that hardly learns, from any weights."""
     train, _ = open_labelled(beton, None)
-    setting = Setting(backbone, train, train, folder, torch.device("cpu"), workers=1, feature_batch=44)
+    setting = Setting(
+        backbone, train, train, folder, torch.device("cpu"), workers=1, crop_ratio=crop_ratio, feature_batch=44
+    )
     train_classifier(setting, dataclasses.replace(COURSES["small"], epochs=1, batch_size=22, warmup_epochs=0.0))
     return folder
 
@@ -217,9 +219,9 @@ def test_a_classifier_of_other_weights_keeps_its_parts_and_normalisation(small_b
     assert not (tmp_path / "hf").exists()
 
 
-def test_what_transformers_is_told_of_the_images_is_the_classifiers_own(run: Path, small_beton: Path, tmp_path: Path):
+def test_what_others_are_told_of_the_images_is_the_classifiers_own(run: Path, small_beton: Path, tmp_path: Path):
     backbone = dataclasses.replace(find_backbone(str(run)), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
-    tuned = tuned_from(backbone, small_beton, tmp_path / "tuned")
+    tuned = tuned_from(backbone, small_beton, tmp_path / "tuned", crop_ratio=0.9)
     with pytest.raises(UserError, match="holds a fine-tuned classifier"):
         load_encoder(tuned)
     with pytest.raises(UserError, match=r"--network labelling_teacher: .* holds a classifier and no run's networks"):
@@ -227,6 +229,14 @@ def test_what_transformers_is_told_of_the_images_is_the_classifiers_own(run: Pat
     export_encoder(tuned, tmp_path / "hf", format="huggingface")
     said = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     assert (said["image_mean"], said["image_std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.2])
+    assert (said["size"], said["crop_size"]["height"]) == ({"shortest_edge": 35}, 32)  # 35.6, rounded down
+    export_encoder(tuned, tmp_path / "timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    resize, crop, *_ = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model)).transforms
+    assert (resize.size, tuple(crop.size)) == (35, (32, 32))
+    export_encoder(run, tmp_path / "run", format="huggingface")
+    said = json.loads((tmp_path / "run" / "preprocessor_config.json").read_text())
+    assert said["size"] == {"shortest_edge": 36}  # of 36.6
 
 
 def test_trainings_that_hold_no_classifier_are_told_by_a_sentence(run: Path, small_beton: Path, tmp_path: Path):

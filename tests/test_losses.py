@@ -33,14 +33,17 @@ def test_a_constant_token_has_a_finite_target() -> None:
     assert not losses.reconstruction_target(torch.full((1, 2, 6), 3.0)).any()
 
 
-@pytest.mark.parametrize("axis", ["feature", "token"])
+@pytest.mark.parametrize("fold_sizes", [(), (7,), (3, 2, 2), (4, 3)], ids=lambda sizes: f"over tokens in {sizes}")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_reconstruction_loss(axis: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_reconstruction_loss(fold_sizes: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
     predicted, target = tokens(1).requires_grad_(), tokens(2)
-    truth = reference.reconstruction_loss(nested(predicted), nested(target), axis)
+    if fold_sizes:
+        truth = reference.released_loss(nested(predicted), nested(target), fold_sizes)
+    else:
+        truth = reference.reconstruction_loss(nested(predicted), nested(target))
     (true_gradient,) = torch.autograd.grad(truth, predicted)
     ours = predicted.detach().to(dtype).requires_grad_()
-    value = losses.reconstruction_loss(ours, target.to(dtype), axis)  # pyright: ignore[reportArgumentType]
+    value = losses.reconstruction_loss(ours, target.to(dtype), "token" if fold_sizes else "feature", fold_sizes)
     (gradient,) = torch.autograd.grad(value, ours)
     torch.testing.assert_close(value.double(), truth, rtol=tolerance, atol=0)
     torch.testing.assert_close(gradient.double(), true_gradient, rtol=tolerance, atol=tolerance * 1e-2)
@@ -48,10 +51,22 @@ def test_reconstruction_loss(axis: str, dtype: torch.dtype, tolerance: float) ->
 
 def test_the_axes_differ_and_end_at_0_and_2() -> None:
     a, b = tokens(1), tokens(2)
-    feature, token = (float(losses.reconstruction_loss(a, b, axis)) for axis in ("feature", "token"))  # pyright: ignore
-    assert abs(feature - token) > 1e-3
+    feature, token, folds = (
+        float(losses.reconstruction_loss(a, b, "token" if sizes else "feature", sizes)) for sizes in ((), (7,), (3, 4))
+    )
+    assert min(abs(feature - token), abs(feature - folds), abs(token - folds)) > 1e-3
+    assert float(losses.reconstruction_loss(a, 3 * a, "token", (3, 4))) == pytest.approx(0, abs=1e-12)
+    assert float(losses.reconstruction_loss(a, -a, "token", (3, 4))) == pytest.approx(2, abs=1e-12)
     assert float(losses.reconstruction_loss(a, 3 * a)) == pytest.approx(0, abs=1e-12)
     assert float(losses.reconstruction_loss(a, -a)) == pytest.approx(2, abs=1e-12)
+
+
+def test_folds_of_the_released_loss_are_rows_of_a_larger_batch() -> None:
+    """As SdAE's code has it: [batch * folds, tokens of a fold, features], and torch's default axis."""
+    a, b = tokens(1, 2, 6), tokens(2, 2, 6)
+    rows = (values.reshape(2 * 3, 2, 6) for values in (a, b))
+    truth = 1 - torch.nn.functional.cosine_similarity(*rows).mean()
+    torch.testing.assert_close(losses.reconstruction_loss(a, b, "token", (2, 2, 2)), truth, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("patch_size", [2, 4])

@@ -159,29 +159,25 @@ def test_the_class_token_has_no_position() -> None:
     assert not Decoder(16, 4, 16, 16, 8, 1, 2).pos_embed[:, 0].any()
 
 
-def made_decoder(class_token: bool = True) -> Decoder:
-    decoder = Decoder(16, 4, 16, 16, 8, 2, 2, class_token)
+def made_decoder() -> Decoder:
+    decoder = Decoder(16, 4, 16, 16, 8, 2, 2)
     disturb(decoder, 2, 0.3)
     widen(decoder)
     return decoder
 
 
-@pytest.mark.parametrize("class_token", [True, False])
-def test_the_decoder_equals_the_reference(class_token: bool) -> None:
-    decoder = made_decoder(class_token)
+def test_the_decoder_equals_the_reference() -> None:
+    decoder = made_decoder()
     encoded = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double()
     order = made_ids(2, 16, 16)
     visible, masked = order[:, :4], order[:, 4:]
     token, tokens = decoder(encoded, visible, masked)
     for i in range(2):
         true_token, true_tokens = reference.decode(
-            reference.weights_of(decoder), list(encoded[i]), visible[i].tolist(), masked[i].tolist(), 4, 2, class_token
+            reference.weights_of(decoder), list(encoded[i]), visible[i].tolist(), masked[i].tolist(), 4, 2
         )
         torch.testing.assert_close(tokens[i], torch.stack(true_tokens), rtol=1e-10, atol=1e-10)
-        if true_token is None:
-            assert token is None
-        else:
-            torch.testing.assert_close(token[i], true_token, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(token[i], true_token, rtol=1e-10, atol=1e-10)
 
 
 def test_a_class_prediction_that_nobody_reads_is_not_computed() -> None:

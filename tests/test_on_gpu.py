@@ -236,7 +236,7 @@ def test_what_was_not_measured_is_not_met(tmp_path: Path):
     assert "| step | cut off |" in page.stages_table(results)
 
 
-def test_what_is_not_quite_sdae_is_marked(tmp_path: Path):
+def test_what_was_measured_when_sdae_was_another_method_is_marked(tmp_path: Path):
     of = {"step/plain/decoder_class_token": True, "step/small/decoder_class_token": False}
     page.write_page(tmp_path / "gpu.md", [gpu_results(tmp_path / "results.jsonl", **of)])
     (line,) = [line for line in (tmp_path / "gpu.md").read_text().splitlines() if line.startswith(page.UNLIKE)]

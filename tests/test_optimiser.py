@@ -51,13 +51,14 @@ def student_of(**settings: Any) -> tuple[Config, Student]:
     return config, tiny_networks(config)[0]
 
 
-def test_what_is_decayed() -> None:
-    config, student = student_of(weight_decay=0.04)
+@pytest.mark.parametrize("tokens", [False, True])
+def test_what_is_decayed(tokens: bool) -> None:
+    config, student = student_of(weight_decay=0.04, decay_tokens=tokens)
     optimiser = make_optimiser(student, config)
     decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
     assert len(decay) == len(list(student.parameters()))
     for name, parameter in student.named_parameters():
-        bare = name.endswith("bias") or "norm" in name or "token" in name
+        bare = name.endswith("bias") or "norm" in name or ("token" in name and not tokens)
         assert decay[id(parameter)] == (0.0 if bare else 0.04), name
     assert {group["betas"] for group in optimiser.param_groups} == {(0.9, 0.95)}
     assert {group["eps"] for group in optimiser.param_groups} == {1e-8}

@@ -19,6 +19,7 @@ from fastpmae import PRESETS, Config, RunError, UserError, preset, pretrain, wri
 from fastpmae import saver as saving
 from fastpmae import train as loop
 from fastpmae.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of, write_checkpoint
+from fastpmae.embed import load_encoder
 from fastpmae.errors import Interrupted
 from fastpmae.log import TIMINGS
 from tests.made import REPOSITORY, write_tree
@@ -641,11 +642,7 @@ def test_every_method_trains(tiny: Config, name: str):
         for group in ("teachers", "loss")
         for setting in type(getattr(method, group)).__dataclass_fields__
     }
-    folder = pretrain(
-        tiny.using(
-            **settings, decoder_class_token=method.model.decoder_class_token, steps=11, warmup_epochs=0.0, lr=0.05
-        )
-    )
+    folder = pretrain(tiny.using(**settings, steps=11, warmup_epochs=0.0, lr=0.05))
     rows = rows_of(folder)
     assert rows[-1]["loss_m"] < rows[0]["loss_m"]
 
@@ -682,6 +679,8 @@ def test_resume_alone_needs_nothing_but_the_folder(tiny: Config):
         (["--preset", "demo", "--checkpoint-blocks", "-2"], "--checkpoint-blocks -2: every so many blocks"),
         (["--batch-size", "sixty"], "--batch-size"),
         (["--epoch", "3"], "--epochs"),
+        (["--preset", "sdae", "--no-decoder-class-token"], "--no-decoder-class-token: every decoder keeps the class"),
+        (["--decoder_class_token"], "--decoder_class_token: every decoder keeps the class token now"),
     ],
 )
 def test_bad_flags_get_a_sentence_and_status_2(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]):
@@ -695,6 +694,56 @@ def test_bad_flags_get_a_sentence_and_status_2(flags: list[str], sentence: str, 
     assert status == 2
     assert sentence in said.err + said.out
     assert "Traceback" not in said.err
+
+
+def as_written_before(folder: Path, step: int, **model: bool) -> Path:
+    """Make a checkpoint one of an earlier version, which knew one more setting of the model, and one less of AdamW."""
+    path = checkpoint_path(folder, step)
+    found = read_checkpoint(path)
+    config = found.progress["config"]
+    config["model"] |= model
+    del config["optimiser"]["decay_tokens"]
+    write_checkpoint(path, found.tensors, found.progress, keep=0)
+    return path
+
+
+def test_a_run_whose_decoder_had_no_class_token_ends_in_a_sentence(tiny: Config, capsys: pytest.CaptureFixture[str]):
+    """It cannot go on; its encoder is read as ever."""
+    folder = pretrain(tiny.using(teachers="reconstruction", lambda_c=0.0, lambda_p=0.0, steps=2))
+    path = as_written_before(folder, 2, decoder_class_token=False)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    for flags in (["--resume", "--out", str(folder)], ["--resume", str(path)], ["--init", str(path), "--resume"]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["fastpmae-train", *flags, "--out", str(folder), "--steps", "3"])
+            assert loop.main() == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{path} asks for a decoder without the class token (model.decoder_class_token)" in line
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    encoder, config = load_encoder(folder)
+    assert config.teachers.teachers == "reconstruction"
+    assert torch.equal(encoder.cls_token, read_checkpoint(path).tensors["student.encoder.cls_token"])
+    began = pretrain(tiny.using(init=path, steps=1, lr=0.0, out=folder.parent / "next"))
+    assert torch.equal(load_encoder(began)[0].cls_token, encoder.cls_token)
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_began(tiny: Config, tmp_path: Path):
+    """MAE's tokens were not decayed, and are not when such a run goes on."""
+    mae = tiny.using(
+        preset="mae", teachers="none", target="pixels", lambda_c=0.0, lambda_p=0.0, warmup_epochs=0.0,
+        weight_decay=0.5, lr=0.01,
+    )  # fmt: skip
+    as_written_before(pretrain(mae.using(steps=2)), 2, decoder_class_token=True)
+    status, text = command("--resume", "--out", str(mae.run.out), "--steps", "4")
+    assert status == 0, text
+    whole, decayed = (
+        pretrain(mae.using(steps=4, decay_tokens=tokens, out=tmp_path / f"decayed-{tokens}"))
+        for tokens in (False, True)
+    )
+    assert mae.run.out is not None
+    assert_same_run(mae.run.out, whole, 4)
+    states = [read_checkpoint(checkpoint_path(run, 4)).tensors["student.encoder.cls_token"] for run in (whole, decayed)]
+    assert not torch.equal(*states)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,8 @@ def tiny_networks(config: Config, total_steps: int = 100) -> tuple[Student, Teac
     widen(student)
     disturb(student, 1)
     for number, teacher in enumerate(teachers.modules().values()):
-        widen(teacher)
+        if config.teachers.teacher_init == "copy":
+            widen(teacher)
+        teacher.double()  # one that starts at random has positions of its own
         disturb(teacher, 2 + number)
     return student, teachers

@@ -10,9 +10,8 @@ from fastpmae.errors import UserError
 from fastpmae.files import appearing
 
 MARKED = "decoder_class_token"
-UNLIKE = (
-    "Not SdAE to the letter, whose decoder keeps the class token in its sequence; measured with a decoder without it"
-)
+"""False in lines of result files from when the decoder of our SdAE had no class token; later files do not name it."""
+UNLIKE = "Not SdAE, whose decoder keeps the class token in its sequence: measured by an earlier version without it"
 STARTED, ENDED = "started", "ended"
 """The names of a stage's first and last line."""
 

@@ -110,8 +110,8 @@ def time_case(task: Task, title: str, name: str, model: str, batch: int, **other
         figures, flops = found.timing.figures(batch), model_flops(found.config)
         task.record.note(
             title, case=name, model=model, batch=batch, compiled=bool(others.get("compiled")),
-            decoder_class_token=found.config.model.decoder_class_token, **figures,
-            flops_of_an_image=flops, flops_per_second=flops * figures["images_per_second"], losses=found.losses,
+            **figures, flops_of_an_image=flops, flops_per_second=flops * figures["images_per_second"],
+            losses=found.losses,
             milliseconds_of={
                 part: 1e3 * statistics.median(parts[part] for parts in found.parts) for part in found.parts[0]
             },

@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks.common import engine_here
 from benchmarks.gpu.images import ORIGINALS, TRAIN, VAL, repeated
 from benchmarks.gpu.task import Task
-from benchmarks.learning_cases import AFTER_MAE, CASES
-from fastpmae.config import PRESETS, read_config, write_config
+from benchmarks.learning_cases import AFTER_MAE
+from fastpmae.config import PRESETS, write_config
 from fastpmae.demo import rows_of
 from fastpmae_loaders import Beton
 
@@ -224,12 +224,9 @@ def learning(task: Task) -> None:
             longest = max(longest, time.monotonic() - began)
             rows = json.loads((results / f"{method}.json").read_text())
             figures = {row["metric"]: row["value"] for row in rows if row["case"] == method}
-            settings = read_config(base)
-            settings = settings.using(**CASES[method].changes(settings))
             task.record.note(
-                f"learning {method}", epochs=task.epochs, seconds_in_all=time.monotonic() - began,
-                decoder_class_token=settings.model.decoder_class_token, **figures,
-            )  # fmt: skip
+                f"learning {method}", epochs=task.epochs, seconds_in_all=time.monotonic() - began, **figures
+            )
 
 
 def base_of(task: Task) -> Path:

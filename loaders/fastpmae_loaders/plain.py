@@ -16,7 +16,7 @@ from .values import checked
 
 
 class PlainViews:
-    """Shorter side resized to image_size / crop_ratio with antialiased bicubic, then the centre.
+    """Shorter side resized to image_size / crop_ratio, rounded down, with antialiased bicubic, then the centre.
 
     Yields (images uint8 [B, 3, S, S], label int64 [B], index int64 [B]); the last batch may be short.
 

@@ -153,7 +153,7 @@ def dino_local(size: int = 96, scale: tuple[float, float] = (0.05, 0.4)) -> View
 
 
 def plain_view(size: int = 224, crop_ratio: float = 0.875) -> View:
-    """Evaluation's: the shorter side resized to size / crop_ratio, then the centre. Nothing is random.
+    """Evaluation's: the shorter side resized to `resized_side`, then the centre. Nothing is random.
 
     Raises:
         UserError: for a crop_ratio outside 0.1 ... 1.
@@ -161,7 +161,15 @@ def plain_view(size: int = 224, crop_ratio: float = 0.875) -> View:
     crop_ratio, size = typed(crop_ratio, float, "crop_ratio"), typed(size, int, "size")
     if not 0.1 <= crop_ratio <= 1:
         raise UserError(f"crop_ratio = {crop_ratio} must be between 0.1 and 1")
-    return View(size, flip=0.0, shorter=round(size / crop_ratio))
+    return View(size, flip=0.0, shorter=resized_side(size, crop_ratio))
+
+
+def resized_side(size: int, crop_ratio: float) -> int:
+    """The shorter side before the centre of `size` pixels is cut out: size / crop_ratio, rounded down.
+
+    So have it timm's validation (transforms_imagenet_eval), MAE's and DeiT's; a pixel more moves every edge.
+    """
+    return math.floor(size / crop_ratio)
 
 
 def recipes_of(views: Sequence[View]) -> np.ndarray:

@@ -1,7 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from fastpmae_loaders import Beton, PlainViews, UserError
@@ -27,7 +30,21 @@ def test_made_images_are_torchvisions(tmp_path, engine, side, ratio):
     assert torch.cat([index for _, _, index in batches]).tolist() == list(range(8))
     assert torch.cat([label for _, label, _ in batches]).tolist() == list(range(0, 80, 10))
     for ours, image in zip(found, images, strict=True):
-        difference = np.abs(ours.astype(int) - torchvisions(image, side, round(side / ratio)))
+        difference = np.abs(ours.astype(int) - torchvisions(image, side, math.floor(side / ratio)))
+        assert difference.max() <= 2, image.shape
+        assert difference.mean() <= 0.25
+
+
+@pytest.mark.parametrize(("side", "ratio"), [(32, 0.9), (48, 0.95), (64, 0.9), (57, 0.875), (63, 0.97), (32, 1.0)])
+def test_whole_images_are_timms(tmp_path, side, ratio):
+    """As its validation makes them, where size / crop_pct is no whole number too (and would round up)."""
+    transform = create_transform(side, interpolation="bicubic", crop_pct=ratio, mean=(0, 0, 0), std=(1, 1, 1))
+    images = [made_pixels(number, *size) for number, size in enumerate([(91, 64), (64, 110), (300, 201), (40, 40)])]
+    file = write_beton(tmp_path / "made.beton", images)
+    with PlainViews(file, 4, image_size=side, crop_ratio=ratio, engine="torch") as views:
+        ((found, _, _),) = views
+    for ours, image in zip(found, images, strict=True):
+        difference = (ours - 255 * transform(Image.fromarray(image))).abs()
         assert difference.max() <= 2, image.shape
         assert difference.mean() <= 0.25
 
