@@ -183,10 +183,57 @@ def test_resume_in_mid_epoch(mixed, engine):
         assert views.state_dict()["batch"] == len(views)
         assert not before.keys() & after.keys()
         assert same({**before, **after}, straight)
-        # at the end of an epoch a new iteration shows it again, and another epoch begins at its beginning
+        # a new iteration shows the whole epoch, and another epoch begins at its beginning
         assert len(list(views)) == len(views)
         views.set_epoch(2)
         assert views.state_dict()["batch"] == 0
+
+
+def test_an_iteration_that_was_broken_off_does_not_shorten_the_next(mixed):
+    with loader(mixed, 4, drop_last=False) as views:
+        whole = [batch.index.tolist() for batch in views]
+        for _ in range(2):
+            for _batch in views:
+                break
+            assert views.state_dict()["batch"] == 1
+            assert [batch.index.tolist() for batch in views] == whole
+        taken = iter(views)
+        next(taken)
+        views.set_epoch(0)
+        assert views.state_dict()["batch"] == 0
+        assert [batch.index.tolist() for batch in views] == whole
+        # only what was loaded goes on in the middle, once
+        views.load_state_dict({**views.state_dict(), "batch": 4})
+        # an iteration that was begun before no longer moves the position
+        next(taken)
+        assert views.state_dict()["batch"] == 4
+        assert [batch.index.tolist() for batch in views] == whole[4:]
+        assert [batch.index.tolist() for batch in views] == whole
+
+
+def test_the_position_is_that_of_the_iteration_begun_last(mixed):
+    with loader(mixed, 4) as views:
+        first = iter(views)
+        next(first)
+        second = iter(views)
+        assert views.state_dict()["batch"] == 0
+        for _ in range(3):
+            next(first)
+        next(second)
+        assert views.state_dict()["batch"] == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_workers_are_one(mixed, engine):
+    """A codebase's `--num_workers 0`, with which it is debugged."""
+    with loader(mixed, 4, engine, workers=0) as none, loader(mixed, 4, engine, workers=1) as one:
+        taken = iter(none)
+        next(taken)
+        assert len(loader_threads()) == 1
+        assert none.workers == 0
+        assert same(rows(none), rows(one))
+    with PlainViews(mixed, 4, 32, engine=engine, workers=0) as plain:
+        assert len(list(plain)) == len(plain)
 
 
 def test_resume_on_other_ranks(mixed):
@@ -374,7 +421,8 @@ def test_a_dropped_loader_takes_its_threads_along(mixed):
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 24}, "make no batch"),
         ({"rank": 1}, "rank 1"),
-        ({"workers": 0}, "workers"),
+        ({"workers": -1}, "workers"),
+        ({"workers": 257}, "workers"),
         ({"ahead": 0}, "ahead"),
         ({"bad_fraction": 2.0}, "bad_fraction"),
         ({"engine": "jax"}, "engine 'jax'"),
