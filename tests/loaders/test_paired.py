@@ -1,6 +1,8 @@
 """What `PairedViews` promises, for both engines."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 from itertools import chain
@@ -393,6 +395,44 @@ def test_a_worker_exception_reaches_the_consumer(mixed):
         with pytest.raises(ZeroDivisionError, match="in a worker"):
             list(views)
         assert threading.active_count() == before
+
+
+FORKED = """
+import os, sys, threading
+from fastpmae_loaders import PairedViews, UserError, mae_view
+views = PairedViews(sys.argv[1], 2, "torch", views=[mae_view(32)], ahead=1)
+taken = iter(views)
+next(taken)
+held, free = threading.Event(), threading.Event()
+def hold():
+    with taken._stream._lock:
+        held.set()
+        free.wait()
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    try:
+        next(taken)
+    except UserError as error:
+        print(error, flush=True)
+    taken.close()
+    print("batches", sum(1 for _ in views), flush=True)
+    sys.exit(0)
+free.set()
+print("status", os.waitpid(child, 0)[1], "rest", sum(1 for _ in taken), flush=True)
+"""
+
+
+def test_a_forked_child_is_told_that_the_iteration_is_its_parents(mixed):
+    """Also where a thread of the parent held the lock when the process was forked."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, mixed], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "begin a new iteration" in lines[0]
+    assert lines[1:] == ["batches 11", "status 0 rest 10"]
 
 
 def test_an_interrupt_leaves_no_thread(mixed):
