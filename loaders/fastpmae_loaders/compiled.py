@@ -25,6 +25,7 @@ _SOURCES = (
     "plan",
     "passes",
     "resize",
+    "bilinear",
     "colour",
     "scratch",
     "views",
