@@ -103,7 +103,7 @@ def test_a_loaders_views_are_pillows(engine, mixed):
 def test_evaluation_may_be_bilinear(mixed):
     beton = Beton(mixed)
     with PlainViews(mixed, 23, 24, engine="torch", interpolation="bilinear") as loader:
-        ((images, _, index),) = loader
+        ((images, _, _index),) = loader
     assert plain_view(24, interpolation="bilinear").interpolation == "bilinear"
     for row in np.flatnonzero(beton.mode == 1):
         image = beton.payload(int(row)).reshape(beton.height[row], beton.width[row], 3)
