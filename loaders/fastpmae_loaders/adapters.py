@@ -327,7 +327,8 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
     In `do_train`, in place of `data_loader = make_data_loader(...)`:
 
         sizes = cfg.crops
-        crops = [dino_global(t, sizes.global_crops_size, sizes.global_crops_scale) for t in ("t1", "t2")]
+        size, scale = sizes.global_crops_size, sizes.global_crops_scale
+        crops = [dino_global(t, size, scale, blur="code") for t in ("t1", "t2")]
         crops += [dino_local(sizes.local_crops_size, sizes.local_crops_scale)] * sizes.local_crops_number
         settings = ViewSettings(image_size=sizes.global_crops_size, patch_size=cfg.student.patch_size)
         loader = PairedViews(cfg.train.dataset_path, cfg.train.batch_size_per_gpu, settings=settings, views=crops,
