@@ -30,6 +30,7 @@ _SOURCES = (
     "scratch",
     "views",
     "blockwise",
+    "multiblock",
     "markers",
 )
 
