@@ -47,8 +47,8 @@ class PairedViews:
         settings: the pair of views, and the masks.
         views: these views instead of the pair, as many as wanted, still with one decode a sample. The masks are
             those of the first; there are none where its size is no multiple of 16 and no settings say otherwise.
-        indices: these samples alone, by their numbers, as torch's `Subset` has it; one may be named more than once. Their
-            views are what they are without it.
+        indices: these samples alone, by their numbers, as torch's `Subset` has it; one may be named more than once.
+            Their views are what they are without it.
         shuffle: a new order each epoch; otherwise the file's own, or that of the indices.
         page_order: shuffle page by page (see epoch_order); None does so where the file is larger than memory.
         workers: threads; 0 is one, as codebases are debugged that take it for the number of processes. torch's own
