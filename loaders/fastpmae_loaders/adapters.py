@@ -4,9 +4,9 @@ Each class is a thin view of a `PairedViews`: it normalises the bytes (on the de
 puts them in the codebase's order and types, and draws that codebase's masks. Ranks, seed, engine, threads and device
 are the loader's, and so is the position that `state_dict` and `load_state_dict` speak of.
 
-As with a `DataLoader` every pass shows new views, also where `set_epoch` is never called (MAE and timm call it in
-distributed runs alone, lightly never). Unlike with a `DataLoader`, a pass that was broken off goes on where it was;
-`set_epoch` with another epoch begins anew.
+As with a `DataLoader` every pass begins anew and shows new views, also where `set_epoch` is never called (MAE and timm
+call it in distributed runs alone, lightly never) and where the pass before was broken off. Only the pass after
+`load_state_dict` goes on in the middle of an epoch, as with torchdata's StatefulDataLoader.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .blockwise import DINOv2Masks, IBOTMasks, draw_patches
+from .dataloader_parts import BatchSampler, Epochs, Sampler, as_it_is
 from .errors import UserError
 from .paired import Iteration, PairedViews
 
@@ -31,21 +32,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Handed = TypeVar("Handed")
-
-
-class Epochs:
-    """What a codebase calls `set_epoch` on, its sampler or its data set, with the real one's length."""
-
-    def __init__(self, adapter: Adapter[Any], count: int) -> None:
-        self._adapter = adapter
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def set_epoch(self, epoch: int) -> None:
-        """Show that epoch's views, in that epoch's order."""
-        self._adapter.set_epoch(epoch)
 
 
 class Adapter(Generic[Handed]):
@@ -68,7 +54,9 @@ class Adapter(Generic[Handed]):
         self.dtype = dtype
         self._mean = torch.tensor([255 * value for value in mean]).view(1, 3, 1, 1)
         self._std = torch.tensor([255 * value for value in std]).view(1, 3, 1, 1)
+        # whether since the last pass an epoch was asked for by name, and whether a position was
         self._told = False
+        self._loaded = False
         self._closed = False
 
     def collate(self, batch: Batch, epoch: int) -> Handed:
@@ -81,17 +69,42 @@ class Adapter(Generic[Handed]):
         return self.loader.batch_size
 
     @property
-    def sampler(self) -> Epochs:
+    def num_workers(self) -> int:
+        """The loader's threads, as they were asked for."""
+        return self.loader.workers
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether an epoch's last samples are left out where they make no whole batch."""
+        return self.loader.drop_last
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches are made where a GPU's copy of them need not be waited for."""
+        return self.loader.pin_memory
+
+    @property
+    def collate_fn(self) -> Callable[[Any], Any]:
+        """What leaves a batch as it is: they are whole when the adapter hands them over."""
+        return as_it_is
+
+    @property
+    def sampler(self) -> Sampler:
         """The sampler's `set_epoch`, and this rank's samples an epoch."""
-        return Epochs(self, len(self.loader) * self.loader.batch_size)
+        return Sampler(self)
+
+    @property
+    def batch_sampler(self) -> BatchSampler:
+        """The same, batch by batch."""
+        return BatchSampler(self)
 
     @property
     def dataset(self) -> Epochs:
         """The data set's `set_epoch`, and all its samples."""
-        return Epochs(self, len(self.loader.samples))
+        return Epochs(self, self.loader.count)
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn to an epoch's beginning; the epoch that the loader is in the middle of goes on where it is."""
+        """Turn to an epoch's beginning, or keep the position within it that `load_state_dict` has just set."""
         self.loader.set_epoch(epoch)
         self._told = True
 
@@ -102,7 +115,7 @@ class Adapter(Generic[Handed]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position: the next pass continues there."""
         self.loader.load_state_dict(state)
-        self._told = False
+        self._told, self._loaded = False, True
 
     def close(self) -> None:
         """End the loader's passes and their threads."""
@@ -116,11 +129,12 @@ class Adapter(Generic[Handed]):
         return images.to(torch.float32).sub_(self._mean).div_(self._std).to(self.dtype)
 
     def _pass(self) -> Iterator[Handed]:
-        """The rest of the loader's epoch; the next epoch where this one is over and nobody asked for it again."""
+        """The loader's epoch; the next one where batches of it were taken and nobody asked for it again."""
         state = self.loader.state_dict()
-        if state["batch"] >= len(self.loader) and not self._told:
+        shown = state["batch"] >= (len(self.loader) if self._loaded else 1)
+        if shown and not self._told:
             self.loader.set_epoch(state["epoch"] + 1)
-        self._told = False
+        self._told = self._loaded = False
         # begun at once, so that the loader works ahead and a later set_epoch does not reach this pass
         return self._handed(iter(self.loader), self.loader.epoch)
 
@@ -186,7 +200,7 @@ class IBOTLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[Tensor]]]):
         data_loader = IBOTLoader(loader, masks, patch_size=pred_size)
 
     `masks=None` hides the loader's own folds in the first crop and as many patches, drawn as evenly, in the others.
-    Crops as large as the first one are global, those after them local.
+    The first `global_crops` views are global, the others local; None takes as many as are as large as the first one.
 
     Contract: bytedance/ibot main_ibot.py, loader.py.
     """
@@ -196,12 +210,13 @@ class IBOTLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[Tensor]]]):
         loader: PairedViews,
         masks: IBOTMasks | None = IBOTMasks(),  # noqa: B008, it is frozen
         patch_size: int | None = None,
+        global_crops: int | None = None,
         **normalising: Any,
     ) -> None:
         super().__init__(loader, **normalising)
         self.masks = masks
         self.grid = grid_of(loader, patch_size, ours=masks is None)
-        self.global_crops = count_globals(loader)
+        self.global_crops = count_globals(loader, global_crops)
 
     def collate(self, batch: Batch, epoch: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """(images, labels, masks)."""
@@ -254,18 +269,14 @@ class TimmLoader(EpochAdapter[tuple[Tensor, Tensor]]):
         random_erasing: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(loader, mean, std, img_dtype)
-        if (loader.samples.label < 0).any():
+        label = loader.samples.label
+        if (label if loader.indices is None else label[loader.indices]).min() < 0:
             raise UserError(f"{loader.samples.path} holds images without a label; timm's train.py needs one for each")
         if type(mixup).__name__ == "FastCollateMixup":
             raise UserError("mixup is a FastCollateMixup, which collates samples: give a timm.data.Mixup")
         self.img_dtype = img_dtype
         self.mixup: Any = mixup
         self.random_erasing = random_erasing
-
-    @property
-    def batch_sampler(self) -> Epochs:
-        """`set_epoch`, and the batches of an epoch."""
-        return Epochs(self, len(self.loader))
 
     @property
     def mixup_enabled(self) -> bool:
@@ -317,7 +328,8 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
     In `do_train`, in place of `data_loader = make_data_loader(...)`:
 
         sizes = cfg.crops
-        crops = [dino_global(t, sizes.global_crops_size, sizes.global_crops_scale) for t in ("t1", "t2")]
+        size, scale = sizes.global_crops_size, sizes.global_crops_scale
+        crops = [dino_global(t, size, scale, blur="code") for t in ("t1", "t2")]
         crops += [dino_local(sizes.local_crops_size, sizes.local_crops_scale)] * sizes.local_crops_number
         settings = ViewSettings(image_size=sizes.global_crops_size, patch_size=cfg.student.patch_size)
         loader = PairedViews(cfg.train.dataset_path, cfg.train.batch_size_per_gpu, settings=settings, views=crops,
@@ -327,6 +339,7 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
         data_loader = DINOv2Loader(loader, masks, cfg.student.patch_size, start_iter)
 
     `start_iter` is the iteration that the run goes on with: the loader is put where it stood then.
+    The first `global_crops` views are global, two as in DINOv2, and the others local, also where they are as large.
     `masks=None` hides the loader's own folds in the first crop and as many patches, drawn as evenly, in the second.
 
     Contract: facebookresearch/dinov2 dinov2/data/collate.py, masking.py, samplers.py, dinov2/train/train.py,
@@ -340,12 +353,13 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
         patch_size: int | None = None,
         start_iter: int = 0,
         dtype: torch.dtype = torch.float16,
+        global_crops: int | None = 2,
         **normalising: Any,
     ) -> None:
         super().__init__(loader, dtype=dtype, **normalising)
         self.masks = masks
         self.grid = grid_of(loader, patch_size, ours=masks is None)
-        self.global_crops = count_globals(loader)
+        self.global_crops = count_globals(loader, global_crops)
         if start_iter:
             epoch, batch = divmod(start_iter, len(loader))
             self.load_state_dict({**loader.state_dict(), "epoch": epoch, "batch": batch})
@@ -405,7 +419,14 @@ def grid_of(loader: PairedViews, patch_size: int | None, ours: bool) -> tuple[in
     return size // patch, size // patch
 
 
-def count_globals(loader: PairedViews) -> int:
-    """How many views come before the first one of another size."""
+def count_globals(loader: PairedViews, wanted: int | None) -> int:
+    """How many views are global: as many as wanted, or (None) those before the first one of another size.
+
+    Raises:
+        UserError: where so many views are not there, or not of one size, which the masks of one grid need.
+    """
     sizes = [view.size for view in loader.views]
-    return next((number for number, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+    alike = next((number for number, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+    if wanted is not None and not 1 <= wanted <= alike:
+        raise UserError(f"global_crops = {wanted}: of the loader's views of {sizes} pixels the first {alike} are alike")
+    return wanted or alike

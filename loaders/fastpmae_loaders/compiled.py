@@ -24,10 +24,12 @@ _SOURCES = (
     "plan",
     "passes",
     "resize",
+    "bilinear",
     "colour",
     "scratch",
     "views",
     "blockwise",
+    "multiblock",
     "markers",
 )
 

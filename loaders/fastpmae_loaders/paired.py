@@ -12,11 +12,22 @@ from torch import Tensor
 
 from .batch import Batch, batch_of
 from .dali_settings import DaliSettings
-from .engine import ATTEMPTS, Job, Samples, Source, advice, check_whole, larger_than_memory, make_job
+from .engine import (
+    ATTEMPTS,
+    Job,
+    Samples,
+    Source,
+    advice,
+    check_whole,
+    chosen,
+    in_a_circle,
+    larger_than_memory,
+    make_job,
+)  # fmt: skip
 from .errors import UserError
 from .folders import open_samples
 from .plan import check_key, epoch_order
-from .recipes import MOST_VIEWS, View
+from .recipes import MOST_VIEWS, View, with_shared
 from .runner import Runner
 from .settings import ViewSettings
 from .transfer import Sent, Transfer
@@ -37,9 +48,10 @@ class PairedViews:
     global batch may be short: it is shared out as evenly as it goes, and a rank may get an empty batch of it,
     so that all ranks see the same number of batches.
 
-    `iter()` goes on from the loader's position in its epoch, which counts the batches that were taken, and
-    does not move on to the next epoch: call `set_epoch`. A loader that has reached the end of its epoch shows
-    that epoch again. Several iterations may run at once.
+    `iter()` begins the loader's epoch anew, whatever became of the iteration before, and does not move on to the
+    next epoch: call `set_epoch`. Only after `load_state_dict` it goes on from the position that was loaded, as in
+    torchdata's StatefulDataLoader. The position counts the batches that were taken from the iteration begun last.
+    Several iterations may run at once.
 
     Args:
         samples: a .beton file, or for the other engines also a folder of images or tar shards; or its path.
@@ -47,9 +59,12 @@ class PairedViews:
         settings: the pair of views, and the masks.
         views: these views instead of the pair, as many as wanted, still with one decode a sample. The masks are
             those of the first; there are none where its size is no multiple of 16 and no settings say otherwise.
-        shuffle: a new order each epoch; otherwise the file's own.
+        indices: these samples alone, by their numbers, as torch's `Subset` has it; one may be named more than once.
+            Their views are what they are without it.
+        shuffle: a new order each epoch; otherwise the file's own, or that of the indices.
         page_order: shuffle page by page (see epoch_order); None does so where the file is larger than memory.
-        workers: threads. torch's own number of threads is never touched.
+        workers: threads; 0 is one, as codebases are debugged that take it for the number of processes. torch's own
+            number of threads is never touched.
         bad_fraction: above this share of samples that do not decode the iteration stops.
         ahead: batches made before they are asked for.
         augment_on: "device" leaves the colours to `colour`, for whole batches on the device, once they are there:
@@ -89,10 +104,14 @@ class PairedViews:
         colour: Colour | None = None,
         dali: DaliSettings | None = None,
         pin_memory: bool | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         self.samples = open_samples(samples)
+        self.indices = None if indices is None else chosen(self.samples, indices)
+        # the samples of an epoch
+        self.count = len(self.samples) if self.indices is None else len(self.indices)
         self.settings = settings or ViewSettings()
-        self.views = self.settings.views if views is None else tuple(views)
+        self.views = self.settings.views if views is None else with_shared(views)
         if not 1 <= len(self.views) <= MOST_VIEWS:
             raise UserError(f"{len(self.views)} views make no batch: ask for 1 to {MOST_VIEWS}")
         size = self.views[0].size
@@ -117,16 +136,18 @@ class PairedViews:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.bad_fraction = bad_fraction
+        self.workers = workers
         self.page_order = larger_than_memory(self.samples) if page_order is None else page_order
         if len(self) == 0:
             raise UserError(
-                f"{self.samples.path}: {len(self.samples)} samples make no batch of {self.global_batch}; "
+                f"{self.samples.path}: {self.count} samples make no batch of {self.global_batch}; "
                 "lower the batch size or set drop_last=False"
             )
         self._failed: dict[int, None] = {}
         self._epoch = 0
         self._batch = 0
         self._resumed = False
+        self._begun = 0
         self._seen = 0
         self._label = np.array(self.samples.label, np.int64)
         self._order: tuple[tuple[int, bool], np.ndarray] | None = None
@@ -136,6 +157,7 @@ class PairedViews:
             raise UserError(f"device is {device!r}; expected one that torch has, such as cpu or cuda:0") from None
         self.transfer = Transfer(self.device or torch.device("cpu"))
         on_gpu = self.transfer.on_gpu
+        self.pin_memory = on_gpu if pin_memory is None else pin_memory
         self._colour = None
         if augment_on == "device" and any(view.coloured for view in self.views):
             self._colour = colour or _change_colours()
@@ -146,17 +168,18 @@ class PairedViews:
             self.settings.patches if masked else 0,
             self.settings.visible if masked else 0,
             colours=self._colour is None,
-            workers=workers,
+            workers=workers or 1,
             device=self.device,
             made_on_device=engine == "dali" and on_gpu,
-            pin_memory=on_gpu if pin_memory is None else pin_memory,
+            pin_memory=self.pin_memory,
             dali=dali or DaliSettings(),
+            following=np.empty(0, np.int64) if self.indices is None else in_a_circle(self.indices, len(self.samples)),
         )
         self._runner = Runner(self._source, engine, ahead)
 
     def __len__(self) -> int:
         """Batches an epoch, the same on every rank."""
-        whole, rest = divmod(len(self.samples), self.global_batch)
+        whole, rest = divmod(self.count, self.global_batch)
         return whole + (rest > 0 and not self.drop_last)
 
     @property
@@ -170,9 +193,9 @@ class PairedViews:
         return list(self._failed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn to an epoch's beginning. The epoch that the loader is in the middle of goes on where it is."""
+        """Turn to an epoch's beginning, or keep the position within it that `load_state_dict` has just set."""
         check_key(self.seed, epoch)
-        if epoch != self._epoch or (self._batch >= len(self) and not self._resumed):
+        if epoch != self._epoch or not self._resumed:
             self._batch = 0
             self._resumed = False
         self._epoch = epoch
@@ -183,7 +206,7 @@ class PairedViews:
             "epoch": self._epoch,
             "batch": self._batch,
             "seed": self.seed,
-            "samples": len(self.samples),
+            "samples": self.count,
             "global_batch": self.global_batch,
             "shuffle": int(self.shuffle),
             "page_order": int(self.page_order),
@@ -195,7 +218,7 @@ class PairedViews:
         Raises:
             UserError: where the state is of other data, another seed or order, or falls within a batch.
         """
-        for name, ours in (("seed", self.seed), ("samples", len(self.samples)), ("shuffle", int(self.shuffle))):
+        for name, ours in (("seed", self.seed), ("samples", self.count), ("shuffle", int(self.shuffle))):
             if state.get(name, ours) != ours:
                 raise UserError(f"the loader's saved position has {name} {state[name]}, this loader {ours}")
         check_key(self.seed, state["epoch"])
@@ -211,15 +234,17 @@ class PairedViews:
         self._epoch = state["epoch"]
         self._batch = min(batch, len(self))
         self._resumed = True
+        # iterations that still run no longer move the position
+        self._begun += 1
         self.page_order = bool(state.get("page_order", self.page_order))
 
     def __iter__(self) -> "Iteration":
         check_whole(self.samples)
-        start = self._batch
-        if start >= len(self) and not self._resumed:
-            start = self._batch = 0
+        if not self._resumed:
+            self._batch = 0
         self._resumed = False
-        return Iteration(self, start)
+        self._begun += 1
+        return Iteration(self, self._batch)
 
     def batch_of(self, index: Sequence[int] | np.ndarray) -> Batch:
         """The samples named, as the current epoch shows them; the position does not change.
@@ -260,18 +285,24 @@ class PairedViews:
         key = (epoch, self.page_order)
         if self._order is None or self._order[0] != key:
             if self.shuffle:
-                pages = self.samples.page_of if self.page_order else None
-                order = epoch_order(self.seed, epoch, len(self.samples), pages)
+                pages = None
+                if self.page_order:
+                    pages = self.samples.page_of if self.indices is None else self.samples.page_of[self.indices]
+                order = epoch_order(self.seed, epoch, self.count, pages)
             else:
-                order = np.arange(len(self.samples), dtype=np.int64)
+                order = np.arange(self.count, dtype=np.int64)
+            if self.indices is not None:
+                order = self.indices[order]
             self._order = (key, order)
         return self._order[1]
 
-    def _job(self, order: np.ndarray, epoch: int, number: int) -> Job:
-        part = order[number * self.global_batch : (number + 1) * self.global_batch]
-        # 64-bit products; all parts are equal unless the batch is short
-        first, last = (len(part) * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        return make_job(part[first:last], epoch, self._source)
+    def share(self, number: int) -> slice:
+        """The places of an epoch's order that this rank's batch `number` shows."""
+        start = number * self.global_batch
+        count = min(self.global_batch, self.count - start)
+        # all parts are equal unless the batch is short
+        first, last = (start + count * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return slice(first, last)
 
     def _send(self, job: Job) -> Sent[Batch]:
         """The job's rows as a batch on its way to where it was asked for."""
@@ -302,14 +333,16 @@ class PairedViews:
         if len(wrong):
             check_whole(self.samples)
         for row in wrong:
-            first, n = int(wanted[row]), len(self.samples)
+            index = int(wanted[row])
             if shown[row] < 0:
                 check_whole(self.samples, unchanged=True)
                 raise UserError(
-                    f"{self.samples.path}: {min(ATTEMPTS, n)} samples in a row, from {first} on, do not decode; "
-                    f"{advice(self.samples)}"
+                    f"{self.samples.path}: {min(ATTEMPTS, self.count)} samples in a row, from {index} on, do not "
+                    f"decode; {advice(self.samples)}"
                 )
-            failed += [(first + step) % n for step in range((int(shown[row]) - first) % n)]
+            while index != shown[row]:
+                failed.append(index)
+                index = self._source.after(index)
         self._seen += len(wanted)
         self._failed.update(dict.fromkeys(failed))
         if len(self._failed) >= FEW and len(self._failed) > self.bad_fraction * self._seen:
@@ -328,11 +361,14 @@ class Iteration(Iterator[Batch]):
     def __init__(self, loader: PairedViews, start: int) -> None:
         self._loader = loader
         self._number = start
+        self._turn = loader._begun
         self._closed = False
         self._next: tuple[Job, Sent[Batch]] | None = None
         order, epoch = loader.order(loader.epoch), loader.epoch
         self._epoch = epoch
-        self._stream = loader._runner.stream(lambda number: loader._job(order, epoch, number), start, len(loader))
+        self._stream = loader._runner.stream(
+            lambda number: make_job(order[loader.share(number)], epoch, loader._source), start, len(loader)
+        )
 
     def __iter__(self) -> "Iteration":
         return self
@@ -352,10 +388,11 @@ class Iteration(Iterator[Batch]):
         except BaseException:
             self.close()
             raise
+        number = self._number
         self._number += 1
-        if loader._epoch == self._epoch:
+        if loader._begun == self._turn and loader._epoch == self._epoch:
             loader._batch = self._number
-        return replace(loader.transfer.take(on_its_way), failed=failed)
+        return replace(loader.transfer.take(on_its_way), failed=failed, number=number)
 
     def _sent(self, wait: bool) -> tuple[Job, Sent[Batch]] | None:
         """The next job, and its batch on its way; None at the end, and without `wait` where it is not ready."""

@@ -1,29 +1,31 @@
 """`PlainViews`: every image once, in the file's order, as evaluation shows it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import Samples, Source, advice, check_whole, make_job
+from .engine import Samples, Source, advice, check_whole, chosen, make_job
 from .errors import UserError
 from .folders import open_samples
-from .recipes import plain_view
+from .recipes import Interpolation, plain_view
 from .runner import Runner
 from .values import checked
 
 
 class PlainViews:
-    """Shorter side resized to image_size / crop_ratio, rounded down, with antialiased bicubic, then the centre.
+    """Shorter side resized to image_size / crop_ratio, rounded down, with an antialiased filter, then the centre.
 
     Yields (images uint8 [B, 3, S, S], label int64 [B], index int64 [B]); the last batch may be short.
 
     Args:
-        workers: threads.
+        workers: threads; 0 is one.
         ahead: batches made before they are asked for.
         pin_memory: make the images where the system leaves them, so that a GPU's copy of them need not be waited for.
+        interpolation: the filter (see `View`).
+        indices: these samples alone, in this order.
 
     Raises:
         UserError: for arguments that do not fit, and for an image that does not decode, naming it: a feature
@@ -41,28 +43,31 @@ class PlainViews:
         workers: int = 2,
         ahead: int = 2,
         pin_memory: bool = False,
+        interpolation: Interpolation = "bicubic",
+        indices: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         self.samples = open_samples(samples)
+        whole = np.arange(len(self.samples), dtype=np.int64)
+        self._order = whole if indices is None else chosen(self.samples, indices)
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size} must be at least 1")
         if not 2 <= image_size <= 4096:
             raise UserError(f"image_size = {image_size} must be between 2 and 4096")
         self.batch_size = batch_size
-        view = plain_view(image_size, crop_ratio)
-        self._source = Source(self.samples, (view,), 0, workers=workers, pin_memory=pin_memory)
+        view = plain_view(image_size, crop_ratio, interpolation)
+        self._source = Source(self.samples, (view,), 0, workers=workers or 1, pin_memory=pin_memory)
         self._label = torch.from_numpy(np.array(self.samples.label, np.int64))
         self._runner = Runner(self._source, engine, ahead)
 
     def __len__(self) -> int:
         """Batches."""
-        return -(-len(self.samples) // self.batch_size)
+        return -(-len(self._order) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         check_whole(self.samples)
-        order = np.arange(len(self.samples), dtype=np.int64)
 
         def job(number: int):
-            part = order[number * self.batch_size : (number + 1) * self.batch_size]
+            part = self._order[number * self.batch_size : (number + 1) * self.batch_size]
             return make_job(part, 0, self._source)
 
         stream = self._runner.stream(job, 0, len(self))

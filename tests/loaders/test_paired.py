@@ -1,6 +1,8 @@
 """What `PairedViews` promises, for both engines."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 from itertools import chain
@@ -146,6 +148,79 @@ def test_unshuffled_is_the_files_order(mixed):
         assert torch.cat([batch.index for batch in views]).tolist() == list(range(23))
 
 
+SOME = [3, 22, 4, 9, 10, 15, 0, 17, 12]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_subset_shows_its_samples_as_the_whole_does(mixed, engine):
+    with loader(mixed, 23, engine, seed=4) as views:
+        whole = rows(views)
+    with loader(mixed, 4, engine, seed=4, indices=SOME, drop_last=False) as views:
+        assert (views.count, len(views)) == (9, 3)
+        batches = list(views)
+        assert torch.cat([batch.index for batch in batches]).tolist() == np.array(SOME)[epoch_order(4, 0, 9)].tolist()
+        assert same(rows(batches), {index: whole[index] for index in SOME})
+        state = views.state_dict()
+    with loader(mixed, 3, engine, seed=4, indices=np.array(SOME), shuffle=False) as views:
+        assert torch.cat([batch.index for batch in views]).tolist() == SOME
+    with loader(mixed, 4, engine, seed=4) as views, pytest.raises(UserError, match="samples 9, this loader 23"):
+        views.load_state_dict(state)
+
+
+def test_a_subset_by_pages_and_with_repetitions(mixed):
+    page_of = Beton(mixed).page_of[SOME]
+    with loader(mixed, 4, page_order=True, drop_last=False, indices=SOME) as views:
+        found = torch.cat([batch.index for batch in views]).tolist()
+    assert found == np.array(SOME)[epoch_order(0, 0, 9, page_of)].tolist()
+    with loader(mixed, 5, shuffle=False, indices=torch.tensor([2, 2, 1, 2, 0])) as views:
+        assert next(iter(views)).index.tolist() == [2, 2, 1, 2, 0]
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "dali"])
+def test_only_a_subsets_own_samples_stand_in_for_broken_ones(broken, engine):
+    """8 is sound and the next of the file; it may be an image that was kept for validation."""
+    if engine == "dali":
+        pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
+    some = [399, 5, 6, 300, 2]
+    with loader(broken, 5, engine, shuffle=False, indices=some, bad_fraction=1.0) as views:
+        batch = next(iter(views))
+    assert batch.index.tolist() == [2, 300, 300, 300, 2]
+    assert sorted(set(batch.failed)) == [5, 6, 399]
+    with (
+        loader(broken, 2, engine, indices=[5, 6], bad_fraction=1.0) as views,
+        pytest.raises(UserError, match="2 samples in"),
+    ):
+        next(iter(views))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ([], "whole numbers"),
+        ([1.5], "whole numbers"),
+        ([[1]], "whole numbers"),
+        ([True], "whole"),
+        ([3, 23], "sample 23"),
+    ],
+)
+def test_impossible_subsets(wrong, said, mixed):
+    with pytest.raises(UserError, match=said):
+        loader(mixed, indices=wrong)
+    with pytest.raises(UserError, match=said):
+        PlainViews(mixed, 4, 32, engine="torch", indices=wrong)
+
+
+def test_a_subset_for_evaluation(mixed):
+    with PlainViews(mixed, 4, 32, engine="torch") as plain:
+        whole = torch.cat([images for images, _, _ in plain])
+    with PlainViews(mixed, 4, 32, engine="torch", indices=SOME) as plain:
+        assert len(plain) == 3
+        images, labels, index = (torch.cat(parts) for parts in zip(*plain, strict=True))
+    assert index.tolist() == SOME
+    assert torch.equal(labels, 10 * index)
+    assert torch.equal(images, whole[SOME])
+
+
 def test_page_order(mixed):
     page_of = Beton(mixed).page_of
     assert len(np.unique(page_of)) > 1
@@ -183,10 +258,57 @@ def test_resume_in_mid_epoch(mixed, engine):
         assert views.state_dict()["batch"] == len(views)
         assert not before.keys() & after.keys()
         assert same({**before, **after}, straight)
-        # at the end of an epoch a new iteration shows it again, and another epoch begins at its beginning
+        # a new iteration shows the whole epoch, and another epoch begins at its beginning
         assert len(list(views)) == len(views)
         views.set_epoch(2)
         assert views.state_dict()["batch"] == 0
+
+
+def test_an_iteration_that_was_broken_off_does_not_shorten_the_next(mixed):
+    with loader(mixed, 4, drop_last=False) as views:
+        whole = [batch.index.tolist() for batch in views]
+        for _ in range(2):
+            for _batch in views:
+                break
+            assert views.state_dict()["batch"] == 1
+            assert [batch.index.tolist() for batch in views] == whole
+        taken = iter(views)
+        next(taken)
+        views.set_epoch(0)
+        assert views.state_dict()["batch"] == 0
+        assert [batch.index.tolist() for batch in views] == whole
+        # only what was loaded goes on in the middle, once
+        views.load_state_dict({**views.state_dict(), "batch": 4})
+        # an iteration that was begun before no longer moves the position
+        next(taken)
+        assert views.state_dict()["batch"] == 4
+        assert [batch.index.tolist() for batch in views] == whole[4:]
+        assert [batch.index.tolist() for batch in views] == whole
+
+
+def test_the_position_is_that_of_the_iteration_begun_last(mixed):
+    with loader(mixed, 4) as views:
+        first = iter(views)
+        next(first)
+        second = iter(views)
+        assert views.state_dict()["batch"] == 0
+        for _ in range(3):
+            next(first)
+        next(second)
+        assert views.state_dict()["batch"] == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_workers_are_one(mixed, engine):
+    """A codebase's `--num_workers 0`, with which it is debugged."""
+    with loader(mixed, 4, engine, workers=0) as none, loader(mixed, 4, engine, workers=1) as one:
+        taken = iter(none)
+        next(taken)
+        assert len(loader_threads()) == 1
+        assert none.workers == 0
+        assert same(rows(none), rows(one))
+    with PlainViews(mixed, 4, 32, engine=engine, workers=0) as plain:
+        assert len(list(plain)) == len(plain)
 
 
 def test_resume_on_other_ranks(mixed):
@@ -219,6 +341,13 @@ def test_a_finished_epoch_resumes_finished(mixed):
         views.load_state_dict(state)
         views.set_epoch(state["epoch"])
         assert list(views) == []
+
+
+def test_batches_are_numbered(mixed):
+    with loader(mixed, 4) as views:
+        assert [batch.number for batch in views] == [0, 1, 2, 3, 4]
+        views.load_state_dict({**views.state_dict(), "batch": 3})
+        assert [batch.number for batch in views] == [3, 4]
 
 
 def test_positions_count_what_was_taken(mixed):
@@ -348,6 +477,44 @@ def test_a_worker_exception_reaches_the_consumer(mixed):
         assert threading.active_count() == before
 
 
+FORKED = """
+import os, sys, threading
+from fastpmae_loaders import PairedViews, UserError, mae_view
+views = PairedViews(sys.argv[1], 2, "torch", views=[mae_view(32)], ahead=1)
+taken = iter(views)
+next(taken)
+held, free = threading.Event(), threading.Event()
+def hold():
+    with taken._stream._lock:
+        held.set()
+        free.wait()
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    try:
+        next(taken)
+    except UserError as error:
+        print(error, flush=True)
+    taken.close()
+    print("batches", sum(1 for _ in views), flush=True)
+    sys.exit(0)
+free.set()
+print("status", os.waitpid(child, 0)[1], "rest", sum(1 for _ in taken), flush=True)
+"""
+
+
+def test_a_forked_child_is_told_that_the_iteration_is_its_parents(mixed):
+    """Also where a thread of the parent held the lock when the process was forked."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, mixed], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "begin a new iteration" in lines[0]
+    assert lines[1:] == ["batches 11", "status 0 rest 10"]
+
+
 def test_an_interrupt_leaves_no_thread(mixed):
     before = threading.active_count()
     with loader(mixed, 2) as views:
@@ -374,7 +541,8 @@ def test_a_dropped_loader_takes_its_threads_along(mixed):
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 24}, "make no batch"),
         ({"rank": 1}, "rank 1"),
-        ({"workers": 0}, "workers"),
+        ({"workers": -1}, "workers"),
+        ({"workers": 257}, "workers"),
         ({"ahead": 0}, "ahead"),
         ({"bad_fraction": 2.0}, "bad_fraction"),
         ({"engine": "jax"}, "engine 'jax'"),
