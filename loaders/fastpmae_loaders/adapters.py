@@ -66,8 +66,7 @@ class Adapter(Generic[Handed]):
     ) -> None:
         self.loader = loader
         self.dtype = dtype
-        self._mean = torch.tensor([255 * value for value in mean]).view(1, 3, 1, 1)
-        self._std = torch.tensor([255 * value for value in std]).view(1, 3, 1, 1)
+        self._mean, self._std = (_channels(values) for values in (mean, std))
         self._told = False
         self._closed = False
 
@@ -361,7 +360,7 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
         # on the host, since the device would have to be waited for to know how many there are
         counts = hidden.sum(1)
         places = hidden.flatten().nonzero().flatten()
-        weights = (1 / counts.clamp(min=1)).repeat_interleave(counts)
+        weights = (1 / counts.clamp(min=1).to(torch.float32)).repeat_interleave(counts)
         carry = self.loader.transfer.carry
         return {
             "collated_global_crops": torch.cat(crops[: self.global_crops]),
@@ -371,7 +370,7 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
             "masks_weight": carry(weights),
             "upperbound": upperbound,
             # written by the device: a list would be copied to it, and the copy waited for
-            "n_masked_patches": torch.full((1,), len(places), device=batch.label.device),
+            "n_masked_patches": torch.full((1,), len(places), dtype=torch.int64, device=batch.label.device),
         }
 
     def _hidden(self, batch: Batch, epoch: int) -> tuple[Bool[Tensor, "crops patches"], int]:
@@ -381,6 +380,11 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
             return torch.from_numpy(drawn.masks), drawn.upperbound
         masks = np.concatenate(own_masks(batch, epoch, seed, self.global_crops, self.grid))
         return torch.from_numpy(masks).flatten(1), int(masks.sum())
+
+
+def _channels(values: tuple[float, ...]) -> Float[Tensor, "1 3 1 1"]:
+    """A number of each channel, for pixels from 0 to 255; in float32 on the host whatever the program's defaults are."""
+    return torch.tensor([255 * value for value in values], dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
 
 
 def own_masks(batch: Batch, epoch: int, seed: int, views: int, grid: tuple[int, int]) -> list[np.ndarray]:

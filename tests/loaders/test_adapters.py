@@ -7,6 +7,7 @@ import shutil
 import textwrap
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace as Names
 from typing import Any
@@ -163,6 +164,21 @@ def test_a_pass_that_ends_early_leaves_no_thread(mixed):
         adapter.close()
         assert list(batches) == []
         assert not [thread for thread in threading.enumerate() if "fastpmae" in thread.name], name
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_programs_defaults_change_nothing(name, mixed):
+    with closing(ADAPTERS[name](mixed)) as adapter:
+        expected = next(iter(adapter))
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        with closing(ADAPTERS[name](mixed)) as adapter:
+            batch = next(iter(adapter))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert equal(batch, expected)
 
 
 def test_two_passes_at_once_begin_at_the_same_batch(mixed):
