@@ -169,6 +169,17 @@ class MAELoader(EpochAdapter[tuple[Tensor, ...]]):
         return images, batch.label, torch.cat([batch.visible, batch.folds], 1)
 
 
+class DINOLoader(EpochAdapter[tuple[list[Tensor], Tensor]]):
+    """`(images, labels)` for DINO's `main_dino.py`: a list of float32 [B, 3, S, S], the global crops first; int64 [B].
+
+    Contract: facebookresearch/dino main_dino.py.
+    """
+
+    def collate(self, batch: Batch, epoch: int) -> tuple[list[Tensor], Tensor]:
+        """(images, labels)."""
+        return [self.normalised(view) for view in batch.views], batch.label
+
+
 class IBOTLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[Tensor]]]):
     """`(images, labels, masks)` for iBOT's `main_ibot.py`.
 
