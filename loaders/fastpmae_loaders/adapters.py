@@ -4,9 +4,9 @@ Each class is a thin view of a `PairedViews`: it normalises the bytes (on the de
 puts them in the codebase's order and types, and draws that codebase's masks. Ranks, seed, engine, threads and device
 are the loader's, and so is the position that `state_dict` and `load_state_dict` speak of.
 
-As with a `DataLoader` every pass shows new views, also where `set_epoch` is never called (MAE and timm call it in
-distributed runs alone, lightly never). Unlike with a `DataLoader`, a pass that was broken off goes on where it was;
-`set_epoch` with another epoch begins anew.
+As with a `DataLoader` every pass begins anew and shows new views, also where `set_epoch` is never called (MAE and timm
+call it in distributed runs alone, lightly never) and where the pass before was broken off. Only the pass after
+`load_state_dict` goes on in the middle of an epoch, as with torchdata's StatefulDataLoader.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .blockwise import DINOv2Masks, IBOTMasks, draw_patches
+from .dataloader_parts import BatchSampler, Epochs, Sampler, as_it_is
 from .errors import UserError
 from .paired import Iteration, PairedViews
 
@@ -31,21 +32,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Handed = TypeVar("Handed")
-
-
-class Epochs:
-    """What a codebase calls `set_epoch` on, its sampler or its data set, with the real one's length."""
-
-    def __init__(self, adapter: Adapter[Any], count: int) -> None:
-        self._adapter = adapter
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def set_epoch(self, epoch: int) -> None:
-        """Show that epoch's views, in that epoch's order."""
-        self._adapter.set_epoch(epoch)
 
 
 class Adapter(Generic[Handed]):
@@ -67,7 +53,9 @@ class Adapter(Generic[Handed]):
         self.loader = loader
         self.dtype = dtype
         self._mean, self._std = (_channels(values) for values in (mean, std))
+        # whether since the last pass an epoch was asked for by name, and whether a position was
         self._told = False
+        self._loaded = False
         self._closed = False
 
     def collate(self, batch: Batch, epoch: int) -> Handed:
@@ -80,9 +68,34 @@ class Adapter(Generic[Handed]):
         return self.loader.batch_size
 
     @property
-    def sampler(self) -> Epochs:
+    def num_workers(self) -> int:
+        """The loader's threads, as they were asked for."""
+        return self.loader.workers
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether an epoch's last samples are left out where they make no whole batch."""
+        return self.loader.drop_last
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches are made where a GPU's copy of them need not be waited for."""
+        return self.loader.pin_memory
+
+    @property
+    def collate_fn(self) -> Callable[[Any], Any]:
+        """What leaves a batch as it is: they are whole when the adapter hands them over."""
+        return as_it_is
+
+    @property
+    def sampler(self) -> Sampler:
         """The sampler's `set_epoch`, and this rank's samples an epoch."""
-        return Epochs(self, len(self.loader) * self.loader.batch_size)
+        return Sampler(self)
+
+    @property
+    def batch_sampler(self) -> BatchSampler:
+        """The same, batch by batch."""
+        return BatchSampler(self)
 
     @property
     def dataset(self) -> Epochs:
@@ -90,7 +103,7 @@ class Adapter(Generic[Handed]):
         return Epochs(self, len(self.loader.samples))
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn to an epoch's beginning; the epoch that the loader is in the middle of goes on where it is."""
+        """Turn to an epoch's beginning, or keep the position within it that `load_state_dict` has just set."""
         self.loader.set_epoch(epoch)
         self._told = True
 
@@ -101,7 +114,7 @@ class Adapter(Generic[Handed]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position: the next pass continues there."""
         self.loader.load_state_dict(state)
-        self._told = False
+        self._told, self._loaded = False, True
 
     def close(self) -> None:
         """End the loader's passes and their threads."""
@@ -115,11 +128,12 @@ class Adapter(Generic[Handed]):
         return images.to(torch.float32).sub_(self._mean).div_(self._std).to(self.dtype)
 
     def _pass(self) -> Iterator[Handed]:
-        """The rest of the loader's epoch; the next epoch where this one is over and nobody asked for it again."""
+        """The loader's epoch; the next one where batches of it were taken and nobody asked for it again."""
         state = self.loader.state_dict()
-        if state["batch"] >= len(self.loader) and not self._told:
+        shown = state["batch"] >= (len(self.loader) if self._loaded else 1)
+        if shown and not self._told:
             self.loader.set_epoch(state["epoch"] + 1)
-        self._told = False
+        self._told = self._loaded = False
         # begun at once, so that the loader works ahead and a later set_epoch does not reach this pass
         return self._handed(iter(self.loader), self.loader.epoch)
 
@@ -271,11 +285,6 @@ class TimmLoader(EpochAdapter[tuple[Tensor, Tensor]]):
         self.img_dtype = img_dtype
         self.mixup: Any = mixup
         self.random_erasing = random_erasing
-
-    @property
-    def batch_sampler(self) -> Epochs:
-        """`set_epoch`, and the batches of an epoch."""
-        return Epochs(self, len(self.loader))
 
     @property
     def mixup_enabled(self) -> bool:

@@ -36,9 +36,10 @@ class PairedViews:
     global batch may be short: it is shared out as evenly as it goes, and a rank may get an empty batch of it,
     so that all ranks see the same number of batches.
 
-    `iter()` goes on from the loader's position in its epoch, which counts the batches that were taken, and
-    does not move on to the next epoch: call `set_epoch`. A loader that has reached the end of its epoch shows
-    that epoch again. Several iterations may run at once.
+    `iter()` begins the loader's epoch anew, whatever became of the iteration before, and does not move on to the
+    next epoch: call `set_epoch`. Only after `load_state_dict` it goes on from the position that was loaded, as in
+    torchdata's StatefulDataLoader. The position counts the batches that were taken from the iteration begun last.
+    Several iterations may run at once.
 
     Args:
         samples: a .beton file, or for the other engines also a folder of images or tar shards; or its path.
@@ -48,7 +49,8 @@ class PairedViews:
             those of the first; there are none where its size is no multiple of 16 and no settings say otherwise.
         shuffle: a new order each epoch; otherwise the file's own.
         page_order: shuffle page by page (see epoch_order); None does so where the file is larger than memory.
-        workers: threads. torch's own number of threads is never touched.
+        workers: threads; 0 is one, as codebases are debugged that take it for the number of processes. torch's own
+            number of threads is never touched.
         bad_fraction: above this share of samples that do not decode the iteration stops.
         ahead: batches made before they are asked for.
         augment_on: "device" leaves the colours to `colour`, for whole batches on the device, once they are there:
@@ -115,6 +117,7 @@ class PairedViews:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.bad_fraction = bad_fraction
+        self.workers = workers
         self.page_order = larger_than_memory(self.samples) if page_order is None else page_order
         if len(self) == 0:
             raise UserError(
@@ -125,12 +128,14 @@ class PairedViews:
         self._epoch = 0
         self._batch = 0
         self._resumed = False
+        self._begun = 0
         self._seen = 0
         self._label = np.array(self.samples.label, np.int64)
         self._order: tuple[tuple[int, bool], np.ndarray] | None = None
         self.device = None if device is None else torch.device(device)
         self.transfer = Transfer(self.device or torch.device("cpu"))
         on_gpu = self.transfer.on_gpu
+        self.pin_memory = on_gpu if pin_memory is None else pin_memory
         self._colour = None
         if augment_on == "device" and any(view.coloured for view in self.views):
             self._colour = colour or _change_colours()
@@ -141,10 +146,10 @@ class PairedViews:
             self.settings.patches if masked else 0,
             self.settings.visible if masked else 0,
             colours=self._colour is None,
-            workers=workers,
+            workers=workers or 1,
             device=self.device,
             made_on_device=engine == "dali" and on_gpu,
-            pin_memory=on_gpu if pin_memory is None else pin_memory,
+            pin_memory=self.pin_memory,
             dali=dali or DaliSettings(),
         )
         self._runner = Runner(self._source, engine, ahead)
@@ -165,9 +170,9 @@ class PairedViews:
         return list(self._failed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn to an epoch's beginning. The epoch that the loader is in the middle of goes on where it is."""
+        """Turn to an epoch's beginning, or keep the position within it that `load_state_dict` has just set."""
         check_key(self.seed, epoch)
-        if epoch != self._epoch or (self._batch >= len(self) and not self._resumed):
+        if epoch != self._epoch or not self._resumed:
             self._batch = 0
             self._resumed = False
         self._epoch = epoch
@@ -206,14 +211,16 @@ class PairedViews:
         self._epoch = state["epoch"]
         self._batch = min(batch, len(self))
         self._resumed = True
+        # iterations that still run no longer move the position
+        self._begun += 1
         self.page_order = bool(state.get("page_order", self.page_order))
 
     def __iter__(self) -> "Iteration":
-        start = self._batch
-        if start >= len(self) and not self._resumed:
-            start = self._batch = 0
+        if not self._resumed:
+            self._batch = 0
         self._resumed = False
-        return Iteration(self, start)
+        self._begun += 1
+        return Iteration(self, self._batch)
 
     def batch_of(self, index: Sequence[int] | np.ndarray) -> Batch:
         """The samples named, as the current epoch shows them; the position does not change.
@@ -260,11 +267,13 @@ class PairedViews:
             self._order = (key, order)
         return self._order[1]
 
-    def _job(self, order: np.ndarray, epoch: int, number: int) -> Job:
-        part = order[number * self.global_batch : (number + 1) * self.global_batch]
-        # 64-bit products; all parts are equal unless the batch is short
-        first, last = (len(part) * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        return make_job(part[first:last], epoch, self._source)
+    def share(self, number: int) -> slice:
+        """The places of an epoch's order that this rank's batch `number` shows."""
+        start = number * self.global_batch
+        count = min(self.global_batch, len(self.samples) - start)
+        # all parts are equal unless the batch is short
+        first, last = (start + count * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return slice(first, last)
 
     def _send(self, job: Job) -> Sent[Batch]:
         """The job's rows as a batch on its way to where it was asked for."""
@@ -317,11 +326,14 @@ class Iteration(Iterator[Batch]):
     def __init__(self, loader: PairedViews, start: int) -> None:
         self._loader = loader
         self._number = start
+        self._turn = loader._begun
         self._closed = False
         self._next: tuple[Job, Sent[Batch]] | None = None
         order, epoch = loader.order(loader.epoch), loader.epoch
         self._epoch = epoch
-        self._stream = loader._runner.stream(lambda number: loader._job(order, epoch, number), start, len(loader))
+        self._stream = loader._runner.stream(
+            lambda number: make_job(order[loader.share(number)], epoch, loader._source), start, len(loader)
+        )
 
     def __iter__(self) -> "Iteration":
         return self
@@ -342,7 +354,7 @@ class Iteration(Iterator[Batch]):
             self.close()
             raise
         self._number += 1
-        if loader._epoch == self._epoch:
+        if loader._begun == self._turn and loader._epoch == self._epoch:
             loader._batch = self._number
         return replace(loader.transfer.take(on_its_way), failed=failed)
 

@@ -20,7 +20,7 @@ class PlainViews:
     Yields (images uint8 [B, 3, S, S], label int64 [B], index int64 [B]); the last batch may be short.
 
     Args:
-        workers: threads.
+        workers: threads; 0 is one.
         ahead: batches made before they are asked for.
         pin_memory: make the images where the system leaves them, so that a GPU's copy of them need not be waited for.
 
@@ -47,7 +47,7 @@ class PlainViews:
             raise UserError(f"image_size = {image_size} must be between 2 and 4096")
         self.batch_size = batch_size
         view = plain_view(image_size, crop_ratio)
-        self._source = Source(self.samples, (view,), 0, workers=workers, pin_memory=pin_memory)
+        self._source = Source(self.samples, (view,), 0, workers=workers or 1, pin_memory=pin_memory)
         self._label = torch.from_numpy(np.array(self.samples.label, np.int64))
         self._runner = Runner(self._source, engine, ahead)
 

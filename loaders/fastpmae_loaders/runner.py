@@ -34,7 +34,7 @@ class Runner:
 
     def __init__(self, source: Source, engine: str, ahead: int) -> None:
         if not 1 <= source.workers <= MOST_THREADS:
-            raise UserError(f"workers = {source.workers} must be between 1 and {MOST_THREADS} threads")
+            raise UserError(f"workers = {source.workers} must be between 0 and {MOST_THREADS} threads")
         if not 1 <= ahead <= 64:
             raise UserError(f"ahead = {ahead} must be between 1 and 64 batches")
         self._source = source

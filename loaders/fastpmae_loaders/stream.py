@@ -5,12 +5,14 @@ a batch's end for the slowest. No numba parallel region is used: its thread pool
 """
 
 import atexit
+import os
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 
 from .engine import Engine, Job
+from .errors import UserError
 from .scratch import Scratch
 
 
@@ -40,6 +42,8 @@ class Stream:
         self._jobs: dict[int, Job] = {}
         self._error: BaseException | None = None
         self._stopped = False
+        # a forked child has none of the threads, and whatever lock one of them held
+        self._process = os.getpid()
         # entered by itself and not by way of the condition, whose `with` can be interrupted while it holds the lock
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -63,7 +67,15 @@ class Stream:
         """The next batch, in order; None when there is no more. Raises what a thread raised.
 
         Without `wait` None also where it is not ready, and what a thread raised is left to the next call that waits.
+
+        Raises:
+            UserError: in a process that was forked from the one that made the stream.
         """
+        if os.getpid() != self._process:
+            raise UserError(
+                f"process {os.getpid()} goes on with an iteration that process {self._process} began before it was "
+                "forked: its threads are not here, begin a new iteration"
+            )
         with self._lock:
             if self._taken >= self._count:
                 return None
@@ -88,6 +100,9 @@ class Stream:
 
     def close(self) -> None:
         """End the threads and wait until they are gone. Harmless when done twice."""
+        if os.getpid() != self._process:
+            self._stopped = True
+            return
         with self._lock:
             self._stopped = True
             for job in self._jobs.values():

@@ -20,7 +20,7 @@ from PIL import Image
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import Normalize
 
 import fastpmae_loaders
@@ -46,6 +46,7 @@ from fastpmae_loaders.adapters import (
     TimmLoader,
 )
 from fastpmae_loaders.blockwise import DINOv2Masks, IBOTMasks
+from fastpmae_loaders.dataloader_parts import AdapterDataset
 from tests.made import REPOSITORY, made_image
 
 SETTINGS = ViewSettings(image_size=32, patch_size=8, folds=3)
@@ -140,6 +141,82 @@ def test_a_finished_epoch_that_is_asked_for_after_a_resume_is_over(name, mixed):
     assert list(resumed) == []
     resumed.set_epoch(1)
     assert equal(list(resumed), list(adapter))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_pass_that_was_broken_off_does_not_shorten_the_next(name, mixed):
+    """A look at a batch, Lightning's sanity check, a limit on the batches of an epoch: a DataLoader begins anew."""
+    adapter, expected = ADAPTERS[name](mixed), []
+    for epoch in range(3):
+        adapter.set_epoch(epoch)
+        expected.append(list(itertools.islice(adapter, 23 // BATCH)))
+    for limit in (1, 2):
+        adapter = ADAPTERS[name](mixed)
+        assert equal(list(itertools.islice(adapter, limit)), expected[0][:limit])
+        # as with a DataLoader the views are new ones
+        assert equal(list(itertools.islice(adapter, limit)), expected[1][:limit])
+        assert equal(list(itertools.islice(adapter, 23 // BATCH)), expected[2])
+        # an epoch that is asked for by name is shown from its beginning
+        adapter.set_epoch(1)
+        list(itertools.islice(adapter, limit))
+        adapter.set_epoch(1)
+        assert equal(list(itertools.islice(adapter, 23 // BATCH)), expected[1])
+
+
+def test_every_validation_sees_every_image(mixed):
+    """Two batches for a look, and then all of them, each time."""
+    adapter = LightlyLoader(loader(mixed, [plain_view(32)], shuffle=False, drop_last=False))
+    list(itertools.islice(adapter, 2))
+    for _ in range(2):
+        assert sum(len(labels) for _, labels, _ in adapter) == 23
+
+
+@pytest.mark.parametrize("name", EPOCHAL)
+def test_it_has_what_a_dataloader_has(name, mixed):
+    for drop_last in (True, False):
+        changes: Any = {"drop_last": drop_last, "workers": 2, "rank": 1, "world_size": 2, "batch_size": 4}
+        adapter = ADAPTERS[name](mixed, **changes)
+        theirs = DataLoader(range(23), 4, num_workers=2, drop_last=drop_last)
+        for attribute in ("batch_size", "num_workers", "drop_last", "pin_memory"):
+            assert getattr(adapter, attribute) == getattr(theirs, attribute), attribute
+        assert len(adapter.batch_sampler) == len(adapter)
+        assert adapter.batch_sampler.batch_size == 4
+        assert adapter.batch_sampler.drop_last == drop_last
+        adapter.batch_sampler.set_epoch(3)
+        batches = list(adapter.batch_sampler)
+        assert list(adapter.sampler) == list(adapter.batch_sampler.sampler) == list(itertools.chain(*batches))
+        assert len(adapter.sampler) == sum(map(len, batches))
+        # labels are ten times the index
+        assert [[index * 10 for index in batch] for batch in batches] == [batch[1].tolist() for batch in adapter]
+        batch = next(iter(adapter))
+        assert equal(adapter.collate_fn(batch), batch)
+        assert str(mixed) in str(adapter.dataset)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_dataloader_of_its_batches(name, mixed):
+    adapter, plain = ADAPTERS[name](mixed), ADAPTERS[name](mixed)
+    batches = AdapterDataset(adapter)
+    wrapped: DataLoader[Any] = DataLoader(batches, batch_size=None, collate_fn=adapter.collate_fn)
+    assert equal(list(itertools.islice(wrapped, 3)), list(itertools.islice(plain, 3)))
+    batches.set_epoch(4)
+    plain.set_epoch(4)
+    taken = iter(wrapped)
+    assert equal(next(taken), next(iter(plain)))
+    plain.load_state_dict(batches.state_dict())
+    batches.load_state_dict(plain.state_dict())
+    assert equal(next(iter(wrapped)), next(iter(plain)))
+    if name in EPOCHAL:
+        assert len(wrapped) == len(adapter)
+    else:
+        with pytest.raises(TypeError):
+            len(wrapped)
+
+
+def test_a_dataloader_with_processes_is_refused(mixed):
+    batches = AdapterDataset(ADAPTERS["mae"](mixed))
+    with pytest.raises(UserError, match="num_workers=0"):
+        next(iter(DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="fork")))
 
 
 @pytest.mark.parametrize("name", ["mae", "ibot", "timm", "lightly"])

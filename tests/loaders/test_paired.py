@@ -1,6 +1,8 @@
 """What `PairedViews` promises, for both engines."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 from itertools import chain
@@ -183,10 +185,57 @@ def test_resume_in_mid_epoch(mixed, engine):
         assert views.state_dict()["batch"] == len(views)
         assert not before.keys() & after.keys()
         assert same({**before, **after}, straight)
-        # at the end of an epoch a new iteration shows it again, and another epoch begins at its beginning
+        # a new iteration shows the whole epoch, and another epoch begins at its beginning
         assert len(list(views)) == len(views)
         views.set_epoch(2)
         assert views.state_dict()["batch"] == 0
+
+
+def test_an_iteration_that_was_broken_off_does_not_shorten_the_next(mixed):
+    with loader(mixed, 4, drop_last=False) as views:
+        whole = [batch.index.tolist() for batch in views]
+        for _ in range(2):
+            for _batch in views:
+                break
+            assert views.state_dict()["batch"] == 1
+            assert [batch.index.tolist() for batch in views] == whole
+        taken = iter(views)
+        next(taken)
+        views.set_epoch(0)
+        assert views.state_dict()["batch"] == 0
+        assert [batch.index.tolist() for batch in views] == whole
+        # only what was loaded goes on in the middle, once
+        views.load_state_dict({**views.state_dict(), "batch": 4})
+        # an iteration that was begun before no longer moves the position
+        next(taken)
+        assert views.state_dict()["batch"] == 4
+        assert [batch.index.tolist() for batch in views] == whole[4:]
+        assert [batch.index.tolist() for batch in views] == whole
+
+
+def test_the_position_is_that_of_the_iteration_begun_last(mixed):
+    with loader(mixed, 4) as views:
+        first = iter(views)
+        next(first)
+        second = iter(views)
+        assert views.state_dict()["batch"] == 0
+        for _ in range(3):
+            next(first)
+        next(second)
+        assert views.state_dict()["batch"] == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_workers_are_one(mixed, engine):
+    """A codebase's `--num_workers 0`, with which it is debugged."""
+    with loader(mixed, 4, engine, workers=0) as none, loader(mixed, 4, engine, workers=1) as one:
+        taken = iter(none)
+        next(taken)
+        assert len(loader_threads()) == 1
+        assert none.workers == 0
+        assert same(rows(none), rows(one))
+    with PlainViews(mixed, 4, 32, engine=engine, workers=0) as plain:
+        assert len(list(plain)) == len(plain)
 
 
 def test_resume_on_other_ranks(mixed):
@@ -348,6 +397,44 @@ def test_a_worker_exception_reaches_the_consumer(mixed):
         assert threading.active_count() == before
 
 
+FORKED = """
+import os, sys, threading
+from fastpmae_loaders import PairedViews, UserError, mae_view
+views = PairedViews(sys.argv[1], 2, "torch", views=[mae_view(32)], ahead=1)
+taken = iter(views)
+next(taken)
+held, free = threading.Event(), threading.Event()
+def hold():
+    with taken._stream._lock:
+        held.set()
+        free.wait()
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    try:
+        next(taken)
+    except UserError as error:
+        print(error, flush=True)
+    taken.close()
+    print("batches", sum(1 for _ in views), flush=True)
+    sys.exit(0)
+free.set()
+print("status", os.waitpid(child, 0)[1], "rest", sum(1 for _ in taken), flush=True)
+"""
+
+
+def test_a_forked_child_is_told_that_the_iteration_is_its_parents(mixed):
+    """Also where a thread of the parent held the lock when the process was forked."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, mixed], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "begin a new iteration" in lines[0]
+    assert lines[1:] == ["batches 11", "status 0 rest 10"]
+
+
 def test_an_interrupt_leaves_no_thread(mixed):
     before = threading.active_count()
     with loader(mixed, 2) as views:
@@ -374,7 +461,8 @@ def test_a_dropped_loader_takes_its_threads_along(mixed):
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 24}, "make no batch"),
         ({"rank": 1}, "rank 1"),
-        ({"workers": 0}, "workers"),
+        ({"workers": -1}, "workers"),
+        ({"workers": 257}, "workers"),
         ({"ahead": 0}, "ahead"),
         ({"bad_fraction": 2.0}, "bad_fraction"),
         ({"engine": "jax"}, "engine 'jax'"),
