@@ -57,7 +57,8 @@ def main() -> None:
 
     # was: mask_generator, data_transform, collate_fn, dataset and
     #      data_loader = make_data_loader(dataset=dataset, sampler_type=SamplerType.SHARDED_INFINITE, ...)
-    crops = [dino_global(which, SIZE, (0.32, 1.0)) for which in ("t1", "t2")] + [dino_local(32, (0.05, 0.32))] * LOCALS
+    crops = [dino_global(which, SIZE, (0.32, 1.0), blur="code") for which in ("t1", "t2")]
+    crops += [dino_local(32, (0.05, 0.32))] * LOCALS
     loader = PairedViews(args.beton, args.batch_size, args.engine, seed=0, views=crops, device=args.device)
     masks = DINOv2Masks(mask_ratio_min_max=(0.1, 0.5), mask_sample_probability=0.5)
     # float16, as DINOv2 takes its crops, is for GPUs

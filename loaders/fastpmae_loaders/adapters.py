@@ -210,7 +210,7 @@ class IBOTLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[Tensor]]]):
         data_loader = IBOTLoader(loader, masks, patch_size=pred_size)
 
     `masks=None` hides the loader's own folds in the first crop and as many patches, drawn as evenly, in the others.
-    Crops as large as the first one are global, those after them local.
+    The first `global_crops` views are global, the others local; None takes as many as are as large as the first one.
 
     Contract: bytedance/ibot main_ibot.py, loader.py.
     """
@@ -220,12 +220,13 @@ class IBOTLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[Tensor]]]):
         loader: PairedViews,
         masks: IBOTMasks | None = IBOTMasks(),  # noqa: B008, it is frozen
         patch_size: int | None = None,
+        global_crops: int | None = None,
         **normalising: Any,
     ) -> None:
         super().__init__(loader, **normalising)
         self.masks = masks
         self.grid = grid_of(loader, patch_size, ours=masks is None)
-        self.global_crops = count_globals(loader)
+        self.global_crops = count_globals(loader, global_crops)
 
     def collate(self, batch: Batch, epoch: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """(images, labels, masks)."""
@@ -336,7 +337,8 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
     In `do_train`, in place of `data_loader = make_data_loader(...)`:
 
         sizes = cfg.crops
-        crops = [dino_global(t, sizes.global_crops_size, sizes.global_crops_scale) for t in ("t1", "t2")]
+        size, scale = sizes.global_crops_size, sizes.global_crops_scale
+        crops = [dino_global(t, size, scale, blur="code") for t in ("t1", "t2")]
         crops += [dino_local(sizes.local_crops_size, sizes.local_crops_scale)] * sizes.local_crops_number
         settings = ViewSettings(image_size=sizes.global_crops_size, patch_size=cfg.student.patch_size)
         loader = PairedViews(cfg.train.dataset_path, cfg.train.batch_size_per_gpu, settings=settings, views=crops,
@@ -346,6 +348,7 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
         data_loader = DINOv2Loader(loader, masks, cfg.student.patch_size, start_iter)
 
     `start_iter` is the iteration that the run goes on with: the loader is put where it stood then.
+    The first `global_crops` views are global, two as in DINOv2, and the others local, also where they are as large.
     `masks=None` hides the loader's own folds in the first crop and as many patches, drawn as evenly, in the second.
 
     Contract: facebookresearch/dinov2 dinov2/data/collate.py, masking.py, samplers.py, dinov2/train/train.py,
@@ -359,12 +362,13 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
         patch_size: int | None = None,
         start_iter: int = 0,
         dtype: torch.dtype = torch.float16,
+        global_crops: int | None = 2,
         **normalising: Any,
     ) -> None:
         super().__init__(loader, dtype=dtype, **normalising)
         self.masks = masks
         self.grid = grid_of(loader, patch_size, ours=masks is None)
-        self.global_crops = count_globals(loader)
+        self.global_crops = count_globals(loader, global_crops)
         if start_iter:
             epoch, batch = divmod(start_iter, len(loader))
             self.load_state_dict({**loader.state_dict(), "epoch": epoch, "batch": batch})
@@ -429,7 +433,14 @@ def grid_of(loader: PairedViews, patch_size: int | None, ours: bool) -> tuple[in
     return size // patch, size // patch
 
 
-def count_globals(loader: PairedViews) -> int:
-    """How many views come before the first one of another size."""
+def count_globals(loader: PairedViews, wanted: int | None) -> int:
+    """How many views are global: as many as wanted, or (None) those before the first one of another size.
+
+    Raises:
+        UserError: where so many views are not there, or not of one size, which the masks of one grid need.
+    """
     sizes = [view.size for view in loader.views]
-    return next((number for number, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+    alike = next((number for number, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+    if wanted is not None and not 1 <= wanted <= alike:
+        raise UserError(f"global_crops = {wanted}: of the loader's views of {sizes} pixels the first {alike} are alike")
+    return wanted or alike

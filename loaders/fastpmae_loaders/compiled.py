@@ -29,6 +29,7 @@ _SOURCES = (
     "plan",
     "passes",
     "resize",
+    "bilinear",
     "colour",
     "scratch",
     "views",

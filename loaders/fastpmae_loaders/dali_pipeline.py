@@ -68,7 +68,7 @@ def views_pipeline(
             size=[view.size, view.size],
             roi_start=_input(f"start{number}", types.FLOAT, 1),
             roi_end=_input(f"end{number}", types.FLOAT, 1),
-            interp_type=types.INTERP_CUBIC,
+            interp_type=types.INTERP_LINEAR if view.interpolation == "bilinear" else types.INTERP_CUBIC,
             antialias=True,
         )
         if colours and view.coloured:

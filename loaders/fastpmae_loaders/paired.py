@@ -16,7 +16,7 @@ from .engine import ATTEMPTS, Job, Samples, Source, advice, larger_than_memory, 
 from .errors import UserError
 from .folders import open_samples
 from .plan import check_key, epoch_order
-from .recipes import MOST_VIEWS, View
+from .recipes import MOST_VIEWS, View, with_shared
 from .runner import Runner
 from .settings import ViewSettings
 from .transfer import Sent, Transfer
@@ -92,7 +92,7 @@ class PairedViews:
     ) -> None:
         self.samples = open_samples(samples)
         self.settings = settings or ViewSettings()
-        self.views = self.settings.views if views is None else tuple(views)
+        self.views = self.settings.views if views is None else with_shared(views)
         if not 1 <= len(self.views) <= MOST_VIEWS:
             raise UserError(f"{len(self.views)} views make no batch: ask for 1 to {MOST_VIEWS}")
         size = self.views[0].size

@@ -10,12 +10,12 @@ from torch import Tensor
 from .engine import Samples, Source, advice, make_job
 from .errors import UserError
 from .folders import open_samples
-from .recipes import plain_view
+from .recipes import Interpolation, plain_view
 from .runner import Runner
 
 
 class PlainViews:
-    """Shorter side resized to image_size / crop_ratio with antialiased bicubic, then the centre.
+    """Shorter side resized to image_size / crop_ratio with an antialiased filter, then the centre.
 
     Yields (images uint8 [B, 3, S, S], label int64 [B], index int64 [B]); the last batch may be short.
 
@@ -23,6 +23,7 @@ class PlainViews:
         workers: threads; 0 is one.
         ahead: batches made before they are asked for.
         pin_memory: make the images where the system leaves them, so that a GPU's copy of them need not be waited for.
+        interpolation: the filter (see `View`).
 
     Raises:
         UserError: for arguments that do not fit, and for an image that does not decode, naming it: a feature
@@ -39,6 +40,7 @@ class PlainViews:
         workers: int = 2,
         ahead: int = 2,
         pin_memory: bool = False,
+        interpolation: Interpolation = "bicubic",
     ) -> None:
         self.samples = open_samples(samples)
         if batch_size < 1:
@@ -46,7 +48,7 @@ class PlainViews:
         if not 2 <= image_size <= 4096:
             raise UserError(f"image_size = {image_size} must be between 2 and 4096")
         self.batch_size = batch_size
-        view = plain_view(image_size, crop_ratio)
+        view = plain_view(image_size, crop_ratio, interpolation)
         self._source = Source(self.samples, (view,), 0, workers=workers or 1, pin_memory=pin_memory)
         self._label = torch.from_numpy(np.array(self.samples.label, np.int64))
         self._runner = Runner(self._source, engine, ahead)

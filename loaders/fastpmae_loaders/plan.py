@@ -123,7 +123,7 @@ def _between(u, strength):
 @helper
 def draw_view(seed, epoch, index, view, height, width, recipe, box, flips, factors, choices):
     """Draw one view of one sample into its rows (see Plans)."""
-    first = VIEWS + 16 * view
+    first = VIEWS + 16 * recipe.crop_key
     if recipe.shorter > 0:
         box[0] = 0
         box[1] = 0
@@ -136,6 +136,7 @@ def draw_view(seed, epoch, index, view, height, width, recipe, box, flips, facto
     u, v = uniform_pair(seed, epoch, index, first + FLIP, 0)
     flips[view] = u < recipe.flip
 
+    first = VIEWS + 16 * recipe.colour_key
     u, v = uniform_pair(seed, epoch, index, first + JITTER_COIN, 0)
     choices[JITTER] = u < recipe.jitter
     u, v = uniform_pair(seed, epoch, index, first + JITTER_FACTORS, 0)

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -13,6 +13,9 @@ RECIPE = np.dtype(
     [
         ("side", "i8"),
         ("shorter", "i8"),
+        ("bilinear", "i8"),
+        ("crop_key", "i8"),
+        ("colour_key", "i8"),
         ("low", "f8"),
         ("high", "f8"),
         ("log_ratio_low", "f8"),
@@ -38,6 +41,8 @@ RECIPE = np.dtype(
 
 MOST_VIEWS = 64
 
+Interpolation = Literal["bicubic", "bilinear"]
+
 
 @dataclass(frozen=True)
 class View:
@@ -56,6 +61,14 @@ class View:
         solarise_threshold: pixels from it on are inverted.
         shorter: 0, or the length that the image's shorter side is resized to before its centre is cut out:
             then nothing is random about the view but what the other attributes say.
+        interpolation: "bicubic" (within 2 of 255 of Pillow's), or "bilinear" (Pillow's to the bit, except with engine
+            "dali"); both antialiased.
+        crop_of: the number of an earlier view of the list whose crop and flip this one shows too, at its own size and
+            with its own colours; its scale, ratio and flip are then that view's. -1: a crop of its own. DINOv3's gram
+            crops of the first global crop are `View(512, crop_of=0)`, without colours.
+        colours_of: likewise the number of an earlier view whose draws of colours are this one's, with all that they
+            are drawn from: `View(112, crop_of=0, colours_of=0)` is a tokenizer's smaller copy of the first view. They
+            are applied at this view's own size.
 
     Raises:
         UserError: for numbers that make no view.
@@ -74,6 +87,9 @@ class View:
     first_share: float = 1.0
     solarise_threshold: int = 128
     shorter: int = 0
+    interpolation: Interpolation = "bicubic"
+    crop_of: int = -1
+    colours_of: int = -1
 
     def __post_init__(self) -> None:
         def refuse(name: str, must: str) -> None:
@@ -99,6 +115,10 @@ class View:
             refuse("sigma", "two widths between 0.05 and 5 pixels, the smaller first")
         if not 0 <= self.solarise_threshold <= 255:
             refuse("solarise_threshold", "a pixel value between 0 and 255")
+        if self.interpolation not in get_args(Interpolation):
+            refuse("interpolation", f"one of {', '.join(get_args(Interpolation))}")
+        if self.crop_of >= 0 and self.shorter:
+            refuse("crop_of", "-1 in a view that shows an image's centre (shorter)")
 
     @property
     def coloured(self) -> bool:
@@ -106,37 +126,54 @@ class View:
         return max(self.jitter_probability, self.grayscale_probability, *self.blur, *self.solarise) > 0
 
 
-def mae_view(size: int = 224, scale: tuple[float, float] = (0.2, 1.0)) -> View:
-    """MAE's: crop and flip (the simple view)."""
-    return View(size, scale)
+def mae_view(
+    size: int = 224, scale: tuple[float, float] = (0.2, 1.0), interpolation: Interpolation = "bicubic"
+) -> View:
+    """MAE's: crop and flip (the simple view). SimMIM's is of scale (0.67, 1) and bilinear."""
+    return View(size, scale, interpolation=interpolation)
 
 
 def dino_global(
-    which: Literal["coin", "t1", "t2"] = "coin", size: int = 224, scale: tuple[float, float] = (0.14, 1.0)
+    which: Literal["coin", "t1", "t2"] = "coin",
+    size: int = 224,
+    scale: tuple[float, float] = (0.14, 1.0),
+    interpolation: Interpolation = "bicubic",
+    blur: Literal["paper", "code"] = "paper",
 ) -> View:
     """DINO's global crops: "t1" (always blurred), "t2" (seldom blurred, sometimes solarised), or either by a coin.
 
     DINO itself takes scale (0.4, 1) beside local crops; 0.14 is what its help advises without them.
 
+    Args:
+        blur: "paper", as DINO's and iBOT's code has it and the papers of DINOv2 and DINOv3 say; or "code", as the
+            released code of those two runs: its GaussianBlur(p) leaves a share p of the crops alone (dinov2 and dinov3,
+            data/transforms.py), so that "t1" is never blurred and "t2" nine times in ten. Local crops are the same.
+
     Raises:
-        UserError: for another `which`.
+        UserError: for another `which` or `blur`.
     """
     shares = {"coin": 0.5, "t1": 1.0, "t2": 0.0}
     if which not in shares:
         raise UserError(f"view: which = {which!r} must be one of coin, t1, t2")
+    blurs = {"paper": (1.0, 0.1), "code": (0.0, 0.9)}
+    if blur not in blurs:
+        raise UserError(f"view: blur = {blur!r} must be 'paper' or 'code'")
     return View(
         size,
         scale,
         jitter=(0.4, 0.4, 0.2, 0.1),
         jitter_probability=0.8,
         grayscale_probability=0.2,
-        blur=(1.0, 0.1),
+        blur=blurs[blur],
         solarise=(0.0, 0.2),
         first_share=shares[which],
+        interpolation=interpolation,
     )
 
 
-def dino_local(size: int = 96, scale: tuple[float, float] = (0.05, 0.4)) -> View:
+def dino_local(
+    size: int = 96, scale: tuple[float, float] = (0.05, 0.4), interpolation: Interpolation = "bicubic"
+) -> View:
     """DINO's local crops: small, as colourful as the global ones, every other one blurred."""
     return View(
         size,
@@ -145,10 +182,11 @@ def dino_local(size: int = 96, scale: tuple[float, float] = (0.05, 0.4)) -> View
         jitter_probability=0.8,
         grayscale_probability=0.2,
         blur=(0.5, 0.5),
+        interpolation=interpolation,
     )
 
 
-def plain_view(size: int = 224, crop_ratio: float = 0.875) -> View:
+def plain_view(size: int = 224, crop_ratio: float = 0.875, interpolation: Interpolation = "bicubic") -> View:
     """Evaluation's: the shorter side resized to size / crop_ratio, then the centre. Nothing is random.
 
     Raises:
@@ -156,14 +194,46 @@ def plain_view(size: int = 224, crop_ratio: float = 0.875) -> View:
     """
     if not 0.1 <= crop_ratio <= 1:
         raise UserError(f"crop_ratio = {crop_ratio} must be between 0.1 and 1")
-    return View(size, flip=0.0, shorter=round(size / crop_ratio))
+    return View(size, flip=0.0, shorter=round(size / crop_ratio), interpolation=interpolation)
+
+
+_CROP = ("scale", "ratio", "flip")
+_COLOURS = (
+    "jitter", "jitter_probability", "grayscale_probability", "sigma", "blur", "solarise", "first_share",
+    "solarise_threshold",
+)  # fmt: skip
+
+
+def with_shared(views: Sequence[View]) -> tuple[View, ...]:
+    """The views, with the settings of those whose crops and colours they share.
+
+    Raises:
+        UserError: where a view shares those of one that does not stand before it, or a crop that is none.
+    """
+    found: list[View] = []
+    for number, view in enumerate(views):
+        changes = {}
+        for attribute, names in (("crop_of", _CROP), ("colours_of", _COLOURS)):
+            other = getattr(view, attribute)
+            if not -1 <= other < number or (attribute == "crop_of" and other >= 0 and found[other].shorter):
+                raise UserError(
+                    f"view {number}: {attribute} = {other} must be -1 or the number of an earlier view, counted from 0"
+                    + (", that is a crop" if attribute == "crop_of" else "")
+                )
+            if other >= 0:
+                changes |= {name: getattr(found[other], name) for name in names}
+        found.append(replace(view, **changes) if changes else view)
+    return tuple(found)
 
 
 def recipes_of(views: Sequence[View]) -> np.ndarray:
     """The views as compiled code takes them: RECIPE [n]."""
     out = np.zeros(len(views), RECIPE)
-    for row, view in zip(out, views, strict=True):
-        row["side"], row["shorter"] = view.size, view.shorter
+    for number, (row, view) in enumerate(zip(out, with_shared(views), strict=True)):
+        # a view draws its crop and its colours as the view of this number
+        row["crop_key"] = number if view.crop_of < 0 else out[view.crop_of]["crop_key"]
+        row["colour_key"] = number if view.colours_of < 0 else out[view.colours_of]["colour_key"]
+        row["side"], row["shorter"], row["bilinear"] = view.size, view.shorter, view.interpolation == "bilinear"
         row["low"], row["high"] = view.scale
         # rounded, since maths libraries differ in the last bit of a logarithm
         row["log_ratio_low"], row["log_ratio_high"] = (round(math.log(limit), 12) for limit in view.ratio)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .bilinear import most_taps
 from .colour import RADIUS
 from .passes import GROUP, ROOM, SLACK
 from .resize import table_width
@@ -33,6 +34,12 @@ class Scratch(NamedTuple):
     terms: np.ndarray
     whole: np.ndarray
     taps: np.ndarray
+    taps_x: np.ndarray
+    taps_y: np.ndarray
+    weights_across: np.ndarray
+    weights_down: np.ndarray
+    sums: np.ndarray
+    between: np.ndarray
     order: np.ndarray
 
 
@@ -72,5 +79,12 @@ def make_scratch(
         terms=np.zeros((taps, side), np.float64),
         whole=np.zeros((taps, side), np.int32),
         taps=np.zeros((RADIUS + 1, 2), np.int16),
+        # the bilinear filter's; of zeros would be touched, and most loaders have none
+        taps_x=np.empty(side, np.int32),
+        taps_y=np.empty(side, np.int32),
+        weights_across=np.empty(side * most_taps(width, least_side or side), np.int32),
+        weights_down=np.empty(side * most_taps(height, least_side or side), np.int32),
+        sums=np.empty(max(3 * width, side), np.int32),
+        between=np.empty(3 * side * max(height, width), np.uint8),
         order=np.zeros(patches, np.int64),
     )

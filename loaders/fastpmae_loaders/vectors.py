@@ -438,6 +438,12 @@ def view_at(address, side):
     return carray(_byte_pointer(address), (3, side, side))
 
 
+@helper
+def bytes_at(address, count):
+    """The memory at an address as uint8 [count]."""
+    return carray(_byte_pointer(address), (count,))
+
+
 @_operation
 def call_decoder(typingctx, function, source, size, height, width, target):
     """Call FFCV's `imdecode` at the address `function`: a whole JPEG to uint8 [height, width, 3]. 0 is success.

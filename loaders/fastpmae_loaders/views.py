@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .bilinear import resize_bilinear
 from .colour import change_colours
 from .compiled import helper, kernel
 from .plan import draw_plan
@@ -64,6 +65,10 @@ def fill_row(row, index, pixels, height, width, seed, epoch, recipes, colours, s
             full_width = max(recipe.shorter, recipe.shorter * width // height)
         down, across = _centre(full_height, side), _centre(full_width, side)
         target = view_at(out.views[view] + row * 3 * side * side, side)
-        resize(pixels, height, width, boxes[view], full_height, full_width, down, across, flips[view], target, scratch)
+        box, flip = boxes[view], flips[view]
+        if recipe.bilinear > 0:
+            resize_bilinear(pixels, height, width, box, full_height, full_width, down, across, flip, target, scratch)
+        else:
+            resize(pixels, height, width, box, full_height, full_width, down, across, flip, target, scratch)
         if colours:
             change_colours(target, factors[view], choices[view], recipe.solarise_threshold, scratch)

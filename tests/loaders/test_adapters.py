@@ -615,3 +615,21 @@ def test_our_masks_are_those_of_the_plan(mixed):
         one = np.array([int(label) // 10])
         plan = draw_plans(11, 0, one, samples.height[one], samples.width[one], PAIR, patches=16)
         assert set(plan.order[0, 4:].tolist()) == set(mask.flatten().nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("name", ["ibot", "dinov2"])
+def test_local_crops_may_be_as_large_as_global_ones(name, mixed):
+    views = [*PAIR, dino_local(32), dino_local(32)]
+    kind: Any = {"ibot": IBOTLoader, "dinov2": DINOv2Loader}[name]
+    handed = next(iter(kind(loader(mixed, views), global_crops=2)))
+    if name == "dinov2":
+        shapes = [len(handed[key]) for key in ("collated_global_crops", "collated_local_crops", "collated_masks")]
+        assert shapes == [2 * BATCH] * 3
+        # two, as DINOv2 has them, unless told otherwise
+        assert equal(next(iter(kind(loader(mixed, views)))), handed)
+    else:
+        assert [len(part) for part in (handed[0], handed[2])] == [4, 2]
+        assert len(next(iter(kind(loader(mixed, views))))[2]) == 4
+    for wrong in (0, 3):
+        with pytest.raises(UserError, match=f"global_crops = {wrong}: .* the first 2 are alike"):
+            kind(loader(mixed, PAIR + LOCALS), global_crops=wrong)

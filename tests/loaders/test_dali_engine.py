@@ -38,7 +38,7 @@ from fastpmae_loaders import dali_engine, dali_pipeline
 
 SETTINGS = ViewSettings(image_size=32, patch_size=8, folds=5)
 DRAWN = ("visible", "folds", "label", "index", "boxes", "flips", "factors", "choices", "source_size")
-MANY = (mae_view(32), dino_global("t1", 48), dino_local(24), plain_view(40))
+MANY = (mae_view(32), dino_global("t1", 48), dino_local(24), plain_view(40), mae_view(28, interpolation="bilinear"))
 
 
 def loader(samples, batch_size=5, engine="dali", **options) -> PairedViews:

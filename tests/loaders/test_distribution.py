@@ -198,6 +198,9 @@ RATES = {
     "t1": (dino_global("t1"), {JITTER: 0.8, GRAY: 0.2, BLURRED: 1.0, SOLARISED: 0.0, FIRST_RECIPE: 1.0}),
     "t2": (dino_global("t2"), {JITTER: 0.8, GRAY: 0.2, BLURRED: 0.1, SOLARISED: 0.2, FIRST_RECIPE: 0.0}),
     "coin": (dino_global(), {JITTER: 0.8, GRAY: 0.2, BLURRED: 0.55, SOLARISED: 0.1, FIRST_RECIPE: 0.5}),
+    # RandomApply(p=1 - p) of DINOv2's and DINOv3's GaussianBlur(p), p 1 and 0.1
+    "t1 of the code": (dino_global("t1", blur="code"), {JITTER: 0.8, GRAY: 0.2, BLURRED: 0.0, SOLARISED: 0.0}),
+    "t2 of the code": (dino_global("t2", blur="code"), {JITTER: 0.8, GRAY: 0.2, BLURRED: 0.9, SOLARISED: 0.2}),
     "local": (dino_local(), {JITTER: 0.8, GRAY: 0.2, BLURRED: 0.5, SOLARISED: 0.0}),
 }
 

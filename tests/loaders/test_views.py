@@ -1,5 +1,8 @@
 """Lists of views: each is what its recipe says, whatever stands beside it, and an image is decoded once."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -140,6 +143,59 @@ def test_no_masks_where_no_patch_fits(mixed):
 def test_impossible_views_are_refused(wrong, said):
     with pytest.raises(UserError, match=said):
         View(**wrong)
+
+
+@pytest.mark.parametrize("engine", ["torch", "dali"])
+@pytest.mark.parametrize("augment_on", ["cpu", "device"])
+def test_a_view_may_show_anothers_crop(engine, augment_on, mixed):
+    if engine == "dali":
+        pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
+    first = dino_global("t2", 32, (0.3, 0.9))
+    views = [
+        dino_global("t1", 40), first,
+        View(56, crop_of=1),  # another size, no colours
+        replace(first, scale=(0.05, 0.1), size=24, crop_of=2, colours_of=1),  # a crop of a crop's crop
+        View(32, crop_of=1, colours_of=1), View(32, colours_of=0),
+    ]  # fmt: skip
+    options: dict[str, Any] = {"engine": engine, "shuffle": False, "augment_on": augment_on}
+    with PairedViews(mixed, 23, views=views, **options) as loader:
+        (batch,) = loader
+    for other in (2, 3, 4):
+        assert torch.equal(batch.boxes[:, other], batch.boxes[:, 1])
+        assert torch.equal(batch.flips[:, other], batch.flips[:, 1])
+    for other, one in ((3, 1), (4, 1), (5, 0)):
+        assert torch.equal(batch.factors[:, other], batch.factors[:, one])
+        assert torch.equal(batch.choices[:, other], batch.choices[:, one])
+    assert torch.equal(batch.views[4], batch.views[1])
+    assert not torch.equal(batch.boxes[:, 5], batch.boxes[:, 0])
+    # the others' draws are as they are without the sharers, and the bare copy is the crop before its colours
+    with PairedViews(mixed, 23, views=[*views[:2], View(8), View(8), View(8), View(32)], **options) as loader:
+        (alone,) = loader
+    assert torch.equal(alone.views[0], batch.views[0])
+    assert torch.equal(alone.views[1], batch.views[1])
+    assert torch.equal(alone.boxes[:, 5], batch.boxes[:, 5])
+    bare = [View(8), replace(View(56), scale=first.scale)]
+    with PairedViews(mixed, 23, views=bare, **options) as loader:
+        (uncoloured,) = loader
+    assert torch.equal(uncoloured.views[1], batch.views[2])
+
+
+@pytest.mark.parametrize("wrong", [{"crop_of": 1}, {"crop_of": 2}, {"crop_of": -2}, {"colours_of": 1}])
+def test_only_an_earlier_views_crop_is_shared(wrong, mixed):
+    with pytest.raises(UserError, match=f"view 1: {next(iter(wrong))}"):
+        batch_of(mixed, [View(32), View(32, **wrong)])
+
+
+def test_a_centre_is_no_crop_to_share(mixed):
+    with pytest.raises(UserError, match="that is a crop"):
+        batch_of(mixed, [plain_view(32), View(32, crop_of=0)])
+    with pytest.raises(UserError, match="crop_of"):
+        batch_of(mixed, [View(32), replace(plain_view(32), crop_of=0)])
+
+
+def test_another_blur_is_refused():
+    with pytest.raises(UserError, match="blur = 'release' must be 'paper' or 'code'"):
+        dino_global("t1", blur="release")  # type: ignore[arg-type]
 
 
 def test_impossible_lists_are_refused(mixed):
