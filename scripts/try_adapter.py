@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,14 +29,15 @@ PAGE = ROOT / "docs" / "adapters.md"
 class Codebase:
     """How a codebase is tried: the page's sections, what is run and its arguments, and settings in its environment.
 
-    In the arguments {images} is the file (for timm its folder), {out} a folder to write to.
+    In the arguments {images} is the file (for timm its folder), {out} a folder to write to, {classes} how many there are.
+    Where a program has no arguments, `smaller` are pairs of texts, the second of which is tried in place of the first.
     """
 
     sections: tuple[str, ...]
     program: str
     arguments: str
     images: str = "images.beton"
-    environment: dict[str, str] = field(default_factory=dict)
+    smaller: tuple[tuple[str, str], ...] = ()
 
 
 _MAE = "--batch_size 4 --num_workers 0 --epochs 2 --warmup_epochs 1 --data_path {images} --output_dir {out}"
@@ -64,8 +65,8 @@ CODEBASES = {
     "ibot": Codebase(("iBOT",), "main_ibot.py", f"{_DINO} --patch_out_dim 64 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2"),
     "dinov2": Codebase(("DINOv2",), "dinov2/train/train.py", _DINOV2),
     "timm": Codebase(("timm",), "train.py", _TIMM, images="train.beton"),
-    "lightly-byol": Codebase(("lightly",), "examples/pytorch/byol.py", ""),
-    "lightly-dino": Codebase(("lightly",), "examples/pytorch/dino.py", ""),
+    "lightly-byol": Codebase(("BYOL in lightly",), "examples/pytorch/byol.py", "", smaller=(('"images.beton", 256', '"images.beton", 4'),)),
+    "lightly-dino": Codebase(("DINO in lightly",), "examples/pytorch/dino.py", "", smaller=(('"images.beton", 64', '"images.beton", 4'),)),
     "simmim": Codebase(("SimMIM",), "main_simmim.py", _SIMMIM),
 }
 
@@ -93,23 +94,24 @@ def main() -> int:
         try:
             edits = [edit for section in codebase.sections for edit in edits_of(page, section)]
             for path in dict.fromkeys(edit.path for edit in edits):
-                _edit(copy / path, [edit for edit in edits if edit.path == path])
+                _edit(copy / path, [edit for edit in edits if edit.path == path], codebase.smaller)
         except EditError as error:
             return _refused(str(error))
         print(f"{args.codebase} at {_commit(args.checkout)}: {len(edits)} edits of docs/adapters.md made in a copy", flush=True)
         return _train(codebase, copy, work, args.images, args.steps)
 
 
-def _edit(path: Path, edits: list[Edit]) -> None:
+def _edit(path: Path, edits: list[Edit], smaller: tuple[tuple[str, str], ...]) -> None:
     if not path.is_file():
         raise EditError(f"{path} is not there")
     text = path.read_text()
     for edit in edits:
         text = applied(edit, text)
     # the page's lines are for GPUs
-    ours = text.replace('device="cuda"', 'device="cpu"')
-    compile(ours, str(path), "exec")
-    path.write_text(ours)
+    for old, new in (('device="cuda"', 'device="cpu"'), *smaller):
+        text = text.replace(old, new)
+    compile(text, str(path), "exec")
+    path.write_text(text)
 
 
 def _train(codebase: Codebase, copy: Path, work: Path, images: Path | None, steps: int) -> int:
@@ -123,7 +125,7 @@ def _train(codebase: Codebase, copy: Path, work: Path, images: Path | None, step
             (data / name).symlink_to(images.absolute())
     named = {"images": data if codebase.images != "images.beton" else data / "images.beton", "out": out, "classes": _classes(images)}
     arguments = [part.format(**named) for part in codebase.arguments.split()]
-    environment = os.environ | codebase.environment | {"PYTHONUNBUFFERED": "1", "TRY_STEPS": str(steps)}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "TRY_STEPS": str(steps)}
     environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if codebase.arguments.find("--device cpu") < 0 else {}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     paths = [str(copy), *(str(ROOT / part) for part in ("", "kernels", "loaders")), environment.get("PYTHONPATH", "")]
