@@ -30,7 +30,7 @@ class Codebase:
     """How a codebase is tried: the page's sections, what is run and its arguments, and settings in its environment.
 
     In the arguments {images} is the file (for timm its folder), {out} a folder to write to, {classes} how many there are.
-    Where a program has no arguments, `smaller` are pairs of texts, the second of which is tried in place of the first.
+    `options` are those of on_cpu.py. Where a program has no arguments, `smaller` are pairs of texts, the second of which is tried in place of the first.
     """
 
     sections: tuple[str, ...]
@@ -38,6 +38,7 @@ class Codebase:
     arguments: str
     images: str = "images.beton"
     smaller: tuple[tuple[str, str], ...] = ()
+    options: tuple[str, ...] = ()
 
 
 _MAE = "--batch_size 4 --num_workers 0 --epochs 2 --warmup_epochs 1 --data_path {images} --output_dir {out}"
@@ -48,7 +49,7 @@ _SIMMIM = "--cfg configs/vit_base__800ep/simmim_pretrain__vit_base__img224__800e
 _SIMMIM += " --amp-opt-level O0 --data-path {images} --output {out} --opts DATA.NUM_WORKERS 0 MODEL.VIT.DEPTH 2"
 _DINOV2 = "--config-file dinov2/configs/train/vitl16_short.yaml --output-dir {out} train.dataset_path={images}"
 _DINOV2 += " train.batch_size_per_gpu=4 train.num_workers=0 student.arch=vit_small student.drop_path_rate=0"
-_DINOV2 += " student.block_chunks=1 crops.local_crops_number=2 dino.head_n_prototypes=64 ibot.head_n_prototypes=64"
+_DINOV2 += " student.block_chunks=1 compute_precision.grad_scaler=false crops.local_crops_number=2 dino.head_n_prototypes=64 ibot.head_n_prototypes=64"
 _TIMM = "--data-dir {images} --model vit_tiny_patch16_224 --num-classes {classes} --batch-size 4 --workers 0 --device cpu"
 _TIMM += " --mixup 0.2 --reprob 0.25 --epochs 1 --output {out}"
 
@@ -63,7 +64,7 @@ CODEBASES = {
     ),
     "dino": Codebase(("DINO",), "main_dino.py", _DINO),
     "ibot": Codebase(("iBOT",), "main_ibot.py", f"{_DINO} --patch_out_dim 64 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2"),
-    "dinov2": Codebase(("DINOv2",), "dinov2/train/train.py", _DINOV2),
+    "dinov2": Codebase(("DINOv2",), "dinov2/train/train.py", _DINOV2, options=("--one-process",)),
     "timm": Codebase(("timm",), "train.py", _TIMM, images="train.beton"),
     "lightly-byol": Codebase(("BYOL in lightly",), "examples/pytorch/byol.py", "", smaller=(('"images.beton", 256', '"images.beton", 4'),)),
     "lightly-dino": Codebase(("DINO in lightly",), "examples/pytorch/dino.py", "", smaller=(('"images.beton", 64', '"images.beton", 4'),)),
@@ -126,11 +127,12 @@ def _train(codebase: Codebase, copy: Path, work: Path, images: Path | None, step
     named = {"images": data if codebase.images != "images.beton" else data / "images.beton", "out": out, "classes": _classes(images)}
     arguments = [part.format(**named) for part in codebase.arguments.split()]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "TRY_STEPS": str(steps)}
-    environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if codebase.arguments.find("--device cpu") < 0 else {}
+    if "--device cpu" not in codebase.arguments:  # those that have no such flag run as a group of ranks alone
+        environment |= dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1")
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     paths = [str(copy), *(str(ROOT / part) for part in ("", "kernels", "loaders")), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, str(ROOT / "scripts/adapters/on_cpu.py"), str(copy / codebase.program), *arguments]
+    command = [sys.executable, str(ROOT / "scripts/adapters/on_cpu.py"), *codebase.options, str(copy / codebase.program), *arguments]
     log = work / "log.txt"
     cwd = data if codebase.program.startswith("examples") else copy
     with log.open("w") as file:

@@ -1,7 +1,7 @@
 """Runs a training program for TRY_STEPS steps on a CPU, with what it asks of CUDA and of older packages stood in for.
 
-python scripts/adapters/on_cpu.py PROGRAM [ARGUMENTS]: a line for each step with its loss, marked with "@ ". The stand-ins
-are for trying a program, not for training: see `old_names`, `no_cuda` and `no_sharding`.
+python scripts/adapters/on_cpu.py [--one-process] PROGRAM [ARGUMENTS]: a line for each step with its loss, marked with
+"@ ". The stand-ins are for trying a program, not for training: see `old_names`, `no_cuda` and one_process.py.
 """
 
 import os
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch._dynamo
 from torch import nn
+
+import one_process
 
 
 def old_names() -> None:
@@ -92,6 +94,9 @@ def main() -> None:
     no_cuda()
     count_steps(int(os.environ["TRY_STEPS"]))
     sys.argv = sys.argv[1:]
+    if sys.argv[0] == "--one-process":
+        sys.argv = sys.argv[1:]
+        one_process.stand_in()
     runpy.run_path(sys.argv[0], run_name="__main__")
     say("the program ended before it had made the steps")
     sys.exit(1)
