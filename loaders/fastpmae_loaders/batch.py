@@ -29,6 +29,7 @@ class Batch:
         factors, choices: what was drawn for the colours of each view (see `Plans`).
         source_size: the source's height and width in pixels.
         failed: samples that were asked for and did not decode; the next good one stands in their place.
+        number: which of its epoch's global batches it is, or a part of, from 0.
     """
 
     views: tuple[UInt8[Tensor, "batch 3 side side"], ...]
@@ -44,6 +45,7 @@ class Batch:
     source_size: Int32[Tensor, "batch 2"]
     samples: np.ndarray
     failed: list[int]
+    number: int = 0
 
     def __len__(self) -> int:
         return len(self.index)

@@ -34,6 +34,7 @@ _SOURCES = (
     "scratch",
     "views",
     "blockwise",
+    "multiblock",
     "markers",
 )
 

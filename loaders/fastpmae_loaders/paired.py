@@ -353,10 +353,11 @@ class Iteration(Iterator[Batch]):
         except BaseException:
             self.close()
             raise
+        number = self._number
         self._number += 1
         if loader._begun == self._turn and loader._epoch == self._epoch:
             loader._batch = self._number
-        return replace(loader.transfer.take(on_its_way), failed=failed)
+        return replace(loader.transfer.take(on_its_way), failed=failed, number=number)
 
     def _sent(self, wait: bool) -> tuple[Job, Sent[Batch]] | None:
         """The next job, and its batch on its way; None at the end, and without `wait` where it is not ready."""

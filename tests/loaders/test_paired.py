@@ -270,6 +270,13 @@ def test_a_finished_epoch_resumes_finished(mixed):
         assert list(views) == []
 
 
+def test_batches_are_numbered(mixed):
+    with loader(mixed, 4) as views:
+        assert [batch.number for batch in views] == [0, 1, 2, 3, 4]
+        views.load_state_dict({**views.state_dict(), "batch": 3})
+        assert [batch.number for batch in views] == [3, 4]
+
+
 def test_positions_count_what_was_taken(mixed):
     with loader(mixed, 2, ahead=5) as views:
         taken = iter(views)
