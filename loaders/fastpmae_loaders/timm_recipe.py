@@ -46,7 +46,7 @@ def timm_view(args: Any, data_config: Mapping[str, Any]) -> View:
             raise UserError(f"timm's --{name.replace('_', '-')} {value} is not there with this loader; leave it out")
     channels, height, width = data_config["input_size"]
     if channels != 3 or height != width:
-        raise UserError(f"input size {channels} x {height} x {width}: this loader's images are of 3 channels and square")
+        raise UserError(f"input size {channels} x {height} x {width}: images are square and of 3 channels here")
     if args.no_aug:
         return plain_view(height, 1.0, interpolation=_filter("interpolation", data_config["interpolation"]))
     asked = args.train_interpolation or data_config["interpolation"]

@@ -11,11 +11,10 @@ import types
 from typing import Any
 
 import numpy as np
+import one_process
 import torch
 import torch._dynamo
 from torch import nn
-
-import one_process
 
 
 def old_names() -> None:

@@ -1,4 +1,4 @@
-"""What DINOv2 takes from xformers and from torch's sharding, for one process on a CPU: packed sequences, whole networks."""
+"""What DINOv2 takes from xformers and from torch's sharding, for one process on a CPU."""
 
 import sys
 import types
