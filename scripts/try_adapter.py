@@ -2,9 +2,9 @@
 
 python scripts/try_adapter.py mae CHECKOUT [IMAGES.beton] [--steps 5] [--keep FOLDER] [--more "--flag value"]
 
-The checkout is copied, the copy is edited as the page says and run as its authors run it, with the smallest settings that
-it takes, by the Python that runs this script: it needs what the codebase needs. What a CPU and a torch of today lack for
-it comes from scripts/adapters/on_cpu.py, apart from the edits. Without images it takes the demo's.
+The checkout is copied, the copy is edited as the page says and run as its authors run it, with the smallest settings
+that it takes, by the Python that runs this script: it needs what the codebase needs. What a CPU and a torch of today
+lack for it comes from scripts/adapters/on_cpu.py, apart from the edits. Without images it takes the demo's.
 """
 
 import argparse

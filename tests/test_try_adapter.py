@@ -177,7 +177,7 @@ def test_the_pages_lines_work(name, small_beton, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         names = surroundings(tmp_path)
         exec(text, names)
-        made = [value for value in names.values() if isinstance(value, Adapter)]
+        made: list[Any] = [value for value in names.values() if isinstance(value, Adapter)]
         assert made
         for adapter in made:
             next(iter(adapter))

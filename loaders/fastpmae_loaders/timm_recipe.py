@@ -49,14 +49,16 @@ def timm_view(args: Any, data_config: Mapping[str, Any]) -> View:
         raise UserError(f"input size {channels} x {height} x {width}: images are square and of 3 channels here")
     if args.no_aug:
         return plain_view(height, 1.0, interpolation=_filter("interpolation", data_config["interpolation"]))
+    low, high = args.scale or (0.08, 1.0)
+    narrow, wide = args.ratio or (3 / 4, 4 / 3)
     asked = args.train_interpolation or data_config["interpolation"]
     jitter = args.color_jitter or 0.0
     often = getattr(args, "color_jitter_prob", None)
     blur = getattr(args, "gaussian_blur_prob", None) or 0.0
     return View(
         height,
-        tuple(args.scale or (0.08, 1.0)),
-        tuple(args.ratio or (3 / 4, 4 / 3)),
+        (low, high),
+        (narrow, wide),
         args.hflip,
         jitter=(jitter, jitter, jitter, 0.0),
         jitter_probability=(1.0 if often is None else often) if jitter else 0.0,

@@ -12,7 +12,7 @@ import ast
 import re
 import textwrap
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 _EDIT = re.compile(
     r"In `(?P<path>[^`]+)`,\s(?:"
@@ -52,7 +52,7 @@ def edits_of(page: str, section: str) -> list[Edit]:
         if part["old"]:
             edits.append(Edit(part["path"], "becomes", part["old"], part["new"]))
         else:
-            how = " ".join(part["how"].split())
+            how: Any = " ".join(part["how"].split())
             edits.append(Edit(part["path"], how, part["first"], part["last"] or part["first"], part["lines"]))
     if not edits:
         raise EditError(f"docs/adapters.md describes no edit in its section {section!r}")

@@ -39,21 +39,23 @@ def no_cuda() -> None:
     tensor.cuda = lambda self, *_, **__: self
     module: Any = nn.Module
     module.cuda = lambda self, *_, **__: self
-    move = nn.Module.to
+    move: Any = nn.Module.to
 
     def to(self: nn.Module, *arguments: Any, **named: Any) -> nn.Module:
         named.pop("device", None)
         return move(self, *(part for part in arguments if not isinstance(part, torch.device | str)), **named)
 
     module.to = to
-    begin = torch.distributed.init_process_group
+    groups: Any = torch.distributed
+    begin = groups.init_process_group
 
     def init_process_group(*_: Any, **named: Any) -> None:
         begin(**named | {"backend": "gloo"})
 
-    torch.distributed.init_process_group = init_process_group
+    groups.init_process_group = init_process_group
     # DINO asks a server for the names of networks
-    torch.hub.list = lambda *_, **__: []
+    hub: Any = torch.hub
+    hub.list = lambda *_, **__: []
     parallel: Any = nn.parallel.DistributedDataParallel
     wrap = parallel.__init__
 
@@ -65,7 +67,7 @@ def no_cuda() -> None:
 
 def count_steps(steps: int) -> None:
     """Print the loss of each backward pass, and end the program when the one after the last is asked for."""
-    backward = torch.Tensor.backward
+    backward: Any = torch.Tensor.backward
     done = 0
 
     def counted(self: torch.Tensor, *arguments: Any, **named: Any) -> None:

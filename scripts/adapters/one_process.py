@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed.fsdp as sharding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,7 +55,7 @@ class Whole(nn.Module):
     def __init__(self, module: nn.Module, sharding_strategy: Any = None, **_: Any) -> None:
         super().__init__()
         self.module = module
-        self.sharding_strategy = torch.distributed.fsdp.ShardingStrategy.NO_SHARD
+        self.sharding_strategy = sharding.ShardingStrategy.NO_SHARD
         self._streams = None
 
     def __getattr__(self, name: str) -> Any:
@@ -100,7 +101,5 @@ def stand_in() -> None:
     package: Any = types.ModuleType("xformers")
     package.ops = ops
     sys.modules |= {"xformers": package, "xformers.ops": ops}
-    import torch.distributed.fsdp as sharding
-
     where: Any = sharding
     where.FullyShardedDataParallel = Whole

@@ -37,13 +37,14 @@ def flags(**changes: Any) -> Names:
 def test_a_view_does_what_timms_transforms_do(changes):
     args = flags(**changes)
     view = timm_view(args, CONFIG)
-    theirs = transforms_imagenet_train(
+    theirs: Any = transforms_imagenet_train(
         192, args.scale, args.ratio, hflip=args.hflip, color_jitter=args.color_jitter,
         color_jitter_prob=args.color_jitter_prob, grayscale_prob=args.grayscale_prob,
         gaussian_blur_prob=args.gaussian_blur_prob, interpolation=args.train_interpolation,
     )  # fmt: skip
     flip = jitter = gray = blur = 0.0
     strength = (0.0, 0.0, 0.0, 0.0)
+    step: Any
     for step in theirs.transforms:
         often = 1.0
         if isinstance(step, transforms.RandomApply):
