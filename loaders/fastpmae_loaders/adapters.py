@@ -1,4 +1,4 @@
-"""The loader as other codebases expect one: MAE and SdAE, iBOT, timm's `train.py`, lightly, DINOv2.
+"""The loader as other codebases expect one: MAE and SdAE, DINO, iBOT, timm's `train.py`, lightly, DINOv2.
 
 Each class is a thin view of a `PairedViews`: it normalises the bytes (on the device, where the loader was given one),
 puts them in the codebase's order and types, and draws that codebase's masks. Ranks, seed, engine, threads and device

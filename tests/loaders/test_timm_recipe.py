@@ -58,8 +58,9 @@ def test_a_view_does_what_timms_transforms_do(changes):
             assert view.sigma == tuple(step.sigma)
         elif isinstance(step, transforms.ColorJitter):
             jitter = often
-            limits = (step.brightness, step.contrast, step.saturation)
-            strength = (*(limit[1] - 1 for limit in limits), step.hue[1] if step.hue else 0.0)
+            limits: Any = (step.brightness, step.contrast, step.saturation)
+            strength = (*(limit[1] - 1 for limit in limits), 0.0)
+            assert step.hue is None
         elif hasattr(step, "scale"):
             assert (view.scale, view.ratio) == (tuple(step.scale), tuple(step.ratio))
     assert (view.size, view.flip, view.jitter_probability) == (192, flip, jitter)
