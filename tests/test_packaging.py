@@ -10,9 +10,12 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+from tests.made import write_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"fastpmae": "fastpmae", "fastpmae_kernels": "kernels", "fastpmae_loaders": "loaders"}
@@ -60,6 +63,7 @@ def test_wheel_and_sdist_hold_the_three_packages_and_no_kernels_or_loaders(tmp_p
     source = checkout(tmp_path / "source")
     wheel = names_in_wheel(build(source, "wheel", tmp_path / "wheel"))
     assert {name.split("/")[0] for name in wheel} == {*PACKAGES, f"fastpmae-{PROJECT['version']}.dist-info"}
+    assert f"fastpmae-{PROJECT['version']}.dist-info/licenses/LICENSE" in wheel
     for package in PACKAGES:
         assert modules(package) <= wheel
     sdist = build(source, "sdist", tmp_path / "sdist")
@@ -69,16 +73,68 @@ def test_wheel_and_sdist_hold_the_three_packages_and_no_kernels_or_loaders(tmp_p
     assert names_in_wheel(build(unpacked, "wheel", tmp_path / "again")) == wheel
 
 
-def test_the_loaders_alone_are_a_distribution(tmp_path):
-    source = shutil.copytree(ROOT / "loaders", tmp_path / "loaders", ignore=shutil.ignore_patterns("__pycache__"))
-    wheel = names_in_wheel(build(source, "wheel", tmp_path / "wheel"))
-    assert {name.split("/")[0] for name in wheel} == {"fastpmae_loaders", "fastpmae_loaders-0.1.0.dist-info"}
+def test_the_loaders_alone_are_a_distribution_that_writes_what_it_reads(tmp_path):
+    source = checkout(tmp_path / "source") / "loaders"
+    built = build(source, "wheel", tmp_path / "wheel")
+    wheel = names_in_wheel(built)
+    information = f"fastpmae_loaders-{PROJECT['version']}.dist-info"
+    assert {name.split("/")[0] for name in wheel} == {"fastpmae_loaders", information}
     assert modules("fastpmae_loaders") <= wheel
+    assert f"{information}/licenses/LICENSE" in wheel
+    sdist = build(source, "sdist", tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert names_in_wheel(build(unpacked, "wheel", tmp_path / "again")) == wheel
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(tmp_path / "alone")
+    written = {name for name in wheel if name.startswith("fastpmae_loaders/writer/")}
+    assert "fastpmae_loaders/writer/write.py" in written
+    requirements = tomllib.loads((ROOT / "loaders/pyproject.toml").read_text())["project"]
+    known = declared(requirements["dependencies"] + requirements["optional-dependencies"]["hf"])
+    found = imports_of([tmp_path / "alone" / name for name in written]) - {"fastpmae_loaders"}
+    assert found <= known
+    program = """
+import sys
+from fastpmae_loaders import Beton
+from fastpmae_loaders.writer.write import main
+try:
+    sys.argv[1:] = [sys.argv[1], "images.beton", "--workers", "1"]
+    main()
+finally:
+    assert not {"fastpmae", "ffcv", "timm", "torch"} & set(sys.modules)
+    print(len(Beton("images.beton")), "samples")
+"""
+    tree = write_tree(tmp_path / "tree", 9)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tree)], cwd=tmp_path, timeout=300, capture_output=True, text=True,
+        env={"PYTHONPATH": str(tmp_path / "alone"), "HOME": str(Path.home()), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "9 samples"
+
+
+def test_loaders_that_are_cut_off_from_the_writer_are_not_built(tmp_path):
+    source = shutil.copytree(ROOT / "loaders", tmp_path / "loaders", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "wheel")]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "build in a whole checkout" in done.stderr
+
+
+def test_every_wheel_holds_the_licence_and_every_package_its_version():
+    assert (ROOT / "loaders/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    for package in PACKAGES:
+        assert importlib.import_module(package).__version__ == PROJECT["version"]
 
 
 def third_party_imports(package: str) -> set[str]:
+    return imports_of(home(package).rglob("*.py")) - {package}
+
+
+def imports_of(paths: Iterable[Path]) -> set[str]:
     found = set()
-    for path in home(package).rglob("*.py"):
+    for path in paths:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):  # what only a type checker imports is not needed
             if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -88,7 +144,7 @@ def third_party_imports(package: str) -> set[str]:
                 found |= {name.name.split(".")[0] for name in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 found.add(node.module.split(".")[0])
-    return found - set(sys.stdlib_module_names) - {package}
+    return found - set(sys.stdlib_module_names)
 
 
 def declared(requirements: list[str]) -> set[str]:

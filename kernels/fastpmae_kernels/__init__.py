@@ -25,6 +25,8 @@ from fastpmae_kernels.sinkhorn import (
     sinkhorn_ref,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "backend",
     "label_bias",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .recipes import View, dino_global, dino_local, mae_view, plain_view
     from .settings import ViewSettings
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Batch",
     "Beton",
