@@ -100,7 +100,7 @@ class Adapter(Generic[Handed]):
     @property
     def dataset(self) -> Epochs:
         """The data set's `set_epoch`, and all its samples."""
-        return Epochs(self, len(self.loader.samples))
+        return Epochs(self, self.loader.count)
 
     def set_epoch(self, epoch: int) -> None:
         """Turn to an epoch's beginning, or keep the position within it that `load_state_dict` has just set."""
@@ -252,7 +252,8 @@ class TimmLoader(EpochAdapter[tuple[Tensor, Tensor]]):
         random_erasing: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(loader, mean, std, img_dtype)
-        if (loader.samples.label < 0).any():
+        label = loader.samples.label
+        if (label if loader.indices is None else label[loader.indices]).min() < 0:
             raise UserError(f"{loader.samples.path} holds images without a label; timm's train.py needs one for each")
         if type(mixup).__name__ == "FastCollateMixup":
             raise UserError("mixup is a FastCollateMixup, which collates samples: give a timm.data.Mixup")

@@ -276,7 +276,7 @@ class DALIEngine:
             found = self._payload(index)
             if found is not None:
                 return index, *found
-            index = (index + 1) % count
+            index = self._source.after(index)
         return -1, _NOTHING, True
 
     def _payload(self, index: int) -> tuple[np.ndarray, bool] | None:

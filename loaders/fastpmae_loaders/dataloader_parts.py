@@ -26,7 +26,7 @@ class Epochs:
 
     def __repr__(self) -> str:
         loader = self._adapter.loader
-        return f"{type(self).__name__} of {self._count} from {loader.samples.path}, {len(loader.samples)} images"
+        return f"{type(self).__name__} of {self._count} from {loader.samples.path}, {loader.count} images"
 
     def set_epoch(self, epoch: int) -> None:
         """Show that epoch's views, in that epoch's order."""

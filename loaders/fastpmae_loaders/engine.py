@@ -1,5 +1,6 @@
 """What the loaders ask of an engine, and what an engine is given to fill."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 from .dali_settings import DaliSettings
+from .errors import UserError
 from .machine import usable_memory
 from .plan import CHOICES, FACTORS
 from .recipes import View, recipes_of
@@ -53,7 +55,8 @@ class Source:
     loader was given, for engines that bring their own; `device` is where batches are handed over (None: the host's
     memory), for engines that can make them there; where one does, `made_on_device` says so and it brings the memory of
     the views. With `pin_memory` what is made on the host lies where the system leaves it, so that a GPU's copy of it
-    need not be waited for.
+    need not be waited for. `following` says which sample stands in for one that does not decode, where that is not the
+    next of the file: int64 [n] (see `in_a_circle`), or empty.
     """
 
     samples: Samples
@@ -67,6 +70,11 @@ class Source:
     made_on_device: bool = False
     pin_memory: bool = False
     dali: DaliSettings = field(default_factory=DaliSettings)
+    following: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def after(self, index: int) -> int:
+        """The sample that stands in for one that does not decode."""
+        return int(self.following[index]) if len(self.following) else (index + 1) % len(self.samples)
 
     def recipes(self) -> np.ndarray:
         """The views as compiled code takes them."""
@@ -162,3 +170,28 @@ def advice(samples: Samples) -> str:
     if samples.path.suffix == ".beton":
         return f"look at the file with fastpmae-write --check {samples.path}"
     return "look at those files"
+
+
+def chosen(samples: Samples, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The numbers of some samples: int64 [m].
+
+    Raises:
+        UserError: for none at all, what is no list of whole numbers, and samples that are not there.
+    """
+    found = np.asarray(indices)
+    if found.ndim != 1 or len(found) == 0 or found.dtype.kind not in "iu":
+        raise UserError(f"indices must be a list of whole numbers, not {found.dtype.name} {list(found.shape)}")
+    for index in found[(found < 0) | (found >= len(samples))]:
+        raise UserError(f"{samples.path} has no sample {index}: it holds {len(samples)}, counted from 0")
+    return found.astype(np.int64)
+
+
+def in_a_circle(indices: np.ndarray, count: int) -> np.ndarray:
+    """For each of some of `count` samples the next one of them, after the last the first: int64 [count].
+
+    What stands in for a broken image then is one of them too, and never, say, one that was kept for validation.
+    """
+    members = np.unique(indices)
+    following = np.full(count, members[0], np.int64)
+    following[members] = np.roll(members, -1)
+    return following

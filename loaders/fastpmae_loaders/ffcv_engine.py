@@ -67,7 +67,7 @@ _second_opinion = _IMDECODE(_ask_pillow)
 
 
 @kernel
-def _fill(counter, indices, images, data, decoder, second, seed, epoch, recipes, colours, scratch, out):
+def _fill(counter, indices, images, following, data, decoder, second, seed, epoch, recipes, colours, scratch, out):
     """Rows of a batch until none is left to take; how many were done here."""
     count = images.mode.shape[0]
     target = np.int64(scratch.decoded.ctypes.data)
@@ -91,7 +91,7 @@ def _fill(counter, indices, images, data, decoder, second, seed, epoch, recipes,
             ) or call_decoder(second, source, size, height, width, target) == 0:
                 pixels = target
             else:
-                index = (index + 1) % count
+                index = following[index] if following.shape[0] else (index + 1) % count
                 continue
             fill_row(row, index, pixels, height, width, seed, epoch, recipes, colours, scratch, out)
             break
@@ -233,8 +233,8 @@ def _operation_class(ffcv: Any) -> Any:
             else:
                 counter, epoch, rows = job.counter, job.epoch, job.rows
             here.done = _fill(
-                counter, np.ascontiguousarray(indices, np.int64), self._images, self._data, self._decoder,
-                self._second, source.seed, epoch, self._recipes, source.colours, here.scratch, rows,
+                counter, np.ascontiguousarray(indices, np.int64), self._images, source.following, self._data,
+                self._decoder, self._second, source.seed, epoch, self._recipes, source.colours, here.scratch, rows,
             )  # fmt: skip
 
         @property

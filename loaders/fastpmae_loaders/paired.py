@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .batch import Batch, batch_of
 from .dali_settings import DaliSettings
-from .engine import ATTEMPTS, Job, Samples, Source, advice, larger_than_memory, make_job
+from .engine import ATTEMPTS, Job, Samples, Source, advice, chosen, in_a_circle, larger_than_memory, make_job
 from .errors import UserError
 from .folders import open_samples
 from .plan import check_key, epoch_order
@@ -47,7 +47,9 @@ class PairedViews:
         settings: the pair of views, and the masks.
         views: these views instead of the pair, as many as wanted, still with one decode a sample. The masks are
             those of the first; there are none where its size is no multiple of 16 and no settings say otherwise.
-        shuffle: a new order each epoch; otherwise the file's own.
+        indices: these samples alone, by their numbers, as torch's `Subset` has it; one may be named more than once.
+            Their views are what they are without it.
+        shuffle: a new order each epoch; otherwise the file's own, or that of the indices.
         page_order: shuffle page by page (see epoch_order); None does so where the file is larger than memory.
         workers: threads; 0 is one, as codebases are debugged that take it for the number of processes. torch's own
             number of threads is never touched.
@@ -89,8 +91,12 @@ class PairedViews:
         colour: Colour | None = None,
         dali: DaliSettings | None = None,
         pin_memory: bool | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         self.samples = open_samples(samples)
+        self.indices = None if indices is None else chosen(self.samples, indices)
+        # the samples of an epoch
+        self.count = len(self.samples) if self.indices is None else len(self.indices)
         self.settings = settings or ViewSettings()
         self.views = self.settings.views if views is None else with_shared(views)
         if not 1 <= len(self.views) <= MOST_VIEWS:
@@ -121,7 +127,7 @@ class PairedViews:
         self.page_order = larger_than_memory(self.samples) if page_order is None else page_order
         if len(self) == 0:
             raise UserError(
-                f"{self.samples.path}: {len(self.samples)} samples make no batch of {self.global_batch}; "
+                f"{self.samples.path}: {self.count} samples make no batch of {self.global_batch}; "
                 "lower the batch size or set drop_last=False"
             )
         self._failed: dict[int, None] = {}
@@ -151,12 +157,13 @@ class PairedViews:
             made_on_device=engine == "dali" and on_gpu,
             pin_memory=self.pin_memory,
             dali=dali or DaliSettings(),
+            following=np.empty(0, np.int64) if self.indices is None else in_a_circle(self.indices, len(self.samples)),
         )
         self._runner = Runner(self._source, engine, ahead)
 
     def __len__(self) -> int:
         """Batches an epoch, the same on every rank."""
-        whole, rest = divmod(len(self.samples), self.global_batch)
+        whole, rest = divmod(self.count, self.global_batch)
         return whole + (rest > 0 and not self.drop_last)
 
     @property
@@ -183,7 +190,7 @@ class PairedViews:
             "epoch": self._epoch,
             "batch": self._batch,
             "seed": self.seed,
-            "samples": len(self.samples),
+            "samples": self.count,
             "global_batch": self.global_batch,
             "shuffle": int(self.shuffle),
             "page_order": int(self.page_order),
@@ -195,7 +202,7 @@ class PairedViews:
         Raises:
             UserError: where the state is of other data, another seed or order, or falls within a batch.
         """
-        for name, ours in (("seed", self.seed), ("samples", len(self.samples)), ("shuffle", int(self.shuffle))):
+        for name, ours in (("seed", self.seed), ("samples", self.count), ("shuffle", int(self.shuffle))):
             if state.get(name, ours) != ours:
                 raise UserError(f"the loader's saved position has {name} {state[name]}, this loader {ours}")
         check_key(self.seed, state["epoch"])
@@ -260,17 +267,21 @@ class PairedViews:
         key = (epoch, self.page_order)
         if self._order is None or self._order[0] != key:
             if self.shuffle:
-                pages = self.samples.page_of if self.page_order else None
-                order = epoch_order(self.seed, epoch, len(self.samples), pages)
+                pages = None
+                if self.page_order:
+                    pages = self.samples.page_of if self.indices is None else self.samples.page_of[self.indices]
+                order = epoch_order(self.seed, epoch, self.count, pages)
             else:
-                order = np.arange(len(self.samples), dtype=np.int64)
+                order = np.arange(self.count, dtype=np.int64)
+            if self.indices is not None:
+                order = self.indices[order]
             self._order = (key, order)
         return self._order[1]
 
     def share(self, number: int) -> slice:
         """The places of an epoch's order that this rank's batch `number` shows."""
         start = number * self.global_batch
-        count = min(self.global_batch, len(self.samples) - start)
+        count = min(self.global_batch, self.count - start)
         # all parts are equal unless the batch is short
         first, last = (start + count * rank // self.world_size for rank in (self.rank, self.rank + 1))
         return slice(first, last)
@@ -302,13 +313,15 @@ class PairedViews:
         wanted, shown = job.indices, job.rows.index
         failed: list[int] = []
         for row in np.flatnonzero(wanted != shown):
-            first, n = int(wanted[row]), len(self.samples)
+            index = int(wanted[row])
             if shown[row] < 0:
                 raise UserError(
-                    f"{self.samples.path}: {min(ATTEMPTS, n)} samples in a row, from {first} on, do not decode; "
-                    f"{advice(self.samples)}"
+                    f"{self.samples.path}: {min(ATTEMPTS, self.count)} samples in a row, from {index} on, do not "
+                    f"decode; {advice(self.samples)}"
                 )
-            failed += [(first + step) % n for step in range((int(shown[row]) - first) % n)]
+            while index != shown[row]:
+                failed.append(index)
+                index = self._source.after(index)
         self._seen += len(wanted)
         self._failed.update(dict.fromkeys(failed))
         if len(self._failed) >= FEW and len(self._failed) > self.bad_fraction * self._seen:

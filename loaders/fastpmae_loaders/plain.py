@@ -1,13 +1,13 @@
 """`PlainViews`: every image once, in the file's order, as evaluation shows it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import Samples, Source, advice, make_job
+from .engine import Samples, Source, advice, chosen, make_job
 from .errors import UserError
 from .folders import open_samples
 from .recipes import Interpolation, plain_view
@@ -24,6 +24,7 @@ class PlainViews:
         ahead: batches made before they are asked for.
         pin_memory: make the images where the system leaves them, so that a GPU's copy of them need not be waited for.
         interpolation: the filter (see `View`).
+        indices: these samples alone, in this order.
 
     Raises:
         UserError: for arguments that do not fit, and for an image that does not decode, naming it: a feature
@@ -41,8 +42,11 @@ class PlainViews:
         ahead: int = 2,
         pin_memory: bool = False,
         interpolation: Interpolation = "bicubic",
+        indices: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         self.samples = open_samples(samples)
+        whole = np.arange(len(self.samples), dtype=np.int64)
+        self._order = whole if indices is None else chosen(self.samples, indices)
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size} must be at least 1")
         if not 2 <= image_size <= 4096:
@@ -55,13 +59,11 @@ class PlainViews:
 
     def __len__(self) -> int:
         """Batches."""
-        return -(-len(self.samples) // self.batch_size)
+        return -(-len(self._order) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        order = np.arange(len(self.samples), dtype=np.int64)
-
         def job(number: int):
-            part = order[number * self.batch_size : (number + 1) * self.batch_size]
+            part = self._order[number * self.batch_size : (number + 1) * self.batch_size]
             return make_job(part, 0, self._source)
 
         stream = self._runner.stream(job, 0, len(self))

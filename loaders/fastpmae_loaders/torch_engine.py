@@ -32,7 +32,7 @@ class TorchEngine:
                 pixels = decode(samples, index)
                 if pixels is not None:
                     break
-                index = (index + 1) % len(samples)
+                index = source.after(index)
             if pixels is None:
                 job.rows.index[row] = -1
             else:

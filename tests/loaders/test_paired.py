@@ -148,6 +148,79 @@ def test_unshuffled_is_the_files_order(mixed):
         assert torch.cat([batch.index for batch in views]).tolist() == list(range(23))
 
 
+SOME = [3, 22, 4, 9, 10, 15, 0, 17, 12]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_subset_shows_its_samples_as_the_whole_does(mixed, engine):
+    with loader(mixed, 23, engine, seed=4) as views:
+        whole = rows(views)
+    with loader(mixed, 4, engine, seed=4, indices=SOME, drop_last=False) as views:
+        assert (views.count, len(views)) == (9, 3)
+        batches = list(views)
+        assert torch.cat([batch.index for batch in batches]).tolist() == np.array(SOME)[epoch_order(4, 0, 9)].tolist()
+        assert same(rows(batches), {index: whole[index] for index in SOME})
+        state = views.state_dict()
+    with loader(mixed, 3, engine, seed=4, indices=np.array(SOME), shuffle=False) as views:
+        assert torch.cat([batch.index for batch in views]).tolist() == SOME
+    with loader(mixed, 4, engine, seed=4) as views, pytest.raises(UserError, match="samples 9, this loader 23"):
+        views.load_state_dict(state)
+
+
+def test_a_subset_by_pages_and_with_repetitions(mixed):
+    page_of = Beton(mixed).page_of[SOME]
+    with loader(mixed, 4, page_order=True, drop_last=False, indices=SOME) as views:
+        found = torch.cat([batch.index for batch in views]).tolist()
+    assert found == np.array(SOME)[epoch_order(0, 0, 9, page_of)].tolist()
+    with loader(mixed, 5, shuffle=False, indices=torch.tensor([2, 2, 1, 2, 0])) as views:
+        assert next(iter(views)).index.tolist() == [2, 2, 1, 2, 0]
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "dali"])
+def test_only_a_subsets_own_samples_stand_in_for_broken_ones(broken, engine):
+    """8 is sound and the next of the file; it may be an image that was kept for validation."""
+    if engine == "dali":
+        pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
+    some = [399, 5, 6, 300, 2]
+    with loader(broken, 5, engine, shuffle=False, indices=some, bad_fraction=1.0) as views:
+        batch = next(iter(views))
+    assert batch.index.tolist() == [2, 300, 300, 300, 2]
+    assert sorted(set(batch.failed)) == [5, 6, 399]
+    with (
+        loader(broken, 2, engine, indices=[5, 6], bad_fraction=1.0) as views,
+        pytest.raises(UserError, match="2 samples in"),
+    ):
+        next(iter(views))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ([], "whole numbers"),
+        ([1.5], "whole numbers"),
+        ([[1]], "whole numbers"),
+        ([True], "whole"),
+        ([3, 23], "sample 23"),
+    ],
+)
+def test_impossible_subsets(wrong, said, mixed):
+    with pytest.raises(UserError, match=said):
+        loader(mixed, indices=wrong)
+    with pytest.raises(UserError, match=said):
+        PlainViews(mixed, 4, 32, engine="torch", indices=wrong)
+
+
+def test_a_subset_for_evaluation(mixed):
+    with PlainViews(mixed, 4, 32, engine="torch") as plain:
+        whole = torch.cat([images for images, _, _ in plain])
+    with PlainViews(mixed, 4, 32, engine="torch", indices=SOME) as plain:
+        assert len(plain) == 3
+        images, labels, index = (torch.cat(parts) for parts in zip(*plain, strict=True))
+    assert index.tolist() == SOME
+    assert torch.equal(labels, 10 * index)
+    assert torch.equal(images, whole[SOME])
+
+
 def test_page_order(mixed):
     page_of = Beton(mixed).page_of
     assert len(np.unique(page_of)) > 1
