@@ -59,4 +59,8 @@ begin()
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fastpmae' has no attribute {name!r}")
-    return getattr(import_module(f"fastpmae.{_HOMES[name]}"), name)
+    try:
+        home = import_module(f"fastpmae.{_HOMES[name]}")
+    except AttributeError as error:  # which `from ... import` would take for a name that is not there
+        raise ImportError(f"fastpmae.{name} cannot be imported: {error}") from error
+    return getattr(home, name)

@@ -130,8 +130,8 @@ IMAGES = 4
 @operation("nearest_patch")
 def nearest_patch_op(student: Tensor, teacher: Tensor, cosine: bool, folds: Sequence[int]) -> tuple[Tensor, Tensor]:
     batch, masked, features = student.shape
-    index = torch.zeros(batch, masked, dtype=torch.int64)
-    similarity = torch.zeros(batch, masked)
+    index = torch.zeros(batch, masked, dtype=torch.int64, device="cpu")
+    similarity = torch.zeros(batch, masked, dtype=torch.float32, device="cpu")
     places, best = index.numpy(), similarity.numpy()
     sizes = np.array(folds, np.int64)
     if short := -features % LANES:

@@ -91,7 +91,7 @@ def patch_tokens_op(
     patches = (height // patch_size) * (width // patch_size)
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < patches:
         raise IndexError(f"ids reach from {int(ids.min())} to {int(ids.max())}, there are {patches} patches")
-    tokens = torch.empty(batch, count, 3 * patch_size**2)
+    tokens = torch.empty(batch, count, 3 * patch_size**2, dtype=torch.float32, device="cpu")
     scale, shift = (np.array(numbers, np.float32) for numbers in affine(tuple(mean), tuple(std)))
     pixels, places, written = images.contiguous().numpy(), ids.long().contiguous().numpy(), tokens.numpy()
 

@@ -123,7 +123,7 @@ def _jitter_ref(pixels: Float[Tensor, "3 height width"], which: int, factor: flo
 
 
 def _blur_ref(pixels: Float[Tensor, "3 height width"], sigma: float) -> Tensor:
-    weights = blur_weights(torch.tensor([sigma], dtype=torch.float64))[0].tolist()
+    weights = blur_weights(torch.tensor([sigma], dtype=torch.float64, device="cpu"))[0].tolist()
     for axis in (2, 1):
         size = pixels.shape[axis]
         lines = pixels.unbind(axis)
@@ -183,7 +183,7 @@ def photometric_op(
     mean: list[float], std: list[float],
 ) -> Tensor:  # fmt: skip
     changed = images.clone(memory_format=torch.contiguous_format)
-    values = torch.empty(images.shape) if dtype != torch.uint8 else None
+    values = torch.empty(images.shape, dtype=torch.float32, device="cpu") if dtype != torch.uint8 else None
     if images.numel():
         pixels, written = changed.numpy(), None if values is None else values.numpy()
         numbers, taps = fp32_numbers(factors.cpu()).numpy(), blur_weights(factors.cpu()[:, SIGMA]).numpy()

@@ -139,7 +139,7 @@ def prototype_loss(
 def prototype_loss_gradient(
     student: Tensor, teacher: Tensor, logv: Tensor, index: Tensor, epsilon: float, temperature: float, expected: float
 ) -> tuple[Tensor, Tensor]:
-    gradient = torch.empty(student.shape, dtype=student.dtype)
+    gradient = torch.empty(student.shape, dtype=student.dtype, device="cpu")
     return _on_cpu(student, teacher, logv, index, epsilon, temperature, expected, gradient), gradient
 
 
@@ -164,7 +164,7 @@ def _on_cpu(
         raise IndexError(
             f"index reaches from {int(index.min())} to {int(index.max())}, there are {len(teacher)} labels"
         )
-    loss = torch.empty(len(student))
+    loss = torch.empty(len(student), dtype=torch.float32, device="cpu")
     bias, places, losses = as_fp32(logv), index.long().contiguous().numpy(), loss.numpy()
     whole = as_fp32(teacher) if teacher.dtype == torch.float32 else None
 

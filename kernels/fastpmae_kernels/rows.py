@@ -14,10 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numba import njit
-from numba.core.caching import IndexDataCacheFile
 from numpy import float32, int32
 from torch import Tensor
+
+from fastpmae_kernels.builtin_names import pythons_own
+
+# the package comes to numba by way of this module first
+with pythons_own():
+    from numba import njit
+    from numba.core.caching import IndexDataCacheFile
 
 
 def compiled(*freedoms: str, error_model: Literal["python", "numpy"] = "python") -> Callable[[Callable], Any]:

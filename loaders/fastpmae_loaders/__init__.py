@@ -74,4 +74,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    try:
+        home = import_module(f".{_HOMES[name]}", __name__)
+    except AttributeError as error:  # which `from ... import` would take for a name that is not there
+        raise ImportError(f"{__name__}.{name} cannot be imported: {error}") from error
+    return getattr(home, name)

@@ -1,4 +1,4 @@
-"""The loader as other codebases expect one: MAE and SdAE, iBOT, timm's `train.py`, lightly, DINOv2.
+"""The loader as other codebases expect one: MAE and SdAE, DINO, iBOT, timm's `train.py`, lightly, DINOv2.
 
 Each class is a thin view of a `PairedViews`: it normalises the bytes (on the device, where the loader was given one),
 puts them in the codebase's order and types, and draws that codebase's masks. Ranks, seed, engine, threads and device
@@ -52,8 +52,7 @@ class Adapter(Generic[Handed]):
     ) -> None:
         self.loader = loader
         self.dtype = dtype
-        self._mean = torch.tensor([255 * value for value in mean]).view(1, 3, 1, 1)
-        self._std = torch.tensor([255 * value for value in std]).view(1, 3, 1, 1)
+        self._mean, self._std = (_channels(values) for values in (mean, std))
         # whether since the last pass an epoch was asked for by name, and whether a position was
         self._told = False
         self._loaded = False
@@ -158,12 +157,6 @@ class EpochAdapter(Adapter[Handed]):
 class MAELoader(EpochAdapter[tuple[Tensor, ...]]):
     """`(images, labels)` for MAE's and SdAE's `main_pretrain.py`: float32 [B, 3, S, S], normalised; int64 [B].
 
-    In place of `data_loader_train = torch.utils.data.DataLoader(...)`:
-
-        loader = PairedViews(args.data_path, args.batch_size, views=[mae_view(args.input_size)], seed=args.seed,
-                             rank=global_rank, world_size=num_tasks, workers=args.num_workers, device=device)
-        data_loader_train = MAELoader(loader)
-
     Both draw their masks in the model. `masks="ours"` hands over the loader's too: `(images, labels, ids_shuffle)`,
     int64 [B, N], the visible patches and then the folds. It is what the models' `random_masking` else makes of noise.
 
@@ -184,20 +177,22 @@ class MAELoader(EpochAdapter[tuple[Tensor, ...]]):
         return images, batch.label, torch.cat([batch.visible, batch.folds], 1)
 
 
+class DINOLoader(EpochAdapter[tuple[list[Tensor], Tensor]]):
+    """`(images, labels)` for DINO's `main_dino.py`: a list of float32 [B, 3, S, S], the global crops first; int64 [B].
+
+    Contract: facebookresearch/dino main_dino.py.
+    """
+
+    def collate(self, batch: Batch, epoch: int) -> tuple[list[Tensor], Tensor]:
+        """(images, labels)."""
+        return [self.normalised(view) for view in batch.views], batch.label
+
+
 class IBOTLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[Tensor]]]):
     """`(images, labels, masks)` for iBOT's `main_ibot.py`.
 
     images: a list of float32 [B, 3, S, S], the global crops first. labels: int64 [B]. masks: a list of bool
     [B, S/p, S/p], True where hidden, one for each global crop (iBOT draws one for local crops too and uses it nowhere).
-    In place of `data_loader = torch.utils.data.DataLoader(...)`:
-
-        crops = [dino_global("t1", 224, args.global_crops_scale), dino_global("t2", 224, args.global_crops_scale)]
-        crops += [dino_local(96, args.local_crops_scale)] * args.local_crops_number
-        loader = PairedViews(args.data_path, args.batch_size_per_gpu, views=crops, seed=args.seed,
-                             rank=utils.get_rank(), world_size=utils.get_world_size(), workers=args.num_workers,
-                             device="cuda")
-        masks = IBOTMasks(args.pred_ratio, args.pred_ratio_var, args.pred_shape, args.pred_start_epoch)
-        data_loader = IBOTLoader(loader, masks, patch_size=pred_size)
 
     `masks=None` hides the loader's own folds in the first crop and as many patches, drawn as evenly, in the others.
     The first `global_crops` views are global, the others local; None takes as many as are as large as the first one.
@@ -233,18 +228,6 @@ class IBOTLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[Tensor]]]):
 
 class TimmLoader(EpochAdapter[tuple[Tensor, Tensor]]):
     """`(input, target)` as timm's `PrefetchLoader` gives them: on the device, normalised, targets int64 [B].
-
-    In timm's `train.py`, in place of `loader_train = create_loader(...)` and `loader_eval = create_loader(...)`:
-
-        size, mean, std = data_config["input_size"][-1], data_config["mean"], data_config["std"]
-        loader = PairedViews(args.data_dir + "/train.beton", args.batch_size, views=[mae_view(size, args.scale)],
-                             seed=args.seed, rank=args.rank, world_size=args.world_size, workers=args.workers,
-                             device=device)
-        loader_train = TimmLoader(loader, mean, std, mixup=Mixup(**mixup_args) if mixup_active else None)
-        dataset_train = loader_train.dataset
-        loader = PairedViews(args.data_dir + "/validation.beton", args.batch_size, shuffle=False, drop_last=False,
-                             views=[plain_view(size, data_config["crop_pct"])], device=device)
-        loader_eval = TimmLoader(loader, mean, std)
 
     Args:
         loader: of one view; further ones are decoded for nothing.
@@ -299,11 +282,6 @@ class TimmLoader(EpochAdapter[tuple[Tensor, Tensor]]):
 class LightlyLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[str]]]):
     """`(views, labels, names)` for lightly's examples: a list of float32 [B, 3, S, S], int64 [B], a list of str.
 
-    In place of `dataloader = torch.utils.data.DataLoader(...)`:
-
-        loader = PairedViews("images.beton", 256, views=[dino_global("t1"), dino_global("t2")], device=device)
-        dataloader = LightlyLoader(loader)
-
     A name is the image's path below the folder that the loader reads, or its shard and its place there. A .beton holds
     no names: it is the sample's number then, as lightly names images of a data set that has no files.
 
@@ -325,18 +303,6 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
     collated_local_crops: [L B, 3, s, s] likewise. collated_masks: bool [2 B, N], True where hidden.
     mask_indices_list: int64 [M], where the hidden patches are in the flattened masks. masks_weight: float32 [M], one
     over the number of them in their crop. upperbound: int, at least M. n_masked_patches: int64 [1], M.
-    In `do_train`, in place of `data_loader = make_data_loader(...)`:
-
-        sizes = cfg.crops
-        size, scale = sizes.global_crops_size, sizes.global_crops_scale
-        crops = [dino_global(t, size, scale, blur="code") for t in ("t1", "t2")]
-        crops += [dino_local(sizes.local_crops_size, sizes.local_crops_scale)] * sizes.local_crops_number
-        settings = ViewSettings(image_size=sizes.global_crops_size, patch_size=cfg.student.patch_size)
-        loader = PairedViews(cfg.train.dataset_path, cfg.train.batch_size_per_gpu, settings=settings, views=crops,
-                             seed=cfg.train.seed, rank=distributed.get_global_rank(),
-                             world_size=distributed.get_global_size(), workers=cfg.train.num_workers, device="cuda")
-        masks = DINOv2Masks(cfg.ibot.mask_ratio_min_max, cfg.ibot.mask_sample_probability)
-        data_loader = DINOv2Loader(loader, masks, cfg.student.patch_size, start_iter)
 
     `start_iter` is the iteration that the run goes on with: the loader is put where it stood then.
     The first `global_crops` views are global, two as in DINOv2, and the others local, also where they are as large.
@@ -375,7 +341,7 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
         # on the host, since the device would have to be waited for to know how many there are
         counts = hidden.sum(1)
         places = hidden.flatten().nonzero().flatten()
-        weights = (1 / counts.clamp(min=1)).repeat_interleave(counts)
+        weights = (1 / counts.clamp(min=1).to(torch.float32)).repeat_interleave(counts)
         carry = self.loader.transfer.carry
         return {
             "collated_global_crops": torch.cat(crops[: self.global_crops]),
@@ -385,7 +351,7 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
             "masks_weight": carry(weights),
             "upperbound": upperbound,
             # written by the device: a list would be copied to it, and the copy waited for
-            "n_masked_patches": torch.full((1,), len(places), device=batch.label.device),
+            "n_masked_patches": torch.full((1,), len(places), dtype=torch.int64, device=batch.label.device),
         }
 
     def _hidden(self, batch: Batch, epoch: int) -> tuple[Bool[Tensor, "crops patches"], int]:
@@ -395,6 +361,11 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
             return torch.from_numpy(drawn.masks), drawn.upperbound
         masks = np.concatenate(own_masks(batch, epoch, seed, self.global_crops, self.grid))
         return torch.from_numpy(masks).flatten(1), int(masks.sum())
+
+
+def _channels(values: tuple[float, ...]) -> Float[Tensor, "1 3 1 1"]:
+    """A number of each channel, for pixels from 0 to 255; whatever the program's defaults are."""
+    return torch.tensor([255 * value for value in values], dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
 
 
 def own_masks(batch: Batch, epoch: int, seed: int, views: int, grid: tuple[int, int]) -> list[np.ndarray]:

@@ -243,7 +243,7 @@ class DINOv2Masks(Typed):
         turns, within = np.concatenate(draws).T
         count = int(len(turns) * self.mask_sample_probability)
         # float32, as theirs: a bound that is a whole number of patches must not fall on its other side
-        bounds: Tensor = torch.linspace(*self.mask_ratio_min_max, count + 1)
+        bounds: Tensor = torch.linspace(*self.mask_ratio_min_max, count + 1, dtype=torch.float32, device="cpu")
         upperbound = sum(int(patches * bound) for bound in bounds[1:])
         edges = bounds.double().numpy()
         crops = np.argsort(turns, kind="stable")[:count]

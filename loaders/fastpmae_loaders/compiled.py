@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numba
-from numba.core import caching
+from .builtin_names import pythons_own
+
+# public modules come to numba by way of this one first
+with pythons_own():
+    import numba
+    from numba.core import caching
 
 from .locks import lock
 

@@ -141,7 +141,7 @@ def make_job(indices: np.ndarray, epoch: int, source: Source) -> Job:
     count, views = len(indices), source.views
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=source.pin_memory and 0 not in shape)
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=source.pin_memory and 0 not in shape)
 
     # of no rows nothing is made: such a job is done as it is
     in_host = () if source.made_on_device and count else views

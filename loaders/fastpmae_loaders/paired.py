@@ -307,7 +307,8 @@ class PairedViews:
     def _send(self, job: Job) -> Sent[Batch]:
         """The job's rows as a batch on its way to where it was asked for."""
         index = job.rows.index
-        label = torch.empty(len(index), dtype=torch.int64, pin_memory=self._source.pin_memory and len(index) > 0)
+        pinned = self._source.pin_memory and len(index) > 0
+        label = torch.empty(len(index), dtype=torch.int64, device="cpu", pin_memory=pinned)
         # rows for which no sample was found name the sample -1; whoever takes the batch is told
         np.take(self._label, index, out=label.numpy(), mode="wrap")
         batch = batch_of(job, label, self._fold_sizes, [])

@@ -1,14 +1,10 @@
 """Each adapter's batches against what the codebase's own loader would hand over: types, shapes, order, values."""
 
-import inspect
 import itertools
-import re
-import shutil
-import textwrap
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace as Names
 from typing import Any
 
 import numpy as np
@@ -22,7 +18,6 @@ from timm.loss import SoftTargetCrossEntropy
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import Normalize
 
-import fastpmae_loaders
 from fastpmae_loaders import (
     PairedViews,
     UserError,
@@ -33,7 +28,6 @@ from fastpmae_loaders import (
     mae_view,
     plain_view,
 )
-from fastpmae_loaders import adapters as adapters_module
 from fastpmae_loaders.adapters import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -46,7 +40,7 @@ from fastpmae_loaders.adapters import (
 )
 from fastpmae_loaders.blockwise import DINOv2Masks, IBOTMasks
 from fastpmae_loaders.dataloader_parts import AdapterDataset
-from tests.made import REPOSITORY, made_image
+from tests.made import made_image
 
 SETTINGS = ViewSettings(image_size=32, patch_size=8, folds=3)
 PAIR = [dino_global("t1", 32), dino_global("t2", 32)]
@@ -242,71 +236,25 @@ def test_a_pass_that_ends_early_leaves_no_thread(mixed):
         assert not [thread for thread in threading.enumerate() if "fastpmae" in thread.name], name
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_programs_defaults_change_nothing(name, mixed):
+    with closing(ADAPTERS[name](mixed)) as adapter:
+        expected = next(iter(adapter))
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        with closing(ADAPTERS[name](mixed)) as adapter:
+            batch = next(iter(adapter))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert equal(batch, expected)
+
+
 def test_two_passes_at_once_begin_at_the_same_batch(mixed):
     adapter = ADAPTERS["mae"](mixed)
     for one, other in zip(adapter, adapter, strict=True):
         assert equal(one, other)
-
-
-def surroundings(folder: Path) -> dict[str, Any]:
-    """What the codebases have at hand where their loaders are made, by their own names and with their own types."""
-    beton = str(folder / "images.beton")
-    args = Names(
-        data_path=beton, data_dir=str(folder), batch_size=4, batch_size_per_gpu=4, num_workers=1, workers=1, seed=0,
-        input_size=64, rank=0, world_size=1, local_crops_number=2, scale=[0.08, 1.0], ratio=[0.75, 4 / 3],
-        global_crops_scale=(0.14, 1.0), local_crops_scale=[0.05, 0.4], hflip=0.5, color_jitter=0.4,
-        pred_ratio=[0.0, 0.3], pred_ratio_var=[0.0, 0.2], pred_shape="block", pred_start_epoch=0,
-    )  # fmt: skip
-    crops = Names(
-        global_crops_size=56, local_crops_size=28, global_crops_scale=[0.32, 1.0], local_crops_scale=[0.05, 0.32],
-        local_crops_number=2,
-    )  # fmt: skip
-    ranks = Names(get_rank=lambda: 0, get_world_size=lambda: 1, get_global_rank=lambda: 0, get_global_size=lambda: 1)
-    train = Names(dataset_path=beton, batch_size_per_gpu=4, num_workers=1, seed=0)
-    ibot = Names(mask_ratio_min_max=[0.1, 0.5], mask_sample_probability=0.5)
-    return {
-        "args": args, "misc": ranks, "utils": ranks, "distributed": ranks, "global_rank": 0, "num_tasks": 1,
-        "cfg": Names(crops=crops, train=train, ibot=ibot, student=Names(patch_size=14)), "start_iter": 2,
-        "pred_size": 16, "device": torch.device("cpu"), "Mixup": timm.data.Mixup, "mixup_active": True,
-        "mixup_args": {"num_classes": 230},
-        "data_config": {"input_size": (3, 64, 64), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": 0.9},
-    }  # fmt: skip
-
-
-def documented() -> list[tuple[str, str]]:
-    """The lines to change, of each adapter's docstring and of docs/adapters.md."""
-    blocks = []
-    for adapter in (MAELoader, IBOTLoader, TimmLoader, LightlyLoader, DINOv2Loader):
-        lines = (inspect.getdoc(adapter) or "").split("\n\n")
-        blocks += [(adapter.__name__, textwrap.dedent(block)) for block in lines if block.startswith("    loader = ")]
-        blocks += [
-            (adapter.__name__, textwrap.dedent(block)) for block in lines if re.match(r"    (crops|size)", block)
-        ]
-    page = (REPOSITORY / "docs" / "adapters.md").read_text()
-    page = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "PairedViews(" in block]
-    return blocks + [("page", block) for block in page]
-
-
-def test_every_adapters_lines_are_documented_twice():
-    blocks = [block for _, block in documented()]
-    for name in ("MAELoader", "IBOTLoader", "TimmLoader", "LightlyLoader", "DINOv2Loader"):
-        assert sum(f"{name}(" in block for block in blocks) == 2, name
-
-
-@pytest.mark.parametrize(("where", "block"), documented())
-def test_the_documented_lines_work(where, block, mixed, tmp_path, monkeypatch):
-    for name in ("images", "train", "validation"):
-        shutil.copy(mixed, tmp_path / f"{name}.beton")
-    monkeypatch.chdir(tmp_path)
-    names = {name: getattr(fastpmae_loaders, name) for name in fastpmae_loaders.__all__} if where != "page" else {}
-    names |= vars(adapters_module) if where != "page" else {}
-    names |= surroundings(tmp_path)
-    exec(block.replace('"cuda"', '"cpu"').replace("256, ", "4, "), names)
-    made = [value for value in names.values() if isinstance(value, Adapter)]
-    assert made
-    for adapter in made:
-        next(iter(adapter))
-        adapter.close()
 
 
 # MAE and SdAE.
