@@ -29,6 +29,7 @@ _SOURCES = (
     "scratch",
     "views",
     "blockwise",
+    "jpeg",
     "markers",
 )
 

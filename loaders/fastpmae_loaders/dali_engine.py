@@ -28,7 +28,7 @@ from .compiled import kernel
 from .dali_settings import PARTS
 from .engine import ATTEMPTS, Job, Source
 from .errors import BetonError, UserError
-from .jpeg import jpeg_header
+from .jpeg import check_scans, jpeg_header
 from .plan import Plans, draw_plans
 from .scratch import Scratch
 from .torch_engine import decode
@@ -324,6 +324,7 @@ def _is_plain(payload: np.ndarray, height: int, width: int) -> bool:
         return False
     try:
         header = jpeg_header(payload)
+        check_scans(payload)
     except BetonError:
         return False
     colours = len(header.component_ids) == 1 or header.is_ycbcr

@@ -1,11 +1,12 @@
 """A JPEG's markers, walked in compiled code before libjpeg-turbo sees them.
 
-FFCV keeps one libjpeg-turbo decoder a thread, and that keeps the tables of the image before. A JPEG that does not
-bring its own (damaged, or a frame of a film) would be decoded with those: a picture that depends on what the
-thread showed last.
+A libjpeg-turbo decoder is used for one image after another, and keeps the tables of the image before. A JPEG that does
+not bring its own (damaged, or a frame of a film) would be decoded with those: a picture that depends on what the
+decoder showed last.
 """
 
 from .compiled import helper
+from .jpeg import SCAN_LIMIT
 from .vectors import load_byte
 
 
@@ -83,12 +84,13 @@ def _after_scan(at, stop):
 def stands_alone(address, size, height, width):
     """Is this an ordinary JPEG of height x width, by its own header, with all tables that it uses?
 
-    The metadata, which sized the buffer, may lie about the size. Baseline to progressive; nothing is read outside
-    address ... address + size - 1. What is not sound here may still be a picture to another decoder.
+    The metadata, which sized the buffer, may lie about the size. Baseline to progressive, of at most SCAN_LIMIT scans;
+    nothing is read outside address ... address + size - 1. What is not sound here may still be a picture to another
+    decoder.
     """
     at, stop = address + 2, address + size
     frame, quantisation, huffman = 0, 0, 0
-    progressive, scanned = False, False
+    progressive, scans = False, 0
     while at + 4 <= stop:
         if load_byte(at) != 0xFF:
             at += 1
@@ -101,11 +103,11 @@ def stands_alone(address, size, height, width):
             at += 2
             continue
         if code == 0xD9:
-            return scanned
+            return scans > 0
         length = _word(at + 2)
         end = at + 2 + length
         if length < 2 or end > stop:
-            return scanned
+            return scans > 0
         if code == 0xDB:
             found = _quantisation(at + 4, end)
             if found < 0:
@@ -131,7 +133,9 @@ def stands_alone(address, size, height, width):
                 return False
             if not progressive and load_byte(at + 4) == load_byte(frame + 9):
                 return True  # all of the picture is in this scan
-            scanned = True
+            scans += 1
+            if scans > SCAN_LIMIT:
+                return False
             end = _after_scan(end, stop)
         at = end
-    return scanned
+    return scans > 0

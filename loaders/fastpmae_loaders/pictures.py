@@ -7,14 +7,14 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .beton import JPG, PIXEL_LIMIT
 from .errors import BetonError, UserError
-from .jpeg import JPEG_MAX_SIDE, jpeg_header
+from .jpeg import JPEG_MAX_SIDE, check_scans, jpeg_header
 
 ENCODED = 2
 """Storage mode of an image that is neither a plain JPEG (0) nor raw pixels (1)."""
@@ -71,8 +71,22 @@ def open_image(file: IO[bytes]) -> Image.Image:
 def load(image: Image.Image) -> int:
     """Decodes the first frame in full; its EXIF orientation, 1 to 8. ImageError where it is damaged."""
     with _reasons():
+        _check_scans(image)
         image.load()
     return orientation_of(image)
+
+
+def _check_scans(image: Image.Image) -> None:
+    """ImageError where an image that is not decoded yet is a JPEG of more scans than is sensible."""
+    if image.format in ("JPEG", "MPO"):
+        file: Any = image.fp  # pyright: ignore[reportAttributeAccessIssue]
+        at = file.tell()
+        file.seek(0)
+        try:
+            check_scans(file.read())
+        except BetonError as error:
+            raise ImageError(str(error)) from None
+        file.seek(at)
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -114,6 +128,7 @@ def decode_jpeg(payload: bytes, height: int, width: int) -> np.ndarray:
     What libjpeg calls a warning does not matter here, only whether there are pixels to the end.
     """
     with _reasons(), Image.open(io.BytesIO(payload), formats=("JPEG",)) as image:
+        _check_scans(image)
         if image.size != (width, height):
             raise ImageError(f"the JPEG is {image.width}x{image.height} pixels, not {width}x{height}")
         if image.mode not in ("RGB", "L"):
