@@ -17,6 +17,7 @@ from .errors import UserError
 IMAGE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm",
     ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif",
+    ".hif", ".jxl",
 ))
 # files of other suffixes than these two sets are looked into
 _OTHER_SUFFIXES = frozenset((
@@ -30,7 +31,7 @@ _PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip"
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|....ftypavif"
-    rb"|\0\0\0\x0cjP  ",
+    rb"|....ftyp(?:hei[cxms]|hev[cxms]|heif|mif1|msf1)|\0\0\0\x0cjP  |\0\0\0\x0cJXL ",
     re.DOTALL,
 )
 _TRAIN = ("train", "training")
