@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastpmae.errors import UserError
-from fastpmae_loaders.listing import Files, Item, Listing, choose_split, list_folder, printable, split_word
+from fastpmae_loaders.listing import Files, Item, Listing, choose_split, list_folder, split_word
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.shards import list_shards, read_member
 
 __all__ = ["Item", "Listing", "SourceSettings", "find_images", "printable", "read_item"]

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpmae.errors import UserError
-from fastpmae_loaders.listing import Item, Listing, labels_from, printable
+from fastpmae_loaders.listing import Item, Listing, labels_from
+from fastpmae_loaders.printable import printable
 
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture", "photo")
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")

@@ -13,8 +13,9 @@ import numpy as np
 
 from .beton import Beton
 from .errors import UserError
-from .listing import Files, Item, Listing, choose_split, list_folder, printable, split_word
+from .listing import Files, Item, Listing, choose_split, list_folder, split_word
 from .pictures import ImageError, look
+from .printable import printable
 from .shards import list_shards
 
 if TYPE_CHECKING:  # looking at files needs no torch

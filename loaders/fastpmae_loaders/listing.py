@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from .errors import UserError
+from .printable import printable
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
@@ -69,12 +70,6 @@ class Listing:
     class_names: list[str] | None = None
     passed_over: int = 0
     notes: list[str] = field(default_factory=list)
-
-
-def printable(text: str) -> str:
-    """A path or name on one line, in characters that any terminal takes."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class Files:

@@ -1,0 +1,12 @@
+"""A stranger's words made safe to print: names of files, tensors, settings and classes."""
+
+
+def printable(text: str | bytes) -> str:
+    """A path or name on one line, in characters that any terminal takes: what is none of those is written as an escape.
+
+    Bytes are taken for UTF-8; a byte that is none of it stands as `\\xff`, and so does what Python made of it in a
+    file's name (`\\udcff`).
+    """
+    known = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
+    told = known.decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in told)
