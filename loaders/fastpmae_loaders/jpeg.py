@@ -31,6 +31,7 @@ TURBO_DECOMPRESS = ctypes.CFUNCTYPE(
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD8)))
+_BETWEEN_SCANS = frozenset((0xC4, 0xDA, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 _MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")  # what ends a scan's data, or stands between segments
 
 
@@ -120,6 +121,26 @@ def _frame_header(segment: bytes) -> tuple[int, int, int, tuple[int, ...]]:
     if not width or not height or not segment[5]:
         raise BetonError(f"the JPEG frame header says {width}x{height} pixels, {segment[5]} components")
     return segment[0], height, width, tuple(segment[6::3])
+
+
+def scans_are_whole(payload: bytes | np.ndarray) -> bool:
+    """Whether between the scans of a JPEG, up to its end marker, there is only what belongs there. Nothing is decoded.
+
+    Some decoders pass over what others stop at. Only a progressive picture may be in several scans: others may be so by
+    the standard, but then each scan needs tables of its own, and hardly anybody writes them.
+    """
+    data = payload.tobytes() if isinstance(payload, np.ndarray) else payload
+    position, scans, progressive = 2, 0, False
+    while marker := _MARKER.search(data, position):
+        code, position = marker[0][1], marker.end()
+        progressive |= code == 0xC2
+        if code == 0xD9:
+            return scans == 1 or (progressive and scans > 0)
+        if scans and code not in _BETWEEN_SCANS:
+            return False
+        scans += code == 0xDA
+        position += max(2, int.from_bytes(data[position : position + 2], "big"))
+    return False
 
 
 def jpeg_size(payload: bytes | np.ndarray) -> tuple[int, int]:
