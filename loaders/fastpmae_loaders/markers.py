@@ -105,8 +105,8 @@ def stands_alone(address, size, height, width):
     """Is this an ordinary JPEG of height x width, by its own header, with all tables that it uses?
 
     The metadata, which sized the buffer, may lie about the size. Baseline to progressive, of at most SCAN_LIMIT scans;
-    a progressive one that ends before its scans do is left to Pillow, whose libjpeg-turbo may be of another version, and
-    versions smooth such pictures differently. Nothing is read outside address ... address + size - 1. What is not sound
+    a progressive one that ends before its scans do is left to Pillow, whose libjpeg-turbo may be of another version:
+    they smooth such pictures differently. Nothing is read outside address ... address + size - 1. What is not sound
     here may still be a picture to another decoder.
     """
     at, stop = address + 2, address + size
