@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from .beton import JPG, PIXEL_LIMIT
 from .errors import BetonError, UserError
@@ -186,9 +187,14 @@ def decode_upright(file: IO[bytes], height: int, width: int) -> np.ndarray:
 def decode_jpeg(payload: bytes, height: int, width: int) -> np.ndarray:
     """A JPEG that lies upright and is gray or in colours, as uint8 [height, width, 3]. ImageError otherwise.
 
-    What libjpeg calls a warning does not matter here, only whether there are pixels to the end.
+    What libjpeg calls a warning does not matter here, only whether there are pixels to the end. Nor does Pillow warn:
+    the size is asked for by name, where `Image.open` would warn of more than 89 million pixels.
     """
-    with _reasons(), Image.open(io.BytesIO(payload), formats=("JPEG",)) as image:
+    try:
+        opened = JpegImageFile(io.BytesIO(payload))
+    except SyntaxError:
+        raise ImageError("not an image that Pillow can read") from None
+    with _reasons(), opened as image:
         _check_scans(image)
         if image.size != (width, height):
             raise ImageError(f"the JPEG is {image.width}x{image.height} pixels, not {width}x{height}")

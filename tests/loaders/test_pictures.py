@@ -133,6 +133,15 @@ def test_a_bomb_of_scans_is_no_image_of_a_folder_either():
             decode()
 
 
+def test_a_large_jpeg_is_decoded_without_a_warning(monkeypatch):
+    """Under warnings as errors it would be a bad image, to the engines that ask Pillow alone."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
+    data = encoded(made_image(3, 50, 40), "JPEG")
+    with pytest.warns(Image.DecompressionBombWarning):
+        expected = np.asarray(Image.open(io.BytesIO(data)))
+    assert (pictures.decode_jpeg(data, 40, 50) == expected).all()
+
+
 HEIC, JXL = b"\0\0\0\x18ftypheic" + bytes(40), b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40)
 
 
