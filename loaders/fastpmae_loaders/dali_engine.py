@@ -29,7 +29,7 @@ from .compiled import kernel
 from .dali_settings import PARTS
 from .engine import ATTEMPTS, Job, Source
 from .errors import BetonError, UserError
-from .jpeg import check_scans, jpeg_header, scans_are_whole
+from .jpeg import check_scans, jpeg_header, segments_belong
 from .plan import Plans, draw_plans
 from .scratch import Scratch
 from .torch_engine import decode
@@ -334,7 +334,7 @@ def chosen_for_hardware(samples: np.ndarray, share: float) -> np.ndarray:
 
 def _is_plain(payload: np.ndarray, height: int, width: int) -> bool:
     """Is it a JPEG of this size in gray or YCbCr, and whole, so that its decoding leaves nothing to choose?"""
-    if not (_has_end(payload) and scans_are_whole(payload)):
+    if not (_has_end(payload) and segments_belong(payload)):
         return False
     try:
         header = jpeg_header(payload)

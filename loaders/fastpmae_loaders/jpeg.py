@@ -32,6 +32,7 @@ TURBO_DECOMPRESS = ctypes.CFUNCTYPE(
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD8)))
 _BETWEEN_SCANS = frozenset((0xC4, 0xDA, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
+_BEFORE_SCANS = _BETWEEN_SCANS | _FRAMES
 _MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")  # what ends a scan's data, or stands between segments
 
 
@@ -123,8 +124,8 @@ def _frame_header(segment: bytes) -> tuple[int, int, int, tuple[int, ...]]:
     return segment[0], height, width, tuple(segment[6::3])
 
 
-def scans_are_whole(payload: bytes | np.ndarray) -> bool:
-    """Whether between the scans of a JPEG, up to its end marker, there is only what belongs there. Nothing is decoded.
+def segments_belong(payload: bytes | np.ndarray) -> bool:
+    """Whether before and between the scans of a JPEG, up to its end, stands only what belongs there. Nothing is decoded.
 
     Some decoders pass over what others stop at. Only a progressive picture may be in several scans: others may be so by
     the standard, but then each scan needs tables of its own, and hardly anybody writes them.
@@ -132,11 +133,13 @@ def scans_are_whole(payload: bytes | np.ndarray) -> bool:
     data = payload.tobytes() if isinstance(payload, np.ndarray) else payload
     position, scans, progressive = 2, 0, False
     while marker := _MARKER.search(data, position):
+        if not scans and marker.start() != position:  # segments follow each other
+            return False
         code, position = marker[0][1], marker.end()
         progressive |= code == 0xC2
         if code == 0xD9:
             return scans == 1 or (progressive and scans > 0)
-        if scans and code not in _BETWEEN_SCANS:
+        if code not in (_BETWEEN_SCANS if scans else _BEFORE_SCANS):
             return False
         scans += code == 0xDA
         position += max(2, int.from_bytes(data[position : position + 2], "big"))

@@ -131,7 +131,7 @@ def test_broken_images_are_replaced_as_by_the_other_engines(broken, capfd):
 def test_a_broken_image_that_only_decoding_finds(broken, monkeypatch, capfd):
     """Cut in its data: DALI gives up all that it was given with it, and what was under way is made again."""
     # as if its end were there
-    for asked in ("_has_end", "scans_are_whole"):
+    for asked in ("_has_end", "segments_belong"):
         monkeypatch.setattr(dali_engine, asked, lambda payload: True)
     made = []
     make = dali_engine.DALIEngine._make_pipeline
@@ -182,7 +182,7 @@ def test_what_dali_refuses_and_pillow_takes_is_decoded_by_pillow(mixed, monkeypa
 
 @pytest.mark.parametrize("part", [1, 4])
 def test_what_pillow_refuses_is_bad_to_dali_too(tmp_path, part, capfd):
-    """Markers where a scan's data should be: DALI shows such a picture as far as it goes.
+    """Markers where a scan's data should be, and junk in the header: DALI shows such a picture as far as it goes.
 
     One after the other, so that DALI fails at one part while the engine gives it the next.
     """
@@ -195,6 +195,8 @@ def test_what_pillow_refuses_is_bad_to_dali_too(tmp_path, part, capfd):
         if number % 3:
             at = int(rng.integers(700, len(data) - 8))
             data[at : at + 2] = bytes((0xFF, int(rng.choice([0x63, 0x90, 0xC4, 0xC8, 0xD8, 0xDC, 0xEF, 0x02]))))
+        if number % 7 == 3:  # between two segments of the header, where libjpeg passes over it
+            data[2:2] = bytes((1, 2, 0xFF, 0x63, 3))
         images.append(bytes(data))
     file = write_beton(tmp_path / "markers.beton", images, [(96, 80)] * 60)
     *_, failed = shown(file, dali=DaliSettings(part=part))
