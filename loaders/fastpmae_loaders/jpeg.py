@@ -125,7 +125,7 @@ def _frame_header(segment: bytes) -> tuple[int, int, int, tuple[int, ...]]:
 
 
 def segments_belong(payload: bytes | np.ndarray) -> bool:
-    """Whether before and between the scans of a JPEG, up to its end, stands only what belongs there. Nothing is decoded.
+    """Whether before and between the scans of a JPEG, up to its end, is only what belongs there. Nothing is decoded.
 
     Some decoders pass over what others stop at. Only a progressive picture may be in several scans: others may be so by
     the standard, but then each scan needs tables of its own, and hardly anybody writes them.
