@@ -1,12 +1,10 @@
 """Every case of the loader's benchmark: ours in its forms, the ceiling, and the baselines, all opened the same way."""
 
-import ctypes
 import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.loader_baselines import Task, Views, dali_views, ffcv_views, timm_views, torchvision_views
 from fastpmae_loaders import Beton, PairedViews, View, dino_global, mae_view
+from fastpmae_loaders.jpeg import TURBO_DECOMPRESS, TURBO_FLAGS, TURBO_RGB, TurboDecoders
 
 CHECKED = 8
 """So many samples of a case's first batch are compared with an independent computation."""
@@ -75,22 +74,11 @@ def ours(task: Task, engine: str, colour: bool = True, on_device: bool = False) 
             epoch += 1
 
 
-def _ffcv_library() -> ctypes.CDLL:
-    """FFCV's C library alone: importing the package around it takes seconds."""
-    spec = importlib.util.find_spec("ffcv")
-    folders = (spec and spec.submodule_search_locations) or ()
-    library = ctypes.CDLL(str(next(file for folder in folders for file in Path(folder).glob("_libffcv*.so"))))
-    library.imdecode.argtypes = [
-        ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p,
-        *(6 * [ctypes.c_uint32]), ctypes.c_bool, ctypes.c_bool,
-    ]  # fmt: skip
-    return library
-
-
 def decode_only(task: Task) -> Iterator[Shown]:
-    """FFCV's decoder called by `workers` threads into memory that each keeps: what no loader that decodes can pass."""
+    """libjpeg-turbo called by `workers` threads into memory that each keeps: what no loader that decodes can pass."""
     beton = Beton(task.beton)
-    decode = _ffcv_library().imdecode
+    decoders = TurboDecoders()
+    decode = TURBO_DECOMPRESS(decoders.function)
     data = beton.data.ctypes.data
     # plain integers, so that little of Python stands between two decodes
     pointer, size = beton.pointer.tolist(), beton.size.tolist()
@@ -101,18 +89,23 @@ def decode_only(task: Task) -> Iterator[Shown]:
     begun = done = taken = 0
     stopped = False
 
-    def decoded(index: int, target: int) -> None:
-        h, w = height[index], width[index]
-        decode(data + pointer[index], size[index], h, w, target, h, w, 0, 0, 1, 1, False, False)
+    def decoded(handle: int, index: int, target: int) -> None:
+        place = data + pointer[index], size[index], target
+        decode(handle, *place, width[index], 0, height[index], TURBO_RGB, TURBO_FLAGS)
 
     # for the check, into memory of their own
     some = list(range(min(CHECKED, len(beton))))
     images = [torch.empty(height[index], width[index], 3, dtype=torch.uint8) for index in some]
-    for index, image in zip(some, images, strict=True):
-        decoded(index, image.data_ptr())
+    with decoders.lend() as handle:
+        for index, image in zip(some, images, strict=True):
+            decoded(handle, index, image.data_ptr())
     yield Shown(task.batch, tuple(images), torch.tensor(some))
 
     def work() -> None:
+        with decoders.lend() as handle:
+            work_with(handle)
+
+    def work_with(handle: int) -> None:
         nonlocal begun, done
         pixels = np.empty(largest, np.uint8)
         target = pixels.ctypes.data
@@ -124,7 +117,7 @@ def decode_only(task: Task) -> Iterator[Shown]:
                     return
                 index = order[begun % len(order)]
                 begun += 1
-            decoded(index, target)
+            decoded(handle, index, target)
             with changed:
                 done += 1
                 if done % task.batch == 0:

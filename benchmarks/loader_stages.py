@@ -26,6 +26,7 @@ from fastpmae_loaders import Beton, ViewSettings
 from fastpmae_loaders import colour as c
 from fastpmae_loaders.engine import Source, make_job
 from fastpmae_loaders.ffcv_engine import FFCVEngine
+from fastpmae_loaders.jpeg import TurboDecoders
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED, Plans, draw_plans
 from fastpmae_loaders.resize import resize
 from fastpmae_loaders.vectors import call_decoder
@@ -61,7 +62,7 @@ def make_timer(library: ctypes.CDLL) -> Callable:
             c.grayscale(image)
 
     @numba.njit
-    def run(places, decoder, plans, scratch, views, spent, alone):
+    def run(places, decoder, handle, plans, scratch, views, spent, alone):
         memory = np.zeros(2, np.int64)
         copy = np.empty_like(views[0, 0])
         for row in range(places.shape[0]):
@@ -71,7 +72,7 @@ def make_timer(library: ctypes.CDLL) -> Callable:
             image = views[row, 1]
             times = spent[row]
             start = now(memory)
-            call_decoder(decoder, address, size, height, width, pixels)
+            call_decoder(decoder, handle, address, size, height, width, pixels)
             for view in range(2):
                 stop = now(memory)
                 times[view] += stop - start
@@ -116,6 +117,7 @@ class Stages:
         self.settings = ViewSettings(image_size=SIDE)
         self.source = Source(beton, self.settings.views, 7, self.settings.patches, self.settings.visible)
         self.engine: Any = FFCVEngine(self.source)
+        self.decoders = TurboDecoders()
         self.scratch = self.source.scratch()
         self.run = make_timer(ctypes.CDLL(None))
         self.batches = np.arange(images // BATCH * BATCH).reshape(-1, BATCH) % len(beton)
@@ -128,10 +130,6 @@ class Stages:
         start = time.thread_time()
         plans = draw_plans(7, epoch, indices, height, width, self.settings)
         return plans, time.thread_time() - start
-
-    def decoder(self) -> int:
-        """The address of FFCV's decoder, as the engine calls it."""
-        return self.engine._operation._decoder
 
     def round(self, epoch: int) -> None:
         """All batches: through the engine and through the stages."""
@@ -147,7 +145,9 @@ class Stages:
             planned += seconds
             address = beton.data.ctypes.data + beton.pointer[indices].astype(np.int64)
             places = np.stack([address, beton.size[indices], beton.height[indices], beton.width[indices]], 1)
-            self.run(places.astype(np.int64), self.decoder(), plans, self.scratch, self.views, spent, alone)
+            with self.decoders.lend() as handle:
+                decoder = self.decoders.function, handle
+                self.run(places.astype(np.int64), *decoder, plans, self.scratch, self.views, spent, alone)
         count = self.batches.size
         stages: dict[str, float] = dict(zip(STAGES, spent.sum(0) / 1e9 / count, strict=True))
         stages[PLAN] = planned / count

@@ -22,7 +22,7 @@ class Data(Typed):
     """The .beton file to pretrain on (`fastpmae-write` makes one); `--loader torch` and `dali` also read folders of
     images and tar shards."""
     loader: Literal["ffcv", "dali", "torch"] = "ffcv"
-    """Engine that reads it: the same crops, flips and masks, and pixels that differ a little by the decoder."""
+    """Engine that reads it: `ffcv` and `torch` give the same bytes; DALI's differ by its decoder and resize."""
     dali_part: int = 0
     """Images that DALI gets at a time; 0 takes 32 on the CPU and 64 on a GPU."""
     hw_decoder_load: float = 0.0

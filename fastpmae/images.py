@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastpmae.errors import BetonError, UserError
 from fastpmae_loaders.beton import JPG, PIXEL_LIMIT, RAW
+from fastpmae_loaders.gray import nearly_black
 from fastpmae_loaders.jpeg import JPEG_MAX_SIDE, jpeg_header, turbo_available, turbo_decode
 from fastpmae_loaders.pictures import ImageError, load, one_line, open_image, upright_rgb
 from fastpmae_loaders.values import Typed
@@ -28,7 +29,8 @@ class ImageSettings(Typed):
 
     max_size: the longer side is brought down to so many pixels (None: images keep their size). quality: of
     JPEGs that are encoded here. mode: "jpg", "raw", or "proportion": a share `proportion` of the samples as
-    JPEG, drawn by (seed, place in the source). max_pixels: a source image of more pixels is refused.
+    JPEG, drawn by (seed, place in the source). max_pixels: a source image of more pixels is refused. white: the
+    value that is white in gray of more than 8 bits, where the file does not say (None: the whole range of 16 bits).
     """
 
     max_size: int | None = None
@@ -37,6 +39,7 @@ class ImageSettings(Typed):
     proportion: float = 0.5
     seed: int = 0
     max_pixels: int = PIXEL_LIMIT
+    white: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,6 +53,8 @@ class ImageSettings(Typed):
             raise UserError(f"--proportion is {self.proportion}; it must lie between 0 and 1")
         if self.max_pixels < 1:
             raise UserError(f"--max-pixels is {self.max_pixels}; it must be positive")
+        if self.white is not None and not 1 <= self.white < 2**32:
+            raise UserError(f"--white is {self.white:g}; it must lie between 1 and 2^32, as 4095 of 12 bits")
 
     def as_jpeg(self, place: int) -> bool:
         """Whether the image at this place in the source is stored as JPEG."""
@@ -61,13 +66,17 @@ class ImageSettings(Typed):
 
 @dataclass(frozen=True)
 class StoredImage:
-    """What goes into the file. `kept`: the bytes are the source's own."""
+    """What goes into the file.
+
+    `kept`: the bytes are the source's own. `better_white`: of gray of more than 8 bits that comes out nearly black.
+    """
 
     mode: int
     width: int
     height: int
     data: bytes
     kept: bool
+    better_white: int | None = None
 
 
 def store(data: bytes, settings: ImageSettings, place: int = 0) -> StoredImage:
@@ -86,7 +95,9 @@ def store(data: bytes, settings: ImageSettings, place: int = 0) -> StoredImage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = upright_rgb(image, orientation)
+            decoded, image = image, upright_rgb(image, orientation, settings.white)
+            better_white = nearly_black(decoded, settings.white)
+            del decoded
         except ImageError:
             raise
         except Exception as error:
@@ -94,10 +105,10 @@ def store(data: bytes, settings: ImageSettings, place: int = 0) -> StoredImage:
         image = _within(image, settings.max_size)
     _check_storable(image, JPEG_MAX_SIDE if as_jpeg else RAW_MAX_SIDE)
     if not as_jpeg:
-        return StoredImage(RAW, image.width, image.height, image.tobytes(), kept=False)
+        return StoredImage(RAW, image.width, image.height, image.tobytes(), kept=False, better_white=better_white)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=settings.quality, subsampling=0)
-    return StoredImage(JPG, image.width, image.height, buffer.getvalue(), kept=False)
+    return StoredImage(JPG, image.width, image.height, buffer.getvalue(), kept=False, better_white=better_white)
 
 
 def _load(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
@@ -108,7 +119,7 @@ def _load(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
             f"{image.width}x{image.height} pixels are more than --max-pixels {max_pixels:,} "
             "(a decompression bomb, or a very large picture)"
         )
-    return image, load(image)
+    return image, load(image, max(max_pixels, PIXEL_LIMIT))
 
 
 def _can_keep(data: bytes, image: Image.Image, settings: ImageSettings) -> bool:

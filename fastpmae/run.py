@@ -36,6 +36,10 @@ COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimiser")
 COMPARED_SETTINGS = (
     "seed", "precision", "teacher_precision", "page_order", "loader", "hw_decoder_load", "augment_on", "deterministic",
 )  # fmt: skip
+# These decode to the same bits.
+ALIKE_LOADERS = ("ffcv", "torch")
+DECODER = "accurate DCT"
+"""Of how the FFCV engine decodes. Checkpoints of before do not say; it was the fast DCT, by FFCV's own call."""
 # And to the last bit, which --deterministic is about.
 ROUNDING_SETTINGS = ("compile", "compile_mode", "attention", "checkpoint_blocks", "prototypes_chunk", "shard")
 
@@ -121,6 +125,11 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
             "Resume with the run's own, or add --accept-changes"
         )
     remarks += [f"resumed with a changed setting: {change}" for change in changes]
+    if checkpoint.config.data.loader == "ffcv" and checkpoint.progress.get("decoder") != DECODER:
+        remarks.append(
+            "JPEGs are decoded by the accurate DCT from here on, as every other loader does: the steps before saw "
+            "pixels that were 0.8/255 darker on average"
+        )
     return OpenRun(folder, checkpoint.path, [*remarks, f"resumed from {checkpoint.path}"])
 
 
@@ -233,6 +242,8 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> lis
     compared = COMPARED_SETTINGS + ROUNDING_SETTINGS * (before["deterministic"] and now["deterministic"])
     if before["balance"] == now["balance"] == "step":  # parts only decide what is held at a time
         before["accumulate"] = now["accumulate"]
+    if before["loader"] in ALIKE_LOADERS and now["loader"] in ALIKE_LOADERS:
+        before["loader"] = now["loader"]
     changes = [
         f"--{name.replace('_', '-')} was {before[name]} and is now {now[name]}"
         for name in now

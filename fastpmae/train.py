@@ -30,7 +30,7 @@ from fastpmae.log import Log, Meter
 from fastpmae.optimiser import learning_rate, make_optimiser, update
 from fastpmae.parallel import gradients_stay, over_ranks
 from fastpmae.passes import make_passes
-from fastpmae.run import claim, describe_run, open_run, recorded, resolve, write_machine
+from fastpmae.run import DECODER, claim, describe_run, open_run, recorded, resolve, write_machine
 from fastpmae.saver import Saver
 from fastpmae.step import balance, learn, see
 from fastpmae.stop import Stop
@@ -108,6 +108,7 @@ def pretrain(config: Config) -> Path:
                     "steps_per_epoch": steps_per_epoch,
                     "bad_images": feed.bad_images,
                     "loader": loader.state_dict(),
+                    "decoder": DECODER,
                     "fingerprint": identity,
                     "config": recorded(config).groups(),
                 }

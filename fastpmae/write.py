@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
+from PIL import Image
+
 from fastpmae.check import check_beton
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
@@ -44,7 +46,10 @@ class BadImages(UserError):
 
 @dataclass
 class Written:
-    """What became of a source. `bad`: (name, reason) of each image that was left out."""
+    """What became of a source. `bad`: (name, reason) of each image that was left out.
+
+    `dark`: (name, the white that would suit it) of gray of 16 bits that came out nearly black.
+    """
 
     path: Path
     samples: int = 0
@@ -55,6 +60,7 @@ class Written:
     class_names: list[str] | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    dark: list[tuple[str, int]] = field(default_factory=list)
 
 
 @checked
@@ -115,11 +121,24 @@ def write_beton(
         file.flush()
         Beton(file.name)  # what is about to take its place opens, by the rules for files of strangers
         _list_bad(out, written.bad)
+    if written.dark:
+        written.notes.append(_told_dark(written.dark))
+        tally.tell(written.notes[-1])
     return written
+
+
+def _told_dark(dark: list[tuple[str, int]]) -> str:
+    white = max(better for _, better in dark)
+    images = "image of 16-bit gray is" if len(dark) == 1 else "images of 16-bit gray are"
+    return (
+        f"{len(dark):,} {images} nearly black (the first: {dark[0][0]}): 65535 counts as white, and no value is above "
+        f"{white}. If {white} is white in them, write them anew with --white {white}"
+    )
 
 
 def converter(settings: ImageSettings):
     """What a worker process calls for each item: read it, make it what is stored."""
+    Image.MAX_IMAGE_PIXELS = None  # ours is asked in its place, before anything is decoded
 
     def converted(place: int, item: Item) -> StoredImage:
         if item.kind in ("parquet", "arrow"):
@@ -140,6 +159,8 @@ def _take(item: Item, result: StoredImage | Failure, pages: PageWriter, written:
     except UserError as error:
         written.bad.append((item.name, str(error)))
         return
+    if result.better_white is not None:
+        written.dark.append((item.name, result.better_white))
     written.samples += 1
     written.kept += result.kept
     written.converted += not result.kept
@@ -244,6 +265,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"refuse larger source images as decompression bombs (default: {ImageSettings.max_pixels:,})",
     )
+    add(
+        "--white",
+        type=float,
+        metavar="V",
+        help="the white of gray of more than 8 bits where the file does not say, as 4095 (default: 65535)",
+    )
     group = parser.add_argument_group("source")
     add = group.add_argument
     add("--limit", type=int, metavar="N", help="take N images, spread evenly over the source")
@@ -276,6 +303,7 @@ def _write(options: argparse.Namespace) -> int:
         options.proportion,
         options.seed,
         options.max_pixels,
+        options.white,
     )
     kind = options.kind
     listing = SourceSettings(kind, options.split, options.flat, options.image_column, options.label_column)

@@ -1,5 +1,6 @@
 """Images made for tests, and where things lie."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,24 @@ def tiny_settings(beton: Path) -> Config:
         device="cpu",
         tensorboard=False,
     )
+
+
+def progressive_bomb(side: int, scans: int) -> bytes:
+    """A gray progressive JPEG of side x side pixels: a scan of the blocks' means, and `scans` more that add nothing."""
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return bytes((0xFF, marker)) + struct.pack(">H", len(content) + 2) + content
+
+    blocks = (-(-side // 8)) ** 2
+    # the only code of the second table says that 2^14 blocks and as many more as 14 bits tell are empty
+    runs = ["0" + format(min(blocks - at, 32767) - 16384, "014b") for at in range(0, blocks - 16383, 32767)]
+    rest = blocks - sum(16384 + int(run, 2) for run in runs)
+    bits = "".join(runs) + ("0" + 14 * "0") * (rest > 0)  # a run that is longer than what is left ends with the picture
+    bits += "1" * (-len(bits) % 8)
+    empty = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    one_code = bytes((1, *(15 * [0])))
+    head = segment(0xDB, bytes(1) + 64 * b"\1") + segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + b"\1\x11\0")
+    tables = segment(0xC4, b"\x00" + one_code + b"\0") + segment(0xC4, b"\x10" + one_code + b"\xe0")
+    body = segment(0xDA, b"\1\1\0\0\0\0") + bytes(blocks // 8 + 1)
+    band = (segment(0xDA, bytes((1, 1, 0, 1 + scan % 63, 1 + scan % 63, 0))) + empty for scan in range(scans))
+    return b"\xff\xd8" + head + tables + body + b"".join(band) + b"\xff\xd9"

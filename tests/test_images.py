@@ -10,9 +10,11 @@ from PIL import Image, ImageOps
 
 from fastpmae.errors import UserError
 from fastpmae.images import ImageError, ImageSettings, StoredImage, store
+from fastpmae.sources import Item
+from fastpmae.write import converter
 from fastpmae_loaders.beton import JPG, RAW
 from fastpmae_loaders.jpeg import turbo_available
-from tests.made import made_image
+from tests.made import made_image, progressive_bomb
 
 RAW_PIXELS = ImageSettings(mode="raw")
 
@@ -219,6 +221,37 @@ def test_decompression_bombs_are_refused() -> None:
         store(encoded(PICTURE, "PNG"), ImageSettings(max_pixels=1000))
 
 
+def test_a_limit_above_pillows_own_is_ours_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the worker processes, whose Pillow is ours: --max-pixels alone decides, and is named."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    large = encoded(PICTURE, "PNG")
+    pixels = PICTURE.width * PICTURE.height
+
+    def convert(max_pixels: int) -> StoredImage:
+        item = Item("file", "large.png", (), 0)
+        return converter(ImageSettings(max_pixels=max_pixels))(0, item)
+
+    monkeypatch.setattr("fastpmae.write.read_item", lambda item: large)
+    assert convert(pixels).width == PICTURE.width
+    with pytest.raises(ImageError, match="--max-pixels"):
+        convert(pixels - 1)
+
+
+def test_a_bomb_of_scans_is_refused() -> None:
+    with pytest.raises(ImageError, match="more than 500 scans"):
+        store(progressive_bomb(16, 600), ImageSettings())
+
+
+def test_gray_of_16_bits_that_comes_out_nearly_black_is_told() -> None:
+    ramp = np.linspace(0, 4095, 64 * 48).round().reshape(48, 64).astype(np.uint16)
+    data = encoded(Image.fromarray(ramp), "PNG")
+    assert store(data, ImageSettings()).better_white == 4095
+    stored = store(data, ImageSettings(mode="raw", white=4095))
+    assert stored.better_white is None
+    assert np.frombuffer(stored.data, np.uint8).max() == 255
+    assert store(encoded(PICTURE, "PNG"), ImageSettings()).better_white is None
+
+
 def test_damage_is_refused_with_a_reason() -> None:
     for form in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):
         data = encoded(PICTURE, form)
@@ -252,7 +285,7 @@ def test_proportion_is_drawn_by_seed_and_place() -> None:
 
 @pytest.mark.parametrize(
     "wrong", [{"max_size": 0}, {"max_size": 70000}, {"quality": 0}, {"quality": 101}, {"mode": "png"},
-              {"proportion": 1.5}, {"max_pixels": 0}]
+              {"proportion": 1.5}, {"max_pixels": 0}, {"white": 0}]
 )  # fmt: skip
 def test_settings_out_of_range(wrong: dict) -> None:
     with pytest.raises(UserError, match=next(iter(wrong)).replace("_", "-")):

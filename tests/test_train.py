@@ -346,10 +346,20 @@ def test_a_batch_that_moves_the_epochs_is_refused_whatever_is_accepted(tiny: Con
         pretrain(tiny.using(steps=2, resume="auto", batch_size=4, accept_changes=True))
 
 
+def test_the_ffcv_and_the_torch_loader_are_one_run(tiny: Config, tmp_path: Path):
+    """Their pixels are the same, so a run may change from one to the other, and nothing needs to be said."""
+    straight = pretrain(tiny.using(steps=4, out=tmp_path / "straight"))
+    pretrain(tiny.using(steps=2, loader="torch"))
+    folder = pretrain(tiny.using(steps=4, resume="auto"))
+    assert_same_run(straight, folder, 4)
+    assert "changed" not in (folder / "train.log").read_text()
+
+
 def test_another_decoder_is_a_changed_setting(tiny: Config):
+    pytest.importorskip("nvidia.dali")
     pretrain(tiny.using(steps=1))
-    with pytest.raises(UserError, match="--loader was ffcv and is now torch"):
-        pretrain(tiny.using(steps=2, resume="auto", loader="torch"))
+    with pytest.raises(UserError, match="--loader was ffcv and is now dali"):
+        pretrain(tiny.using(steps=2, resume="auto", loader="dali"))
 
 
 def forge(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> None:
@@ -357,6 +367,16 @@ def forge(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]]
     checkpoint = read_checkpoint(path)
     change(checkpoint.tensors, checkpoint.progress)
     write_checkpoint(path, checkpoint.tensors, checkpoint.progress, keep=9)
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+def test_a_checkpoint_from_before_the_accurate_dct_goes_on_with_one_remark(tiny: Config, loader: str):
+    """Of the FFCV engine's; the others decode as they did."""
+    folder = pretrain(tiny.using(steps=1, loader=loader))
+    forge(checkpoint_path(folder, 1), lambda _, progress: progress.pop("decoder"))
+    for steps in (2, 3):
+        pretrain(tiny.using(steps=steps, resume="auto", loader=loader))
+    assert (folder / "train.log").read_text().count("0.8/255 darker") == (loader == "ffcv")
 
 
 @pytest.mark.parametrize(

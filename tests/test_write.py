@@ -494,6 +494,22 @@ def test_a_large_picture_that_is_allowed_and_scaled(tmp_path: Path) -> None:
     assert np.abs(beton.decode(0).astype(int) - 77).max() <= 2
 
 
+def test_gray_of_12_bits_in_files_of_16(tmp_path: Path) -> None:
+    """Nearly black, which is said, with the flag that helps; with it, as bright as it is."""
+    folder = tmp_path / "gray"
+    folder.mkdir()
+    for number in range(2):
+        ramp = np.linspace(0, 4095, 64 * 48).round().reshape(48, 64).astype(np.uint16)
+        Image.fromarray(ramp).save(folder / f"{number}.png")
+    made_image(0, 60, 40).save(folder / "colours.png")
+    for options, count, brightest in (((), 1, 16), (("--white", "4095"), 0, 255)):
+        done = command(folder, tmp_path / "out.beton", "--mode", "raw", "--workers", "1", "--force", *options)
+        assert done.returncode == 0
+        assert done.stderr.count("2 images of 16-bit gray are nearly black") == count, done.stderr
+        assert done.stderr.count("with --white 4095") == count
+        assert Beton(tmp_path / "out.beton").decode(0).max() == brightest
+
+
 def test_names_with_odd_bytes(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"tree\xff") / os.fsdecode(b"cl\xe9\n")
     write_tree(folder, 2, classes=1)

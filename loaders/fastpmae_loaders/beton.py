@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 
 from fastpmae_loaders.errors import BetonError
-from fastpmae_loaders.jpeg import jpeg_size
+from fastpmae_loaders.jpeg import check_scans, jpeg_size
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import local_path
 
@@ -145,6 +145,7 @@ class Beton:
             size = jpeg_size(payload)
             if size != (width, height):
                 raise BetonError(f"the JPEG is {size[0]}x{size[1]} pixels, its metadata say {width}x{height}")
+            check_scans(payload)
             return _pillow_rgb(payload.tobytes())
         except BetonError as error:
             raise BetonError(f"{self.path}: sample {int(index)}: {error}") from None

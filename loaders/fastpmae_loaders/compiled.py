@@ -34,6 +34,7 @@ _SOURCES = (
     "views",
     "blockwise",
     "multiblock",
+    "jpeg",
     "markers",
 )
 

@@ -15,6 +15,7 @@ import io
 import os
 import threading
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from .compiled import kernel
 from .dali_settings import PARTS
 from .engine import ATTEMPTS, Job, Source
 from .errors import BetonError, UserError
-from .jpeg import jpeg_header
+from .jpeg import check_scans, jpeg_header, segments_belong
 from .plan import Plans, draw_plans
 from .scratch import Scratch
 from .torch_engine import decode
@@ -95,6 +96,7 @@ class DALIEngine:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._pipeline: Any = None
+        self._lost: Exception | None = None
         self._stream: torch.cuda.Stream | None = None
         self._under_way: deque[torch.cuda.Event] = deque()
 
@@ -127,7 +129,7 @@ class DALIEngine:
                     job.ready = self._mark()
                     self._under_way.append(job.ready)
             except BaseException:
-                self._pipeline = None
+                self._pipeline = self._lost = None
                 raise
         return count
 
@@ -173,24 +175,34 @@ class DALIEngine:
         return inputs | self._definition.view_inputs(views, plans, height, width, colours)
 
     def _schedule(self, part: _Part) -> None:
-        """Give a part to DALI and let it begin."""
-        if self._pipeline is None:
-            self._pipeline = self._make_pipeline()
-        for name, values in part.inputs.items():
-            self._pipeline.feed_input(name, values)
-        self._pipeline.schedule_run()
+        """Give a part to DALI and let it begin.
+
+        A pipeline that has failed at a part before it takes no more: `_finish` finds that out, and begins anew.
+        """
+        if self._lost is not None:
+            return
+        try:
+            if self._pipeline is None:
+                self._pipeline = self._make_pipeline()
+            for name, values in part.inputs.items():
+                self._pipeline.feed_input(name, values)
+            self._pipeline.schedule_run()
+        except Exception as error:
+            self._lost = error
 
     def _finish(self, job: Job, waiting: deque[_Part], scratch: Scratch) -> None:
         """Wait for the first part that DALI works on and take its views."""
         while True:
             try:
+                if self._lost is not None:
+                    raise self._lost
                 outputs = self._pipeline.share_outputs(cuda_stream=self._stream)
                 break
             except Exception:
-                if not self._look_through(waiting[0]):
+                if not self._look_through(waiting):
                     raise
                 # its pipeline is no longer valid, and all that it was given is lost
-                self._pipeline = None
+                self._pipeline = self._lost = None
                 parts = list(waiting)
                 waiting.clear()
                 for part in parts:
@@ -306,17 +318,19 @@ class DALIEngine:
         known[index] = _BROKEN if pixels is None else _BY_PILLOW
         return None if pixels is None else (pixels.reshape(-1), True)
 
-    def _look_through(self, part: _Part) -> bool:
+    def _look_through(self, parts: Iterable[_Part]) -> bool:
         """After a failure: decode what DALI decoded; false where that could not be the reason.
 
-        Where Pillow finds nothing wrong, Pillow is to decode all of it from now on.
+        Any of the parts may be at fault, since DALI works ahead. Where Pillow finds nothing wrong, Pillow is to decode
+        all of the first one that DALI decoded from now on.
         """
-        suspects = [int(index) for index in part.samples if index >= 0 and self._known[index] == _PLAIN]
-        broken = [index for index in suspects if decode(self._source.samples, index) is None]
+        suspects = [[int(i) for i in part.samples if i >= 0 and self._known[i] == _PLAIN] for part in parts]
+        suspects = [some for some in suspects if some]
+        broken = [index for some in suspects for index in some if decode(self._source.samples, index) is None]
         if broken:
             self._known[broken] = _BROKEN
-        else:
-            self._known[suspects] = _BY_PILLOW
+        elif suspects:
+            self._known[suspects[0]] = _BY_PILLOW
         return bool(suspects)
 
 
@@ -328,10 +342,11 @@ def chosen_for_hardware(samples: np.ndarray, share: float) -> np.ndarray:
 
 def _is_plain(payload: np.ndarray, height: int, width: int) -> bool:
     """Is it a JPEG of this size in gray or YCbCr, and whole, so that its decoding leaves nothing to choose?"""
-    if not _has_end(payload):
+    if not (_has_end(payload) and segments_belong(payload)):
         return False
     try:
         header = jpeg_header(payload)
+        check_scans(payload)
     except BetonError:
         return False
     colours = len(header.component_ids) == 1 or header.is_ycbcr

@@ -1,7 +1,11 @@
-"""A JPEG's own header, read without decoding, and libjpeg-turbo called as FFCV's loader calls it."""
+"""A JPEG's own header, read without decoding, and FFCV's libjpeg-turbo, called as Pillow calls its own."""
 
 import ctypes
 import importlib.util
+import re
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,9 +15,25 @@ import numpy as np
 from fastpmae_loaders.errors import BetonError
 
 JPEG_MAX_SIDE = 65500  # libjpeg's own limit, a little under what 16 bits hold
+SCAN_LIMIT = 500
+"""Scans that an image may have: the figure of libjpeg-turbo's own TJFLAG_LIMITSCANS.
+
+Every scan is a pass over all of the picture, whatever it adds to it: thousands of empty ones, in a few hundred
+kilobytes, hold a decoder for minutes. Encoders write about ten.
+"""
+# TurboJPEG's numbers. The accurate DCT, and no fast upsampling: what Pillow decodes with, to the bit.
+TURBO_RGB = 0
+TURBO_FLAGS = 4096 | 32768  # TJFLAG_ACCURATEDCT, TJFLAG_LIMITSCANS
+TURBO_DECOMPRESS = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, *(5 * [ctypes.c_int])
+)
+"""`tjDecompress2`: handle, source, its size, target, width, pitch (0: no gaps), height, pixel format, flags."""
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD8)))
+_BETWEEN_SCANS = frozenset((0xC4, 0xDA, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
+_BEFORE_SCANS = _BETWEEN_SCANS | _FRAMES
+_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")  # what ends a scan's data, or stands between segments
 
 
 @dataclass(frozen=True)
@@ -104,6 +124,28 @@ def _frame_header(segment: bytes) -> tuple[int, int, int, tuple[int, ...]]:
     return segment[0], height, width, tuple(segment[6::3])
 
 
+def segments_belong(payload: bytes | np.ndarray) -> bool:
+    """Whether before and between the scans of a JPEG, up to its end, is only what belongs there. Nothing is decoded.
+
+    Some decoders pass over what others stop at. Only a progressive picture may be in several scans: others may be so by
+    the standard, but then each scan needs tables of its own, and hardly anybody writes them.
+    """
+    data = payload.tobytes() if isinstance(payload, np.ndarray) else payload
+    position, scans, progressive = 2, 0, False
+    while marker := _MARKER.search(data, position):
+        if not scans and marker.start() != position:  # segments follow each other
+            return False
+        code, position = marker[0][1], marker.end()
+        progressive |= code == 0xC2
+        if code == 0xD9:
+            return scans == 1 or (progressive and scans > 0)
+        if code not in (_BETWEEN_SCANS if scans else _BEFORE_SCANS):
+            return False
+        scans += code == 0xDA
+        position += max(2, int.from_bytes(data[position : position + 2], "big"))
+    return False
+
+
 def jpeg_size(payload: bytes | np.ndarray) -> tuple[int, int]:
     """(width, height) by the JPEG's own header. BetonError when it has none that libjpeg would accept.
 
@@ -113,21 +155,32 @@ def jpeg_size(payload: bytes | np.ndarray) -> tuple[int, int]:
     return header.width, header.height
 
 
+def check_scans(payload: bytes | np.ndarray) -> None:
+    """BetonError where a JPEG has more than SCAN_LIMIT scans. Nothing is decoded."""
+    data = payload.tobytes() if isinstance(payload, np.ndarray) else payload
+    if data.count(b"\xff\xda") <= SCAN_LIMIT:  # also where it is no marker: in a thumbnail, in a profile
+        return
+    position, scans = 2, 0
+    while (marker := _MARKER.search(data, position)) and (code := marker[0][1]) != 0xD9:
+        scans += code == 0xDA
+        if scans > SCAN_LIMIT:
+            raise BetonError(f"the JPEG has more than {SCAN_LIMIT} scans (a decompression bomb?)")
+        position = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+
+
 @cache
-def _libffcv() -> ctypes.CDLL | None:
-    # Loading the library alone takes milliseconds; importing ffcv takes seconds (numba, torch) and changes
-    # torch's number of threads.
+def _turbo() -> ctypes.CDLL | None:
+    # FFCV's library for the sake of the libturbojpeg that it was linked with, whose functions are found through it.
+    # Loading it alone takes milliseconds; importing ffcv takes seconds (numba, torch) and changes torch's number of
+    # threads.
     spec = importlib.util.find_spec("ffcv")
     for folder in (spec and spec.submodule_search_locations) or ():
         for file in sorted(Path(folder).glob("_libffcv*.so")):
             try:
                 library = ctypes.CDLL(str(file))
-                library.imdecode.argtypes = [
-                    *(ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p),
-                    *(6 * [ctypes.c_uint32]),
-                    *(ctypes.c_bool, ctypes.c_bool),
-                ]
-                library.imdecode.restype = ctypes.c_int
+                library.tjInitDecompress.argtypes, library.tjInitDecompress.restype = [], ctypes.c_void_p
+                library.tjDestroy.argtypes = [ctypes.c_void_p]
+                library.tjDecompress2  # noqa: B018 - found or not
             except (OSError, AttributeError):
                 continue
             return library
@@ -135,23 +188,67 @@ def _libffcv() -> ctypes.CDLL | None:
 
 
 def turbo_available() -> bool:
-    """Whether FFCV's decoder library is installed and loads."""
-    return _libffcv() is not None
+    """Whether the libjpeg-turbo that FFCV was linked with is installed and loads."""
+    return _turbo() is not None
+
+
+class TurboDecoders:
+    """libjpeg-turbo's decoders: lent to threads, kept for later ones, and freed with this object.
+
+    `function` is the address of `tjDecompress2`. RuntimeError without FFCV (see `turbo_available`).
+    """
+
+    def __init__(self) -> None:
+        library = _turbo()
+        if library is None:
+            raise RuntimeError("FFCV's decoder library is not installed")
+        self._library = library
+        self.function = int(ctypes.cast(library.tjDecompress2, ctypes.c_void_p).value or 0)
+        self._idle: list[int] = []
+        self._made: list[int] = []
+        weakref.finalize(self, _destroy, library, self._made)
+
+    @contextmanager
+    def lend(self) -> Iterator[int]:
+        """A decoder's handle that no other thread has meanwhile."""
+        try:
+            handle = self._idle.pop()
+        except IndexError:
+            handle = self._library.tjInitDecompress()
+            if not handle:
+                raise MemoryError("libjpeg-turbo has no memory for a decoder") from None
+            self._made.append(handle)
+        try:
+            yield handle
+        finally:
+            self._idle.append(handle)
+
+
+def _destroy(library: ctypes.CDLL, handles: list[int]) -> None:
+    while handles:
+        library.tjDestroy(handles.pop())
 
 
 def turbo_decode(payload: bytes | np.ndarray, width: int, height: int) -> np.ndarray | None:
-    """Decodes with the very call FFCV's loader makes (its flags too). uint8 [height, width, 3].
+    """Decodes with the very call that the FFCV engine makes. uint8 [height, width, 3].
 
     None when libjpeg-turbo reports an error or a warning, or when the JPEG's own size is not width x height
-    (libjpeg-turbo would then scale it silently). RuntimeError without FFCV (see `turbo_available`).
+    (libjpeg-turbo would then scale it silently). RuntimeError without FFCV (see `turbo_available`); BetonError for
+    what has no header.
     """
-    library = _libffcv()
+    library = _turbo()
     if library is None:
-        raise RuntimeError("ffcv's decoder library is not installed")
+        raise RuntimeError("FFCV's decoder library is not installed")
     if jpeg_size(payload) != (width, height):
         return None
     source = np.frombuffer(payload, np.uint8)
     pixels = np.empty((height, width, 3), np.uint8)
-    where = (source.ctypes.data, source.size, height, width, pixels.ctypes.data)
-    status = library.imdecode(*where, height, width, 0, 0, 1, 1, False, False)
+    decompress = TURBO_DECOMPRESS(("tjDecompress2", library))
+    # a decoder of its own: a kept one would lend this image the tables of the last
+    handle = library.tjInitDecompress()
+    try:
+        where = (handle, source.ctypes.data, source.size, pixels.ctypes.data)
+        status = decompress(*where, width, 0, height, TURBO_RGB, TURBO_FLAGS)
+    finally:
+        library.tjDestroy(handle)
     return None if status else pixels

@@ -20,6 +20,7 @@ from .splits import EVERYTHING, below_splits, doubtful_classes, within_classes
 IMAGE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm",
     ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif",
+    ".hif", ".jxl",
 ))
 # files of other suffixes than these two sets are looked into
 _OTHER_SUFFIXES = frozenset((
@@ -34,7 +35,7 @@ ARCHIVE_SUFFIXES = (*_TAR_SUFFIXES, *_PACKED_SUFFIXES)
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|....ftypavif"
-    rb"|\0\0\0\x0cjP  ",
+    rb"|....ftyp(?:hei[cxms]|hev[cxms]|heif|mif1|msf1)|\0\0\0\x0cjP  |\0\0\0\x0cJXL ",
     re.DOTALL,
 )
 # Folders that programs keep beside a user's own, in lower case; so are all whose names begin with a dot

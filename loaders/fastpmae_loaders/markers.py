@@ -1,12 +1,16 @@
 """A JPEG's markers, walked in compiled code before libjpeg-turbo sees them.
 
-FFCV keeps one libjpeg-turbo decoder a thread, and that keeps the tables of the image before. A JPEG that does not
-bring its own (damaged, or a frame of a film) would be decoded with those: a picture that depends on what the
-thread showed last.
+A libjpeg-turbo decoder is used for one image after another, and keeps the tables of the image before. A JPEG that does
+not bring its own (damaged, or a frame of a film) would be decoded with those: a picture that depends on what the
+decoder showed last.
 """
 
 from .compiled import helper
+from .jpeg import SCAN_LIMIT
 from .vectors import load_byte
+
+_SMOOTHED = 10
+"""Of a block's coefficients, those whose missing bits libjpeg-turbo makes up for."""
 
 
 @helper
@@ -68,6 +72,23 @@ def _scan_has_tables(scan, frame, progressive, quantisation, huffman):
 
 
 @helper
+def _finishes(scan, frame):
+    """The coefficients that a progressive scan brings to their last bit: ten bits a component, of the first ten."""
+    count = load_byte(scan + 4)
+    spectrum = scan + 5 + 2 * count
+    first, last = load_byte(spectrum), load_byte(spectrum + 1)
+    if load_byte(spectrum + 2) & 15 != 0:
+        return 0
+    finished = 0
+    for part in range(count):
+        for component in range(load_byte(frame + 9)):
+            if load_byte(frame + 10 + 3 * component) == load_byte(scan + 5 + 2 * part):
+                for coefficient in range(first, min(last, _SMOOTHED - 1) + 1):
+                    finished |= 1 << (_SMOOTHED * component + coefficient)
+    return finished
+
+
+@helper
 def _after_scan(at, stop):
     """The first marker behind a scan's data: the restarts within it are a part of it."""
     while at + 1 < stop:
@@ -83,12 +104,14 @@ def _after_scan(at, stop):
 def stands_alone(address, size, height, width):
     """Is this an ordinary JPEG of height x width, by its own header, with all tables that it uses?
 
-    The metadata, which sized the buffer, may lie about the size. Baseline to progressive; nothing is read outside
-    address ... address + size - 1. What is not sound here may still be a picture to another decoder.
+    The metadata, which sized the buffer, may lie about the size. Baseline to progressive, of at most SCAN_LIMIT scans;
+    a progressive one that ends before its scans do is left to Pillow, whose libjpeg-turbo may be of another version:
+    they smooth such pictures differently. Nothing is read outside address ... address + size - 1. What is not sound
+    here may still be a picture to another decoder.
     """
     at, stop = address + 2, address + size
     frame, quantisation, huffman = 0, 0, 0
-    progressive, scanned = False, False
+    progressive, scans, finished, wanted = False, 0, 0, 0
     while at + 4 <= stop:
         if load_byte(at) != 0xFF:
             at += 1
@@ -101,11 +124,11 @@ def stands_alone(address, size, height, width):
             at += 2
             continue
         if code == 0xD9:
-            return scanned
+            return scans > 0 and finished & wanted == wanted
         length = _word(at + 2)
         end = at + 2 + length
         if length < 2 or end > stop:
-            return scanned
+            return scans > 0 and finished & wanted == wanted
         if code == 0xDB:
             found = _quantisation(at + 4, end)
             if found < 0:
@@ -122,6 +145,11 @@ def stands_alone(address, size, height, width):
             if _word(at + 5) != height or _word(at + 7) != width:
                 return False
             frame, progressive = at, code == 0xC2
+            if progressive:
+                components = load_byte(at + 9)
+                if components > 4:
+                    return False
+                wanted = (1 << (_SMOOTHED * components)) - 1
         elif 0xC0 <= code <= 0xCF:
             return False  # lossless or arithmetic
         elif code == 0xDA:
@@ -131,7 +159,11 @@ def stands_alone(address, size, height, width):
                 return False
             if not progressive and load_byte(at + 4) == load_byte(frame + 9):
                 return True  # all of the picture is in this scan
-            scanned = True
+            scans += 1
+            if progressive:
+                finished |= _finishes(at, frame)
+            if scans > SCAN_LIMIT:
+                return False
             end = _after_scan(end, stop)
         at = end
-    return scanned
+    return scans > 0 and finished & wanted == wanted

@@ -4,24 +4,41 @@ Colour profiles are not applied: pixel values are taken as they stand, as every 
 """
 
 import io
+import re
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
-from typing import IO
+from importlib import import_module
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from .beton import JPG, PIXEL_LIMIT
 from .errors import BetonError, UserError
-from .jpeg import JPEG_MAX_SIDE, jpeg_header
+from .gray import bands, check_deep, eight_bits, is_deep
+from .jpeg import JPEG_MAX_SIDE, check_scans, jpeg_header
+from .limits import BYTES_A_PIXEL, decoding_bytes
 from .printable import printable
 
 ENCODED = 2
 """Storage mode of an image that is neither a plain JPEG (0) nor raw pixels (1)."""
 
 # Everything photographs come in. Pillow reads more, some of it (EPS) by running another program on the file.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF", "JXL")
+# Formats that a package of their own reads, which tells Pillow once it is imported: how a file begins, what to install
+_BY_PACKAGES = (
+    (
+        re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|heif|mif1|msf1)", re.DOTALL),
+        *("HEIC", "pillow_heif", "pillow-heif", "register_heif_opener"),
+    ),
+    (
+        re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", re.DOTALL),
+        *("JPEG XL", "pillow_jxl", "pillow-jxl-plugin", None),
+    ),
+)
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,6 +52,8 @@ _SIDEWAYS = (5, 6, 7, 8)
 _ORIENTATION = 0x0112
 _HEAD = 1 << 14  # the frame header of nearly every JPEG lies in it
 _TAIL = 1 << 16
+# of the threads that look at files one decodes at a time: the largest image takes gigabytes
+_whole = threading.Lock()
 
 
 class ImageError(UserError):
@@ -44,6 +63,11 @@ class ImageError(UserError):
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
+    for _, _, module, _, register in _BY_PACKAGES:
+        with suppress(ImportError):
+            package = import_module(module)
+            if register is not None:
+                getattr(package, register)()
     return tuple(name for name in _FORMATS if name in Image.OPEN)  # Pillow may be built without some
 
 
@@ -66,14 +90,51 @@ def _reasons() -> Iterator[None]:
 def open_image(file: IO[bytes]) -> Image.Image:
     """The image of a file, its pixels not yet decoded. ImageError where there is none."""
     with _reasons():
-        return Image.open(file, formats=_formats())
+        try:
+            return Image.open(file, formats=_formats())
+        except UnidentifiedImageError:
+            file.seek(0)
+            head = file.read(32)
+    for begins, name, _, package, _ in _BY_PACKAGES:
+        if begins.match(head):
+            raise ImageError(f"is {name}, which Pillow reads with the package {package} alone: pip install {package}")
+    raise ImageError("not an image that Pillow can read")
 
 
-def load(image: Image.Image) -> int:
-    """Decodes the first frame in full; its EXIF orientation, 1 to 8. ImageError where it is damaged."""
+def load(image: Image.Image, max_pixels: int = PIXEL_LIMIT) -> int:
+    """Decodes the first frame in full; its EXIF orientation, 1 to 8.
+
+    ImageError where it is damaged, and, before anything is decoded, where that would take more than BYTES_A_PIXEL bytes
+    of memory for each of `max_pixels`, or is a JPEG of thousands of scans.
+    """
     with _reasons():
+        needed = decoding_bytes(image, sideways=_may_be_turned(image))
+        if needed > BYTES_A_PIXEL * max_pixels:
+            raise ImageError(
+                f"{image.width}x{image.height} pixels of {image.format}, {image.mode}, would take "
+                f"{needed / 2**30:.1f} GiB of memory to decode (a decompression bomb?)"
+            )
+        _check_scans(image)
         image.load()
     return orientation_of(image)
+
+
+def _may_be_turned(image: Image.Image) -> bool:
+    """Whether something beside the pixels may say so; what stands behind them is not looked for."""
+    return any("exif" in str(key).lower() or "xmp" in str(key).lower() for key in image.info)
+
+
+def _check_scans(image: Image.Image) -> None:
+    """ImageError where an image that is not decoded yet is a JPEG of more scans than is sensible."""
+    if image.format in ("JPEG", "MPO"):
+        file: Any = image.fp  # pyright: ignore[reportAttributeAccessIssue]
+        at = file.tell()
+        file.seek(0)
+        try:
+            check_scans(file.read())
+        except BetonError as error:
+            raise ImageError(str(error)) from None
+        file.seek(at)
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -85,15 +146,30 @@ def orientation_of(image: Image.Image) -> int:
     return orientation if orientation in _UPRIGHT else 1
 
 
-def upright_rgb(image: Image.Image, orientation: int = 1) -> Image.Image:
-    """A decoded image turned by its EXIF orientation, in RGB, transparency composited on white."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+def upright_rgb(image: Image.Image, orientation: int = 1, white: float | None = None) -> Image.Image:
+    """A decoded image turned by its EXIF orientation, in RGB, transparency composited on white.
+
+    `white`: the value that is white in gray of more than 8 bits, where the file does not say (see `gray.white_of`).
+    ImageError where such gray makes no picture.
+    """
+    if image.mode != "RGB" or image.has_transparency_data:
+        image = _rgb(image, white)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _rgb(image: Image.Image, white: float | None) -> Image.Image:
+    try:
+        white = check_deep(image, white) if is_deep(image) else None
+    except UserError as error:
+        raise ImageError(str(error)) from None
+    found = Image.new("RGB", image.size)
+    for top, band in bands(image):
+        part = band if white is None else eight_bits(band, white)
+        if part.has_transparency_data:
+            part = part.convert("RGBA")
+            part = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part)
+        found.paste(part.convert("RGB"), (0, top))
+    return found
 
 
 def decode_upright(file: IO[bytes], height: int, width: int) -> np.ndarray:
@@ -112,9 +188,15 @@ def decode_upright(file: IO[bytes], height: int, width: int) -> np.ndarray:
 def decode_jpeg(payload: bytes, height: int, width: int) -> np.ndarray:
     """A JPEG that lies upright and is gray or in colours, as uint8 [height, width, 3]. ImageError otherwise.
 
-    What libjpeg calls a warning does not matter here, only whether there are pixels to the end.
+    What libjpeg calls a warning does not matter here, only whether there are pixels to the end. Nor does Pillow warn:
+    the size is asked for by name, where `Image.open` would warn of more than 89 million pixels.
     """
-    with _reasons(), Image.open(io.BytesIO(payload), formats=("JPEG",)) as image:
+    try:
+        opened = JpegImageFile(io.BytesIO(payload))
+    except SyntaxError:
+        raise ImageError("not an image that Pillow can read") from None
+    with _reasons(), opened as image:
+        _check_scans(image)
         if image.size != (width, height):
             raise ImageError(f"the JPEG is {image.width}x{image.height} pixels, not {width}x{height}")
         if image.mode not in ("RGB", "L"):
@@ -138,13 +220,15 @@ def look(file: IO[bytes]) -> tuple[int, int, int]:
             return mode, *_within_limits(*size)
     file.seek(0)
     image = open_image(file)
-    if image.format == "PNG" and not _png_says_more(image, file):
-        orientation = 1
+    if image.format == "PNG":
+        with _whole:
+            orientation = load(image) if _png_says_more(image, file) else 1
     else:
         orientation = orientation_of(image)
     if image.format == "TIFF" and orientation > 1:
         # Pillow turns a TIFF itself while it decodes, and its size before that depends on Pillow's version
-        orientation = load(image)
+        with _whole:
+            orientation = load(image)
     width, height = image.size
     if orientation in _SIDEWAYS:
         width, height = height, width
@@ -186,30 +270,6 @@ def _within_limits(height: int, width: int) -> tuple[int, int]:
     if min(height, width) < 1:
         raise ImageError(f"has {width}x{height} pixels")
     return height, width
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of 16 or more bits scaled to 8 (Pillow's own convert clips some of these at 255)."""
-    values = np.asarray(image).astype(np.float64)
-    key = image.info.get("transparency")
-    clear = values == key if isinstance(key, int) else None
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite((low, high)).all() or low < 0:
-        raise ImageError(f"its gray values run from {low:g} to {high:g}, which is no picture")
-    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
-        top = 65535.0
-    elif image.mode == "F" and high <= 1:
-        top = 1.0
-    elif high <= 255:
-        top = 255.0
-    elif high <= 65535:
-        top = 65535.0
-    else:
-        raise ImageError(f"its gray values reach {high:g}, and nothing says which of them is white")
-    gray = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
-    if clear is not None:
-        gray.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
-    return gray
 
 
 def one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from .views import fill_row
 
 
 class TorchEngine:
-    """Works wherever numba and Pillow do. Its pictures may differ from the FFCV engine's by the decoder alone."""
+    """Works wherever numba and Pillow do. Its pictures are the FFCV engine's, to the bit."""
 
     threads = None
 

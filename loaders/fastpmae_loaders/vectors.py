@@ -7,6 +7,7 @@ so every machine, with whichever vector width, gives the same bits.
 Addresses are integers (`array.ctypes.data` plus an offset in bytes); nothing here checks bounds.
 """
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from numba.core.datamodel import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
 from .compiled import helper, kernel
+from .jpeg import TURBO_FLAGS, TURBO_RGB
 
 WEIGHT_BITS = 14
 """Fraction bits of the fixed-point weights: 1.0 is 16384, so every bicubic weight fits 16 bits."""
@@ -460,26 +462,25 @@ def bytes_at(address, count):
 
 
 @_operation
-def call_decoder(typingctx, function, source, size, height, width, target):
-    """Call FFCV's `imdecode` at the address `function`: a whole JPEG to uint8 [height, width, 3]. 0 is success.
+def call_decoder(typingctx, function, handle, source, size, height, width, target):
+    """Call `tjDecompress2` at the address `function`: a whole JPEG to uint8 [height, width, 3]. 0 is success.
 
     Its error also covers what libjpeg calls a warning: data that end too soon or make no sense.
     """
 
     def code(context, builder, signature, args):
-        function, source, size, height, width, target = args
-        word, truth = ir.IntType(32), ir.IntType(8)
-        pointer = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(
-            word, [pointer, ir.IntType(64), word, word, pointer, word, word, word, word, word, word, truth, truth]
-        )
-        h, w = builder.trunc(height, word), builder.trunc(width, word)
+        function, handle, source, size, height, width, target = args
+        word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        unsigned_long = ir.IntType(8 * ctypes.sizeof(ctypes.c_ulong))
+        kind = ir.FunctionType(word, [pointer, pointer, unsigned_long, pointer, word, word, word, word, word])
         arguments = [
-            builder.inttoptr(source, pointer), size, h, w, builder.inttoptr(target, pointer),
-            h, w, word(0), word(0), word(1), word(1), truth(0), truth(0),
-        ]  # fmt: skip
+            *(builder.inttoptr(handle, pointer), builder.inttoptr(source, pointer)),
+            builder.trunc(size, unsigned_long) if unsigned_long.width < 64 else size,
+            *(builder.inttoptr(target, pointer), builder.trunc(width, word), word(0), builder.trunc(height, word)),
+            *(word(TURBO_RGB), word(TURBO_FLAGS)),
+        ]
         status = builder.call(builder.inttoptr(function, kind.as_pointer()), arguments)
         return builder.sext(status, ir.IntType(64))
 
     number = types.int64
-    return number(number, number, number, number, number, number), code
+    return number(number, number, number, number, number, number, number), code

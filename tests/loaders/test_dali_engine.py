@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import sys
 import tarfile
 import threading
@@ -130,7 +131,8 @@ def test_broken_images_are_replaced_as_by_the_other_engines(broken, capfd):
 def test_a_broken_image_that_only_decoding_finds(broken, monkeypatch, capfd):
     """Cut in its data: DALI gives up all that it was given with it, and what was under way is made again."""
     # as if its end were there
-    monkeypatch.setattr(dali_engine, "_has_end", lambda payload: True)
+    for asked in ("_has_end", "segments_belong"):
+        monkeypatch.setattr(dali_engine, asked, lambda payload: True)
     made = []
     make = dali_engine.DALIEngine._make_pipeline
     monkeypatch.setattr(dali_engine.DALIEngine, "_make_pipeline", lambda self: made.append(0) or make(self))
@@ -176,6 +178,32 @@ def test_what_dali_refuses_and_pillow_takes_is_decoded_by_pillow(mixed, monkeypa
     found = shown(mixed)
     assert found[2] == []
     assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
+
+
+@pytest.mark.parametrize("part", [1, 4])
+def test_what_pillow_refuses_is_bad_to_dali_too(tmp_path, part, capfd):
+    """Markers where a scan's data should be, and junk in the header: DALI shows such a picture as far as it goes.
+
+    One after the other, so that DALI fails at one part while the engine gives it the next.
+    """
+    rng = np.random.default_rng(4)
+    images = []
+    for number in range(60):
+        file = io.BytesIO()
+        made_image(number, 96, 80).save(file, "JPEG", progressive=number % 2 == 0)
+        data = bytearray(file.getvalue())
+        if number % 3:
+            at = int(rng.integers(700, len(data) - 8))
+            data[at : at + 2] = bytes((0xFF, int(rng.choice([0x63, 0x90, 0xC4, 0xC8, 0xD8, 0xDC, 0xEF, 0x02]))))
+        if number % 7 == 3:  # between two segments of the header, where libjpeg passes over it
+            data[2:2] = bytes((1, 2, 0xFF, 0x63, 3))
+        images.append(bytes(data))
+    file = write_beton(tmp_path / "markers.beton", images, [(96, 80)] * 60)
+    *_, failed = shown(file, dali=DaliSettings(part=part))
+    *_, expected = shown(file, "torch")
+    capfd.readouterr()  # DALI's decoder complains there
+    assert failed == expected
+    assert 20 < len(set(expected)) < 60
 
 
 def test_an_error_that_no_image_explains_reaches_the_caller(mixed, monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_beton(tmp_path_factory.mktemp("leaks") / "thousand.beton", images, sizes)
 
 
-def told(code: str, path: Path, engine: str) -> dict:
+def told(code: str, path: Path, engine: str) -> Any:
     """What a process that runs COMMON and then `code` prints, as JSON."""
     folders = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
     done = subprocess.run(
@@ -106,6 +107,28 @@ def test_a_hundred_epochs_of_a_thousand_samples(thousand: Path, engine: str) -> 
     # what the process itself takes hides a small leak: 80,000 samples may not cost 100 bytes each
     assert max(sizes[2:]) <= sizes[1] + 8e6
     assert found["before"] == found["after"]
+
+
+@pytest.mark.parametrize("engine", ENGINES[:1])
+def test_threads_that_end_leave_no_decoder(tmp_path: Path, engine: str) -> None:
+    """An epoch's threads end with it: of eight threads and 200 epochs 4 kB each would be more than 6 MB."""
+    images = [jpeg(number % 20, 40, 30) for number in range(40)]
+    found = told(
+        """
+        sizes = []
+        with PairedViews(path, 10, engine, settings, workers=8) as views:
+            for epoch in range(250):
+                views.set_epoch(epoch)
+                for batch in views:
+                    pass
+                if epoch in (49, 249):
+                    sizes.append(memory())
+        print(json.dumps(sizes))
+        """,
+        write_beton(tmp_path / "forty.beton", images, [(40, 30)] * 40),
+        engine,
+    )
+    assert found[1] <= found[0] + 3e6
 
 
 @pytest.mark.parametrize("engine", ENGINES[:2])
