@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastpmae_loaders.errors import BetonError, UserError
+from fastpmae_loaders.printable import printable
 
 __all__ = ["AlreadySaid", "BetonError", "Interrupted", "RunError", "UserError", "exit_with_sentence"]
 
@@ -34,20 +35,25 @@ class AlreadySaid(RunError):
         self.status = status
 
 
+def shown(error: Exception) -> str:
+    """An error's words for a terminal: whatever names from strangers' files are in them, they only are read there."""
+    return "\n".join(printable(line) for line in str(error).split("\n"))
+
+
 def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
     """Run a command and return its exit status: 2 for bad input, 1 for a run that failed, 130 after ctrl-C."""
     try:
         return function() or 0
     except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {shown(error)}", file=sys.stderr)
         return 2
     except Interrupted as stopped:
-        print(f"{name}: {stopped}", file=sys.stderr)
+        print(f"{name}: {shown(stopped)}", file=sys.stderr)
         return 128 + stopped.number
     except AlreadySaid as ended:
         return ended.status
     except RunError as error:
-        print(f"{name}: stopped: {error}", file=sys.stderr)
+        print(f"{name}: stopped: {shown(error)}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # whoever read our output (head, less) has seen enough; what is left in the buffer must go nowhere
@@ -55,7 +61,7 @@ def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
         return 0
     except OSError as error:
         # a disk that fills up, a folder that goes: the sentence is the system's own
-        print(f"{name}: stopped: {error}", file=sys.stderr)
+        print(f"{name}: stopped: {shown(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -187,7 +187,11 @@ def _with_dinov2_registers(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
     registers, positions, token = (encoder.get(name) for name in ("register_tokens", "pos_embed", "cls_token"))
     if registers is None or positions is None or token is None:
         return encoder
-    if {registers.ndim, positions.ndim, token.ndim} != {3} or positions.shape[1] < 2 or token.shape != positions[:, :1].shape:
+    if (
+        {registers.ndim, positions.ndim, token.ndim} != {3}
+        or positions.shape[1] < 2
+        or token.shape != positions[:, :1].shape
+    ):
         return encoder
     rest = {name: tensor for name, tensor in encoder.items() if name != "register_tokens"}
     return rest | {"reg_token": registers, "cls_token": token + positions[:, :1], "pos_embed": positions[:, 1:]}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpmae.architecture import warmup_epochs
+from fastpmae.architecture import check_fits, warmup_epochs
 from fastpmae.checkpoint import (
     Checkpoint,
     checkpoints_in,
@@ -28,6 +28,7 @@ from fastpmae.files import appearing, remove_partial
 from fastpmae.world import World, has_bf16
 from fastpmae_loaders import Samples
 from fastpmae_loaders.engine import larger_than_memory
+from fastpmae_loaders.printable import printable
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
@@ -118,6 +119,10 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
             f"the run in {folder} was started with other settings: {'; '.join(changes)}. "
             "Resume with the run's own, or add --accept-changes"
         )
+    total, step = steps_per_epoch * config.optimiser.epochs, checkpoint.progress["step"]
+    if step > total:
+        raise UserError(f"{checkpoint.path} stands after step {step:,}, and these settings end after {total:,}")
+    check_fits(checkpoint, config)
     remarks += [f"resumed with a changed setting: {change}" for change in changes]
     return OpenRun(folder, checkpoint.path, [*remarks, f"resumed from {checkpoint.path}"])
 
@@ -209,7 +214,7 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> lis
     if before["balance"] == now["balance"] == "step":  # parts only decide what is held at a time
         before["accumulate"] = now["accumulate"]
     changes = [
-        f"--{name.replace('_', '-')} was {before[name]} and is now {now[name]}"
+        f"--{name.replace('_', '-')} was {printable(str(before[name]))} and is now {now[name]}"
         for name in now
         if (groups[name] in COMPARED_GROUPS or name in compared) and before[name] != now[name]
     ]
