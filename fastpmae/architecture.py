@@ -2,6 +2,7 @@
 
 import functools
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def _check_numbers(config: Config) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {number} is no finite number")
             most = MOST[name] if name in MOST else 2**31 - 1
             if isinstance(number, int | float) and name not in UNBOUNDED and abs(number) > most:
-                raise UserError(f"--{name.replace('_', '-')} {number:g}: at most {most:,}")
+                raise UserError(f"--{name.replace('_', '-')} {reprlib.repr(number)}: at most {most:,}")
     for name, size in vars(config.model).items():
         # the sizes of the encoder may be 0: then they are the model's own
         least = 0 if name in ("patch_size", "width", "depth", "heads") else 1

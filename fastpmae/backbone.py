@@ -32,7 +32,7 @@ from fastpmae.weights import (
     weights_file,
 )
 from fastpmae_kernels.backend import written_on
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import printable, short
 
 Which = Literal["auto", "student", "labelling_teacher", "reconstruction_teacher", "random"]
 
@@ -241,7 +241,7 @@ def _depth(tensors: dict[str, Tensor], source: str) -> int:
     numbers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     odd = sorted(numbers - {str(number) for number in range(len(numbers))})
     if odd:
-        raise UserError(f"{source} makes no ViT: of its {len(numbers)} blocks one is called {printable(odd[0])!r}")
+        raise UserError(f"{source} makes no ViT: of its {len(numbers)} blocks one is called {short(odd[0])!r}")
     return len(numbers)
 
 
@@ -301,7 +301,7 @@ def _fitted(sketch: nn.Module, tensors: dict[str, Tensor], source: str, classes:
     if BIASES in weights:
         for name, table in weights.items():
             if name.endswith("relative_position_bias_table") and table.shape != weights[BIASES].shape:
-                raise UserError(f"{source} makes no ViT: {printable(name)} is {tuple(table.shape)}")
+                raise UserError(f"{source} makes no ViT: {short(name)} is {tuple(table.shape)}")
         weights = checkpoint_filter_fn(weights, sketch)
     new = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} if classes else set()
     missing = sorted(own.keys() - weights.keys() - new)

@@ -25,7 +25,7 @@ from fastpmae.files import appearing
 from fastpmae.shards import shared_as
 from fastpmae.sniffed import is_safetensors, other_file, unsound
 from fastpmae.teachers import Teachers
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import printable, short
 
 FORMAT = "fastpmae-checkpoint-1"
 NAME = re.compile(r"step-\d{8,15}\.safetensors")
@@ -123,7 +123,7 @@ def require(checkpoint: Checkpoint, prefix: str, like: dict[str, Tensor], others
         )
         if ours != theirs:
             raise CheckpointError(
-                f"{checkpoint.path} does not fit this run: {prefix}.{printable(name)} is {_described(theirs)} in it "
+                f"{checkpoint.path} does not fit this run: {prefix}.{short(name)} is {_described(theirs)} in it "
                 f"and {_described(ours)} here"
             )
 

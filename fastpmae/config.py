@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastpmae.errors import UserError
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import short
 
 
 @dataclass(frozen=True)
@@ -395,11 +395,11 @@ def config_from(groups: Any, source: str) -> Config:
     config = preset(preset_name) if isinstance(preset_name, str) else Config()
     for group, settings in groups.items():
         if group not in hints:
-            raise UserError(f"{source} has a group {printable(group)!r}; the groups are {', '.join(hints)}")
+            raise UserError(f"{source} has a group {short(group)!r}; the groups are {', '.join(hints)}")
         kinds = get_type_hints(hints[group])
         for name, value in settings.items():
             if name not in kinds:
-                raise UserError(f"{source} has a setting {group}.{printable(name)}, which does not exist")
+                raise UserError(f"{source} has a setting {group}.{short(name)}, which does not exist")
             config = config.using(**{name: _typed(value, kinds[name], f"{group}.{name} in {source}")})
     return config
 

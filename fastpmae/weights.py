@@ -12,7 +12,7 @@ from fastpmae.checkpoint import FORMAT, CheckpointError, checkpoints_in, find_ch
 from fastpmae.errors import UserError
 from fastpmae.layouts import PATCHES, read_foreign
 from fastpmae.model import Encoder
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import short
 
 EXPORTED = ("model.safetensors", "pytorch_model.bin")
 """What the weights in a folder are called, here and on the hub."""
@@ -98,7 +98,7 @@ def tuned_weights(path: Path) -> Path | None:
         with safetensors.safe_open(file, "pt") as held:
             if PATCHES not in held.keys():  # noqa: SIM118
                 raise UserError(
-                    f"{file} is a linear probe: the network that it reads is {printable(header.get('backbone', ''))}"
+                    f"{file} is a linear probe: the network that it reads is {short(header.get('backbone', ''))}"
                 )
         return file
     checkpoint = path if is_ours(path) else next(iter(checkpoints_in(path)), None)
@@ -157,5 +157,5 @@ def with_class_position(positions: Tensor) -> Tensor:
 
 def few(names: list[str]) -> str:
     """The first of some names, and how many more there are."""
-    first = printable(names[0])
+    first = short(names[0])
     return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
