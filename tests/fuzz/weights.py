@@ -189,7 +189,8 @@ def _operation(rng: np.random.Generator) -> bytes:
     word = str(rng.choice(WORDS)).encode("utf-8", "replace")[:200]
     name = str(rng.choice(["torch._utils _rebuild_tensor_v2", "collections OrderedDict", "torch FloatStorage",
                            "os system", "builtins eval", "torch._utils _rebuild_parameter", "torch Size",
-                           "numpy.core.multiarray scalar", "torch.storage UntypedStorage", "__builtin__ set"]))  # fmt: skip
+                           "numpy.core.multiarray scalar", "torch.storage UntypedStorage",
+                           "__builtin__ set"]))  # fmt: skip
     module, _, function = name.partition(" ")
     steps = [
         b"(", b"}", b"]", b")", b"t", b"u", b"s", b"a", b"e", b"R", b"b", b"\x81", b"\x92", b"Q", b"0", b"1", b"2",
