@@ -302,7 +302,8 @@ def _fitted(sketch: nn.Module, tensors: dict[str, Tensor], source: str, classes:
         for name, table in weights.items():
             if name.endswith("relative_position_bias_table") and table.shape != weights[BIASES].shape:
                 raise UserError(f"{source} makes no ViT: {short(name)} is {tuple(table.shape)}")
-        weights = checkpoint_filter_fn(weights, sketch)
+        # timm's function takes some names for those of whole networks: it is given what has a place alone.
+        weights |= checkpoint_filter_fn({name: weights[name] for name in own if name in weights}, sketch)
     new = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} if classes else set()
     missing = sorted(own.keys() - weights.keys() - new)
     if missing:

@@ -9,6 +9,7 @@ passed over, whatever their classes are and wherever they come from.
 
 import math
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -322,6 +323,12 @@ def follow(file: Any, stored: Callable[[tuple[Any, ...]], Storage]) -> Any:
     """What the pickle at the file's place makes; the file, of which only `read` and `readline` are used, then stands
     behind it."""
     machine = _Machine(stored)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd strings, which are no weights
+        return _run(machine, file)
+
+
+def _run(machine: _Machine, file: Any) -> Any:
     for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
         if operation.name == "STOP":
             return machine.stack[-1]

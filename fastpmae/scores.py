@@ -117,9 +117,8 @@ def _draw(scores: Scores, names: list[str], title: str, path: Path) -> None:
 
     # Of many classes some share a pixel: a picture has no more of them anyway, and pairs of classes may be many.
     side = min(len(names), MOST_DRAWN)
-    drawn = (
-        Scores(scores.labels * side // len(names), scores.ranked[:, :1] * side // len(names)).confusion(side).numpy()
-    )
+    places = [classes * side // len(names) for classes in (scores.labels, scores.ranked[:, :1])]
+    drawn = Scores(*places).confusion(side).numpy()
     share = drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(8, 7), layout="constrained")
     FigureCanvasAgg(figure)
