@@ -415,7 +415,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     elif get_origin(kind) is tuple:
         if isinstance(value, list | tuple) and len(value) == len(choices):
             return tuple(_typed(part, choice, where) for part, choice in zip(value, choices, strict=True))
-    elif isinstance(value, str) and "\0" in value:
+    elif isinstance(value, str) and ("\0" in value or len(value) > 4096 or (kind is Path and not value)):
         pass  # no file is called so, and no model
     elif kind is Path and isinstance(value, str):
         return Path(value)
