@@ -129,3 +129,21 @@ def test_a_small_temperature_is_the_nearest_neighbour_and_none_overflows():
     assert torch.equal(knn_ranked(train, labels, test, (20,), temperature=1e-3)[20][:, 0], nearest)
     with pytest.raises(UserError, match="temperature above 0"):
         knn_ranked(train, labels, test, (20,), temperature=0.0)
+
+
+def test_a_class_without_a_vote_is_none_of_the_likeliest():
+    train = torch.eye(6)
+    ranked = knn_ranked(train, torch.arange(6), train, (1, 3), leave_one_out=False)
+    assert ranked[1].tolist() == [[label, -1, -1, -1, -1] for label in range(6)]
+    assert ((ranked[3] >= 0).sum(dim=1) == 3).all()
+    # nor does a vote get lost that a small temperature makes very light
+    light = knn_ranked(train, torch.arange(6), train, (2,), temperature=1e-5)[2]
+    assert ((light >= 0).sum(dim=1) == 2).all()
+    assert light[:, 0].tolist() == list(range(6))
+
+
+def test_labels_of_any_size_take_no_memory():
+    train = torch.eye(3)
+    labels = torch.tensor([0, 10**15, 7])
+    assert knn_predict(train, labels, train, 1).tolist() == labels.tolist()
+    assert knn_ranked(train, labels, train, (3,))[3][1, 0] == 10**15
