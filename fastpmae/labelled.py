@@ -18,6 +18,7 @@ from fastpmae.tally import Tally
 from fastpmae.world import carried, has_bf16
 from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
 from fastpmae_loaders.machine import loader_threads
+from fastpmae_loaders.printable import printable
 
 Engine = Literal["auto", "ffcv", "dali", "torch"]
 
@@ -79,7 +80,7 @@ def _by_number(tested: Labelled, theirs: list[str] | None, ours: list[str] | Non
     """What the training set calls the classes of another set, where not both have names for them."""
     numbers = [int(name) for name in tested.names[len(theirs or []) :]]
     return [
-        ours[number] if ours is not None and number < len(ours) else str(number)
+        printable(ours[number]) if ours is not None and number < len(ours) else str(number)
         for number in [*range(len(theirs or [])), *numbers]
     ]
 
@@ -179,7 +180,7 @@ def _labelled(samples: Samples) -> Labelled:
     if int(labels.min()) < 0:
         raise UserError(f"{samples.path} holds images without a label; an evaluation needs one for each")
     # Numbers without a name may be of any size, so only those that are there are classes.
-    names = samples.class_names or []
+    names = [printable(name) for name in samples.class_names or []]
     nameless = labels[labels >= len(names)].unique()
     labels = torch.where(labels < len(names), labels, len(names) + torch.searchsorted(nameless, labels))
     return Labelled(samples, labels, names + [str(number) for number in nameless.tolist()])

@@ -255,16 +255,24 @@ def test_the_files_of_many_classes_are_made_without_their_pairs(tmp_path: Path, 
     assert max(asked) <= 1000
 
 
-def labelled_beton(path: Path, labels: list[int]) -> Path:
-    """A .beton without names of classes, as FFCV writes them too."""
+def labelled_beton(path: Path, labels: list[int], names: list[str] | None = None) -> Path:
+    """A .beton, without names of classes as FFCV writes them too."""
     with path.open("wb") as file:
         pages = PageWriter(file, len(labels), 2 << 20)
         for number, label in enumerate(labels):
             content = io.BytesIO()
             made_image(number, 40, 40).save(content, "JPEG")
             pages.add(0, 40, 40, label, content.getvalue())
-        pages.finish(None)
+        pages.finish(names)
     return path
+
+
+def test_names_of_classes_are_printable(tmp_path: Path):
+    train = labelled_beton(tmp_path / "train.beton", [0, 1], ["\x1b[31mred", "blue"])
+    learnt, tested = open_labelled(train, labelled_beton(tmp_path / "val.beton", [0]))
+    assert tested is not None
+    assert learnt.names == tested.names == ["\\x1b[31mred", "blue"]
+    assert tested.labels.tolist() == [0]
 
 
 def test_numbers_of_classes_of_any_size(data: Path, tmp_path: Path, monkeypatch, capsys):
