@@ -2,6 +2,7 @@
 
 import functools
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpmae.checkpoint import Checkpoint, require
 from fastpmae.config import Config, Model
 from fastpmae.errors import UserError
 from fastpmae.fp8 import check_fp8_sizes, use_fp8
@@ -37,6 +39,25 @@ SHAPES = {
     "vit_large": Shape(16, 1024, 24, 16),
     "vit_huge": Shape(14, 1280, 32, 16),
 }
+
+
+MOST: dict[str, int] = {
+    "width": 2**16,
+    "depth": 1000,
+    "heads": 2**12,
+    "decoder_width": 2**16,
+    "decoder_depth": 1000,
+    "decoder_heads": 2**12,
+    "head_hidden": 2**20,
+    "head_bottleneck": 2**20,
+    "prototypes": 2**24,
+    "sinkhorn_iterations": 10_000,
+    "workers": 10_000,
+    "rank_timeout": 10**6,
+}
+"""More than anybody needs: beyond it a setting, from a stranger's checkpoint say, would hang or fill the memory."""
+UNBOUNDED = ("seed", "save_every")
+"""Settings with bounds of their own, or none."""
 
 
 @functools.cache
@@ -179,6 +200,9 @@ def _check_numbers(config: Config) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"--{name.replace('_', '-')} {number} is no finite number")
+            most = MOST[name] if name in MOST else 2**31 - 1
+            if isinstance(number, int | float) and name not in UNBOUNDED and abs(number) > most:
+                raise UserError(f"--{name.replace('_', '-')} {reprlib.repr(number)}: at most {most:,}")
     for name, size in vars(config.model).items():
         # the sizes of the encoder may be 0: then they are the model's own
         least = 0 if name in ("patch_size", "width", "depth", "heads") else 1
@@ -213,6 +237,13 @@ def warmup_epochs(config: Config) -> float:
     """Epochs of warm-up: as set, or 20 % of all."""
     set_to = config.optimiser.warmup_epochs
     return 0.2 * config.optimiser.epochs if set_to is None else set_to
+
+
+def check_fits(checkpoint: Checkpoint, config: Config) -> None:
+    """Whether a checkpoint holds a student of these settings' sizes, before any of it is made: raises CheckpointError
+    where it does not, since what a stranger's settings speak of may fill the memory."""
+    with torch.device("meta"):
+        require(checkpoint, "student", build_student(config).state_dict())
 
 
 def make_encoder(config: Config) -> Encoder:

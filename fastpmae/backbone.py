@@ -21,8 +21,18 @@ from fastpmae.checkpoint import find_checkpoint
 from fastpmae.embed import Network, Pool, encoder_of, pooled
 from fastpmae.errors import UserError
 from fastpmae.layouts import PATCHES, Foreign, read_foreign
-from fastpmae.weights import few, fit_positions, header_of, is_ours, position_prefix, timm_arguments_in, tuned_weights
+from fastpmae.weights import (
+    few,
+    fit_positions,
+    header_of,
+    is_ours,
+    position_prefix,
+    timm_arguments_in,
+    tuned_weights,
+    weights_file,
+)
 from fastpmae_kernels.backend import written_on
+from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.values import checked, local_path
 
 Which = Literal["auto", "student", "labelling_teacher", "reconstruction_teacher", "random"]
@@ -31,6 +41,9 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 """Attention heads by width, where the weights do not tell."""
 MOCO_HEADS = {384: 12}
 """MoCo v3's own ViT-S has twice as many."""
+LARGEST_IMAGE = 4096
+"""Pixels; images of a larger side come from positions that are no network's."""
+BIASES = "blocks.0.attn.relative_position_bias_table"
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,8 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
     """The network that a user names: a run folder, a file, or `timm:NAME`.
 
     Args:
-        weights: our checkpoint or run folder, the folder of a fine-tuning, a safetensors file, a .pth of MAE, SdAE,
-            DINO, iBOT, MoCo v3 or BEiT, or `timm:` and the name of a pretrained model, which timm fetches.
+        weights: our checkpoint or run folder, the folder of a fine-tuning or an export, a safetensors file, a .pth of
+            anybody's ViT (see `fastpmae.layouts`), or `timm:` and the name of a pretrained model, which timm fetches.
         which: of a file with several networks; "auto" takes our student, and of others what they evaluate themselves.
         image_size: 0 takes the one that it was trained with.
         heads: 0 takes the usual number for the width, where the weights do not tell.
@@ -74,7 +87,7 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
         if heads:
             raise UserError(f"--heads {heads}: timm knows how many attention heads {weights} has; leave it out")
         return _of_timm(weights.removeprefix("timm:"), image_size)
-    path = local_path(weights)
+    path = weights_file(local_path(weights))
     tuned = tuned_weights(path)
     if tuned is None and (path.is_dir() or is_ours(path)):
         if heads:
@@ -122,15 +135,15 @@ def _heads_of(found: Foreign, path: Path, named: int) -> int:
     Raises:
         UserError: when the user says otherwise than the file, or nobody knows.
     """
-    width = len(found.tensors[PATCHES])
-    table = found.tensors.get("blocks.0.attn.relative_position_bias_table")
+    width = _extent(found.tensors[PATCHES], 0)
+    table = found.tensors.get(BIASES)
     one = found.tensors.get("blocks.0.attn.q_norm.weight")
     told = timm_arguments_in(header_of(path)).get("num_heads", 0)
     told = told if isinstance(told, int) else 0
     if table is not None:
-        told = table.shape[1]
-    elif one is not None:
-        told = width // len(one)
+        told = _extent(table, 1)
+    elif one is not None and _extent(one, 0):
+        told = width // _extent(one, 0)
     if named and told and named != told:
         raise UserError(f"--heads {named}: {path} says that it has {told}; leave it out")
     usual = MOCO_HEADS.get(width, 0) if found.layout == "MoCo v3" else 0
@@ -175,14 +188,18 @@ def _of_tensors(
     normal: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> Backbone:
     """A plain ViT, or a BEiT where there are position biases, of the sizes that the tensors have."""
-    table = tensors.get("blocks.0.attn.relative_position_bias_table")
+    source = printable(source)
+    table = tensors.get(BIASES)
     if tensors[PATCHES].ndim != 4 or "cls_token" not in tensors or (table is None and "pos_embed" not in tensors):
         raise UserError(f"{source}: it is no plain ViT with a class token and absolute positions")
+    width, _, patch, _ = tensors[PATCHES].shape
+    if not patch or not width:
+        raise UserError(f"{source} makes no ViT: {PATCHES} is {tuple(tensors[PATCHES].shape)}")
     if "blocks.0.mlp.fc1.weight" not in tensors:
         raise UserError(f"{source} makes no ViT: it has no blocks.0.mlp.fc1.weight")
-    patch = tensors[PATCHES].shape[2]
+    depth = _depth(tensors, source)
     if table is not None:
-        trained = patch * (round((len(table) - 3) ** 0.5) + 1) // 2
+        trained = patch * (round(max(0, _extent(table, 0) - 3) ** 0.5) + 1) // 2
     else:
         try:
             prefix = position_prefix(tensors["pos_embed"], 1 + _registers(tensors))
@@ -190,28 +207,53 @@ def _of_tensors(
             raise UserError(f"{source} makes no ViT: {error}") from None
         trained = patch * round((tensors["pos_embed"].shape[1] - prefix) ** 0.5)
     size = image_size or trained
-    if size % patch:
+    if size % patch or size < patch:
         raise UserError(f"--image-size {size} is no multiple of the network's patches of {patch} pixels")
+    if size > LARGEST_IMAGE:
+        raise UserError(
+            f"{source} is for images of {size:,} pixels a side, more than {LARGEST_IMAGE:,}: choose with --image-size"
+        )
 
     def build(classes: int = 0, pool: Pool = "class", drop_path: float = 0.0) -> nn.Module:
-        model = _vit(tensors, size, heads, classes, pool, drop_path)
-        _load(model, tensors, source, classes)
+        # First without memory: what does not fit may be of any size.
+        with torch.device("meta"):
+            sketch = _vit(tensors, depth, size, heads, classes, pool, drop_path)
+        weights = _fitted(sketch, tensors, source, classes)
+        model = _vit(tensors, depth, size, heads, classes, pool, drop_path)
+        model.load_state_dict(weights | {name: t for name, t in model.state_dict().items() if name not in weights})
+        if classes:
+            start_head(model)
         return model
 
     return Backbone(source, network, size, *normal, build)
 
 
+def _extent(tensor: Tensor, axis: int) -> int:
+    """A tensor's size along an axis; 0 where it has no such axis."""
+    return tensor.shape[axis] if tensor.ndim > axis else 0
+
+
 def _registers(tensors: dict[str, Tensor]) -> int:
     """Tokens besides the class token that stand for no patch."""
-    return tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+    return _extent(tensors["reg_token"], 1) if "reg_token" in tensors else 0
 
 
-def _vit(tensors: dict[str, Tensor], size: int, heads: int, classes: int, pool: Pool, drop_path: float) -> nn.Module:
+def _depth(tensors: dict[str, Tensor], source: str) -> int:
+    """How many blocks there are. Raises UserError where they are not numbered from 0 on."""
+    numbers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    odd = sorted(numbers - {str(number) for number in range(len(numbers))})
+    if odd:
+        raise UserError(f"{source} makes no ViT: of its {len(numbers)} blocks one is called {short(odd[0])!r}")
+    return len(numbers)
+
+
+def _vit(
+    tensors: dict[str, Tensor], depth: int, size: int, heads: int, classes: int, pool: Pool, drop_path: float
+) -> nn.Module:
     from timm.models.beit import Beit
     from timm.models.vision_transformer import VisionTransformer
 
     width, _, patch, _ = tensors[PATCHES].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     # Networks that were trained on the mean of the patches keep their last norm behind it.
     fc_norm = "norm.weight" not in tensors or (classes > 0 and pool == "mean")
     common: dict[str, Any] = {
@@ -222,10 +264,10 @@ def _vit(tensors: dict[str, Tensor], size: int, heads: int, classes: int, pool: 
         "embed_dim": width,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "mlp_ratio": _extent(tensors["blocks.0.mlp.fc1.weight"], 0) / width,
         "drop_path_rate": drop_path,
     }
-    if "blocks.0.attn.relative_position_bias_table" not in tensors:
+    if BIASES not in tensors:
         registers = _registers(tensors)
         return VisionTransformer(
             **common,
@@ -245,17 +287,25 @@ def _vit(tensors: dict[str, Tensor], size: int, heads: int, classes: int, pool: 
     )
 
 
-def _load(model: nn.Module, tensors: dict[str, Tensor], source: str, classes: int) -> None:
-    """Put the weights in, with positions of another grid interpolated; what a classifier adds stays as it starts."""
+def _fitted(sketch: nn.Module, tensors: dict[str, Tensor], source: str, classes: int) -> dict[str, Tensor]:
+    """The weights for a network as it is sketched, positions of another grid interpolated, without what a classifier
+    adds. Raises UserError for what is missing, has no place, or is of another size."""
     from timm.models.beit import checkpoint_filter_fn
 
-    own = model.state_dict()
+    own = sketch.state_dict()
     weights = dict(tensors)
+    width = _extent(tensors[PATCHES], 0)
     if "pos_embed" in weights:
-        prefix = position_prefix(weights["pos_embed"], 1 + _registers(tensors))
-        weights["pos_embed"] = fit_positions(weights["pos_embed"], own["pos_embed"].shape[1], prefix)
-    if "blocks.0.attn.relative_position_bias_table" in weights:
-        weights = checkpoint_filter_fn(weights, model)
+        positions = weights["pos_embed"]
+        prefix = position_prefix(positions, 1 + _registers(tensors))
+        if positions.shape[::2] == (1, width):
+            weights["pos_embed"] = fit_positions(positions, own["pos_embed"].shape[1], prefix)
+    if BIASES in weights:
+        for name, table in weights.items():
+            if name.endswith("relative_position_bias_table") and table.shape != weights[BIASES].shape:
+                raise UserError(f"{source} makes no ViT: {short(name)} is {tuple(table.shape)}")
+        # timm's function takes some names for those of whole networks: it is given what has a place alone.
+        weights |= checkpoint_filter_fn({name: weights[name] for name in own if name in weights}, sketch)
     new = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} if classes else set()
     missing = sorted(own.keys() - weights.keys() - new)
     if missing:
@@ -270,9 +320,7 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], source: str, classes: in
             raise UserError(
                 f"{source} makes no ViT: {name} is {tuple(weights[name].shape)}, the rest wants {tuple(tensor.shape)}"
             )
-    model.load_state_dict({name: weights.get(name, tensor) for name, tensor in own.items()})
-    if classes:
-        start_head(model)
+    return {name: weights[name] for name in own if name in weights}
 
 
 def start_head(model: nn.Module) -> None:

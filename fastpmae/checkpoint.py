@@ -23,12 +23,18 @@ from fastpmae.config import Config, config_from
 from fastpmae.errors import RunError, UserError
 from fastpmae.files import appearing
 from fastpmae.shards import shared_as
+from fastpmae.sniffed import is_safetensors, other_file, unsound
 from fastpmae.teachers import Teachers
+from fastpmae_loaders.printable import printable, short
 
 FORMAT = "fastpmae-checkpoint-1"
 NAME = re.compile(r"step-\d{8,15}\.safetensors")
 PROGRESS = {"step": int, "steps_per_epoch": int, "bad_images": int, "fingerprint": str, "config": dict}
 """What every checkpoint's progress holds."""
+
+
+ODD = (ValueError, TypeError, KeyError, AttributeError)
+"""What safetensors end in, besides errors of their own, where torch has no such type or size."""
 
 
 class CheckpointError(UserError):
@@ -105,9 +111,12 @@ def scatter(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, opti
         require(checkpoint, f"optimiser.{name}", like)
         optimiser.state[parameter] = {key: shared_as(value, parameter).clone() for key, value in state.items()}
     require(checkpoint, "rng", {"cpu": torch.get_rng_state()}, others=("cuda",))
-    torch.set_rng_state(checkpoint.tensors["rng.cpu"])
-    if "rng.cuda" in checkpoint.tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"])
+    try:
+        torch.set_rng_state(checkpoint.tensors["rng.cpu"])
+        if "rng.cuda" in checkpoint.tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"])
+    except (RuntimeError, TypeError):
+        raise CheckpointError(f"{checkpoint.path} holds no state of a random generator of torch's") from None
 
 
 def scatter_networks(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers) -> None:
@@ -131,7 +140,7 @@ def require(checkpoint: Checkpoint, prefix: str, like: dict[str, Tensor], others
         )
         if ours != theirs:
             raise CheckpointError(
-                f"{checkpoint.path} does not fit this run: {prefix}.{name} is {_described(theirs)} in it "
+                f"{checkpoint.path} does not fit this run: {prefix}.{short(name)} is {_described(theirs)} in it "
                 f"and {_described(ours)} here"
             )
 
@@ -175,8 +184,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         sound = digest(tensors, header["progress"]) == header["digest"]
-    except (safetensors.SafetensorError, OSError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+    except (safetensors.SafetensorError, OSError, RuntimeError, *ODD) as error:
+        raise CheckpointError(f"{path} is damaged: {printable(str(error))}") from None
     if not sound:
         raise CheckpointError(f"{path} is damaged: its contents do not match its digest")
     return Checkpoint(path, tensors, progress)
@@ -230,18 +239,28 @@ def step_of(path: Path) -> int:
 def _header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """A checkpoint's header, and the progress in it with the kinds of values that a run relies on."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path} is no regular file and no checkpoint")
+        with path.open("rb") as file:
+            beginning, size = file.read(512), os.fstat(file.fileno()).st_size
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {error.strerror or error}") from None
+    except (safetensors.SafetensorError, *ODD) as error:
+        odd = other_file(beginning, size)
+        if not odd and is_safetensors(beginning):
+            odd = unsound(path, beginning, str(error))
+        words = f"it {odd}" if odd else printable(str(error))
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {words}") from None
     if header.get("format") != FORMAT or not {"digest", "progress"} <= header.keys():
         raise CheckpointError(f"{path} is a safetensors file but no fastpmae checkpoint")
     try:
         progress = json.loads(header["progress"])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+        raise CheckpointError(f"{path} is damaged: {printable(str(error))}") from None
     for name, kind in PROGRESS.items():
         value = progress.get(name) if isinstance(progress, dict) else None
         if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63):

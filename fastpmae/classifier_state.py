@@ -17,7 +17,11 @@ from fastpmae.course import Course
 from fastpmae.errors import UserError
 from fastpmae.labelled import Engine, Labelled
 from fastpmae.log import read_rows
+from fastpmae.weights import few
 from fastpmae_loaders.values import Typed
+
+STATES = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}, "lars": {"momentum_buffer"}}
+"""What each optimiser keeps of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +106,27 @@ def take_up(
             raise UserError("; ".join(complaints))
         return 0, sums, []
     before, progress = checkpoint.progress["config"], checkpoint.progress
-    changed = course.differences(before.get("course", {}))
-    changed += _other_network(before.get("backbone", {}), record["backbone"])
+    recorded = [before.get(part, {}) for part in ("course", "backbone")]
+    losses = progress.get("loss")
+    if not (all(isinstance(part, dict) for part in recorded) and _are_numbers(losses)):
+        raise CheckpointError(f"{checkpoint.path} is damaged: its progress is none of a classifier's training")
+    changed = course.differences(recorded[0])
+    changed += _other_network(recorded[1], record["backbone"])
     if before.get("frozen") != record["frozen"]:
         changed.append(f"frozen was {before.get('frozen')}")
     if progress["fingerprint"] != record["train"]["fingerprint"] or progress["steps_per_epoch"] != steps_per_epoch:
         changed.append("the training images are others")
     if changed:
         raise UserError(f"the training in {setting.folder} was started with other settings: {'; '.join(changed)}")
-    _scatter(checkpoint, model, optimiser, ema)
-    return progress["step"], torch.tensor(progress["loss"], dtype=torch.float64), complaints
+    if progress["step"] > course.epochs * steps_per_epoch:
+        raise CheckpointError(f"{checkpoint.path} stands after a step that this training does not have")
+    _scatter(checkpoint, course, model, optimiser, ema)
+    return progress["step"], torch.tensor(losses, dtype=torch.float64), complaints
+
+
+def _are_numbers(losses: Any) -> bool:
+    """Whether these are the sum and the number of losses."""
+    return isinstance(losses, list) and len(losses) == 2 and all(type(number) is float for number in losses)
 
 
 def _check_no_others_files(folder: Path) -> None:
@@ -138,7 +153,11 @@ def _other_network(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _scatter(
-    checkpoint: Checkpoint, model: nn.Module, optimiser: torch.optim.Optimizer, ema: ModelEmaV3 | None
+    checkpoint: Checkpoint,
+    course: Course,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    ema: ModelEmaV3 | None,
 ) -> None:
     for name, module in (("model", model), ("ema", ema.module if ema is not None else None)):
         if module is not None:
@@ -146,9 +165,14 @@ def _scatter(
             module.load_state_dict(checkpoint.part(name))
     for name, parameter in model.named_parameters():
         state = checkpoint.part(f"optimiser.{name}")
+        if state.keys() not in (set(), STATES[course.optimiser]):
+            raise CheckpointError(f"{checkpoint.path} does not fit: optimiser.{name} holds {few(sorted(state))}")
         for key, value in state.items():
-            if value.shape not in (parameter.shape, torch.Size()):
-                raise CheckpointError(f"{checkpoint.path} does not fit: optimiser.{name}.{key} is {list(value.shape)}")
+            if value.shape != (torch.Size() if key == "step" else parameter.shape) or not value.is_floating_point():
+                kind = str(value.dtype).removeprefix("torch.")
+                raise CheckpointError(
+                    f"{checkpoint.path} does not fit: optimiser.{name}.{key} is {kind} {list(value.shape)}"
+                )
         if state:
             kept = {key: value.clone() for key, value in state.items()}
             # AdamW counts its steps on the host; moments lie where the parameter does.

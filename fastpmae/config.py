@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from fastpmae.errors import UserError
+from fastpmae_loaders.printable import short
 from fastpmae_loaders.values import Typed, local_path, typed
 
 
@@ -408,7 +409,7 @@ def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Co
     config = preset(preset_name) if isinstance(preset_name, str) else Config()
     for group, settings in groups.items():
         if group not in hints:
-            raise UserError(f"{source} has a group {group!r}; the groups are {', '.join(hints)}")
+            raise UserError(f"{source} has a group {short(group)!r}; the groups are {', '.join(hints)}")
         kinds = get_type_hints(hints[group])
         for name, value in settings.items():
             if (group, name) == ("model", "decoder_class_token"):  # in what earlier versions wrote
@@ -420,7 +421,7 @@ def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Co
                     )
                 continue
             if name not in kinds:
-                raise UserError(f"{source} has a setting {group}.{name}, which does not exist")
+                raise UserError(f"{source} has a setting {group}.{short(name)}, which does not exist")
             value = typed(value, kinds[name], f"{group}.{name} in {source}", strict=True)
             config = config.using(**{name: value})
     return config

@@ -10,7 +10,7 @@ import tyro
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from fastpmae.architecture import check, make_encoder, make_student
+from fastpmae.architecture import check, check_fits, make_encoder, make_student
 from fastpmae.checkpoint import Checkpoint, find_checkpoint, require
 from fastpmae.config import Config
 from fastpmae.errors import UserError, exit_with_sentence
@@ -49,6 +49,7 @@ def encoder_of(checkpoint: Checkpoint, network: Network) -> tuple[Encoder, Confi
     """The same of a checkpoint that is read already."""
     config = checkpoint.config_of_encoder
     check(config)
+    check_fits(checkpoint, config)
     if network == "random":
         return make_student(config, torch.Generator().manual_seed(config.run.seed)).encoder.eval(), config
     single = config.teachers.teachers == "single"

@@ -20,9 +20,9 @@ from fastpmae.classifier_state import Setting
 from fastpmae.data import source_notes
 from fastpmae.embed import Pool
 from fastpmae.errors import UserError, exit_with_sentence
-from fastpmae.eval_command import Command, Common, Finetune, Knn, Linear, Lowshot, Probe, read_command
+from fastpmae.eval_command import NEIGHBOURS, Command, Common, Finetune, Knn, Linear, Lowshot, Probe, read_command
 from fastpmae.finetune import train_classifier
-from fastpmae.knn import knn_ranked
+from fastpmae.knn import check_neighbours, knn_ranked
 from fastpmae.labelled import Labelled, extract, needed, open_labelled
 from fastpmae.linear import Sweep, best_c, draw_few, held_out, logistic_regression, standardised, train_sweep
 from fastpmae.run import run_of
@@ -139,6 +139,12 @@ def run_knn(command: Knn) -> None:
     evaluation = Evaluation(command.common)
     train, val = evaluation.train, evaluation.val
     pools: tuple[Pool, ...] = ("class", "mean") if command.pool == "both" else (command.pool,)
+    voters = len(train.labels) - (val is None)
+    ks = command.k
+    if ks == NEIGHBOURS and max(ks) > voters >= 1:
+        ks = tuple(k for k in ks if k <= voters) or (voters,)
+        evaluation.tally.tell(f"{voters} images vote, so k is {ks[0]}: --k chooses others")
+    check_neighbours(ks, voters)
     learnt = evaluation.features(train, pools)
     tested = learnt if val is None else evaluation.features(val, pools)
     labels = train.labels.to(evaluation.device)
@@ -150,7 +156,7 @@ def run_knn(command: Knn) -> None:
             rows,
             labels,
             others,
-            command.k,
+            ks,
             temperature=command.temperature or None,
             leave_one_out=val is None,
             tally=evaluation.tally,

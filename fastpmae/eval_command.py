@@ -14,14 +14,17 @@ from fastpmae.embed import Pool
 from fastpmae.labelled import Engine
 from fastpmae.linear import RATES
 
+NEIGHBOURS = (10, 20)
+"""How many neighbours vote where nobody says."""
+
 
 @dataclass(frozen=True)
 class Common:
     """What every evaluation is told."""
 
     weights: Annotated[str, tyro.conf.Positional]
-    """A run folder or checkpoint of ours, the folder of a fine-tuning, a safetensors file, a .pth of MAE, SdAE, DINO,
-    iBOT, MoCo v3 or BEiT, or timm:NAME for a model that timm fetches."""
+    """A run folder or checkpoint of ours, the folder of a fine-tuning or an export, a safetensors file, a .pth of MAE,
+    SdAE, DINO, iBOT, MoCo v3, BEiT and many others, or timm:NAME for a model that timm fetches."""
     train: Path
     """Labelled images to learn from: a .beton file, a folder of images, or tar shards. A folder with a train and a val
     folder in it holds both sets."""
@@ -52,8 +55,8 @@ class Knn:
     """k nearest neighbours by cosine, each voting with exp(similarity / temperature), as DINO does."""
 
     common: Annotated[Common, tyro.conf.arg(name="")]
-    k: tuple[int, ...] = (10, 20)
-    """How many neighbours vote; each is tried."""
+    k: tuple[int, ...] = NEIGHBOURS
+    """How many neighbours vote; each is tried. Without this flag only as many as there are images."""
     temperature: float = 0.07
     """Of the votes; 0 gives every neighbour one vote."""
     pool: Literal["class", "mean", "both"] = "both"

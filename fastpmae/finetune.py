@@ -131,6 +131,11 @@ def train_classifier(
             f"the peak learning rate is {fitted.peak_lr:.3g} instead of {course.peak_lr:.3g}"
         )
         course = fitted
+    if len(setting.train.labels) < course.batch_size:
+        raise UserError(
+            f"{setting.train.samples.path} holds {len(setting.train.labels)} images, less than one batch of "
+            f"{course.batch_size}: choose a smaller --batch-size"
+        )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         stack.enter_context(deterministic(setting.deterministic, setting.device))
@@ -149,11 +154,6 @@ def train_classifier(
             )
         )
         steps_per_epoch = len(loader) // course.accumulate
-        if steps_per_epoch == 0:
-            raise UserError(
-                f"{setting.train.samples.path} holds {len(setting.train.labels)} images, less than one batch of "
-                f"{course.batch_size}: choose a smaller --batch-size"
-            )
         model, encode = make_classifier(setting, course)
         optimiser = make_optimiser(model, course)
         schedule = make_schedule(optimiser, course, steps_per_epoch)

@@ -61,7 +61,8 @@ def knn_ranked(
     chunk_bytes: int = 256 * 2**20,
     tally: Tally | None = None,
 ) -> dict[int, Int[Tensor, "test best"]]:
-    """For each k the likeliest classes of each test row, the likeliest first, at most `best` of them.
+    """For each k the likeliest classes of each test row, the likeliest first, at most `best` of them; -1 in the place
+    of a class that got no vote.
 
     The k nearest training rows by cosine similarity s vote with exp(s / temperature) each (DINO, eval_knn.py), or
     with one vote each where the temperature is None. All else is as in `knn_predict`: every k is counted from the
@@ -75,8 +76,9 @@ def knn_ranked(
     if temperature is not None and not temperature > 0:
         raise UserError(f"k-NN needs a temperature above 0, not {temperature}")
     train = F.normalize(train_features.float(), dim=1)
-    count, classes = len(train), int(train_labels.max()) + 1
-    train_labels = train_labels.long()
+    # Only classes that somebody votes for take memory, whatever their numbers are.
+    known, train_labels = train_labels.long().unique(return_inverse=True)
+    count, classes = len(train), len(known)
     rows = max(1, chunk_bytes // (4 * (count + classes)))
     ranked: dict[int, list[Tensor]] = {k: [] for k in ks}
     tally = tally or Tally()
@@ -89,18 +91,23 @@ def knn_ranked(
                 similarity[own, begin + own] = -torch.inf
             for k in ks:
                 nearest = _nearest(similarity, k)
-                # Shifted by the largest similarity there is, so that no temperature overflows.
                 weight = torch.ones_like(nearest, dtype=torch.float64)
                 if temperature is not None:
-                    weight = ((similarity.gather(1, nearest).double() - 1) / temperature).exp()
+                    near = similarity.gather(1, nearest).double()
+                    # Shifted by the nearest one's, so that no temperature overflows and somebody always votes.
+                    weight = ((near - near.amax(dim=1, keepdim=True)) / temperature).exp()
                 votes = torch.zeros(len(test), classes, dtype=torch.float64, device=test.device)
                 votes.scatter_add_(1, train_labels[nearest], weight)
                 if best == 1:
-                    ranked[k].append(votes.argmax(1, keepdim=True))  # the first of equal maxima: the smallest label
+                    chosen = votes.argmax(1, keepdim=True)  # the first of equal maxima: the smallest label
+                    ranked[k].append(known[chosen])
                 else:
-                    ranked[k].append(votes.sort(dim=1, descending=True, stable=True).indices[:, :best])
+                    voted = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, train_labels[nearest], True)
+                    order = votes.masked_fill(~voted, -1.0).sort(dim=1, descending=True, stable=True)
+                    found = known[order.indices[:, :best]]
+                    ranked[k].append(found.masked_fill(order.values[:, :best] < 0, -1))
             tally.advance(len(test))
-    nothing = train_labels.new_empty(0, min(best, classes))
+    nothing = known.new_empty(0, min(best, classes))
     return {k: torch.cat(parts) if parts else nothing for k, parts in ranked.items()}
 
 
@@ -142,6 +149,13 @@ def _nearest(similarity: Float[Tensor, "test train"], k: int) -> Int[Tensor, "te
     return indices
 
 
+def check_neighbours(ks: Sequence[int], voters: int) -> None:
+    """Raise UserError for a k that is not between 1 and the number of training rows that may vote."""
+    for k in ks:
+        if not 1 <= k <= voters:
+            raise UserError(f"k-NN with k = {k} needs k between 1 and the {voters} training rows that may vote.")
+
+
 def _check(train: Tensor, labels: Tensor, test: Tensor, k: int, leave_one_out: bool) -> None:
     if not all(isinstance(rows, Tensor) for rows in (train, labels, test)):
         raise UserError("k-NN compares tensors; torch.from_numpy makes one of an array")
@@ -149,9 +163,7 @@ def _check(train: Tensor, labels: Tensor, test: Tensor, k: int, leave_one_out: b
         raise UserError(f"k-NN compares rows of one width, not {tuple(train.shape)} with {tuple(test.shape)}.")
     if labels.shape != train.shape[:1]:
         raise UserError(f"k-NN got {len(train)} training rows and {tuple(labels.shape)} labels.")
-    voters = len(train) - leave_one_out
-    if not 1 <= k <= voters:
-        raise UserError(f"k-NN with k = {k} needs k between 1 and the {voters} training rows that may vote.")
+    check_neighbours((k,), len(train) - leave_one_out)
     if int(labels.min()) < 0:
         raise UserError("k-NN needs a label for every row; a flat folder of images has none.")
     if not (bool(torch.isfinite(train).all()) and bool(torch.isfinite(test).all())):

@@ -18,6 +18,7 @@ from fastpmae.tally import Tally
 from fastpmae.world import carried, has_bf16
 from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
 from fastpmae_loaders.machine import loader_threads
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.splits import are_splits, split_of_folder
 from fastpmae_loaders.values import checked
 
@@ -69,21 +70,25 @@ def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | N
         return learnt, None
     tested = _labelled(rest)
     ours, theirs = samples.class_names, rest.class_names
-    labels = tested.labels
-    if ours is not None and theirs is not None and ours != theirs:
-        place = {name: number for number, name in enumerate(ours)}
-        used = [theirs[number] for number in labels.unique().tolist()]
-        unknown = [name for name in used if name not in place]
-        if unknown:
-            raise UserError(
-                f"{rest.path}: its class {unknown[0]!r} is none of the {len(ours)} classes of {samples.path}"
-            )
-        labels = torch.tensor([place.get(name, -1) for name in theirs])[labels]
-    if int(labels.max()) >= len(learnt.names):
+    # By their numbers, a class is called as the training set calls it.
+    called = tested.names if ours is not None and theirs is not None else _by_number(tested, theirs, ours)
+    place = {name: number for number, name in enumerate(learnt.names)}
+    unknown = [called[number] for number in tested.labels.unique().tolist() if called[number] not in place]
+    if unknown:
         raise UserError(
-            f"{rest.path} has a class number {int(labels.max())}, and {samples.path} has {len(learnt.names)} classes"
+            f"{rest.path}: its class {unknown[0]!r} is none of the {len(learnt.names)} classes of {samples.path}"
         )
+    labels = torch.tensor([place.get(name, -1) for name in called])[tested.labels]
     return learnt, Labelled(rest, labels, learnt.names)
+
+
+def _by_number(tested: Labelled, theirs: list[str] | None, ours: list[str] | None) -> list[str]:
+    """What the training set calls the classes of another set, where not both have names for them."""
+    numbers = [int(name) for name in tested.names[len(theirs or []) :]]
+    return [
+        printable(ours[number]) if ours is not None and number < len(ours) else str(number)
+        for number in [*range(len(theirs or [])), *numbers]
+    ]
 
 
 def needed(val: Labelled | None, train: Labelled) -> Labelled:
@@ -180,6 +185,8 @@ def _labelled(samples: Samples) -> Labelled:
     labels = torch.from_numpy(np.array(samples.label, np.int64))
     if int(labels.min()) < 0:
         raise UserError(f"{samples.path} holds images without a label; an evaluation needs one for each")
-    count = max(int(labels.max()) + 1, len(samples.class_names or []))
-    names = samples.class_names or [str(number) for number in range(count)]
-    return Labelled(samples, labels, names + [str(number) for number in range(len(names), count)])
+    # Numbers without a name may be of any size, so only those that are there are classes.
+    names = [printable(name) for name in samples.class_names or []]
+    nameless = labels[labels >= len(names)].unique()
+    labels = torch.where(labels < len(names), labels, len(names) + torch.searchsorted(nameless, labels))
+    return Labelled(samples, labels, names + [str(number) for number in nameless.tolist()])

@@ -21,7 +21,7 @@ from fastpmae.pickle_machine import CutOffError, PickleError, StandIn, Stored
 from fastpmae.pickled import held_by_name, read_pickled
 from fastpmae.renamed import joined, known_other, project_of, timm_name
 from fastpmae.sniffed import is_safetensors, other_file, unsound
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import printable, short
 
 Layout = Literal["MAE", "SdAE", "DINO", "iBOT", "MoCo v3", "BEiT", "SimMIM", "transformers", "torchvision", "plain ViT"]
 
@@ -147,10 +147,10 @@ def _loaded(encoder: Mapping[str, Any], name: str, most: int) -> dict[str, Tenso
     """The tensors themselves, in memory of their own. Raises UserError for one that is no matrix of finite numbers."""
     for key, value in encoder.items():
         if isinstance(value, StandIn):
-            raise UserError(f"{name}: {printable(key)} is {value.kind}, and weights are plain tensors")
+            raise UserError(f"{name}: {short(key)} is {value.kind}, and weights are plain tensors")
         if value.dtype not in DTYPES:
             kind = str(value.dtype).removeprefix("torch.")
-            raise UserError(f"{name}: {printable(key)} holds {kind}, and weights are real numbers")
+            raise UserError(f"{name}: {short(key)} holds {kind}, and weights are real numbers")
     if sum(value.nbytes for value in encoder.values()) > most:
         raise UserError(f"{name}: its tensors are {most:,} bytes or more, which are not in it")
     tensors = {}
@@ -161,7 +161,7 @@ def _loaded(encoder: Mapping[str, Any], name: str, most: int) -> dict[str, Tenso
             raise UserError(f"{name} cannot be read: {printable(str(error))}") from None
         tensors[key] = tensor.float() if tensor.dtype.itemsize == 1 else tensor
         if not bool(torch.isfinite(tensors[key]).all()):
-            raise UserError(f"{name}: {printable(key)} holds numbers that are not finite")
+            raise UserError(f"{name}: {short(key)} holds numbers that are not finite")
     return tensors
 
 
@@ -187,9 +187,11 @@ def _with_dinov2_registers(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
     registers, positions, token = (encoder.get(name) for name in ("register_tokens", "pos_embed", "cls_token"))
     if registers is None or positions is None or token is None:
         return encoder
-    if {registers.ndim, positions.ndim, token.ndim} != {3} or positions.shape[1] < 2:
-        return encoder
-    if token.shape != positions[:, :1].shape:
+    if (
+        {registers.ndim, positions.ndim, token.ndim} != {3}
+        or positions.shape[1] < 2
+        or token.shape != positions[:, :1].shape
+    ):
         return encoder
     rest = {name: tensor for name, tensor in encoder.items() if name != "register_tokens"}
     return rest | {"reg_token": registers, "cls_token": token + positions[:, :1], "pos_embed": positions[:, 1:]}

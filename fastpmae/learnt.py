@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from fastpmae.architecture import check, make_networks, view_settings
+from fastpmae.architecture import check, check_fits, make_networks, view_settings
 from fastpmae.checkpoint import Checkpoint, scatter_networks
 from fastpmae.config import Config
 from fastpmae.embed import whole_tokens
@@ -68,6 +68,7 @@ def networks_of(checkpoint: Checkpoint) -> tuple[Student, Teachers]:
     """
     config = checkpoint.config
     check(config)
+    check_fits(checkpoint, config)
     student, teachers = make_networks(config, 1, torch.device("cpu"), None)
     scatter_networks(checkpoint, student, teachers)
     for module in (student, *teachers.modules().values()):

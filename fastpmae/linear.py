@@ -102,12 +102,22 @@ def train_sweep(
 def held_out(labels: Int[Tensor, " images"], share: float, seed: int) -> Bool[Tensor, " images"]:
     """A stratified choice of images to choose settings on: `share` of each class, and never all of it."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
-    order = torch.from_numpy(epoch_order(seed, 0, len(labels)))
-    shuffled = labels.cpu()[order]
-    for number in shuffled.unique().tolist():
-        places = order[shuffled == number]
-        chosen[places[: min(round(share * len(places)), len(places) - 1)]] = True
+    places, turn, count = _by_class(labels, seed)
+    chosen[places[turn < torch.minimum((share * count).round(), count - 1)]] = True
     return chosen
+
+
+def _by_class(
+    labels: Int[Tensor, " images"], seed: int
+) -> tuple[Int[Tensor, " images"], Int[Tensor, " images"], Float[Tensor, " images"]]:
+    """The images class by class, each class in an order drawn by the seed; with each image's turn in its class, and how
+    many images the class has."""
+    order = torch.from_numpy(epoch_order(seed, 0, len(labels)))
+    classes, by = labels.cpu()[order].sort(stable=True)
+    counts = classes.unique_consecutive(return_counts=True)[1]
+    first = counts.cumsum(0) - counts
+    turn = torch.arange(len(labels)) - first.repeat_interleave(counts)
+    return order[by], turn, counts.double().repeat_interleave(counts)
 
 
 def logistic_regression(
@@ -183,10 +193,5 @@ def draw_few(labels: Int[Tensor, " images"], share: float, seed: int) -> Int[Ten
     """
     if not 0 < share <= 1:
         raise UserError(f"--shares {share}: name shares of the labels above 0 and at most 1")
-    order = torch.from_numpy(epoch_order(seed, 0, len(labels)))
-    shuffled = labels.cpu()[order]
-    kept = []
-    for number in shuffled.unique().tolist():
-        places = order[shuffled == number]
-        kept.append(places[: max(1, round(share * len(places)))])
-    return torch.cat(kept).sort().values
+    places, turn, count = _by_class(labels, seed)
+    return places[turn < (share * count).round().clamp(min=1)].sort().values

@@ -82,7 +82,9 @@ class Meter:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take the sums of a checkpoint. Raises CheckpointError where it holds none."""
-        if {name: tuple(tensor.shape) for name, tensor in state.items()} != {"sums": (len(self.names),), "count": ()}:
+        own = {"sums": self.sums, "count": self.count}
+        told, wanted = ({name: (t.shape, t.dtype) for name, t in held.items()} for held in (state, own))
+        if told != wanted:
             raise CheckpointError("the checkpoint holds no sound sums of the log")
         self.sums.copy_(state["sums"])
         self.count.copy_(state["count"])

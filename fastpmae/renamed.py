@@ -39,8 +39,8 @@ BEGINNINGS = {
 """A tensor that tells the project, its names, and what is no part of the encoder."""
 OTHERS = {
     "rope_embed.periods": "DINOv3's ViT, which turns its tokens by their places and has no positions to add",
-    "visual.conv1.weight": "OpenAI's CLIP, whose ViT is another: name timm's version of it as timm:NAME",
-    "vision_model.embeddings.patch_embedding.weight": "transformers' CLIP or SigLIP: name it as timm:NAME",
+    "visual.conv1.weight": "OpenAI's CLIP, which timm has as timm:NAME",
+    "vision_model.embeddings.patch_embedding.weight": "transformers' CLIP or SigLIP, which timm has as timm:NAME",
     "layer4.0.conv1.weight": "a ResNet",
     "layers.0.blocks.0.norm1.weight": "a Swin transformer",
     "stages.0.0.gamma": "a ConvNeXt",

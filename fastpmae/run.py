@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpmae.architecture import warmup_epochs
+from fastpmae.architecture import check_fits, warmup_epochs
 from fastpmae.checkpoint import (
     Checkpoint,
     checkpoints_in,
@@ -29,6 +29,7 @@ from fastpmae.world import World, has_bf16
 from fastpmae_loaders import Samples
 from fastpmae_loaders.engine import larger_than_memory
 from fastpmae_loaders.locks import lock
+from fastpmae_loaders.printable import printable
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
@@ -124,6 +125,10 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
             f"the run in {folder} was started with other settings: {'; '.join(changes)}. "
             "Resume with the run's own, or add --accept-changes"
         )
+    total, step = steps_per_epoch * config.optimiser.epochs, checkpoint.progress["step"]
+    if step > total:
+        raise UserError(f"{checkpoint.path} stands after step {step:,}, and these settings end after {total:,}")
+    check_fits(checkpoint, config)
     remarks += [f"resumed with a changed setting: {change}" for change in changes]
     if checkpoint.config.data.loader == "ffcv" and checkpoint.progress.get("decoder") != DECODER:
         remarks.append(
@@ -245,7 +250,7 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> lis
     if before["loader"] in ALIKE_LOADERS and now["loader"] in ALIKE_LOADERS:
         before["loader"] = now["loader"]
     changes = [
-        f"--{name.replace('_', '-')} was {before[name]} and is now {now[name]}"
+        f"--{name.replace('_', '-')} was {printable(str(before[name]))} and is now {now[name]}"
         for name in now
         if (groups[name] in COMPARED_GROUPS or name in compared) and before[name] != now[name]
     ]

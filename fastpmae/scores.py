@@ -18,6 +18,8 @@ from fastpmae_loaders.listing import printable
 
 MOST_NAMED = 40
 """Classes whose names fit beside the picture of a confusion matrix."""
+MOST_DRAWN = 1000
+"""Rows and columns of that picture."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Scores:
 
     Attributes:
         labels: the class of each image.
-        ranked: the predicted classes, the likeliest first; at least one column, at most five.
+        ranked: the predicted classes, the likeliest first; at least one column, at most five. Behind the first, -1
+            stands for none.
     """
 
     labels: Int[Tensor, " images"]
@@ -79,13 +82,12 @@ def write_scores(folder: Path, name: str, scores: Scores, names: list[str], reco
     """
     folder.mkdir(parents=True, exist_ok=True)
     table, picture, figures = files_of(folder, name)
-    confusion = scores.confusion(len(names)).numpy()
     with appearing(table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["class", "name", "images", "top1", "top5", "predicted", "precision", "most_taken_for"])
-        rows.writerows(_class_rows(scores, confusion, names))
+        rows.writerows(_class_rows(scores, names))
     with appearing(picture) as beside:
-        _draw(confusion, names, f"{name}: {scores.top1:.1f} % of {len(scores.labels):,} images", beside)
+        _draw(scores, names, f"{name}: {scores.top1:.1f} % of {len(scores.labels):,} images", beside)
     record = record | scores.figures() | {"images": len(scores.labels), "classes": len(names)}
     record["date"] = datetime.datetime.now().isoformat(timespec="seconds")
     with appearing(figures) as beside:
@@ -93,30 +95,40 @@ def write_scores(folder: Path, name: str, scores: Scores, names: list[str], reco
     return figures
 
 
-def _class_rows(scores: Scores, confusion: np.ndarray, names: list[str]) -> list[list[Any]]:
+def _class_rows(scores: Scores, names: list[str]) -> list[list[Any]]:
+    """A row for each class, in memory for the images and the classes but not for the pairs of classes."""
+    count = len(names)
+    labels, first = scores.labels.numpy(), scores.ranked[:, 0].numpy()
+    right = (scores.ranked == scores.labels[:, None]).numpy()
+    images, predicted = np.bincount(labels, minlength=count), np.bincount(first, minlength=count)
+    top1 = np.bincount(labels[right[:, 0]], minlength=count)
+    top5 = np.bincount(labels[right[:, :5].any(axis=1)], minlength=count)
+    pairs, times = np.unique(np.stack([labels, first], axis=1)[labels != first], axis=0, return_counts=True)
+    taken: dict[int, tuple[int, int]] = {}
+    for (own, other), often in zip(pairs.tolist(), times.tolist(), strict=True):
+        if often > taken.get(own, (0, 0))[0]:  # the smallest of those that are equally often
+            taken[own] = often, other
     rows = []
     for number, name in enumerate(names):
-        own = scores.labels == number
-        images, predicted = int(own.sum()), int(confusion[:, number].sum())
-        right = int(confusion[number, number])
-        others = confusion[number].copy()
-        others[number] = 0
-        part = Scores(scores.labels[own], scores.ranked[own])
-        shares = [f"{part.top1:.2f}", f"{part.top5:.2f}"] if images else ["", ""]
-        precision = f"{100 * right / predicted:.2f}" if predicted else ""
-        rows.append(
-            [number, name, images, *shares, predicted, precision, names[others.argmax()] if others.any() else ""]
-        )
+        of_class = int(images[number])
+        shares = [f"{100 * hits[number] / of_class:.2f}" if of_class else "" for hits in (top1, top5)]
+        precision = f"{100 * top1[number] / predicted[number]:.2f}" if predicted[number] else ""
+        most = names[taken[number][1]] if number in taken else ""
+        rows.append([number, name, of_class, *shares, int(predicted[number]), precision, most])
     return rows
 
 
-def _draw(confusion: np.ndarray, names: list[str], title: str, path: Path) -> None:
+def _draw(scores: Scores, names: list[str], title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from fastpmae.lettering import drawable, save_picture
 
-    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    # Of many classes some share a pixel: a picture has no more of them anyway, and pairs of classes may be many.
+    side = min(len(names), MOST_DRAWN)
+    places = [classes * side // len(names) for classes in (scores.labels, scores.ranked[:, :1])]
+    drawn = Scores(*places).confusion(side).numpy()
+    share = drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(8, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -12,6 +12,10 @@ from fastpmae.checkpoint import FORMAT, CheckpointError, checkpoints_in, find_ch
 from fastpmae.errors import UserError
 from fastpmae.layouts import PATCHES, read_foreign
 from fastpmae.model import Encoder
+from fastpmae_loaders.printable import short
+
+EXPORTED = ("model.safetensors", "pytorch_model.bin")
+"""What the weights in a folder are called, here and on the hub."""
 
 
 def start_encoder(encoder: Encoder, path: Path) -> None:
@@ -23,6 +27,7 @@ def start_encoder(encoder: Encoder, path: Path) -> None:
     Raises:
         UserError: when the file cannot be read, or the weights are of another size or architecture.
     """
+    path = weights_file(path)
     weights = encoder_weights(path)
     own = encoder.state_dict()
     missing = [name for name in own if name not in weights and name != "pos_embed"]
@@ -37,7 +42,8 @@ def start_encoder(encoder: Encoder, path: Path) -> None:
             weights["pos_embed"] = with_class_position(weights["pos_embed"])
         except UserError as error:
             raise UserError(f"--init {path}: {error}") from None
-        weights["pos_embed"] = fit_positions(weights["pos_embed"], own["pos_embed"].shape[1])
+        if weights["pos_embed"].shape[::2] == own["pos_embed"].shape[::2]:
+            weights["pos_embed"] = fit_positions(weights["pos_embed"], own["pos_embed"].shape[1])
     for name, tensor in own.items():
         if name in weights and weights[name].shape != tensor.shape:
             raise UserError(
@@ -57,6 +63,13 @@ def encoder_weights(path: Path) -> dict[str, Tensor]:
     return read_foreign(path).tensors
 
 
+def weights_file(path: Path) -> Path:
+    """The weights in an exported folder, ours or transformers'; any other path as it is."""
+    if not path.is_dir() or (path / "checkpoints").is_dir() or (path / "classifier.safetensors").exists():
+        return path
+    return next((path / name for name in EXPORTED if (path / name).is_file()), path)
+
+
 def is_ours(path: Path) -> bool:
     """Whether a file says that it is a checkpoint of ours."""
     return header_of(path).get("format") == FORMAT
@@ -64,6 +77,8 @@ def is_ours(path: Path) -> bool:
 
 def header_of(path: Path) -> dict[str, str]:
     """What the header of a safetensors file says; nothing where it is none."""
+    if not path.is_file():  # a pipe would be waited for
+        return {}
     try:
         with safetensors.safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -82,7 +97,9 @@ def tuned_weights(path: Path) -> Path | None:
     if file.name == "classifier.safetensors" and "course" in header:
         with safetensors.safe_open(file, "pt") as held:
             if PATCHES not in held.keys():  # noqa: SIM118
-                raise UserError(f"{file} is a linear probe: the network that it reads is {header.get('backbone')}")
+                raise UserError(
+                    f"{file} is a linear probe: the network that it reads is {short(header.get('backbone', ''))}"
+                )
         return file
     checkpoint = path if is_ours(path) else next(iter(checkpoints_in(path)), None)
     try:
@@ -102,7 +119,7 @@ def timm_arguments_in(header: dict[str, str]) -> dict[str, object]:
     """timm's arguments in the header of a file of ours; nothing where there are none."""
     try:
         found = json.loads(header.get("timm", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -140,4 +157,5 @@ def with_class_position(positions: Tensor) -> Tensor:
 
 def few(names: list[str]) -> str:
     """The first of some names, and how many more there are."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    first = short(names[0])
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more"

@@ -1,13 +1,14 @@
 """Checkpoints hold what was put in, and say so when they no longer do."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastpmae import RunError
+from fastpmae import RunError, UserError, load_encoder, pretrain
 from fastpmae.checkpoint import (
     CheckpointError,
     checkpoint_path,
@@ -17,6 +18,10 @@ from fastpmae.checkpoint import (
     read_progress,
     write_checkpoint,
 )
+from fastpmae.command import settings_of_run
+from fastpmae.errors import shown
+from fastpmae.learnt import networks_of
+from tests.made import tiny_settings
 
 TENSORS = {
     "student.weight": torch.arange(12.0).view(3, 4).mT,
@@ -104,3 +109,67 @@ def test_a_run_folder_stands_for_its_newest_sound_checkpoint(written: Path):
     written.unlink()
     with pytest.raises(CheckpointError, match=r"no sound checkpoint in .*; .*step-00000009.safetensors is damaged"):
         find_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["rng.cpu", "log.sums"])
+def test_states_that_are_none_are_a_sentence(name: str, tmp_path: Path, small_beton: Path):
+    config = tiny_settings(small_beton).using(out=tmp_path / "run", steps=2)
+    path = checkpoint_path(pretrain(config), 2)
+    sound = read_checkpoint(path)
+    for odd in (torch.zeros_like(sound.tensors[name]), sound.tensors[name].to(torch.complex64)):
+        if name == "log.sums" and not odd.is_complex():
+            continue
+        write_checkpoint(path, sound.tensors | {name: odd}, sound.progress, keep=0)
+        with pytest.raises(CheckpointError, match=r"rng\.cpu|random generator|no sound sums"):
+            pretrain(config.using(resume="auto", steps=3))
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value", "sentence"),
+    [
+        ("model", "width", 4 * 10**9, r"--width 4000000000: at most 65,536"),
+        ("model", "width", 4096, r"does not fit this run: student\..* is float32 \[.*32.*\] in it"),
+        ("model", "depth", 10**8, r"--depth 100000000: at most 1,000"),
+        ("model", "depth", 900, r"does not fit this run: student\.encoder\.blocks\.10\d?\."),
+        ("model", "prototypes", 10**12, r"--prototypes 1000000000000: at most"),
+        ("model", "prototypes", 2**23, r"does not fit this run: student\.head\."),
+        ("model", "model", "\x1b[31mX", r"--model \\x1b\[31mX: there is no such model"),
+        ("optimiser", "lr", 10**400, r"optimiser\.lr in .* is 1000\d*\.\.\.\d*; expected float"),
+        ("optimiser", "epochs", 10**30, r"--epochs 1000.*: at most"),
+        ("data", "beton", "a\0b", r"data\.beton in .* is 'a\\x00b'; expected Path"),
+        ("data", "beton", "", r"data\.beton in .* is ''; expected Path"),
+        ("run", "\x1b]0;pwn\x07", 1, r"a setting run\.\\x1b\]0;pwn\\x07, which does not exist"),
+    ],
+)
+def test_forged_settings_are_a_sentence_before_anything_is_made(group, name, value, sentence, tmp_path, small_beton):
+    """Their digest fits: whoever writes a file can compute one."""
+    config = tiny_settings(small_beton).using(out=tmp_path / "run", steps=1)
+    path = checkpoint_path(pretrain(config), 1)
+    sound = read_checkpoint(path)
+    sound.progress["config"][group][name] = value
+    write_checkpoint(path, sound.tensors, sound.progress, keep=0)
+    for use in (
+        lambda: load_encoder(path),
+        lambda: load_encoder(path, "random"),
+        lambda: networks_of(read_checkpoint(path)),
+        lambda: pretrain(settings_of_run(tmp_path / "run").using(out=tmp_path / "run", resume="auto", steps=2)),
+    ):
+        with pytest.raises(UserError) as raised:
+            use()
+        shown_words = shown(raised.value)
+        assert re.search(sentence, shown_words), shown_words
+
+
+def test_a_step_past_the_end_is_a_sentence(tmp_path: Path, small_beton: Path):
+    config = tiny_settings(small_beton).using(out=tmp_path / "run", steps=1)
+    path = checkpoint_path(pretrain(config), 1)
+    sound = read_checkpoint(path)
+    write_checkpoint(path, sound.tensors, sound.progress | {"step": 2**62}, keep=0)
+    with pytest.raises(UserError, match=r"stands after step [\d,]+, and these settings end after 15"):
+        pretrain(config.using(resume="auto"))
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        read_checkpoint(tmp_path / "pipe.safetensors")

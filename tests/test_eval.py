@@ -1,6 +1,7 @@
 """`fastpmae-eval` as a user calls it: what it prints and writes, and what it refuses."""
 
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -13,10 +14,14 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastpmae import PRESETS, UserError, embed_images, eval, pretrain, write_beton
+from fastpmae import PRESETS, UserError, embed_images, eval, export_encoder, load_encoder, pretrain, write_beton
+from fastpmae.architecture import make_encoder
+from fastpmae.backbone import features, find_backbone
 from fastpmae.checkpoint import checkpoint_path
 from fastpmae.labelled import open_labelled
+from fastpmae.pages import PageWriter
 from fastpmae.scores import Scores, rank, write_scores
+from fastpmae.weights import start_encoder
 from tests.made import REPOSITORY, made_image, write_tree
 from tests.test_feed import threads_of_loaders
 
@@ -229,3 +234,103 @@ def test_scores_are_scikit_learns(tmp_path: Path):
     path = write_scores(tmp_path / "new", "odd", scores, names, {"more": 1})
     assert json.loads(path.read_text())["more"] == 1
     assert sorted(file.name for file in path.parent.iterdir()) == ["odd-classes.csv", "odd-confusion.png", "odd.json"]
+
+
+def test_the_files_of_many_classes_are_made_without_their_pairs(tmp_path: Path, monkeypatch):
+    """ImageNet-21k has 21,841 classes, whose pairs are 477 million."""
+    generator = np.random.default_rng(1)
+    whole = Scores.confusion
+    asked: list[int] = []
+    monkeypatch.setattr(Scores, "confusion", lambda scores, classes: asked.append(classes) or whole(scores, classes))
+    for count in (6, 21841):
+        labels = torch.from_numpy(generator.integers(count, size=300))
+        ranked = torch.from_numpy(generator.integers(-1, count, size=(300, 5)))
+        ranked[:, 0] = torch.where(torch.rand(300) < 0.3, labels, ranked[:, 0].clamp(min=0))
+        scores = Scores(labels, ranked)
+        write_scores(tmp_path, f"of{count}", scores, [f"c{number}" for number in range(count)], {})
+        rows = list(csv.DictReader((tmp_path / f"of{count}-classes.csv").read_text().splitlines()))
+        assert len(rows) == count
+        assert sum(int(row["predicted"]) for row in rows) == 300
+        for number in labels.unique().tolist()[:20]:
+            own = labels == number
+            part, row = Scores(labels[own], ranked[own]), rows[number]
+            assert (row["top1"], row["top5"]) == (f"{part.top1:.2f}", f"{part.top5:.2f}")
+            wrong = part.ranked[:, 0][part.ranked[:, 0] != number]
+            most = f"c{torch.bincount(wrong).argmax()}" if len(wrong) else ""
+            assert row["most_taken_for"] == most
+            predicted = (ranked[:, 0] == number).sum().item()
+            right = int((part.ranked[:, 0] == number).sum())
+            assert row["precision"] == (f"{100 * right / predicted:.2f}" if predicted else "")
+        with Image.open(tmp_path / f"of{count}-confusion.png") as picture:
+            assert picture.size[0] > 500
+    assert max(asked) <= 1000
+
+
+def labelled_beton(path: Path, labels: list[int], names: list[str] | None = None) -> Path:
+    """A .beton, without names of classes as FFCV writes them too."""
+    with path.open("wb") as file:
+        pages = PageWriter(file, len(labels), 2 << 20)
+        for number, label in enumerate(labels):
+            content = io.BytesIO()
+            made_image(number, 40, 40).save(content, "JPEG")
+            pages.add(0, 40, 40, label, content.getvalue())
+        pages.finish(names)
+    return path
+
+
+def test_names_of_classes_are_printable(tmp_path: Path):
+    train = labelled_beton(tmp_path / "train.beton", [0, 1], ["\x1b[31mred", "blue"])
+    learnt, tested = open_labelled(train, labelled_beton(tmp_path / "val.beton", [0]))
+    assert tested is not None
+    assert learnt.names == tested.names == ["\\x1b[31mred", "blue"]
+    assert tested.labels.tolist() == [0]
+
+
+def test_numbers_of_classes_of_any_size(data: Path, tmp_path: Path, monkeypatch, capsys):
+    train = labelled_beton(tmp_path / "train.beton", [0, 10**9] * 12)
+    val = labelled_beton(tmp_path / "val.beton", [10**9, 10**9, 0])
+    learnt, tested = open_labelled(train, val)
+    assert tested is not None
+    assert learnt.names == ["0", "1000000000"]
+    assert tested.labels.tolist() == [1, 1, 0]
+    for words in (["knn"], ["linear", "--epochs", 2]):
+        assert call(monkeypatch, *words, data / "run", "--train", train, "--val", val, "--out", tmp_path / "o") == 0
+    odd = labelled_beton(tmp_path / "odd.beton", [5])
+    assert call(monkeypatch, "knn", data / "run", "--train", train, "--val", odd, "--out", tmp_path / "o") == 2
+    assert "its class '5' is none of the 2 classes" in capsys.readouterr().err
+
+
+def test_classes_with_and_without_names_are_matched_by_their_numbers(data: Path, tmp_path: Path):
+    train, val = open_labelled(data / "train.beton", labelled_beton(tmp_path / "val.beton", [2, 0]))
+    assert val is not None
+    assert train.names == val.names == ["class_0", "class_1", "class_2"]
+    assert val.labels.tolist() == [2, 0]
+
+
+def test_few_images_have_fewer_neighbours_and_other_words(data: Path, tmp_path: Path, monkeypatch, capsys):
+    few = labelled_beton(tmp_path / "few.beton", [0, 1] * 8)
+    words = ["--train", few, "--out", tmp_path / "o"]
+    assert call(monkeypatch, "knn", data / "run", "--pool", "class", *words) == 0
+    assert "15 images vote, so k is 10" in "".join(capsys.readouterr())
+    assert [row["k"] for row in json.loads((tmp_path / "o" / "knn-student.json").read_text())["table"]] == [10]
+    monkeypatch.setattr(eval, "extract", lambda *_, **__: pytest.fail("features were computed first"))
+    assert call(monkeypatch, "knn", data / "run", "--k", 16, *words) == 2
+    assert "needs k between 1 and the 15 training rows" in capsys.readouterr().err
+    assert call(monkeypatch, "finetune", data / "run", *words, "--val", few) == 2
+    assert "16 images, less than one batch of 1024: choose a smaller --batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["timm", "huggingface", "plain"])
+def test_an_exported_folder_is_the_network_that_was_exported(data: Path, tmp_path: Path, form):
+    export_encoder(data / "run", tmp_path / "exported", format=form)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    found = []
+    for weights in (data / "run", tmp_path / "exported"):
+        backbone = find_backbone(str(weights))
+        with torch.no_grad():
+            found.append(features(backbone.build().eval(), backbone.normalised(images))[0])
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    encoder, config = load_encoder(data / "run")
+    fresh = make_encoder(config)
+    start_encoder(fresh, tmp_path / "exported")
+    assert all(torch.equal(t, encoder.state_dict()[name]) for name, t in fresh.state_dict().items())

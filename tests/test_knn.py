@@ -110,6 +110,7 @@ def test_weighted_votes_rank_classes_as_scikit_learn(temperature):
         np.testing.assert_array_equal(ranked[k][:, 0].numpy(), share.argmax(axis=1))
         # as good a place for each class as its share of the votes gives it, whatever the order of equal ones
         chosen = np.take_along_axis(share, ranked[k].numpy(), axis=1)
+        chosen[ranked[k].numpy() < 0] = 0  # none of the others got a vote
         np.testing.assert_allclose(chosen, -np.sort(-share, axis=1)[:, :5], atol=1e-5)
 
 
@@ -145,3 +146,21 @@ def test_arguments_of_another_kind(more, said):
     assert knn_predict(**rows, k=np.int64(2)).tolist() == knn_predict(**rows, k=2.0).tolist()  # pyright: ignore
     with pytest.raises(UserError, match=said):
         knn_predict(**(rows | more))
+
+
+def test_a_class_without_a_vote_is_none_of_the_likeliest():
+    train = torch.eye(6)
+    ranked = knn_ranked(train, torch.arange(6), train, (1, 3), leave_one_out=False)
+    assert ranked[1].tolist() == [[label, -1, -1, -1, -1] for label in range(6)]
+    assert ((ranked[3] >= 0).sum(dim=1) == 3).all()
+    # nor does a vote get lost that a small temperature makes very light
+    light = knn_ranked(train, torch.arange(6), train, (2,), temperature=1e-5)[2]
+    assert ((light >= 0).sum(dim=1) == 2).all()
+    assert light[:, 0].tolist() == list(range(6))
+
+
+def test_labels_of_any_size_take_no_memory():
+    train = torch.eye(3)
+    labels = torch.tensor([0, 10**15, 7])
+    assert knn_predict(train, labels, train, 1).tolist() == labels.tolist()
+    assert knn_ranked(train, labels, train, (3,))[3][1, 0] == 10**15

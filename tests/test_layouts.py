@@ -3,8 +3,12 @@
 import argparse
 import json
 import os
+import warnings
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -247,3 +251,186 @@ def test_what_is_missing_or_of_another_size_is_named(tmp_path: Path):
         find_backbone(str(tmp_path / "nowhere.pth"))
     with pytest.raises(UserError, match="cannot be had"):
         find_backbone("timm:no_such_model")
+
+
+class Settings(dict):
+    """A trainer's own class of settings: nobody has it where the file is read."""
+
+
+def states_of(model: nn.Module, rate: Any) -> dict[str, Any]:
+    """An optimiser's state after a step, its rate from a schedule."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-3)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    optimiser.param_groups[0]["lr"] = optimiser.param_groups[0]["weight_decay"] = rate
+    return optimiser.state_dict()
+
+
+def as_saved(trainer: str, student: nn.Module, teacher: nn.Module) -> tuple[Any, str]:
+    """What a trainer hands to torch.save, and whose weights it evaluates."""
+    rate = np.linspace(0, 1e-3, 10)[3]
+    args = argparse.Namespace(lr=rate, output_dir=Path("/out"), local_crops_scale=(0.05, 0.4), device="cuda", gpu=0)
+    mine, theirs, states = student.state_dict(), teacher.state_dict(), states_of(student, rate)
+    head = {"head.mlp.0.weight": torch.zeros(4, 32), "head.last_layer.weight_g": torch.ones(4, 1)}
+    heads = prefixed("module.", head)
+    scaler = {"scale": 65536.0, "growth_factor": 2.0, "growth_interval": 2000, "_growth_tracker": 3}
+    lightning = {
+        "epoch": 3, "global_step": 99, "pytorch-lightning_version": "2.1.2", "loops": {"fit_loop": {"state_dict": {}}},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.5), "dirpath": "/out"}},
+        "optimizer_states": [states], "lr_schedulers": [{"base_lrs": [rate], "last_epoch": 3}],
+        "hparams_name": "cfg", "hyper_parameters": Settings(lr=rate),
+    }  # fmt: skip
+    match trainer:
+        case "DINO":
+            saved = {
+                "student": prefixed("module.backbone.", mine) | heads, "teacher": prefixed("backbone.", theirs) | head,
+                "optimizer": states, "epoch": 100, "args": args,
+                "dino_loss": OrderedDict(center=torch.zeros(1, 4)), "fp16_scaler": scaler,
+            }  # fmt: skip
+            return saved, "teacher"
+        case "iBOT":
+            masked = {"masked_embed": torch.zeros(1, 32)}
+            saved = {
+                "student": prefixed("module.backbone.", mine | masked) | heads,
+                "teacher": prefixed("backbone.", theirs | masked) | head,
+                "optimizer": states, "epoch": 800, "args": args,
+                "ibot_loss": OrderedDict(center=torch.zeros(1, 4), center2=torch.zeros(1, 1, 4)), "fp16_scaler": scaler,
+            }  # fmt: skip
+            return saved, "teacher"
+        case "MAE":
+            saved = {"model": mine | EXTRA, "optimizer": states, "epoch": 799, "scaler": scaler, "args": args}
+            return saved, "student"
+        case "SdAE":
+            extra = EXTRA | {"decoder_pred.weight": torch.zeros(32, 8)}
+            saved = {"model": mine | extra, "model_teacher": theirs, "optimizer": states, "epoch": 3, "args": args}
+            return saved, "student"
+        case "DINOv2":
+            # its training saves the teacher alone for an evaluation, its blocks in chunks
+            chunked = {name.replace("blocks.", "blocks.0.", 1): tensor for name, tensor in theirs.items()}
+            mask = {"mask_token": torch.zeros(1, 32), "dino_head.mlp.0.weight": torch.zeros(4, 32)}
+            saved = {"teacher": prefixed("backbone.", chunked | {"mask_token": mask.pop("mask_token")}) | mask}
+            return saved, "teacher"
+        case "timm":
+            saved = {
+                "epoch": 5, "arch": "vit_tiny_patch16_224", "state_dict": mine, "optimizer": states, "version": 2,
+                "args": args, "amp_scaler": scaler, "state_dict_ema": mine, "metric": np.float64(70.1),
+            }  # fmt: skip
+            return saved, "student"
+        case "solo-learn":
+            both = prefixed("backbone.", mine) | prefixed("momentum_backbone.", theirs)
+            return lightning | {"state_dict": both | {"classifier.weight": torch.zeros(10, 32)}}, "student"
+        case "lightly MAE":
+            wrapped = prefixed("backbone.vit.", mine) | {"backbone.mask_token": torch.zeros(1, 1, 32)}
+            return lightning | {"state_dict": wrapped | {"decoder.decoder_embed.weight": torch.zeros(8, 32)}}, "student"
+        case "lightly DINO":
+            both = prefixed("student_backbone.vit.", mine) | prefixed("teacher_backbone.vit.", theirs)
+            return lightning | {"state_dict": both}, "teacher"
+        case _:
+            saved = {"arch": "vit_small", "epoch": 300, "optimizer": states, "scaler": scaler}
+            both = prefixed("module.base_encoder.", mine) | prefixed("module.momentum_encoder.", theirs)
+            return saved | {"state_dict": both | {"module.predictor.0.weight": torch.zeros(4, 4)}}, "student"
+
+
+TRAINERS = [
+    "DINO", "iBOT", "MAE", "SdAE", "DINOv2", "timm", "solo-learn", "lightly MAE", "lightly DINO", "MoCo v3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_trainers_own_checkpoint_gives_its_network(trainer: str, tmp_path: Path):
+    """With the optimiser's numpy numbers, options and settings as the trainer keeps them."""
+    networks = {"student": made(1), "teacher": made(2)}
+    saved, usual = as_saved(trainer, networks["student"], networks["teacher"])
+    for zipped in (True, False):
+        torch.save(saved, tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=zipped)
+        wanted = {"auto": usual}
+        if trainer not in ("MAE", "timm", "lightly MAE", "DINOv2"):
+            wanted |= {"student": "student", "labelling_teacher": "teacher"}
+        for which, expected in wanted.items():
+            backbone = find_backbone(str(tmp_path / "checkpoint.pth"), which, heads=2)  # pyright: ignore
+            with torch.no_grad():
+                ours = features(backbone.build().eval(), IMAGES)[0]
+            assert torch.equal(ours, networks[expected].forward_features(IMAGES)[:, 0]), which
+
+
+@pytest.mark.parametrize(("trainer", "shared"), [("BEiT", True), ("BEiT", False), ("SimMIM", True)])
+def test_beits_and_simmims_own_checkpoints(trainer: str, shared: bool, tmp_path: Path):
+    kinds = {"use_abs_pos_emb": False, "init_values": 0.1, "use_fc_norm": False}
+    kinds |= {"use_shared_rel_pos_bias": True} if shared else {"use_rel_pos_bias": True}
+    theirs = made(4, Beit, **kinds)
+    rate = np.linspace(0, 1e-3, 10)[3]
+    tensors = theirs.state_dict() | {"mask_token": torch.zeros(1, 1, 32)}
+    if trainer == "BEiT":
+        saved = {"model": tensors | {"lm_head.weight": torch.zeros(4, 32)}, "optimizer": states_of(theirs, rate)}
+        saved |= {"epoch": 799, "scaler": {"scale": 1.0}, "args": argparse.Namespace(lr=rate, window_size=(4, 4))}
+    else:
+        decoder = {"decoder.0.weight": torch.zeros(192, 32, 1, 1), "decoder.0.bias": torch.zeros(192)}
+        saved = {"model": prefixed("encoder.", tensors) | decoder, "optimizer": states_of(theirs, rate)}
+        saved |= {"lr_scheduler": {"last_epoch": 3}, "max_accuracy": 0.0, "epoch": 799, "config": Settings(MODEL=1)}
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    assert read_foreign(tmp_path / "checkpoint.pth").layout == trainer
+    backbone = find_backbone(str(tmp_path / "checkpoint.pth"))
+    assert backbone.mean == ((0.5, 0.5, 0.5) if trainer == "BEiT" else (0.485, 0.456, 0.406))
+    with torch.no_grad():
+        ours = features(backbone.build().eval(), IMAGES)[0]
+        assert torch.allclose(ours, theirs.forward_features(IMAGES)[:, 0], atol=1e-6)
+
+
+def test_dinov2s_registers_come_without_positions(tmp_path: Path):
+    """As DINOv2 keeps them; timm's own conversion of its files is the reference."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    theirs = made(6, reg_tokens=4, no_embed_class=True, init_values=1e-5)
+    tensors = dict(theirs.state_dict())
+    saved = {name: tensor for name, tensor in tensors.items() if name != "reg_token"}
+    saved |= {"register_tokens": tensors["reg_token"], "mask_token": torch.zeros(1, 32)}
+    saved["pos_embed"] = torch.cat([0.1 * torch.ones(1, 1, 32), tensors["pos_embed"]], dim=1)
+    torch.save(saved, tmp_path / "dinov2.pth")
+    theirs.load_state_dict(checkpoint_filter_fn(dict(saved), theirs), strict=False)
+    with torch.no_grad():
+        ours = features(find_backbone(str(tmp_path / "dinov2.pth"), heads=2).build().eval(), IMAGES)[0]
+        assert torch.equal(ours, theirs.forward_features(IMAGES)[:, 0])
+
+
+def odd_weights() -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own of what is in beta
+        name, tensor = "blocks.0.attn.qkv.weight", made(1).state_dict()["blocks.0.attn.qkv.weight"]
+        zero = torch.zeros(1)
+        return {
+            f"{name} is a sparse tensor": {name: tensor.to_sparse()},
+            f"{name} is a quantised tensor": {name: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)},
+            f"{name} is a nested tensor": {name: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])},
+            f"{name} is a tensor on the meta device": {name: torch.empty(tensor.shape, device="meta")},
+            f"{name} holds complex64": {name: tensor.to(torch.complex64)},
+            f"{name} holds int64": {name: tensor.long()},
+            f"{name} holds numbers that are not finite": {name: tensor * float("nan")},
+            "blocks one is called '1000000000'": {"blocks.1000000000.norm1.weight": zero},
+            "blocks one is called 'x'": {"blocks.x.norm1.weight": zero},
+            r"no place in one for \\x1b\]0;pwn\\x07": {"\x1b]0;pwn\x07": zero},
+            "which are not in it": {"pos_embed": zero.expand(1, 10**6 + 1, 32)},
+            "images of 8,000 pixels": {"pos_embed": zero.expand(1, 10**6 + 1, 1), "big": torch.zeros(10**6 // 4)},
+            r"patch_embed\.proj\.weight is \(0, 3, 8, 8\)": {"patch_embed.proj.weight": torch.zeros(0, 3, 8, 8)},
+            "make no square of patches": {"pos_embed": torch.zeros(())},
+            r"cls_token is \(\)": {"cls_token": torch.zeros(())},
+            "no plain ViT with a class token": {"patch_embed.proj.weight": torch.zeros(32)},
+            r"fc1\.weight is \(\)": {"blocks.0.mlp.fc1.weight": torch.zeros(())},
+        }
+
+
+@pytest.mark.parametrize("sentence", list(odd_weights()))
+def test_odd_tensors_are_named_in_a_sentence(sentence: str, tmp_path: Path):
+    torch.save({"model": made(1).state_dict() | odd_weights()[sentence]}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=sentence) as raised:
+        find_backbone(str(tmp_path / "odd.pth"), heads=2).build()
+    assert str(raised.value).isprintable()
+
+
+def test_a_pipe_and_a_folder_are_no_weights(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(UserError, match="no regular file"):
+        find_backbone(str(tmp_path / "pipe.pth"))
+    with pytest.raises(UserError, match="no regular file"):
+        find_backbone("/dev/zero")

@@ -10,3 +10,9 @@ def printable(text: str | bytes) -> str:
     known = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
     told = known.decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in told)
+
+
+def short(text: str | bytes, longest: int = 120) -> str:
+    """The same, and of a longer name its beginning alone: a tensor may be called by a megabyte."""
+    shown = printable(text[: longest + 1])
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
-_LONGEST = 80
+_LONGEST, _LONGEST_NAME = 80, 4096
 
 
 class Refused(Exception):
@@ -118,7 +118,7 @@ def _as(value: Any, kind: Any, strict: bool) -> Any:
             if len(kinds) == len(value):
                 return tuple(_as(part, of, strict) for part, of in zip(value, kinds, strict=True))
     elif kind is Path or (origin or kind) is os.PathLike:
-        if isinstance(value, str | os.PathLike):
+        if isinstance(value, str | os.PathLike) and _can_be_named(value) and (value or not strict):
             return local_path(value)
     elif kind in _SIMPLE:
         return _SIMPLE[kind](value, strict)
@@ -186,9 +186,14 @@ def _bool(value: Any, strict: bool) -> bool:
 
 
 def _text(value: Any, strict: bool) -> str:
-    if not isinstance(value, str | PurePath):
+    if not isinstance(value, str | PurePath) or not _can_be_named(value):
         raise Refused
     return str(value)
+
+
+def _can_be_named(text: Any) -> bool:
+    """Whether a file may be called so, and so anything else that a setting names."""
+    return "\0" not in str(text) and len(str(text)) <= _LONGEST_NAME
 
 
 _SIMPLE: dict[Any, Callable[[Any, bool], Any]] = {int: _whole, float: _real, bool: _bool, str: _text}

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import printable, short
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,10 @@ def test_a_name_is_one_line_of_characters_that_a_terminal_shows(given: str | byt
     assert found == shown
     assert found.isprintable()
     found.encode("utf-8")
+
+
+def test_a_long_name_is_cut():
+    assert short("a" * 120) == "a" * 120
+    assert short("a" * 10**7) == "a" * 119 + "…"
+    assert short("\x1b" * 100) == ("\\x1b" * 30)[:119] + "…"
+    assert short(b"caf\xe9") == "caf\\xe9"
