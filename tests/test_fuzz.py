@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.case import kinds, stream_of
+from tests.fuzz.case import KINDS, stream_of
 from tests.fuzz.harness import fuzz
 from tests.fuzz.worker import replay
 from tests.made import REPOSITORY
@@ -41,11 +41,11 @@ def test_the_command_says_how_many_cases_failed(tmp_path: Path):
         [sys.executable, "-m", "tests.fuzz", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, "the kind that the fuzzer is tried on is none of a user's"
-    assert f"name one of {', '.join(kinds())}" in done.stderr
+    assert f"name one of {', '.join(KINDS)}" in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_file_crashes_hangs_or_ends_in_a_traceback(kind: str, tmp_path: Path):
     report = fuzz(kind, SEED, SECONDS, tmp_path / "made", tmp_path / "kept")
     print(report)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.fuzz.case import kinds
+from tests.fuzz.case import KINDS
 from tests.fuzz.harness import LIMIT, fuzz
 from tests.fuzz.worker import replay
 
@@ -18,7 +18,7 @@ from tests.fuzz.worker import replay
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"some of {', '.join(kinds())}; all by default")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"some of {', '.join(KINDS)}; all by default")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each kind (60)")
     parser.add_argument("--seed", type=int, default=0, help="which cases (0)")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds for a case ({LIMIT:g})")
@@ -27,9 +27,9 @@ def main() -> int:
         "--replay", type=int, nargs=2, metavar=("STREAM", "POSITION"), help="run one case of a kind again, in here"
     )
     options = parser.parse_args()
-    unknown = sorted(set(options.kinds) - set(kinds()))
+    unknown = sorted(set(options.kinds) - set(KINDS))
     if unknown or (options.replay and len(options.kinds) != 1):
-        parser.error(f"name {'one' if options.replay else 'some'} of {', '.join(kinds())}")
+        parser.error(f"name {'one' if options.replay else 'some'} of {', '.join(KINDS)}")
     with tempfile.TemporaryDirectory(prefix="fastpmae-fuzz-") as folder:
         if options.replay:
             stream, position = options.replay
@@ -37,7 +37,7 @@ def main() -> int:
             print(f"{outcome}\n{words}")
             return outcome not in ("ok", "refused")
         failed = 0
-        for kind in options.kinds or kinds():
+        for kind in options.kinds or KINDS:
             report = fuzz(kind, options.seed, options.seconds, Path(folder) / kind, options.kept, limit=options.limit)
             print(report, *report.failures, sep="\n", flush=True)
             failed += len(report.failures)

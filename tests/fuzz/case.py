@@ -11,7 +11,6 @@ of a process; they are made without `rng`.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -41,11 +40,6 @@ class Case:
     run: Callable[[], object]
     files: tuple[Path, ...] = ()
     allowed: tuple[type[Exception], ...] = (UserError, RunError)
-
-
-def kinds() -> list[str]:
-    """The kinds that there are."""
-    return [kind for kind in KINDS if importlib.util.find_spec(f"tests.fuzz.{kind}") is not None]
 
 
 def stream_of(kind: str, seed: int, stream: int, folder: Path) -> Iterator[Case]:
