@@ -18,7 +18,7 @@ from fastpmae.errors import UserError
 from fastpmae.layouts import PATCHES
 from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.weights import header_of
-from fastpmae_loaders.listing import printable
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import typed
 
 NEEDED: dict[str, Any] = {
