@@ -81,7 +81,7 @@ def read_tuned(path: Path) -> Tuned:
         classes = list(typed(classes, tuple[str, ...], "classes"))
         _require(len(classes) == arguments["num_classes"], f"num_classes is not the number of classes, {len(classes)}")
         course = _course(course)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise UserError(f"{path} is no fine-tuned ViT of fastpmae-eval") from None
     except UserError as error:
         raise UserError(f"{path} is no fine-tuned ViT of fastpmae-eval: {error}") from None
