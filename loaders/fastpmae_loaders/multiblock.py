@@ -70,6 +70,9 @@ def _fill_inverse_blocks(seed, epoch, index, visible, log_low, log_high, roll, m
         aspect = exponential(log_low + shape * (log_high - log_low))
         high = min(np.int64(np.ceil(np.sqrt(visible * aspect))), height)
         wide = min(np.int64(np.ceil(np.sqrt(visible / aspect))), width)
+        # a side that the grid has cut short, which of no square grid it does, is made up for by the other
+        wide = min(max(wide, -(-visible // max(high, 1))), width)
+        high = max(high, -(-visible // max(wide, 1)))
         top, left = np.int64(down * (height - high + 1)), np.int64(across * (width - wide + 1))
         turn_down = np.int64(turn * height) if roll else 0
         turn_across = np.int64(other_turn * width) if roll else 0

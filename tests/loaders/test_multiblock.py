@@ -194,3 +194,14 @@ def test_inverse_blocks_at_their_ends(ratio):
 def test_impossible_inverse_blocks_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         CAPIMasks(**wrong)
+
+
+@pytest.mark.parametrize("grid", [(4, 16), (16, 4), (8, 24), (1, 30)])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.65])
+def test_an_inverse_block_in_a_wide_grid_does_not_lie_over_itself(grid, ratio):
+    """Its shape is then not within the aspects that are asked for: no such one holds the patches."""
+    drawn = CAPIMasks(ratio, 0.5).draw(0, 0, np.arange(40), grid)
+    flat = drawn.masks.reshape(40, -1)
+    assert (flat.sum(1) == int(flat.shape[1] * ratio)).all()
+    assert not np.take_along_axis(flat, drawn.visible, 1).any()
+    assert np.take_along_axis(flat, drawn.predicted, 1).all()
