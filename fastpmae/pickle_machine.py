@@ -184,7 +184,8 @@ def _called(function: Any, arguments: Any) -> Any:
         case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
             return _tensor(given)
         case "torch._utils._rebuild_tensor_v3" if len(given) > 6 and isinstance(given[6], _Name):
-            return _tensor(given, _dtype(given[6]))
+            kind = DTYPES.get(str(given[6]))
+            return _tensor(given, kind) if kind else StandIn(f"a tensor of {given[6]}, which this torch does not know")
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state" if given:
             return given[0]
         case "torch._tensor._rebuild_from_type_v2" if len(given) > 2:
@@ -192,13 +193,6 @@ def _called(function: Any, arguments: Any) -> Any:
         case "torch.Size" if given and isinstance(given[0], tuple):
             return given[0]
     return StandIn(KINDS.get(function.name, f"of the type {function}"))
-
-
-def _dtype(name: _Name) -> torch.dtype:
-    found = DTYPES.get(str(name))
-    if found is None:
-        raise PickleError(f"it holds a tensor of the type {name}, which this torch does not know")
-    return found
 
 
 def _imported(module: Any, name: Any) -> _Name:

@@ -242,8 +242,7 @@ def test_a_type_of_numbers_is_a_name(tmp_path: Path):
 
     assert isinstance(read_pickled(tensor_with(doubled(60))), StandIn)
     assert read_pickled(tensor_with(b"ctorch\nint32\n")).dtype == torch.int32
-    with pytest.raises(PickleError, match=r"type torch\.float5"):
-        read_pickled(tensor_with(b"ctorch\nfloat5\n"))
+    assert read_pickled(tensor_with(b"ctorch\nfloat5\n")).kind.startswith("a tensor of torch.float5")
 
 
 def test_keys_are_names_and_small_numbers(tmp_path: Path):
