@@ -14,7 +14,8 @@ from fastpmae.checkpoint import Checkpoint, require
 from fastpmae.config import Config, Model
 from fastpmae.errors import UserError
 from fastpmae.fp8 import check_fp8_sizes, use_fp8
-from fastpmae.model import Decoder, Encoder, Head, Student, initialise
+from fastpmae.initial import initialise
+from fastpmae.model import Decoder, Encoder, Head, Student
 from fastpmae.passes import CUDA_GRAPHS
 from fastpmae.teachers import Teachers, make_teachers
 from fastpmae.weights import start_encoder

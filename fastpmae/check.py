@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from fastpmae.errors import BetonError
-from fastpmae.sources import printable
 from fastpmae.tally import Tally
 from fastpmae.workers import Failure, WorkerPool
 from fastpmae_loaders.beton import JPG, RAW, Beton
 from fastpmae_loaders.jpeg import turbo_available, turbo_decode
+from fastpmae_loaders.printable import printable
 
 
 @dataclass

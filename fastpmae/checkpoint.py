@@ -16,7 +16,6 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastpmae.config import Config, config_from
@@ -25,6 +24,7 @@ from fastpmae.files import appearing
 from fastpmae.shards import shared_as
 from fastpmae.sniffed import is_safetensors, other_file, unsound
 from fastpmae.teachers import Teachers
+from fastpmae.tensor_file import save_file
 from fastpmae_loaders.printable import printable, short
 
 FORMAT = "fastpmae-checkpoint-1"

@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from safetensors import SafetensorError
-
 from fastpmae.errors import UserError
-from fastpmae_loaders.listing import printable
 from fastpmae_loaders.locks import lock
+from fastpmae_loaders.printable import printable
 
 PARTIAL = ".partial-"
 """What the hidden folders of unfinished files begin with."""
@@ -54,7 +52,7 @@ def appearing(path: Path, force: bool = True) -> Iterator[Path]:
             if not force and os.path.lexists(path):
                 raise UserError(f"{printable(str(path))} has appeared meanwhile; --force replaces it")
             (folder / path.name).replace(path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{printable(str(path))} cannot be written: {reason}") from None
 

@@ -47,8 +47,6 @@ class ImageSettings(Typed):
             raise UserError(f"--max-size is {self.max_size}; it must lie between 1 and {JPEG_MAX_SIDE} pixels")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality is {self.quality}; it must lie between 1 and 100")
-        if self.mode not in ("jpg", "raw", "proportion"):
-            raise UserError(f"--mode is {self.mode!r}; it must be jpg, raw or proportion")
         if not 0 <= self.proportion <= 1:
             raise UserError(f"--proportion is {self.proportion}; it must lie between 0 and 1")
         if self.max_pixels < 1:

@@ -34,11 +34,6 @@ DTYPES = (
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
 )  # fmt: skip
 """Numbers that weights are."""
-DTYPES = (
-    torch.float32, torch.float16, torch.bfloat16, torch.float64,
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
-)  # fmt: skip
-"""Numbers that weights are."""
 
 
 @dataclass(frozen=True)

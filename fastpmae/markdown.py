@@ -2,7 +2,7 @@
 
 import re
 
-from fastpmae_loaders.listing import printable
+from fastpmae_loaders.printable import printable
 
 _AS_THEY_ARE = " ,'-/()%=+."
 """Signs that are markup at most at the beginning of a line."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastpmae.errors import UserError
-from fastpmae_loaders.listing import printable
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import local_path
 
 RUN_FILES = frozenset(

@@ -19,6 +19,10 @@ from torch import Tensor
 
 STEPS = 10_000_000
 """Steps of a pickle; the largest checkpoints take some hundred thousand."""
+LONGEST_NAME = 1000
+"""Signs in the name of a module or class: a stand-in keeps it, and each step may make one."""
+LARGEST_KEY = 2**64
+"""Whole numbers are keys below it: Python computes the hash of a number of megabytes anew each time."""
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -179,8 +183,9 @@ def _called(function: Any, arguments: Any) -> Any:
             return {}
         case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
             return _tensor(given)
-        case "torch._utils._rebuild_tensor_v3" if len(given) > 6 and str(given[6]) in DTYPES:
-            return _tensor(given, DTYPES[str(given[6])])
+        case "torch._utils._rebuild_tensor_v3" if len(given) > 6 and isinstance(given[6], _Name):
+            kind = DTYPES.get(str(given[6]))
+            return _tensor(given, kind) if kind else StandIn(f"a tensor of {given[6]}, which this torch does not know")
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state" if given:
             return given[0]
         case "torch._tensor._rebuild_from_type_v2" if len(given) > 2:
@@ -190,13 +195,20 @@ def _called(function: Any, arguments: Any) -> Any:
     return StandIn(KINDS.get(function.name, f"of the type {function}"))
 
 
-def _imported(module: str, name: str) -> _Name:
+def _imported(module: Any, name: Any) -> _Name:
     """A name; refused where no weights would have it and calling it would do something."""
+    if not (isinstance(module, str) and isinstance(name, str) and len(module) + len(name) <= LONGEST_NAME):
+        raise PickleError("it is damaged: it names something by what is no name")
     first, last = module.split(".")[0], name.split(".")[-1]
     own = first in ("builtins", "__builtin__")
     if first in DANGEROUS or last in ("open", "system") or (own and name.split(".")[0] not in HARMLESS):
         raise PickleError(f"it would call {module}.{name} where it is unpickled")
     return _Name(module, name)
+
+
+def _is_key(key: Any) -> bool:
+    """Whether a dictionary's entry is kept: the others (tuples, objects) are no names of tensors."""
+    return isinstance(key, str | float | None) or (isinstance(key, int) and abs(key) < LARGEST_KEY)
 
 
 @dataclass(eq=False)
@@ -217,7 +229,7 @@ class _Machine:
         target = self.stack[-1]
         if isinstance(target, dict):
             pairs = zip(items[::2], items[1::2], strict=True)
-            target.update((key, value) for key, value in pairs if isinstance(key, str | int | float | None))
+            target.update((key, value) for key, value in pairs if _is_key(key))
 
     def append(self, items: list[Any]) -> None:
         if isinstance(self.stack[-1], list):
@@ -294,7 +306,7 @@ class _Machine:
                 stack.append(_imported(module, word))
             case "STACK_GLOBAL":
                 word, module = stack.pop(), stack.pop()
-                stack.append(_imported(str(module), str(word)))
+                stack.append(_imported(module, word))
             case "INST":
                 module, _, word = str(argument).partition(" ")
                 arguments = tuple(self.marked())

@@ -17,6 +17,8 @@ PICKLE = 256 * 2**20
 """Bytes of a file's pickles."""
 ODD = (ValueError, TypeError, KeyError, IndexError, OverflowError, EOFError, AttributeError, struct.error)
 """What reading something else than a pickle of torch.save ends in."""
+SHOWN = 100
+"""Signs of a file's own words in an error: a name may have megabytes."""
 MAGIC = 0x1950A86A20F9469CFC6C
 """What torch.save began its files with before they were zips."""
 
@@ -41,7 +43,7 @@ def read_pickled(path: Path) -> Any:
         except zipfile.BadZipFile:
             raise CutOffError("it is cut off or damaged: it has no directory, which stands at its end") from None
         except (*ODD, RuntimeError) as error:  # the last is zipfile's for what it cannot read
-            raise PickleError(f"it is damaged: {error}") from None
+            raise PickleError(f"it is damaged: {str(error)[:SHOWN]}") from None
 
 
 class _Careful(io.FileIO):
@@ -71,10 +73,10 @@ def _read_zip(path: Path) -> Any:
             file.seek(entry.header_offset)
             header = file.read(30)
             if len(header) < 30 or header[:4] != b"PK\3\4":
-                raise PickleError(f"it is damaged: {name} is not where its directory says")
+                raise PickleError(f"it is damaged: {name[:SHOWN]} is not where its directory says")
             start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30])) + begin
             if begin + size > entry.file_size or start + size > os.fstat(file.fileno()).st_size:
-                raise CutOffError(f"it is cut off or damaged: {name} is larger than what is there")
+                raise CutOffError(f"it is cut off or damaged: {name[:SHOWN]} is larger than what is there")
             file.seek(start)
             return _exactly(file, size)
 
@@ -94,7 +96,7 @@ def _read_zip(path: Path) -> Any:
         storage = storage_of(pid, numbers)
         entry = entries.get(f"{root}data/{storage.key}")
         if entry is None or entry.file_size < storage.size:
-            raise PickleError(f"it is damaged: it lacks numbers ({storage.key})")
+            raise PickleError(f"it is damaged: it lacks numbers ({storage.key[:SHOWN]})")
         return storage
 
     return follow(io.BytesIO(whole("data.pkl", PICKLE)), stored)
@@ -147,7 +149,7 @@ def _read_legacy(path: Path, file: IO[bytes]) -> Any:
         storage = storage_of(pid, numbers)
         known = storages.setdefault(storage.key, storage)
         if (known.dtype, known.count) != (storage.dtype, storage.count):
-            raise PickleError(f"it is damaged: two sizes for numbers {storage.key}")
+            raise PickleError(f"it is damaged: two sizes for numbers {storage.key[:SHOWN]}")
         return known
 
     loaded, keys = follow(pickles, stored), follow(pickles, nothing)
@@ -161,7 +163,7 @@ def _read_legacy(path: Path, file: IO[bytes]) -> Any:
         places[storage.key] = place + 8
         place += 8 + storage.size
         if count != storage.count or place > end:
-            raise CutOffError(f"it is cut off or damaged: numbers {storage.key} are too few")
+            raise CutOffError(f"it is cut off or damaged: numbers {storage.key[:SHOWN]} are too few")
     if storages.keys() - places.keys():
         raise PickleError("it is damaged: it lacks numbers")
     return loaded

@@ -26,7 +26,7 @@ from fastpmae.outputs import check_output
 from fastpmae.results import Result, results_in
 from fastpmae.tally import Tally
 from fastpmae_loaders import open_samples
-from fastpmae_loaders.listing import printable
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import checked
 
 CURVES: tuple[tuple[str, dict[str, str]], ...] = (

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastpmae.files import appearing
-from fastpmae_loaders.listing import printable
+from fastpmae_loaders.printable import printable
 
 MOST_NAMED = 40
 """Classes whose names fit beside the picture of a confusion matrix."""

@@ -16,7 +16,7 @@ from fastpmae_loaders.shards import list_shards, no_images
 from fastpmae_loaders.splits import choose_split, splits_of_files
 from fastpmae_loaders.values import Typed, local_path
 
-__all__ = ["Item", "Listing", "SourceSettings", "find_images", "printable", "read_item"]
+__all__ = ["Item", "Listing", "SourceSettings", "find_images", "read_item"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpmae.config import TeacherSettings
-from fastpmae.model import Encoder, Head, Student, initialise, initialise_as_timm
+from fastpmae.initial import initialise, initialise_as_timm
+from fastpmae.model import Encoder, Head, Student
 from fastpmae.shards import local
 
 Cadence = Literal["step", "epoch"]

@@ -1,12 +1,22 @@
-"""Tensors in a safetensors file whose bytes are the same each time."""
+"""Tensors in a safetensors file, whose bytes are the same each time where others are to have it."""
 
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
+import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastpmae.errors import UserError
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """A safetensors file. Raises OSError where it cannot be written, a full disk say, for which safetensors has an
+    error of its own."""
+    try:
+        safetensors.torch.save_file(tensors, path, header)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
@@ -14,6 +24,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str])
 
     safetensors writes its header's entries in an order that differs from process to process: they are put in that of
     their names, in the room that they have.
+
+    Raises:
+        OSError: where it cannot be written.
     """
     save_file(tensors, path, header)
     with path.open("r+b") as file:

@@ -18,7 +18,7 @@ from fastpmae.errors import UserError
 from fastpmae.layouts import PATCHES
 from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.weights import header_of
-from fastpmae_loaders.listing import printable
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import typed
 
 NEEDED: dict[str, Any] = {
@@ -81,7 +81,7 @@ def read_tuned(path: Path) -> Tuned:
         classes = list(typed(classes, tuple[str, ...], "classes"))
         _require(len(classes) == arguments["num_classes"], f"num_classes is not the number of classes, {len(classes)}")
         course = _course(course)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise UserError(f"{path} is no fine-tuned ViT of fastpmae-eval") from None
     except UserError as error:
         raise UserError(f"{path} is no fine-tuned ViT of fastpmae-eval: {error}") from None

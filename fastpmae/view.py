@@ -19,8 +19,8 @@ from fastpmae.files import appearing
 from fastpmae.lettering import save_picture
 from fastpmae.outputs import check_output
 from fastpmae_loaders import Batch, Beton, PairedViews, Samples, ViewSettings, open_samples
-from fastpmae_loaders.listing import printable
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import checked
 
 SIMPLE, COMPLEX = "#1c7ed6", "#e8590c"

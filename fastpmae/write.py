@@ -19,12 +19,13 @@ from fastpmae.files import appearing
 from fastpmae.images import ImageSettings, StoredImage, store
 from fastpmae.outputs import check_no_run_file
 from fastpmae.pages import LARGEST_PAGE, PageWriter
-from fastpmae.sources import Item, Listing, SourceSettings, find_images, printable, read_item
+from fastpmae.sources import Item, Listing, SourceSettings, find_images, read_item
 from fastpmae.table_reader import confine
 from fastpmae.tally import Tally
 from fastpmae.workers import Failure, WorkerPool
 from fastpmae_loaders.beton import Beton
 from fastpmae_loaders.machine import usable_cores
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import checked, local_path
 
 PAGE_SIZE = 8 << 20

@@ -11,7 +11,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-NAME = re.compile(r"\bfastpmae\.(\w+)")
+NAME = re.compile(r'(^\s*from |")fastpmae\.(\w+)(?= import |:)', re.MULTILINE)
+"""A module where it is imported, and in the names by which worker processes import: what a comment names is no part."""
 
 
 def writer(trainer: Path) -> dict[str, str]:
@@ -23,9 +24,8 @@ def writer(trainer: Path) -> dict[str, str]:
         if f"{module}.py" in texts or not (trainer / f"{module}.py").is_file():
             continue
         text = (trainer / f"{module}.py").read_text()
-        wanted += NAME.findall(text)
-        # imports, and the names by which worker processes import
-        texts[f"{module}.py"] = NAME.sub(r"fastpmae_loaders.writer.\1", text)
+        wanted += [name for _, name in NAME.findall(text)]
+        texts[f"{module}.py"] = NAME.sub(r"\1fastpmae_loaders.writer.\2", text)
     return texts
 
 

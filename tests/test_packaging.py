@@ -90,6 +90,7 @@ def test_the_loaders_alone_are_a_distribution_that_writes_what_it_reads(tmp_path
         archive.extractall(tmp_path / "alone")
     written = {name for name in wheel if name.startswith("fastpmae_loaders/writer/")}
     assert "fastpmae_loaders/writer/write.py" in written
+    assert "fastpmae_loaders/writer/train.py" not in written  # which a docstring of a carried module names
     requirements = tomllib.loads((ROOT / "loaders/pyproject.toml").read_text())["project"]
     known = declared(requirements["dependencies"] + requirements["optional-dependencies"]["hf"])
     found = imports_of([tmp_path / "alone" / name for name in written]) - {"fastpmae_loaders"}

@@ -215,6 +215,42 @@ def test_a_pickle_that_is_none_is_refused_soon(data: bytes, sentence: str, tmp_p
         read_pickled(with_pickle(tmp_path / "a.pth", data))
 
 
+def doubled(levels: int) -> bytes:
+    """Lists of two lists each, all the same: a few bytes a level, and twice as many words at each where it is shown."""
+    return b"]\x94" + b"".join(b"0(h" + bytes([level]) + b"h" + bytes([level]) + b"l\x94" for level in range(levels))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        doubled(60) + b"h\x3ch\x3c\x93.",
+        b"\x8c\x01a" + doubled(60) + b"\x93.",
+        b"X" + struct.pack("<I", 10**6) + b"n" * 10**6 + b"\x94" + b"h\0h\0\x93)R" * 1000 + b".",
+        b"cnumpy\n" + b"n" * 2000 + b"\n.",
+    ],
+    ids=["a module that is lists", "a class that is none", "a name of a megabyte a thousand times", "a long name"],
+)
+def test_a_name_is_a_short_text(data: bytes, tmp_path: Path):
+    with pytest.raises(PickleError, match="damaged"):
+        read_pickled(with_pickle(tmp_path / "a.pth", b"\x80\x04" + data))
+
+
+def test_a_type_of_numbers_is_a_name(tmp_path: Path):
+    def tensor_with(kind: bytes) -> Path:
+        call = b"(" + STORAGE % struct.pack("<i", 4) + b"K\0K\4\x85K\1\x85\x89N" + kind + b"tR."
+        return with_pickle(tmp_path / "a.pth", b"\x80\x04ctorch._utils\n_rebuild_tensor_v3\n" + call)
+
+    assert isinstance(read_pickled(tensor_with(doubled(60))), StandIn)
+    assert read_pickled(tensor_with(b"ctorch\nint32\n")).dtype == torch.int32
+    assert read_pickled(tensor_with(b"ctorch\nfloat5\n")).kind.startswith("a tensor of torch.float5")
+
+
+def test_keys_are_names_and_small_numbers(tmp_path: Path):
+    held = {"a": 1, 7: 2, None: 3, (1, 2): 4, 10**100: 5, -(2**70): 6}
+    torch.save(held, tmp_path / "a.pth")
+    assert read_pickled(tmp_path / "a.pth") == {"a": 1, 7: 2, None: 3}
+
+
 def test_what_is_packed_anew_or_a_program_is_refused(tmp_path: Path):
     path = with_pickle(tmp_path / "a.pth", b"\x80\x02N." + bytes(10**7), packing=zipfile.ZIP_DEFLATED)
     with pytest.raises(PickleError, match="packed anew"):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fastpmae.errors import UserError
-from fastpmae.sources import Listing, SourceSettings, find_images, printable, read_item
+from fastpmae.sources import Listing, SourceSettings, find_images, read_item
+from fastpmae_loaders.printable import printable
 from tests.made import made_image
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fastpmae import Config, export_encoder, pretrain
 from fastpmae.lettering import save_picture
-from fastpmae.tensor_file import save_tensors
+from fastpmae.tensor_file import save_file, save_tensors
 
 HEADER = {"format": "pt", "z": 'quoted "word"', "a": "東京 \u2028", "ctrl": "\x01\t\n\r\x7f\\", "m": "", "b": "x" * 99}
 
@@ -32,6 +32,12 @@ def test_tensors_and_their_header(tmp_path: Path):
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
     with safetensors.safe_open(tmp_path / "0.safetensors", "pt") as file:
         assert file.metadata() == HEADER
+
+
+@pytest.mark.parametrize("save", [save_file, save_tensors])
+def test_what_cannot_be_written_is_an_error_of_the_system(tmp_path: Path, save):
+    with pytest.raises(OSError, match="No such file"):
+        save({"a": torch.ones(3)}, tmp_path / "no" / "file.safetensors", {"format": "pt"})
 
 
 @pytest.mark.parametrize("kind", ["timm", "huggingface", "plain"])

@@ -57,6 +57,7 @@ def test_a_sound_one(weights, tmp_path: Path):
         ({"timm": ARGUMENTS | {"global_pool": "map"}}, "global_pool is 'map'"),
         ({"timm": ARGUMENTS | {"model_name": "hf-hub:somebody/something"}}, "timm has no model"),
         ({"timm": ARGUMENTS | {"model_name": "vit_tiny_patch16_224'); evil(('"}}, "timm has no model"),
+        ({"timm": ARGUMENTS | {"mlp_ratio": 1e308}}, ""),
         ({"timm": ARGUMENTS | {"qk_norm": "yes"}}, "qk_norm is 'yes'"),
         ({"timm": {"model_name": "vit_tiny_patch16_224"}}, "missing"),
         ({"timm": [1]}, "names no arguments"),

@@ -160,8 +160,6 @@ class IBOTMasks(Typed):
                 f"masks: pred_ratio = {self.pred_ratio} with pred_ratio_var = {self.pred_ratio_var} must be shares "
                 "of the patches, each variance at most its ratio"
             )
-        if self.pred_shape not in ("block", "rand"):
-            raise UserError(f"masks: pred_shape = {self.pred_shape!r} must be 'block' or 'rand'")
         low, high = self.pred_aspect_ratio
         if not 0 < low <= high:
             raise UserError(f"masks: pred_aspect_ratio = {self.pred_aspect_ratio} must be two positive numbers")

@@ -206,7 +206,8 @@ class TurboDecoders:
         self.function = int(ctypes.cast(library.tjDecompress2, ctypes.c_void_p).value or 0)
         self._idle: list[int] = []
         self._made: list[int] = []
-        weakref.finalize(self, _destroy, library, self._made)
+        # Threads may still decode when the interpreter ends.
+        weakref.finalize(self, _destroy, library, self._made).atexit = False
 
     @contextmanager
     def lend(self) -> Iterator[int]:

@@ -17,6 +17,7 @@ from .errors import UserError
 from .philox import uniform_pair
 from .plan import check_key, draw_permutation
 from .recipes import MOST_VIEWS
+from .values import Typed
 
 # behind the purposes of blockwise.py, 4 for each view
 CAPI: Final = MASKS + 4 * MOST_VIEWS
@@ -69,6 +70,9 @@ def _fill_inverse_blocks(seed, epoch, index, visible, log_low, log_high, roll, m
         aspect = exponential(log_low + shape * (log_high - log_low))
         high = min(np.int64(np.ceil(np.sqrt(visible * aspect))), height)
         wide = min(np.int64(np.ceil(np.sqrt(visible / aspect))), width)
+        # a side that the grid has cut short, which of no square grid it does, is made up for by the other
+        wide = min(max(wide, -(-visible // max(high, 1))), width)
+        high = max(high, -(-visible // max(wide, 1)))
         top, left = np.int64(down * (height - high + 1)), np.int64(across * (width - wide + 1))
         turn_down = np.int64(turn * height) if roll else 0
         turn_across = np.int64(other_turn * width) if roll else 0
@@ -94,7 +98,7 @@ class MultiBlock(NamedTuple):
 
 
 @dataclass(frozen=True)
-class IJEPAMasks:
+class IJEPAMasks(Typed):
     """I-JEPA's masks: a few blocks to predict, and a large one to see, out of which those are cut.
 
     The names are those of its configurations and the defaults their ViT-H/14's (facebookresearch/ijepa, configs,
@@ -113,6 +117,7 @@ class IJEPAMasks:
         UserError: for numbers that make no masks.
     """
 
+    OF = "masks: "
     enc_mask_scale: tuple[float, float] = (0.85, 1.0)
     pred_mask_scale: tuple[float, float] = (0.15, 0.2)
     aspect_ratio: tuple[float, float] = (0.75, 1.5)
@@ -122,6 +127,7 @@ class IJEPAMasks:
     allow_overlap: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("enc_mask_scale", "pred_mask_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
@@ -164,9 +170,7 @@ class IJEPAMasks:
         targets = np.zeros((count, self.num_pred_masks, *grid), np.bool_)
         contexts = np.zeros((count, self.num_enc_masks, *grid), np.bool_)
         index = np.ascontiguousarray(index, np.int64)
-        _fill_multiblock(
-            seed, epoch, index, target, context, self.min_keep, self.allow_overlap, targets, contexts
-        )  # fmt: skip
+        _fill_multiblock(seed, epoch, index, target, context, self.min_keep, self.allow_overlap, targets, contexts)
         return MultiBlock(_places(contexts), _places(targets))
 
 
@@ -202,7 +206,7 @@ class InverseBlock(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CAPIMasks:
+class CAPIMasks(Typed):
     """CAPI's masks: all is hidden but one block, which is then moved around the image's edges.
 
     The names and defaults are those of its configuration (facebookresearch/capi, default_pretrain_config.yaml, and
@@ -219,6 +223,7 @@ class CAPIMasks:
         UserError: for numbers that make no masks.
     """
 
+    OF = "masks: "
     mask_ratio: float = 0.65
     prediction_subsampling: float = 0.05
     roll: bool = True
@@ -226,6 +231,7 @@ class CAPIMasks:
     max_aspect: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.mask_ratio <= 1 or not 0 <= self.prediction_subsampling <= 1:
             raise UserError(
                 f"masks: mask_ratio = {self.mask_ratio} and prediction_subsampling = {self.prediction_subsampling} "

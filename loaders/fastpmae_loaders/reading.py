@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 
 from .errors import UserError
-from .printable import printable
+from .printable import printable, short
 
 FILE_LIMIT = 1 << 30
 """Larger image files are not taken: one is read as a whole."""
@@ -42,12 +42,7 @@ def read_below(folder: Path, name: str) -> bytes:
         base = folder.resolve()
         target = (base / name).resolve()
     except (ValueError, RuntimeError):  # a NUL in the name, links in a circle
-        raise UserError(f"the file {_short(name)} cannot be read: that is no path") from None
+        raise UserError(f"the file {short(name)} cannot be read: that is no path") from None
     if not target.is_relative_to(base):
-        raise UserError(f"the file {_short(name)} lies outside {printable(str(folder))}, where alone files are read")
+        raise UserError(f"the file {short(name)} lies outside {printable(str(folder))}, where alone files are read")
     return read_file(target)
-
-
-def _short(name: str) -> str:
-    shown = printable(name)
-    return shown if len(shown) <= 200 else shown[:200] + "..."

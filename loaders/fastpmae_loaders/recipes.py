@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -119,8 +119,6 @@ class View(Typed):
             refuse("sigma", "two widths between 0.05 and 5 pixels, the smaller first")
         if not 0 <= self.solarise_threshold <= 255:
             refuse("solarise_threshold", "a pixel value between 0 and 255")
-        if self.interpolation not in get_args(Interpolation):
-            refuse("interpolation", f"one of {', '.join(get_args(Interpolation))}")
         if self.crop_of >= 0 and self.shorter:
             refuse("crop_of", "-1 in a view that shows an image's centre (shorter)")
 

@@ -71,8 +71,6 @@ class ViewSettings(Typed):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 refuse(name, "two shares of the image's area, 0 < low <= high <= 1")
-        if self.complex_recipe not in ("coin", "t1", "t2"):
-            refuse("complex_recipe", "one of coin, t1, t2")
         for name in ("t1_blur", "t1_solarise", "t2_blur", "t2_solarise"):
             if not 0 <= getattr(self, name) <= 1:
                 refuse(name, "a probability between 0 and 1")

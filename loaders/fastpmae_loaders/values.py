@@ -130,8 +130,9 @@ def _as(value: Any, kind: Any, strict: bool) -> Any:
 def _as_one_of(value: Any, choices: tuple[Any, ...], strict: bool) -> Any:
     if value is None and type(None) in choices:
         return None
-    # A text is a path where a path may stand.
-    order = sorted(choices, key=lambda kind: (get_origin(kind) or kind) not in (Path, os.PathLike))
+    # An array stays one, and is not gone through; a text is a path where a path may stand.
+    first = (Path, os.PathLike) if isinstance(value, str) else (type(value), Path, os.PathLike)
+    order = sorted(choices, key=lambda kind: (get_origin(kind) or kind) not in first)
     for kind in order:
         if kind is not type(None):
             try:

@@ -115,5 +115,5 @@ def test_evaluation_may_be_bilinear(mixed):
 
 
 def test_other_filters_are_refused():
-    with pytest.raises(UserError, match="interpolation = 'lanczos' must be one of bicubic, bilinear"):
+    with pytest.raises(UserError, match="interpolation is 'lanczos'; expected 'bicubic' or 'bilinear'"):
         View(interpolation="lanczos")  # type: ignore[arg-type]

@@ -119,6 +119,8 @@ def test_multiblock_sizes_are_spread_as_the_number_that_they_come_from():
         ({"aspect_ratio": (0.0, 1.0)}, "aspect_ratio"),
         ({"num_pred_masks": 0}, "num_pred_masks"),
         ({"min_keep": -1}, "min_keep"),
+        ({"enc_mask_scale": 0.5}, "enc_mask_scale is 0.5; expected 2 values"),
+        ({"num_pred_masks": "4"}, "num_pred_masks is '4'; expected a whole number"),
     ],
 )
 def test_impossible_multiblock_masks_are_refused(wrong, said):
@@ -186,7 +188,20 @@ def test_inverse_blocks_at_their_ends(ratio):
         assert (drawn.masks.sum((1, 2)) == int(grid[0] * grid[1] * ratio)).all()
 
 
-@pytest.mark.parametrize("wrong", [{"mask_ratio": 1.1}, {"prediction_subsampling": -0.1}, {"min_aspect": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"mask_ratio": 1.1}, {"prediction_subsampling": -0.1}, {"min_aspect": 0.0}, {"roll": "no"}]
+)
 def test_impossible_inverse_blocks_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         CAPIMasks(**wrong)
+
+
+@pytest.mark.parametrize("grid", [(4, 16), (16, 4), (8, 24), (1, 30)])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.65])
+def test_an_inverse_block_in_a_wide_grid_does_not_lie_over_itself(grid, ratio):
+    """Its shape is then not within the aspects that are asked for: no such one holds the patches."""
+    drawn = CAPIMasks(ratio, 0.5).draw(0, 0, np.arange(40), grid)
+    flat = drawn.masks.reshape(40, -1)
+    assert (flat.sum(1) == int(flat.shape[1] * ratio)).all()
+    assert not np.take_along_axis(flat, drawn.visible, 1).any()
+    assert np.take_along_axis(flat, drawn.predicted, 1).all()

@@ -49,6 +49,12 @@ def test_what_loses_nothing_is_converted(value: Any, kind: Any, became: Any):
         assert [type(part) for part in found] == [type(part) for part in became]
 
 
+def test_an_array_stays_one_where_one_may_stand():
+    array = np.arange(3)
+    assert typed(array, Sequence[int] | np.ndarray | None, "it") is array
+    assert typed([0.0, 1], Sequence[int] | np.ndarray | None, "it") == (0, 1)
+
+
 @pytest.mark.parametrize(
     ("value", "kind", "said"),
     [
