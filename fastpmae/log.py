@@ -340,7 +340,10 @@ def _parsed(line: str) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and _is_figure(step := row.get("step")) and 0 <= step < 2**63 else None
+    if not isinstance(row, dict):
+        return None
+    step = row.get("step")
+    return row if isinstance(step, int | float) and 0 <= step < 2**63 else None
 
 
 def _is_figure(value: Any) -> bool:
