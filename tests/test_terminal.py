@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from fastpmae import Config
 from fastpmae.checkpoint import checkpoints_in, step_of
+from fastpmae.command import read_command
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.log import Log
 from fastpmae.tally import Tally
@@ -117,6 +119,17 @@ def test_names_are_shown_and_not_obeyed_beside_a_bar(tmp_path: Path, monkeypatch
     assert "a log of \\x1b]0;owned" in said
     assert "\x1b]0;" not in said
     assert "\x9b" not in said
+
+
+def test_names_are_shown_and_not_obeyed_as_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a stranger's run or settings, in the help for it."""
+    (tmp_path / "config.json").write_text(json.dumps(Config().using(beton=f"/{HOSTILE}", name=HOSTILE).groups()))
+    for words in (["--config", str(tmp_path / "config.json")], ["--resume", "--out", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            read_command([*words, "--help"])
+        said = capsys.readouterr().out
+        assert "\\x1b]0;owned" in said
+        assert all(char.isprintable() or char == "\n" for char in said)
 
 
 def test_nothing_is_printed_past_the_terminal() -> None:
