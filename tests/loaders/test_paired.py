@@ -666,6 +666,7 @@ def last():  # of what is registered first
 
 from fastpmae_loaders import PairedViews
 loader = PairedViews(sys.argv[1], 8, "torch", workers=1)
+list(loader)  # compiles
 
 def work():
     going.wait()
