@@ -1,6 +1,7 @@
 """The network under evaluation: a timm ViT, from our checkpoints, from other projects' files, or from timm itself."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +158,11 @@ def _normalisation_of(found: Foreign, path: Path) -> tuple[tuple[float, ...], tu
     """Mean and spread by which a file's network wants its images: of its header, or its project's."""
     header = header_of(path)
     try:
-        return _three(header["mean"]), _three(header["std"])
-    except (KeyError, ValueError, TypeError):
+        mean, std = _three(header["mean"]), _three(header["std"])
+        if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise ValueError("pixels cannot be normalised by these")
+        return mean, std
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
         if found.layout == "BEiT":
             return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

@@ -13,6 +13,7 @@ from fastpmae.checkpoint import CheckpointError, checkpoints_in, read_progress, 
 from fastpmae.config import PRESETS, Config, preset, read_config
 from fastpmae.errors import UserError
 from fastpmae.run import run_of
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import Typed, local_path
 
 DESCRIPTION = f"""Pretrain a vision transformer with Pseudo-MAE on a .beton file.
@@ -48,12 +49,15 @@ def parse(kind: type[Given], program: str, description: str, arguments: Sequence
     for word in words:
         if word.replace("_", "-") in ("--decoder-class-token", "--no-decoder-class-token"):
             raise UserError(f"{word}: every decoder keeps the class token now, as MAE's and SdAE's do; leave it out")
+    base = _base(words)
+    if not {"-h", "--help"}.isdisjoint(words):
+        base = _printable(base)
     return tyro.cli(
         tyro.conf.configure(tyro.conf.OmitArgPrefixes)(kind),
         prog=program,
         description=description,
         args=words,
-        default=kind(_base(words)),
+        default=kind(base),
     )
 
 
@@ -88,6 +92,12 @@ def settings_of_run(path: Path) -> Config:
             return settings_in(read_progress(checkpoint), checkpoint)
     config = path / "config.json"
     return read_config(config) if config.exists() else PRESETS["paper"]
+
+
+def _printable(config: Config) -> Config:
+    """Settings to be shown as the defaults, which may be those of a stranger's run."""
+    odd = {name: text for name, text in config.flat().items() if isinstance(text, str) and not text.isprintable()}
+    return config.using(**{name: printable(text) for name, text in odd.items()})
 
 
 def _with_values(words: list[str]) -> list[str]:

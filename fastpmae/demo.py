@@ -24,6 +24,7 @@ from fastpmae.log import read_rows
 from fastpmae.model import Encoder
 from fastpmae.photographs import PHOTOGRAPHS, write_demo_images
 from fastpmae.run import folder_of
+from fastpmae.terminal import tell
 from fastpmae.train import pretrain
 from fastpmae.world import choose_device
 from fastpmae.write import write_beton
@@ -54,7 +55,7 @@ def write_demo_betons(folder: Path) -> tuple[Path, Path]:
         for file in sorted(images.rglob("*")):
             if file.is_file() and file.parent.name not in PHOTOGRAPHS:
                 raise UserError(f"{file} is none of the demo's images: choose another --folder")
-        print(f"demo: cutting {len(PHOTOGRAPHS)} photographs into labelled crops under {images}", flush=True)
+        tell(f"demo: cutting {len(PHOTOGRAPHS)} photographs into labelled crops under {images}")
         write_demo_images(images)
         for part in (train, validation):
             # a file appears whole or not at all, so what a cut-off demo left behind is never taken for done
@@ -87,8 +88,8 @@ def demo(
         except Interrupted:
             if not limit.passed:
                 raise
-            print(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` goes on", flush=True)
-    print("demo: comparing the features with those of a random start", flush=True)
+            tell(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` goes on")
+    tell("demo: comparing the features with those of a random start")
     show_summary(run, rows_of(run), accuracies(run, train, validation), train)
 
 

@@ -18,6 +18,7 @@ from fastpmae.files import appearing
 from fastpmae.model import Encoder
 from fastpmae.outputs import check_output
 from fastpmae.tally import Tally
+from fastpmae.terminal import tell
 from fastpmae.weights import tuned_weights
 from fastpmae.world import carried, choose_device
 from fastpmae_loaders import Beton, PlainViews
@@ -177,7 +178,7 @@ def embed_command(
     )
     with appearing(out, force) as beside, beside.open("wb") as file:
         np.savez(file, features=rows, labels=labels)
-    print(f"{out}: {rows.shape[0]} features of {rows.shape[1]} numbers")
+    tell(f"{out}: {rows.shape[0]} features of {rows.shape[1]} numbers")
 
 
 def main() -> int:

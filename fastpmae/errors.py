@@ -7,7 +7,6 @@ from pathlib import Path
 from fastpmae.start import working
 from fastpmae.terminal import reason_lost, say, speaking
 from fastpmae_loaders.errors import BetonError, UserError
-from fastpmae_loaders.printable import printable
 
 __all__ = ["AlreadySaid", "BetonError", "Interrupted", "RunError", "UserError", "exit_with_sentence"]
 
@@ -37,11 +36,6 @@ class AlreadySaid(RunError):
         self.status = status
 
 
-def shown(error: Exception) -> str:
-    """An error's words for a terminal: whatever names from strangers' files are in them, they only are read there."""
-    return "\n".join(printable(line) for line in str(error).split("\n"))
-
-
 def exit_with_sentence(name: str, function: Callable[[], int | None]) -> int:
     """Run a command and return its exit status: 2 for bad input, 1 for a run that failed, 130 after ctrl-C.
 
@@ -67,20 +61,20 @@ def _status_of(name: str, function: Callable[[], int | None]) -> int:
     try:
         return function() or 0
     except UserError as error:
-        say(f"{name}: error: {shown(error)}")
+        say(f"{name}: error: {error}")
         return 2
     except Interrupted as stopped:
         if stopped.speaks:
-            say(f"{name}: {shown(stopped)}")
+            say(f"{name}: {stopped}")
         return 128 + stopped.number
     except AlreadySaid as ended:
         return ended.status
     except RunError as error:
-        say(f"{name}: stopped: {shown(error)}")
+        say(f"{name}: stopped: {error}")
         return 1
     except OSError as error:
         # a disk that fills up, a folder that goes: the sentence is the system's own
-        say(f"{name}: stopped: {shown(error)}")
+        say(f"{name}: stopped: {error}")
         return 1
     except KeyboardInterrupt:
         say(f"{name}: interrupted")

@@ -28,6 +28,7 @@ from fastpmae.linear import Sweep, best_c, draw_few, held_out, logistic_regressi
 from fastpmae.run import run_of
 from fastpmae.scores import Scores, files_of, rank, write_scores
 from fastpmae.tally import Tally
+from fastpmae.terminal import tell
 from fastpmae.world import choose_device
 from fastpmae_loaders.values import local_path
 
@@ -88,8 +89,8 @@ class Evaluation:
         stem = "-".join(filter(None, [name, re.sub(r"[^A-Za-z0-9.]+", "-", network)]))
         stem = free_name(self.folder, stem, record)
         path = write_scores(self.folder, stem, scores, self.train.names, record)
-        print(f"{stem}: top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % of {len(scores.labels):,} images")
-        print(f"wrote {path}, and beside it a row for each class (.csv) and the confusion matrix (.png)")
+        tell(f"{stem}: top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % of {len(scores.labels):,} images")
+        tell(f"wrote {path}, and beside it a row for each class (.csv) and the confusion matrix (.png)")
 
 
 def free_name(folder: Path, stem: str, record: dict[str, Any]) -> str:
@@ -150,7 +151,7 @@ def run_knn(command: Knn) -> None:
     labels = train.labels.to(evaluation.device)
     table, best = [], None
     evaluation.tally.phase("nearest neighbours")
-    print("pool    k      top-1   top-5")
+    tell("pool    k      top-1   top-5")
     for pool, rows, others in zip(pools, learnt, tested, strict=True):
         ranked = knn_ranked(
             rows,
@@ -164,7 +165,7 @@ def run_knn(command: Knn) -> None:
         for k, classes in ranked.items():
             scores = Scores(train.labels if val is None else val.labels, classes.cpu())
             table.append({"pool": pool, "k": k, **scores.figures()})
-            print(f"{pool:<6} {k:>4}   {scores.top1:6.2f}  {scores.top5:6.2f}")
+            tell(f"{pool:<6} {k:>4}   {scores.top1:6.2f}  {scores.top5:6.2f}")
             best = best or (scores, table[-1])
     assert best is not None
     more = {"temperature": command.temperature, "leave_one_out": val is None, "table": table}
@@ -214,9 +215,9 @@ def run_linear(command: Linear) -> None:
     best = max(range(len(choices)), key=lambda place: (on_part or on_val)[place].top1)
     name = "c" if command.method == "logistic" else "rate"
     table = [{name: choice, **scores.figures()} for choice, scores in zip(choices, on_val, strict=True)]
-    print(f"{name:>8}   top-1   top-5")
+    tell(f"{name:>8}   top-1   top-5")
     for place, row in enumerate(table):
-        print(f"{row[name]:>8g}  {row['top1']:6.2f}  {row['top5']:6.2f}{'  <- chosen' if place == best else ''}")
+        tell(f"{row[name]:>8g}  {row['top1']:6.2f}  {row['top5']:6.2f}{'  <- chosen' if place == best else ''}")
     more = {"method": command.method, "pool": command.pool, "choose_on": command.choose_on, "table": table}
     more |= {"chosen": choices[best], "settings": dataclasses.asdict(sweep)}
     evaluation.finish(f"linear-{command.method}", on_val[best], more)
@@ -232,7 +233,7 @@ def run_lowshot(command: Lowshot) -> None:
         draw_few(train.labels, share, 0)
     (learnt,), (tested,) = (evaluation.features(images, (command.pool,)) for images in (train, val))
     table, first = [], None
-    print("share     images   logistic   1-NN")
+    tell("share     images   logistic   1-NN")
     for share in command.shares:
         figures = []
         for draw in range(command.draws):
@@ -257,7 +258,7 @@ def run_lowshot(command: Lowshot) -> None:
         }
         table.append(row)
         spread = f" ± {row['top1_spread']:.2f}" if row["top1_spread"] is not None else ""
-        print(f"{share:<8g} {row['images']:>7}   {row['top1']:6.2f}{spread}   {row['nearest_top1']:6.2f}")
+        tell(f"{share:<8g} {row['images']:>7}   {row['top1']:6.2f}{spread}   {row['nearest_top1']:6.2f}")
     assert first is not None
     evaluation.finish(
         "lowshot",

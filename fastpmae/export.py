@@ -22,6 +22,7 @@ from fastpmae.hugging_face import image_config, model_config, transformers_names
 from fastpmae.outputs import check_no_run_file, check_output
 from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.tensor_file import save_tensors
+from fastpmae.terminal import tell
 from fastpmae.tuned import read_tuned
 from fastpmae.weights import fit_positions, position_prefix, tuned_weights
 from fastpmae_loaders.values import checked
@@ -297,7 +298,7 @@ def export_command(
     arguments = export_encoder(
         checkpoint, out, network, format=format, image_size=image_size, with_head=with_head, force=force
     )
-    print("\n".join(loading_lines(out, format, arguments)))
+    tell("\n".join(loading_lines(out, format, arguments)))
 
 
 def main() -> int:

@@ -388,7 +388,7 @@ def _write_row(folder: Path, row: dict[str, float]) -> None:
     path = folder / "metrics.jsonl"
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             if json.loads(line)["epoch"] < row["epoch"]:
                 kept.append(line)
     with appearing(path) as beside:

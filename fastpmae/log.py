@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,11 @@ from fastpmae.errors import UserError
 from fastpmae.figures import Figures
 from fastpmae.files import appearing
 from fastpmae.terminal import say, stderr
+from fastpmae_loaders.printable import printable_lines
+from fastpmae_loaders.reading import read_file
 
+_BOUND = 1e100
+"""No figure that is finite is larger, and none of a picture's axes can be much longer."""
 TIMINGS = ("images_per_second", "data_wait")
 """The figures of a row that differ from run to run."""
 
@@ -148,6 +153,7 @@ class Log:
         self.settle()
         if not self.speaks:
             return
+        sentence = printable_lines(sentence)  # a log is looked at in a terminal
         with (
             contextlib.suppress(OSError),
             (self.folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as file,
@@ -294,15 +300,16 @@ def _writers(folder: Path, config: Config, first_step: int) -> list[Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a torn last line is passed over, as is what is not a number."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int | float):
-                    rows.append({name: value for name, value in row.items() if isinstance(value, int | float)})
-    return rows
+    """The rows of a metrics.jsonl. A torn last line is passed over, as is what is no number that a run could write.
+
+    Raises:
+        UserError: where the file is there and cannot be read.
+    """
+    return [
+        {name: value for name, value in row.items() if _is_figure(value)}
+        for row in map(_parsed, _lines(path))
+        if row is not None
+    ]
 
 
 def _drop_rows_past(path: Path, step: int) -> None:
@@ -310,10 +317,35 @@ def _drop_rows_past(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and row.get("step", step + 1) <= step and not row.get("partial"):
-                kept.append(line + "\n")
+    for line in _lines(path):
+        row = _parsed(line)
+        if row is not None and row["step"] <= step and not row.get("partial"):
+            kept.append(line + "\n")
     with appearing(path) as beside:
         beside.write_text("".join(kept))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_file(path).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UserError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """What a line says of a step; None where it says nothing of one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    step = row.get("step")
+    return row if isinstance(step, int | float) and 0 <= step < 2**63 else None
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a value can be counted with, drawn and shown: the file may be a stranger's. A loss may be infinite."""
+    return isinstance(value, int | float) and (abs(value) < _BOUND or value in (math.inf, -math.inf) or value != value)

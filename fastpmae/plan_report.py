@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fastpmae.costs import KINDS
 from fastpmae.scaling import GOOD, Point, where_it_ends
+from fastpmae_loaders.printable import printable_lines
 
 if TYPE_CHECKING:
     from fastpmae.plan import Report
@@ -101,6 +102,7 @@ class _Saying:
         self.console = console
 
     def __call__(self, words: str) -> None:
+        words = printable_lines(words)
         self.console.print(words, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
 
 

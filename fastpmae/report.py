@@ -25,8 +25,10 @@ from fastpmae.log import read_rows
 from fastpmae.outputs import check_output
 from fastpmae.results import Result, results_in
 from fastpmae.tally import Tally
+from fastpmae.terminal import tell
 from fastpmae_loaders import open_samples
 from fastpmae_loaders.printable import printable
+from fastpmae_loaders.reading import read_file
 from fastpmae_loaders.values import checked
 
 CURVES: tuple[tuple[str, dict[str, str]], ...] = (
@@ -200,8 +202,8 @@ def _summary(run: Path, config: Config) -> str:
     newest = next(iter(checkpoints_in(run)), None)
     if newest is not None:
         words.append(f"newest checkpoint: step {read_progress(newest)['step']:,}")
-    with contextlib.suppress(OSError, ValueError, IndexError, KeyError, TypeError):
-        machine = json.loads((run / "machine.jsonl").read_text().splitlines()[-1])
+    with contextlib.suppress(OSError, UserError, ValueError, IndexError, KeyError, TypeError, RecursionError):
+        machine = json.loads(read_file(run / "machine.jsonl").splitlines()[-1])
         words.append(f"on {machine['gpu'] or 'the CPU'}, torch {machine['torch']}")
     return " · ".join(words)
 
@@ -281,7 +283,7 @@ def report_command(
         samples: How many of them, 1 to 64.
         force: Replace OUT if it exists, but no other file of a run; RUN/report.html is renewed without it.
     """
-    print(f"wrote {write_report(run, out, beton, samples, Tally(live=True), force)}")
+    tell(f"wrote {write_report(run, out, beton, samples, Tally(live=True), force)}")
 
 
 def main() -> int:

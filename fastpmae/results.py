@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastpmae.errors import UserError
+from fastpmae_loaders.reading import read_file
+
 STEP = re.compile(r"step-(\d{8,15})")
 POOLS = {"class": "class token", "mean": "mean of the patches"}
 
@@ -45,13 +48,19 @@ def results_in(folder: Path) -> list[Result]:
     """Every result in a folder and below it, the newest last; files that are no results are passed over."""
     found = []
     for path in sorted(folder.glob("**/*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-            found.append(_result(json.loads(path.read_text()), path))
+        with contextlib.suppress(
+            OSError, UserError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError,
+            RecursionError,
+        ):  # fmt: skip
+            found.append(_result(json.loads(read_file(path)), path))
     return sorted(found, key=lambda result: result.date)
 
 
 def _result(record: dict[str, Any], path: Path) -> Result:
     source = str(record.get("source", ""))
+    top1, top5, images = float(record["top1"]), float(record["top5"]), int(record["images"])
+    if not (0 <= top1 <= 100 and 0 <= top5 <= 100 and 0 <= images < 2**63):
+        raise ValueError("no shares and no number of images")
     return Result(
         str(record["evaluation"]),
         str(record["network"]),
@@ -59,9 +68,9 @@ def _result(record: dict[str, Any], path: Path) -> Result:
         step_in(Path(source).name) or step_in(path.parent.name),
         _images_of(record),
         ", ".join(_details(record)),
-        float(record["top1"]),
-        float(record["top5"]),
-        int(record["images"]),
+        top1,
+        top5,
+        images,
         source,
         str(record.get("date", "")),
     )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 from fastpmae.terminal import say, stderr
+from fastpmae_loaders.printable import printable_lines
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_UPDATES = 0.1
@@ -32,7 +33,7 @@ class Tally:
         if not self._live:
             return
         if self._bar is not None:
-            self._bar.console.print(sentence, markup=False, highlight=False)
+            self._bar.console.print(printable_lines(sentence), markup=False, highlight=False)
         else:
             say(sentence)
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
+from fastpmae_loaders.printable import printable_lines
+
 
 class Outlet:
     """A stream that drops what cannot be written, and remembers the first reason in `lost`.
@@ -68,10 +70,18 @@ class Outlet:
 
 
 def say(sentence: str) -> None:
-    """A line on stderr, in one piece among those of other ranks."""
+    """A line on stderr, in one piece among those of other ranks.
+
+    Names from strangers' files may be in it: here and in `tell` they only are read by the terminal, and not obeyed.
+    """
     outlet = Outlet(sys.stderr)
-    outlet.write(sentence + "\n")
+    outlet.write(printable_lines(sentence) + "\n")
     outlet.flush()
+
+
+def tell(sentence: str) -> None:
+    """A line on stdout: what a command was asked for. It is there at once, where a pipe is read meanwhile too."""
+    print(printable_lines(sentence), flush=True)
 
 
 def stderr() -> IO[str]:

@@ -76,6 +76,7 @@ def read_tuned(path: Path) -> Tuned:
         _require(0.1 <= crop_ratio <= 1, f"crop_ratio is {crop_ratio}")
         tensors = load_file(path)
         mean, std = map(_three, normal) if len(normal) == 2 else (IMAGENET_MEAN, IMAGENET_STD)
+        _require(min(std) > 0, "std is no spread")
         arguments = _arguments(arguments)
         _check_sizes(arguments, tensors)
         classes = list(typed(classes, tuple[str, ...], "classes"))

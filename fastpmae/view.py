@@ -18,6 +18,7 @@ from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.lettering import save_picture
 from fastpmae.outputs import check_output
+from fastpmae.terminal import tell
 from fastpmae_loaders import Batch, Beton, PairedViews, Samples, ViewSettings, open_samples
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
 from fastpmae_loaders.printable import printable
@@ -281,7 +282,7 @@ def view_command(
     """
     if run is not None and picture != "views":
         draw_run(run, beton, out, picture=picture or "learnt", samples=samples, index=index, force=force)
-        print(f"wrote {out}")
+        tell(f"wrote {out}")
         return
     if run is None and picture in ("learnt", "prototypes"):
         raise UserError(f"--picture {picture} needs --run RUN: the run that has learnt something")
@@ -303,7 +304,7 @@ def view_command(
         engine=engine,
         force=force,
     )
-    print(f"wrote {out}")
+    tell(f"wrote {out}")
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ from fastpmae.pages import LARGEST_PAGE, PageWriter
 from fastpmae.sources import Item, Listing, SourceSettings, find_images, read_item
 from fastpmae.table_reader import confine
 from fastpmae.tally import Tally
+from fastpmae.terminal import say, tell
 from fastpmae.workers import Failure, WorkerPool
 from fastpmae_loaders.beton import Beton
 from fastpmae_loaders.machine import usable_cores
@@ -327,16 +328,16 @@ def _write(options: argparse.Namespace) -> int:
         _print_bad(error.bad)
         raise
     _print_bad(written.bad)
-    print(f"{printable(str(written.path))}: {written.samples:,} images, {_bytes(written.file_size)}")
-    print(f"  {written.kept:,} with their own bytes, {written.converted:,} converted; {tally.rate()}")
+    tell(f"{printable(str(written.path))}: {written.samples:,} images, {_bytes(written.file_size)}")
+    tell(f"  {written.kept:,} with their own bytes, {written.converted:,} converted; {tally.rate()}")
     classes = written.class_names
     if classes is not None:
         shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-        print(f"  {len(classes):,} {'class' if len(classes) == 1 else 'classes'}: {shown}")
+        tell(f"  {len(classes):,} {'class' if len(classes) == 1 else 'classes'}: {shown}")
     if written.passed_over:
-        print(f"  {written.passed_over:,} other files were passed over")
+        tell(f"  {written.passed_over:,} other files were passed over")
     if written.bad:
-        print(
+        tell(
             f"  {len(written.bad):,} bad images were left out, listed in {printable(str(bad_list_path(written.path)))}"
         )
     return 0
@@ -344,7 +345,7 @@ def _write(options: argparse.Namespace) -> int:
 
 def _print_bad(bad: list[tuple[str, str]]) -> None:
     for name, reason in bad:
-        print(f"bad: {name}: {printable(reason)}", file=sys.stderr)
+        say(f"bad: {name}: {printable(reason)}")
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -353,11 +354,11 @@ def _check(options: argparse.Namespace) -> int:
     tally = Tally(live=True)
     checked = check_beton(options.check, workers=count, timeout=options.timeout, tally=tally)
     for index, reason in checked.bad:
-        print(f"bad: sample {index}: {printable(reason)}", file=sys.stderr)
-    print(checked.describe())
+        say(f"bad: sample {index}: {printable(reason)}")
+    tell(checked.describe())
     if checked.bad:
         raise UserError(f"{printable(options.check)}: {len(checked.bad):,} of {checked.samples:,} samples are bad")
-    print(f"  every image decodes; {tally.rate()}")
+    tell(f"  every image decodes; {tally.rate()}")
     return 0
 
 

@@ -7,16 +7,18 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastpmae import Config, pretrain
+from fastpmae import Config, log, pretrain
 from fastpmae.errors import UserError
 from fastpmae.log import read_rows
 from fastpmae.report import write_report
+from fastpmae.results import results_in
 from fastpmae.tally import Tally
 from tests.made import REPOSITORY, write_tree
 
@@ -148,6 +150,67 @@ def test_rows_that_are_no_rows(tmp_path: Path):
     path.write_text('{"step": 1, "loss": 2.0, "note": "x"}\n[1]\n{"loss": 3}\n{"step": 2, "lo')
     assert read_rows(path) == [{"step": 1, "loss": 2.0}]
     assert read_rows(tmp_path / "none") == []
+
+
+ROWS = {
+    "a number of 400 digits": '{"step": 1' + "0" * 400 + ', "loss": 1}',
+    "a value of 400 digits": '{"step": 1, "loss": 1' + "0" * 400 + ', "lr": -1e308}',
+    "no number": '{"step": NaN, "loss": 1}',
+    "no end": '{"step": Infinity, "loss": 1}',
+    "before the start": '{"step": -5, "loss": 1}',
+    "depth": "[" * 100_000,
+    "another kind": '{"step": "1", "loss": 1}',
+}
+"""Lines of a stranger's metrics.jsonl."""
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_of_strangers(kind: str, tiny: Config, tmp_path: Path):
+    """They are passed over by the report and by a run that goes on."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny.groups()))
+    path = tmp_path / "metrics.jsonl"
+    sound = ['{"step": 1, "loss": 2.0}', '{"step": 2, "loss": Infinity, "lr": NaN}']
+    path.write_text("\n".join([sound[0], ROWS[kind], sound[1]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = write_report(tmp_path).read_text()
+    assert "<b>2</b>steps" in text
+    assert 'id="curves"' in text
+    log._drop_rows_past(path, 1)
+    left = path.read_text().splitlines()
+    assert left[0] == sound[0]
+    assert left[1:] == ([ROWS[kind]] if kind == "a value of 400 digits" else [])
+
+
+def test_files_of_a_stranger_that_never_end(tiny: Config, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.groups()))
+    (tmp_path / "eval").mkdir()
+    for name in ("machine.jsonl", "eval/knn.json"):
+        os.mkfifo(tmp_path / name)
+    write_report(tmp_path)
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read: not a regular file"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"top1": 10**400},
+        {"top1": float("nan")},
+        {"top5": -1},
+        {"images": float("inf")},
+        {"images": 10**30},
+        {"chosen": 10**400, "table": [{"rate": 1}]},
+        {"evaluation": "lowshot", "table": [{"share": 10**400}]},
+    ],
+)
+def test_results_of_strangers(more: dict, tmp_path: Path):
+    record = {"evaluation": "knn", "network": "student", "top1": 61.25, "top5": 90.0, "images": 44}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    (tmp_path / "b.json").write_text(json.dumps(record | more))
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    assert [result.images for result in results_in(tmp_path)] == [44]
 
 
 def test_command_line(tmp_path: Path):

@@ -1,6 +1,8 @@
 """A terminal, a pipe or a disk behind what a command says may go away: no work ends by that, and none is told done."""
 
+import ast
 import io
+import json
 import os
 import signal
 import subprocess
@@ -11,9 +13,12 @@ import pytest
 
 from fastpmae import Config
 from fastpmae.checkpoint import checkpoints_in, step_of
-from fastpmae.errors import exit_with_sentence
-from fastpmae.terminal import Outlet, say
-from tests.made import write_tree
+from fastpmae.command import read_command
+from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae.log import Log
+from fastpmae.tally import Tally
+from fastpmae.terminal import Outlet, say, tell
+from tests.made import REPOSITORY, write_tree
 from tests.test_train import environment, flags_of, rows_of, wait_for
 
 FULL = Path("/dev/full")
@@ -73,6 +78,69 @@ def test_status_0_only_when_what_is_printed_arrives(
     assert done == [True]
     sentence = "fastpmae-made: error: the work is done, but what it prints cannot be written: No space left on device\n"
     assert capsys.readouterr().err == (sentence if status else "")
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[31mred\r\x9b2J\u202e"
+"""A name that sets a title and a colour, goes back over what stands there, clears it, and turns words round."""
+
+
+def test_names_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.log").touch()
+    say(f"of {HOSTILE}\nand on")
+    tell(f"of {HOSTILE}\nand on")
+    Tally(live=True).tell(f"of {HOSTILE}")
+    with Log(tmp_path, Config().using(tensorboard=False), 0, 1) as log:
+        log.say(f"of {HOSTILE}")
+    for sentence in (
+        str(UserError(f"of {HOSTILE}\nand on")),
+        (tmp_path / "train.log").read_text(),
+        *capsys.readouterr(),
+    ):
+        assert "of \\x1b]0;owned\\x07\\x1b[31mred\\r\\x9b2J\\u202e" in sentence
+        assert all(char.isprintable() or char == "\n" for char in sentence)
+
+
+def test_names_are_shown_and_not_obeyed_beside_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal, where the bar itself is drawn with escapes."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    tally = Tally(live=True)
+    with tally.count(1, "images"):
+        tally.tell(f"a tally of {HOSTILE}")
+    with Log(tmp_path, Config().using(tensorboard=False), 0, 1) as log:
+        log.say(f"a log of {HOSTILE}")
+    said = terminal.getvalue()
+    assert "a tally of \\x1b]0;owned" in said
+    assert "a log of \\x1b]0;owned" in said
+    assert "\x1b]0;" not in said
+    assert "\x9b" not in said
+
+
+def test_names_are_shown_and_not_obeyed_as_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a stranger's run or settings, in the help for it."""
+    (tmp_path / "config.json").write_text(json.dumps(Config().using(beton=f"/{HOSTILE}", name=HOSTILE).groups()))
+    for words in (["--config", str(tmp_path / "config.json")], ["--resume", "--out", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            read_command([*words, "--help"])
+        said = capsys.readouterr().out
+        assert "\\x1b]0;owned" in said
+        assert all(char.isprintable() or char == "\n" for char in said)
+
+
+def test_nothing_is_printed_past_the_terminal() -> None:
+    """Whatever a command says goes through `say` and `tell`, which make names printable."""
+    found = [
+        f"{path.name}:{node.lineno}"
+        for path in (REPOSITORY / "fastpmae").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert [place.split(":")[0] for place in found] == ["terminal.py"]
 
 
 def in_shell(words: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -70,6 +70,7 @@ def test_a_sound_one(weights, tmp_path: Path):
         ({"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5]}, "mean or std is"),
         ({"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, "import os"]}, "mean or std is"),
         ({"mean": "[NaN, 0, 0]", "std": [1, 1, 1]}, "not finite"),
+        ({"mean": [0, 0, 0], "std": [1, 0, 1]}, "std is no spread"),
     ],
 )
 def test_a_header_that_says_what_cannot_be(weights, tmp_path: Path, header: dict[str, Any], said: str):

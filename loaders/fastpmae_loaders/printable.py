@@ -12,6 +12,11 @@ def printable(text: str | bytes) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in told)
 
 
+def printable_lines(text: str) -> str:
+    """The same of a text of several lines, which stay lines."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 def short(text: str | bytes, longest: int = 120) -> str:
     """The same, and of a longer name its beginning alone: a tensor may be called by a megabyte."""
     shown = printable(text[: longest + 1])

@@ -55,6 +55,7 @@ class Stream:
     def start(self) -> None:
         """Let the threads run. Who is to end them has to know of the stream before: an interrupt may fall in here."""
         _open.add(self)
+        _rest_at_the_end()
         for thread in self._threads:
             thread.start()
 
@@ -91,12 +92,13 @@ class Stream:
                 return None
             if self._error is not None:
                 raise self._error
-            if self._stopped:
-                return None
-            job = self._jobs.pop(number)
-            self._taken = number + 1
-            self._changed.notify_all()
-            return job
+            if not self._stopped:
+                job = self._jobs.pop(number)
+                self._taken = number + 1
+                self._changed.notify_all()
+                return job
+        _rest_at_the_end()
+        return None
 
     def close(self) -> None:
         """End the threads and wait until they are gone. Harmless when done twice."""
@@ -154,10 +156,24 @@ class Stream:
 
 
 _open: weakref.WeakSet[Stream] = weakref.WeakSet()
+_ending = False
+"""Whether the process is at its end."""
+
+
+def _rest_at_the_end() -> None:
+    """Keep a program's own daemon thread from beginning anew while the process ends.
+
+    Up to Python 3.13 the interpreter ends such a thread wherever it next takes the GIL. Within torch or compiled code,
+    where it would soon be again, that aborts the process; here it does not.
+    """
+    if _ending and threading.current_thread() is not threading.main_thread():
+        threading.Event().wait()
 
 
 @atexit.register
 def _close_all() -> None:
     """End what the program left open while threads can still end: later on Python 3.13 waits for them for ever."""
+    global _ending
+    _ending = True
     for stream in list(_open):
         stream.close()

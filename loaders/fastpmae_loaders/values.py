@@ -226,5 +226,8 @@ def _hint(value: Any, kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        text = f"of the kind {type(value).__name__}, and very long"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"

@@ -651,3 +651,29 @@ def test_a_batchs_labels_are_its_samples(mixed):
     with loader(mixed, 5) as views:
         for batch in views:
             assert batch.label.tolist() == Beton(mixed).label[batch.samples].tolist()
+
+
+def test_a_daemon_thread_begins_nothing_while_the_process_ends(small_beton: Path) -> None:
+    """It would be ended within compiled code, which aborts the process."""
+    program = """
+import atexit, sys, threading, time
+going = threading.Event()
+
+@atexit.register
+def last():  # of what is registered first
+    going.set()
+    time.sleep(0.5)
+
+from fastpmae_loaders import PairedViews
+loader = PairedViews(sys.argv[1], 8, "torch", workers=1)
+list(loader)  # compiles
+
+def work():
+    going.wait()
+    for _ in loader:
+        print("a batch", flush=True)
+
+threading.Thread(target=work, daemon=True).start()
+"""
+    done = subprocess.run([sys.executable, "-c", program, small_beton], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -97,6 +97,11 @@ def test_the_rest_is_refused_by_a_sentence(value: Any, kind: Any, said: str):
         typed(value, kind, "it")
 
 
+def test_a_number_of_more_digits_than_python_writes() -> None:
+    with pytest.raises(UserError, match="it is of the kind int, and very long; expected a number"):
+        typed(10**5000, float, "it")
+
+
 def test_files_say_whole_numbers_without_a_point():
     assert typed(2, int, "it", strict=True) == 2
     with pytest.raises(UserError, match=r"it is 2\.0; expected a whole number"):
