@@ -91,8 +91,9 @@ def _unchanged(partial: Path) -> float:
 def _make_partial(path: Path) -> tuple[Path, IO[bytes]]:
     """A new folder beside `path`, and the locked file in it that shows others that somebody writes there."""
     while True:
-        # A name that nobody has had: a process's number comes again, in a container always.
-        folder = path.parent / f"{PARTIAL}{path.name[:150]}-{uuid.uuid4().hex[:16]}"
+        # A name that nobody has had: a process's number comes again, in a container always. Of 255 bytes at most, of
+        # which a character may take four.
+        folder = path.parent / f"{PARTIAL}{path.name[:50]}-{uuid.uuid4().hex[:16]}"
         folder.mkdir()
         try:
             alive = (folder / ALIVE).open("wb")

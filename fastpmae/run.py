@@ -270,7 +270,7 @@ def describe_run(
         f"{config.run.preset}: {config.model.model}, {parameters:.1f} M parameters, "
         f"on {world.device} x {world.size} in {config.efficiency.precision}{', in shards' * sharded}",
         f"{len(images)} images in {images.path}: {steps_per_epoch} steps of {optimiser.batch_size} an epoch, "
-        f"{optimiser.epochs} epochs",
+        f"{optimiser.epochs} epoch{'s' * (optimiser.epochs != 1)}",
         *source_notes(images),
     ]
     parts = optimiser.accumulate if optimiser.balance == "part" else 1

@@ -27,7 +27,7 @@ from fastpmae.workers import Failure, WorkerPool
 from fastpmae_loaders.beton import Beton
 from fastpmae_loaders.machine import usable_cores
 from fastpmae_loaders.printable import printable
-from fastpmae_loaders.values import checked, local_path
+from fastpmae_loaders.values import NAME_MAX, checked, local_path
 
 PAGE_SIZE = 8 << 20
 SMALLEST_PAGE = 2 << 20  # FFCV's own limit
@@ -122,7 +122,7 @@ def write_beton(
         written.file_size = pages.finish(found.class_names)
         file.flush()
         Beton(file.name)  # what is about to take its place opens, by the rules for files of strangers
-        _list_bad(out, written.bad)
+        _list_bad(out, written.bad, force)
     if written.dark:
         written.notes.append(_told_dark(written.dark))
         tally.tell(written.notes[-1])
@@ -197,6 +197,7 @@ def _check_out(source: Path, out: Path, force: bool) -> None:
     try:
         if out.is_dir():
             raise UserError(f"{name} is a folder; name the file to write")
+        _check_bad_list(source, out)
         if os.path.lexists(out):
             if not force:
                 raise UserError(f"{name} exists already; --force replaces it")
@@ -213,6 +214,17 @@ def _check_out(source: Path, out: Path, force: bool) -> None:
         raise UserError(f"{name} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
+def _check_bad_list(source: Path, out: Path) -> None:
+    """See that bad images could be listed beside `out`, and that no source lies where the list would be."""
+    path, name = bad_list_path(out), printable(str(bad_list_path(out)))
+    if len(os.fsencode(path.name)) > NAME_MAX:
+        raise UserError(f"{name}, the list of bad images, would have too long a name: name another file to write")
+    if path.is_dir():
+        raise UserError(f"{name} is a folder, where bad images would be listed; name another file to write")
+    if source.exists() and path.exists() and path.samefile(source):
+        raise UserError(f"{name} is the source itself; name another file to write")
+
+
 @contextlib.contextmanager
 def _appearing(out: Path, force: bool) -> Iterator[BinaryIO]:
     """A file that takes the name `out` when the block succeeds, and leaves nothing behind when it does not."""
@@ -225,10 +237,13 @@ def bad_list_path(out: Path) -> Path:
     return out.with_name(out.name + ".bad.txt")
 
 
-def _list_bad(out: Path, bad: list[tuple[str, str]]) -> None:
+def _list_bad(out: Path, bad: list[tuple[str, str]], force: bool) -> None:
     path = bad_list_path(out)
     if bad:
-        path.write_text("".join(f"{name}\t{printable(reason)}\n" for name, reason in bad), encoding="utf-8")
+        lines = "".join(f"{name}\t{printable(reason)}\n" for name, reason in bad)
+        # A link of that name is replaced, as `out` is, and not what it points to.
+        with appearing(path, force) as beside:
+            beside.write_text(lines, encoding="utf-8")
     else:
         path.unlink(missing_ok=True)  # of a file that is being replaced
 
@@ -335,11 +350,11 @@ def _write(options: argparse.Namespace) -> int:
         shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
         tell(f"  {len(classes):,} {'class' if len(classes) == 1 else 'classes'}: {shown}")
     if written.passed_over:
-        tell(f"  {written.passed_over:,} other files were passed over")
+        other = "other file was" if written.passed_over == 1 else "other files were"
+        tell(f"  {written.passed_over:,} {other} passed over")
     if written.bad:
-        tell(
-            f"  {len(written.bad):,} bad images were left out, listed in {printable(str(bad_list_path(written.path)))}"
-        )
+        bad = "bad image was" if len(written.bad) == 1 else "bad images were"
+        tell(f"  {len(written.bad):,} {bad} left out, listed in {printable(str(bad_list_path(written.path)))}")
     return 0
 
 

@@ -113,6 +113,13 @@ def test_without_locks_only_what_is_old_goes(tmp_path: Path, monkeypatch: pytest
     assert partial(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "\U0001f600" * 63])
+def test_a_name_as_long_as_a_name_may_be(tmp_path: Path, name: str) -> None:
+    with appearing(tmp_path / name) as beside:
+        beside.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written: No such file"), appearing(tmp_path / "no" / "file"):
         pass

@@ -206,12 +206,45 @@ def test_outputs_that_are_refused(tree: Path, tmp_path: Path) -> None:
         (out, {}, "exists already; --force"), (tmp_path, {}, "is a folder"), (tmp_path / "no/a.beton", {}, "make it"),
         (tmp_path / "b", {"workers": 0}, "--workers"), (tmp_path / "b", {"limit": 0}, "--limit"),
         (tmp_path / "b", {"page_size": 3 << 20}, "--page-size"), (tmp_path / "b", {"quality": 200}, "--quality"),
-        (tmp_path / ("b" * 300), {}, "cannot be written"),
+        (tmp_path / ("b" * 300), {}, "so long a name"), (tmp_path / ("b" * 250), {}, "would have too long a name"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=says):
             write_beton(tree, where, **options)
     assert out.read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.beton", "tree"]
+
+
+def test_the_list_of_bad_images_replaces_a_link_and_no_file_behind_it(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "o.beton.bad.txt").symlink_to("precious")
+    next(tree.glob("*/*.jpg")).write_bytes(b"no")
+    write_beton(tree, tmp_path / "o.beton", skip_bad=True, force=True, workers=1)
+    assert (tmp_path / "precious").read_text() == "precious"
+    listed = tmp_path / "o.beton.bad.txt"
+    assert not listed.is_symlink()
+    assert len(listed.read_text().splitlines()) == 1
+
+
+def test_a_list_of_bad_images_that_could_not_be_written_is_told_before_any_work(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "o.beton.bad.txt").mkdir()
+    with pytest.raises(UserError, match=r"o\.beton\.bad\.txt is a folder, where bad images would be listed"):
+        write_beton(tree, tmp_path / "o.beton", force=True, workers=1)
+    with tarfile.open(tmp_path / "a.tar.bad.txt", "w") as shard:
+        shard.add(next(tree.glob("*/*.jpg")), "0.jpg")
+    before = (tmp_path / "a.tar.bad.txt").read_bytes()
+    with pytest.raises(UserError, match=r"a\.tar\.bad\.txt is the source itself"):
+        write_beton(
+            tmp_path / "a.tar.bad.txt", tmp_path / "a.tar", listing=SourceSettings("tar"), force=True, workers=1
+        )
+    assert (tmp_path / "a.tar.bad.txt").read_bytes() == before
+
+
+def test_one_is_counted_as_one(tree: Path, tmp_path: Path) -> None:
+    assert len([path for path in tree.rglob("*") if path.suffix == ".txt"]) == 1
+    next(tree.glob("*/*.jpg")).write_bytes(b"no")
+    printed = command(tree, tmp_path / "o.beton", "--skip-bad", "--workers", 1).stdout
+    assert "  1 other file was passed over\n" in printed
+    assert "  1 bad image was left out, listed in" in printed
 
 
 def test_a_full_disk_leaves_nothing_behind(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

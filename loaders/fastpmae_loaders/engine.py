@@ -181,14 +181,16 @@ def advice(samples: Samples) -> str:
     return "look at those files"
 
 
-def chosen(samples: Samples, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+def chosen(samples: Samples, indices: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
     """The numbers of some samples: int64 [m].
 
     Raises:
         UserError: for none at all, what is no list of whole numbers, and samples that are not there.
     """
-    found = np.asarray(indices)
-    if found.ndim != 1 or len(found) == 0 or found.dtype.kind not in "iu":
+    found = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices)
+    if found.shape == (0,):
+        raise UserError("indices names no sample: give whole numbers, or leave it out to have all of them")
+    if found.ndim != 1 or found.dtype.kind not in "iu":
         raise UserError(f"indices must be a list of whole numbers, not {found.dtype.name} {list(found.shape)}")
     for index in found[(found < 0) | (found >= len(samples))]:
         raise UserError(f"{samples.path} has no sample {index}: it holds {len(samples)}, counted from 0")

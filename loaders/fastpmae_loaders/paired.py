@@ -1,7 +1,7 @@
 """`PairedViews`: the training loader. One decode, two views or any others, visible patches, folds."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Literal
@@ -31,7 +31,7 @@ from .recipes import MOST_VIEWS, View, with_shared
 from .runner import Runner
 from .settings import ViewSettings
 from .transfer import Sent, Transfer
-from .values import checked
+from .values import checked, typed
 
 FEW = 4
 """So many different samples must fail before their share counts: one bad image in a small file stops nothing."""
@@ -104,7 +104,7 @@ class PairedViews:
         colour: Colour | None = None,
         dali: DaliSettings | None = None,
         pin_memory: bool | None = None,
-        indices: Sequence[int] | np.ndarray | None = None,
+        indices: Sequence[int] | np.ndarray | Tensor | None = None,
     ) -> None:
         self.samples = open_samples(samples)
         self.indices = None if indices is None else chosen(self.samples, indices)
@@ -155,6 +155,8 @@ class PairedViews:
             self.device = None if device is None else torch.device(device)
         except RuntimeError:
             raise UserError(f"device is {device!r}; expected one that torch has, such as cpu or cuda:0") from None
+        if self.device is not None and self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device is {str(device)!r}, and torch finds no GPU here: leave device out, or name 'cpu'")
         self.transfer = Transfer(self.device or torch.device("cpu"))
         on_gpu = self.transfer.on_gpu
         self.pin_memory = on_gpu if pin_memory is None else pin_memory
@@ -218,12 +220,19 @@ class PairedViews:
         Raises:
             UserError: where the state is of other data, another seed or order, or falls within a batch.
         """
+        said = "the loader's saved position"
+        if not isinstance(state, Mapping) or not {"epoch", "batch"} <= state.keys():
+            raise UserError(f"{said} must be what state_dict() gave, with an epoch and a batch")
+        known = self.state_dict().keys() & state.keys()
+        state = {name: typed(state[name], bool | int, f"{said}: {name}") for name in known}
+        if state.get("global_batch", 1) < 1:
+            raise UserError(f"{said} has global_batch {state['global_batch']}")
         for name, ours in (("seed", self.seed), ("samples", self.count), ("shuffle", int(self.shuffle))):
             if state.get(name, ours) != ours:
-                raise UserError(f"the loader's saved position has {name} {state[name]}, this loader {ours}")
+                raise UserError(f"{said} has {name} {state[name]}, this loader {ours}")
         check_key(self.seed, state["epoch"])
         if state["batch"] < 0:
-            raise UserError(f"the loader's saved position is batch {state['batch']}")
+            raise UserError(f"{said} is batch {state['batch']}")
         place = state["batch"] * state.get("global_batch", self.global_batch)
         batch, rest = divmod(place, self.global_batch)
         if rest:

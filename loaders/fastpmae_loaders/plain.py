@@ -44,7 +44,7 @@ class PlainViews:
         ahead: int = 2,
         pin_memory: bool = False,
         interpolation: Interpolation = "bicubic",
-        indices: Sequence[int] | np.ndarray | None = None,
+        indices: Sequence[int] | np.ndarray | torch.Tensor | None = None,
     ) -> None:
         self.samples = open_samples(samples)
         whole = np.arange(len(self.samples), dtype=np.int64)

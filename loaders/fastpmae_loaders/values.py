@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError
+from .printable import printable, short
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -19,6 +20,8 @@ Result = TypeVar("Result")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
 _LONGEST, _LONGEST_NAME = 80, 4096
+PATH_MAX, NAME_MAX = 4095, 255
+"""Bytes of the longest path on Linux, and of the longest name in it."""
 
 
 class Refused(Exception):
@@ -31,7 +34,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     What has a colon in its name and is there is a path all the same.
 
     Raises:
-        UserError: for an address, and for what is no path.
+        UserError: for an address, for what is no path, and for a name that is too long for any file.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
     if not isinstance(text, str):
@@ -40,7 +43,13 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     if found and not os.path.lexists(f"{found[1]}:"):
         # A Path has lost one of the two slashes.
         address = text if "://" in text else f"{found[1]}://{text[found.end() :]}"
-        raise UserError(f"{address}: {found[1]}:// is not supported; name a file or folder of this machine")
+        raise UserError(f"{printable(address)}: {found[1]}:// is not supported; name a file or folder of this machine")
+    try:
+        name = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UserError(f"{short(text)}: no file can be called so") from None
+    if len(name) > PATH_MAX or max(map(len, name.split(b"/"))) > NAME_MAX:
+        raise UserError(f"{short(text)}: no file or folder can have so long a name")
     return Path(path)
 
 
@@ -118,7 +127,7 @@ def _as(value: Any, kind: Any, strict: bool) -> Any:
             if len(kinds) == len(value):
                 return tuple(_as(part, of, strict) for part, of in zip(value, kinds, strict=True))
     elif kind is Path or (origin or kind) is os.PathLike:
-        if isinstance(value, str | os.PathLike) and _can_be_named(value) and (value or not strict):
+        if isinstance(value, str | os.PathLike) and "\0" not in str(value) and (value or not strict):
             return local_path(value)
     elif kind in _SIMPLE:
         return _SIMPLE[kind](value, strict)
@@ -210,7 +219,7 @@ def _expected(kind: Any) -> str:
     if origin is tuple and choices[-1] is not ...:
         return f"{len(choices)} values, each {' or '.join(dict.fromkeys(map(_expected, choices)))}"
     if origin in (tuple, Sequence):
-        return f"several values, each {_expected(choices[0])}"
+        return "several whole numbers" if choices[0] is int else f"several values, each {_expected(choices[0])}"
     if (origin or kind) is os.PathLike:
         return _WORDS[Path]
     return _WORDS.get(kind) or getattr(kind, "__name__", str(kind))

@@ -677,3 +677,40 @@ threading.Thread(target=work, daemon=True).start()
 """
     done = subprocess.run([sys.executable, "-c", program, small_beton], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_indices_are_a_tensor_or_an_array_too(mixed: Path, kind: str):
+    some = torch.arange(10) if kind == "torch" else np.arange(10)
+    with loader(mixed, 5, shuffle=False, indices=some) as views:
+        assert torch.cat([batch.index for batch in views]).tolist() == list(range(10))
+    with PlainViews(mixed, 5, 32, engine="torch", indices=some) as views:
+        assert torch.cat([rows[-1] for rows in views]).tolist() == list(range(10))
+    for none in (torch.arange(0), np.arange(0), []):
+        with pytest.raises(UserError, match=r"^indices names no sample: give whole numbers"):
+            loader(mixed, indices=none)
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (None, "must be what state_dict"), ([], "must be what state_dict"), ({}, "must be what state_dict"),
+        ({"epoch": 0}, "must be what state_dict"), ({"epoch": 0, "batch": "1"}, "batch is '1'; expected"),
+        ({"epoch": 0.5, "batch": 1}, "epoch is 0.5; expected"), ({"epoch": 0, "batch": -1}, "is batch -1"),
+        ({"epoch": 0, "batch": 1, "global_batch": 0}, "has global_batch 0"),
+    ],
+)  # fmt: skip
+def test_a_position_that_no_loader_has_saved_is_a_sentence(mixed: Path, state: object, says: str):
+    with loader(mixed, 5) as views:
+        before = views.state_dict()
+        with pytest.raises(UserError, match=f"^the loader's saved position:? {says}"):
+            views.load_state_dict(state)  # pyright: ignore[reportArgumentType]
+        assert views.state_dict() == before
+
+
+def test_a_gpu_that_is_not_there_is_a_sentence(mixed: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^device is 'cuda', and torch finds no GPU here: leave device out"):
+        loader(mixed, 5, device="cuda")
+    with pytest.raises(UserError, match=r"^device is 'cuda:0', and torch finds no GPU here: leave device out"):
+        loader(mixed, 5, device=torch.device("cuda:0"))

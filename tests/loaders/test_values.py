@@ -155,6 +155,25 @@ def test_names_with_colons_are_paths(name: str):
     assert local_path(name) == Path(name)
 
 
+def test_an_address_is_said_on_one_line():
+    with pytest.raises(UserError) as refused:
+        local_path("s3://b\x1b[31m\n/x\u202e")
+    assert str(refused.value).startswith(r"s3://b\x1b[31m\n/x\u202e: s3:// is not supported")
+
+
+def test_names_that_no_file_can_have(tmp_path: Path):
+    kinds = (local_path, open_samples, lambda given: typed(given, Path | None, "it"))
+    for name in ("n" * 256, "é" * 128, f"{tmp_path}/{'n' * 256}/x", "x/" * 2048):
+        for use in kinds:
+            with pytest.raises(UserError, match=r"^.{120}: no file or folder can have so long a name$"):
+                use(name)
+    with pytest.raises(UserError, match=r"^\\ud800: no file can be called so$"):
+        local_path("\ud800")
+    (tmp_path / ("é" * 127)).touch()
+    assert local_path(tmp_path / ("é" * 127)).exists()
+    assert local_path("\udcff") == Path("\udcff")  # a byte that is no UTF-8, as Python tells it
+
+
 def test_a_folder_that_is_called_like_an_address(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data:/x").mkdir(parents=True)
