@@ -7,9 +7,12 @@ from pathlib import Path
 # Networks in the tests are so small that a second thread costs more than it brings, and tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell starts what runs in the background deaf to Ctrl-C, and so would be every program that a test interrupts.
+# A shell starts what runs in the background deaf to Ctrl-C, nohup to the end of its terminal, and so would be every
+# program that a test interrupts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 import torch

@@ -87,14 +87,20 @@ class Waits(TorchDispatchMode):
 
 
 class Draws(TorchDispatchMode):
-    """Notes where random numbers are drawn."""
+    """Notes where random numbers are drawn, and for tensors of which shapes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.devices: set[str] = set()
+        self.shapes: dict[str, set[torch.Size]] = {}
+
+    @property
+    def devices(self) -> set[str]:
+        return set(self.shapes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
-            self.devices |= {each.device.type for each in leaves(result) if isinstance(each, Tensor)}
+            for each in leaves(result):
+                if isinstance(each, Tensor):
+                    self.shapes.setdefault(each.device.type, set()).add(each.shape)
         return result

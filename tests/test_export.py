@@ -234,8 +234,8 @@ def test_what_others_are_told_of_the_images_is_the_classifiers_own(run: Path, sm
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
     resize, crop, *_ = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model)).transforms
     assert (resize.size, tuple(crop.size)) == (35, (32, 32))
-    export_encoder(run, tmp_path / "run", format="huggingface")
-    said = json.loads((tmp_path / "run" / "preprocessor_config.json").read_text())
+    export_encoder(run, tmp_path / "plain", format="huggingface")
+    said = json.loads((tmp_path / "plain" / "preprocessor_config.json").read_text())
     assert said["size"] == {"shortest_edge": 36}  # of 36.6
 
 

@@ -141,6 +141,8 @@ def segments_belong(payload: bytes | np.ndarray) -> bool:
             return scans == 1 or (progressive and scans > 0)
         if code not in (_BETWEEN_SCANS if scans else _BEFORE_SCANS):
             return False
+        if scans and not progressive:  # tables that come after the only scan are missing where it needs them
+            return False
         scans += code == 0xDA
         position += max(2, int.from_bytes(data[position : position + 2], "big"))
     return False
