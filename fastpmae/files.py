@@ -57,15 +57,22 @@ def appearing(path: Path, force: bool = True) -> Iterator[Path]:
             raise UserError(f"{printable(str(path))} cannot be written: {reason}") from None
 
 
-def remove_partial(folder: Path) -> None:
+def remove_partial(folder: Path, alone: bool = False) -> None:
     """Remove what killed processes left unfinished in a folder. What another process is writing stays.
+
+    Args:
+        alone: nobody else writes here, since the caller holds the folder's own lock: all that is unfinished is left over.
 
     A writer keeps a file in its folder locked, and the lock dies with it, on whatever machine it ran. Where nothing can
     be locked, what has not changed for a day is taken for left over.
     """
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(PARTIAL):
+            if not entry.name.startswith(PARTIAL):
+                continue
+            if alone:
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
                 _remove_if_left(Path(entry.path))
 
 

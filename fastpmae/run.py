@@ -200,8 +200,8 @@ def claim_folder(folder: Path) -> Iterator[list[str]]:
         locked = lock(file)
         if locked is False:
             raise UserError(f"another process is training in {folder}; wait for it or choose another --out")
-        remove_partial(folder)
-        remove_partial(checkpoints)
+        remove_partial(folder, alone=locked is True)
+        remove_partial(checkpoints, alone=locked is True)
         unlocked = f"the file system of {folder} keeps no locks: see to it that no second process trains there"
         yield [] if locked else [unlocked]
 

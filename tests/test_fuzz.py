@@ -22,7 +22,7 @@ def test_every_end_of_a_case_is_counted_kept_and_found_again(tmp_path: Path):
     rounds = report.outcomes["crash"]
     assert rounds >= 1
     # a stream that the time has cut short has some of them
-    assert all(known[end] * (rounds - 1) <= report.outcomes[end] <= known[end] * rounds for end in failed)
+    assert all(known[end] * (rounds - 1) <= report.outcomes[end] <= known[end] * (rounds + 1) for end in failed)
     assert report.outcomes["ok"] >= 1
     assert report.outcomes["refused"] >= 1
     assert len(report.failures) == sum(report.outcomes[end] for end in failed)

@@ -495,6 +495,7 @@ def test_who_takes_a_job_lets_its_own_stream_wait(mixed, monkeypatch):
 
 def test_host_memory_is_not_spent_on_views_that_are_made_on_the_device(mixed, monkeypatch):
     monkeypatch.setattr(dali_engine, "_cuda_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for engine, device, there in (
         ("dali", "cuda", True),
         ("dali", "cpu", False),
