@@ -61,7 +61,7 @@ def remove_partial(folder: Path, alone: bool = False) -> None:
     """Remove what killed processes left unfinished in a folder. What another process is writing stays.
 
     Args:
-        alone: nobody else writes here, since the caller holds the folder's own lock: all that is unfinished is left over.
+        alone: nobody else writes here, since the caller holds the folder's own lock: all of it is left over.
 
     A writer keeps a file in its folder locked, and the lock dies with it, on whatever machine it ran. Where nothing can
     be locked, what has not changed for a day is taken for left over.
