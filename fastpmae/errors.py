@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from fastpmae.start import working
+from fastpmae.start import last_word, working
 from fastpmae.terminal import reason_lost, say, speaking
 from fastpmae_loaders.errors import BetonError, UserError
 
@@ -77,5 +77,7 @@ def _status_of(name: str, function: Callable[[], int | None]) -> int:
         say(f"{name}: stopped: {error}")
         return 1
     except KeyboardInterrupt:
-        say(f"{name}: interrupted")
+        with last_word() as first:
+            if first:
+                say(f"{name}: interrupted")
         return 130

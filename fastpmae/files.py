@@ -60,11 +60,11 @@ def appearing(path: Path, force: bool = True) -> Iterator[Path]:
 def remove_partial(folder: Path, alone: bool = False) -> None:
     """Remove what killed processes left unfinished in a folder. What another process is writing stays.
 
-    Args:
-        alone: nobody else writes here, since the caller holds the folder's own lock: all of it is left over.
-
     A writer keeps a file in its folder locked, and the lock dies with it, on whatever machine it ran. Where nothing can
     be locked, what has not changed for a day is taken for left over.
+
+    Args:
+        alone: nobody else writes here, since the caller holds the folder's own lock: all of it is left over.
     """
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:

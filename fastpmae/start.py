@@ -21,6 +21,7 @@ TOGETHER = 0.2
 """Seconds: what passes a signal on (timeout, a wrapper) may send it to the process and to its group, which is one."""
 
 _command: str | None = None
+_speaking, _said = threading.Lock(), False
 
 
 def command_of(arguments: list[str], original: list[str]) -> str | None:
@@ -90,12 +91,30 @@ def _open_what_is_closed() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
+@contextlib.contextmanager
+def last_word() -> Iterator[bool]:
+    """Whether what this process says of its interrupt has yet to be said.
+
+    The main thread may hear of a second ctrl-C while the thread that waits for one does: one of them speaks.
+    """
+    global _said
+    # Not for ever: who speaks may be stuck in a terminal.
+    held = _speaking.acquire(timeout=1.0)
+    try:
+        first, _said = not _said, True
+        yield first
+    finally:
+        if held:
+            _speaking.release()
+
+
 def _leave(number: int = signal.SIGINT, frame: FrameType | None = None, sentence: str = "interrupted") -> NoReturn:
     """End the process, from whatever it is doing."""
-    with contextlib.suppress(OSError):
-        # A progress bar hides the cursor.
-        shown = "\r\n\x1b[?25h" if os.isatty(2) else ""
-        os.write(2, f"{shown}{_command}: {sentence}\n".encode())
+    with last_word() as first, contextlib.suppress(OSError):
+        if first:
+            # A progress bar hides the cursor.
+            shown = "\r\n\x1b[?25h" if os.isatty(2) else ""
+            os.write(2, f"{shown}{_command}: {sentence}\n".encode())
     os._exit(128 + number)
 
 

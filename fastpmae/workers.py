@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, BinaryIO
 
 from fastpmae.errors import UserError
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import on_one_line
 
 _GROUPS_AHEAD = 2  # groups of items a worker holds, so that it need not wait for the next one
 _ITEMS_AHEAD = 4096  # how far any worker may run ahead of the result that is next
@@ -242,8 +242,7 @@ class WorkerPool:
 
 
 def _one_line(reason: str) -> str:
-    """A library's words, which may hold a stranger's: printable, and not without end."""
-    return printable(" ".join(reason[:2000].split()))[:500]
+    return on_one_line(reason)[:500]
 
 
 def serve() -> None:

@@ -1,15 +1,13 @@
 """`fastpmae-write`: a folder of images, tar shards or a Hugging Face data set becomes one .beton file."""
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image
 
@@ -104,7 +102,7 @@ def write_beton(
     for note in found.notes:
         tally.tell(note)
     written = Written(out, passed_over=found.passed_over, class_names=found.class_names, notes=found.notes)
-    with _appearing(out, force) as file:
+    with appearing(out, force) as beside, beside.open("wb") as file:
         pages = PageWriter(file, len(found.items), page_size)
         setup = ("fastpmae.write:converter", (images,), max(1, min(count, len(found.items))), timeout)
         with WorkerPool(*setup, tell=tally.tell) as pool, tally.count(len(found.items), "images"):
@@ -223,13 +221,6 @@ def _check_bad_list(source: Path, out: Path) -> None:
         raise UserError(f"{name} is a folder, where bad images would be listed; name another file to write")
     if source.exists() and path.exists() and path.samefile(source):
         raise UserError(f"{name} is the source itself; name another file to write")
-
-
-@contextlib.contextmanager
-def _appearing(out: Path, force: bool) -> Iterator[BinaryIO]:
-    """A file that takes the name `out` when the block succeeds, and leaves nothing behind when it does not."""
-    with appearing(out, force) as beside, beside.open("wb") as file:
-        yield file
 
 
 def bad_list_path(out: Path) -> Path:

@@ -108,6 +108,4 @@ def test_a_second_ctrl_c_ends_the_process_at_once(stuck: str, tmp_path: Path) ->
     assert time.monotonic() - began < 10
     assert process.returncode == 130
     words = ["ended at once, by a second ctrl-C"] * (stuck != "sleeping") + ["interrupted"] * (stuck != "compiled")
-    # On a busy machine the first sentence may be out before the second ctrl-C ends the process: then both are said.
-    allowed = [f"fastpmae-made: {word}" for word in words]
-    assert said.strip() in [*allowed, "\n".join(reversed(allowed))]
+    assert said.strip() in [f"fastpmae-made: {word}" for word in words]

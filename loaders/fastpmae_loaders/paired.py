@@ -23,7 +23,7 @@ from .engine import (
     in_a_circle,
     larger_than_memory,
     make_job,
-)  # fmt: skip
+)
 from .errors import UserError
 from .folders import open_samples
 from .plan import check_key, epoch_order

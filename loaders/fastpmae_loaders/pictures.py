@@ -21,7 +21,7 @@ from .errors import BetonError, UserError
 from .gray import bands, check_deep, eight_bits, is_deep
 from .jpeg import JPEG_MAX_SIDE, check_scans, jpeg_header
 from .limits import BYTES_A_PIXEL, decoding_bytes
-from .printable import printable
+from .printable import on_one_line
 
 ENCODED = 2
 """Storage mode of an image that is neither a plain JPEG (0) nor raw pixels (1)."""
@@ -274,5 +274,5 @@ def _within_limits(height: int, width: int) -> tuple[int, int]:
 
 def one_line(error: Exception) -> str:
     """What an exception says, which may be a stranger's words, in one printable line of about 200 characters."""
-    text = printable(" ".join(str(error)[:2000].split())) or type(error).__name__
+    text = on_one_line(str(error)) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + "..."

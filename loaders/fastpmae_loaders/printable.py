@@ -17,6 +17,11 @@ def printable_lines(text: str) -> str:
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
+def on_one_line(text: str) -> str:
+    """A library's words, which may hold a stranger's, printable and on one line; of long ones the first 2,000 signs."""
+    return printable(" ".join(text[:2000].split()))
+
+
 def short(text: str | bytes, longest: int = 120) -> str:
     """The same, and of a longer name its beginning alone: a tensor may be called by a megabyte."""
     shown = printable(text[: longest + 1])

@@ -1,12 +1,8 @@
 """Tar archives whose headers, names, sizes, labels and order are drawn, and then broken."""
 
-import io
-from functools import cache
-
 import numpy as np
 
-from tests.fuzz.values import broken, choice
-from tests.made import made_image
+from tests.fuzz.values import broken, choice, some_images
 
 _NAMES = (
     b"001.jpg", b"001.cls", b"001.seg.png", b"001.json", b"a/002.jpg", b"./a/003.JPG", b"2023.05.01 cat.jpg",
@@ -32,16 +28,6 @@ _RECORDS = (
 )  # fmt: skip
 
 
-@cache
-def _images() -> list[bytes]:
-    found = []
-    for form in ("JPEG", "PNG"):
-        buffer = io.BytesIO()
-        made_image(1, 20, 16).save(buffer, form)
-        found += [buffer.getvalue(), buffer.getvalue()[:300]]
-    return [*found, b"", b"hello"]
-
-
 def archive(rng: np.random.Generator) -> tuple[bytes, str]:
     """An archive of a few members, and what is wrong with it."""
     done: list[str] = []
@@ -64,7 +50,7 @@ def _member(rng: np.random.Generator, done: list[str]) -> bytes:
     if rng.random() < 0.2:
         before = _extended(rng, done)
     is_label = name.lower().endswith((b".cls", b".json"))
-    content = choice(rng, _LABELS) if is_label else choice(rng, _images())
+    content = choice(rng, _LABELS) if is_label else choice(rng, some_images(300))
     size, kind = b"%011o\0" % len(content), b"0"
     if rng.random() < 0.1:
         size = choice(rng, _SIZES)

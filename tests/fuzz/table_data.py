@@ -1,6 +1,5 @@
 """Tables of many types, sound by themselves, that arrow and parquet files are made of before they are broken."""
 
-import io
 import json
 from functools import cache
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tests.fuzz.values import choice
-from tests.made import made_image
+from tests.fuzz.values import choice, some_images
 
 _KIND = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _ROWS = 12
@@ -35,19 +33,9 @@ _EXTENSIONS = (
 
 
 @cache
-def _images() -> list[bytes]:
-    found = []
-    for form in ("JPEG", "PNG"):
-        buffer = io.BytesIO()
-        made_image(1, 20, 16).save(buffer, form)
-        found += [buffer.getvalue(), buffer.getvalue()[:200]]
-    return [*found, b"", b"hello"]
-
-
-@cache
 def image_columns() -> list[Any]:
     """Columns that an image may be in, and some in which none can be."""
-    images = [_images()[place % 6] for place in range(_ROWS)]
+    images = [some_images(200)[place % 6] for place in range(_ROWS)]
     paths = [_PATHS[place % len(_PATHS)] for place in range(_ROWS)]
     both = [{"bytes": image, "path": path} for image, path in zip(images, paths, strict=True)]
     return [
@@ -97,7 +85,7 @@ def label_columns() -> list[Any]:
 @cache
 def odd_columns() -> list[Any]:
     """Columns of types that parquet does not know."""
-    images = [_images()[place % 6] for place in range(_ROWS)]
+    images = [some_images(200)[place % 6] for place in range(_ROWS)]
     return [
         pa.RunEndEncodedArray.from_arrays(pa.array([5, _ROWS], pa.int32()), pa.array([3, 4])),
         pa.array(["cat"] * _ROWS, pa.string_view()),

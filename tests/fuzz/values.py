@@ -1,9 +1,13 @@
 """What broken files hold: numbers at the edges of their types, and bytes cut, doubled and moved."""
 
+import io
 from collections.abc import Sequence
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
+
+from tests.made import made_image
 
 WORDS = (
     0, 1, 2, 3, 4, 7, 8, 16, 63, 64, 127, 128, 255, 256, 1000, 65535, 65536, 1 << 20, 1 << 24, (1 << 30) - 1, 1 << 30,
@@ -12,6 +16,17 @@ WORDS = (
 )  # fmt: skip
 
 Value = TypeVar("Value")
+
+
+@cache
+def some_images(cut: int) -> list[bytes]:
+    """A small JPEG and a PNG, each whole and its first `cut` bytes, and what is no image."""
+    found = []
+    for form in ("JPEG", "PNG"):
+        buffer = io.BytesIO()
+        made_image(1, 20, 16).save(buffer, form)
+        found += [buffer.getvalue(), buffer.getvalue()[:cut]]
+    return [*found, b"", b"hello"]
 
 
 def choice(rng: np.random.Generator, values: Sequence[Value]) -> Value:

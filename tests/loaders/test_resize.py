@@ -49,6 +49,30 @@ def random_box(rng, height, width):
     return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), int(h), int(w)
 
 
+def any_box(longest):
+    """Calls a test with an image of up to `longest` pixels a side, noise of all values or two, a box, side and flip."""
+
+    def decorator(test):
+        @given(
+            height=st.integers(1, longest),
+            width=st.integers(1, longest),
+            side=st.integers(1, 70),
+            seed=st.integers(0, 2**32 - 1),
+            flip=st.booleans(),
+            hard=st.booleans(),
+        )
+        def given_one(height, width, side, seed, flip, hard):
+            rng = np.random.default_rng(seed)
+            image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            if hard:
+                image = np.where(image > 127, 255, 0).astype(np.uint8)
+            test(image, random_box(rng, height, width), side, flip)
+
+        return given_one
+
+    return decorator
+
+
 @pytest.mark.parametrize("name", ["imagenet_sample_400", "tiny_imagenet_20"])
 def test_photographs_are_pillows_within_two(name):
     rng = np.random.default_rng(0)
@@ -82,20 +106,9 @@ def test_the_pass_order_is_this_pillows():
 
 
 @settings(max_examples=80, deadline=None)
-@given(
-    height=st.integers(1, 90),
-    width=st.integers(1, 90),
-    side=st.integers(1, 70),
-    seed=st.integers(0, 2**32 - 1),
-    flip=st.booleans(),
-    hard=st.booleans(),
-)
-def test_any_box_to_any_side(height, width, side, seed, flip, hard):
-    rng = np.random.default_rng(seed)
-    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    if hard:
-        image = np.where(image > 127, 255, 0).astype(np.uint8)
-    check(image, random_box(rng, height, width), side, flip)
+@any_box(90)
+def test_any_box_to_any_side(image, box, side, flip):
+    check(image, box, side, flip)
 
 
 def test_far_down():
