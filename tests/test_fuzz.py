@@ -16,7 +16,7 @@ SEED = 20261128
 
 
 def test_every_end_of_a_case_is_counted_kept_and_found_again(tmp_path: Path):
-    report = fuzz("known", 5, 4.0, tmp_path / "made", tmp_path / "kept", limit=8.0)
+    report = fuzz("known", 5, 4.0, tmp_path / "made", tmp_path / "kept", limit=2.0)
     failed = ("crash", "hang", "traceback", "unprintable", "memory")
     known = {"crash": 1, "hang": 1, "traceback": 2, "unprintable": 2, "memory": 1}
     rounds = report.outcomes["crash"]

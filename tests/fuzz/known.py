@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastpmae.errors import UserError
+from fastpmae.errors import RunError, UserError
 from tests.fuzz.case import Case
 
 
@@ -32,7 +32,7 @@ def cases(rng: np.random.Generator, folder: Path) -> Iterator[Case]:
         raise KeyError("a key")
 
     def escapes() -> None:
-        raise UserError("no tensor \x1b[31mred")
+        raise RunError("no tensor \x1b[31mred")  # a UserError's words are printable by themselves
 
     def prints() -> None:
         print("a class called \x1b]0;name\x07")
