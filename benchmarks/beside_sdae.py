@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpmae import PRESETS
-from fastpmae.architecture import make_networks
 from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae.networks import make_networks
 from fastpmae.optimiser import learning_rate, make_optimiser, update
 from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.step import learn, teach

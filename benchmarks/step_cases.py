@@ -17,12 +17,14 @@ import torch
 
 from benchmarks.baseline import PlainBatch, PlainMethod, plain_batch
 from fastpmae import PRESETS, Config
-from fastpmae.architecture import make_networks, shape_of
+from fastpmae.architecture import shape_of
 from fastpmae.attention import use as use_attention
+from fastpmae.config import CUDA_GRAPHS
 from fastpmae.costs import flops_of_an_image
 from fastpmae.data import stochastic_depth
+from fastpmae.networks import make_networks
 from fastpmae.optimiser import make_optimiser, update
-from fastpmae.passes import CUDA_GRAPHS, make_passes
+from fastpmae.passes import make_passes
 from fastpmae.step import Losses, Targets, balance, learn, see, teach
 from fastpmae.world import World
 from fastpmae_loaders import Batch

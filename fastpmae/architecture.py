@@ -4,21 +4,16 @@ import functools
 import math
 import reprlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastpmae.checkpoint import Checkpoint, require
-from fastpmae.config import Config, Model
+from fastpmae.config import CUDA_GRAPHS, Config, Model
 from fastpmae.errors import UserError
-from fastpmae.fp8 import check_fp8_sizes, use_fp8
+from fastpmae.fp8 import check_fp8_sizes
 from fastpmae.initial import initialise
 from fastpmae.model import Decoder, Encoder, Head, Student
-from fastpmae.passes import CUDA_GRAPHS
-from fastpmae.teachers import Teachers, make_teachers
-from fastpmae.weights import start_encoder
 from fastpmae_loaders import View, ViewSettings
 
 
@@ -240,13 +235,6 @@ def warmup_epochs(config: Config) -> float:
     return 0.2 * config.optimiser.epochs if set_to is None else set_to
 
 
-def check_fits(checkpoint: Checkpoint, config: Config) -> None:
-    """Whether a checkpoint holds a student of these settings' sizes, before any of it is made: raises CheckpointError
-    where it does not, since what a stranger's settings speak of may fill the memory."""
-    with torch.device("meta"):
-        require(checkpoint, "student", build_student(config).state_dict())
-
-
 def make_encoder(config: Config) -> Encoder:
     """The encoder of these settings, with weights as torch leaves them."""
     shape = shape_of(config.model)
@@ -286,28 +274,3 @@ def make_student(config: Config, generator: torch.Generator) -> Student:
     student = build_student(config)
     initialise(student, generator)
     return student
-
-
-def make_networks(
-    config: Config, total_steps: int, device: torch.device, init: Path | None
-) -> tuple[Student, Teachers]:
-    """Student and teachers on the device, all weights from the run's seed, so that every rank starts alike.
-
-    All are made on the CPU and moved when they are ready: its generator draws for no other device, and a seed's weights
-    are the same everywhere.
-
-    Args:
-        total_steps: of the whole run, which the momentum schedules stretch over.
-        init: weights that the encoder starts from instead.
-    """
-    generator = torch.Generator().manual_seed(config.run.seed)
-    student = make_student(config, generator)
-    if init is not None:
-        start_encoder(student.encoder, init)
-    teachers = make_teachers(student, config.teachers, total_steps, config.optimiser.epochs, generator)
-    for network in (student, *teachers.modules().values()):
-        network.to(device)
-    if config.efficiency.teacher_precision == "fp8":
-        for teacher in teachers.modules().values():
-            use_fp8(teacher.encoder)
-    return student, teachers

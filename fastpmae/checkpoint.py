@@ -18,6 +18,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from fastpmae.architecture import build_student
 from fastpmae.config import Config, config_from
 from fastpmae.errors import RunError, UserError
 from fastpmae.files import appearing
@@ -126,6 +127,13 @@ def scatter_networks(checkpoint: Checkpoint, student: nn.Module, teachers: Teach
         own = module.state_dict()
         require(checkpoint, role, own)
         module.load_state_dict({name: shared_as(t, own[name]) for name, t in checkpoint.part(role).items()})
+
+
+def check_fits(checkpoint: Checkpoint, config: Config) -> None:
+    """Whether a checkpoint holds a student of these settings' sizes, before any of it is made: raises CheckpointError
+    where it does not, since what a stranger's settings speak of may fill the memory."""
+    with torch.device("meta"):
+        require(checkpoint, "student", build_student(config).state_dict())
 
 
 def require(checkpoint: Checkpoint, prefix: str, like: dict[str, Tensor], others: tuple[str, ...] = ()) -> None:

@@ -14,6 +14,9 @@ from fastpmae.errors import UserError
 from fastpmae_loaders.printable import short
 from fastpmae_loaders.values import Typed, local_path, typed
 
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""The modes of torch.compile that replay a pass's kernels as one."""
+
 
 @dataclass(frozen=True)
 class Data(Typed):

@@ -10,8 +10,8 @@ import tyro
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from fastpmae.architecture import check, check_fits, make_encoder, make_student
-from fastpmae.checkpoint import Checkpoint, find_checkpoint, require
+from fastpmae.architecture import check, make_encoder, make_student
+from fastpmae.checkpoint import Checkpoint, check_fits, find_checkpoint, require
 from fastpmae.config import Config
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing

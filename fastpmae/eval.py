@@ -17,7 +17,6 @@ from torch import Tensor
 from fastpmae.backbone import find_backbone
 from fastpmae.checkpoint import step_of
 from fastpmae.classifier_state import Setting
-from fastpmae.data import source_notes
 from fastpmae.embed import Pool
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.eval_command import NEIGHBOURS, Command, Common, Finetune, Knn, Linear, Lowshot, Probe, read_command
@@ -26,6 +25,7 @@ from fastpmae.knn import check_neighbours, knn_ranked
 from fastpmae.labelled import Labelled, extract, needed, open_labelled
 from fastpmae.linear import Sweep, best_c, draw_few, held_out, logistic_regression, standardised, train_sweep
 from fastpmae.run import run_of
+from fastpmae.run_images import source_notes
 from fastpmae.scores import Scores, files_of, rank, write_scores
 from fastpmae.tally import Tally
 from fastpmae.terminal import tell

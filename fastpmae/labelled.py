@@ -11,9 +11,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from fastpmae.backbone import Backbone, features
-from fastpmae.data import fingerprint
 from fastpmae.embed import Pool
 from fastpmae.errors import UserError
+from fastpmae.run_images import fingerprint
 from fastpmae.tally import Tally
 from fastpmae.world import carried, has_bf16
 from fastpmae_loaders import Beton, PlainViews, Samples, open_samples

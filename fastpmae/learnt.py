@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from fastpmae.architecture import check, check_fits, make_networks, view_settings
-from fastpmae.checkpoint import Checkpoint, scatter_networks
+from fastpmae.architecture import check, view_settings
+from fastpmae.checkpoint import Checkpoint, check_fits, scatter_networks
 from fastpmae.config import Config
 from fastpmae.embed import whole_tokens
 from fastpmae.errors import UserError
 from fastpmae.geometry import masked_overlaps
 from fastpmae.model import Block, Encoder, Student
+from fastpmae.networks import make_networks
 from fastpmae.step import label, see
 from fastpmae.teachers import Teachers
 from fastpmae_kernels import nearest_patch, sinkhorn

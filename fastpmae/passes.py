@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpmae.config import Config
+from fastpmae.config import CUDA_GRAPHS, Config
 from fastpmae.model import Blocks
 from fastpmae.world import World
 
 Pass = Callable[..., Any]
-CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-"""The modes of torch.compile that replay a pass's kernels as one."""
 
 
 def make_passes(

@@ -18,13 +18,14 @@ from fastpmae.architecture import SHAPES, check, shape_of
 from fastpmae.command import Command, parse
 from fastpmae.config import PRESETS, Config
 from fastpmae.costs import Costs, flops_of_an_image, step_costs
-from fastpmae.data import micro_batch_size, open_images
+from fastpmae.data import micro_batch_size
 from fastpmae.errors import UserError, exit_with_sentence
 from fastpmae.files import appearing
 from fastpmae.gpus import GPUS, Gpu, gpu_named
 from fastpmae.loader_rate import LoaderRate, busy, measure
 from fastpmae.outputs import check_output
 from fastpmae.plan_report import CHUNK, draw, show
+from fastpmae.run_images import open_images
 from fastpmae.scaling import (
     JITTER,
     Point,

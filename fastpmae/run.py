@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpmae.architecture import check_fits, warmup_epochs
+from fastpmae.architecture import warmup_epochs
 from fastpmae.checkpoint import (
     Checkpoint,
+    check_fits,
     checkpoints_in,
     newest_checkpoint,
     read_checkpoint,
     step_of,
 )
 from fastpmae.config import Config, read_config, settings_by_name, write_config
-from fastpmae.data import source_notes
 from fastpmae.errors import UserError
 from fastpmae.files import appearing, remove_partial
+from fastpmae.run_images import source_notes
 from fastpmae.world import World, has_bf16
 from fastpmae_loaders import Samples
 from fastpmae_loaders.engine import larger_than_memory

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastpmae.architecture import check, make_networks
+from fastpmae.architecture import check
 from fastpmae.attention import use as use_attention
 from fastpmae.checkpoint import (
     checkpoint_path,
@@ -18,7 +18,7 @@ from fastpmae.checkpoint import (
 )
 from fastpmae.command import read_command
 from fastpmae.config import Config
-from fastpmae.data import Feed, fingerprint, make_loader, open_images
+from fastpmae.data import Feed, make_loader
 from fastpmae.deterministic import deterministic
 from fastpmae.errors import Interrupted, RunError, UserError, exit_with_sentence
 from fastpmae.figures import bring
@@ -27,10 +27,12 @@ from fastpmae.geometry import geometry_figures
 from fastpmae.health import health_figures
 from fastpmae.host_memory import tune_allocator
 from fastpmae.log import Log, Meter
+from fastpmae.networks import make_networks
 from fastpmae.optimiser import learning_rate, make_optimiser, update
 from fastpmae.parallel import gradients_stay, over_ranks
 from fastpmae.passes import make_passes
 from fastpmae.run import DECODER, claim, describe_run, open_run, recorded, resolve, write_machine
+from fastpmae.run_images import fingerprint, open_images
 from fastpmae.saver import Saver
 from fastpmae.step import balance, learn, see
 from fastpmae.stop import Stop

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from fastpmae import PRESETS, Config
-from fastpmae.architecture import make_networks, shape_of, view_settings, views_needed
+from fastpmae.architecture import shape_of, view_settings, views_needed
+from fastpmae.networks import make_networks
 from fastpmae.optimiser import make_optimiser, update
 from fastpmae.step import learn, teach
 from fastpmae.world import World

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpmae import Config, UserError, pretrain
 from fastpmae import deterministic as module
-from fastpmae.architecture import check, make_networks
+from fastpmae.architecture import check
 from fastpmae.deterministic import WORKSPACE, deterministic
+from fastpmae.networks import make_networks
 from fastpmae.optimiser import make_optimiser, update
 from fastpmae.step import learn, teach
 from fastpmae.world import World

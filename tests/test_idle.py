@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastpmae import Config
-from fastpmae.data import Feed, make_loader, open_images
+from fastpmae.data import Feed, make_loader
 from fastpmae.idle import DeviceWait, HostWait
+from fastpmae.run_images import open_images
 from fastpmae.world import World
 from tests.timeline import GPU
 

@@ -22,12 +22,13 @@ from torch._subclasses.fake_tensor import (
 
 from fastpmae import PRESETS, Config, pretrain
 from fastpmae import train as loop
-from fastpmae.architecture import build_student, check, make_networks
+from fastpmae.architecture import build_student, check
 from fastpmae.config import Config as Settings
 from fastpmae.costs import _batch
 from fastpmae.errors import UserError
 from fastpmae.fp8 import use_fp8
 from fastpmae.log import Meter
+from fastpmae.networks import make_networks
 from fastpmae.optimiser import make_optimiser, update
 from fastpmae.passes import make_passes
 from fastpmae.step import balance, learn, see, teach

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpmae.architecture import make_networks
 from fastpmae.costs import step_costs
+from fastpmae.networks import make_networks
 from fastpmae.step import learn, teach
 from tests.tiny import disturb, keep_of, made_batch, tiny_config
 

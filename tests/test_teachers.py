@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastpmae import PRESETS
-from fastpmae.architecture import make_networks
 from fastpmae.model import Student
+from fastpmae.networks import make_networks
 from fastpmae.teachers import Schedule, Teachers, make_teachers
 from tests import reference
 from tests.devices import Draws

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastpmae import Config, pretrain
 from fastpmae.checkpoint import checkpoint_path, read_checkpoint
-from fastpmae.data import make_loader, open_images, stochastic_depth
+from fastpmae.data import make_loader, stochastic_depth
+from fastpmae.run_images import open_images
 from fastpmae.world import World
 from tests import reference
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastpmae import PRESETS, Config
-from fastpmae.architecture import make_networks
 from fastpmae.model import Student
+from fastpmae.networks import make_networks
 from fastpmae.teachers import Teachers
 from fastpmae_loaders import Batch
 from tests import reference
