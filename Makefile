@@ -14,7 +14,7 @@ setup:
 	@scripts/setup
 
 train: setup
-	@$(venv)/python -m fastpmae.demo $(ARGS)
+	@$(venv)/python -m fastpmae.demo.demo $(ARGS)
 
 test: setup
 	@scripts/browser

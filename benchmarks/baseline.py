@@ -18,10 +18,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fastpmae import Config
-from fastpmae.architecture import shape_of
-from fastpmae.model import Student
-from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD, sincos_positions
-from fastpmae.teachers import Teachers
+from fastpmae.model.build import shape_of
+from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD, sincos_positions
+from fastpmae.model.teachers import Teachers
+from fastpmae.model.vit import Student
 from fastpmae_loaders import Batch
 
 LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)

@@ -25,10 +25,10 @@ from benchmarks.bench_loader import prepare
 from benchmarks.common import Row, add_device, arguments, device_name, finish, make_row, processor_name, save
 from benchmarks.step_cases import Laps, matrix_rate
 from fastpmae import PRESETS
-from fastpmae.data import Feed, make_loader
-from fastpmae.errors import UserError
-from fastpmae.world import World, choose_device
+from fastpmae.distributed.ranks import World, choose_device
+from fastpmae.pretraining.data import Feed, make_loader
 from fastpmae_loaders import open_samples
+from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
 
 BATCH, GPU_BATCH = 64, 256

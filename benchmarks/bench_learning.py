@@ -49,16 +49,17 @@ from benchmarks.learning_judge import (
     write,
 )
 from benchmarks.step_cases import release
-from fastpmae.architecture import make_student
 from fastpmae.config import Config, preset, read_config
-from fastpmae.demo import rows_of, thumbnails, whole_images
-from fastpmae.embed import load_encoder
-from fastpmae.errors import UserError, exit_with_sentence
-from fastpmae.files import appearing
+from fastpmae.demo.demo import rows_of, thumbnails, whole_images
+from fastpmae.distributed.ranks import choose_device
+from fastpmae.evaluate.features import load_encoder
+from fastpmae.model.build import make_student
 from fastpmae.train import pretrain
-from fastpmae.world import choose_device
-from fastpmae.write import write_beton
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import appearing
 from fastpmae_loaders.machine import loader_threads
+from fastpmae_loaders.write.write import write_beton
 
 IMAGES = SHARED / "tiny_imagenet_20.tar"
 UNTRAINED = ("random", "thumbnails")

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from fastpmae import PRESETS
-from fastpmae.errors import UserError, exit_with_sentence
-from fastpmae.networks import make_networks
-from fastpmae.optimiser import learning_rate, make_optimiser, update
-from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
-from fastpmae.step import learn, teach
-from fastpmae.world import World
+from fastpmae.distributed.ranks import World
+from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.optimizer import learning_rate, make_optimiser, update
+from fastpmae.pretraining.step import learn, teach
 from fastpmae_loaders import Batch
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.errors import UserError
 
 STEPS, EPOCH, EPOCHS, IMAGES, RATE = 3, 70, 300, 2, 0.05
 """Three steps of an epoch after the warm-up, at a rate that moves every weight."""

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastpmae.demo import first_and_mean
-from fastpmae.files import appearing
-from fastpmae.knn import knn_predict
-from fastpmae.linear import best_c, logistic_regression, standardised
-from fastpmae.model import Encoder
+from fastpmae.demo.demo import first_and_mean
+from fastpmae.evaluate.knn import knn_predict
+from fastpmae.evaluate.linear import best_c, logistic_regression, standardised
+from fastpmae.model.vit import Encoder
+from fastpmae_loaders.files import appearing
 
 POOLS = ("class", "mean")
 MEASURES = ("knn_val", "knn_train", "linear_val")

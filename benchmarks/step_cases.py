@@ -17,16 +17,16 @@ import torch
 
 from benchmarks.baseline import PlainBatch, PlainMethod, plain_batch
 from fastpmae import PRESETS, Config
-from fastpmae.architecture import shape_of
-from fastpmae.attention import use as use_attention
 from fastpmae.config import CUDA_GRAPHS
-from fastpmae.costs import flops_of_an_image
-from fastpmae.data import stochastic_depth
-from fastpmae.networks import make_networks
-from fastpmae.optimiser import make_optimiser, update
-from fastpmae.passes import make_passes
-from fastpmae.step import Losses, Targets, balance, learn, see, teach
-from fastpmae.world import World
+from fastpmae.distributed.ranks import World
+from fastpmae.model.attention import use as use_attention
+from fastpmae.model.build import shape_of
+from fastpmae.plan.costs import flops_of_an_image
+from fastpmae.pretraining.compile import make_passes
+from fastpmae.pretraining.data import stochastic_depth
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.optimizer import make_optimiser, update
+from fastpmae.pretraining.step import Losses, Targets, balance, learn, see, teach
 from fastpmae_loaders import Batch
 from fastpmae_loaders.transfer import Transfer
 

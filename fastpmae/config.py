@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from fastpmae.errors import UserError
+from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import short
 from fastpmae_loaders.values import Typed, local_path, typed
 

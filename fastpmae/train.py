@@ -7,37 +7,32 @@ from pathlib import Path
 
 import torch
 
-from fastpmae.architecture import check
-from fastpmae.attention import use as use_attention
-from fastpmae.checkpoint import (
-    checkpoint_path,
-    checkpoints_in,
-    gather,
-    read_checkpoint,
-    scatter,
-)
-from fastpmae.command import read_command
 from fastpmae.config import Config
-from fastpmae.data import Feed, make_loader
-from fastpmae.deterministic import deterministic
-from fastpmae.errors import Interrupted, RunError, UserError, exit_with_sentence
-from fastpmae.figures import bring
-from fastpmae.fp8 import check_fp8_device
-from fastpmae.geometry import geometry_figures
-from fastpmae.health import health_figures
-from fastpmae.host_memory import tune_allocator
-from fastpmae.log import Log, Meter
-from fastpmae.networks import make_networks
-from fastpmae.optimiser import learning_rate, make_optimiser, update
-from fastpmae.parallel import gradients_stay, over_ranks
-from fastpmae.passes import make_passes
-from fastpmae.run import DECODER, claim, describe_run, open_run, recorded, resolve, write_machine
-from fastpmae.run_images import fingerprint, open_images
-from fastpmae.saver import Saver
-from fastpmae.step import balance, learn, see
-from fastpmae.stop import Stop
-from fastpmae.watch import Watch
-from fastpmae.world import World, join_world
+from fastpmae.distributed.ranks import World, join_world
+from fastpmae.model.attention import use as use_attention
+from fastpmae.model.build import check
+from fastpmae.model.fp8 import check_fp8_device
+from fastpmae.pretraining.cli import read_command
+from fastpmae.pretraining.collapse import health_figures
+from fastpmae.pretraining.compile import make_passes
+from fastpmae.pretraining.data import Feed, make_loader
+from fastpmae.pretraining.match_geometry import geometry_figures
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.online_knn import Watch
+from fastpmae.pretraining.optimizer import learning_rate, make_optimiser, update
+from fastpmae.pretraining.parallel import gradients_stay, over_ranks
+from fastpmae.pretraining.step import balance, learn, see
+from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, gather, read_checkpoint, scatter
+from fastpmae.run.checkpoint_writer import Saver
+from fastpmae.run.deterministic import deterministic
+from fastpmae.run.device_metrics import bring
+from fastpmae.run.folder import DECODER, claim, describe_run, open_run, recorded, resolve, write_machine
+from fastpmae.run.images import fingerprint, open_images
+from fastpmae.run.log import Log, Meter
+from fastpmae.run.malloc import tune_allocator
+from fastpmae.run.signals import Stop
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.errors import Interrupted, RunError, UserError
 
 
 def pretrain(config: Config) -> Path:

@@ -11,11 +11,11 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import fastpmae.config
-import fastpmae.course
-import fastpmae.eval_command
+import fastpmae.evaluate.cli
+import fastpmae.evaluate.recipe
 from fastpmae.config import PRESETS, Config
-from fastpmae.course import Course
-from fastpmae.eval_command import Common, Finetune, Knn, Linear, Lowshot, Probe
+from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Probe
+from fastpmae.evaluate.recipe import Course
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("fastpmae", "loaders/fastpmae_loaders", "kernels/fastpmae_kernels", "scripts")
@@ -31,7 +31,7 @@ def settings() -> str:
 
 def evaluation() -> str:
     """One table for the flags that every evaluation has, for each subcommand's own, and for a course's settings."""
-    texts = _help_texts(fastpmae.eval_command) | _help_texts(fastpmae.course)
+    texts = _help_texts(fastpmae.evaluate.cli) | _help_texts(fastpmae.evaluate.recipe)
     lines = ["**every subcommand**", "", *_table(Common, None, texts), ""]
     for name, kind in (
         ("knn", Knn), ("linear", Linear), ("lowshot", Lowshot), ("probe", Probe), ("finetune", Finetune)

@@ -9,11 +9,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from fastpmae import Config
-from fastpmae.optimiser import make_optimiser, update
-from fastpmae.parallel import gradients_stay, over_ranks
-from fastpmae.passes import make_passes
-from fastpmae.step import balance, learn, see
-from fastpmae.world import World, join_world
+from fastpmae.distributed.ranks import World, join_world
+from fastpmae.pretraining.compile import make_passes
+from fastpmae.pretraining.optimizer import make_optimiser, update
+from fastpmae.pretraining.parallel import gradients_stay, over_ranks
+from fastpmae.pretraining.step import balance, learn, see
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
 
 CASES: dict[str, dict[str, Any]] = {

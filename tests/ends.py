@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import fastpmae.health  # noqa: F401  (imported by a run only when it needs it; here once for all)
+import fastpmae.pretraining.collapse  # noqa: F401  (imported by a run only when it needs it; here once for all)
+from fastpmae.distributed.ranks import join_world
 from fastpmae.train import main as train
-from fastpmae.world import join_world
-from fastpmae.write import write_beton
 from fastpmae_kernels import sinkhorn_bias
+from fastpmae_loaders.write.write import write_beton
 from tests.made import tiny_settings, write_tree
 from tests.test_train import flags_of
 

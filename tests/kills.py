@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import fastpmae.health  # noqa: F401  (imported by a run only when it needs it; here once for all)
+import fastpmae.pretraining.collapse  # noqa: F401  (imported by a run only when it needs it; here once for all)
 from fastpmae import Config
-from fastpmae.checkpoint import checkpoint_path, read_checkpoint
+from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
 from fastpmae.train import main as train
-from fastpmae.write import write_beton
+from fastpmae_loaders.write.write import write_beton
 from tests.made import tiny_settings, write_tree
 from tests.test_train import flags_of, rows_of
 

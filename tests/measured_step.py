@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from fastpmae import PRESETS, Config
-from fastpmae.architecture import shape_of, view_settings, views_needed
-from fastpmae.networks import make_networks
-from fastpmae.optimiser import make_optimiser, update
-from fastpmae.step import learn, teach
-from fastpmae.world import World
+from fastpmae.distributed.ranks import World
+from fastpmae.model.build import shape_of, view_settings, views_needed
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.optimizer import make_optimiser, update
+from fastpmae.pretraining.step import learn, teach
 from fastpmae_loaders import Batch
 
 WORLD = World(0, 1, 1, torch.device("cpu"), None)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpmae import attention as switch
-from fastpmae.attention import attention, use
-from fastpmae.errors import UserError
-from fastpmae.step import learn, teach
+from fastpmae.model import attention as switch
+from fastpmae.model.attention import attention, use
+from fastpmae.pretraining.step import learn, teach
+from fastpmae_loaders.errors import UserError
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from PIL import Image
 from benchmarks import bench_loader, loader_cases, loader_checks, loader_turns
 from benchmarks.loader_baselines import Task
 from benchmarks.loader_cases import Case, Shown
-from fastpmae.errors import UserError
-from fastpmae.write import write_beton
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.write.write import write_beton
 from tests.made import made_image
 
 ROOT = Path(__file__).parents[1]

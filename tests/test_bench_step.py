@@ -14,7 +14,7 @@ from benchmarks.baseline import plain_batch
 from benchmarks.bench_step import PAIRS, PARTS
 from benchmarks.step_cases import DROP_PATH, Ours, Plain, made_batch, make_case
 from fastpmae import Config
-from fastpmae.step import learn, teach
+from fastpmae.pretraining.step import learn, teach
 from tests import tiny
 from tests.test_train import environment
 from tests.tiny import disturb, tiny_config

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.beside_sdae import batch_of, our_name, their_modules
 from fastpmae import PRESETS, UserError
-from fastpmae.architecture import view_settings
+from fastpmae.model.build import view_settings
 
 
 def test_another_folder_is_a_sentence(tmp_path: Path):

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastpmae import RunError, UserError, load_encoder, pretrain
-from fastpmae.checkpoint import (
+from fastpmae.pictures.analysis import networks_of
+from fastpmae.pretraining.cli import settings_of_run
+from fastpmae.run.checkpoint import (
     CheckpointError,
     checkpoint_path,
     checkpoints_in,
@@ -18,8 +20,6 @@ from fastpmae.checkpoint import (
     read_progress,
     write_checkpoint,
 )
-from fastpmae.command import settings_of_run
-from fastpmae.learnt import networks_of
 from tests.made import tiny_settings
 
 TENSORS = {
@@ -84,7 +84,7 @@ def test_a_failed_write_leaves_nothing(written: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fastpmae.checkpoint.save_file", full)
+    monkeypatch.setattr("fastpmae.run.checkpoint.save_file", full)
     with pytest.raises(RunError, match=r"no space left on device. Last checkpoint: .*step-00000007"):
         write_checkpoint(checkpoint_path(written.parent.parent, 8), TENSORS, {**PROGRESS, "step": 8}, keep=1)
     assert list(written.parent.iterdir()) == [written]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from fastpmae import PRESETS, Config, UserError, preset, pretrain, read_config
-from fastpmae.architecture import SHAPES, check, shape_of, view_settings, warmup_epochs
-from fastpmae.command import read_command
 from fastpmae.config import Efficiency, Optimiser, config_from, write_config
-from fastpmae.course import COURSES
+from fastpmae.evaluate.recipe import COURSES
+from fastpmae.model.build import SHAPES, check, shape_of, view_settings, warmup_epochs
+from fastpmae.pretraining.cli import read_command
 
 # the paper: section 3.2 (teachers), 3.3 (prototypes), equation 5 (weights), 4 and appendix A (everything else)
 PAPER: dict[str, Any] = {

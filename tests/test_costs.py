@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastpmae import PRESETS
-from fastpmae.costs import flops_of_an_image, step_costs
-from fastpmae.hollow import Counting
+from fastpmae.plan.costs import flops_of_an_image, step_costs
+from fastpmae.plan.shape_tensor import Counting
 from tests.made import REPOSITORY
 from tests.tiny import tiny_config
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fastpmae.demo
-import fastpmae.photographs as photographs
-from fastpmae.demo import demo, write_demo_betons
-from fastpmae.errors import UserError
-from fastpmae.photographs import PHOTOGRAPHS, crop_boxes, open_photograph, validation_cells, write_demo_images
+import fastpmae.demo.demo
+import fastpmae.demo.photographs as photographs
+from fastpmae.demo.demo import demo, write_demo_betons
+from fastpmae.demo.photographs import PHOTOGRAPHS, crop_boxes, open_photograph, validation_cells, write_demo_images
 from fastpmae_loaders import Beton
+from fastpmae_loaders.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_a_photograph_that_is_not_installed_is_named(monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """Eight training crops of each photograph: two steps an epoch."""
-    monkeypatch.setattr(fastpmae.demo, "write_demo_images", lambda folder: write_demo_images(folder, 8, 3))
+    monkeypatch.setattr(fastpmae.demo.demo, "write_demo_images", lambda folder: write_demo_images(folder, 8, 3))
 
 
 def test_betons_are_written_once_and_labelled(few, tmp_path):
@@ -121,8 +121,8 @@ def test_the_whole_demo_and_a_second_one(few, tmp_path, monkeypatch, capfd):
 @pytest.mark.slow
 def test_the_demo_ends_in_time_and_still_sums_up(few, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    preset = fastpmae.demo.PRESETS["demo"].using(epochs=10_000)
-    monkeypatch.setitem(fastpmae.demo.PRESETS, "demo", preset)
+    preset = fastpmae.demo.demo.PRESETS["demo"].using(epochs=10_000)
+    monkeypatch.setitem(fastpmae.demo.demo.PRESETS, "demo", preset)
     began = time.monotonic()
     demo(out=Path("run"), minutes=0.05)
     assert time.monotonic() - began < 240

@@ -9,13 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpmae import Config, UserError, pretrain
-from fastpmae import deterministic as module
-from fastpmae.architecture import check
-from fastpmae.deterministic import WORKSPACE, deterministic
-from fastpmae.networks import make_networks
-from fastpmae.optimiser import make_optimiser, update
-from fastpmae.step import learn, teach
-from fastpmae.world import World
+from fastpmae.distributed.ranks import World
+from fastpmae.model.build import check
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.optimizer import make_optimiser, update
+from fastpmae.pretraining.step import learn, teach
+from fastpmae.run import deterministic as module
+from fastpmae.run.deterministic import WORKSPACE, deterministic
 from tests.test_train import assert_same_run
 from tests.tiny import keep_of, made_batch, tiny_config
 

@@ -14,14 +14,15 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastpmae import PRESETS, UserError, embed_images, eval, export_encoder, load_encoder, pretrain, write_beton
-from fastpmae.architecture import make_encoder
-from fastpmae.backbone import features, find_backbone
-from fastpmae.checkpoint import checkpoint_path
-from fastpmae.labelled import open_labelled
-from fastpmae.pages import PageWriter
-from fastpmae.scores import Scores, rank, write_scores
-from fastpmae.weights import start_encoder
+from fastpmae import PRESETS, UserError, embed_images, export_encoder, load_encoder, pretrain, write_beton
+from fastpmae.evaluate import protocols
+from fastpmae.evaluate.backbone import features, find_backbone
+from fastpmae.evaluate.datasets import open_labelled
+from fastpmae.evaluate.metrics import Scores, rank, write_scores
+from fastpmae.model.build import make_encoder
+from fastpmae.run.checkpoint import checkpoint_path
+from fastpmae.run.init_weights import start_encoder
+from fastpmae_loaders.write.pages import PageWriter
 from tests.made import REPOSITORY, made_image, write_tree
 from tests.test_feed import threads_of_loaders
 
@@ -46,17 +47,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     monkeypatch.setattr("sys.argv", ["fastpmae-eval", *map(str, words), "--workers", "1"])
-    return eval.main()
+    return protocols.main()
 
 
 def test_images_are_decoded_with_all_cores(data: Path, tmp_path: Path, monkeypatch):
     seen = threads_of_loaders(monkeypatch, 3)
     words = ["knn", data / "run", "--train", data / "train.beton", "--val", data / "val.beton", "--out", tmp_path]
     monkeypatch.setattr("sys.argv", ["fastpmae-eval", *map(str, words)])
-    assert eval.main() == 0
+    assert protocols.main() == 0
     words = ["probe", data / "run", *words[2:6], "--out", tmp_path / "probe", "--steps", 1]
     monkeypatch.setattr("sys.argv", ["fastpmae-eval", *map(str, words)])
-    assert eval.main() == 0
+    assert protocols.main() == 0
     assert set(seen) == {3}
 
 
@@ -162,7 +163,11 @@ def test_finetune_and_probe_go_on_where_they_stopped(data: Path, tmp_path: Path,
 def test_the_installed_command_speaks_in_sentences(data: Path):
     words = ["knn", str(data / "run"), "--train", str(data / "train.beton"), "--k", "99"]
     done = subprocess.run(
-        [sys.executable, "-m", "fastpmae.eval", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "fastpmae.evaluate.protocols", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("fastpmae-eval: error: k-NN with k = 99")
@@ -313,7 +318,7 @@ def test_few_images_have_fewer_neighbours_and_other_words(data: Path, tmp_path: 
     assert call(monkeypatch, "knn", data / "run", "--pool", "class", *words) == 0
     assert "15 images vote, so k is 10" in "".join(capsys.readouterr())
     assert [row["k"] for row in json.loads((tmp_path / "o" / "knn-student.json").read_text())["table"]] == [10]
-    monkeypatch.setattr(eval, "extract", lambda *_, **__: pytest.fail("features were computed first"))
+    monkeypatch.setattr(protocols, "extract", lambda *_, **__: pytest.fail("features were computed first"))
     assert call(monkeypatch, "knn", data / "run", "--k", 16, *words) == 2
     assert "needs k between 1 and the 15 training rows" in capsys.readouterr().err
     assert call(monkeypatch, "finetune", data / "run", *words, "--val", few) == 2

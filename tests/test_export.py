@@ -13,14 +13,14 @@ from timm.models.beit import Beit
 from torch import Tensor
 
 from fastpmae import Config, UserError, export_encoder, load_encoder, pretrain
-from fastpmae import export as export_module
-from fastpmae.backbone import Backbone, features, find_backbone
-from fastpmae.checkpoint import find_checkpoint
-from fastpmae.classifier_state import Setting
-from fastpmae.course import COURSES, PROBE
-from fastpmae.embed import whole_tokens
-from fastpmae.finetune import train_classifier
-from fastpmae.labelled import open_labelled
+from fastpmae.evaluate.backbone import Backbone, features, find_backbone
+from fastpmae.evaluate.datasets import open_labelled
+from fastpmae.evaluate.features import whole_tokens
+from fastpmae.evaluate.finetune import train_classifier
+from fastpmae.evaluate.finetune_state import Setting
+from fastpmae.evaluate.recipe import COURSES, PROBE
+from fastpmae.export import export as export_module
+from fastpmae.run.checkpoint import find_checkpoint
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from fastpmae import PRESETS, Config
-from fastpmae.architecture import views_needed
-from fastpmae.data import batches_ahead, make_loader
-from fastpmae.run import resolve
+from fastpmae.distributed.ranks import World
+from fastpmae.model.build import views_needed
+from fastpmae.pretraining.data import batches_ahead, make_loader
+from fastpmae.run.folder import resolve
 from fastpmae.train import pretrain
-from fastpmae.world import World
-from fastpmae_loaders import Beton, DaliSettings, machine, runner
+from fastpmae_loaders import Beton, DaliSettings, machine
+from fastpmae_loaders.engines import runner
 
 
 @pytest.mark.parametrize(

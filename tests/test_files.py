@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fastpmae.errors import UserError
-from fastpmae.files import ALIVE, LATE, SOON, appearing, remove_partial
 from fastpmae_loaders import locks
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import ALIVE, LATE, SOON, appearing, remove_partial
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from fastpmae.files import appearing
+from fastpmae_loaders.files import appearing
 with appearing(Path(sys.argv[1])) as beside:
     beside.write_text("half")
     print("writing", flush=True)

@@ -17,16 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms.functional import normalize
 
 from fastpmae import UserError
-from fastpmae.backbone import find_backbone
-from fastpmae.checkpoint import checkpoint_path, checkpoints_in, step_of
-from fastpmae.classifier_state import Setting
-from fastpmae.course import COURSES, PROBE, Course
-from fastpmae.errors import Interrupted, RunError
-from fastpmae.finetune import Probe, make_classifier, make_optimiser, make_schedule, train_classifier
-from fastpmae.labelled import Labelled, open_labelled
-from fastpmae.mixing import STEP, Mixing, RandAugment, drawn_from
-from fastpmae.saver import Saver
-from fastpmae.tally import Tally
+from fastpmae.evaluate.augment import STEP, Mixing, RandAugment, drawn_from
+from fastpmae.evaluate.backbone import find_backbone
+from fastpmae.evaluate.datasets import Labelled, open_labelled
+from fastpmae.evaluate.finetune import Probe, make_classifier, make_optimiser, make_schedule, train_classifier
+from fastpmae.evaluate.finetune_state import Setting
+from fastpmae.evaluate.recipe import COURSES, PROBE, Course
+from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, step_of
+from fastpmae.run.checkpoint_writer import Saver
+from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.errors import Interrupted, RunError
 from tests.devices import Draws, Waits
 
 CPU = torch.device("cpu")
@@ -284,7 +284,7 @@ def test_a_full_disk_ends_the_training(setting: Setting, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastpmae.checkpoint.save_file", full)
+    monkeypatch.setattr("fastpmae.run.checkpoint.save_file", full)
     with pytest.raises(RunError, match=r"No space left on device. Last checkpoint: none yet"):
         train_classifier(setting, COURSE)
     assert not (setting.folder / "classifier.safetensors").exists()

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpmae import Config
-from fastpmae.architecture import check
-from fastpmae.costs import step_costs
-from fastpmae.errors import UserError
-from fastpmae.fp8 import Fp8Linear, check_fp8_device, multiply_on_gpu, multiply_plainly, to_fp8, use_fp8
-from fastpmae.networks import make_networks
-from fastpmae.step import Targets, learn, teach
+from fastpmae.model.build import check
+from fastpmae.model.fp8 import Fp8Linear, check_fp8_device, multiply_on_gpu, multiply_plainly, to_fp8, use_fp8
+from fastpmae.plan.costs import step_costs
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.step import Targets, learn, teach
+from fastpmae_loaders.errors import UserError
 from tests.tiny import disturb, made_batch, tiny_config
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastpmae import Config, pretrain
-from fastpmae.geometry import match_geometry, overlaps, patch_rectangles
+from fastpmae.pretraining.match_geometry import match_geometry, overlaps, patch_rectangles
 from fastpmae_loaders import Batch, PairedViews, ViewSettings
 from tests.tiny import made_batch, tiny_config
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpmae import health as health_module
-from fastpmae.figures import bring
-from fastpmae.geometry import geometry_figures, match_geometry
-from fastpmae.health import health, health_figures, label_entropy, spread
-from fastpmae.losses import PseudoLabels, pseudo_labels
-from fastpmae.model import Factors
-from fastpmae.step import Targets
+from fastpmae.model.vit import Factors
+from fastpmae.pretraining import collapse as health_module
+from fastpmae.pretraining.collapse import health, health_figures, label_entropy, spread
+from fastpmae.pretraining.losses import PseudoLabels, pseudo_labels
+from fastpmae.pretraining.match_geometry import geometry_figures, match_geometry
+from fastpmae.pretraining.step import Targets
+from fastpmae.run.device_metrics import bring
 from tests.devices import Waits
 from tests.tiny import made_batch, tiny_config
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import resource, sys, torch
-from fastpmae.host_memory import tune_allocator
+from fastpmae.run.malloc import tune_allocator
 if sys.argv[1] == "with":
     tune_allocator()
 def faults(count, millions):

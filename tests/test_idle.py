@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastpmae import Config
-from fastpmae.data import Feed, make_loader
-from fastpmae.idle import DeviceWait, HostWait
-from fastpmae.run_images import open_images
-from fastpmae.world import World
+from fastpmae.distributed.ranks import World
+from fastpmae.pretraining.data import Feed, make_loader
+from fastpmae.pretraining.data_wait import DeviceWait, HostWait
+from fastpmae.run.images import open_images
 from tests.timeline import GPU
 
 STEPS = 50

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastpmae.errors import UserError
-from fastpmae.images import ImageError, ImageSettings, StoredImage, store
-from fastpmae.sources import Item
-from fastpmae.write import converter
-from fastpmae_loaders.beton import JPG, RAW
-from fastpmae_loaders.jpeg import turbo_available
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.sources.beton import JPG, RAW
+from fastpmae_loaders.sources.jpeg import turbo_available
+from fastpmae_loaders.write.images import ImageError, ImageSettings, StoredImage, store
+from fastpmae_loaders.write.sources import Item
+from fastpmae_loaders.write.write import converter
 from tests.made import made_image, progressive_bomb
 
 RAW_PIXELS = ImageSettings(mode="raw")
@@ -231,7 +231,7 @@ def test_a_limit_above_pillows_own_is_ours_to_keep(monkeypatch: pytest.MonkeyPat
         item = Item("file", "large.png", (), 0)
         return converter(ImageSettings(max_pixels=max_pixels))(0, item)
 
-    monkeypatch.setattr("fastpmae.write.read_item", lambda item: large)
+    monkeypatch.setattr("fastpmae_loaders.write.write.read_item", lambda item: large)
     assert convert(pixels).width == PICTURE.width
     with pytest.raises(ImageError, match="--max-pixels"):
         convert(pixels - 1)

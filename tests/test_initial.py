@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fastpmae.initial import initialise
-from fastpmae.model import Decoder, Encoder, Head, Student
+from fastpmae.model.initialization import initialise
+from fastpmae.model.vit import Decoder, Encoder, Head, Student
 
 
 def test_starting_weights() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpmae.step import learn, teach
+from fastpmae.pretraining.step import learn, teach
 from fastpmae_kernels import backend
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastpmae.knn import knn_accuracy, knn_predict, knn_ranked
+from fastpmae.evaluate.knn import knn_accuracy, knn_predict, knn_ranked
 from fastpmae_loaders.errors import UserError
 
 

@@ -18,8 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastpmae import UserError
-from fastpmae.backbone import features, find_backbone
-from fastpmae.layouts import read_foreign
+from fastpmae.evaluate.backbone import features, find_backbone
+from fastpmae.weights.foreign import read_foreign
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastpmae import lean
-from fastpmae.lean import add_mlp, attend, gelu_linear, norm_linear
-from fastpmae.model import Block
+from fastpmae.model import recompute
+from fastpmae.model.recompute import add_mlp, attend, gelu_linear, norm_linear
+from fastpmae.model.vit import Block
 
 FORMS: dict[str, Callable[[Tensor, nn.LayerNorm, nn.Linear], tuple[Tensor, Tensor]]] = {
     "norm": lambda tokens, norm, linear: (norm_linear(tokens, norm, linear), linear(norm(tokens))),
@@ -64,7 +64,7 @@ def mlp_layers(dtype: torch.dtype) -> tuple[Tensor, nn.LayerNorm, nn.Linear, nn.
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-12), (True, 2e-2)])
 def test_an_mlp_some_rows_at_a_time_is_torchs(monkeypatch, rows: int, scaled: bool, autocast: bool, tolerance: float):
-    monkeypatch.setattr(lean, "ROWS", rows)
+    monkeypatch.setattr(recompute, "ROWS", rows)
     tokens, norm, first, second = mlp_layers(torch.float32 if autocast else torch.float64)
     scale = torch.tensor([0, 1.5, 2], dtype=tokens.dtype)[:, None, None] if scaled else None
     leaves = [tokens, *norm.parameters(), *first.parameters(), *second.parameters()]
@@ -85,7 +85,7 @@ def test_an_mlp_some_rows_at_a_time_is_torchs(monkeypatch, rows: int, scaled: bo
 def test_attention_some_images_at_a_time_is_torchs(
     monkeypatch, rows: int, last: int | None, autocast: bool, tolerance: float
 ):  # fmt: skip
-    monkeypatch.setattr(lean, "ROWS", rows)
+    monkeypatch.setattr(recompute, "ROWS", rows)
     tokens, norm, _ = layers(torch.float32 if autocast else torch.float64)
     qkv = nn.Linear(12, 36).to(tokens.dtype)
     leaves = [tokens, *norm.parameters(), *qkv.parameters()]

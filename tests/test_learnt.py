@@ -11,14 +11,14 @@ from sklearn.decomposition import PCA
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from fastpmae import Config, pretrain
-from fastpmae.checkpoint import find_checkpoint
-from fastpmae.errors import UserError
-from fastpmae.geometry import match_geometry
-from fastpmae.learnt import class_attention, look, networks_of, principal_colours, prototype_use
-from fastpmae.learnt_pictures import AGREES, DISAGREES
-from fastpmae.step import label, learn, teach
-from fastpmae.view import draw_run, view_command
+from fastpmae.pictures.analysis import class_attention, look, networks_of, principal_colours, prototype_use
+from fastpmae.pictures.figures import AGREES, DISAGREES
+from fastpmae.pictures.view import draw_run, view_command
+from fastpmae.pretraining.match_geometry import match_geometry
+from fastpmae.pretraining.step import label, learn, teach
+from fastpmae.run.checkpoint import find_checkpoint
 from fastpmae_loaders import Beton
+from fastpmae_loaders.errors import UserError
 from tests.made import tiny_settings
 
 
@@ -95,7 +95,7 @@ def test_prototypes_come_with_their_nearest_patches(run: Path, small_beton: Path
     assert 0 < use.shares.sum() <= 1 + 1e-6
     assert 1 <= use.used <= 24
     # the first picture of each row is the patch of the largest logit of all
-    from fastpmae.learnt import batch_of
+    from fastpmae.pictures.analysis import batch_of
 
     config = use.config
     batch = batch_of(config, Beton(small_beton), 16)

@@ -12,10 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastpmae import lettering, pretrain, write_beton
-from fastpmae.lettering import UNKNOWN, save_picture
-from fastpmae.scores import Scores, write_scores
-from fastpmae.view import draw_views
+from fastpmae import plotting, pretrain, write_beton
+from fastpmae.evaluate.metrics import Scores, write_scores
+from fastpmae.pictures.view import draw_views
+from fastpmae.plotting import UNKNOWN, save_picture
 from fastpmae_loaders import ViewSettings
 from tests.made import REPOSITORY, tiny_settings, write_tree
 
@@ -32,7 +32,7 @@ def drawn(words: str, path: Path) -> np.ndarray:
 
 
 def test_a_sign_that_no_font_has_is_shown_as_one(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(lettering, "_fonts", list)
+    monkeypatch.setattr(plotting, "_fonts", list)
     assert (drawn("a 东京", tmp_path / "a.png") == drawn(f"a {UNKNOWN}{UNKNOWN}", tmp_path / "b.png")).all()
     assert (drawn("été", tmp_path / "a.png") != drawn(f"{UNKNOWN}t{UNKNOWN}", tmp_path / "b.png")).any()
 
@@ -43,7 +43,7 @@ def test_signs_come_from_the_font_that_has_them(tmp_path: Path, monkeypatch):
     other = font_manager.get_font(font_manager.findfont("STIXGeneral")).get_charmap()
     sign = chr(min(code for code in other if code > 0x2000 and code not in plain and chr(code).isprintable()))
     with_font = drawn(f"a {sign}", tmp_path / "a.png")
-    monkeypatch.setattr(lettering, "_fonts", list)
+    monkeypatch.setattr(plotting, "_fonts", list)
     assert (with_font != drawn(f"a {sign}", tmp_path / "b.png")).any()
 
 
@@ -84,9 +84,9 @@ def test_a_terminal_that_lacks_the_letters(tmp_path: Path):
         return done.stdout.decode("ascii")
 
     beton = tmp_path / "d.beton"
-    assert r"\u732b" in run("fastpmae.write", tree, beton)
+    assert r"\u732b" in run("fastpmae_loaders.write.write", tree, beton)
     run_folder = pretrain(tiny_settings(beton).using(steps=1, out=tmp_path / "run"))
     # files are read elsewhere too: their encoding is not the terminal's
     plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "LANG": "C"}
-    run("fastpmae.eval", "knn", run_folder, "--train", beton, "--k", 3, "--workers", 1, **plain)
+    run("fastpmae.evaluate.protocols", "knn", run_folder, "--train", beton, "--k", 3, "--workers", 1, **plain)
     assert "猫" in (run_folder / "eval/knn-student-classes.csv").read_text(encoding="utf-8")

@@ -11,18 +11,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
 
-from fastpmae import UserError, eval
-from fastpmae.backbone import find_backbone
-from fastpmae.labelled import extract, open_labelled
-from fastpmae.linear import (
-    Sweep,
-    best_c,
-    draw_few,
-    held_out,
-    logistic_regression,
-    standardised,
-    train_sweep,
-)
+from fastpmae import UserError
+from fastpmae.evaluate import protocols
+from fastpmae.evaluate.backbone import find_backbone
+from fastpmae.evaluate.datasets import extract, open_labelled
+from fastpmae.evaluate.linear import Sweep, best_c, draw_few, held_out, logistic_regression, standardised, train_sweep
 from fastpmae_loaders import epoch_order
 from tests.made import write_tree
 
@@ -55,7 +48,7 @@ def test_the_logistic_method_is_scikit_learns_on_an_encoders_features(tmp_path: 
     words = ["linear", tmp_path / "vit.pth", "--train", tmp_path / "tree", "--method", "logistic", "--heads", 2]
     words += ["--choose-on", "val", "--c", 0.001, 0.02, 1.0, "--workers", 1, "--out", tmp_path]
     monkeypatch.setattr("sys.argv", ["fastpmae-eval", *map(str, words)])
-    assert eval.main() == 0
+    assert protocols.main() == 0
     backbone = find_backbone(str(tmp_path / "vit.pth"), heads=2)
     train, val = open_labelled(tmp_path / "tree", None)
     assert val is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastpmae import Config
-from fastpmae.log import Log
+from fastpmae.run.log import Log
 
 LOSSES = {"loss": 1.0, "loss_m": 1.0, "loss_c": 0.0, "loss_p": 0.0}
 LATER: dict[str, Callable[[Log], object]] = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpmae import losses
+from fastpmae.pretraining import losses
 from fastpmae_kernels import nearest_patch
 from tests import reference
 

@@ -5,7 +5,7 @@ import html
 import pytest
 from markdown_it import MarkdownIt
 
-from fastpmae.markdown import code, plain
+from fastpmae.export.markdown import code, plain
 
 WORDS = [
     "class_0", "birds/val.beton", "42.12 %", "k = 7, class token", "T-shirt, no. 5", "東京 — été",

@@ -6,8 +6,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from fastpmae.errors import RunError
-from fastpmae.meeting import meet
+from fastpmae.distributed.rendezvous import meet
+from fastpmae_loaders.errors import RunError
 
 LONG, SHORT = timedelta(seconds=60), timedelta(seconds=0.2)
 

@@ -9,9 +9,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fastpmae.initial import initialise
-from fastpmae.model import Decoder, Encoder, Head, Student
-from fastpmae.patches import sincos_positions
+from fastpmae.model.initialization import initialise
+from fastpmae.model.patches import sincos_positions
+from fastpmae.model.vit import Decoder, Encoder, Head, Student
 from tests import reference
 from tests.tiny import disturb, widen
 

@@ -17,8 +17,8 @@ from benchmarks.gpu import kernel_stages, pack, page, train_stages
 from benchmarks.gpu.images import ORIGINALS, TRAIN, VAL, find_images, repeated
 from benchmarks.gpu.record import Record, read_results
 from benchmarks.gpu.task import FULL, TINY, Task
-from fastpmae.errors import UserError
 from fastpmae_loaders import Beton
+from fastpmae_loaders.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = (ROOT, ROOT / "kernels", ROOT / "loaders")

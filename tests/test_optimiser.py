@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastpmae import Config
-from fastpmae.model import Student
-from fastpmae.optimiser import learning_rate, make_optimiser, update
-from fastpmae.world import World
+from fastpmae.distributed.ranks import World
+from fastpmae.model.vit import Student
+from fastpmae.pretraining.optimizer import learning_rate, make_optimiser, update
 from tests import reference
 from tests.tiny import tiny_config, tiny_networks
 

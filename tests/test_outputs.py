@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 
 from fastpmae import Config, UserError, export_encoder, pretrain, read_config, write_beton
-from fastpmae.backbone import find_backbone
-from fastpmae.checkpoint import checkpoints_in, find_checkpoint
-from fastpmae.classifier_state import Setting
-from fastpmae.course import COURSES
-from fastpmae.demo import write_demo_betons
-from fastpmae.eval import free_name
-from fastpmae.finetune import train_classifier
-from fastpmae.labelled import open_labelled
-from fastpmae.outputs import check_output
-from fastpmae.report import write_report
-from fastpmae.view import draw_run, draw_views
+from fastpmae.demo.demo import write_demo_betons
+from fastpmae.evaluate.backbone import find_backbone
+from fastpmae.evaluate.datasets import open_labelled
+from fastpmae.evaluate.finetune import train_classifier
+from fastpmae.evaluate.finetune_state import Setting
+from fastpmae.evaluate.protocols import free_name
+from fastpmae.evaluate.recipe import COURSES
+from fastpmae.pictures.report import write_report
+from fastpmae.pictures.view import draw_run, draw_views
+from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint
+from fastpmae_loaders.cli.outputs import check_output
 from tests.made import REPOSITORY, tiny_settings, write_tree
 
 
@@ -131,7 +131,7 @@ def test_an_export_that_fails_half_way_leaves_nothing(own: Path, tmp_path: Path,
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastpmae.export.save_tensors", full)
+    monkeypatch.setattr("fastpmae.export.export.save_tensors", full)
     with pytest.raises(UserError, match="No space left"):
         export_encoder(own, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -196,24 +196,24 @@ def test_embed_and_plan(own: Path, tmp_path: Path, small_beton: Path):
     data = shutil.copy(small_beton, tmp_path / "d.beton")
     before = data.read_bytes()
     for more in ((), ("--force",)):
-        done = command("fastpmae.embed", own, data, data, *more)
+        done = command("fastpmae.evaluate.features", own, data, data, *more)
         assert done.returncode == 2, done.stderr
         assert "is what this command reads" in done.stderr
     assert data.read_bytes() == before
     out = tmp_path / "f.npz"
     out.write_text("mine")
-    assert "exists already; --force replaces it" in command("fastpmae.embed", own, data, out).stderr
+    assert "exists already; --force replaces it" in command("fastpmae.evaluate.features", own, data, out).stderr
     assert out.read_text() == "mine"
-    assert command("fastpmae.embed", own, data, out, "--force", "--workers", 1).returncode == 0
+    assert command("fastpmae.evaluate.features", own, data, out, "--force", "--workers", 1).returncode == 0
     assert np.load(out)["features"].shape == (44, 32)
     config = (own / "config.json").read_bytes()
     flags = ("--config", own / "config.json", "--images", 1000, "--loader-rate", 100)
-    done = command("fastpmae.plan", *flags, "--json", own / "config.json", "--force")
+    done = command("fastpmae.plan.plan", *flags, "--json", own / "config.json", "--force")
     assert done.returncode == 2
     assert "belongs to the run" in done.stderr
     assert (own / "config.json").read_bytes() == config
-    assert "exists already" in command("fastpmae.plan", *flags, "--json", out).stderr
-    assert "both name" in command("fastpmae.plan", *flags, "--json", "x.png", "--plot", "x.png").stderr
+    assert "exists already" in command("fastpmae.plan.plan", *flags, "--json", out).stderr
+    assert "both name" in command("fastpmae.plan.plan", *flags, "--json", "x.png", "--plot", "x.png").stderr
 
 
 def test_a_run_begins_on_nobodys_files(tiny: Config, tmp_path: Path):

@@ -203,7 +203,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 SUBCOMMANDS = """
 import contextlib
-from fastpmae.eval_command import read_command
+from fastpmae.evaluate.cli import read_command
 for name in ("knn", "linear", "lowshot", "probe", "finetune"):
     with contextlib.suppress(SystemExit):
         read_command([name, "--help"])

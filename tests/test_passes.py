@@ -22,20 +22,20 @@ from torch._subclasses.fake_tensor import (
 
 from fastpmae import PRESETS, Config, pretrain
 from fastpmae import train as loop
-from fastpmae.architecture import build_student, check
 from fastpmae.config import Config as Settings
-from fastpmae.costs import _batch
-from fastpmae.errors import UserError
-from fastpmae.fp8 import use_fp8
-from fastpmae.log import Meter
-from fastpmae.networks import make_networks
-from fastpmae.optimiser import make_optimiser, update
-from fastpmae.passes import make_passes
-from fastpmae.step import balance, learn, see, teach
-from fastpmae.teachers import make_teachers
-from fastpmae.world import World
+from fastpmae.distributed.ranks import World
+from fastpmae.model.build import build_student, check
+from fastpmae.model.fp8 import use_fp8
+from fastpmae.model.teachers import make_teachers
+from fastpmae.plan.costs import _batch
+from fastpmae.pretraining.compile import make_passes
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.optimizer import make_optimiser, update
+from fastpmae.pretraining.step import balance, learn, see, teach
+from fastpmae.run.log import Meter
 from fastpmae_kernels import backend, prototype_cross_entropy
 from fastpmae_kernels.backend import written_on
+from fastpmae_loaders.errors import UserError
 from tests.devices import Waits
 from tests.made import REPOSITORY
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastpmae.pickle_machine import CutOffError, PickleError, StandIn, Stored
-from fastpmae.pickled import held_by_name, read_pickled
+from fastpmae.weights.pickle_machine import CutOffError, PickleError, StandIn, Stored
+from fastpmae.weights.torch_pickle import held_by_name, read_pickled
 
 FORMS: list[dict[str, Any]] = [
     {},
@@ -210,7 +210,7 @@ def test_a_tensor_that_its_numbers_do_not_hold_is_refused(count: int, offset: in
     ],
 )
 def test_a_pickle_that_is_none_is_refused_soon(data: bytes, sentence: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("fastpmae.pickle_machine.STEPS", 1000)
+    monkeypatch.setattr("fastpmae.weights.pickle_machine.STEPS", 1000)
     with pytest.raises(PickleError, match=sentence):
         read_pickled(with_pickle(tmp_path / "a.pth", data))
 

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from rich.console import Console
 
 from fastpmae import PRESETS
-from fastpmae.command import parse
-from fastpmae.costs import step_costs
-from fastpmae.errors import UserError
-from fastpmae.gpus import GPUS
-from fastpmae.loader_rate import measure, write_made_images
-from fastpmae.plan import OF_A_METHOD, Plan, Report, fitting_accumulate, make_plan
-from fastpmae.plan_report import show
-from fastpmae.step import teach
+from fastpmae.plan.costs import step_costs
+from fastpmae.plan.gpus import GPUS
+from fastpmae.plan.loader_rate import measure, write_made_images
+from fastpmae.plan.plan import OF_A_METHOD, Plan, Report, fitting_accumulate, make_plan
+from fastpmae.plan.report import show
+from fastpmae.pretraining.cli import parse
+from fastpmae.pretraining.step import teach
 from fastpmae_loaders import Beton
+from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY
 from tests.tiny import made_batch, tiny_config, tiny_networks
 
@@ -28,7 +28,7 @@ from tests.tiny import made_batch, tiny_config, tiny_networks
 def planned(*words: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
     return subprocess.run(
-        [sys.executable, "-m", "fastpmae.plan", *words],
+        [sys.executable, "-m", "fastpmae.plan.plan", *words],
         env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "110"},
         capture_output=True,
         text=True,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpmae.health import health
-from fastpmae.losses import PseudoLabels, patch_loss
-from fastpmae.model import Factors, Head
-from fastpmae.step import Losses, Targets, learn, teach
+from fastpmae.model.vit import Factors, Head
+from fastpmae.pretraining.collapse import health
+from fastpmae.pretraining.losses import PseudoLabels, patch_loss
+from fastpmae.pretraining.step import Losses, Targets, learn, teach
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
 
 

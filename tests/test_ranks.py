@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from fastpmae import Config, pretrain
-from fastpmae.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of
 from fastpmae.config import write_config
+from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of
 from tests.made import tiny_settings
 from tests.test_train import environment, flags_of, rows_of, wait_for
 
@@ -25,11 +25,11 @@ LOSSES = ("loss", "loss_m", "loss_c", "loss_p")
 FORKED = """
 import json, os, socket, sys
 from pathlib import Path
-import fastpmae.health, fastpmae.train
+import fastpmae.pretraining.collapse, fastpmae.train
 from fastpmae import UserError, pretrain, read_config
-from fastpmae.data import make_loader, open_images
-from fastpmae.errors import exit_with_sentence
-from fastpmae.world import World
+from fastpmae.pretraining.data import make_loader, open_images
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae.distributed.ranks import World
 import torch
 import torch.distributed.fsdp
 
@@ -53,7 +53,7 @@ def run(rank, size, port, scenario):
     if scenario.get("rank_1_refuses") and rank == 1:
         fastpmae.train.learn = refuse
     if scenario.get("disk_is_full"):
-        fastpmae.checkpoint.save_file = full
+        fastpmae.run.checkpoint.save_file = full
     def start():
         pretrain(config.using(out=folder / scenario["name"], **settings))
     return exit_with_sentence("fastpmae-train", start)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpmae.costs import step_costs
-from fastpmae.networks import make_networks
-from fastpmae.step import learn, teach
+from fastpmae.plan.costs import step_costs
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.step import learn, teach
 from tests.tiny import disturb, keep_of, made_batch, tiny_config
 
 SIZES: dict[str, Any] = {"depth": 3, "decoder_depth": 2, "folds": 3}

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastpmae import UserError
-from fastpmae.backbone import features, find_backbone
-from fastpmae.layouts import read_foreign
-from fastpmae.renamed import joined, timm_name
+from fastpmae.evaluate.backbone import features, find_backbone
+from fastpmae.weights.foreign import read_foreign
+from fastpmae.weights.transformers import joined, timm_name
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 

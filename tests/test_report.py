@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastpmae import Config, log, pretrain
-from fastpmae.errors import UserError
-from fastpmae.log import read_rows
-from fastpmae.report import write_report
-from fastpmae.results import results_in
-from fastpmae.tally import Tally
+from fastpmae import Config, pretrain
+from fastpmae.pictures.report import write_report
+from fastpmae.run import log
+from fastpmae.run.log import read_rows
+from fastpmae.run.results import results_in
+from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY, write_tree
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -216,7 +217,7 @@ def test_results_of_strangers(more: dict, tmp_path: Path):
 def test_command_line(tmp_path: Path):
     paths = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
     done = subprocess.run(
-        [sys.executable, "-m", "fastpmae.report", str(tmp_path)],
+        [sys.executable, "-m", "fastpmae.pictures.report", str(tmp_path)],
         env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2

@@ -12,9 +12,10 @@ import safetensors
 import torch
 from torch import Tensor
 
-from fastpmae import RunError, saver
-from fastpmae.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, write_checkpoint
-from fastpmae.saver import BLOCK, Saver
+from fastpmae import RunError
+from fastpmae.run import checkpoint_writer
+from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, write_checkpoint
+from fastpmae.run.checkpoint_writer import BLOCK, Saver
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -43,7 +44,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.begun, self.open, self.written = threading.Event(), threading.Event(), 0
-        monkeypatch.setattr(saver, "write_checkpoint", self.write)
+        monkeypatch.setattr(checkpoint_writer, "write_checkpoint", self.write)
 
     def write(self, *arguments: Any) -> None:
         self.begun.set()
@@ -96,7 +97,7 @@ def test_what_went_wrong_comes_up_once_and_the_next_may_do(tmp_path: Path, monke
         beside.wait()
         assert not beside.failed
         with monkeypatch.context() as patch:
-            patch.setattr("fastpmae.checkpoint.save_file", full)
+            patch.setattr("fastpmae.run.checkpoint.save_file", full)
             beside.save(checkpoint_path(tmp_path, 2), made(), progress(2))
             until(lambda: beside.failed)
             with pytest.raises(RunError, match=r"No space left on device. Last checkpoint: .*step-00000001"):
@@ -114,7 +115,7 @@ def test_leaving_waits_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             if error is not None:
                 raise error
 
-    monkeypatch.setattr("fastpmae.checkpoint.save_file", full)
+    monkeypatch.setattr("fastpmae.run.checkpoint.save_file", full)
     with pytest.raises(RunError, match="No space left"):
         leave(None)
     with pytest.raises(ZeroDivisionError):  # another error goes first
@@ -232,8 +233,8 @@ def test_memory_for_copies_comes_in_blocks(monkeypatch: pytest.MonkeyPatch):
         asked.append(size)
         return torch.empty(size, dtype=torch.uint8)
 
-    monkeypatch.setattr(saver, "pinned", pinned)
-    monkeypatch.setattr(saver, "BLOCK", 1024)
+    monkeypatch.setattr(checkpoint_writer, "pinned", pinned)
+    monkeypatch.setattr(checkpoint_writer, "BLOCK", 1024)
     beside = Saver(CUDA, keep=1)
     assert beside.gpu is not None
     sizes = {torch.float32: 100, torch.uint8: 3, torch.float16: 1000, torch.int64: 0, torch.float64: 90, torch.int8: 5}
@@ -259,5 +260,5 @@ def test_without_pinned_memory_any_other_will_do(monkeypatch: pytest.MonkeyPatch
         return empty(size, **how)
 
     monkeypatch.setattr(torch, "empty", refused)
-    assert len(saver.pinned(BLOCK)) == BLOCK
+    assert len(checkpoint_writer.pinned(BLOCK)) == BLOCK
     assert asked == [True, False]

@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastpmae.gpus import GPUS, gpu_named
-from fastpmae.scaling import (
+from fastpmae.plan.gpus import GPUS, gpu_named
+from fastpmae.plan.scaling import (
     LINKS_REACH,
     Step,
     all_reduce,

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from fastpmae import UserError
-from fastpmae.checkpoint import CheckpointError, read_checkpoint
-from fastpmae.layouts import read_foreign
+from fastpmae.run.checkpoint import CheckpointError, read_checkpoint
+from fastpmae.weights.foreign import read_foreign
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 343261720\n"
 

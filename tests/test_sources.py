@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fastpmae.errors import UserError
-from fastpmae.sources import Listing, SourceSettings, find_images, read_item
+from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
+from fastpmae_loaders.write.sources import Listing, SourceSettings, find_images, read_item
 from tests.made import made_image
 
 

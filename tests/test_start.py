@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpmae.start import command_of
+from fastpmae_loaders.cli.process import command_of
 from tests.test_train import environment
 
 COMMANDS = ("train", "write", "view", "report", "embed", "eval", "export", "plan")
@@ -37,7 +37,7 @@ def test_which_processes_are_commands(arguments: list[str], original: list[str],
 
 
 def test_a_program_that_imports_us_keeps_its_signals() -> None:
-    code = "import signal, fastpmae, fastpmae.errors; print(signal.getsignal(signal.SIGINT).__name__)"
+    code = "import signal, fastpmae, fastpmae_loaders.cli.exits; print(signal.getsignal(signal.SIGINT).__name__)"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "default_int_handler\n"
 
@@ -68,7 +68,7 @@ STUCK = """
 import sys
 sys.argv[0] = "fastpmae-made"
 import fastpmae
-from fastpmae.errors import exit_with_sentence
+from fastpmae_loaders.cli.exits import exit_with_sentence
 from pathlib import Path
 import ctypes, time
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpmae import Config
-from fastpmae.step import Losses, learn, teach
+from fastpmae.pretraining.step import Losses, learn, teach
 from tests import reference
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
 

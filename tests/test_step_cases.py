@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import step_cases
 from benchmarks.step_cases import Ours, Plain, apart, made_batch, make_case, matrix_rate, model_flops, take_steps
-from fastpmae import Config, architecture
-from fastpmae.errors import UserError
-from fastpmae.hollow import leaves
+from fastpmae import Config
+from fastpmae.model import build
+from fastpmae.plan.shape_tensor import leaves
+from fastpmae_loaders.errors import UserError
 from tests.tiny import tiny_config
 
 FIGURES = {"step_ms", "images_per_second", "peak_gib", "warm_up_s", "host_ms"}
@@ -202,7 +203,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, trained: list[nn.Module]) -> Itera
     # of streams and pinned memory there is a test of its own
     monkeypatch.setattr(step_cases.Transfer, "carry", lambda transfer, tensor: tensor.to(transfer.device))
     monkeypatch.setattr(nn.Module, "to", move)
-    monkeypatch.setattr(architecture, "initialise", lambda network, generator: None)
+    monkeypatch.setattr(build, "initialise", lambda network, generator: None)
     with FakeTensorMode(allow_non_fake_inputs=True), Mixed() as mixed:
         yield
     assert mixed.found == []

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpmae.data import stochastic_depth
+from fastpmae.pretraining.data import stochastic_depth
 from tests.tiny import tiny_config
 
 

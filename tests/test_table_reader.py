@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from fastpmae.errors import UserError
-from fastpmae.sources import SourceSettings, find_images, read_item
-from fastpmae.table_reader import lister
-from fastpmae.tables import list_tables
-from fastpmae.workers import WorkerPool
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.write.hf_datasets import list_tables
+from fastpmae_loaders.write.sources import SourceSettings, find_images, read_item
+from fastpmae_loaders.write.table_reader import lister
+from fastpmae_loaders.write.workers import WorkerPool
 from tests.made import made_image
 
 pa = pytest.importorskip("pyarrow")
@@ -115,7 +115,7 @@ def test_a_file_that_ends_its_process_costs_itself(tmp_path: Path, monkeypatch: 
     """The library crashes; what stands before and behind is listed."""
     for name in "abc":
         pa.parquet.write_table(pa.table({"image": [picture()], "label": [1]}), tmp_path / f"{name}.parquet")
-    monkeypatch.setattr("fastpmae.tables._TASK", "tests.test_table_reader:crashing_lister")
+    monkeypatch.setattr("fastpmae_loaders.write.hf_datasets._TASK", "tests.test_table_reader:crashing_lister")
     listing = list_tables([str(tmp_path / f"{name}.parquet") for name in "abc"], None, None)
     assert [(item.kind, Path(item.path).name) for item in listing.items] == [
         ("parquet", "a.parquet"), ("parquet", "c.parquet"), ("bad", "b.parquet"),
@@ -142,7 +142,7 @@ def test_memory_of_a_small_file_is_limited(tmp_path: Path) -> None:
 
 
 def greedy() -> Any:
-    from fastpmae.table_reader import confine
+    from fastpmae_loaders.write.table_reader import confine
 
     def take(place: int, path: str) -> int:
         confine(path)

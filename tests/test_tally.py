@@ -2,14 +2,14 @@
 
 import pytest
 
-from fastpmae import tally
-from fastpmae.tally import Tally
+from fastpmae_loaders.cli import progress
+from fastpmae_loaders.cli.progress import Tally
 
 
 @pytest.mark.parametrize(("pause", "said"), [(4.0, "4.0 s each"), (0.01, "100 parts/s"), (1.0, "1 parts/s")])
 def test_the_rate_leaves_out_the_first_and_reads_well_when_slow(monkeypatch, pause: float, said: str):
     now = 50.0
-    monkeypatch.setattr(tally.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     counted = Tally()
     with counted.count(3, "parts"):
         now += 30  # a slow start is no part of the rate

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastpmae import PRESETS
-from fastpmae.model import Student
-from fastpmae.networks import make_networks
-from fastpmae.teachers import Schedule, Teachers, make_teachers
+from fastpmae.model.teachers import Schedule, Teachers, make_teachers
+from fastpmae.model.vit import Student
+from fastpmae.pretraining.networks import make_networks
 from tests import reference
 from tests.devices import Draws
 from tests.tiny import disturb, made_batch, tiny_config, tiny_networks
@@ -266,7 +266,7 @@ def test_random_teachers_keep_nothing_of_a_student_with_weights() -> None:
 
 
 def test_teachers_do_not_change_while_they_teach() -> None:
-    from fastpmae.step import learn, teach
+    from fastpmae.pretraining.step import learn, teach
 
     config = tiny_config()
     student, teachers = tiny_networks(config)

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from fastpmae import Config, export_encoder, pretrain
-from fastpmae.lettering import save_picture
-from fastpmae.tensor_file import save_file, save_tensors
+from fastpmae.plotting import save_picture
+from fastpmae.weights.tensor_file import save_file, save_tensors
 
 HEADER = {"format": "pt", "z": 'quoted "word"', "a": "東京 \u2028", "ctrl": "\x01\t\n\r\x7f\\", "m": "", "b": "x" * 99}
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from fastpmae import PRESETS, Config, RunError, UserError, preset, pretrain, write_beton
-from fastpmae import saver as saving
 from fastpmae import train as loop
-from fastpmae.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of, write_checkpoint
-from fastpmae.embed import load_encoder
-from fastpmae.errors import Interrupted
-from fastpmae.log import TIMINGS
+from fastpmae.evaluate.features import load_encoder
+from fastpmae.run import checkpoint_writer as saving
+from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of, write_checkpoint
+from fastpmae.run.log import TIMINGS
+from fastpmae_loaders.errors import Interrupted
 from tests.made import REPOSITORY, write_tree
 
 
@@ -167,7 +167,7 @@ KILL_OFTEN = """
 import os, random, signal, sys, time
 from pathlib import Path
 from fastpmae import pretrain, read_config
-import fastpmae.train, fastpmae.health, torch
+import fastpmae.train, fastpmae.pretraining.collapse, torch
 
 out, config, error = Path(sys.argv[1]), read_config(Path(sys.argv[2])), Path(sys.argv[3])
 moments, torn = random.Random(7), 0
@@ -409,7 +409,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_named(tiny: Config, m
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("fastpmae.checkpoint.save_file", full)
+    monkeypatch.setattr("fastpmae.run.checkpoint.save_file", full)
     with pytest.raises(RunError, match=r"No space left on device. Last checkpoint: .*step-00000001"):
         pretrain(tiny.using(steps=2, resume="auto"))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001.safetensors"]
@@ -441,7 +441,7 @@ DISK = """
 import os, signal, sys, time
 from pathlib import Path
 import safetensors.torch
-import fastpmae.checkpoint, fastpmae.train
+import fastpmae.run.checkpoint, fastpmae.train
 
 kind, write = sys.argv.pop(1), safetensors.torch.save_file
 
@@ -456,7 +456,7 @@ def disk(tensors, beside, header):
         raise OSError(28, os.strerror(28))
     write(tensors, beside, header)
 
-fastpmae.checkpoint.save_file = disk
+fastpmae.run.checkpoint.save_file = disk
 sys.exit(fastpmae.train.main())
 """
 

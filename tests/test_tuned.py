@@ -11,9 +11,9 @@ from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 
 from fastpmae import UserError, export_encoder
-from fastpmae import export as export_module
-from fastpmae.card import loading_lines
-from fastpmae.tuned import read_tuned
+from fastpmae.export import export as export_module
+from fastpmae.export.classifier import read_tuned
+from fastpmae.export.model_card import loading_lines
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 2,
                          "global_pool": "token"}  # fmt: skip

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastpmae.errors import UserError
-from fastpmae.view import COMPLEX, SIMPLE, draw_views
+from fastpmae.pictures.view import COMPLEX, SIMPLE, draw_views
 from fastpmae_loaders import ViewSettings
+from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY
 
 
@@ -57,7 +57,7 @@ def test_command_line(small_beton, tmp_path):
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "fastpmae.view", *words],
+            [sys.executable, "-m", "fastpmae.pictures.view", *words],
             env={**os.environ, "PYTHONPATH": paths},
             capture_output=True,
             text=True,

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpmae import Config, pretrain, watch
-from fastpmae.checkpoint import checkpoint_path, read_checkpoint
+from fastpmae import Config, pretrain
 from fastpmae.config import write_config
-from fastpmae.embed import embed_images
-from fastpmae.errors import Interrupted, UserError
-from fastpmae.knn import knn_ranked
-from fastpmae.scores import Scores
+from fastpmae.evaluate.features import embed_images
+from fastpmae.evaluate.knn import knn_ranked
+from fastpmae.evaluate.metrics import Scores
+from fastpmae.pretraining import online_knn
+from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
+from fastpmae_loaders.errors import Interrupted, UserError
 from tests.test_feed import threads_of_loaders
 from tests.test_ranks import FORKED
 from tests.test_train import environment
@@ -66,7 +67,7 @@ def test_a_run_is_the_same_with_and_without(tiny: Config, tmp_path: Path):
 def test_a_run_that_is_evaluated_is_saved_and_a_signal_stops_that_soon(tiny: Config, monkeypatch, save_steps: int):
     folder, figures = tiny.run.out, []
     assert folder is not None
-    embed, checkpoint = watch.features, checkpoint_path(folder, 5)
+    embed, checkpoint = online_knn.features, checkpoint_path(folder, 5)
 
     def signalled(encoder, pictures):
         limit = time.monotonic() + 60  # it is being written
@@ -77,8 +78,8 @@ def test_a_run_that_is_evaluated_is_saved_and_a_signal_stops_that_soon(tiny: Con
         return embed(encoder, pictures)
 
     # 44 images in batches of ten: the signal comes in the first and the second is not begun
-    monkeypatch.setattr(watch, "BATCH", 10)
-    monkeypatch.setattr(watch, "features", signalled)
+    monkeypatch.setattr(online_knn, "BATCH", 10)
+    monkeypatch.setattr(online_knn, "features", signalled)
     with pytest.raises(Interrupted, match="SIGTERM after step 5 of 15"):
         pretrain(tiny.using(eval_every=1, save_steps=save_steps))
     assert figures == [save_steps > 0] * 3, "three networks saw one batch"
@@ -94,14 +95,14 @@ def test_a_run_that_is_evaluated_is_saved_and_a_signal_stops_that_soon(tiny: Con
 
 def test_a_signal_in_an_evaluation_that_is_made_up_for_loses_nothing(tiny: Config, monkeypatch):
     folder = pretrain(tiny.using(steps=5))
-    before, embed = read_checkpoint(checkpoint_path(folder, 5)), watch.features
+    before, embed = read_checkpoint(checkpoint_path(folder, 5)), online_knn.features
 
     def signalled(encoder, pictures):
         os.kill(os.getpid(), signal.SIGTERM)
         return embed(encoder, pictures)
 
-    monkeypatch.setattr(watch, "BATCH", 10)
-    monkeypatch.setattr(watch, "features", signalled)
+    monkeypatch.setattr(online_knn, "BATCH", 10)
+    monkeypatch.setattr(online_knn, "features", signalled)
     for _ in range(2):
         # no step is taken: after it nothing would tell that an evaluation is owed
         with pytest.raises(Interrupted, match="SIGTERM after step 5 of 15"):

@@ -14,14 +14,14 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
 from fastpmae import Config, UserError, embed_images, export_encoder, load_encoder, pretrain
-from fastpmae import embed as embed_module
-from fastpmae import export as export_module
-from fastpmae.architecture import make_encoder
-from fastpmae.checkpoint import checkpoint_path, read_checkpoint
-from fastpmae.knn import knn_ranked
-from fastpmae.tally import Tally
-from fastpmae.weights import start_encoder
+from fastpmae.evaluate import features as embed_module
+from fastpmae.evaluate.knn import knn_ranked
+from fastpmae.export import export as export_module
+from fastpmae.model.build import make_encoder
+from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
+from fastpmae.run.init_weights import start_encoder
 from fastpmae_loaders import Beton
+from fastpmae_loaders.cli.progress import Tally
 
 
 @pytest.fixture

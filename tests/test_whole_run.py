@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fastpmae import Config, pretrain
-from fastpmae.checkpoint import checkpoint_path, read_checkpoint
-from fastpmae.data import make_loader, stochastic_depth
-from fastpmae.run_images import open_images
-from fastpmae.world import World
+from fastpmae.distributed.ranks import World
+from fastpmae.pretraining.data import make_loader, stochastic_depth
+from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
+from fastpmae.run.images import open_images
 from tests import reference
 
 EPOCHS, PER_EPOCH = 3, 5

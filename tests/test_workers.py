@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastpmae.errors import UserError
-from fastpmae.workers import Failure, WorkerPool
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.write.workers import Failure, WorkerPool
 from tests.made import REPOSITORY
 
 
@@ -107,7 +107,7 @@ def test_no_process_is_left() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel to end workers with their parent")
 def test_workers_die_with_a_parent_that_was_killed() -> None:
     program = (
-        "from fastpmae.workers import WorkerPool\n"
+        "from fastpmae_loaders.write.workers import WorkerPool\n"
         "pool = WorkerPool('tests.tasks:behaviour', (), 2, 600.0)\n"
         "print(*pool.pids, flush=True)\n"
         "list(pool.in_order(['spin'] * 4))\n"

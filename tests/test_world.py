@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpmae import world
-from fastpmae.labelled import half
-from fastpmae.world import carried, has_bf16
+from fastpmae.distributed import ranks as world
+from fastpmae.distributed.ranks import carried, has_bf16
+from fastpmae.evaluate.datasets import half
 from tests.made import tiny_settings
 from tests.test_train import environment, flags_of
 
@@ -67,8 +67,8 @@ sys.argv[1:] = flags
 sys.exit(main())
 """,
     "held": """
-from fastpmae.errors import exit_with_sentence, UserError
-from fastpmae.world import join_world
+from fastpmae_loaders.cli.exits import exit_with_sentence, UserError
+from fastpmae.distributed.ranks import join_world
 kept = []
 def run():
     with join_world("cpu") as world:

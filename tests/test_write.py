@@ -20,11 +20,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from fastpmae import UserError, write_beton
-from fastpmae.check import check_beton
-from fastpmae.sources import SourceSettings
-from fastpmae.write import BadImages
-from fastpmae_loaders.beton import Beton
-from fastpmae_loaders.jpeg import turbo_available
+from fastpmae_loaders.sources.beton import Beton
+from fastpmae_loaders.sources.jpeg import turbo_available
+from fastpmae_loaders.write.check import check_beton
+from fastpmae_loaders.write.sources import SourceSettings
+from fastpmae_loaders.write.write import BadImages
 from tests.made import REPOSITORY, SHARED_DATA, made_image, write_tree
 
 PATHS = [str(REPOSITORY / folder) for folder in ("", "kernels", "loaders")]
@@ -32,7 +32,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), "COLUMNS": "1
 
 
 def command(*arguments: object, **options) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "fastpmae.write", *map(str, arguments)]
+    words = [sys.executable, "-m", "fastpmae_loaders.write.write", *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **options)
 
 
@@ -248,7 +248,7 @@ def test_one_is_counted_as_one(tree: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing_behind(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastpmae.pages import PageWriter
+    from fastpmae_loaders.write.pages import PageWriter
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -447,7 +447,7 @@ def children_of(pid: int) -> list[int]:
 
 def in_the_midst(source: Path, out: Path, *options: str) -> tuple[subprocess.Popen, list[int]]:
     """A real process that has begun to write, and its worker processes."""
-    words = [sys.executable, "-m", "fastpmae.write", str(source), str(out), "--workers", "2", *options]
+    words = [sys.executable, "-m", "fastpmae_loaders.write.write", str(source), str(out), "--workers", "2", *options]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
@@ -586,6 +586,6 @@ def test_a_source_can_be_told(tree: Path, tmp_path: Path) -> None:
 
 
 def test_the_writer_starts_without_torch() -> None:
-    program = "import sys, fastpmae.write; print(*[m for m in ('torch', 'numba', 'ffcv', 'cv2') if m in sys.modules])"
+    program = "import sys, fastpmae_loaders.write.write; print(*[m for m in ('torch', 'numba', 'ffcv', 'cv2') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, timeout=100)
     assert (done.stdout.strip(), done.returncode) == ("", 0)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastpmae import PRESETS, Config
-from fastpmae.model import Student
-from fastpmae.networks import make_networks
-from fastpmae.teachers import Teachers
+from fastpmae.model.teachers import Teachers
+from fastpmae.model.vit import Student
+from fastpmae.pretraining.networks import make_networks
 from fastpmae_loaders import Batch
 from tests import reference
 

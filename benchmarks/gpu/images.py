@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import SHARED, unpack
-from fastpmae.errors import UserError
-from fastpmae.files import appearing
-from fastpmae.pages import PageWriter
-from fastpmae.write import write_beton
 from fastpmae_loaders import Beton
-from fastpmae_loaders.beton import JPG
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import appearing
+from fastpmae_loaders.sources.beton import JPG
+from fastpmae_loaders.write.pages import PageWriter
+from fastpmae_loaders.write.write import write_beton
 
 ORIGINALS, TRAIN, VAL = "originals.beton", "train.beton", "val.beton"
 """JPEGs as ImageNet has them, and small labelled images to learn from and to judge on."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.record import figures_in_words, read_results
-from fastpmae.errors import UserError
-from fastpmae.files import appearing
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import appearing
 
 MARKED = "decoder_class_token"
 """False in lines of result files from when the decoder of our SdAE had no class token; later files do not name it."""

@@ -26,12 +26,12 @@ from benchmarks.step_cases import (
     release,
     settings_of,
 )
-from fastpmae.costs import step_costs
-from fastpmae.figures import bring
-from fastpmae.geometry import geometry_figures
-from fastpmae.gpus import GPUS, Gpu
-from fastpmae.health import health_figures
-from fastpmae.plan import Plan
+from fastpmae.plan.costs import step_costs
+from fastpmae.plan.gpus import GPUS, Gpu
+from fastpmae.plan.plan import Plan
+from fastpmae.pretraining.collapse import health_figures
+from fastpmae.pretraining.match_geometry import geometry_figures
+from fastpmae.run.device_metrics import bring
 
 COMPILING = 60.0
 """Seconds that a compiled case takes about; one that would be cut off is not begun."""

@@ -19,7 +19,7 @@ from benchmarks.gpu.images import ORIGINALS, TRAIN, VAL, repeated
 from benchmarks.gpu.task import Task
 from benchmarks.learning_cases import AFTER_MAE
 from fastpmae.config import PRESETS, write_config
-from fastpmae.demo import rows_of
+from fastpmae.demo.demo import rows_of
 from fastpmae_loaders import Beton
 
 COMPARED = ("loss", "loss_m", "loss_c", "loss_p", "grad_norm")

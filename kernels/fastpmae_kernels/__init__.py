@@ -5,6 +5,8 @@ the Triton kernel for GPUs; and the public function, which picks by the tensors'
 all of them take the plain form.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 import fastpmae_kernels.photometric_gpu  # noqa: F401  registers the operator's GPU form
 from fastpmae_kernels import backend
 from fastpmae_kernels.match import nearest_patch, nearest_patch_ref, nearest_patch_similarity
@@ -25,7 +27,10 @@ from fastpmae_kernels.sinkhorn import (
     sinkhorn_ref,
 )
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("fastpmae-kernels")
+except PackageNotFoundError:  # a checkout that is on the path and not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "backend",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton, written_on
-from fastpmae_kernels.rows import compiled, share_out
+from fastpmae_kernels.cpu.rows import compiled, share_out
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

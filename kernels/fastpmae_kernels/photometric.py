@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import operation, written_on
+from fastpmae_kernels.cpu.rows import compiled, share_out
 from fastpmae_kernels.patch_tokens import IMAGENET_MEAN, IMAGENET_STD, affine
-from fastpmae_kernels.rows import compiled, share_out
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """What the first four columns of `choices` name; the columns of `factors` with the same numbers go with them."""

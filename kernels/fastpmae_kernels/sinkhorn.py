@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import ceil_div, constexpr, next_power_of_two, operation, tl, triton
+from fastpmae_kernels.cpu.rows import as_fp32, row_blocks, share_out
+from fastpmae_kernels.cpu.sinkhorn_blocks import assigned_block, column_block
 from fastpmae_kernels.long_rows import LONGEST_ROW, long_assigned_sums
-from fastpmae_kernels.rows import as_fp32, row_blocks, share_out
-from fastpmae_kernels.sinkhorn_blocks import assigned_block, column_block
 
 
 def sinkhorn_bias(

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .blockwise import DINOv2Masks, IBOTMasks, draw_patches
-from .dataloader_parts import BatchSampler, Epochs, Sampler, as_it_is
-from .errors import UserError
-from .paired import Iteration, PairedViews
+from fastpmae_loaders.batch import Batch
+from fastpmae_loaders.blockwise import DINOv2Masks, IBOTMasks, draw_patches
+from fastpmae_loaders.dataloader_parts import BatchSampler, Epochs, Sampler, as_it_is
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.paired import Iteration, PairedViews
 
 if TYPE_CHECKING:  # the loaders alone need numpy, numba, torch and Pillow, no more
     from jaxtyping import Bool, Float, UInt8

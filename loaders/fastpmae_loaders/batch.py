@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import Job
+from fastpmae_loaders.engines.base import Job
 
 if TYPE_CHECKING:  # the loaders alone need numpy, numba, torch and Pillow, no more
     from jaxtyping import Bool, Float64, Int32, Int64, UInt8

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset
 
-from .errors import UserError
+from fastpmae_loaders.errors import UserError
 
 if TYPE_CHECKING:
-    from .adapters import Adapter
+    from fastpmae_loaders.adapters import Adapter
 
 
 class Epochs:

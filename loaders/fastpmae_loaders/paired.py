@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch, batch_of
-from .dali_settings import DaliSettings
-from .engine import (
+from fastpmae_loaders.batch import Batch, batch_of
+from fastpmae_loaders.engines.base import (
     ATTEMPTS,
     Job,
     Samples,
@@ -24,14 +23,15 @@ from .engine import (
     larger_than_memory,
     make_job,
 )
-from .errors import UserError
-from .folders import open_samples
-from .plan import check_key, epoch_order
-from .recipes import MOST_VIEWS, View, with_shared
-from .runner import Runner
-from .settings import ViewSettings
-from .transfer import Sent, Transfer
-from .values import checked, typed
+from fastpmae_loaders.engines.dali_settings import DaliSettings
+from fastpmae_loaders.engines.runner import Runner
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.folders import open_samples
+from fastpmae_loaders.plan import check_key, epoch_order
+from fastpmae_loaders.recipes import MOST_VIEWS, View, with_shared
+from fastpmae_loaders.settings import ViewSettings
+from fastpmae_loaders.transfer import Sent, Transfer
+from fastpmae_loaders.values import checked, typed
 
 FEW = 4
 """So many different samples must fail before their share counts: one bad image in a small file stops nothing."""
@@ -423,6 +423,6 @@ class Iteration(Iterator[Batch]):
 
 
 def _change_colours() -> Colour:
-    from .device_colour import change_colours
+    from fastpmae_loaders.pixels.device_colour import change_colours
 
     return change_colours

@@ -10,13 +10,13 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from .compiled import helper, kernel
-from .elementary import exponential, round_half_even
-from .errors import UserError
-from .philox import fill_uniforms, uniform_pair, words
-from .recipes import View, recipes_of
-from .settings import ViewSettings
-from .values import typed
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.jit.compiled import helper, kernel
+from fastpmae_loaders.jit.elementary import exponential, round_half_even
+from fastpmae_loaders.jit.philox import fill_uniforms, uniform_pair, words
+from fastpmae_loaders.recipes import View, recipes_of
+from fastpmae_loaders.settings import ViewSettings
+from fastpmae_loaders.values import typed
 
 # of one view: its purposes are 16 apart from the next view's
 CROP: Final = 0

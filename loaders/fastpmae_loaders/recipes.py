@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from .errors import UserError
-from .values import Typed, typed
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.values import Typed, typed
 
 RECIPE = np.dtype(
     [

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fastpmae import PRESETS, Config, export_encoder, load_encoder, pretrain, write_beton
-from fastpmae.checkpoint import checkpoint_path, newest_checkpoint, read_checkpoint, write_checkpoint
-from fastpmae.command import settings_of_run
-from fastpmae.errors import RunError, UserError
-from fastpmae.learnt import networks_of
-from fastpmae.model import Encoder
-from fastpmae.weights import start_encoder, tuned_weights
+from fastpmae.model.vit import Encoder
+from fastpmae.pictures.analysis import networks_of
+from fastpmae.pretraining.cli import settings_of_run
+from fastpmae.run.checkpoint import checkpoint_path, newest_checkpoint, read_checkpoint, write_checkpoint
+from fastpmae.run.init_weights import start_encoder, tuned_weights
+from fastpmae_loaders.errors import RunError, UserError
 from tests.fuzz.case import Case
 from tests.fuzz.weights import bytes_of
 from tests.made import write_tree

@@ -19,9 +19,9 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fastpmae.backbone import features, find_backbone
-from fastpmae.model import Encoder
-from fastpmae.weights import start_encoder
+from fastpmae.evaluate.backbone import features, find_backbone
+from fastpmae.model.vit import Encoder
+from fastpmae.run.init_weights import start_encoder
 from tests.fuzz.case import Case
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}

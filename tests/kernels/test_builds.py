@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from fastpmae import PRESETS, Config
-from fastpmae.architecture import build_student
 from fastpmae.config import Efficiency, Loss
-from fastpmae.costs import _batch
-from fastpmae.step import learn, teach
-from fastpmae.teachers import make_teachers
+from fastpmae.model.build import build_student
+from fastpmae.model.teachers import make_teachers
+from fastpmae.plan.costs import _batch
+from fastpmae.pretraining.step import learn, teach
 from fastpmae_kernels import photometric
 from fastpmae_kernels.builds import Build, builds
 from fastpmae_kernels.long_rows import LONGEST_ROW

@@ -19,13 +19,12 @@ from fastpmae_kernels import (
     prototype_cross_entropy_from_features,
     prototype_cross_entropy_of_product,
     prototype_cross_entropy_ref,
-    rows,
     sinkhorn,
     sinkhorn_bias,
     sinkhorn_bias_from_features,
     sinkhorn_biases,
-    tiles,
 )
+from fastpmae_kernels.cpu import rows, tiles
 
 ops = torch.ops.fastpmae
 GENERATOR = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastpmae_kernels import backend, photometric, photometric_ref
 from fastpmae_kernels.photometric import mirrored
-from fastpmae_loaders.device_colour import change_colours, normalise
+from fastpmae_loaders.pixels.device_colour import change_colours, normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ORDERS = list(itertools.permutations(range(4)))

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from fastpmae.check import sample_checker
-from fastpmae_loaders import Beton, PairedViews, UserError, ViewSettings, torch_engine
-from fastpmae_loaders.engine import Source, make_job
-from fastpmae_loaders.ffcv_engine import Images
-from fastpmae_loaders.jpeg import turbo_available
-from fastpmae_loaders.scratch import Scratch
-from fastpmae_loaders.views import Rows
+from fastpmae_loaders import Beton, PairedViews, UserError, ViewSettings
+from fastpmae_loaders.engines import torch_engine
+from fastpmae_loaders.engines.base import Source, make_job
+from fastpmae_loaders.engines.ffcv_engine import Images
+from fastpmae_loaders.engines.scratch import Scratch
+from fastpmae_loaders.engines.views import Rows
+from fastpmae_loaders.sources.jpeg import turbo_available
+from fastpmae_loaders.write.check import sample_checker
 from tests.loaders.guards import guarded
 
 HEADER, DESCRIPTOR, RECORD, ENTRY = 24, 1041, 24, 24

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastpmae_loaders.beton import Beton, jpeg_size
 from fastpmae_loaders.errors import BetonError
-from fastpmae_loaders.jpeg import jpeg_header, turbo_available, turbo_decode
+from fastpmae_loaders.sources.beton import Beton, jpeg_size
+from fastpmae_loaders.sources.jpeg import jpeg_header, turbo_available, turbo_decode
 from tests.loaders.files import write_beton
 from tests.made import SHARED_DATA, made_image
 

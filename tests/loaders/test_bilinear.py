@@ -11,8 +11,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from fastpmae_loaders import Beton, PairedViews, PlainViews, UserError, View, mae_view, plain_view
-from fastpmae_loaders.bilinear import resize_bilinear
-from fastpmae_loaders.scratch import make_scratch
+from fastpmae_loaders.engines.scratch import make_scratch
+from fastpmae_loaders.pixels.bilinear import resize_bilinear
 from tests.loaders.files import photographs
 from tests.loaders.test_resize import any_box, random_box
 

@@ -4,8 +4,8 @@ import torch
 import torchvision.transforms.v2.functional as reference
 from PIL import Image
 
-from fastpmae_loaders import colour
-from fastpmae_loaders.scratch import make_scratch
+from fastpmae_loaders.engines.scratch import make_scratch
+from fastpmae_loaders.pixels import colour
 from tests.loaders.files import photographs
 from tests.made import SHARED_DATA
 

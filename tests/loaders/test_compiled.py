@@ -11,7 +11,7 @@ from tests.made import REPOSITORY
 
 RACE = """
 import sys
-from fastpmae_loaders.compiled import kernel
+from fastpmae_loaders.jit.compiled import kernel
 import numpy as np
 
 @kernel

@@ -26,7 +26,7 @@ from fastpmae_loaders import (
     mae_view,
     plain_view,
 )
-from fastpmae_loaders.engine import ATTEMPTS, Source, make_job
+from fastpmae_loaders.engines.base import ATTEMPTS, Source, make_job
 from fastpmae_loaders.folders import ImageFolder
 from tests.loaders.conftest import jpeg
 from tests.loaders.files import made_pixels, write_beton
@@ -35,7 +35,7 @@ from tests.made import SHARED_DATA, made_image
 pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
 
-from fastpmae_loaders import dali_engine, dali_pipeline
+from fastpmae_loaders.engines import dali_engine, dali_pipeline
 
 SETTINGS = ViewSettings(image_size=32, patch_size=8, folds=5)
 DRAWN = ("visible", "folds", "label", "index", "boxes", "flips", "factors", "choices", "source_size")
@@ -324,7 +324,7 @@ def test_torch_keeps_its_threads(mixed):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("module", ["nvidia.nvimgcodec", "fastpmae_loaders.dali_pipeline"])
+@pytest.mark.parametrize("module", ["nvidia.nvimgcodec", "fastpmae_loaders.engines.dali_pipeline"])
 def test_without_the_package_one_sentence_names_the_extra(mixed, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delattr(fastpmae_loaders, "dali_pipeline", raising=False)

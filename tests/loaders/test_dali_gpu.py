@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from fastpmae_kernels import photometric
-from fastpmae_loaders import DaliSettings, PairedViews, View, ViewSettings, device_colour, mae_view
+from fastpmae_loaders import DaliSettings, PairedViews, View, ViewSettings, mae_view
+from fastpmae_loaders.pixels import device_colour
 from fastpmae_loaders.plan import SOLARISED
 from tests.loaders.files import made_pixels, write_beton
 from tests.made import made_image

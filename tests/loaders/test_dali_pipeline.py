@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastpmae_loaders import View, colour, dino_global, dino_local, draw_plans, mae_view, plain_view
+from fastpmae_loaders import View, dino_global, dino_local, draw_plans, mae_view, plain_view
+from fastpmae_loaders.engines.scratch import make_scratch
+from fastpmae_loaders.pixels import colour
 from fastpmae_loaders.plan import BLURRED, FIRST_RECIPE, GRAY, JITTER, ORDER, SIGMA, SOLARISED, Plans
-from fastpmae_loaders.scratch import make_scratch
 from tests.loaders.files import photographs
 from tests.made import made_image
 
 pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
-dali_pipeline = pytest.importorskip("fastpmae_loaders.dali_pipeline", reason="NVIDIA DALI is not installed")
+dali_pipeline = pytest.importorskip("fastpmae_loaders.engines.dali_pipeline", reason="NVIDIA DALI is not installed")
 
 ORDERS = list(itertools.permutations(range(4)))
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastpmae_loaders import UserError, colour, device_colour
+from fastpmae_loaders import UserError
+from fastpmae_loaders.engines.scratch import make_scratch
+from fastpmae_loaders.pixels import colour, device_colour
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED
-from fastpmae_loaders.scratch import make_scratch
 from tests.loaders.files import photographs
 from tests.made import SHARED_DATA, made_image
 

@@ -115,8 +115,8 @@ def test_without_ffcv_one_sentence(mixed, monkeypatch):
 @pytest.mark.timeout(60)
 def test_the_operation_runs_in_ffcvs_own_loader(mixed):
     """Under FFCV's own iterator, with FFCV's memory, the pictures are the same."""
-    from fastpmae_loaders.engine import Source
-    from fastpmae_loaders.ffcv_engine import open_ffcv
+    from fastpmae_loaders.engines.base import Source
+    from fastpmae_loaders.engines.ffcv_engine import open_ffcv
 
     settings = ViewSettings(image_size=32, patch_size=8, folds=5)
     with PairedViews(mixed, 5, settings=settings, shuffle=False, drop_last=False) as views:
@@ -261,9 +261,9 @@ def test_without_a_folder_to_write_to_all_works(tmp_path: Path):
 
 def test_kept_code_is_bound_to_all_of_its_sources():
     """numba alone would go on using a kernel after a change of what it calls in another file."""
-    from fastpmae_loaders.compiled import _STAMP
-    from fastpmae_loaders.resize import resize
-    from fastpmae_loaders.views import fill_row
+    from fastpmae_loaders.engines.views import fill_row
+    from fastpmae_loaders.jit.compiled import _STAMP
+    from fastpmae_loaders.pixels.resize import resize
 
     for function in (fill_row, resize):
         assert function._cache._cache_file._source_stamp == _STAMP

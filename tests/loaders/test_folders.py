@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from fastpmae import write_beton
-from fastpmae.images import ImageSettings, store
-from fastpmae.sources import SourceSettings, find_images, read_item
 from fastpmae_loaders import Beton, PairedViews, PlainViews, UserError, ViewSettings
+from fastpmae_loaders.engines.torch_engine import decode
 from fastpmae_loaders.folders import EncodedImages, ImageFolder, TarShards, open_samples
-from fastpmae_loaders.torch_engine import decode
+from fastpmae_loaders.write.images import ImageSettings, store
+from fastpmae_loaders.write.sources import SourceSettings, find_images, read_item
 from tests.made import SHARED_DATA, made_image, write_tree
 
 

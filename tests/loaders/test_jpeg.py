@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastpmae_loaders import Beton, BetonError, PairedViews, ViewSettings, jpeg
-from fastpmae_loaders.jpeg import SCAN_LIMIT, TurboDecoders, check_scans, turbo_available, turbo_decode
+from fastpmae_loaders import Beton, BetonError, PairedViews, ViewSettings
+from fastpmae_loaders.sources import jpeg
+from fastpmae_loaders.sources.jpeg import SCAN_LIMIT, TurboDecoders, check_scans, turbo_available, turbo_decode
 from tests.loaders.files import made_pixels, write_beton
 from tests.made import made_image, progressive_bomb
 

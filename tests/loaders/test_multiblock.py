@@ -10,8 +10,8 @@ from numba import njit
 from scipy import stats
 
 from fastpmae_loaders import UserError
+from fastpmae_loaders.jit.philox import uniform_pair
 from fastpmae_loaders.multiblock import CAPI, PLACES, SIZES, CAPIMasks, IJEPAMasks
-from fastpmae_loaders.philox import uniform_pair
 
 GRIDS = [(16, 16), (14, 14), (9, 20)]
 SAMPLES = np.array([5, 0, 77, 10**7, 3, 4, 1, 2])

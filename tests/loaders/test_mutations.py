@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpmae.check import check_beton
 from fastpmae_loaders import PairedViews, UserError
-from fastpmae_loaders.beton import DESCRIPTOR, metadata_type
-from fastpmae_loaders.jpeg import jpeg_size, turbo_available, turbo_decode
+from fastpmae_loaders.sources.beton import DESCRIPTOR, metadata_type
+from fastpmae_loaders.sources.jpeg import jpeg_size, turbo_available, turbo_decode
+from fastpmae_loaders.write.check import check_beton
 from tests.loaders.conftest import jpeg
 from tests.loaders.files import made_pixels, write_beton
 from tests.loaders.mutations import VIEWS, mutation

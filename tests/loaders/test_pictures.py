@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastpmae_loaders import gray, pictures
-from fastpmae_loaders.gray import nearly_black, white_of
-from fastpmae_loaders.limits import decoding_bytes
-from fastpmae_loaders.pictures import ImageError, decode_upright, load, look, open_image, upright_rgb
+from fastpmae_loaders.sources import gray, pictures
+from fastpmae_loaders.sources.gray import nearly_black, white_of
+from fastpmae_loaders.sources.limits import decoding_bytes
+from fastpmae_loaders.sources.pictures import ImageError, decode_upright, load, look, open_image, upright_rgb
 from tests.made import made_image, progressive_bomb
 
 

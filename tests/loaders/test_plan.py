@@ -9,8 +9,8 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from fastpmae_loaders import UserError, ViewSettings, draw_plans, epoch_order, uniforms
-from fastpmae_loaders.elementary import exponential, round_half_even
-from fastpmae_loaders.philox import philox
+from fastpmae_loaders.jit.elementary import exponential, round_half_even
+from fastpmae_loaders.jit.philox import philox
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SOLARISED
 
 # Every statistical test here runs on fixed seeds, so it passes always or never; were the seeds drawn anew, a

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from fastpmae_loaders import colour
-from fastpmae_loaders.resize import resize
-from fastpmae_loaders.scratch import make_scratch
+from fastpmae_loaders.engines.scratch import make_scratch
+from fastpmae_loaders.pixels import colour
+from fastpmae_loaders.pixels.resize import resize
 from tests.made import REPOSITORY
 
 

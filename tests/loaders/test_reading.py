@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.reading import FILE_LIMIT, read_below, read_file
+from fastpmae_loaders.sources.reading import FILE_LIMIT, read_below, read_file
 
 
 @pytest.mark.timeout(20)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastpmae_loaders.resize import resize
-from fastpmae_loaders.scratch import make_scratch
+from fastpmae_loaders.engines.scratch import make_scratch
+from fastpmae_loaders.pixels.resize import resize
 from tests.loaders.files import photographs
 
 BICUBIC = Image.Resampling.BICUBIC

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpmae_loaders.jpeg import turbo_available
+from fastpmae_loaders.sources.jpeg import turbo_available
 from tests.loaders.conftest import jpeg
 from tests.loaders.files import write_beton
 from tests.made import REPOSITORY

@@ -101,7 +101,7 @@ def test_a_plain_view_is_that_of_evaluation_in_every_epoch(mixed, engine):
 
 
 def test_one_decode_a_sample(mixed, monkeypatch):
-    from fastpmae_loaders import torch_engine
+    from fastpmae_loaders.engines import torch_engine
 
     decoded = []
     real = torch_engine.decode
@@ -212,7 +212,7 @@ def test_impossible_lists_are_refused(mixed):
 
 @pytest.mark.parametrize("engine", ["ffcv", "torch"])
 def test_colours_on_the_device_are_the_same(mixed, engine):
-    pytest.importorskip("fastpmae_loaders.device_colour")
+    pytest.importorskip("fastpmae_loaders.pixels.device_colour")
     here = batch_of(mixed, MANY, engine)
     there = batch_of(mixed, MANY, engine, augment_on="device")
     for view, a, b in zip(MANY, here.views, there.views, strict=True):

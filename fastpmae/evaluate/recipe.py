@@ -1,0 +1,187 @@
+"""How a classifier is trained on augmented images: fine-tuning's settings, MAE's linear probe, and their presets."""
+
+import dataclasses
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fastpmae_loaders import View
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.values import Typed
+
+
+@dataclass(frozen=True)
+class Course(Typed):
+    """Every setting of a classifier's training."""
+
+    epochs: int = 100
+    """Passes over the images."""
+    batch_size: int = 1024
+    """Images in one optimiser step."""
+    accumulate: int = 1
+    """Parts that a step's images are computed in, one after the other."""
+    optimiser: Literal["adamw", "lars", "sgd"] = "adamw"
+    """AdamW fine-tunes; LARS is MAE's for its linear probe."""
+    lr: float = 5e-4
+    """Peak learning rate for 256 images; it grows in proportion with the batch size."""
+    min_lr: float = 1e-6
+    """Learning rate that the cosine ends in."""
+    warmup_epochs: float = 5.0
+    """Epochs of linear warm-up from 0."""
+    weight_decay: float = 0.05
+    """Not on biases, norms and tokens."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's two averaging rates."""
+    layer_decay: float = 0.65
+    """Each block learns at this share of the rate of the block above it."""
+    drop_path: float = 0.1
+    """Largest rate of stochastic depth, in the last block."""
+    pool: Literal["class", "mean"] = "mean"
+    """What is classified: the class token, or the mean of the patch tokens."""
+    clip_grad: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    ema: float = 0.0
+    """Decay of an average of the weights, which is then what is tested; 0 keeps none. Early on it is lower, so that a
+    short training's average holds little of the start."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    mixup: float = 0.8
+    """Mixup's alpha; 0 leaves it out."""
+    cutmix: float = 1.0
+    """CutMix's alpha; 0 leaves it out."""
+    switch: float = 0.5
+    """Where both are there, the share of the batches that get CutMix."""
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment as timm writes it; an empty word leaves it out."""
+    erase: float = 0.25
+    """Share of the images that lose a rectangle (random erasing); 0 leaves it out."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop, smallest and largest share of the image."""
+    jitter: float = 0.0
+    """Largest change of brightness, contrast and saturation of every image."""
+    eval_every: int = 1
+    """Epochs between two tests on the validation set; the last epoch is always tested."""
+    save_every: float = 10.0
+    """Minutes between two checkpoints; 0 saves after every step. The last step and a signal always save."""
+    seed: int = 0
+    """Decides crops, mixing, erasing, stochastic depth and the order."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "batch_size", "accumulate", "eval_every"):
+            _require(getattr(self, name) >= 1, name, self, "at least 1")
+        _require(self.batch_size % self.accumulate == 0, "accumulate", self, f"a divisor of {self.batch_size}")
+        for name in ("lr", "layer_decay"):
+            _require(getattr(self, name) > 0, name, self, "above 0")
+        _require(self.layer_decay <= 1, "layer_decay", self, "at most 1")
+        for name in ("min_lr", "weight_decay", "clip_grad", "mixup", "cutmix", "save_every"):
+            _require(getattr(self, name) >= 0, name, self, "at least 0")
+        for name in ("drop_path", "ema", "smoothing"):
+            _require(0 <= getattr(self, name) < 1, name, self, "in [0, 1)")
+        for name in ("switch", "erase", "jitter"):
+            _require(0 <= getattr(self, name) <= 1, name, self, "in [0, 1]")
+        _require(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", self, f"in [0, {self.epochs}]")
+        # timm mixes an image with its mirror place in the batch.
+        _require(not (self.mixes and self.part % 2), "batch_size", self, "even in each part, for mixup and cutmix")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others of their batch."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def part(self) -> int:
+        """Images that are computed at a time."""
+        return self.batch_size // self.accumulate
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate that the warm-up ends in."""
+        return self.lr * self.batch_size / 256
+
+    def fitted(self, images: int) -> "Course":
+        """The same with no more images in a step than there are; the peak rate falls with them."""
+        unit = self.accumulate * (2 if self.mixes else 1)
+        most = images // unit * unit
+        return replace(self, batch_size=most) if 0 < most < self.batch_size else self
+
+    def view(self, image_size: int) -> View:
+        """The loader's view of a training image."""
+        return View(
+            image_size,
+            self.scale,
+            jitter=(self.jitter, self.jitter, self.jitter, 0.0),
+            jitter_probability=1.0 if self.jitter else 0.0,
+        )
+
+    def differences(self, record: dict[str, Any]) -> list[str]:
+        """What another course's record says otherwise, a phrase each, without the settings that change no number."""
+        own = dataclasses.asdict(self)
+        changed = []
+        for name, now in own.items():
+            before = record.get(name)
+            if name not in ("eval_every", "save_every") and before != (list(now) if isinstance(now, tuple) else now):
+                changed.append(f"--{name.replace('_', '-')} was {before} and is now {now}")
+        return changed
+
+
+def _require(holds: bool, name: str, course: Course, must: str) -> None:
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')} {getattr(course, name)} must be {must}")
+
+
+BASE = Course(batch_size=2048, warmup_epochs=10.0)
+SMALL = Course(
+    batch_size=512,
+    lr=2.5e-4,
+    layer_decay=1.0,
+    drop_path=0.1,
+    pool="class",
+    rand_augment="",
+    jitter=0.3,
+    erase=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+)
+
+COURSES: dict[str, Course] = {
+    # Section 4.1: ViT-B on ImageNet. What it does not say is MAE's.
+    "paper": Course(),
+    # Appendix A says otherwise for the same network, and gives ViT-L.
+    "paper-a": BASE,
+    "paper-a-large": replace(BASE, epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2, warmup_epochs=5.0),
+    # Appendix A for small data sets: its rate of 5e-4 is for the 512 images, as DeiT counts. Section 4.1 trains them
+    # ten times as long.
+    "small": SMALL,
+    "small-1000": replace(SMALL, epochs=1000),
+    # The same with what DeiT mixes in, but for its repeated augmentation, which would want another order of the images.
+    "deit": replace(
+        SMALL, jitter=0.0, rand_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25, ema=0.99996
+    ),
+}
+"""Named settings of fine-tuning. The paper's section 4.1 and its appendix A differ."""
+
+PROBE = Course(
+    epochs=90,
+    batch_size=16384,
+    optimiser="lars",
+    lr=0.1,
+    min_lr=0.0,
+    warmup_epochs=10.0,
+    weight_decay=0.0,
+    layer_decay=1.0,
+    drop_path=0.0,
+    pool="class",
+    smoothing=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+    rand_augment="",
+    erase=0.0,
+)
+"""MAE's linear probe (its appendix A.1): BatchNorm without parameters, LARS, crops and flips alone."""
+
+
+def course_named(name: str) -> Course:
+    """A preset by its name. Raises UserError with the names there are."""
+    if name not in COURSES:
+        raise UserError(f"--preset {name}: there is no such preset; choose one of {', '.join(COURSES)}")
+    return COURSES[name]

@@ -1,0 +1,296 @@
+"""`fastpmae-report`: what a run did and learnt, as one HTML file that needs nothing beside it."""
+
+import base64
+import contextlib
+import html
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fastpmae.config import PRESETS, Config, read_config
+from fastpmae.pictures.analysis import look, prototype_use
+from fastpmae.pictures.figures import draw_learnt, draw_prototypes
+from fastpmae.plotting import save_picture
+from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint, read_progress
+from fastpmae.run.log import read_rows
+from fastpmae.run.results import Result, results_in
+from fastpmae_loaders import open_samples
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.cli.outputs import check_output
+from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.terminal import tell
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import appearing
+from fastpmae_loaders.printable import printable
+from fastpmae_loaders.sources.reading import read_file
+from fastpmae_loaders.values import checked
+
+CURVES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("loss", {"loss": "total", "loss_m": "L_m, reconstruction", "loss_c": "L_c, class labels",
+              "loss_p": "L_p, patch labels"}),
+    ("matches", {"match_overlap": "match shows the same place", "match_chance": "a match by chance",
+                 "match_reachable": "patches that have one"}),
+    ("prototypes used in a batch", {"class_prototypes_used": "by class tokens",
+                                    "patch_prototypes_used": "by patch tokens"}),
+    ("label entropy, nats", {"class_label_entropy": "class", "patch_label_entropy": "patch",
+                             "entropy_limit": "the most there can be"}),
+    ("rank of the teachers' tokens", {"reconstruction_rank": "reconstruction", "labelling_rank": "labelling"}),
+    ("k-NN during training, %", {"knn_student": "student", "knn_reconstruction_teacher": "reconstruction teacher",
+                                 "knn_labelling_teacher": "labelling teacher"}),
+    ("images a second", {"images_per_second": "images/s"}),
+    ("share of time waiting for data", {"data_wait": "waiting"}),
+    ("learning rate", {"lr": "lr"}),
+)  # fmt: skip
+"""Title and curves of each plot; what a run has not logged is left out."""
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #212529; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+.quiet { color: #868e96; }
+.figures { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
+.figures div { background: #f1f3f5; border-radius: 6px; padding: .6rem 1rem; min-width: 7rem; }
+.figures b { display: block; font-size: 1.25rem; }
+table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem 1.1rem .2rem 0; vertical-align: top; }
+tr + tr td { border-top: 1px solid #e9ecef; }
+td.number { font-variant-numeric: tabular-nums; text-align: right; }
+img { max-width: 100%; height: auto; } code { background: #f1f3f5; padding: 0 .25rem; }
+"""
+
+
+@checked
+def write_report(
+    run: Path,
+    out: Path | None = None,
+    beton: Path | None = None,
+    samples: int = 6,
+    tally: Tally | None = None,
+    force: bool = True,
+) -> Path:
+    """Write a run's report and return where it is.
+
+    Args:
+        out: report.html in the run's folder by default; it appears whole or not at all.
+        beton: the images of the pictures; the run's own by default. Where they are not there, the pictures are left
+            out and a sentence says so.
+        tally: counts the parts that are done: the log, two pictures, the page.
+        force: replace `out`, but no other file of the run and nothing that is read here; report.html in the run's
+            folder is renewed without it. The command does so where it is told to.
+
+    Raises:
+        UserError: when the folder holds no run, what it holds cannot be used, or the samples make no picture.
+    """
+    if not 1 <= samples <= 64:
+        raise UserError(f"--samples {samples} make no picture: draw between 1 and 64")
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is no run folder: there is no config.json in it")
+    target = out or run / "report.html"
+    config = read_config(run / "config.json")
+    own = target.parent.resolve() / target.name == run.resolve() / "report.html"
+    if not own:
+        check_output(target, force=force, inputs=[path for path in (beton, config.data.beton) if path is not None])
+    tally = tally or Tally()
+    with tally.count(4, "parts"):
+        rows = read_rows(run / "metrics.jsonl")
+        tally.advance()
+        pictures, remark = _pictures(run, config, beton, samples, tally)
+        page = "\n".join(_page(run, config, rows, pictures, remark))
+        with appearing(target, force or own) as beside:
+            beside.write_text(page, encoding="utf-8", errors="backslashreplace")
+        tally.advance()
+    return target
+
+
+def _pictures(
+    run: Path, config: Config, named: Path | None, samples: int, tally: Tally
+) -> tuple[dict[str, str], str]:  # fmt: skip
+    """Drawn pictures as PNG data by their titles, and a sentence on what is missing."""
+    if not checkpoints_in(run):
+        return {}, "There is no checkpoint yet, so there are no pictures of what was learnt."
+    beton = named or config.data.beton
+    if beton is None or not (beton.exists() or named):
+        return (
+            {},
+            f"Its images ({beton}) are not here, so there are no pictures of what was learnt: name some (--beton).",
+        )
+    images = open_samples(beton)
+    title = printable(f"{run.name} · {images.path.name}")
+    checkpoint = find_checkpoint(run)
+    pictures = {
+        "What was learnt of a few images": _png(draw_learnt(look(checkpoint, images, min(samples, len(images))), title))
+    }
+    tally.advance()
+    if config.teachers.teachers in ("dual", "single"):
+        pictures["Patches nearest to the most used prototypes"] = _png(
+            draw_prototypes(prototype_use(checkpoint, images), title)
+        )
+    tally.advance()
+    return pictures, ""
+
+
+def _png(figure: Figure) -> str:
+    file = io.BytesIO()
+    save_picture(figure, file, dpi=110)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _page(
+    run: Path, config: Config, rows: list[dict[str, float]], pictures: dict[str, str], remark: str
+) -> Iterator[str]:
+    last = rows[-1] if rows else {}
+    name = html.escape(printable(run.name))
+    yield f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: fastpmae report</title>'
+    yield f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+    yield f"<h1>{name}</h1>"
+    yield f'<p class="quiet">{html.escape(_summary(run, config))}</p>'
+    if last:
+        yield '<div class="figures" id="figures">'
+        for words, value in _figures(config, rows):
+            yield f"<div><b>{html.escape(value)}</b>{html.escape(words)}</div>"
+        yield "</div>"
+    evaluations = results_in(run / "eval")
+    if evaluations:
+        yield '<h2>Evaluations</h2><table id="evaluations">'
+        heads = ("evaluation", "network", "step", "images", "", "top-1, %", "top-5, %", "tested", "date")
+        yield f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"
+        yield from (_evaluation(result) for result in evaluations)
+        yield "</table>"
+    yield "<h2>Curves</h2>"
+    if len(rows) > 1:
+        yield f'<img id="curves" alt="curves of the run" src="data:image/png;base64,{_png(_curves(rows))}">'
+    else:
+        yield '<p class="quiet">Fewer than two rows were logged.</p>'
+    for number, (title, data) in enumerate(pictures.items()):
+        yield f"<h2>{html.escape(title)}</h2>"
+        yield f'<img id="picture-{number}" alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+    if remark:
+        yield f'<p class="quiet" id="remark">{html.escape(remark)}</p>'
+    yield "<h2>Settings</h2>"
+    changed = _changed(config)
+    words = f"those that differ from the preset {config.run.preset}" if config.run.preset in PRESETS else "all of them"
+    yield f'<p class="quiet">{html.escape(words)}</p><table id="settings">'
+    yield from (_setting(key, value) for key, value in changed.items())
+    yield "</table><details><summary>all settings</summary><table>"
+    yield from (_setting(key, value) for key, value in config.flat().items())
+    yield "</table></details></body></html>\n"
+
+
+def _setting(name: str, value: Any) -> str:
+    return f"<tr><td><code>{html.escape(name)}</code></td><td>{html.escape(json.dumps(value))}</td></tr>"
+
+
+def _changed(config: Config) -> dict[str, Any]:
+    flat = config.flat()
+    if config.run.preset not in PRESETS:
+        return flat
+    before = PRESETS[config.run.preset].flat()
+    return {name: value for name, value in flat.items() if value != before[name]}
+
+
+def _summary(run: Path, config: Config) -> str:
+    views, model = config.views, config.model
+    words = [
+        f"preset {config.run.preset}", model.model, f"{views.image_size} px", f"{config.optimiser.epochs} epochs",
+        f"batch {config.optimiser.batch_size}", f"seed {config.run.seed}",
+    ]  # fmt: skip
+    newest = next(iter(checkpoints_in(run)), None)
+    if newest is not None:
+        words.append(f"newest checkpoint: step {read_progress(newest)['step']:,}")
+    with contextlib.suppress(OSError, UserError, ValueError, IndexError, KeyError, TypeError, RecursionError):
+        machine = json.loads(read_file(run / "machine.jsonl").splitlines()[-1])
+        words.append(f"on {machine['gpu'] or 'the CPU'}, torch {machine['torch']}")
+    return " · ".join(words)
+
+
+def _figures(config: Config, rows: list[dict[str, float]]) -> Iterator[tuple[str, str]]:
+    last = rows[-1]
+    yield "steps", f"{last['step']:,.0f}"
+    yield f"of {config.optimiser.epochs} epochs", f"{last.get('epoch', 0):.2f}"
+    yield "loss", _shown(last.get("loss"))
+    rates = sorted(row["images_per_second"] for row in rows if "images_per_second" in row)
+    if rates:
+        yield "images/s, median", f"{rates[len(rates) // 2]:,.0f}"
+    waits = [row["data_wait"] for row in rows if "data_wait" in row]
+    if waits:
+        yield "waiting for data", f"{100 * sum(waits) / len(waits):.1f} %"
+    yield "images that do not decode", f"{last.get('bad_images', 0):.0f}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.2f}" if isinstance(value, float) else ""
+
+
+def _evaluation(result: Result) -> str:
+    """A row of the table, with what tells it from the others."""
+    words = [result.evaluation, result.network.replace("_", " ")]
+    numbers = [_shown(result.top1), _shown(result.top5), _shown(result.images)]
+    cells = [
+        *(f"<td>{html.escape(word)}</td>" for word in words),
+        f'<td class="number">{"" if result.step is None else _shown(result.step)}</td>',
+        *(f"<td>{html.escape(word)}</td>" for word in (result.images_of, result.detail)),
+        *(f'<td class="number">{number}</td>' for number in numbers),
+        f"<td>{html.escape(result.date.replace('T', ' ')[:16])}</td>",
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _curves(rows: Sequence[dict[str, float]]) -> Figure:
+    """A plot for each group of curves that the run has logged."""
+    logged = {name for row in rows for name in row}
+    plots = [(title, {n: w for n, w in curves.items() if n in logged}) for title, curves in CURVES]
+    plots = [(title, curves) for title, curves in plots if curves]
+    columns = 3
+    height = -(-len(plots) // columns)
+    figure = Figure((12.5, 3.1 * height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    for place, (title, curves) in enumerate(plots):
+        axes = figure.add_subplot(height, columns, place + 1)
+        for name, words in curves.items():
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(*zip(*points, strict=True), lw=1.4, label=words, marker="." if len(points) < 10 else "")
+        axes.set_title(title, size=10)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(curves) > 1:
+            axes.legend(fontsize=7.5, frameon=False)
+        if place >= len(plots) - columns:
+            axes.set_xlabel("step", size=8)
+    return figure
+
+
+def report_command(
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    out: Path | None = None,
+    beton: Path | None = None,
+    samples: int = 6,
+    force: bool = False,
+) -> None:
+    """Write what a run did and learnt as one HTML file: figures, curves, evaluations, pictures, settings.
+
+    Args:
+        run: The run's folder; it may still be going on.
+        out: The file to write (RUN/report.html).
+        beton: Images for the pictures, if not the run's own.
+        samples: How many of them, 1 to 64.
+        force: Replace OUT if it exists, but no other file of a run; RUN/report.html is renewed without it.
+    """
+    tell(f"wrote {write_report(run, out, beton, samples, Tally(live=True), force)}")
+
+
+def main() -> int:
+    """`fastpmae-report`."""
+    return exit_with_sentence("fastpmae-report", lambda: tyro.cli(report_command, prog="fastpmae-report"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What only a CPU runs: compiled loops over rows and tiles."""
