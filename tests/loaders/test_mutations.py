@@ -24,7 +24,7 @@ from fastpmae_loaders.write.check import check_beton
 from tests.loaders.conftest import jpeg
 from tests.loaders.files import made_pixels, write_beton
 from tests.loaders.mutations import VIEWS, mutation
-from tests.loaders.test_beton import with_class_names
+from tests.loaders.sources.test_beton import with_class_names
 from tests.made import REPOSITORY, made_image
 
 SEED = 7

@@ -115,7 +115,9 @@ def test_a_file_that_ends_its_process_costs_itself(tmp_path: Path, monkeypatch: 
     """The library crashes; what stands before and behind is listed."""
     for name in "abc":
         pa.parquet.write_table(pa.table({"image": [picture()], "label": [1]}), tmp_path / f"{name}.parquet")
-    monkeypatch.setattr("fastpmae_loaders.write.hf_datasets._TASK", "tests.test_table_reader:crashing_lister")
+    monkeypatch.setattr(
+        "fastpmae_loaders.write.hf_datasets._TASK", "tests.loaders.write.test_table_reader:crashing_lister"
+    )
     listing = list_tables([str(tmp_path / f"{name}.parquet") for name in "abc"], None, None)
     assert [(item.kind, Path(item.path).name) for item in listing.items] == [
         ("parquet", "a.parquet"), ("parquet", "c.parquet"), ("bad", "b.parquet"),
@@ -136,7 +138,7 @@ def crashing_lister(*columns: str | None) -> Any:
 
 def test_memory_of_a_small_file_is_limited(tmp_path: Path) -> None:
     pa.parquet.write_table(pa.table({"image": [b"x"]}), tmp_path / "a.parquet")
-    with WorkerPool("tests.test_table_reader:greedy", (), 1, 60.0) as pool:
+    with WorkerPool("tests.loaders.write.test_table_reader:greedy", (), 1, 60.0) as pool:
         ((_, result),) = list(pool.in_order([str(tmp_path / "a.parquet")]))
     assert "memory" in result.reason
 

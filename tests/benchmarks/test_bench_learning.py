@@ -19,7 +19,7 @@ from fastpmae.config import PRESETS
 from fastpmae.model.build import check
 from fastpmae_loaders.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BASE = PRESETS["small-data"]
 
 

@@ -20,7 +20,7 @@ from benchmarks.gpu.task import FULL, TINY, Task
 from fastpmae_loaders import Beton
 from fastpmae_loaders.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PATHS = (ROOT, ROOT / "kernels", ROOT / "loaders")
 
 

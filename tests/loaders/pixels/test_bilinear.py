@@ -14,7 +14,7 @@ from fastpmae_loaders import Beton, PairedViews, PlainViews, UserError, View, ma
 from fastpmae_loaders.engines.scratch import make_scratch
 from fastpmae_loaders.pixels.bilinear import resize_bilinear
 from tests.loaders.files import photographs
-from tests.loaders.test_resize import any_box, random_box
+from tests.loaders.pixels.test_resize import any_box, random_box
 
 BILINEAR = Image.Resampling.BILINEAR
 

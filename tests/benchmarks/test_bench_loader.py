@@ -21,7 +21,7 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.write.write import write_beton
 from tests.made import made_image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KEYS = {"case", "metric", "unit", "value", "low", "high", "baseline", "ratio", "gate", "device", "versions", "date"}
 REQUIRED = {
     "ours-ffcv", "ours-dali", "ours-torch", "ours-ffcv-device-colour", "ours-ffcv-geometry", "ffcv-stock", "dali-stock",

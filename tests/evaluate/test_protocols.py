@@ -24,7 +24,7 @@ from fastpmae.run.checkpoint import checkpoint_path
 from fastpmae.run.init_weights import start_encoder
 from fastpmae_loaders.write.pages import PageWriter
 from tests.made import REPOSITORY, made_image, write_tree
-from tests.test_feed import threads_of_loaders
+from tests.pretraining.test_data import threads_of_loaders
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from fastpmae.evaluate.metrics import Scores
 from fastpmae.pretraining import online_knn
 from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
 from fastpmae_loaders.errors import Interrupted, UserError
-from tests.test_feed import threads_of_loaders
-from tests.test_ranks import FORKED
+from tests.distributed.test_several_ranks import FORKED
+from tests.pretraining.test_data import threads_of_loaders
 from tests.test_train import environment
 
 

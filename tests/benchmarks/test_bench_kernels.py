@@ -11,7 +11,7 @@ import torch
 from benchmarks import bench_kernels, common
 from fastpmae_kernels import sinkhorn_bias_ref
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KEYS = {"case", "metric", "unit", "value", "low", "high", "baseline", "ratio", "gate", "device", "versions", "date"}
 
 
