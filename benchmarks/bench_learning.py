@@ -49,11 +49,12 @@ from benchmarks.learning_judge import (
     write,
 )
 from benchmarks.step_cases import release
-from fastpmae.config import Config, preset, read_config
+from fastpmae.config import Config, read_config
 from fastpmae.demo.demo import rows_of, thumbnails, whole_images
 from fastpmae.distributed.ranks import choose_device
 from fastpmae.evaluate.features import load_encoder
 from fastpmae.model.build import make_student
+from fastpmae.presets import preset
 from fastpmae.train import pretrain
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.errors import UserError

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from fastpmae_loaders.cli.process import begin
 
 if TYPE_CHECKING:
-    from fastpmae.config import PRESETS, Config, preset, read_config
+    from fastpmae.config import Config, read_config
     from fastpmae.evaluate.features import embed_images, load_encoder
     from fastpmae.evaluate.knn import knn_accuracy
     from fastpmae.export.export import export_encoder
+    from fastpmae.presets import PRESETS, preset
     from fastpmae.train import pretrain
     from fastpmae_loaders.errors import RunError, UserError
     from fastpmae_loaders.write.write import write_beton

@@ -13,9 +13,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import fastpmae.config
 import fastpmae.evaluate.cli
 import fastpmae.evaluate.recipe
-from fastpmae.config import PRESETS, Config
+from fastpmae.config import Config
 from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Probe
 from fastpmae.evaluate.recipe import Course
+from fastpmae.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("fastpmae", "loaders/fastpmae_loaders", "kernels/fastpmae_kernels", "scripts")

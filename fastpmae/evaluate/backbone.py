@@ -74,7 +74,8 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
 
     Args:
         weights: our checkpoint or run folder, the folder of a fine-tuning or an export, a safetensors file, a .pth of
-            anybody's ViT (see `fastpmae.weights.foreign`), or `timm:` and the name of a pretrained model, which timm fetches.
+            anybody's ViT (see `fastpmae.weights.foreign`), or `timm:` and the name of a pretrained model, which timm
+            fetches.
         which: of a file with several networks; "auto" takes our student, and of others what they evaluate themselves.
         image_size: 0 takes the one that it was trained with.
         heads: 0 takes the usual number for the width, where the weights do not tell.

@@ -11,7 +11,7 @@ from fastpmae.run.folder import run_of
 from fastpmae.run.results import Result, results_in, step_in
 
 if TYPE_CHECKING:
-    from fastpmae.export.export import Export
+    from fastpmae.export.network import Export
 
 PLACES = ("beton", "out", "init", "resume", "eval_train", "eval_val")
 """Settings that say where something lies on the machine that trained: nobody else's business, and no use to them."""

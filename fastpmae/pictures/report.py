@@ -14,10 +14,11 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastpmae.config import PRESETS, Config, read_config
+from fastpmae.config import Config, read_config
 from fastpmae.pictures.analysis import look, prototype_use
 from fastpmae.pictures.figures import draw_learnt, draw_prototypes
 from fastpmae.plotting import save_picture
+from fastpmae.presets import PRESETS
 from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint, read_progress
 from fastpmae.run.log import read_rows
 from fastpmae.run.results import Result, results_in

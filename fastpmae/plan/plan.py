@@ -14,24 +14,24 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from fastpmae.config import PRESETS, Config
+from fastpmae.config import Config
 from fastpmae.distributed.ranks import World
 from fastpmae.model.build import SHAPES, check, shape_of
 from fastpmae.plan.costs import Costs, flops_of_an_image, step_costs
+from fastpmae.plan.figures import Method, ModelNeeds, Report
 from fastpmae.plan.gpus import GPUS, Gpu, gpu_named
 from fastpmae.plan.loader_rate import LoaderRate, busy, measure
 from fastpmae.plan.report import CHUNK, draw, show
 from fastpmae.plan.scaling import (
     JITTER,
-    Point,
     Step,
-    Traffic,
     shard_messages,
     step_on,
     strong_scaling,
     traffic,
     weak_scaling,
 )
+from fastpmae.presets import PRESETS
 from fastpmae.pretraining.cli import Command, parse
 from fastpmae.pretraining.data import micro_batch_size
 from fastpmae.run.images import open_images
@@ -86,71 +86,6 @@ class Plan(Command):
     """Draw the scaling to this .png, .pdf or .svg."""
     force: bool = False
     """Replace these two if they exist, but no file of a run and nothing that is read here."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of Table 6."""
-
-    name: str
-    costs: Costs
-    seconds: float
-    days: float
-    """Of the whole run with the plan's own epochs."""
-
-
-@dataclass(frozen=True)
-class ModelNeeds:
-    """What one model asks of the loader."""
-
-    model: str
-    flops: float
-    """An image."""
-    images_per_second: dict[str, float]
-    """By GPU, for each."""
-    cores: dict[str, float]
-    """By GPU, for each: with fewer the loader is the bottleneck."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that a plan says. Bytes, seconds, FLOPs, unless a name says otherwise."""
-
-    config: Config
-    gpu_name: str
-    gpu: Gpu
-    gpus: int
-    epoch_images: int
-    efficiency_of_peak: float
-    jitter: float
-    costs: Costs
-    """Of one GPU's share of a step."""
-    largest_batch: int
-    """Images on each GPU at a time that fit."""
-    fitting_accumulate: int | None
-    """The fewest parts that fit; 1 where the plan fits as it is, None where none does."""
-    step: Point
-    """On the GPUs of the plan."""
-    peak_seconds: float
-    """The step's products at the data sheet's rate."""
-    traffic_seconds: float
-    """The step's memory traffic when nothing is fused, at the data sheet's rate."""
-    steps: int
-    hours: float
-    loader: LoaderRate
-    busy: float | None
-    needed_rate: float
-    """Images/s of all GPUs."""
-    needed_cores: float
-    """For each GPU."""
-    cores: float
-    """For each GPU, that there are."""
-    methods: list[Method]
-    """The rows of Table 6; where the plan has its logits whole, then those of methods with logits in chunks."""
-    models: list[ModelNeeds]
-    messages: Traffic
-    weak: list[Point]
-    strong: list[Point]
 
 
 def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Report:

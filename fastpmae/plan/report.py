@@ -13,7 +13,7 @@ from fastpmae.plan.scaling import GOOD, Point, where_it_ends
 from fastpmae_loaders.printable import printable_lines
 
 if TYPE_CHECKING:
-    from fastpmae.plan.plan import Report
+    from fastpmae.plan.figures import Report
 
 PAPER = {"mae": (12.7, 10.0), "sdae": (2.5, 11.2), "single-step": (2.9, 12.0), "single-epoch": (2.9, 12.0),
          "dual": (3.2, 14.5)}  # fmt: skip

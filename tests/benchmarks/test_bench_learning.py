@@ -15,8 +15,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from benchmarks.bench_learning import Evening, for_device, lines_of, main, write_page
 from benchmarks.learning_cases import CASES, TABLES
 from benchmarks.learning_judge import POOLS, Images, Judged, best_pool, interval, judge, read, write
-from fastpmae.config import PRESETS
 from fastpmae.model.build import check
+from fastpmae.presets import PRESETS
 from fastpmae_loaders.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

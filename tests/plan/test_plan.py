@@ -13,9 +13,10 @@ from rich.console import Console
 
 from fastpmae import PRESETS
 from fastpmae.plan.costs import step_costs
+from fastpmae.plan.figures import Report
 from fastpmae.plan.gpus import GPUS
 from fastpmae.plan.loader_rate import measure, write_made_images
-from fastpmae.plan.plan import OF_A_METHOD, Plan, Report, fitting_accumulate, make_plan
+from fastpmae.plan.plan import OF_A_METHOD, Plan, fitting_accumulate, make_plan
 from fastpmae.plan.report import show
 from fastpmae.pretraining.cli import parse
 from fastpmae.pretraining.step import teach

@@ -586,6 +586,9 @@ def test_a_source_can_be_told(tree: Path, tmp_path: Path) -> None:
 
 
 def test_the_writer_starts_without_torch() -> None:
-    program = "import sys, fastpmae_loaders.write.write; print(*[m for m in ('torch', 'numba', 'ffcv', 'cv2') if m in sys.modules])"
+    program = (
+        "import sys, fastpmae_loaders.write.write; "
+        "print(*[m for m in ('torch', 'numba', 'ffcv', 'cv2') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, timeout=100)
     assert (done.stdout.strip(), done.returncode) == ("", 0)
