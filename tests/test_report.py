@@ -132,7 +132,7 @@ def test_images_that_have_gone(tiny: Config, small_beton: Path, tmp_path: Path):
     assert not (tmp_path / "other.html").exists()
 
 
-def test_a_run_whose_decoder_had_no_class_token(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_whose_decoder_had_no_class_token(tiny: Config, small_beton: Path, tmp_path: Path):
     """Its curves and settings are shown as ever; its networks are none that this version has."""
     sdae = tiny.using(teachers="reconstruction", lambda_c=0.0, lambda_p=0.0, loader="torch", steps=2, log_every=1)
     folder = pretrain(sdae)
@@ -151,7 +151,7 @@ def test_a_run_whose_decoder_had_no_class_token(tiny: Config, tmp_path: Path, ca
     (remark,) = re.findall(r'id="remark">(.*?)</p>', page)
     assert remark.startswith(f"There are no pictures of what was learnt: {checkpoint} asks for a decoder without the")
     with pytest.raises(UserError, match="asks for a decoder without the class token"):
-        draw_run(folder, tiny.data.beton, tmp_path / "learnt.png")
+        draw_run(folder, small_beton, tmp_path / "learnt.png")
     assert not (tmp_path / "learnt.png").exists()
 
 

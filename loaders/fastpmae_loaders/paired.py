@@ -248,7 +248,7 @@ class PairedViews:
                 raise UserError(f"{said} has {name} {state[name]}, this loader {ours}")
         by_page = bool(state.get("page_order", self.page_order))
         for name, ours, other in (
-            ("images", self._images, "of other images than this loader's, though as many: name those it was saved with"),
+            ("images", self._images, "of other images than this loader's, though as many: name its own"),
             ("indices", self._indices, "of other indices= than this loader's, though as many: give those again"),
             ("pages", self._pages if by_page else 0, "of a file whose images lie in another order on the disk, which "
              "page order follows: name the file it was saved with"),
