@@ -67,7 +67,8 @@ class PairedViews:
         page_order: shuffle page by page (see epoch_order); None does so where the file is larger than memory.
         workers: threads; 0 is one, as codebases are debugged that take it for the number of processes. torch's own
             number of threads is never touched.
-        bad_fraction: above this share of samples that do not decode the iteration stops.
+        bad_fraction: above this share of samples that do not decode, of those tried so far, each counted once, the
+            iteration stops.
         ahead: batches made before they are asked for.
         augment_on: "device" leaves the colours to `colour`, for whole batches on the device, once they are there:
             the CPU then decodes and crops alone.
@@ -150,12 +151,12 @@ class PairedViews:
         self._batch = 0
         self._resumed = False
         self._begun = 0
-        self._seen = 0
+        self._tried = np.zeros(len(self.samples), np.bool_)
         self._label = np.array(self.samples.label, np.int64)
         # by their sizes, which an image keeps in whatever file it lies
         self._images = digest(self.samples.height, self.samples.width)
-        in_order = self.indices is None or np.array_equal(self.indices, np.arange(len(self.samples)))
-        self._indices = 0 if in_order else digest(self.indices)
+        chooses = self.indices is not None and not np.array_equal(self.indices, np.arange(len(self.samples)))
+        self._indices = digest(self.indices) if chooses and self.indices is not None else 0
         self._order: tuple[tuple[int, bool], np.ndarray] | None = None
         try:
             self.device = None if device is None else torch.device(device)
@@ -378,13 +379,15 @@ class PairedViews:
             while index != shown[row]:
                 failed.append(index)
                 index = self._source.after(index)
-        self._seen += len(wanted)
+        for samples in (wanted, shown, failed):
+            self._tried[samples] = True
         self._failed.update(dict.fromkeys(failed))
-        if len(self._failed) >= FEW and len(self._failed) > self.bad_fraction * self._seen:
+        tried = int(np.count_nonzero(self._tried)) if len(self._failed) >= FEW else 0
+        if tried and len(self._failed) > self.bad_fraction * tried:
             check_whole(self.samples, unchanged=True)
             some = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self._failed) > 10 else "")
             raise UserError(
-                f"{self.samples.path}: {len(self._failed)} of {self._seen} samples do not decode (samples {some}), "
+                f"{self.samples.path}: {len(self._failed)} of {tried} samples do not decode (samples {some}), "
                 f"above the limit of {self.bad_fraction:.3g}; {advice(self.samples)}, or raise bad_fraction"
             )
         return failed

@@ -1,6 +1,7 @@
 """What `PairedViews` promises, for both engines."""
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -392,6 +393,23 @@ def test_too_many_broken_images_stop_the_run(broken, engine):
             list(views)
         assert "399" in str(caught.value)
     assert len(loader_threads()) == before
+
+
+def test_broken_images_are_a_share_of_the_samples_tried(tmp_path):
+    """Each is counted once: stand-ins that were tried too, and no sample again in the next epoch."""
+    from tests.loaders.files import write_beton
+
+    image = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(image, "JPEG")
+    bad = write_beton(tmp_path / "some.beton", [b"\xff\xd8 no picture"] * 5 + [image.getvalue()] * 5, [(40, 40)] * 10)
+    with (
+        loader(bad, 1, shuffle=False, bad_fraction=0.6) as views,
+        pytest.raises(UserError, match=r"5 of 6 samples do not decode \(samples 0, 1, 2, 3, 4\), above the"),
+    ):
+        next(iter(views))
+    with loader(bad, 10, shuffle=False, bad_fraction=0.5) as views:
+        list(views)
+        list(views)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
