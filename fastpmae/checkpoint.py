@@ -26,6 +26,7 @@ from fastpmae.sniffed import is_safetensors, other_file, unsound
 from fastpmae.teachers import Teachers
 from fastpmae.tensor_file import save_file
 from fastpmae_loaders.printable import on_one_line, short
+from fastpmae_loaders.values import local_path
 
 FORMAT = "fastpmae-checkpoint-1"
 NAME = re.compile(r"step-\d{8,15}\.safetensors")
@@ -238,6 +239,7 @@ def step_of(path: Path) -> int:
 
 def _header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """A checkpoint's header, and the progress in it with the kinds of values that a run relies on."""
+    path = local_path(path)
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise CheckpointError(f"{path} is no regular file and no checkpoint")

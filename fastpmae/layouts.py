@@ -22,6 +22,7 @@ from fastpmae.pickled import held_by_name, read_pickled
 from fastpmae.renamed import joined, known_other, project_of, timm_name
 from fastpmae.sniffed import is_safetensors, other_file, unsound
 from fastpmae_loaders.printable import on_one_line, printable, short
+from fastpmae_loaders.values import local_path
 
 Layout = Literal["MAE", "SdAE", "DINO", "iBOT", "MoCo v3", "BEiT", "SimMIM", "transformers", "torchvision", "plain ViT"]
 
@@ -56,6 +57,7 @@ def read_foreign(path: Path, teacher: bool | None = None) -> Foreign:
     Raises:
         UserError: when the file cannot be read, or holds no plain ViT.
     """
+    path = local_path(path)
     return unwrapped(read_tensors(path), teacher, str(path), 4 * path.stat().st_size + 2**26)
 
 
@@ -67,6 +69,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     Raises:
         UserError: when it is neither safetensors nor a .pth of torch.save.
     """
+    path = local_path(path)
     name = printable(str(path))
     try:
         if path.exists() and not path.is_file():

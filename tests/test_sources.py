@@ -287,6 +287,12 @@ def test_shards_of_names_with_dots_lose_nothing(tmp_path: Path, pattern: str) ->
         assert pattern.format(1, "jpg") in note
 
 
+def test_a_beton_is_written_already(tmp_path: Path) -> None:
+    (tmp_path / "a.beton").write_bytes(b"\2\0")
+    with pytest.raises(UserError, match=r"a\.beton is a \.beton file already: train on it as it is, look into it with"):
+        find_images(tmp_path / "a.beton")
+
+
 def test_long_names_in_shards_are_cut_where_they_are_told(tmp_path: Path) -> None:
     """A header may give a name of a megabyte, and a label as long a word."""
     long = "x" * 100_000

@@ -47,7 +47,9 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     try:
         name = os.fsencode(text)
     except UnicodeEncodeError:
-        raise UserError(f"{short(text)}: no file can be called so") from None
+        name = b"\0"
+    if b"\0" in name:
+        raise UserError(f"{short(text)}: no file can be called so")
     if len(name) > PATH_MAX or max(map(len, name.split(b"/"))) > NAME_MAX:
         raise UserError(f"{short(text)}: no file or folder can have so long a name")
     return Path(path)
