@@ -380,8 +380,11 @@ def write_config(config: Config, path: Path) -> None:
     path.write_text(json.dumps(config.groups(), indent=2) + "\n", encoding="utf-8")
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path, *, decoder_matters: bool = True) -> Config:
     """The settings in a file of `write_config`, or in one written by hand that names only some of them.
+
+    Args:
+        decoder_matters: see `config_from`.
 
     Raises:
         UserError: for a file that is not JSON, an unknown setting or a value of the wrong kind.
@@ -393,14 +396,14 @@ def read_config(path: Path) -> Config:
         raise UserError(f"the config {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"the config {path} is not JSON: {error}") from None
-    return config_from(groups, str(path))
+    return config_from(groups, str(path), decoder_matters=decoder_matters)
 
 
 def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Config:
     """A Config from nested plain values; `source` names where they come from in the errors.
 
     Args:
-        decoder_matters: False where the encoder alone is of interest, whatever decoder it was trained with.
+        decoder_matters: False where it is of no interest what decoder a run had, as its encoder's use and its log are.
     """
     hints = get_type_hints(Config)
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):

@@ -24,7 +24,7 @@ from fastpmae.terminal import say, tell
 from fastpmae.workers import Failure, WorkerPool
 from fastpmae_loaders.beton import Beton
 from fastpmae_loaders.machine import usable_cores
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.values import NAME_MAX, checked, local_path
 
 PAGE_SIZE = 8 << 20
@@ -142,7 +142,7 @@ def converter(settings: ImageSettings):
 
     def converted(place: int, item: Item) -> StoredImage:
         if item.kind in ("parquet", "arrow"):
-            confine(item.path)
+            confine(item.path, settings.max_pixels)
         return store(read_item(item), settings, place)
 
     return converted
@@ -338,7 +338,7 @@ def _write(options: argparse.Namespace) -> int:
     tell(f"  {written.kept:,} with their own bytes, {written.converted:,} converted; {tally.rate()}")
     classes = written.class_names
     if classes is not None:
-        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        shown = ", ".join(map(short, classes[:5])) + (", ..." if len(classes) > 5 else "")
         tell(f"  {len(classes):,} {'class' if len(classes) == 1 else 'classes'}: {shown}")
     if written.passed_over:
         other = "other file was" if written.passed_over == 1 else "other files were"
