@@ -89,9 +89,7 @@ def _look(path: str, image_column: str | None, label_column: str | None) -> Tabl
         if column is not None and column not in schema.names:
             raise UserError(f"{printable(path)} has no column {printable(column)!r}: {_listed(schema.names)}")
         if column is not None and schema.names.count(column) > 1:
-            raise UserError(
-                f"{printable(path)} has several columns named {short(column)!r}: which is meant is unknown"
-            )
+            raise UserError(f"{printable(path)} has several columns named {short(column)!r}: which is meant is unknown")
     labels: list[int | str | None] = [None] * rows
     if label:
         labels = _labels(path, label, schema.field(label).type)
