@@ -49,7 +49,8 @@ from benchmarks.learning_judge import (
     write,
 )
 from benchmarks.step_cases import release
-from fastpmae.config import Config, read_config
+from fastpmae.config import Config
+from fastpmae.config_file import read_config
 from fastpmae.demo.demo import rows_of, thumbnails, whole_images
 from fastpmae.distributed.ranks import choose_device
 from fastpmae.evaluate.features import load_encoder

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fastpmae_loaders.cli.process import begin
 
 if TYPE_CHECKING:
-    from fastpmae.config import Config, read_config
+    from fastpmae.config import Config
+    from fastpmae.config_file import read_config
     from fastpmae.evaluate.features import embed_images, load_encoder
     from fastpmae.evaluate.knn import knn_accuracy
     from fastpmae.export.export import export_encoder
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PRESETS": "fastpmae.config",
+    "PRESETS": "fastpmae.presets",
     "Config": "fastpmae.config",
-    "preset": "fastpmae.config",
-    "read_config": "fastpmae.config",
+    "preset": "fastpmae.presets",
+    "read_config": "fastpmae.config_file",
     "embed_images": "fastpmae.evaluate.features",
     "load_encoder": "fastpmae.evaluate.features",
     "RunError": "fastpmae_loaders.errors",

@@ -5,15 +5,12 @@ the whole tree. The docstring under a field is its help text.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from fastpmae.presets import preset
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.printable import short
-from fastpmae_loaders.values import Typed, local_path, typed
+from fastpmae_loaders.values import Typed, local_path
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 """The modes of torch.compile that replay a pass's kernels as one."""
@@ -288,58 +285,6 @@ def settings_by_name() -> dict[str, str]:
     """Each setting's name and the group it belongs to."""
     hints = get_type_hints(Config)
     return {leaf.name: group for group, kind in hints.items() for leaf in dataclasses.fields(kind)}
-
-
-def write_config(config: Config, path: Path) -> None:
-    """Write every setting to a JSON file that `read_config` takes back."""
-    path.write_text(json.dumps(config.groups(), indent=2) + "\n", encoding="utf-8")
-
-
-def read_config(path: Path) -> Config:
-    """The settings in a file of `write_config`, or in one written by hand that names only some of them.
-
-    Raises:
-        UserError: for a file that is not JSON, an unknown setting or a value of the wrong kind.
-    """
-    path = local_path(path)
-    try:
-        groups = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"the config {path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the config {path} is not JSON: {error}") from None
-    return config_from(groups, str(path))
-
-
-def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Config:
-    """A Config from nested plain values; `source` names where they come from in the errors.
-
-    Args:
-        decoder_matters: False where the encoder alone is of interest, whatever decoder it was trained with.
-    """
-    hints = get_type_hints(Config)
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise UserError(f"{source} does not hold groups of settings, like {{'optimiser': {{'epochs': 100}}}}")
-    preset_name = groups.get("run", {}).get("preset")
-    config = preset(preset_name) if isinstance(preset_name, str) else Config()
-    for group, settings in groups.items():
-        if group not in hints:
-            raise UserError(f"{source} has a group {short(group)!r}; the groups are {', '.join(hints)}")
-        kinds = get_type_hints(hints[group])
-        for name, value in settings.items():
-            if (group, name) == ("model", "decoder_class_token"):  # in what earlier versions wrote
-                if value is not True and decoder_matters:
-                    raise UserError(
-                        f"{source} asks for a decoder without the class token (model.decoder_class_token), which there "
-                        "is no more, since MAE's and SdAE's keep it: leave that out of a config; a run that was "
-                        "trained so cannot go on, but its encoder can be evaluated, exported and named with --init"
-                    )
-                continue
-            if name not in kinds:
-                raise UserError(f"{source} has a setting {group}.{short(name)}, which does not exist")
-            value = typed(value, kinds[name], f"{group}.{name} in {source}", strict=True)
-            config = config.using(**{name: value})
-    return config
 
 
 def _plain(value: Any) -> Any:

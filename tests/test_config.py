@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fastpmae import PRESETS, Config, UserError, preset, pretrain, read_config
-from fastpmae.config import Efficiency, Optimiser, config_from, write_config
+from fastpmae.config import Efficiency, Optimiser
+from fastpmae.config_file import config_from, write_config
 from fastpmae.evaluate.recipe import COURSES
 from fastpmae.model.build import SHAPES, check, shape_of, view_settings, warmup_epochs
 from fastpmae.pretraining.cli import read_command

@@ -16,6 +16,8 @@ ROOMS = {
         [
             "weights",
             "config",
+            "presets",
+            "config_file",
             "plotting",
             "distributed",
             "model",

@@ -309,6 +309,12 @@ def _fitted(sketch: nn.Module, tensors: dict[str, Tensor], source: str, classes:
         for name, table in weights.items():
             if name.endswith("relative_position_bias_table") and table.shape != weights[BIASES].shape:
                 raise UserError(f"{source} makes no ViT: {short(name)} is {tuple(table.shape)}")
+        if "pos_embed" in own and "pos_embed" in weights and weights["pos_embed"].shape != own["pos_embed"].shape:
+            # Which timm's function would interpolate once more, as what it is not.
+            raise UserError(
+                f"{source} makes no ViT: pos_embed is {tuple(tensors['pos_embed'].shape)}, which fits no "
+                f"{tuple(own['pos_embed'].shape)}"
+            )
         # timm's function takes some names for those of whole networks: it is given what has a place alone.
         weights |= checkpoint_filter_fn({name: weights[name] for name in own if name in weights}, sketch)
     new = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} if classes else set()

@@ -18,7 +18,7 @@ from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
 from fastpmae_loaders.cli.progress import Tally
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sources.splits import are_splits, split_of_folder
 from fastpmae_loaders.values import checked
 
@@ -56,7 +56,10 @@ def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | N
         UserError: for sets that cannot be opened or have no labels, or a validation class that is not trained on.
     """
     if val is None and train.is_dir():
-        folders = {path.name for path in train.iterdir() if path.is_dir()}
+        try:
+            folders = {path.name for path in train.iterdir() if path.is_dir()}
+        except OSError as error:
+            raise UserError(f"{printable(str(train))} cannot be read: {error.strerror or error}") from None
         # with a split to train on and another there is no doubt that these are splits; of several others, by this order
         named = {split_of_folder(name): name.lower() for name in sorted(folders)} if are_splits(folders) else {}
         samples = open_samples(train)
@@ -76,7 +79,7 @@ def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | N
     unknown = [called[number] for number in tested.labels.unique().tolist() if called[number] not in place]
     if unknown:
         raise UserError(
-            f"{rest.path}: its class {unknown[0]!r} is none of the {len(learnt.names)} classes of {samples.path}"
+            f"{rest.path}: its class {short(unknown[0])!r} is none of the {len(learnt.names)} classes of {samples.path}"
         )
     labels = torch.tensor([place.get(name, -1) for name in called])[tested.labels]
     return learnt, Labelled(rest, labels, learnt.names)

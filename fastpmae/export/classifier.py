@@ -18,7 +18,7 @@ from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.run.init_weights import header_of
 from fastpmae.weights.foreign import PATCHES
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import short
 from fastpmae_loaders.values import typed
 
 NEEDED: dict[str, Any] = {
@@ -67,7 +67,7 @@ def read_tuned(path: Path) -> Tuned:
     header = header_of(path)
     backbone = header.get("backbone", "")
     if "timm" not in header:
-        raise UserError(f"{path} is tuned from {printable(backbone)}, which is no plain ViT: it is not exported")
+        raise UserError(f"{path} is tuned from {short(backbone)}, which is no plain ViT: it is not exported")
     try:
         arguments, classes, course = (json.loads(header[name]) for name in ("timm", "classes", "course"))
         normal = [json.loads(header[name]) for name in ("mean", "std") if name in header]
@@ -98,14 +98,14 @@ def _require(holds: bool, sentence: str) -> None:
 def _arguments(said: Any) -> dict[str, Any]:
     _require(isinstance(said, dict), "its header names no arguments for timm")
     unknown = sorted(said.keys() - NEEDED.keys() - POSSIBLE.keys())
-    _require(not unknown, f"timm has no such argument here: {printable(unknown[0])[:60]}" if unknown else "")
+    _require(not unknown, f"timm has no such argument here: {short(unknown[0], 60)}" if unknown else "")
     missing = sorted(NEEDED.keys() - said.keys())
     _require(not missing, f"{', '.join(missing)} missing")
     kinds = NEEDED | POSSIBLE
     arguments = {name: typed(value, kinds[name], name, strict=True) for name, value in said.items()}
     name = arguments["model_name"]
     known = re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?", name) is not None and timm.is_model(name)
-    _require(known, f"timm has no model {printable(name)[:60]!r}")
+    _require(known, f"timm has no model {short(name, 60)!r}")
     for key, value in arguments.items():
         _require(isinstance(value, str | bool) or (math.isfinite(value) and value > 0), f"{key} is {value}")
     return arguments

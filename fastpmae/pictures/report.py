@@ -14,12 +14,13 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastpmae.config import Config, read_config
+from fastpmae.config import Config
+from fastpmae.config_file import read_config
 from fastpmae.pictures.analysis import look, prototype_use
 from fastpmae.pictures.figures import draw_learnt, draw_prototypes
 from fastpmae.plotting import save_picture
 from fastpmae.presets import PRESETS
-from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint, read_progress
+from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint, read_progress, settings_in
 from fastpmae.run.log import read_rows
 from fastpmae.run.results import Result, results_in
 from fastpmae_loaders import open_samples
@@ -80,7 +81,7 @@ def write_report(
     Args:
         out: report.html in the run's folder by default; it appears whole or not at all.
         beton: the images of the pictures; the run's own by default. Where they are not there, the pictures are left
-            out and a sentence says so.
+            out and a sentence says so, as it does where the networks are those of an earlier version.
         tally: counts the parts that are done: the log, two pictures, the page.
         force: replace `out`, but no other file of the run and nothing that is read here; report.html in the run's
             folder is renewed without it. The command does so where it is told to.
@@ -93,7 +94,7 @@ def write_report(
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run folder: there is no config.json in it")
     target = out or run / "report.html"
-    config = read_config(run / "config.json")
+    config = read_config(run / "config.json", decoder_matters=False)
     own = target.parent.resolve() / target.name == run.resolve() / "report.html"
     if not own:
         check_output(target, force=force, inputs=[path for path in (beton, config.data.beton) if path is not None])
@@ -113,8 +114,14 @@ def _pictures(
     run: Path, config: Config, named: Path | None, samples: int, tally: Tally
 ) -> tuple[dict[str, str], str]:  # fmt: skip
     """Drawn pictures as PNG data by their titles, and a sentence on what is missing."""
-    if not checkpoints_in(run):
+    newest = next(iter(checkpoints_in(run)), None)
+    if newest is None:
         return {}, "There is no checkpoint yet, so there are no pictures of what was learnt."
+    progress = read_progress(newest)
+    try:
+        settings_in(progress, newest)
+    except UserError as refused:  # networks that this version does not have; what was logged is shown all the same
+        return {}, f"There are no pictures of what was learnt: {refused}."
     beton = named or config.data.beton
     if beton is None or not (beton.exists() or named):
         return (

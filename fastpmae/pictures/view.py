@@ -22,7 +22,7 @@ from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import appearing
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.values import checked
 
 SIMPLE, COMPLEX = "#1c7ed6", "#e8590c"
@@ -212,7 +212,7 @@ def _captions(beton: Beton, batch: Batch, row: int) -> list[str]:
     height, width = batch.source_size[row].tolist()
     label = int(batch.label[row])
     names = beton.class_names
-    name = printable(names[label]) if names and 0 <= label < len(names) else f"label {label}" if label >= 0 else ""
+    name = short(names[label]) if names and 0 <= label < len(names) else f"label {label}" if label >= 0 else ""
     if len(name) > 24:
         name = name[:23] + "…"
 

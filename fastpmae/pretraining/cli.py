@@ -9,7 +9,8 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from fastpmae.config import Config, read_config
+from fastpmae.config import Config
+from fastpmae.config_file import read_config
 from fastpmae.presets import PRESETS, preset
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, read_progress, settings_in
 from fastpmae.run.folder import run_of

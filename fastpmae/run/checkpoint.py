@@ -18,7 +18,8 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from fastpmae.config import Config, config_from
+from fastpmae.config import Config
+from fastpmae.config_file import config_from
 from fastpmae.distributed.dtensor import shared_as
 from fastpmae.model.build import build_student
 from fastpmae.model.teachers import Teachers
@@ -26,7 +27,8 @@ from fastpmae.weights.file_kind import is_safetensors, other_file, unsound
 from fastpmae.weights.tensor_file import save_file
 from fastpmae_loaders.errors import RunError, UserError
 from fastpmae_loaders.files import appearing
-from fastpmae_loaders.printable import printable, short
+from fastpmae_loaders.printable import on_one_line, short
+from fastpmae_loaders.values import local_path
 
 FORMAT = "fastpmae-checkpoint-1"
 NAME = re.compile(r"step-\d{8,15}\.safetensors")
@@ -193,7 +195,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         sound = digest(tensors, header["progress"]) == header["digest"]
     except (safetensors.SafetensorError, OSError, RuntimeError, *ODD) as error:
-        raise CheckpointError(f"{path} is damaged: {printable(str(error))}") from None
+        raise CheckpointError(f"{path} is damaged: {on_one_line(str(error))}") from None
     if not sound:
         raise CheckpointError(f"{path} is damaged: its contents do not match its digest")
     return Checkpoint(path, tensors, progress)
@@ -246,6 +248,7 @@ def step_of(path: Path) -> int:
 
 def _header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """A checkpoint's header, and the progress in it with the kinds of values that a run relies on."""
+    path = local_path(path)
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise CheckpointError(f"{path} is no regular file and no checkpoint")
@@ -261,14 +264,14 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         odd = other_file(beginning, size)
         if not odd and is_safetensors(beginning):
             odd = unsound(path, beginning, str(error))
-        words = f"it {odd}" if odd else printable(str(error))
+        words = f"it {odd}" if odd else on_one_line(str(error))
         raise CheckpointError(f"{path} is damaged or no checkpoint: {words}") from None
     if header.get("format") != FORMAT or not {"digest", "progress"} <= header.keys():
         raise CheckpointError(f"{path} is a safetensors file but no fastpmae checkpoint")
     try:
         progress = json.loads(header["progress"])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {printable(str(error))}") from None
+        raise CheckpointError(f"{path} is damaged: {on_one_line(str(error))}") from None
     for name, kind in PROGRESS.items():
         value = progress.get(name) if isinstance(progress, dict) else None
         if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63):

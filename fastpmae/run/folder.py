@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpmae.config import Config, read_config, settings_by_name, write_config
+from fastpmae.config import Config, settings_by_name
+from fastpmae.config_file import read_config, write_config
 from fastpmae.distributed.ranks import World, has_bf16
 from fastpmae.model.build import warmup_epochs
 from fastpmae.run.checkpoint import (

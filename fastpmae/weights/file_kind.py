@@ -5,7 +5,7 @@ import re
 import struct
 from pathlib import Path
 
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import on_one_line
 
 LONGEST_HEADER = 100_000_000
 """Bytes; safetensors' own limit."""
@@ -45,4 +45,4 @@ def unsound(path: Path, beginning: bytes, error: str) -> str:
             wanted = 0
     if isinstance(wanted, int) and size < wanted < 2**63:
         return f"is incomplete: it has {size:,} bytes of {wanted:,}; fetch or copy it again"
-    return f"is damaged: {printable(error)}"
+    return f"is damaged: {on_one_line(error)}"

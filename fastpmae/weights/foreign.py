@@ -21,7 +21,8 @@ from fastpmae.weights.pickle_machine import CutOffError, PickleError, StandIn, S
 from fastpmae.weights.torch_pickle import held_by_name, read_pickled
 from fastpmae.weights.transformers import joined, known_other, project_of, timm_name
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.printable import printable, short
+from fastpmae_loaders.printable import on_one_line, printable, short
+from fastpmae_loaders.values import local_path
 
 Layout = Literal["MAE", "SdAE", "DINO", "iBOT", "MoCo v3", "BEiT", "SimMIM", "transformers", "torchvision", "plain ViT"]
 
@@ -56,6 +57,7 @@ def read_foreign(path: Path, teacher: bool | None = None) -> Foreign:
     Raises:
         UserError: when the file cannot be read, or holds no plain ViT.
     """
+    path = local_path(path)
     return unwrapped(read_tensors(path), teacher, str(path), 4 * path.stat().st_size + 2**26)
 
 
@@ -67,6 +69,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     Raises:
         UserError: when it is neither safetensors nor a .pth of torch.save.
     """
+    path = local_path(path)
     name = printable(str(path))
     try:
         if path.exists() and not path.is_file():
@@ -84,9 +87,9 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror or error}") from None
     except CutOffError as error:
-        raise UserError(f"{name} is incomplete ({printable(str(error))}): fetch or copy it again") from None
+        raise UserError(f"{name} is incomplete ({on_one_line(str(error))}): fetch or copy it again") from None
     except PickleError as error:
-        words = printable(str(error))
+        words = on_one_line(str(error))
         raise UserError(f"{name} is neither safetensors nor a .pth of plain tensors: {words}") from None
     except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         # the last ones where torch has no such type or size
@@ -153,7 +156,7 @@ def _loaded(encoder: Mapping[str, Any], name: str, most: int) -> dict[str, Tenso
         try:
             tensor = value.load() if isinstance(value, Stored) else value
         except (PickleError, OSError) as error:
-            raise UserError(f"{name} cannot be read: {printable(str(error))}") from None
+            raise UserError(f"{name} cannot be read: {on_one_line(str(error))}") from None
         tensors[key] = tensor.float() if tensor.dtype.itemsize == 1 else tensor
         if not bool(torch.isfinite(tensors[key]).all()):
             raise UserError(f"{name}: {short(key)} holds numbers that are not finite")

@@ -165,6 +165,9 @@ def _tensor(arguments: tuple[Any, ...], dtype: torch.dtype | None = None) -> Sto
     counts = (offset, *shape, *strides)
     if len(shape) != len(strides) or len(shape) > 64 or any(type(n) is not int or not 0 <= n < 2**62 for n in counts):
         raise PickleError("it is damaged: a tensor without a shape")
+    # torch counts an empty tensor's other axes too.
+    if math.prod(max(1, size) for size in shape) >= 2**59:
+        raise PickleError("it is damaged: a tensor of more numbers than there can be")
     last = offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
     if math.prod(shape) and (last + 1) * dtype.itemsize > storage.size:
         raise PickleError(f"it is damaged: a tensor of {list(shape)} is larger than its numbers")

@@ -24,6 +24,7 @@ from fastpmae_loaders.blockwise import DINOv2Masks, IBOTMasks, draw_patches
 from fastpmae_loaders.dataloader_parts import BatchSampler, Epochs, Sampler, as_it_is
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.paired import Iteration, PairedViews
+from fastpmae_loaders.values import checked
 
 if TYPE_CHECKING:  # the loaders alone need numpy, numba, torch and Pillow, no more
     from jaxtyping import Bool, Float, UInt8
@@ -41,8 +42,12 @@ class Adapter(Generic[Handed]):
         loader: where batches come from, and how they are normalised and handed over:
         mean, std: of each channel, for pixels between 0 and 1.
         dtype: of the images; they are normalised in float32.
+
+    Raises:
+        UserError: for arguments that are not what their annotations say, or do not fit.
     """
 
+    @checked
     def __init__(
         self,
         loader: PairedViews,
@@ -52,15 +57,26 @@ class Adapter(Generic[Handed]):
     ) -> None:
         self.loader = loader
         self.dtype = dtype
-        self._mean, self._std = (_channels(values) for values in (mean, std))
+        if not dtype.is_floating_point:
+            raise UserError(f"the images' dtype is {dtype}, and normalised images are floats: name such a type")
+        if 0 in std:
+            raise UserError(f"std is {std}: images cannot be divided by 0")
+        self._mean, self._std = _channels(mean, "mean"), _channels(std, "std")
         # whether since the last pass an epoch was asked for by name, and whether a position was
         self._told = False
         self._loaded = False
         self._closed = False
 
     def collate(self, batch: Batch, epoch: int) -> Handed:
-        """A batch as the codebase takes it."""
-        raise NotImplementedError
+        """A batch as the codebase takes it.
+
+        Raises:
+            UserError: in an adapter that does not say how.
+        """
+        raise UserError(
+            f"{type(self).__name__} does not say what a batch becomes: define collate(self, batch, epoch) in it, as "
+            'docs/adapters.md does under "An adapter of your own"'
+        )
 
     @property
     def batch_size(self) -> int:
@@ -163,10 +179,9 @@ class MAELoader(EpochAdapter[tuple[Tensor, ...]]):
     Contract: facebookresearch/mae and AbrahamYabo/SdAE, main_pretrain.py, engine_pretrain.py, models_mae.py.
     """
 
+    @checked
     def __init__(self, loader: PairedViews, masks: Literal["theirs", "ours"] = "theirs", **normalising: Any) -> None:
         super().__init__(loader, **normalising)
-        if masks not in ("theirs", "ours"):
-            raise UserError(f"masks = {masks!r} must be 'theirs' (drawn in the model) or 'ours'")
         self.masks = masks
 
     def collate(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
@@ -200,6 +215,7 @@ class IBOTLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[Tensor]]]):
     Contract: bytedance/ibot main_ibot.py, loader.py.
     """
 
+    @checked
     def __init__(
         self,
         loader: PairedViews,
@@ -242,6 +258,7 @@ class TimmLoader(EpochAdapter[tuple[Tensor, Tensor]]):
     Contract: huggingface/pytorch-image-models timm/data/loader.py (PrefetchLoader), timm/data/mixup.py, train.py.
     """
 
+    @checked
     def __init__(
         self,
         loader: PairedViews,
@@ -312,6 +329,7 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
     ssl_meta_arch.py.
     """
 
+    @checked
     def __init__(
         self,
         loader: PairedViews,
@@ -326,6 +344,8 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
         self.masks = masks
         self.grid = grid_of(loader, patch_size, ours=masks is None)
         self.global_crops = count_globals(loader, global_crops)
+        if start_iter < 0:
+            raise UserError(f"start_iter = {start_iter} must be an iteration of a run, counted from 0")
         if start_iter:
             epoch, batch = divmod(start_iter, len(loader))
             self.load_state_dict({**loader.state_dict(), "epoch": epoch, "batch": batch})
@@ -363,8 +383,10 @@ class DINOv2Loader(Adapter[dict[str, Any]]):
         return torch.from_numpy(masks).flatten(1), int(masks.sum())
 
 
-def _channels(values: tuple[float, ...]) -> Float[Tensor, "1 3 1 1"]:
+def _channels(values: tuple[float, ...], name: str) -> Float[Tensor, "1 3 1 1"]:
     """A number of each channel, for pixels from 0 to 255; whatever the program's defaults are."""
+    if len(values) != 3:
+        raise UserError(f"{name} is {values}: give one number for each of the three channels")
     return torch.tensor([255 * value for value in values], dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
 
 

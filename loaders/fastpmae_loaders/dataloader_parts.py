@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.values import typed
 
 if TYPE_CHECKING:
     from fastpmae_loaders.adapters import Adapter
@@ -80,11 +81,14 @@ class AdapterDataset(IterableDataset[Any]):
     `PairedViews`' own, so that nothing else may share its batches out (accelerate: do not `prepare` it).
 
     Raises:
-        UserError: when it is iterated in a process of the DataLoader's.
+        UserError: for what is no adapter, and when it is iterated in a process of the DataLoader's.
     """
 
     def __init__(self, adapter: Adapter[Any]) -> None:
+        from fastpmae_loaders.adapters import Adapter  # which needs this module
+
         super().__init__()
+        adapter = typed(adapter, Adapter, "adapter")
         self.adapter = adapter
         self._batches: Any = adapter  # of which not every one has a length
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from types import TracebackType
 from typing import Literal
 
@@ -19,6 +20,7 @@ from fastpmae_loaders.engines.base import (
     advice,
     check_whole,
     chosen,
+    digest,
     in_a_circle,
     larger_than_memory,
     make_job,
@@ -65,7 +67,8 @@ class PairedViews:
         page_order: shuffle page by page (see epoch_order); None does so where the file is larger than memory.
         workers: threads; 0 is one, as codebases are debugged that take it for the number of processes. torch's own
             number of threads is never touched.
-        bad_fraction: above this share of samples that do not decode the iteration stops.
+        bad_fraction: above this share of samples that do not decode, of those tried so far, each counted once, the
+            iteration stops.
         ahead: batches made before they are asked for.
         augment_on: "device" leaves the colours to `colour`, for whole batches on the device, once they are there:
             the CPU then decodes and crops alone.
@@ -148,8 +151,12 @@ class PairedViews:
         self._batch = 0
         self._resumed = False
         self._begun = 0
-        self._seen = 0
+        self._tried = np.zeros(len(self.samples), np.bool_)
         self._label = np.array(self.samples.label, np.int64)
+        # by their sizes, which an image keeps in whatever file it lies
+        self._images = digest(self.samples.height, self.samples.width)
+        chooses = self.indices is not None and not np.array_equal(self.indices, np.arange(len(self.samples)))
+        self._indices = digest(self.indices) if chooses and self.indices is not None else 0
         self._order: tuple[tuple[int, bool], np.ndarray] | None = None
         try:
             self.device = None if device is None else torch.device(device)
@@ -194,6 +201,10 @@ class PairedViews:
         """Samples that did not decode so far, each once, in the order in which they were met."""
         return list(self._failed)
 
+    @cached_property
+    def _pages(self) -> int:
+        return digest(self.samples.page_of)
+
     def set_epoch(self, epoch: int) -> None:
         """Turn to an epoch's beginning, or keep the position within it that `load_state_dict` has just set."""
         check_key(self.seed, epoch)
@@ -203,12 +214,16 @@ class PairedViews:
         self._epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """The position, as plain integers."""
+        """The position, as plain integers, and what its order depends on: `images`, `indices` and `pages` are digests
+        of the images' sizes, of `indices=` (0 without), and of what lies where on the disk (0 without page order)."""
         return {
             "epoch": self._epoch,
             "batch": self._batch,
             "seed": self.seed,
             "samples": self.count,
+            "images": self._images,
+            "indices": self._indices,
+            "pages": self._pages if self.page_order else 0,
             "global_batch": self.global_batch,
             "shuffle": int(self.shuffle),
             "page_order": int(self.page_order),
@@ -216,6 +231,8 @@ class PairedViews:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position: the next `iter()` continues there, bit for bit, also on another number of ranks.
+
+        What a state of an earlier version lacks is not asked for.
 
         Raises:
             UserError: where the state is of other data, another seed or order, or falls within a batch.
@@ -230,6 +247,15 @@ class PairedViews:
         for name, ours in (("seed", self.seed), ("samples", self.count), ("shuffle", int(self.shuffle))):
             if state.get(name, ours) != ours:
                 raise UserError(f"{said} has {name} {state[name]}, this loader {ours}")
+        by_page = bool(state.get("page_order", self.page_order))
+        for name, ours, other in (
+            ("images", self._images, "of other images than this loader's, though as many: name its own"),
+            ("indices", self._indices, "of other indices= than this loader's, though as many: give those again"),
+            ("pages", self._pages if by_page else 0, "of a file whose images lie in another order on the disk, which "
+             "page order follows: name the file it was saved with"),
+        ):  # fmt: skip
+            if state.get(name, ours) != ours:
+                raise UserError(f"{said} is {other}; set_epoch() begins an epoch anew")
         check_key(self.seed, state["epoch"])
         if state["batch"] < 0:
             raise UserError(f"{said} is batch {state['batch']}")
@@ -245,7 +271,7 @@ class PairedViews:
         self._resumed = True
         # iterations that still run no longer move the position
         self._begun += 1
-        self.page_order = bool(state.get("page_order", self.page_order))
+        self.page_order = by_page
 
     def __iter__(self) -> "Iteration":
         check_whole(self.samples)
@@ -353,13 +379,15 @@ class PairedViews:
             while index != shown[row]:
                 failed.append(index)
                 index = self._source.after(index)
-        self._seen += len(wanted)
+        for samples in (wanted, shown, failed):
+            self._tried[samples] = True
         self._failed.update(dict.fromkeys(failed))
-        if len(self._failed) >= FEW and len(self._failed) > self.bad_fraction * self._seen:
+        tried = int(np.count_nonzero(self._tried)) if len(self._failed) >= FEW else 0
+        if tried and len(self._failed) > self.bad_fraction * tried:
             check_whole(self.samples, unchanged=True)
             some = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self._failed) > 10 else "")
             raise UserError(
-                f"{self.samples.path}: {len(self._failed)} of {self._seen} samples do not decode (samples {some}), "
+                f"{self.samples.path}: {len(self._failed)} of {tried} samples do not decode (samples {some}), "
                 f"above the limit of {self.bad_fraction:.3g}; {advice(self.samples)}, or raise bad_fraction"
             )
         return failed

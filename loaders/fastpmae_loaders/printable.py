@@ -17,9 +17,9 @@ def printable_lines(text: str) -> str:
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
-def on_one_line(text: str) -> str:
-    """A library's words, which may hold a stranger's, printable and on one line; of long ones the first 2,000 signs."""
-    return printable(" ".join(text[:2000].split()))
+def on_one_line(text: str, longest: int = 2000) -> str:
+    """A library's words, which may hold a stranger's, printable and on one line; of long ones the first `longest`."""
+    return printable(" ".join(text[:longest].split()))
 
 
 def short(text: str | bytes, longest: int = 120) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.values import Typed, typed
+from fastpmae_loaders.values import Typed, checked
 
 RECIPE = np.dtype(
     [
@@ -128,6 +128,7 @@ class View(Typed):
         return max(self.jitter_probability, self.grayscale_probability, *self.blur, *self.solarise) > 0
 
 
+@checked
 def mae_view(
     size: int = 224, scale: tuple[float, float] = (0.2, 1.0), interpolation: Interpolation = "bicubic"
 ) -> View:
@@ -135,6 +136,7 @@ def mae_view(
     return View(size, scale, interpolation=interpolation)
 
 
+@checked
 def dino_global(
     which: Literal["coin", "t1", "t2"] = "coin",
     size: int = 224,
@@ -155,11 +157,7 @@ def dino_global(
         UserError: for another `which` or `blur`.
     """
     shares = {"coin": 0.5, "t1": 1.0, "t2": 0.0}
-    if which not in shares:
-        raise UserError(f"view: which = {which!r} must be one of coin, t1, t2")
     blurs = {"paper": (1.0, 0.1), "code": (0.0, 0.9)}
-    if blur not in blurs:
-        raise UserError(f"view: blur = {blur!r} must be 'paper' or 'code'")
     return View(
         size,
         scale,
@@ -173,6 +171,7 @@ def dino_global(
     )
 
 
+@checked
 def dino_local(
     size: int = 96, scale: tuple[float, float] = (0.05, 0.4), interpolation: Interpolation = "bicubic"
 ) -> View:
@@ -188,13 +187,13 @@ def dino_local(
     )
 
 
+@checked
 def plain_view(size: int = 224, crop_ratio: float = 0.875, interpolation: Interpolation = "bicubic") -> View:
     """Evaluation's: the shorter side resized to `resized_side`, then the centre. Nothing is random.
 
     Raises:
         UserError: for a crop_ratio outside 0.1 ... 1.
     """
-    crop_ratio, size = typed(crop_ratio, float, "crop_ratio"), typed(size, int, "size")
     if not 0.1 <= crop_ratio <= 1:
         raise UserError(f"crop_ratio = {crop_ratio} must be between 0.1 and 1")
     return View(size, flip=0.0, shorter=resized_side(size, crop_ratio), interpolation=interpolation)

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.recipes import View, plain_view
+from fastpmae_loaders.values import checked, typed
 
 # what there is nothing for here, and the values under which timm does nothing of it either
 _NOT_HERE: dict[str, tuple[Any, ...]] = {
@@ -24,7 +25,10 @@ _NOT_HERE: dict[str, tuple[Any, ...]] = {
     "vflip": (0,),
 }
 
+_NEEDED = ("no_aug", "scale", "ratio", "hflip", "color_jitter", "train_interpolation")
 
+
+@checked
 def timm_view(args: Any, data_config: Mapping[str, Any]) -> View:
     """The training view of timm's flags, all of which it follows or refuses.
 
@@ -37,20 +41,25 @@ def timm_view(args: Any, data_config: Mapping[str, Any]) -> View:
         data_config: what its `resolve_data_config` gives, of which `input_size` and `interpolation` are read.
 
     Raises:
-        UserError: for a flag that there is nothing for here, named as on the command line.
+        UserError: for a flag that there is nothing for here, named as on the command line, and for what is neither.
 
     Contract: huggingface/pytorch-image-models train.py, timm/data/transforms_factory.py.
     """
     for name, unused in _NOT_HERE.items():
         if (value := getattr(args, name, unused[0])) not in unused:
             raise UserError(f"timm's --{name.replace('_', '-')} {value} is not there with this loader; leave it out")
-    channels, height, width = data_config["input_size"]
+    for name in _NEEDED:
+        if not hasattr(args, name):
+            raise UserError(f"args has no {name}: give what timm's own command line makes, with all its flags")
+    if not {"input_size", "interpolation"} <= data_config.keys():
+        raise UserError("data_config has no input_size or no interpolation: give what timm's resolve_data_config makes")
+    channels, height, width = typed(data_config["input_size"], tuple[int, int, int], "data_config: input_size")
     if channels != 3 or height != width:
         raise UserError(f"input size {channels} x {height} x {width}: images are square and of 3 channels here")
     if args.no_aug:
         return plain_view(height, 1.0, interpolation=_filter("interpolation", data_config["interpolation"]))
-    low, high = args.scale or (0.08, 1.0)
-    narrow, wide = args.ratio or (3 / 4, 4 / 3)
+    low, high = typed(args.scale or (0.08, 1.0), tuple[float, float], "timm's --scale")
+    narrow, wide = typed(args.ratio or (3 / 4, 4 / 3), tuple[float, float], "timm's --ratio")
     asked = args.train_interpolation or data_config["interpolation"]
     jitter = args.color_jitter or 0.0
     often = getattr(args, "color_jitter_prob", None)

@@ -48,6 +48,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         name = os.fsencode(text)
     except UnicodeEncodeError:
         raise UserError(f"{short(text)}: no file can be called so") from None
+    if b"\0" in name:
+        raise UserError(f"{short(text)} does not exist: no file can be called so")
     if len(name) > PATH_MAX or max(map(len, name.split(b"/"))) > NAME_MAX:
         raise UserError(f"{short(text)}: no file or folder can have so long a name")
     return Path(path)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastpmae import Config, pretrain
-from fastpmae.config import write_config
+from fastpmae.config_file import write_config
 from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of
 from tests.made import tiny_settings
 from tests.test_train import environment, flags_of, rows_of, wait_for

@@ -50,6 +50,15 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return protocols.main()
 
 
+def test_a_folder_that_cannot_be_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(self: Path):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(UserError, match=f"^{tmp_path} cannot be read: Permission denied$"):
+        open_labelled(tmp_path, None)
+
+
 def test_images_are_decoded_with_all_cores(data: Path, tmp_path: Path, monkeypatch):
     seen = threads_of_loaders(monkeypatch, 3)
     words = ["knn", data / "run", "--train", data / "train.beton", "--val", data / "val.beton", "--out", tmp_path]

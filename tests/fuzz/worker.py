@@ -1,7 +1,8 @@
-"""The process that cases run in: `python -m tests.fuzz.worker KIND SEED STREAM SKIP FOLDER MEMORY`.
+"""The process that cases run in: `python -m tests.fuzz.worker KIND SEED STREAM SKIP FOLDER MEMORY ONLY`.
 
-It runs one case after another. Before each a line of JSON on standard output says which one it is, and after it what
-became of it; whatever the case itself prints goes to `FOLDER/output.txt`. A case that fails is the process's last.
+It runs one case after another, or with ONLY 1 the first alone. Before each a line of JSON on standard output says which
+one it is, and after it what became of it; whatever the case itself prints goes to `FOLDER/output.txt`. A case that
+fails is the process's last.
 """
 
 import faulthandler
@@ -20,7 +21,12 @@ from typing import IO, Any
 from fastpmae_loaders.printable import printable
 from tests.fuzz.case import Case, stream_of
 
-MEMORY = re.compile(r"memory|cannot allocate|bad_alloc|too large to allocate", re.IGNORECASE)
+MEMORY = re.compile(
+    r"memory|cannot allocate|bad_alloc|too large to allocate|resource temporarily unavailable", re.IGNORECASE
+)
+"""The last is what a thread gets that there is no room for."""
+CONFINED = "cannot be read: it takes more memory than there is"
+"""What is said of a table that asks for more than the process may have that reads it: there nothing was taken."""
 LONGEST = 4000
 """Characters of a sentence."""
 
@@ -38,7 +44,7 @@ def outcome_of(case: Case, output: IO[bytes]) -> tuple[str, str]:
         outcome, words = "refused", str(error)
         if not words.strip() or len(words) > LONGEST or any(printable(line) != line for line in words.splitlines()):
             outcome, words = "unprintable", repr(words[:LONGEST])
-        elif MEMORY.search(words):
+        elif MEMORY.search(words.replace(CONFINED, "")):
             outcome = "memory"
     except MemoryError:
         outcome, words = "memory", traceback.format_exc()
@@ -69,6 +75,7 @@ def limit_memory(allowed: int) -> None:
 def main() -> None:
     """See the module."""
     kind, seed, first, skip, folder, memory = sys.argv[1], *map(int, sys.argv[2:5]), Path(sys.argv[5]), int(sys.argv[6])
+    only = sys.argv[7] == "1"
     messages = os.fdopen(os.dup(1), "w", buffering=1)
     (folder / "output.txt").write_bytes(b"")
     with (folder / "output.txt").open("ab") as printed:
@@ -95,7 +102,7 @@ def main() -> None:
                 outcome, words = outcome_of(case, output)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             tell(outcome=outcome, words=words, peak=peak)
-            if outcome not in ("ok", "refused"):
+            if only or outcome not in ("ok", "refused"):
                 return
 
 

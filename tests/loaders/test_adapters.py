@@ -32,7 +32,9 @@ from fastpmae_loaders.adapters import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Adapter,
+    DINOLoader,
     DINOv2Loader,
+    EpochAdapter,
     IBOTLoader,
     LightlyLoader,
     MAELoader,
@@ -206,6 +208,54 @@ def test_a_dataloader_of_its_batches(name, mixed):
             len(wrapped)
 
 
+@pytest.mark.parametrize("kind", [MAELoader, DINOLoader, IBOTLoader, TimmLoader, LightlyLoader, DINOv2Loader])
+@pytest.mark.parametrize("given", [3, None, "images.beton"])
+def test_an_adapter_of_no_loader_is_a_sentence(kind, given):
+    with pytest.raises(UserError, match=f"^loader is {given!r}; expected PairedViews$"):
+        kind(given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "says"),
+    [
+        (DINOv2Loader, {"global_crops": "2"}, "global_crops is '2'; expected a whole number or None"),
+        (DINOv2Loader, {"start_iter": "5"}, "start_iter is '5'; expected a whole number"),
+        (DINOv2Loader, {"start_iter": -1}, "start_iter = -1 must be an iteration"),
+        (DINOv2Loader, {"masks": "ours"}, "masks is 'ours'; expected DINOv2Masks or None"),
+        (DINOv2Loader, {"dtype": "fp16"}, "dtype is 'fp16'; expected dtype"),
+        (IBOTLoader, {"masks": 0.3}, "masks is 0.3; expected IBOTMasks or None"),
+        (IBOTLoader, {"patch_size": "8"}, "patch_size is '8'; expected a whole number or None"),
+        (IBOTLoader, {"global_crops": 1.5}, "global_crops is 1.5; expected a whole number or None"),
+        (MAELoader, {"masks": 1}, "masks is 1; expected 'theirs' or 'ours'"),
+        (MAELoader, {"mean": 0.5}, "mean is 0.5; expected several values, each a number"),
+        (MAELoader, {"mean": (0.5, 0.5)}, r"mean is \(0.5, 0.5\): give one number for each"),
+        (DINOLoader, {"std": (0.5, "1", 1)}, "std is .*; expected several values, each a number"),
+        (LightlyLoader, {"std": (0.5, 0, 1)}, r"std is \(0.5, 0.0, 1.0\): images cannot be divided by 0"),
+        (LightlyLoader, {"dtype": torch.int64}, "the images' dtype is torch.int64, and"),
+        (TimmLoader, {"img_dtype": "bf16"}, "img_dtype is 'bf16'; expected dtype"),
+        (TimmLoader, {"mixup": 0.8}, "mixup is 0.8; expected Callable or None"),
+        (TimmLoader, {"random_erasing": 0.25}, "random_erasing is 0.25; expected Callable or None"),
+    ],
+)
+def test_an_adapters_wrong_argument_is_a_sentence(kind, wrong, says, mixed):
+    with loader(mixed, PAIR) as views, pytest.raises(UserError, match=f"^{says}"):
+        kind(views, **wrong)
+
+
+def test_an_adapter_without_collate_says_what_to_define(mixed):
+    class Mine(EpochAdapter[Any]):
+        pass
+
+    with loader(mixed, PAIR) as views, pytest.raises(UserError, match=r"^Mine does not say .*: define collate\(self"):
+        next(iter(Mine(views)))
+
+
+@pytest.mark.parametrize("given", [3, None, []])
+def test_a_data_set_of_no_adapter_is_a_sentence(given):
+    with pytest.raises(UserError, match=r"^adapter is .*; expected Adapter$"):
+        AdapterDataset(given)
+
+
 def test_a_dataloader_with_processes_is_refused(mixed):
     batches = AdapterDataset(ADAPTERS["mae"](mixed))
     with pytest.raises(UserError, match="num_workers=0"):
@@ -281,7 +331,7 @@ def test_mae_takes_our_masks_in_place_of_its_noise(mixed):
         keep = int(16 * (1 - 0.75))
         assert torch.equal(ids_shuffle[:, :keep], batch.visible)
         assert torch.equal(ids_shuffle[:, keep:], batch.folds)
-    with pytest.raises(UserError, match="masks = 'none'"):
+    with pytest.raises(UserError, match="masks is 'none'; expected 'theirs' or 'ours'"):
         MAELoader(loader(mixed, [mae_view(32)]), masks="none")  # type: ignore[arg-type]
 
 

@@ -1,6 +1,8 @@
 """What `PairedViews` promises, for both engines."""
 
 import hashlib
+import io
+import json
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastpmae_loaders import Batch, Beton, PairedViews, PlainViews, UserError, ViewSettings, draw_plans, epoch_order
 from fastpmae_loaders.engines import base
@@ -383,6 +386,23 @@ def test_too_many_broken_images_stop_the_run(broken, engine):
     assert len(loader_threads()) == before
 
 
+def test_broken_images_are_a_share_of_the_samples_tried(tmp_path):
+    """Each is counted once: stand-ins that were tried too, and no sample again in the next epoch."""
+    from tests.loaders.files import write_beton
+
+    image = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(image, "JPEG")
+    bad = write_beton(tmp_path / "some.beton", [b"\xff\xd8 no picture"] * 5 + [image.getvalue()] * 5, [(40, 40)] * 10)
+    with (
+        loader(bad, 1, shuffle=False, bad_fraction=0.6) as views,
+        pytest.raises(UserError, match=r"5 of 6 samples do not decode \(samples 0, 1, 2, 3, 4\), above the"),
+    ):
+        next(iter(views))
+    with loader(bad, 10, shuffle=False, bad_fraction=0.5) as views:
+        list(views)
+        list(views)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nothing_but_broken_images(tmp_path, engine):
     from tests.loaders.files import write_beton
@@ -697,6 +717,52 @@ def test_a_position_that_no_loader_has_saved_is_a_sentence(mixed: Path, state: o
         with pytest.raises(UserError, match=f"^the loader's saved position:? {says}"):
             views.load_state_dict(state)  # pyright: ignore[reportArgumentType]
         assert views.state_dict() == before
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_position_among_other_indices_is_a_sentence(mixed: Path, shuffle: bool):
+    count = len(Beton(mixed))
+    with loader(mixed, 5, shuffle=shuffle, indices=range(10)) as views:
+        next(iter(views))
+        state = views.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    for other in (range(1, 11), range(9, -1, -1)):
+        with loader(mixed, 5, shuffle=shuffle, indices=other) as views:
+            with pytest.raises(UserError, match=r"^the loader's saved position is of other indices= than this loader"):
+                views.load_state_dict(state)
+            assert views.state_dict()["batch"] == 0
+            views.load_state_dict({name: value for name, value in state.items() if name in BEFORE})
+            assert views.state_dict()["batch"] == 1
+    with loader(mixed, 5, shuffle=shuffle) as views, loader(mixed, 5, shuffle=shuffle, indices=range(count)) as all_:
+        all_.load_state_dict(views.state_dict())  # the same images in the same order
+
+
+BEFORE = ("epoch", "batch", "seed", "samples", "global_batch", "shuffle", "page_order")
+"""What a position of an earlier version holds."""
+
+
+def test_a_position_in_other_images_is_a_sentence(mixed: Path, tmp_path: Path):
+    folders = []
+    for width in (40, 41):
+        folders.append(tmp_path / str(width))
+        folders[-1].mkdir()
+        for number in range(4):
+            Image.new("RGB", (width, 40)).save(folders[-1] / f"{number}.png")
+    first, second = (loader(folder, 2) for folder in folders)
+    with first, second, loader(folders[0], 2) as again:
+        with pytest.raises(UserError, match=r"^the loader's saved position is of other images than this loader's"):
+            second.load_state_dict(first.state_dict())
+        again.load_state_dict(first.state_dict())
+
+
+def test_a_position_in_page_order_of_other_pages_is_a_sentence(mixed: Path):
+    with loader(mixed, 5, page_order=True) as saved, loader(mixed, 5, page_order=False) as views:
+        state = saved.state_dict()
+        views.load_state_dict(state)
+        assert views.page_order
+        state["pages"] ^= 1
+        with pytest.raises(UserError, match=r"^the loader's saved position is of a file whose images lie in another"):
+            views.load_state_dict(state)
 
 
 def test_a_gpu_that_is_not_there_is_a_sentence(mixed: Path, monkeypatch: pytest.MonkeyPatch):

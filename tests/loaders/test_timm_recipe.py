@@ -97,6 +97,22 @@ def test_a_flag_that_there_is_nothing_for_is_refused_by_its_name(name, value, sa
         timm_view(flags(**{name: value}), CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("args", "config", "said"),
+    [
+        (None, {}, "args has no no_aug: give what timm's own command line makes"),
+        (flags(), [192], r"data_config is \[192\]; expected Mapping"),
+        (flags(), {}, "data_config has no input_size or no interpolation"),
+        (flags(), {"input_size": 192, "interpolation": "bicubic"}, "data_config: input_size is 192; expected 3 values"),
+        (flags(scale=0.2), CONFIG, "timm's --scale is 0.2; expected 2 values, each a number"),
+        (flags(ratio="1"), CONFIG, "timm's --ratio is '1'; expected 2 values, each a number"),
+    ],
+)
+def test_what_timm_does_not_make_is_a_sentence(args, config, said):
+    with pytest.raises(UserError, match=f"^{said}"):
+        timm_view(args, config)
+
+
 def test_images_that_are_not_square_or_not_in_colour_are_refused():
     with pytest.raises(UserError, match="input size 1 x 192 x 192"):
         timm_view(flags(), CONFIG | {"input_size": (1, 192, 192)})

@@ -8,8 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from fastpmae.checkpoint import find_checkpoint, read_checkpoint
+from fastpmae.layouts import read_foreign, read_tensors
 
-from fastpmae_loaders import DaliSettings, ImageFolder, PairedViews, PlainViews, View, ViewSettings, open_samples
+from fastpmae.config_file import read_config
+from fastpmae_loaders import Beton, DaliSettings, ImageFolder, PairedViews, PlainViews, View, ViewSettings, open_samples
 from fastpmae_loaders.blockwise import IBOTMasks
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import Typed, checked, local_path, typed
@@ -205,6 +208,13 @@ def test_the_loaders_arguments(small_beton: Path):
         PlainViews(small_beton, 4, image_size="64")  # pyright: ignore[reportArgumentType]
     with PairedViews(small_beton, 4, "torch") as views, pytest.raises(UserError, match="epoch is '1'"):
         views.set_epoch("1")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("read", [read_tensors, read_foreign, read_checkpoint, find_checkpoint, read_config, Beton])
+def test_a_path_with_a_nul_is_a_sentence(read):
+    for path in (Path("a\0b"), Path("weights/a\0.pth")):
+        with pytest.raises(UserError, match=r"(no file can be called so|does not exist)$"):
+            read(path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from PIL import Image
 
 from fastpmae import Config, pretrain
 from fastpmae.pictures.report import write_report
+from fastpmae.pictures.view import draw_run
 from fastpmae.run import log
+from fastpmae.run.checkpoint import checkpoints_in, read_checkpoint, write_checkpoint
 from fastpmae.run.log import read_rows
 from fastpmae.run.results import results_in
 from fastpmae_loaders.cli.progress import Tally
@@ -129,6 +131,29 @@ def test_images_that_have_gone(tiny: Config, small_beton: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"none\.beton"):
         write_report(folder, tmp_path / "other.html", beton=tmp_path / "none.beton")
     assert not (tmp_path / "other.html").exists()
+
+
+def test_a_run_whose_decoder_had_no_class_token(tiny: Config, small_beton: Path, tmp_path: Path):
+    """Its curves and settings are shown as ever; its networks are none that this version has."""
+    sdae = tiny.using(teachers="reconstruction", lambda_c=0.0, lambda_p=0.0, loader="torch", steps=2, log_every=1)
+    folder = pretrain(sdae)
+    (checkpoint,) = checkpoints_in(folder)
+    found = read_checkpoint(checkpoint)
+    settings = json.loads((folder / "config.json").read_text())
+    for groups in (found.progress["config"], settings):
+        groups["model"]["decoder_class_token"] = False
+    write_checkpoint(checkpoint, found.tensors, found.progress, keep=0)
+    (folder / "config.json").write_text(json.dumps(settings))
+    page = write_report(folder, tmp_path / "old.html").read_text()
+    assert 'id="curves"' in page
+    assert "newest checkpoint: step 2" in page
+    assert "<code>teachers</code></td><td>&quot;reconstruction&quot;" in page
+    assert 'id="picture-' not in page
+    (remark,) = re.findall(r'id="remark">(.*?)</p>', page)
+    assert remark.startswith(f"There are no pictures of what was learnt: {checkpoint} asks for a decoder without the")
+    with pytest.raises(UserError, match="asks for a decoder without the class token"):
+        draw_run(folder, small_beton, tmp_path / "learnt.png")
+    assert not (tmp_path / "learnt.png").exists()
 
 
 def test_a_folder_of_images(tiny: Config, tmp_path: Path):

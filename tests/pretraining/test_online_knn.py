@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastpmae import Config, pretrain
-from fastpmae.config import write_config
+from fastpmae.config_file import write_config
 from fastpmae.evaluate.features import embed_images
 from fastpmae.evaluate.knn import knn_ranked
 from fastpmae.evaluate.metrics import Scores

@@ -129,6 +129,14 @@ def test_beit_with_a_table_for_each_block_or_one_for_all(shared: bool, tmp_path:
         assert torch.allclose(ours, theirs.forward_features(IMAGES)[:, 0], atol=1e-6)
 
 
+def test_beit_with_positions_for_the_patches_alone_is_refused(tmp_path: Path):
+    theirs = made(4, Beit, use_abs_pos_emb=True, use_rel_pos_bias=True, init_values=0.1).state_dict()
+    theirs["pos_embed"] = theirs["pos_embed"][:, 1:]
+    torch.save({"model": theirs}, tmp_path / "beit.pth")
+    with pytest.raises(UserError, match=r"makes no ViT: pos_embed is \(1, 16, 32\), which fits no \(1, 17, 32\)"):
+        find_backbone(str(tmp_path / "beit.pth")).build()
+
+
 def test_another_image_size_gets_timms_positions(tmp_path: Path):
     small = made(5)
     save_file(small.state_dict(), tmp_path / "small.safetensors")

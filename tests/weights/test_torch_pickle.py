@@ -157,14 +157,17 @@ def with_pickle(path: Path, data: bytes, numbers: bytes = bytes(64), packing: in
 STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuJ%btQ"
 
 
-def tensor_of(count: int, offset: int, shape: int, stride: int) -> bytes:
-    """A pickle of one tensor, as torch.save writes them."""
+def tensor_of(count: int, offset: int, shape: int | list[int], stride: int | list[int]) -> bytes:
+    """A pickle of one tensor, as torch.save writes them; of one axis, or of a list of axes."""
 
     def number(value: int) -> bytes:
         return b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
 
+    def numbers(values: int | list[int]) -> bytes:
+        return b"(" + b"".join(map(number, [values] if isinstance(values, int) else values)) + b"t"
+
     storage = STORAGE % struct.pack("<i", count)
-    sizes = number(offset) + number(shape) + b"\x85" + number(stride) + b"\x85"
+    sizes = number(offset) + numbers(shape) + numbers(stride)
     hooks = b"\x89ccollections\nOrderedDict\n)R"
     return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + sizes + hooks + b"tR."
 
@@ -188,9 +191,11 @@ def test_a_tensor_by_hand_is_read(tmp_path: Path):
         (17, 0, 17, 1),  # more than the file holds
         (2**31 - 1, 0, 10**8, 1),
         (-16, 0, 1, 1),
+        (16, 0, [2**31, 8, 2**31, 0], [0, 2**40, 0, 1]),  # empty, and torch counts its axes nevertheless
+        (16, 0, [0, 2**40, 2**40], [1, 1, 1]),
     ],
 )
-def test_a_tensor_that_its_numbers_do_not_hold_is_refused(count: int, offset: int, shape: int, stride: int, tmp_path):
+def test_a_tensor_that_its_numbers_do_not_hold_is_refused(count: int, offset: int, shape: Any, stride: Any, tmp_path):
     with pytest.raises(PickleError, match="damaged"):
         read_pickled(with_pickle(tmp_path / "a.pth", tensor_of(count, offset, shape, stride)))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sources.splits import EVERYTHING, below_splits, doubtful_classes, within_classes
 
 # fmt: off
@@ -59,8 +59,8 @@ class Item(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How the image is called in messages; always printable."""
-        inner = {"tar": lambda: f" ({self.where[2]})", "parquet": lambda: f" (row {self.where[3]})"}
+        """How the image is called in messages; always printable, and of a longer name in a tar 1,000 signs."""
+        inner = {"tar": lambda: f" ({short(self.where[2], 1000)})", "parquet": lambda: f" (row {self.where[3]})"}
         suffix = inner[self.kind]() if self.kind in inner else ""
         if self.kind == "arrow":
             suffix = f" (row {self.where[0]})"
@@ -185,7 +185,7 @@ def is_helper(folder: str) -> bool:
 
 def helper_notes(helpers: Mapping[str, int]) -> list[str]:
     """A note on images in folders for which `is_helper` holds; `helpers`: how many are in those of each name."""
-    found = [f"{printable(name)} ({count:,})" for name, count in sorted(helpers.items()) if count]
+    found = [f"{short(name)} ({count:,})" for name, count in sorted(helpers.items()) if count]
     if not found:
         return []
     shown = ", ".join(found[:5]) + (f" and {len(found) - 5:,} more" if len(found) > 5 else "")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sources.listing import (
     ARCHIVE_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -122,16 +122,16 @@ def list_shards(paths: list[str], image: str | None = None) -> Listing:
         if shard.damage:
             bad.append(Item("bad", path, (shard.damage,), -1))
     if image is not None and not items and fields:
-        shown = ", ".join(printable(field) for field in sorted(fields)[:5])
-        raise UserError(f"no image in the shards is of the field {printable(image)!r}; there are {shown}")
+        shown = ", ".join(short(field) for field in sorted(fields)[:5])
+        raise UserError(f"no image in the shards is of the field {short(image)!r}; there are {shown}")
     numbers, listing.class_names, listing.notes = labels_from(labels)
     items[:] = [item._replace(label=label) for item, label in zip(items, numbers, strict=True)]
     items += bad
     listing.notes += helper_notes(helpers)
     if shared and image is None:
-        first, second = (printable(name) for _, _, name, _ in together)
+        first, second = (short(name) for _, _, name, _ in together)
         few = len(fields) < _FIELDS_SHOWN and len(fields) < shared
-        one = f"; --image-column {printable(min(fields, key=len))} takes those of one field" if few else ""
+        one = f"; --image-column {short(min(fields, key=len))} takes those of one field" if few else ""
         listing.notes.append(
             f"{shared:,} images share their name up to its first dot with another, as {first} and {second} do, "
             f"and each is taken{one}."
@@ -196,7 +196,7 @@ def _list_members(file: int, length: int, shard: _Shard) -> None:
             shard.others += suffix not in IMAGE_SUFFIXES
             continue
         if name.lower().endswith(ARCHIVE_SUFFIXES):
-            shard.nested.append(printable(member.name))
+            shard.nested.append(short(member.name))
             shard.others += 1
             continue
         stem, _, field = name.partition(".")
@@ -253,7 +253,7 @@ def _members(file: int, length: int) -> Iterator[Member]:
         elif kind in _NO_CONTENT:
             stored = 0
         if start + stored > length:
-            raise _Damage(f"the shard is truncated within {printable(this)}")
+            raise _Damage(f"the shard is truncated within {short(this)}")
         if regular and not sparse:
             yield Member("file", shown, start, stored)
         elif kind != _FOLDER and not this.endswith(b"/"):

@@ -46,6 +46,12 @@ def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = 
         exists = False
     if not exists:
         raise UserError(f"{printable(str(root))} does not exist")
+    if root.is_file() and root.suffix.lower() == ".beton":
+        name = printable(str(root))
+        raise UserError(
+            f"{name} is a .beton file already: train on it as it is, look into it with fastpmae-write --check {name}, "
+            "or name the images that it was written from"
+        )
     files = Files(root)
     base = root if root.is_dir() else root.parent
     kind = settings.kind or _kind_of(root, files)

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import on_one_line, printable, short
+from fastpmae_loaders.sources.beton import PIXEL_LIMIT
+from fastpmae_loaders.sources.limits import BYTES_A_PIXEL
 from fastpmae_loaders.sources.reading import read_below
 
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture", "photo")
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")
 _LONGEST_LABEL = 4096
 _MEMORY = 4 << 30
+_MOST = 2**63 - 1  # the largest limit that the system takes
 _SHOWN = 30  # columns in a sentence
 
 
@@ -53,10 +56,15 @@ def lister(image_column: str | None, label_column: str | None) -> Callable[[int,
 
 
 @lru_cache(maxsize=1)
-def confine(path: str) -> None:
-    """Limits this process's memory to 4 GiB and what a file of this size may need: a small one can ask for anything."""
+def confine(path: str, max_pixels: int = PIXEL_LIMIT) -> None:
+    """Limits this process's memory to 4 GiB and what a file of this size may need: a small one can ask for anything.
+
+    Args:
+        max_pixels: of an image; of larger ones than are read by default decoding may take as much more.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _MEMORY + 2 * Path(path).stat().st_size
+    larger = BYTES_A_PIXEL * max(0, max_pixels - PIXEL_LIMIT)
+    limit = min(_MEMORY + larger + 2 * Path(path).stat().st_size, _MOST)
     resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
 
 
@@ -81,9 +89,7 @@ def _look(path: str, image_column: str | None, label_column: str | None) -> Tabl
         if column is not None and column not in schema.names:
             raise UserError(f"{printable(path)} has no column {printable(column)!r}: {_listed(schema.names)}")
         if column is not None and schema.names.count(column) > 1:
-            raise UserError(
-                f"{printable(path)} has several columns named {printable(column)!r}: which is meant is unknown"
-            )
+            raise UserError(f"{printable(path)} has several columns named {short(column)!r}: which is meant is unknown")
     labels: list[int | str | None] = [None] * rows
     if label:
         labels = _labels(path, label, schema.field(label).type)
@@ -94,7 +100,7 @@ def _look(path: str, image_column: str | None, label_column: str | None) -> Tabl
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(printable(name[:200]) for name in names[:_SHOWN]) + more
+    return ", ".join(short(name, 200) for name in names[:_SHOWN]) + more
 
 
 def is_parquet(path: str) -> bool:
@@ -143,8 +149,8 @@ def _labels(path: str, name: str, kind: Any) -> list[int | str | None]:
     words = types.is_string(value) or types.is_large_string(value)
     if not (words or types.is_integer(value) or types.is_null(value)):
         raise UserError(
-            f"{printable(path)}: its column {printable(name)!r} holds {_short(kind)}, and labels are integers or "
-            "words; --label-column names another"
+            f"{printable(path)}: its column {short(name)!r} holds {on_one_line(str(kind), 200)}, and labels are "
+            "integers or words; --label-column names another"
         )
     labels: list[int | str | None] = []
     for chunk in _column(path, None, name).chunks:
@@ -158,10 +164,6 @@ def _labels(path: str, name: str, kind: Any) -> list[int | str | None]:
         else:
             labels += chunk.to_pylist()
     return labels
-
-
-def _short(text: object) -> str:
-    return printable(" ".join(str(text).split())[:200])
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def _image_column(schema: Any, features: dict[str, Any], path: str) -> str:
         named = [name for name in _IMAGE_NAMES if name in found]
         if named or found:
             return (named or found)[0]
-    columns = _listed([f"{column.name} ({_short(column.type)})" for column in schema])
+    columns = _listed([f"{column.name} ({on_one_line(str(column.type), 200)})" for column in schema])
     raise UserError(f"{printable(path)} has no column of images; its columns: {columns}. --image-column names one")
 
 
@@ -223,7 +225,7 @@ def read_row(path: str, where: tuple) -> bytes:
     except MemoryError:
         raise
     except Exception as error:  # pyarrow has errors of its own, and KeyError, OSError, ...
-        raise UserError(f"cannot be read: {_short(error) or type(error).__name__}") from None
+        raise UserError(f"cannot be read: {on_one_line(str(error), 200) or type(error).__name__}") from None
     if isinstance(value, dict):
         if value.get("bytes") is None and isinstance(value.get("path"), str):
             return read_below(Path(path).parent, value["path"])

@@ -18,7 +18,7 @@ from fastpmae_loaders.cli.terminal import say, tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import appearing
 from fastpmae_loaders.machine import usable_cores
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sources.beton import Beton
 from fastpmae_loaders.values import NAME_MAX, checked, local_path
 from fastpmae_loaders.write.check import check_beton
@@ -143,7 +143,7 @@ def converter(settings: ImageSettings):
 
     def converted(place: int, item: Item) -> StoredImage:
         if item.kind in ("parquet", "arrow"):
-            confine(item.path)
+            confine(item.path, settings.max_pixels)
         return store(read_item(item), settings, place)
 
     return converted
@@ -339,7 +339,7 @@ def _write(options: argparse.Namespace) -> int:
     tell(f"  {written.kept:,} with their own bytes, {written.converted:,} converted; {tally.rate()}")
     classes = written.class_names
     if classes is not None:
-        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        shown = ", ".join(map(short, classes[:5])) + (", ..." if len(classes) > 5 else "")
         tell(f"  {len(classes):,} {'class' if len(classes) == 1 else 'classes'}: {shown}")
     if written.passed_over:
         other = "other file was" if written.passed_over == 1 else "other files were"

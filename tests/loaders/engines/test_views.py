@@ -194,7 +194,7 @@ def test_a_centre_is_no_crop_to_share(mixed):
 
 
 def test_another_blur_is_refused():
-    with pytest.raises(UserError, match="blur = 'release' must be 'paper' or 'code'"):
+    with pytest.raises(UserError, match="blur is 'release'; expected 'paper' or 'code'"):
         dino_global("t1", blur="release")  # type: ignore[arg-type]
 
 

@@ -287,6 +287,39 @@ def test_shards_of_names_with_dots_lose_nothing(tmp_path: Path, pattern: str) ->
         assert pattern.format(1, "jpg") in note
 
 
+def test_a_beton_is_written_already(tmp_path: Path) -> None:
+    (tmp_path / "a.beton").write_bytes(b"\2\0")
+    with pytest.raises(UserError, match=r"a\.beton is a \.beton file already: train on it as it is, look into it with"):
+        find_images(tmp_path / "a.beton")
+
+
+def test_long_names_in_shards_are_cut_where_they_are_told(tmp_path: Path) -> None:
+    """A header may give a name of a megabyte, and a label as long a word."""
+    long = "x" * 100_000
+    members = [
+        (f"{long}.jpg", picture(1)), (f"{long}.{long}.png", picture(2, "PNG")), (f"{long}.cls", long.encode()),
+        (f"{long}.tar", b"inner"), (f".{long}/thumb.jpg", picture(3)),
+    ]  # fmt: skip
+    source = find_images(shard(tmp_path / "a.tar", members))
+    assert len(source.items) == 2
+    notes = " ".join(source.notes)
+    for part in ("2 images share", "1 archives within", "Passed over: files in folders that are hidden"):
+        assert part in notes
+    assert len(notes) < 2000
+    assert max(len(item.name) for item in source.items) < 1000 + len(f"{tmp_path}/a.tar ()") + 1
+    with pytest.raises(UserError) as refused:
+        find_images(tmp_path / "a.tar", SourceSettings(image_column=long + "y"))
+    assert len(str(refused.value)) < 1000
+    cut = shard(tmp_path / "cut.tar", [("a.jpg", picture(1)), (f"{long}.jpg", picture(2))])
+    os.truncate(cut, cut.stat().st_size // 1024 * 1024 - 10240)
+    for item in find_images(cut).items:
+        assert len(item.name) + len(str(item.where[0])) < 1500
+    only = shard(tmp_path / "tars.tar", [(f"{long}.tar", b"inner")])
+    with pytest.raises(UserError, match="holds no images but 1 archives") as refused:
+        find_images(only)
+    assert len(str(refused.value)) < 1000
+
+
 def test_samples_of_several_images(tmp_path: Path) -> None:
     """As WebDataset's rule has it: one sample, a field for each image, and one label for all."""
     members = []

@@ -1,6 +1,7 @@
 """Hostile parquet and arrow files: each costs itself, whatever the library does with it."""
 
 import io
+import mmap
 import os
 import signal
 import struct
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.sources.beton import PIXEL_LIMIT
 from fastpmae_loaders.write.hf_datasets import list_tables
 from fastpmae_loaders.write.sources import SourceSettings, find_images, read_item
 from fastpmae_loaders.write.table_reader import lister
@@ -143,11 +145,21 @@ def test_memory_of_a_small_file_is_limited(tmp_path: Path) -> None:
     assert "memory" in result.reason
 
 
-def greedy() -> Any:
+def test_memory_follows_the_pixels_that_are_asked_for(tmp_path: Path) -> None:
+    """An image of 2^28 pixels more than are taken by default may have 4 GiB more; memory is asked for, not filled."""
+    pa.parquet.write_table(pa.table({"image": [b"x"]}), tmp_path / "a.parquet")
+    for more in (2**28, 2**80):
+        with WorkerPool("tests.loaders.write.test_table_reader:greedy", (PIXEL_LIMIT + more,), 1, 60.0) as pool:
+            ((_, result),) = list(pool.in_order([str(tmp_path / "a.parquet")]))
+        assert result == 5 << 30
+
+
+def greedy(max_pixels: int = PIXEL_LIMIT) -> Any:
     from fastpmae_loaders.write.table_reader import confine
 
     def take(place: int, path: str) -> int:
-        confine(path)
-        return len(bytearray(5 << 30))
+        confine(path, max_pixels)
+        with mmap.mmap(-1, 5 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            return len(memory)
 
     return take
