@@ -25,11 +25,11 @@ from fastpmae_loaders import Beton, ViewSettings
 from fastpmae_loaders.engines.base import Source, make_job
 from fastpmae_loaders.engines.ffcv_engine import FFCVEngine
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.jit.vectors import call_decoder
 from fastpmae_loaders.pixels import colour as c
 from fastpmae_loaders.pixels.resize import resize
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED, Plans, draw_plans
 from fastpmae_loaders.sources.jpeg import TurboDecoders
+from fastpmae_loaders.sources.turbo import call_decoder
 
 BATCH, SIDE = 64, 224
 STAGES = ("decode", "simple view", "complex view", "jitter and grayscale", "blur", "solarise")

@@ -56,7 +56,6 @@ ROOMS = {
         "paired",
         "plain",
         "adapters",
-        "dataloader_parts",
         "timm_recipe",
         "write",
     ],

@@ -32,6 +32,7 @@ from fastpmae_loaders.adapters import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Adapter,
+    AdapterDataset,
     DINOLoader,
     DINOv2Loader,
     EpochAdapter,
@@ -41,7 +42,6 @@ from fastpmae_loaders.adapters import (
     TimmLoader,
 )
 from fastpmae_loaders.blockwise import DINOv2Masks, IBOTMasks
-from fastpmae_loaders.dataloader_parts import AdapterDataset
 from tests.made import made_image
 
 SETTINGS = ViewSettings(image_size=32, patch_size=8, folds=3)

@@ -47,7 +47,8 @@ def colour_all(image: np.ndarray, factors: np.ndarray, choices: np.ndarray, scra
 def test_without_avx2(tmp_path):
     file = tmp_path / "plain.npz"
     script = (
-        "import sys, numpy as np; from fastpmae_loaders import vectors; from tests.loaders.test_portable import made; "
+        "import sys, numpy as np; from fastpmae_loaders.jit import vectors; "
+        "from tests.loaders.test_portable import made; "
         "assert not vectors._AVX2; np.savez(sys.argv[1], *made())"
     )
     paths = os.pathsep.join(str(REPOSITORY / part) for part in ("", "kernels", "loaders"))

@@ -30,7 +30,7 @@ from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.engines.torch_engine import decode
 from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.jit.compiled import kernel
-from fastpmae_loaders.jit.vectors import view_at
+from fastpmae_loaders.jit.memory import view_at
 from fastpmae_loaders.pixels.colour import change_colours
 from fastpmae_loaders.plan import Plans, draw_plans
 from fastpmae_loaders.sources.beton import JPG, RAW

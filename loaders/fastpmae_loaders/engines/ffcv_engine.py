@@ -30,12 +30,13 @@ from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.engines.views import Rows, fill_row
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.jit.compiled import kernel
-from fastpmae_loaders.jit.vectors import call_decoder, fetch_add, read_into
+from fastpmae_loaders.jit.memory import fetch_add, read_into
 from fastpmae_loaders.plan import CHOICES, FACTORS
 from fastpmae_loaders.sources.beton import RAW, Beton
 from fastpmae_loaders.sources.jpeg import TURBO_DECOMPRESS, TurboDecoders, turbo_available
 from fastpmae_loaders.sources.markers import stands_alone
 from fastpmae_loaders.sources.pictures import decode_jpeg, one_line
+from fastpmae_loaders.sources.turbo import call_decoder
 
 _MISSING = (
     "the FFCV loader needs the package ffcv, which is not installed here: pip install ffcv (on Linux, with "

@@ -7,7 +7,7 @@ import numpy as np
 from fastpmae_loaders.engines.base import ATTEMPTS, Job, Samples, Source
 from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.engines.views import fill_row
-from fastpmae_loaders.jit.vectors import fetch_add
+from fastpmae_loaders.jit.memory import fetch_add
 from fastpmae_loaders.sources.beton import JPG, RAW
 from fastpmae_loaders.sources.pictures import decode_jpeg, decode_upright
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpmae_loaders.jit.compiled import helper, kernel
-from fastpmae_loaders.jit.vectors import view_at
+from fastpmae_loaders.jit.memory import view_at
 from fastpmae_loaders.pixels.bilinear import resize_bilinear
 from fastpmae_loaders.pixels.colour import change_colours
 from fastpmae_loaders.pixels.resize import resize

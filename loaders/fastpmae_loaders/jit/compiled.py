@@ -22,6 +22,7 @@ _SOURCES = (
     "jit/compiled",
     "jit/elementary",
     "jit/philox",
+    "jit/memory",
     "jit/vectors",
     "jit/floats",
     "recipes",
@@ -36,6 +37,7 @@ _SOURCES = (
     "multiblock",
     "sources/jpeg",
     "sources/markers",
+    "sources/turbo",
 )
 
 

@@ -7,21 +7,14 @@ so every machine, with whichever vector width, gives the same bits.
 Addresses are integers (`array.ctypes.data` plus an offset in bytes); nothing here checks bounds.
 """
 
-import ctypes
-from collections.abc import Callable
-from typing import Any
-
 import numba
-import numpy as np
 from llvmlite import ir
-from numba import carray, types
-from numba.core import cgutils
+from numba import types
 from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import PrimitiveModel
-from numba.extending import intrinsic, register_model
+from numba.extending import register_model
 
-from fastpmae_loaders.jit.compiled import helper, kernel
-from fastpmae_loaders.sources.jpeg import TURBO_FLAGS, TURBO_RGB
+from fastpmae_loaders.jit.memory import call_library, operation, pointer_to
 
 WEIGHT_BITS = 14
 """Fraction bits of the fixed-point weights: 1.0 is 16384, so every bicubic weight fits 16 bits."""
@@ -46,11 +39,6 @@ class _VectorModel(PrimitiveModel):
         super().__init__(manager, kind, _llvm(kind.bits, kind.lanes))
 
 
-def _operation(define: Callable[..., Any]) -> Callable[..., Any]:
-    """numba's `intrinsic`, whose first argument callers do not see and type checkers would ask for."""
-    return intrinsic(define)
-
-
 _BYTES = Vector(8, 16)
 _TWICE = Vector(8, 32)
 _SHORTS = Vector(16, 16)
@@ -59,10 +47,6 @@ _INTS = Vector(32, 8)
 
 def _llvm(bits: int, lanes: int) -> ir.VectorType:
     return ir.VectorType(ir.IntType(bits), lanes)
-
-
-def _pointer(builder, address, kind):
-    return builder.inttoptr(address, kind.as_pointer())
 
 
 def _shuffle(builder, first, second, places):
@@ -86,29 +70,29 @@ def _to_byte(builder, sums, lanes: int):
     return builder.select(builder.icmp_signed("<", low, top), low, top)
 
 
-@_operation
+@operation
 def load_shorts(typingctx, address):
     """16 numbers of 16 bits."""
 
     def code(context, builder, signature, args):
-        return builder.load(_pointer(builder, args[0], _llvm(16, 16)), align=2)
+        return builder.load(pointer_to(builder, args[0], _llvm(16, 16)), align=2)
 
     return _SHORTS(types.int64), code
 
 
-@_operation
+@operation
 def load_pair(typingctx, address):
     """One pair of 16-bit numbers, repeated eight times."""
 
     def code(context, builder, signature, args):
-        pair = builder.load(_pointer(builder, args[0], ir.IntType(32)), align=2)
+        pair = builder.load(pointer_to(builder, args[0], ir.IntType(32)), align=2)
         one = builder.insert_element(ir.Constant(_llvm(32, 8), ir.Undefined), pair, ir.IntType(32)(0))
         return builder.bitcast(_shuffle(builder, one, one, [0] * 8), _llvm(16, 16))
 
     return _SHORTS(types.int64), code
 
 
-@_operation
+@operation
 def rounding(typingctx):
     """Eight sums, begun at one half."""
 
@@ -118,12 +102,12 @@ def rounding(typingctx):
     return _INTS(), code
 
 
-@_operation
+@operation
 def two_rows(typingctx, first, second):
     """16 bytes of each of two rows."""
 
     def code(context, builder, signature, args):
-        first, second = (builder.load(_pointer(builder, address, _llvm(8, 16)), align=1) for address in args)
+        first, second = (builder.load(pointer_to(builder, address, _llvm(8, 16)), align=1) for address in args)
         return _shuffle(builder, first, second, list(range(32)))
 
     return _TWICE(types.int64, types.int64), code
@@ -144,13 +128,13 @@ def _pixel_pair(start: int):
     return _SHORTS(_TWICE), code
 
 
-@_operation
+@operation
 def first_pixels(typingctx, rows):
     """Of both rows' r0 g0 b0 r1 g1 b1 ... the 16-bit pairs r0 r1, g0 g1, b0 b1, 0 0."""
     return _pixel_pair(0)
 
 
-@_operation
+@operation
 def next_pixels(typingctx, rows):
     """Of both rows' r0 g0 b0 r1 g1 b1 ... the 16-bit pairs r2 r3, g2 g3, b2 b3, 0 0."""
     return _pixel_pair(6)
@@ -170,10 +154,10 @@ def _turned(builder, rows):
 def _store_turned(builder, address, step: int, rows, count: int) -> None:
     for place, pairs in enumerate(list(_turned(builder, rows))[:count]):
         target = builder.add(address, ir.IntType(64)(step * place))
-        builder.store(pairs, _pointer(builder, target, _llvm(32, 8)), align=4)
+        builder.store(pairs, pointer_to(builder, target, _llvm(32, 8)), align=4)
 
 
-@_operation
+@operation
 def store_columns(typingctx, address, first, second, third, fourth):
     """Pixel pairs of rows 0 and 4, 1 and 5, 2 and 6, 3 and 7: store rows 0 to 7 of red, of green, of blue."""
 
@@ -184,7 +168,7 @@ def store_columns(typingctx, address, first, second, third, fourth):
     return types.none(types.int64, _SHORTS, _SHORTS, _SHORTS, _SHORTS), code
 
 
-@_operation
+@operation
 def store_plane_columns(typingctx, address, first, second, third, fourth):
     """The same of one plane's four pairs: store rows 0 to 7 of each, 96 bytes apart."""
 
@@ -195,7 +179,7 @@ def store_plane_columns(typingctx, address, first, second, third, fourth):
     return types.none(types.int64, _SHORTS, _SHORTS, _SHORTS, _SHORTS), code
 
 
-@_operation
+@operation
 def store_row_pairs(typingctx, address, stride, first, second, third, fourth):
     """Sums of eight rows in each of four columns, shifted and clamped, to 16-bit pairs of rows.
 
@@ -214,7 +198,7 @@ def store_row_pairs(typingctx, address, stride, first, second, third, fourth):
             rows = (first, second)[place % 2]
             half = [0, 1, 2, 3] if place < 2 else [4, 5, 6, 7]
             target = builder.add(address, builder.mul(stride, ir.IntType(64)(place)))
-            builder.store(_shuffle(builder, rows, rows, half), _pointer(builder, target, _llvm(32, 4)), align=4)
+            builder.store(_shuffle(builder, rows, rows, half), pointer_to(builder, target, _llvm(32, 4)), align=4)
         return context.get_dummy_value()
 
     return types.none(types.int64, types.int64, _INTS, _INTS, _INTS, _INTS), code
@@ -236,15 +220,10 @@ def _clamp(builder, numbers, low: int, high: int):
 def _clamped_shorts(builder, first, second):
     """Eight ints each to sixteen shorts between 0 and 255, in the order _HALVES."""
     if _AVX2:
-        packed = _call(builder, "llvm.x86.avx2.packusdw", _llvm(16, 16), first, second)
+        packed = call_library(builder, "llvm.x86.avx2.packusdw", _llvm(16, 16), first, second)
         top = _splat(16, 16, 255)
         return builder.select(builder.icmp_unsigned("<", packed, top), packed, top)
     return builder.trunc(_clamp(builder, _shuffle(builder, first, second, _HALVES), 0, 255), _llvm(16, 16))
-
-
-def _call(builder, name: str, result, *arguments):
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 def _interleave_halves(builder, first, second, start: int):
@@ -253,12 +232,12 @@ def _interleave_halves(builder, first, second, start: int):
     return _shuffle(builder, first, second, places)
 
 
-@_operation
+@operation
 def interleave_rows(typingctx, upper, lower):
     """32 bytes of each of two rows, by turns: those that stand first in their half of 16, and those that stand last."""
 
     def code(context, builder, signature, args):
-        a, b = (builder.load(_pointer(builder, address, _llvm(8, 32)), align=1) for address in args)
+        a, b = (builder.load(pointer_to(builder, address, _llvm(8, 32)), align=1) for address in args)
         both = [_interleave_halves(builder, a, b, start) for start in (0, 8)]
         return context.make_tuple(builder, signature.return_type, both)
 
@@ -272,19 +251,19 @@ def _widen(start: int):
     return _SHORTS(_TWICE), code
 
 
-@_operation
+@operation
 def widen_low(typingctx, numbers):
     """The bytes that stand first in each half, as 16-bit numbers."""
     return _widen(0)
 
 
-@_operation
+@operation
 def widen_high(typingctx, numbers):
     """The bytes that stand last in each half, as 16-bit numbers."""
     return _widen(8)
 
 
-@_operation
+@operation
 def store_halves(typingctx, address, first, second, third, fourth):
     """32 sums, as `widen_low` and `widen_high` of `interleave_rows` order them, to 32 bytes, shifted and clamped."""
 
@@ -292,22 +271,22 @@ def store_halves(typingctx, address, first, second, third, fourth):
         address, *sums = args
         a, b, c, d = (builder.ashr(sum, _splat(32, 8, WEIGHT_BITS)) for sum in sums)
         if _AVX2:
-            low = _call(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), a, b)
-            high = _call(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), c, d)
-            clamped = _call(builder, "llvm.x86.avx2.packuswb", _llvm(8, 32), low, high)
+            low = call_library(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), a, b)
+            high = call_library(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), c, d)
+            clamped = call_library(builder, "llvm.x86.avx2.packuswb", _llvm(8, 32), low, high)
         else:
             # halves of four: 0 4 of each sum belong side by side
             low = _shuffle(builder, a, b, list(range(16)))
             high = _shuffle(builder, c, d, list(range(16)))
             places = [half + part * 8 + lane for half in (0, 4) for part in range(4) for lane in range(4)]
             clamped = builder.trunc(_clamp(builder, _shuffle(builder, low, high, places), 0, 255), _llvm(8, 32))
-        builder.store(clamped, _pointer(builder, address, _llvm(8, 32)), align=1)
+        builder.store(clamped, pointer_to(builder, address, _llvm(8, 32)), align=1)
         return context.get_dummy_value()
 
     return types.none(types.int64, _INTS, _INTS, _INTS, _INTS), code
 
 
-@_operation
+@operation
 def store_clamped(typingctx, address, first, second, third, fourth):
     """32 sums to 32 bytes, shifted and clamped."""
 
@@ -315,22 +294,24 @@ def store_clamped(typingctx, address, first, second, third, fourth):
         address, *sums = args
         a, b, c, d = (builder.ashr(sum, _splat(32, 8, WEIGHT_BITS)) for sum in sums)
         if _AVX2:
-            low = _call(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), a, b)
-            high = _call(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), c, d)
-            mixed = builder.bitcast(_call(builder, "llvm.x86.avx2.packuswb", _llvm(8, 32), low, high), _llvm(32, 8))
+            low = call_library(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), a, b)
+            high = call_library(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), c, d)
+            mixed = builder.bitcast(
+                call_library(builder, "llvm.x86.avx2.packuswb", _llvm(8, 32), low, high), _llvm(32, 8)
+            )
             clamped = builder.bitcast(_shuffle(builder, mixed, mixed, [0, 4, 1, 5, 2, 6, 3, 7]), _llvm(8, 32))
         else:
             low = _shuffle(builder, a, b, list(range(16)))
             high = _shuffle(builder, c, d, list(range(16)))
             both = _shuffle(builder, low, high, list(range(32)))
             clamped = builder.trunc(_clamp(builder, both, 0, 255), _llvm(8, 32))
-        builder.store(clamped, _pointer(builder, address, _llvm(8, 32)), align=1)
+        builder.store(clamped, pointer_to(builder, address, _llvm(8, 32)), align=1)
         return context.get_dummy_value()
 
     return types.none(types.int64, _INTS, _INTS, _INTS, _INTS), code
 
 
-@_operation
+@operation
 def add_products(typingctx, sums, numbers, weights):
     """sums[i] + numbers[2i] * weights[2i] + numbers[2i+1] * weights[2i+1]."""
 
@@ -344,7 +325,7 @@ def add_products(typingctx, sums, numbers, weights):
     return _INTS(_INTS, _SHORTS, _SHORTS), code
 
 
-@_operation
+@operation
 def pack(typingctx, low, high):
     """Sixteen sums to sixteen bytes: shifted and clamped."""
 
@@ -353,134 +334,3 @@ def pack(typingctx, low, high):
         return builder.trunc(_to_byte(builder, both, 16), _llvm(8, 16))
 
     return _BYTES(_INTS, _INTS), code
-
-
-@_operation
-def copy_bytes(typingctx, target, source, count):
-    """memcpy."""
-
-    def code(context, builder, signature, args):
-        byte = ir.IntType(8)
-        cgutils.raw_memcpy(builder, _pointer(builder, args[0], byte), _pointer(builder, args[1], byte), args[2], 1)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64, types.int64), code
-
-
-@_operation
-def move_bytes(typingctx, target, source, count):
-    """memmove: both places may overlap."""
-
-    def code(context, builder, signature, args):
-        byte = ir.IntType(8)
-        cgutils.raw_memmove(builder, _pointer(builder, args[0], byte), _pointer(builder, args[1], byte), args[2], 1)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64, types.int64), code
-
-
-@_operation
-def load_byte(typingctx, address):
-    """One byte, as int64."""
-
-    def code(context, builder, signature, args):
-        return builder.zext(builder.load(_pointer(builder, args[0], ir.IntType(8))), ir.IntType(64))
-
-    return types.int64(types.int64), code
-
-
-@_operation
-def load_int(typingctx, address):
-    """One int32, as int64."""
-
-    def code(context, builder, signature, args):
-        return builder.sext(builder.load(_pointer(builder, args[0], ir.IntType(32)), align=4), ir.IntType(64))
-
-    return types.int64(types.int64), code
-
-
-@_operation
-def store_byte(typingctx, address, value):
-    """Store the low byte of an int64."""
-
-    def code(context, builder, signature, args):
-        byte = builder.trunc(args[1], ir.IntType(8))
-        builder.store(byte, _pointer(builder, args[0], ir.IntType(8)))
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64), code
-
-
-@_operation
-def _fetch_add(typingctx, address):
-    def code(context, builder, signature, args):
-        number = ir.IntType(64)
-        return builder.atomic_rmw("add", _pointer(builder, args[0], number), number(1), "monotonic")
-
-    return types.int64(types.int64), code
-
-
-@kernel
-def fetch_add(counter):
-    """Add one to int64 [1] in one indivisible step; its value before."""
-    return _fetch_add(np.int64(counter.ctypes.data))
-
-
-@_operation
-def _byte_pointer(typingctx, address):
-    def code(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.CPointer(types.uint8)(types.int64), code
-
-
-_pread = types.ExternalFunction("pread", types.int64(types.int32, types.int64, types.uint64, types.int64))
-
-
-@helper
-def read_into(descriptor, target, size, start):
-    """Read `size` bytes of an open file from byte `start` on into the memory at an address: whether all were there."""
-    place = 0
-    while place < size:
-        count = _pread(np.int32(descriptor), target + place, np.uint64(size - place), start + place)
-        if count <= 0:
-            return False
-        place += count
-    return True
-
-
-@helper
-def view_at(address, side):
-    """The memory at an address as uint8 [3, side, side]."""
-    return carray(_byte_pointer(address), (3, side, side))
-
-
-@helper
-def bytes_at(address, count):
-    """The memory at an address as uint8 [count]."""
-    return carray(_byte_pointer(address), (count,))
-
-
-@_operation
-def call_decoder(typingctx, function, handle, source, size, height, width, target):
-    """Call `tjDecompress2` at the address `function`: a whole JPEG to uint8 [height, width, 3]. 0 is success.
-
-    Its error also covers what libjpeg calls a warning: data that end too soon or make no sense.
-    """
-
-    def code(context, builder, signature, args):
-        function, handle, source, size, height, width, target = args
-        word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        unsigned_long = ir.IntType(8 * ctypes.sizeof(ctypes.c_ulong))
-        kind = ir.FunctionType(word, [pointer, pointer, unsigned_long, pointer, word, word, word, word, word])
-        arguments = [
-            *(builder.inttoptr(handle, pointer), builder.inttoptr(source, pointer)),
-            builder.trunc(size, unsigned_long) if unsigned_long.width < 64 else size,
-            *(builder.inttoptr(target, pointer), builder.trunc(width, word), word(0), builder.trunc(height, word)),
-            *(word(TURBO_RGB), word(TURBO_FLAGS)),
-        ]
-        status = builder.call(builder.inttoptr(function, kind.as_pointer()), arguments)
-        return builder.sext(status, ir.IntType(64))
-
-    number = types.int64
-    return number(number, number, number, number, number, number, number), code

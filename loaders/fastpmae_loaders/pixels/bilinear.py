@@ -8,7 +8,7 @@ filter of `resize.py` has 16-bit weights, which are faster and up to two steps o
 import numpy as np
 
 from fastpmae_loaders.jit.compiled import helper, kernel
-from fastpmae_loaders.jit.vectors import bytes_at, load_byte, load_int
+from fastpmae_loaders.jit.memory import bytes_at, load_byte, load_int
 from fastpmae_loaders.pixels.resize import vertical_goes_first
 
 BITS = 22

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from fastpmae_loaders.jit import floats as f
-from fastpmae_loaders.jit import vectors as v
+from fastpmae_loaders.jit import memory
 from fastpmae_loaders.jit.compiled import helper, kernel
 from fastpmae_loaders.jit.elementary import exponential
 from fastpmae_loaders.jit.vectors import WEIGHT_BITS
@@ -121,7 +121,7 @@ def _sweep(image, turns, start, stop, factors, mean, grey, counting):
         if left < f.LANES:
             # the last few are worked on apart, beside zeros
             for channel in range(3):
-                v.copy_bytes(room + channel * f.LANES, at + channel * plane, left)
+                memory.copy_bytes(room + channel * f.LANES, at + channel * plane, left)
             at, plane = room, np.int64(f.LANES)
         r, g, b = f.load(at), f.load(at + plane), f.load(at + 2 * plane)
         for place in range(start, stop):
@@ -149,7 +149,7 @@ def _sweep(image, turns, start, stop, factors, mean, grey, counting):
             f.store(at + 2 * plane, b)
             if left < f.LANES:
                 for channel in range(3):
-                    v.copy_bytes(begin + i + channel * pixels, room + channel * f.LANES, left)
+                    memory.copy_bytes(begin + i + channel * pixels, room + channel * f.LANES, left)
     return f.total(counts)
 
 

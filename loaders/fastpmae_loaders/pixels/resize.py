@@ -8,6 +8,7 @@ A flip costs nothing: the table of the columns is written backwards.
 
 import numpy as np
 
+from fastpmae_loaders.jit import memory
 from fastpmae_loaders.jit import vectors as v
 from fastpmae_loaders.jit.compiled import helper, kernel
 from fastpmae_loaders.jit.vectors import WEIGHT_BITS
@@ -134,8 +135,8 @@ def _vertical_slowly(source, stride, first, weights, pairs, last, count, width, 
         for x in range(width):
             total = np.int64(ONE // 2)
             for k in range(min(2 * pairs, last + 1 - np.int64(first[y]))):
-                total += v.load_byte(source + (first[y] + k) * stride + x) * np.int64(weights[2 * pairs * y + k])
-            v.store_byte(out + y * out_stride + x, min(max(total >> WEIGHT_BITS, 0), 255))
+                total += memory.load_byte(source + (first[y] + k) * stride + x) * np.int64(weights[2 * pairs * y + k])
+            memory.store_byte(out + y * out_stride + x, min(max(total >> WEIGHT_BITS, 0), 255))
 
 
 @helper

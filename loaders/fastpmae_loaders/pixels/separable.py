@@ -7,6 +7,7 @@ bytes, rounded and clamped. Rows are kept between them only as long as they are 
 
 import numpy as np
 
+from fastpmae_loaders.jit import memory
 from fastpmae_loaders.jit import vectors as v
 from fastpmae_loaders.jit.compiled import helper, kernel
 
@@ -55,10 +56,10 @@ def _turn_plane(rows, pairs, columns):
 def _horizontal(columns, first, weights, pairs, count, out, out_stride, plane):
     """Eight rows, turned, to four rows of pairs in three planes; `count` is a multiple of four."""
     for x in range(0, count, 4):
-        at0 = columns + 48 * v.load_int(first + 4 * x)
-        at1 = columns + 48 * v.load_int(first + 4 * x + 4)
-        at2 = columns + 48 * v.load_int(first + 4 * x + 8)
-        at3 = columns + 48 * v.load_int(first + 4 * x + 12)
+        at0 = columns + 48 * memory.load_int(first + 4 * x)
+        at1 = columns + 48 * memory.load_int(first + 4 * x + 4)
+        at2 = columns + 48 * memory.load_int(first + 4 * x + 8)
+        at3 = columns + 48 * memory.load_int(first + 4 * x + 12)
         weights0 = weights + 4 * pairs * x
         weights1 = weights0 + 4 * pairs
         weights2 = weights1 + 4 * pairs
@@ -98,7 +99,7 @@ def _vertical(source, stride, plane, first, weights, pairs, start, stop, count, 
     Where fewer than 32 pixels of a row are left, they are made in `spare` and copied.
     """
     for y in range(start, stop):
-        top = source + v.load_int(first + 4 * y) // 2 * stride
+        top = source + memory.load_int(first + 4 * y) // 2 * stride
         row_weights = weights + 4 * pairs * y
         target = out + y * width
         for x in range(0, width, GROUP):
@@ -132,7 +133,7 @@ def _vertical(source, stride, plane, first, weights, pairs, start, stop, count, 
                 v.store_clamped(spare + GROUP, green0, green1, green2, green3)
                 v.store_clamped(spare + 2 * GROUP, blue0, blue1, blue2, blue3)
                 for channel in range(3):
-                    v.copy_bytes(target + x + channel * count * width, spare + channel * GROUP, width - x)
+                    memory.copy_bytes(target + x + channel * count * width, spare + channel * GROUP, width - x)
 
 
 @kernel
@@ -166,7 +167,7 @@ def weigh(source, stride, plane, last_byte, begin, end, width, tables, out, scra
         place = (row - begin) // 2
         if place + 4 - bottom > pairs_y + ROOM:
             needed = np.int64(first_y[done]) // 2
-            v.move_bytes(mixed, mixed + (needed - bottom) * down, (place - needed) * down)
+            memory.move_bytes(mixed, mixed + (needed - bottom) * down, (place - needed) * down)
             bottom = needed
         final = end - 1 - row
         at = source + row * stride
@@ -209,5 +210,5 @@ def _eight_rows(address, stride, final, reach, length, last_byte, edge):
 def _safe_row(address, reach, length, last_byte, edge):
     if address + reach <= last_byte:
         return address
-    v.copy_bytes(edge.ctypes.data, address, length)
+    memory.copy_bytes(edge.ctypes.data, address, length)
     return np.int64(edge.ctypes.data)

@@ -6,7 +6,7 @@ decoder showed last.
 """
 
 from fastpmae_loaders.jit.compiled import helper
-from fastpmae_loaders.jit.vectors import load_byte
+from fastpmae_loaders.jit.memory import load_byte
 from fastpmae_loaders.sources.jpeg import SCAN_LIMIT
 
 _SMOOTHED = 10
