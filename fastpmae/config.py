@@ -289,7 +289,7 @@ def settings_by_name() -> dict[str, str]:
 def preset(name: str) -> Config:
     """The settings called `name`. Raises UserError with the names there are."""
     if name not in PRESETS:
-        raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        raise UserError(f"there is no preset {short(name)!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

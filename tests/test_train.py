@@ -687,6 +687,7 @@ def test_resume_alone_needs_nothing_but_the_folder(tiny: Config):
         (["--preset", "demo"], "--beton FILE is missing"),
         (["--beton", "/nowhere.beton"], "/nowhere.beton"),
         (["--preset", "papper"], "there is no preset 'papper': choose one of paper,"),
+        (["--preset", "x" * 10_000], f"there is no preset '{'x' * 119}…': choose one of paper,"),
         (["--config", "/nowhere.json"], "the config /nowhere.json cannot be read"),
         (["--model", "resnet50"], "--model resnet50: it is no plain ViT"),
         (["--preset", "demo", "--image-size", "60"], "image_size 60 must be a multiple of patch_size 8"),
