@@ -4,12 +4,13 @@ from typing import Any
 
 from fastpmae.config import Config
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import short
 
 
 def preset(name: str) -> Config:
     """The settings called `name`. Raises UserError with the names there are."""
     if name not in PRESETS:
-        raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        raise UserError(f"there is no preset {short(name)!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

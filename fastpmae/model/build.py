@@ -52,6 +52,8 @@ MOST: dict[str, int] = {
     "rank_timeout": 10**6,
 }
 """More than anybody needs: beyond it a setting, from a stranger's checkpoint say, would hang or fill the memory."""
+SHARPEST = 1e-6
+"""Of temperatures: cosines divided by less are no numbers that float32 tells apart."""
 UNBOUNDED = ("seed", "save_every")
 """Settings with bounds of their own, or none."""
 
@@ -136,6 +138,8 @@ def check(config: Config) -> None:
         (max(loss.lambda_m, loss.lambda_c, loss.lambda_p) > 0, "all three loss weights are 0"),
         (min(loss.lambda_m, loss.lambda_c, loss.lambda_p) >= 0, "a loss weight is negative"),
         (min(loss.epsilon, loss.student_temperature) > 0, "--epsilon and --student-temperature must be above 0"),
+        (min(loss.epsilon, loss.student_temperature) >= SHARPEST,
+         f"--epsilon and --student-temperature must be at least {SHARPEST:g}: logits are divided by them in float32"),
         (loss.sinkhorn_iterations >= 1, "--sinkhorn-iterations must be at least 1"),
         (optimiser.lr >= 0, f"--lr {optimiser.lr} is negative"),
         (optimiser.weight_decay >= 0, f"--weight-decay {optimiser.weight_decay} is negative"),

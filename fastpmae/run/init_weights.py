@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpmae.model.vit import Encoder
 from fastpmae.run.checkpoint import FORMAT, CheckpointError, checkpoints_in, find_checkpoint, read_progress
-from fastpmae.weights.foreign import PATCHES, read_foreign
+from fastpmae.weights.foreign import PATCHES, check_real, read_foreign
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import short
 
@@ -59,7 +59,11 @@ def encoder_weights(path: Path) -> dict[str, Tensor]:
     if tuned is not None:
         return read_foreign(tuned).tensors
     if path.is_dir() or is_ours(path):
-        return find_checkpoint(path).part("student.encoder")
+        checkpoint = find_checkpoint(path)
+        found = checkpoint.part("student.encoder")
+        for key, tensor in found.items():
+            check_real(f"student.encoder.{key}", tensor, str(checkpoint.path))
+        return found
     return read_foreign(path).tensors
 
 

@@ -141,14 +141,19 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor | Stored) or (isinstance(value, StandIn) and value.kind.startswith("a "))
 
 
+def check_real(key: str, tensor: Tensor | Stored, name: str) -> None:
+    """Raise UserError, with the file's `name`, where a tensor is of a type that no weights are."""
+    if tensor.dtype not in DTYPES:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{name}: {short(key)} holds {kind}, and weights are real numbers")
+
+
 def _loaded(encoder: Mapping[str, Any], name: str, most: int) -> dict[str, Tensor]:
     """The tensors themselves, in memory of their own. Raises UserError for one that is no matrix of finite numbers."""
     for key, value in encoder.items():
         if isinstance(value, StandIn):
             raise UserError(f"{name}: {short(key)} is {value.kind}, and weights are plain tensors")
-        if value.dtype not in DTYPES:
-            kind = str(value.dtype).removeprefix("torch.")
-            raise UserError(f"{name}: {short(key)} holds {kind}, and weights are real numbers")
+        check_real(key, value, name)
     if sum(value.nbytes for value in encoder.values()) > most:
         raise UserError(f"{name}: its tensors are {most:,} bytes or more, which are not in it")
     tensors = {}

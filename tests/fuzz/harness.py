@@ -52,8 +52,8 @@ class Report:
 class Worker:
     """A worker process and its messages."""
 
-    def __init__(self, kind: str, seed: int, stream: int, skip: int, folder: Path, memory: int, only: bool = False):
-        words = [kind, str(seed), str(stream), str(skip), str(folder.resolve()), str(memory), str(int(only))]
+    def __init__(self, kind: str, seed: int, stream: int, skip: int, folder: Path, memory: int):
+        words = [kind, str(seed), str(stream), str(skip), str(folder.resolve()), str(memory)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.worker", *words],
             cwd=Path(__file__).parent.parent.parent,
@@ -61,7 +61,7 @@ class Worker:
             stdout=subprocess.PIPE,
             start_new_session=True,  # what it starts ends with it
         )
-        self.rest, self.only = b"", only
+        self.rest = b""
 
     def message(self, limit: float) -> dict[str, Any] | None:
         """The next message; None when the process has ended. Raises TimeoutError after `limit` seconds."""
@@ -107,8 +107,7 @@ def fuzz(
     Args:
         folder: where inputs are made; emptied by nobody.
         kept: where the input of a case that fails is kept, with a file that tells what happened.
-        memory: bytes that a worker may take beyond what its imports have. A case that gets no more has a worker to
-            itself before it is counted.
+        memory: bytes that a worker may take beyond what its imports have.
         limit: seconds for a case.
 
     Raises:
@@ -130,19 +129,13 @@ def fuzz(
                 stream, skip = case["stream"], case["position"] + 1
                 began = time.monotonic()
                 told = worker.told(limit, folder)
-                if told["outcome"] == "memory":
-                    # The heaps of threads that have ended fill a worker's address space over thousands of cases.
-                    worker.end()
-                    worker = Worker(kind, seed, stream, case["position"], folder, memory, only=True)
-                    again = worker.message(START)
-                    told = worker.told(limit, folder) if again == case else told
                 report.outcomes[told["outcome"]] += 1
                 report.slowest = max(report.slowest, (time.monotonic() - began, case["name"]))
                 report.peak = max(report.peak, told.get("peak", 0) * 1024)
                 if told["outcome"] not in SOUND:
                     report.failures.append(_keep(kept, kind, seed, case, told))
                     break
-                if worker.only:
+                if told["last"]:
                     break
         finally:
             worker.end()

@@ -1,8 +1,8 @@
-"""The process that cases run in: `python -m tests.fuzz.worker KIND SEED STREAM SKIP FOLDER MEMORY ONLY`.
+"""The process that cases run in: `python -m tests.fuzz.worker KIND SEED STREAM SKIP FOLDER MEMORY`.
 
-It runs one case after another, or with ONLY 1 the first alone. Before each a line of JSON on standard output says which
-one it is, and after it what became of it; whatever the case itself prints goes to `FOLDER/output.txt`. A case that
-fails is the process's last.
+It runs one case after another. Before each a line of JSON on standard output says which one it is, and after it what
+became of it; whatever the case itself prints goes to `FOLDER/output.txt`. A case that fails is the process's last, and
+so is the one after which `GROWN` of its memory is taken: what a case may take is its own.
 """
 
 import faulthandler
@@ -27,6 +27,8 @@ MEMORY = re.compile(
 """The last is what a thread gets that there is no room for."""
 CONFINED = "cannot be read: it takes more memory than there is"
 """What is said of a table that asks for more than the process may have that reads it: there nothing was taken."""
+GROWN = 2**30
+"""Bytes of address space: the heaps of threads that have ended fill it over thousands of cases."""
 LONGEST = 4000
 """Characters of a sentence."""
 
@@ -64,10 +66,14 @@ def outcome_of(case: Case, output: IO[bytes]) -> tuple[str, str]:
     return outcome, words
 
 
+def address_space() -> int:
+    """Bytes that this process has mapped."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def limit_memory(allowed: int) -> None:
     """Let this process, as it stands, take `allowed` bytes of address space more."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * os.sysconf("SC_PAGE_SIZE") + allowed
+    most = address_space() + allowed
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -75,7 +81,6 @@ def limit_memory(allowed: int) -> None:
 def main() -> None:
     """See the module."""
     kind, seed, first, skip, folder, memory = sys.argv[1], *map(int, sys.argv[2:5]), Path(sys.argv[5]), int(sys.argv[6])
-    only = sys.argv[7] == "1"
     messages = os.fdopen(os.dup(1), "w", buffering=1)
     (folder / "output.txt").write_bytes(b"")
     with (folder / "output.txt").open("ab") as printed:
@@ -87,22 +92,23 @@ def main() -> None:
     def tell(**words: Any) -> None:
         messages.write(json.dumps(words) + "\n")
 
-    limited = False
+    begun = 0
     for stream in count(first):
         started = skip if stream == first else 0
         for position, case in enumerate(stream_of(kind, seed, stream, folder)):
             if position < started:
                 continue
-            if not limited:  # after the imports and sound files of the first case
+            if not begun:  # after the imports and sound files of the first case
+                begun = address_space()
                 limit_memory(memory)
-                limited = True
             tell(stream=stream, position=position, name=case.name, files=[str(path) for path in case.files])
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # a warning is more than one sentence
                 outcome, words = outcome_of(case, output)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            tell(outcome=outcome, words=words, peak=peak)
-            if only or outcome not in ("ok", "refused"):
+            last = outcome not in ("ok", "refused") or address_space() - begun > GROWN
+            tell(outcome=outcome, words=words, peak=peak, last=last)
+            if last:
                 return
 
 

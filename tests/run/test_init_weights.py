@@ -18,7 +18,7 @@ from fastpmae.evaluate import features as embed_module
 from fastpmae.evaluate.knn import knn_ranked
 from fastpmae.export import export as export_module
 from fastpmae.model.build import make_encoder
-from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
+from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from fastpmae.run.init_weights import start_encoder
 from fastpmae_loaders import Beton
 from fastpmae_loaders.cli.progress import Tally
@@ -256,3 +256,13 @@ def test_init_refuses_weights_of_another_size(tiny: Config, tmp_path: Path):
     save_file({k: v.contiguous() for k, v in wide.state_dict().items()}, tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match=r"is of another size: cls_token is \(1, 1, 64\), this model's \(1, 1, 32\)"):
         start_encoder(make_encoder(tiny), tmp_path / "wide.safetensors")
+
+
+def test_init_refuses_numbers_that_are_not_real_in_our_own_files_too(run: Path, tiny: Config):
+    found = read_checkpoint(checkpoint_path(run, 5))
+    forged = found.tensors | {
+        "student.encoder.norm.bias": found.tensors["student.encoder.norm.bias"].to(torch.complex64)
+    }
+    write_checkpoint(found.path, forged, found.progress, keep=1)
+    with pytest.raises(UserError, match=r"student\.encoder\.norm\.bias holds complex64, and weights are real numbers"):
+        start_encoder(make_encoder(tiny), found.path)
