@@ -84,7 +84,7 @@ def test_a_terminal_that_lacks_the_letters(tmp_path: Path):
         return done.stdout.decode("ascii")
 
     beton = tmp_path / "d.beton"
-    assert r"\u732b" in run("fastpmae_loaders.write.write", tree, beton)
+    assert r"\u732b" in run("fastpmae_loaders.write.cli", tree, beton)
     run_folder = pretrain(tiny_settings(beton).using(steps=1, out=tmp_path / "run"))
     # files are read elsewhere too: their encoding is not the terminal's
     plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "LANG": "C"}

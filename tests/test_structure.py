@@ -53,6 +53,8 @@ ROOMS = {
         "batch",
         "transfer",
         "folders",
+        "position",
+        "bad_samples",
         "paired",
         "plain",
         "adapters",

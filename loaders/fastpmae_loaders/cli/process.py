@@ -39,7 +39,7 @@ def command_of(arguments: list[str], original: list[str]) -> str | None:
     if first == "-m" and "-m" in original:
         package, _, module = "".join(original[original.index("-m") + 1 :][:1]).partition(".")
         if package in ("fastpmae", "fastpmae_loaders") and module:
-            name = module.rpartition(".")[2]
+            name = module.removesuffix(".cli").rpartition(".")[2]
             return f"fastpmae-{COMMANDS.get(name, name)}"
     return None
 

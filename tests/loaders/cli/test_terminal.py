@@ -165,7 +165,7 @@ def in_shell(words: str, *arguments: object) -> subprocess.CompletedProcess[str]
 )
 def test_a_file_is_written_whoever_listens(where: str, status: int, tmp_path: Path) -> None:
     source, out = write_tree(tmp_path / "tree", 4), tmp_path / "out.beton"
-    command = [sys.executable, "-m", "fastpmae_loaders.write.write", source, out, "--workers", "1"]
+    command = [sys.executable, "-m", "fastpmae_loaders.write.cli", source, out, "--workers", "1"]
     done = in_shell(f'"$@" {where}', *command)
     assert done.returncode == status, done.stderr
     assert out.exists()
@@ -176,7 +176,7 @@ def test_a_file_is_written_whoever_listens(where: str, status: int, tmp_path: Pa
 def test_bad_input_is_bad_input_whoever_listens(tmp_path: Path) -> None:
     source = write_tree(tmp_path / "tree", 4)
     (source / "class_0" / "bad.jpg").write_text("no image")
-    command = [sys.executable, "-m", "fastpmae_loaders.write.write", source, tmp_path / "out.beton", "--workers", "1"]
+    command = [sys.executable, "-m", "fastpmae_loaders.write.cli", source, tmp_path / "out.beton", "--workers", "1"]
     assert in_shell('"$@" 2>&1 | true; exit ${PIPESTATUS[0]}', *command).returncode == 2
     assert in_shell('"$@" > /dev/full 2>&1', *command).returncode == 2
     assert not (tmp_path / "out.beton").exists()

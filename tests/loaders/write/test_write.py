@@ -32,7 +32,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), "COLUMNS": "1
 
 
 def command(*arguments: object, **options) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "fastpmae_loaders.write.write", *map(str, arguments)]
+    words = [sys.executable, "-m", "fastpmae_loaders.write.cli", *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **options)
 
 
@@ -447,7 +447,7 @@ def children_of(pid: int) -> list[int]:
 
 def in_the_midst(source: Path, out: Path, *options: str) -> tuple[subprocess.Popen, list[int]]:
     """A real process that has begun to write, and its worker processes."""
-    words = [sys.executable, "-m", "fastpmae_loaders.write.write", str(source), str(out), "--workers", "2", *options]
+    words = [sys.executable, "-m", "fastpmae_loaders.write.cli", str(source), str(out), "--workers", "2", *options]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
@@ -587,7 +587,7 @@ def test_a_source_can_be_told(tree: Path, tmp_path: Path) -> None:
 
 def test_the_writer_starts_without_torch() -> None:
     program = (
-        "import sys, fastpmae_loaders.write.write; "
+        "import sys, fastpmae_loaders.write.cli; "
         "print(*[m for m in ('torch', 'numba', 'ffcv', 'cv2') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, timeout=100)
