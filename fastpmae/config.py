@@ -1,4 +1,4 @@
-"""Every setting of a run, as one tree of frozen dataclasses, and the presets that carry the paper's own numbers.
+"""Every setting of a run, as one tree of frozen dataclasses.
 
 Each leaf is a flag of `fastpmae-train` with the same name (`batch_size` is `--batch-size`), so names are unique over
 the whole tree. The docstring under a field is its help text.

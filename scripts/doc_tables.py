@@ -61,7 +61,7 @@ def modules() -> str:
     """A row for each module, with the first paragraph of its docstring."""
     lines = ["| module | what it is |", "| --- | --- |"]
     for folder in MAPPED:
-        for path in sorted((ROOT / folder).glob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py"), key=lambda path: (path.parent, path.name)):
             text = ast.get_docstring(ast.parse(path.read_text())) or ""
             if path.name != "__init__.py":
                 first = text.split("\n\n")[0].replace("\n", " ").replace("|", "/")

@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
+import venv
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +20,8 @@ import pytest
 from tests.made import write_tree
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"fastpmae": "fastpmae", "fastpmae_kernels": "kernels", "fastpmae_loaders": "loaders"}
+HOMES = {"fastpmae": ROOT, "fastpmae_kernels": ROOT / "kernels", "fastpmae_loaders": ROOT / "loaders"}
+"""The folder of each distribution, by the package that it holds."""
 # distributions whose import has another name
 IMPORTED_AS = {
     "pillow": "PIL",
@@ -26,22 +29,19 @@ IMPORTED_AS = {
     "scikit-learn": "sklearn",
     "nvidia-dali-cuda130": "nvidia",
 }
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def home(package: str) -> Path:
-    return ROOT / "fastpmae" if package == "fastpmae" else ROOT / PACKAGES[package] / package
+PROJECTS = {package: tomllib.loads((home / "pyproject.toml").read_text())["project"] for package, home in HOMES.items()}
+COMMANDS_AT = {name: place for project in PROJECTS.values() for name, place in project.get("scripts", {}).items()}
+VERSION = importlib.import_module("fastpmae").__version__
 
 
 def modules(package: str) -> set[str]:
-    return {f"{package}/{path.relative_to(home(package))}" for path in home(package).rglob("*.py")}
+    return {str(path.relative_to(HOMES[package])) for path in (HOMES[package] / package).rglob("*.py")}
 
 
 def checkout(folder: Path) -> Path:
     """A copy of what a clone holds."""
     for name in ("fastpmae", "kernels", "loaders", "benchmarks", "tests"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.nbi", "*.nbc"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.nbi", "*.nbc"))
     for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
     return folder
@@ -59,13 +59,20 @@ def names_in_wheel(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def test_wheel_and_sdist_hold_the_three_packages_and_no_kernels_or_loaders(tmp_path):
-    source = checkout(tmp_path / "source")
-    wheel = names_in_wheel(build(source, "wheel", tmp_path / "wheel"))
-    assert {name.split("/")[0] for name in wheel} == {*PACKAGES, f"fastpmae-{PROJECT['version']}.dist-info"}
-    assert f"fastpmae-{PROJECT['version']}.dist-info/licenses/LICENSE" in wheel
-    for package in PACKAGES:
-        assert modules(package) <= wheel
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheel of each distribution, by its package."""
+    source, made = checkout(tmp_path_factory.mktemp("source") / "checkout"), tmp_path_factory.mktemp("wheels")
+    return {package: build(source / home.relative_to(ROOT), "wheel", made / package) for package, home in HOMES.items()}
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_a_wheel_holds_its_own_package_alone_and_is_built_from_its_sdist_too(package, wheels, tmp_path):
+    wheel = names_in_wheel(wheels[package])
+    information = f"{package}-{VERSION}.dist-info"
+    assert {name.split("/")[0] for name in wheel} == {package, information}
+    assert modules(package) | {f"{package}/py.typed", f"{information}/licenses/LICENSE"} <= wheel
+    source = checkout(tmp_path / "source") / HOMES[package].relative_to(ROOT)
     sdist = build(source, "sdist", tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
@@ -73,64 +80,88 @@ def test_wheel_and_sdist_hold_the_three_packages_and_no_kernels_or_loaders(tmp_p
     assert names_in_wheel(build(unpacked, "wheel", tmp_path / "again")) == wheel
 
 
-def test_the_loaders_alone_are_a_distribution_that_writes_what_it_reads(tmp_path):
-    source = checkout(tmp_path / "source") / "loaders"
-    built = build(source, "wheel", tmp_path / "wheel")
-    wheel = names_in_wheel(built)
-    information = f"fastpmae_loaders-{PROJECT['version']}.dist-info"
-    assert {name.split("/")[0] for name in wheel} == {"fastpmae_loaders", information}
-    assert modules("fastpmae_loaders") <= wheel
-    assert f"{information}/licenses/LICENSE" in wheel
-    sdist = build(source, "sdist", tmp_path / "sdist")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
-    (unpacked,) = (tmp_path / "unpacked").iterdir()
-    assert names_in_wheel(build(unpacked, "wheel", tmp_path / "again")) == wheel
-    with zipfile.ZipFile(built) as archive:
-        archive.extractall(tmp_path / "alone")
-    written = {name for name in wheel if name.startswith("fastpmae_loaders/writer/")}
-    assert "fastpmae_loaders/writer/write.py" in written
-    assert "fastpmae_loaders/writer/train.py" not in written  # which a docstring of a carried module names
-    requirements = tomllib.loads((ROOT / "loaders/pyproject.toml").read_text())["project"]
-    known = declared(requirements["dependencies"] + requirements["optional-dependencies"]["hf"])
-    found = imports_of([tmp_path / "alone" / name for name in written]) - {"fastpmae_loaders"}
-    assert found <= known
+def environment(folder: Path) -> Path:
+    """A new virtual environment that finds what this one has besides our own distributions; its Python."""
+    venv.create(folder, with_pip=True, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # a .pth in a folder that a .pth names is not followed: editable installs stay out
+    (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+def in_environment(python: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    clean = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(Path.home()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(python), *words], cwd=cwd, env=clean, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def pip(python: Path, *words: str, cwd: Path) -> None:
+    in_environment(python, "-m", "pip", "--disable-pip-version-check", "--no-input", *words, cwd=cwd)
+
+
+@pytest.mark.slow
+def test_the_three_live_together_and_losing_one_leaves_the_others_whole(wheels, tmp_path):
+    python = environment(tmp_path / "together")
+    pip(python, "install", "--no-index", "--no-deps", *map(str, wheels.values()), cwd=tmp_path)
+    in_environment(python, "-c", "import fastpmae.train, fastpmae_kernels, fastpmae_loaders.adapters", cwd=tmp_path)
+    for command in COMMANDS_AT:
+        assert (python.parent / command).exists()
+    (site,) = (tmp_path / "together").glob("lib/python*/site-packages")
+    for lost in ("fastpmae", "fastpmae_loaders"):
+        pip(python, "uninstall", "-y", lost.replace("_", "-"), cwd=tmp_path)
+        assert not (site / lost).exists()
+        left = [package for package in HOMES if (site / package).exists()]
+        for package in left:
+            assert {name for name in names_in_wheel(wheels[package]) if not (site / name).exists()} == set()
+            there = {name for name, place in COMMANDS_AT.items() if place.startswith(f"{package}.")}
+            assert all((python.parent / name).exists() for name in there)
+    in_environment(python, "-c", "import fastpmae_kernels", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_loaders_alone_write_what_they_read(wheels, tmp_path):
+    python = environment(tmp_path / "alone")
+    pip(python, "install", "--no-index", "--no-deps", str(wheels["fastpmae_loaders"]), cwd=tmp_path)
+    tree = write_tree(tmp_path / "tree", 9)
+    in_environment(
+        python, str(python.parent / "fastpmae-write"), str(tree), "images.beton", "--workers", "1", cwd=tmp_path
+    )
+    program = "from fastpmae_loaders import Beton, __version__; print(len(Beton('images.beton')), __version__)"
+    assert in_environment(python, "-c", program, cwd=tmp_path).stdout == f"9 {VERSION}\n"
+
+
+@pytest.mark.slow
+def test_the_kernels_alone_compute(wheels, tmp_path):
+    python = environment(tmp_path / "alone")
+    pip(python, "install", "--no-index", "--no-deps", str(wheels["fastpmae_kernels"]), cwd=tmp_path)
+    program = (
+        "import torch, fastpmae_kernels as k; print(k.__version__, k.sinkhorn(torch.zeros(4, 2), 0.05, 3)[0].tolist())"
+    )
+    assert in_environment(python, "-c", program, cwd=tmp_path).stdout == f"{VERSION} [0.5, 0.5]\n"
+
+
+def test_the_writer_needs_neither_torch_nor_numba_nor_ffcv():
     program = """
 import sys
-from fastpmae_loaders import Beton
-from fastpmae_loaders.writer.write import main
-try:
-    sys.argv[1:] = [sys.argv[1], "images.beton", "--workers", "1"]
-    main()
-finally:
-    assert not {"fastpmae", "ffcv", "timm", "torch"} & set(sys.modules)
-    print(len(Beton("images.beton")), "samples")
+import fastpmae_loaders.write.cli
+assert not {"fastpmae", "fastpmae_kernels", "ffcv", "numba", "timm", "torch"} & set(sys.modules)
 """
-    tree = write_tree(tmp_path / "tree", 9)
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tree)], cwd=tmp_path, timeout=300, capture_output=True, text=True,
-        env={"PYTHONPATH": str(tmp_path / "alone"), "HOME": str(Path.home()), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "9 samples"
+    environment = {"PYTHONPATH": str(ROOT / "loaders"), "PATH": "", "HOME": str(Path.home())}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
 
 
-def test_loaders_that_are_cut_off_from_the_writer_are_not_built(tmp_path):
-    source = shutil.copytree(ROOT / "loaders", tmp_path / "loaders", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "wheel")]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "build in a whole checkout" in done.stderr
-
-
-def test_every_wheel_holds_the_licence_and_every_package_its_version():
-    assert (ROOT / "loaders/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    for package in PACKAGES:
-        assert importlib.import_module(package).__version__ == PROJECT["version"]
+def test_one_version_and_one_licence():
+    for package, home in HOMES.items():
+        assert (home / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+        assert PROJECTS[package]["dynamic"] == ["version"]
+    series = VERSION.rpartition(".")[0]
+    needed = [line for line in PROJECTS["fastpmae"]["dependencies"] if line.startswith("fastpmae-")]
+    assert sorted(needed) == [f"fastpmae-kernels=={series}.*", f"fastpmae-loaders[ffcv]=={series}.*"]
 
 
 def third_party_imports(package: str) -> set[str]:
-    return imports_of(home(package).rglob("*.py")) - {package}
+    return imports_of((HOMES[package] / package).rglob("*.py")) - {package}
 
 
 def imports_of(paths: Iterable[Path]) -> set[str]:
@@ -153,18 +184,17 @@ def declared(requirements: list[str]) -> set[str]:
     return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
 
 
-def test_every_import_is_a_declared_requirement():
-    extras = PROJECT["optional-dependencies"]
-    optional = [line for extra in ("hf", "xformers", "dali-cuda130") for line in extras[extra]]
-    # Triton comes with torch, llvmlite with numba; wandb is used where it happens to be installed
-    known = declared(PROJECT["dependencies"] + optional) | {*PACKAGES, "triton", "llvmlite", "wandb"}
-    for package in PACKAGES:
-        assert third_party_imports(package) <= known
-    loaders = tomllib.loads((ROOT / "loaders/pyproject.toml").read_text())["project"]
-    optional = loaders["optional-dependencies"]
-    known = declared(loaders["dependencies"] + optional["ffcv"] + optional["dali-cuda130"]) | {"llvmlite"}
-    assert third_party_imports("fastpmae_loaders") <= known
-    assert loaders["version"] == PROJECT["version"]
+# Triton comes with torch, llvmlite with numba; wandb is used where it happens to be installed
+COMES_ALONG = {"triton", "llvmlite", "wandb"}
+EXTRAS = ("ffcv", "hf", "heif", "xformers", "dali-cuda130", "demo")
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_every_import_is_a_declared_requirement(package):
+    project = PROJECTS[package]
+    extras = project.get("optional-dependencies", {})
+    optional = [line for extra in EXTRAS for line in extras.get(extra, [])]
+    assert third_party_imports(package) <= declared(project["dependencies"] + optional) | COMES_ALONG
 
 
 def test_the_loaders_need_neither_the_trainer_nor_triton_nor_ffcv():
@@ -182,9 +212,9 @@ assert "triton" not in sys.modules or "triton" in before, "triton"
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
 
 
-@pytest.mark.parametrize("command", PROJECT["scripts"])
+@pytest.mark.parametrize("command", COMMANDS_AT)
 def test_every_command_exists(command):
-    module, function = PROJECT["scripts"][command].split(":")
+    module, function = COMMANDS_AT[command].split(":")
     assert callable(getattr(importlib.import_module(module), function))
 
 
@@ -212,7 +242,7 @@ for name in ("knn", "linear", "lowshot", "probe", "finetune"):
 
 def flags_of(command: str) -> set[str]:
     """The flags that a command's --help names, or those of all its subcommands."""
-    module = PROJECT["scripts"][command].split(":")[0]
+    module = COMMANDS_AT[command].split(":")[0]
     words = ["-c", SUBCOMMANDS] if command == "fastpmae-eval" else ["-m", module, "--help"]
     run = subprocess.run(
         [sys.executable, *words],
@@ -233,7 +263,7 @@ def section_of(command: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", PROJECT["scripts"])
+@pytest.mark.parametrize("command", COMMANDS_AT)
 def test_the_page_of_commands_names_every_flag_and_no_other(command):
     section = "\n".join(line for line in section_of(command).splitlines() if "SBATCH" not in line)
     named = set(re.findall(FLAG, re.sub("--nproc-per-node|--logdir", "", section)))
