@@ -21,6 +21,7 @@ from fastpmae.losses import (
     reconstruction_loss,
     reconstruction_target,
 )
+from fastpmae.model import Factors
 from fastpmae.teachers import Teacher, Teachers
 from fastpmae_kernels import nearest_patch
 from fastpmae_loaders import Batch
@@ -82,7 +83,10 @@ def see(teachers: Teachers, batch: Batch, config: Config) -> Seen:
 
 def label(
     teacher: Teacher, batch: Batch, config: Config
-) -> tuple[Float[Tensor, "batch masked dim"], tuple[Logits, Logits]]:  # fmt: skip
+) -> tuple[
+    Float[Tensor, "batch masked dim"],
+    tuple[Float[Tensor, "classes prototypes"], Float[Tensor, "batch*masked prototypes"] | Factors],
+]:
     """The labelling teacher's tokens, and the logits of its class and patch tokens."""
     view = getattr(batch, config.views.labelling_view)
     class_tokens, patch_tokens = teacher.encoder.encode_folds(view, batch.folds, batch.fold_sizes)
