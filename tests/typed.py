@@ -4,7 +4,8 @@ jaxtyping's plugin puts a check (beartype's) around every function and every dat
 module, which conftest imports before any of them, sets right what that must not touch:
 
 - a function that numba, Triton or DALI compiles is read as source: one under a decorator of `COMPILERS` stays as it is.
-- what some modules import for type checkers alone, so that they need no jaxtyping, is imported here: their shapes count.
+- what some modules import for type checkers alone, so that they need no jaxtyping, is imported: their shapes count.
+- settings (`Typed`) check and convert their own values, such as a list for a tuple: that is left to them.
 - an int is a float to a type checker, and so it is here.
 
 Not checked: other processes; and tests with the mark `untyped`, which hand over what no annotation allows, to see it
@@ -55,6 +56,13 @@ class _Transformer(hook.JaxtypingTransformer):
                 node.body[place:place] = [each for each in statement.body if _is_from_outside(each)]
         return super().visit_Module(node)
 
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        written = list(node.decorator_list)
+        super().visit_ClassDef(node)
+        if any(isinstance(base, ast.Name) and base.id == "Typed" for base in node.bases):
+            node.decorator_list = written
+        return node
+
 
 def _is_from_outside(statement: ast.stmt) -> bool:
     if not isinstance(statement, ast.ImportFrom) or statement.level or statement.module is None:
@@ -62,9 +70,9 @@ def _is_from_outside(statement: ast.stmt) -> bool:
     return statement.module.split(".")[0] not in PACKAGES
 
 
-def _name_of_kept_code(checker: hook.Typechecker) -> str:
+def _name_of_kept_code(self: hook.Typechecker) -> str:
     """Modules with their checks are kept as bytecode, under another name once this file has changed."""
-    return checker.hash + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    return self.hash + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 hook._is_no_type_check = _stays_as_it_is
