@@ -332,6 +332,7 @@ def test_addresses_on_the_command_line(words: list[str], tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("wrong", [None, {"epochs": 1}, "demo"])
+@pytest.mark.untyped
 def test_only_a_config_is_trained_by(wrong: Any) -> None:
     with pytest.raises(UserError, match="pretrain takes a Config"):
         pretrain(wrong)

@@ -68,15 +68,13 @@ def encoder_of(checkpoint: Checkpoint, network: Network) -> tuple[Encoder, Confi
 
 
 @torch.no_grad()
-def whole_tokens(
-    encoder: Encoder, images: UInt8[Tensor, "batch 3 height width"]
-) -> Float[Tensor, "batch 1+patches dim"]:
+def whole_tokens(encoder: Encoder, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
     """The class token and every patch token of whole images, after the final norm."""
     side = images.shape[-1] // encoder.patch_embed.patch_size
     return encoder(images, torch.arange(side * side, device=images.device).expand(len(images), -1))
 
 
-def pooled(tokens: Float[Tensor, "batch 1+patches dim"], pool: Pool) -> Float[Tensor, "batch dim"]:
+def pooled(tokens: Float[Tensor, "batch tokens dim"], pool: Pool) -> Float[Tensor, "batch dim"]:
     """The class token, or the mean of the patch tokens."""
     return tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(dim=1)
 

@@ -46,8 +46,8 @@ class Sweep(Typed):
 
 
 def standardised(
-    train: Float[Tensor, "train dim"], *others: Float[Tensor, "others dim"]
-) -> list[Float[Tensor, "any dim"]]:
+    train: Float[Tensor, "train dim"], *others: Float[Tensor, "_others dim"]
+) -> list[Float[Tensor, "_any dim"]]:
     """Every set with the training set's mean taken off and its spread divided out, feature by feature.
 
     This is the BatchNorm without parameters that MAE's probe begins with, over the whole set instead of a batch.

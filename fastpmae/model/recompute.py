@@ -55,7 +55,7 @@ def add_mlp(
     norm: nn.LayerNorm,
     first: nn.Linear,
     second: nn.Linear,
-    scale: Float[Tensor, "*rows 1"] | None = None,
+    scale: Float[Tensor, "*#rows 1"] | None = None,
 ) -> Float[Tensor, "*rows dim"]:
     """`tokens + scale * second(gelu(first(norm(tokens))))`, which keeps `tokens` and what the GELU reads."""
     if not _plain_on_cpu(tokens, first, second):

@@ -242,8 +242,8 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        encoded: Float[Tensor, "batch 1+visible encoder_dim"],
-        visible: Int[Tensor, "batch visible"],
+        encoded: Float[Tensor, "batch known encoder_dim"],
+        visible: Int[Tensor, "batch known-1"],
         masked: Int[Tensor, "batch masked"],
         labels: bool = True,
     ) -> tuple[Float[Tensor, "batch output_dim"] | None, Float[Tensor, "batch masked output_dim"]]:

@@ -226,19 +226,18 @@ def _batch(config: Config, count: int) -> tuple[Batch, Tensor | None]:
     settings = view_settings(config)
     masked = settings.patches - settings.visible
     views = [torch.empty(count, 3, view.size, view.size, dtype=torch.uint8) for view in views_needed(config)]
-    whole = functools.partial(torch.empty, dtype=torch.int64)
     batch = Batch(
         views=tuple(views),
-        visible=whole(count, settings.visible),
-        folds=whole(count, masked),
+        visible=torch.empty(count, settings.visible, dtype=torch.int64),
+        folds=torch.empty(count, masked, dtype=torch.int64),
         fold_sizes=settings.fold_sizes,
-        label=whole(count),
-        index=whole(count),
-        boxes=whole(count, 2, 4),
-        flips=whole(count, 2),
-        factors=whole(count, 2, 5),
-        choices=whole(count, 2, 9),
-        source_size=whole(count, 2),
+        label=torch.empty(count, dtype=torch.int64),
+        index=torch.empty(count, dtype=torch.int64),
+        boxes=torch.empty(count, 2, 4, dtype=torch.int32),
+        flips=torch.empty(count, 2, dtype=torch.bool),
+        factors=torch.empty(count, 2, 5, dtype=torch.float64),
+        choices=torch.empty(count, 2, 9, dtype=torch.uint8),
+        source_size=torch.empty(count, 2, dtype=torch.int32),
         samples=np.arange(0),
         failed=[],
     )

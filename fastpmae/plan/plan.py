@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from rich.console import Console
@@ -303,7 +303,7 @@ def plan(options: Plan) -> None:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """A bar in a terminal, nothing elsewhere: a plan takes seconds."""
-    console = Console(file=stderr())
+    console = Console(file=cast(IO[str], stderr()))
     columns = (TextColumn("counting {task.description}"), BarColumn(), MofNCompleteColumn())
     total = 3 + len(METHODS) + len(CHUNKED) + len(SHAPES)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

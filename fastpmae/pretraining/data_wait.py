@@ -3,11 +3,12 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 
+@runtime_checkable
 class Wait(Protocol):
     """A clock that runs from asking for a batch until it is there."""
 

@@ -20,7 +20,7 @@ from fastpmae_kernels import (
     sinkhorn_biases,
 )
 
-Logits = Float[Tensor, "labels prototypes"] | Factors
+Logits = Float[Tensor, "_rows _prototypes"] | Factors
 
 
 class PseudoLabels(NamedTuple):
@@ -121,7 +121,7 @@ def class_loss(
 
 
 def patch_loss(
-    student_logits: Float[Tensor, "batch*masked prototypes"] | Factors | Unseen,
+    student_logits: Float[Tensor, "rows prototypes"] | Factors | Unseen,
     labels: PseudoLabels,
     match: Int[Tensor, "batch masked"],
     temperature: float,

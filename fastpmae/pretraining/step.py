@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastpmae.config import Config
 from fastpmae.model.teachers import Teacher, Teachers
+from fastpmae.model.vit import Factors
 from fastpmae.pretraining.losses import (
     Logits,
     PseudoLabels,
@@ -82,7 +83,10 @@ def see(teachers: Teachers, batch: Batch, config: Config) -> Seen:
 
 def label(
     teacher: Teacher, batch: Batch, config: Config
-) -> tuple[Float[Tensor, "batch masked dim"], tuple[Logits, Logits]]:  # fmt: skip
+) -> tuple[
+    Float[Tensor, "batch masked dim"],
+    tuple[Float[Tensor, "classes prototypes"], Float[Tensor, "batch*masked prototypes"] | Factors],
+]:
     """The labelling teacher's tokens, and the logits of its class and patch tokens."""
     view = getattr(batch, config.views.labelling_view)
     class_tokens, patch_tokens = teacher.encoder.encode_folds(view, batch.folds, batch.fold_sizes)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -107,7 +107,7 @@ class Log:
 
     def __init__(self, folder: Path, config: Config, first_step: int, last_step: int, *, speaks: bool = True):
         self.folder, self.config, self.speaks = folder, config, speaks
-        self.console = Console(file=stderr())
+        self.console = Console(file=cast(IO[str], stderr()))
         self.live = speaks and self.console.is_terminal
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),

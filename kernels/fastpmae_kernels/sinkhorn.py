@@ -55,11 +55,11 @@ def sinkhorn_bias(
 
 @torch.no_grad()
 def sinkhorn_biases(
-    logits: Sequence[Float[Tensor, "rows prototypes"] | Sequence[Float[Tensor, "rows prototypes"]]],
+    logits: Sequence[Float[Tensor, "_rows _prototypes"] | Sequence[Float[Tensor, "_rows _prototypes"]]],
     epsilon: float = 0.05,
     iterations: int = 3,
     group: dist.ProcessGroup | None = None,
-) -> list[Float[Tensor, " prototypes"]]:
+) -> list[Float[Tensor, " _prototypes"]]:
     """`sinkhorn_bias` of several matrices, each balanced apart, whose sums travel between the ranks in one message.
 
     On several ranks that is one message of maxima and `iterations` messages of sums, whatever the number of matrices.

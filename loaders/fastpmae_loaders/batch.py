@@ -32,7 +32,7 @@ class Batch:
         number: which of its epoch's global batches it is, or a part of, from 0.
     """
 
-    views: tuple[UInt8[Tensor, "batch 3 side side"], ...]
+    views: tuple[UInt8[Tensor, "batch 3 _side _side"], ...]
     visible: Int64[Tensor, "batch visible"]
     folds: Int64[Tensor, "batch masked"]
     fold_sizes: tuple[int, ...]

@@ -241,7 +241,7 @@ class _Window(io.RawIOBase):
             raise ValueError("before the file's beginning")
         return self._at
 
-    def readinto(self, buffer: "memoryview") -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:
         count = max(0, min(len(buffer), self._size - self._at))
         self._file.seek(self._start + self._at)
         read = self._file.readinto(memoryview(buffer)[:count]) if count else 0

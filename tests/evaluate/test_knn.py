@@ -90,6 +90,7 @@ def test_zero_features_and_half_precision_are_taken():
         ({"test": torch.full((3, 5), torch.nan)}, "not finite"),
     ],
 )
+@pytest.mark.untyped
 def test_bad_input_is_refused_in_a_sentence(change, word):
     good = {"train": torch.randn(4, 5), "labels": torch.tensor([0, 1, 1, 0]), "k": 2, "leave_one_out": False}
     good |= {"test": torch.randn(3, 5), "test_labels": torch.tensor([0, 1, 1])} | change
@@ -141,6 +142,7 @@ def test_a_small_temperature_is_the_nearest_neighbour_and_none_overflows():
         ({"train_labels": [0, 1, 0, 1]}, "torch.from_numpy"),
     ],
 )
+@pytest.mark.untyped
 def test_arguments_of_another_kind(more, said):
     rows = {"train_features": torch.eye(4), "train_labels": torch.tensor([0, 1, 0, 1]), "test_features": torch.eye(4)}
     assert knn_predict(**rows, k=np.int64(2)).tolist() == knn_predict(**rows, k=2.0).tolist()  # pyright: ignore

@@ -105,6 +105,7 @@ def test_strides_do_not_matter():
         ({"teacher": torch.ones(2, 0, 4)}, "no teacher patch"),
     ],
 )
+@pytest.mark.untyped
 def test_what_does_not_fit_is_refused(change: dict, words: str):
     arguments = {"student": torch.ones(2, 5, 4), "teacher": torch.ones(2, 5, 4)} | change
     for form in (nearest_patch, nearest_patch_ref):

@@ -64,6 +64,7 @@ def step(student: torch.Tensor, teacher: torch.Tensor, images: torch.Tensor, ids
 
 
 @pytest.mark.slow
+@pytest.mark.untyped
 def test_the_whole_compiles_without_a_break_and_computes_the_same():
     def run(function) -> tuple[torch.Tensor, torch.Tensor]:
         student = LOGITS.flip(1).clone().requires_grad_()
@@ -77,6 +78,7 @@ def test_the_whole_compiles_without_a_break_and_computes_the_same():
 
 
 @pytest.mark.slow
+@pytest.mark.untyped
 def test_compiled_logits_are_one_matrix_that_their_gradient_is_written_over():
     """Of inductor's code: allocations of the logits' shape, and what reads them in the backward pass."""
     rows, prototypes = 300, 130
@@ -119,6 +121,7 @@ PUBLIC = {
 
 
 @pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.untyped
 def test_each_public_function_is_traced_without_a_break(name: str):
     """As torch.compile takes it, forward and backward, without the time that its code generator needs."""
     found = []

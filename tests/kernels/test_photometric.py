@@ -120,6 +120,7 @@ def test_the_plain_form_can_be_asked_for(monkeypatch: pytest.MonkeyPatch):
         ({"threshold": -1}, "is no byte"),
     ],
 )
+@pytest.mark.untyped
 def test_what_does_not_fit_is_refused(change: dict, words: str):
     factors, choices = plan(2)
     given = {"images": noise(2, 8, 8), "factors": factors, "choices": choices, "threshold": 128} | change

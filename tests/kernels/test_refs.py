@@ -206,6 +206,7 @@ def test_all_patches_alike() -> None:
 @pytest.mark.parametrize(
     ("metric", "scope", "fold_sizes"), [("dot", "image", ()), ("cosine", "batch", ()), ("cosine", "fold", (4, 4))]
 )
+@pytest.mark.untyped
 def test_a_match_that_cannot_be(metric: str, scope: str, fold_sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         nearest_patch_ref(tokens(1), tokens(2), metric, scope, fold_sizes)  # pyright: ignore[reportArgumentType]

@@ -126,8 +126,12 @@ def test_softmax_and_centred_labels():
     assert torch.equal(label_bias(logits), sinkhorn_bias(logits))
     with pytest.raises(ValueError, match="running mean"):
         label_bias(logits, "center")
+
+
+@pytest.mark.untyped
+def test_an_unknown_kind_of_labels_is_refused():
     with pytest.raises(ValueError, match="unknown pseudo labels"):
-        label_bias(logits, "sharpen")  # pyright: ignore
+        label_bias(made_logits(40, 30), "sharpen")  # pyright: ignore
 
 
 @pytest.mark.parametrize(
@@ -139,6 +143,7 @@ def test_softmax_and_centred_labels():
         ((torch.ones(3), 0.05, 3), "must be a matrix"),
     ],
 )
+@pytest.mark.untyped
 def test_what_makes_no_sense_is_refused(arguments, words: str):
     for form in (sinkhorn_bias, sinkhorn_bias_ref):
         with pytest.raises(ValueError, match=words):

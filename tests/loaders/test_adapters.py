@@ -322,6 +322,7 @@ def test_mae_and_sdae_get_normalised_images_and_labels(mixed):
     assert -2.2 < images.min() < images.max() < 2.7
 
 
+@pytest.mark.untyped
 def test_mae_takes_our_masks_in_place_of_its_noise(mixed):
     """MAE cuts a permutation at len_keep = int(L * (1 - mask_ratio)); what is left is SdAE's ids_unkeep."""
     adapter = MAELoader(loader(mixed, [mae_view(32)]), masks="ours")

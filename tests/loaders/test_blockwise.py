@@ -247,6 +247,7 @@ def test_no_crop_or_no_sample():
         lambda: IBOTMasks().draw(-1, 0, np.arange(3), 0, (14, 14)),
     ],
 )
+@pytest.mark.untyped
 def test_wrong_numbers_are_refused_in_a_sentence(make):
     with pytest.raises(UserError, match=r"masks: |seed"):
         make()

@@ -123,6 +123,7 @@ def test_multiblock_sizes_are_spread_as_the_number_that_they_come_from():
         ({"num_pred_masks": "4"}, "num_pred_masks is '4'; expected a whole number"),
     ],
 )
+@pytest.mark.untyped
 def test_impossible_multiblock_masks_are_refused(wrong, said):
     with pytest.raises(UserError, match=said):
         IJEPAMasks(**wrong)
@@ -191,6 +192,7 @@ def test_inverse_blocks_at_their_ends(ratio):
 @pytest.mark.parametrize(
     "wrong", [{"mask_ratio": 1.1}, {"prediction_subsampling": -0.1}, {"min_aspect": 0.0}, {"roll": "no"}]
 )
+@pytest.mark.untyped
 def test_impossible_inverse_blocks_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         CAPIMasks(**wrong)

@@ -711,6 +711,7 @@ def test_indices_are_a_tensor_or_an_array_too(mixed: Path, kind: str):
         ({"epoch": 0, "batch": 1, "global_batch": 0}, "has global_batch 0"),
     ],
 )  # fmt: skip
+@pytest.mark.untyped
 def test_a_position_that_no_loader_has_saved_is_a_sentence(mixed: Path, state: object, says: str):
     with loader(mixed, 5) as views:
         before = views.state_dict()

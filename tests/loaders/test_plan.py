@@ -269,6 +269,7 @@ def test_rounding_is_pythons(x):
         {"solarise_threshold": 256},
     ],
 )
+@pytest.mark.untyped
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         ViewSettings(**wrong)

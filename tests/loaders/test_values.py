@@ -183,6 +183,7 @@ def test_a_folder_that_is_called_like_an_address(tmp_path: Path, monkeypatch):
     assert local_path("data:/x") == Path("data:/x")
 
 
+@pytest.mark.untyped
 def test_the_loaders_arguments(small_beton: Path):
     """What was a TypeError, or was taken for something else, is a sentence; NumPy's numbers are numbers."""
     with PairedViews(str(small_beton), np.int64(4), "torch", seed=np.int64(3), workers=1.0) as views:  # pyright: ignore
@@ -230,11 +231,13 @@ def test_a_path_with_a_nul_is_a_sentence(read):
         (IBOTMasks, {"pred_ratio": "0.3"}),
     ],
 )
+@pytest.mark.untyped
 def test_the_loaders_settings(kind: Any, wrong: dict[str, Any]):
     with pytest.raises(UserError, match=f"{next(iter(wrong))} is "):
         kind(**wrong)
 
 
+@pytest.mark.untyped
 def test_lists_are_as_good_as_tuples():
     assert View(scale=[0.2, 1]) == View(scale=(0.2, 1.0))  # pyright: ignore[reportArgumentType]
     assert hash(IBOTMasks(pred_ratio=[0, 0.3], pred_ratio_var=[0, 0.2]))

@@ -119,6 +119,7 @@ def test_the_plan_counts_8_bit_products():
     assert plain.forward == low.forward
 
 
+@pytest.mark.untyped
 def test_on_a_gpu_the_product_is_torchs_own_in_one_graph():
     """Tensors that say they are on a GPU: torch's rules for its 8-bit product look at sizes, strides and dtypes."""
     graphs = []

@@ -142,6 +142,7 @@ def test_the_last_tokens_of_a_block_are_those_of_all():
     torch.testing.assert_close(block(tokens, last=4), block(tokens)[:, 5:], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.untyped
 def test_compiled_it_is_one_graph():
     block, tokens = Block(16, 2, 4.0), torch.randn(3, 9, 16, requires_grad=True)
     compiled = torch.compile(block, backend="eager", fullgraph=True)

@@ -156,6 +156,7 @@ def test_the_loaders_sentence_is_of_the_cores_there_are():
 
 
 @pytest.mark.parametrize("chunk", [0, 4])
+@pytest.mark.untyped
 def test_sinkhorns_messages_are_those_that_are_sent(chunk: int, monkeypatch: pytest.MonkeyPatch):
     config = tiny_config(prototypes_chunk=chunk)
     sent: list[int] = []

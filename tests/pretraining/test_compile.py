@@ -40,6 +40,8 @@ from tests.devices import Waits
 from tests.made import REPOSITORY
 from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
 
+# torch.compile traces the passes whole, with stand-ins for what a GPU has
+pytestmark = pytest.mark.untyped
 ALONE = World(0, 1, 1, torch.device("cpu"), None)
 
 

@@ -64,6 +64,7 @@ def test_the_usual_code_has_the_same_losses(device: torch.device, name: str, pre
     ],
     ids=str,
 )
+@pytest.mark.untyped
 def test_a_compiled_step_computes_what_an_eager_one_does(device: torch.device, how: dict[str, Any]):
     if "compile_mode" in how and device.type == "cpu":
         pytest.skip("CUDA graphs are of a GPU")

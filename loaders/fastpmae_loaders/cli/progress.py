@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import IO, cast
 
 from fastpmae_loaders.cli.terminal import say, stderr
 from fastpmae_loaders.printable import printable_lines
@@ -77,7 +78,9 @@ class Tally:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        with Progress(*columns, console=Console(file=stderr()), refresh_per_second=5, transient=True) as bar:
+        with Progress(
+            *columns, console=Console(file=cast(IO[str], stderr())), refresh_per_second=5, transient=True
+        ) as bar:
             self._bar, self._task = bar, bar.add_task("", total=self._total, rate="")
             self._pause = _SECONDS_BETWEEN_UPDATES
             try:

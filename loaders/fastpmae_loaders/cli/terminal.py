@@ -5,7 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from fastpmae_loaders.printable import printable_lines
 
@@ -84,9 +84,9 @@ def tell(sentence: str) -> None:
     print(printable_lines(sentence), flush=True)
 
 
-def stderr() -> IO[str]:
+def stderr() -> Outlet:
     """The error stream as it is now, for what writes there itself (a progress bar)."""
-    return cast(IO[str], sys.stderr if isinstance(sys.stderr, Outlet) else Outlet(sys.stderr))
+    return sys.stderr if isinstance(sys.stderr, Outlet) else Outlet(sys.stderr)
 
 
 @contextlib.contextmanager

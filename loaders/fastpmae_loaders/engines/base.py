@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ ATTEMPTS = 64
 """How many samples in a row are tried before a row is given up."""
 
 
+@runtime_checkable
 class Samples(Protocol):
     """Images that an engine can read: a Beton, an ImageFolder, TarShards.
 
@@ -119,6 +120,7 @@ class Job:
             view.record_stream(stream)
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Turns jobs into batches. `fill` is called by several threads at once, each with its own scratch.
 

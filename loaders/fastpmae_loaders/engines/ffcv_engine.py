@@ -54,7 +54,9 @@ class Images(NamedTuple):
     mode: np.ndarray
 
 
-def _ask_pillow(_: int, source: int, size: int, target: int, width: int, pitch: int, height: int, *__: int) -> int:
+def _ask_pillow(
+    _: int | None, source: int, size: int, target: int, width: int, pitch: int, height: int, *__: int
+) -> int:
     """`tjDecompress2` by Pillow: called from compiled code, by address, with the same arguments."""
     try:
         pixels = decode_jpeg(ctypes.string_at(source, size), height, width)

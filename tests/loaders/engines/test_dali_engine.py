@@ -445,6 +445,7 @@ def filled(samples, counts: list[int], dali: DaliSettings) -> tuple[dali_engine.
     return engine, jobs
 
 
+@pytest.mark.untyped
 def test_on_a_gpu_two_parts_are_under_way_and_only_the_job_before_the_last_is_waited_for(mixed, monkeypatch):
     machine = Recorded(monkeypatch)
     _, jobs = filled(mixed, [20, 20, 20, 20], DaliSettings(part=7))
@@ -462,6 +463,7 @@ def test_on_a_gpu_two_parts_are_under_way_and_only_the_job_before_the_last_is_wa
 
 
 @pytest.mark.parametrize("load", [0.4, 1.0])
+@pytest.mark.untyped
 def test_with_decoders_in_hardware_a_part_begins_when_the_one_before_is_done(mixed, monkeypatch, load):
     machine = Recorded(monkeypatch)
     filled(mixed, [20, 9], DaliSettings(7, load))
@@ -480,6 +482,7 @@ def test_a_job_of_no_rows_is_made_nowhere(mixed, monkeypatch):
     assert [view.shape for view in job.views] == [(0, 3, 32, 32)] * 2
 
 
+@pytest.mark.untyped
 def test_who_takes_a_job_lets_its_own_stream_wait(mixed, monkeypatch):
     Recorded(monkeypatch)
     _, (job,) = filled(mixed, [5], DaliSettings())

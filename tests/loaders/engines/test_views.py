@@ -193,11 +193,13 @@ def test_a_centre_is_no_crop_to_share(mixed):
         batch_of(mixed, [View(32), replace(plain_view(32), crop_of=0)])
 
 
+@pytest.mark.untyped
 def test_another_blur_is_refused():
     with pytest.raises(UserError, match="blur is 'release'; expected 'paper' or 'code'"):
         dino_global("t1", blur="release")  # type: ignore[arg-type]
 
 
+@pytest.mark.untyped
 def test_impossible_lists_are_refused(mixed):
     for views in ([], [mae_view(32)] * (MOST_VIEWS + 1)):
         with pytest.raises(UserError, match="views"):

@@ -101,6 +101,7 @@ def test_evaluation_may_be_bilinear(mixed):
         assert (images[row].permute(1, 2, 0).numpy() == expected).all()
 
 
+@pytest.mark.untyped
 def test_other_filters_are_refused():
     with pytest.raises(UserError, match="interpolation is 'lanczos'; expected 'bicubic' or 'bilinear'"):
         View(interpolation="lanczos")  # type: ignore[arg-type]

@@ -216,6 +216,7 @@ def test_normalise(dtype: torch.dtype):
         ({"threshold": 256}, "between 0 and 255"),
     ],
 )
+@pytest.mark.untyped
 def test_what_does_not_fit_is_refused(change: dict, words: str):
     factors, choices = plan(2)
     given = {"images": noise(2, 4, 4), "factors": factors, "choices": choices, "threshold": 128} | change
