@@ -215,7 +215,8 @@ class PairedViews:
 
     def state_dict(self) -> dict[str, int]:
         """The position, as plain integers, and what its order depends on: `images`, `indices` and `pages` are digests
-        of the images' sizes, of `indices=` (0 without), and of what lies where on the disk (0 without page order)."""
+        of the images' sizes, of `indices=` (0 without), and of what lies where on the disk (0 without a shuffle in page
+        order)."""
         return {
             "epoch": self._epoch,
             "batch": self._batch,
@@ -223,7 +224,7 @@ class PairedViews:
             "samples": self.count,
             "images": self._images,
             "indices": self._indices,
-            "pages": self._pages if self.page_order else 0,
+            "pages": self._pages if self.page_order and self.shuffle else 0,
             "global_batch": self.global_batch,
             "shuffle": int(self.shuffle),
             "page_order": int(self.page_order),
@@ -251,8 +252,8 @@ class PairedViews:
         for name, ours, other in (
             ("images", self._images, "of other images than this loader's, though as many: name its own"),
             ("indices", self._indices, "of other indices= than this loader's, though as many: give those again"),
-            ("pages", self._pages if by_page else 0, "of a file whose images lie in another order on the disk, which "
-             "page order follows: name the file it was saved with"),
+            ("pages", self._pages if by_page and self.shuffle else 0, "of a file whose images lie in another order on "
+             "the disk, which page order follows: name the file it was saved with"),
         ):  # fmt: skip
             if state.get(name, ours) != ours:
                 raise UserError(f"{said} is {other}; set_epoch() begins an epoch anew")
