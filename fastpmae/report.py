@@ -113,18 +113,18 @@ def _pictures(
     """Drawn pictures as PNG data by their titles, and a sentence on what is missing."""
     if not checkpoints_in(run):
         return {}, "There is no checkpoint yet, so there are no pictures of what was learnt."
-    try:
-        checkpoint = find_checkpoint(run)
-        settings_in(checkpoint.progress, checkpoint.path)
-    except UserError as refused:
-        # damaged files, networks that this version does not have: what was logged is shown all the same
-        return {}, f"There are no pictures of what was learnt: {refused}."
     beton = named or config.data.beton
     if beton is None or not (beton.exists() or named):
         return (
             {},
             f"Its images ({beton}) are not here, so there are no pictures of what was learnt: name some (--beton).",
         )
+    try:
+        checkpoint = find_checkpoint(run)
+        settings_in(checkpoint.progress, checkpoint.path)
+    except UserError as refused:
+        # damaged files, networks that this version does not have: what was logged is shown all the same
+        return {}, f"There are no pictures of what was learnt: {refused}."
     images = open_samples(beton)
     title = printable(f"{run.name} · {images.path.name}")
     pictures = {

@@ -153,10 +153,6 @@ class PairedViews:
         self._begun = 0
         self._tried = np.zeros(len(self.samples), np.bool_)
         self._label = np.array(self.samples.label, np.int64)
-        # by their sizes, which an image keeps in whatever file it lies
-        self._images = digest(self.samples.height, self.samples.width)
-        chooses = self.indices is not None and not np.array_equal(self.indices, np.arange(len(self.samples)))
-        self._indices = digest(self.indices) if chooses and self.indices is not None else 0
         self._order: tuple[tuple[int, bool], np.ndarray] | None = None
         try:
             self.device = None if device is None else torch.device(device)
@@ -200,6 +196,18 @@ class PairedViews:
     def failed(self) -> list[int]:
         """Samples that did not decode so far, each once, in the order in which they were met."""
         return list(self._failed)
+
+    # Digests for the position, made when one is first asked for.
+    @cached_property
+    def _images(self) -> int:
+        # by their sizes, which an image keeps in whatever file it lies
+        return digest(self.samples.height, self.samples.width)
+
+    @cached_property
+    def _indices(self) -> int:
+        if self.indices is None or np.array_equal(self.indices, np.arange(len(self.samples))):
+            return 0
+        return digest(self.indices)
 
     @cached_property
     def _pages(self) -> int:
