@@ -137,7 +137,6 @@ def check(config: Config) -> None:
          f"--target pixels leaves the teachers idle: set --teachers none, not {teachers.teachers}"),
         (max(loss.lambda_m, loss.lambda_c, loss.lambda_p) > 0, "all three loss weights are 0"),
         (min(loss.lambda_m, loss.lambda_c, loss.lambda_p) >= 0, "a loss weight is negative"),
-        (min(loss.epsilon, loss.student_temperature) > 0, "--epsilon and --student-temperature must be above 0"),
         (min(loss.epsilon, loss.student_temperature) >= SHARPEST,
          f"--epsilon and --student-temperature must be at least {SHARPEST:g}: logits are divided by them in float32"),
         (loss.sinkhorn_iterations >= 1, "--sinkhorn-iterations must be at least 1"),

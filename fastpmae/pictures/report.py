@@ -20,7 +20,7 @@ from fastpmae.pictures.analysis import look, prototype_use
 from fastpmae.pictures.figures import draw_learnt, draw_prototypes
 from fastpmae.plotting import save_picture
 from fastpmae.presets import PRESETS
-from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint, read_progress, settings_in
+from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, find_checkpoint, read_progress, settings_in
 from fastpmae.run.log import read_rows
 from fastpmae.run.results import Result, results_in
 from fastpmae_loaders import open_samples
@@ -114,23 +114,22 @@ def _pictures(
     run: Path, config: Config, named: Path | None, samples: int, tally: Tally
 ) -> tuple[dict[str, str], str]:  # fmt: skip
     """Drawn pictures as PNG data by their titles, and a sentence on what is missing."""
-    newest = next(iter(checkpoints_in(run)), None)
-    if newest is None:
+    if not checkpoints_in(run):
         return {}, "There is no checkpoint yet, so there are no pictures of what was learnt."
-    progress = read_progress(newest)
-    try:
-        settings_in(progress, newest)
-    except UserError as refused:  # networks that this version does not have; what was logged is shown all the same
-        return {}, f"There are no pictures of what was learnt: {refused}."
     beton = named or config.data.beton
     if beton is None or not (beton.exists() or named):
         return (
             {},
             f"Its images ({beton}) are not here, so there are no pictures of what was learnt: name some (--beton).",
         )
+    try:
+        checkpoint = find_checkpoint(run)
+        settings_in(checkpoint.progress, checkpoint.path)
+    except UserError as refused:
+        # damaged files, networks that this version does not have: what was logged is shown all the same
+        return {}, f"There are no pictures of what was learnt: {refused}."
     images = open_samples(beton)
     title = printable(f"{run.name} · {images.path.name}")
-    checkpoint = find_checkpoint(run)
     pictures = {
         "What was learnt of a few images": _png(draw_learnt(look(checkpoint, images, min(samples, len(images))), title))
     }
@@ -208,9 +207,10 @@ def _summary(run: Path, config: Config) -> str:
         f"preset {config.run.preset}", model.model, f"{views.image_size} px", f"{config.optimiser.epochs} epochs",
         f"batch {config.optimiser.batch_size}", f"seed {config.run.seed}",
     ]  # fmt: skip
-    newest = next(iter(checkpoints_in(run)), None)
-    if newest is not None:
-        words.append(f"newest checkpoint: step {read_progress(newest)['step']:,}")
+    for path in checkpoints_in(run):
+        with contextlib.suppress(CheckpointError):  # a damaged one
+            words.append(f"newest checkpoint: step {read_progress(path)['step']:,}")
+            break
     with contextlib.suppress(OSError, UserError, ValueError, IndexError, KeyError, TypeError, RecursionError):
         machine = json.loads(read_file(run / "machine.jsonl").splitlines()[-1])
         words.append(f"on {machine['gpu'] or 'the CPU'}, torch {machine['torch']}")

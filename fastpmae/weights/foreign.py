@@ -57,7 +57,6 @@ def read_foreign(path: Path, teacher: bool | None = None) -> Foreign:
     Raises:
         UserError: when the file cannot be read, or holds no plain ViT.
     """
-    path = local_path(path)
     return unwrapped(read_tensors(path), teacher, str(path), 4 * path.stat().st_size + 2**26)
 
 

@@ -148,10 +148,6 @@ class PairedViews:
         self._resumed = False
         self._begun = 0
         self._label = np.array(self.samples.label, np.int64)
-        # by their sizes, which an image keeps in whatever file it lies
-        self._images = digest(self.samples.height, self.samples.width)
-        chooses = self.indices is not None and not np.array_equal(self.indices, np.arange(len(self.samples)))
-        self._indices = digest(self.indices) if chooses and self.indices is not None else 0
         self._order: tuple[tuple[int, bool], np.ndarray] | None = None
         try:
             self.device = None if device is None else torch.device(device)
@@ -197,6 +193,18 @@ class PairedViews:
         """Samples that did not decode so far, each once, in the order in which they were met."""
         return self._bad.failed
 
+    # Digests for the position, made when one is first asked for.
+    @cached_property
+    def _images(self) -> int:
+        # by their sizes, which an image keeps in whatever file it lies
+        return digest(self.samples.height, self.samples.width)
+
+    @cached_property
+    def _indices(self) -> int:
+        if self.indices is None or np.array_equal(self.indices, np.arange(len(self.samples))):
+            return 0
+        return digest(self.indices)
+
     @cached_property
     def _pages(self) -> int:
         return digest(self.samples.page_of)
@@ -211,7 +219,8 @@ class PairedViews:
 
     def state_dict(self) -> dict[str, int]:
         """The position, as plain integers, and what its order depends on: `images`, `indices` and `pages` are digests
-        of the images' sizes, of `indices=` (0 without), and of what lies where on the disk (0 without page order)."""
+        of the images' sizes, of `indices=` (0 without), and of what lies where on the disk (0 without a shuffle in page
+        order)."""
         return {
             "epoch": self._epoch,
             "batch": self._batch,
@@ -219,7 +228,7 @@ class PairedViews:
             "samples": self.count,
             "images": self._images,
             "indices": self._indices,
-            "pages": self._pages if self.page_order else 0,
+            "pages": self._pages if self.page_order and self.shuffle else 0,
             "global_batch": self.global_batch,
             "shuffle": int(self.shuffle),
             "page_order": int(self.page_order),

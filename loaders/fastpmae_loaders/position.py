@@ -41,8 +41,8 @@ def position_in(state: Mapping[str, Any], own: Mapping[str, int], pages: Callabl
     for name, ours, other in (
         ("images", own["images"], "of other images than this loader's, though as many: name its own"),
         ("indices", own["indices"], "of other indices= than this loader's, though as many: give those again"),
-        ("pages", pages() if by_page else 0, "of a file whose images lie in another order on the disk, which page "
-         "order follows: name the file it was saved with"),
+        ("pages", pages() if by_page and own["shuffle"] else 0, "of a file whose images lie in another order on "
+         "the disk, which page order follows: name the file it was saved with"),
     ):  # fmt: skip
         if state.get(name, ours) != ours:
             raise UserError(f"{SAID} is {other}; set_epoch() begins an epoch anew")

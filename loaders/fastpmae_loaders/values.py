@@ -161,6 +161,8 @@ def _is_a(value: Any, kind: type) -> bool:
 
 
 def _number(value: Any) -> Any:
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # of a tensor or an array
+        value = value.item()
     # NumPy's bool is no Real, Python's is.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise Refused

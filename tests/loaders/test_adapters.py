@@ -1,6 +1,7 @@
 """Each adapter's batches against what the codebase's own loader would hand over: types, shapes, order, values."""
 
 import itertools
+import math
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -230,7 +231,10 @@ def test_an_adapter_of_no_loader_is_a_sentence(kind, given):
         (MAELoader, {"mean": 0.5}, "mean is 0.5; expected several values, each a number"),
         (MAELoader, {"mean": (0.5, 0.5)}, r"mean is \(0.5, 0.5\): give one number for each"),
         (DINOLoader, {"std": (0.5, "1", 1)}, "std is .*; expected several values, each a number"),
-        (LightlyLoader, {"std": (0.5, 0, 1)}, r"std is \(0.5, 0.0, 1.0\): images cannot be divided by 0"),
+        (LightlyLoader, {"std": (0.5, 0, 1)}, r"std is \(0.5, 0.0, 1.0\): images are divided by it"),
+        (LightlyLoader, {"std": (0.5, 1e-320, 1)}, "std is .*: images are divided by it, so that it must be above 0"),
+        (MAELoader, {"std": [math.nan] * 3}, r"std is \(nan, nan, nan\): give numbers that float32 holds"),
+        (MAELoader, {"mean": (0, 0, 1e300)}, "mean is .*: give numbers that float32 holds"),
         (LightlyLoader, {"dtype": torch.int64}, "the images' dtype is torch.int64, and"),
         (TimmLoader, {"img_dtype": "bf16"}, "img_dtype is 'bf16'; expected dtype"),
         (TimmLoader, {"mixup": 0.8}, "mixup is 0.8; expected Callable or None"),
@@ -240,6 +244,13 @@ def test_an_adapter_of_no_loader_is_a_sentence(kind, given):
 def test_an_adapters_wrong_argument_is_a_sentence(kind, wrong, says, mixed):
     with loader(mixed, PAIR) as views, pytest.raises(UserError, match=f"^{says}"):
         kind(views, **wrong)
+
+
+def test_a_mean_may_be_a_tensor(mixed):
+    with loader(mixed, PAIR) as views:
+        given, usual = (MAELoader(views, mean=mean) for mean in (torch.tensor([0.5, 0.25, 0.125]), (0.5, 0.25, 0.125)))
+        images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+        assert torch.equal(given.normalised(images), usual.normalised(images))
 
 
 def test_an_adapter_without_collate_says_what_to_define(mixed):

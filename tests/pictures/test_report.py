@@ -156,6 +156,20 @@ def test_a_run_whose_decoder_had_no_class_token(tiny: Config, small_beton: Path,
     assert not (tmp_path / "learnt.png").exists()
 
 
+def test_a_damaged_newest_checkpoint_costs_no_report(tiny: Config, tmp_path: Path):
+    folder = pretrain(tiny.using(loader="torch", steps=2, save_steps=1, keep=5))
+    newest, sound = checkpoints_in(folder)
+    newest.write_bytes(newest.read_bytes()[:100])
+    page = write_report(folder, tmp_path / "sound.html").read_text()
+    assert "newest checkpoint: step 1" in page
+    assert 'id="picture-' in page
+    sound.unlink()
+    page = write_report(folder, tmp_path / "none.html").read_text()
+    assert 'id="curves"' in page
+    (remark,) = re.findall(r'id="remark">(.*?)</p>', page)
+    assert "there is no sound checkpoint" in remark
+
+
 def test_a_folder_of_images(tiny: Config, tmp_path: Path):
     images = write_tree(tmp_path / "images", 12)
     folder = pretrain(tiny.using(beton=images, loader="torch", steps=1, batch_size=4))

@@ -48,9 +48,9 @@ class Adapter(Generic[Handed]):
         self.dtype = dtype
         if not dtype.is_floating_point:
             raise UserError(f"the images' dtype is {dtype}, and normalised images are floats: name such a type")
-        if 0 in std:
-            raise UserError(f"std is {std}: images cannot be divided by 0")
         self._mean, self._std = _channels(mean, "mean"), _channels(std, "std")
+        if not (self._std > 0).all():
+            raise UserError(f"std is {std}: images are divided by it, so that it must be above 0")
         # whether since the last pass an epoch was asked for by name, and whether a position was
         self._told = False
         self._loaded = False
@@ -163,4 +163,7 @@ def _channels(values: tuple[float, ...], name: str) -> Float[Tensor, "1 3 1 1"]:
     """A number of each channel, for pixels from 0 to 255; whatever the program's defaults are."""
     if len(values) != 3:
         raise UserError(f"{name} is {values}: give one number for each of the three channels")
-    return torch.tensor([255 * value for value in values], dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
+    channels = torch.tensor([255 * value for value in values], dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
+    if not channels.isfinite().all():
+        raise UserError(f"{name} is {values}: give numbers that float32 holds")
+    return channels

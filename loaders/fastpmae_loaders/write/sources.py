@@ -5,6 +5,7 @@ names alone, so that the same source gives the same file.
 """
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,10 +48,10 @@ def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = 
     if not exists:
         raise UserError(f"{printable(str(root))} does not exist")
     if root.is_file() and root.suffix.lower() == ".beton":
-        name = printable(str(root))
+        name, quoted = printable(str(root)), printable(shlex.quote(str(root)))
         raise UserError(
-            f"{name} is a .beton file already: train on it as it is, look into it with fastpmae-write --check {name}, "
-            "or name the images that it was written from"
+            f"{name} is a .beton file already: train on it as it is, look into it with "
+            f"fastpmae-write --check {quoted}, or name the images that it was written from"
         )
     files = Files(root)
     base = root if root.is_dir() else root.parent
