@@ -18,15 +18,15 @@ import torch
 from benchmarks.baseline import PlainBatch, PlainMethod, plain_batch
 from fastpmae import PRESETS, Config
 from fastpmae.config import CUDA_GRAPHS
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.attention import use as use_attention
 from fastpmae.model.build import shape_of
 from fastpmae.plan.costs import flops_of_an_image
-from fastpmae.pretraining.compile import make_passes
+from fastpmae.pretraining.compile import compile_step
 from fastpmae.pretraining.data import stochastic_depth
 from fastpmae.pretraining.networks import make_networks
-from fastpmae.pretraining.optimizer import make_optimiser, update
-from fastpmae.pretraining.step import Losses, Targets, balance, learn, see, teach
+from fastpmae.pretraining.optimizer import make_optimizer, update
+from fastpmae.pretraining.step import Losses, Targets, assign_pseudo_labels, student_loss, teacher_forward, compute_targets
 from fastpmae_loaders import Batch
 from fastpmae_loaders.transfer import Transfer
 
@@ -54,7 +54,7 @@ def made_batch(config: Config, size: int, seed: int = 0) -> Batch:
     """Random pixels and a random mask for each image: a step's work does not depend on what they show."""
     generator = torch.Generator().manual_seed(seed)
     side = config.views.image_size
-    patches = (side // shape_of(config.model).patch_size) ** 2
+    patches = (side // shape_of(config.network).patch_size) ** 2
     masked = int(patches * config.views.mask_ratio)
     fold, rest = divmod(masked, config.views.folds)
     order = torch.stack([torch.randperm(patches, generator=generator) for _ in range(size)])
@@ -89,12 +89,12 @@ class Ours:
 
     def __init__(self, config: Config, device: torch.device = CPU):
         self.config, self.device = config, device
-        self.world = World(0, 1, 1, device, None)
+        self.world = Ranks(0, 1, 1, device, None)
         self.stack = contextlib.ExitStack()
         self.stack.enter_context(use_attention(config.efficiency.attention, device))
         self.student, self.teachers = make_networks(config, STEPS, device, None)
-        self.optimiser = make_optimiser(self.student, config)
-        self.seen, self.learnt = make_passes(see, learn, config, self.world)
+        self.optimiser = make_optimizer(self.student, config)
+        self.seen, self.learnt = compile_step(teacher_forward, student_loss, config, self.world)
         self.autocast = _autocast(config, device)
         self.transfer = Transfer(device)
         self.targets: Targets | None = None
@@ -121,16 +121,16 @@ class Ours:
         keep = self._keep(batch)
         mark("data")
         with self.autocast:
-            (self.targets,) = balance([self.seen(self.teachers, batch, self.config)], self.config)
+            (self.targets,) = assign_pseudo_labels([self.seen(self.teachers, batch, self.config)], self.config)
         mark("teachers")
         with self.autocast:
             self.out = out = self.learnt(self.student, batch, keep, self.targets, self.config)
         mark("forward")
         out.total.backward()
         mark("backward")
-        update(self.optimiser, out.total.detach(), RATE, self.config.optimiser.clip_grad, self.world)
+        update(self.optimiser, out.total.detach(), RATE, self.config.optimizer.clip_grad, self.world)
         mark("optimiser")
-        self.teachers.follow(self.student, "step", self.steps)
+        self.teachers.update_ema(self.student, "step", self.steps)
         mark("EMA")
         self.steps += 1
 
@@ -153,8 +153,8 @@ class Ours:
 
     def _eager_losses(self, batch: Batch, keep: torch.Tensor | None) -> list[float]:
         with torch.no_grad(), self.autocast:
-            targets = teach(self.teachers, batch, self.config)
-            return [float(loss) for loss in learn(self.student, batch, keep, targets, self.config)[:4]]
+            targets = compute_targets(self.teachers, batch, self.config)
+            return [float(loss) for loss in student_loss(self.student, batch, keep, targets, self.config)[:4]]
 
 
 class Plain:

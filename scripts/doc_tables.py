@@ -15,7 +15,7 @@ import fastpmae.evaluate.cli
 import fastpmae.evaluate.recipe
 from fastpmae.config import Config
 from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Probe
-from fastpmae.evaluate.recipe import Course
+from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def evaluation() -> str:
         ("knn", Knn), ("linear", Linear), ("lowshot", Lowshot), ("probe", Probe), ("finetune", Finetune)
     ):  # fmt: skip
         lines += [f"**{name}**: {kind.__doc__}", "", *_table(kind, None, texts), ""]
-    lines += ["**probe and finetune**, with the values of `--preset paper`", "", *_table(Course, Course(), texts), ""]
+    lines += ["**probe and finetune**, with the values of `--preset paper`", "", *_table(FinetuneConfig, FinetuneConfig(), texts), ""]
     return "\n".join(lines)
 
 

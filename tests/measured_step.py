@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from fastpmae import PRESETS, Config
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import shape_of, view_settings, views_needed
 from fastpmae.pretraining.networks import make_networks
-from fastpmae.pretraining.optimizer import make_optimiser, update
-from fastpmae.pretraining.step import learn, teach
+from fastpmae.pretraining.optimizer import make_optimizer, update
+from fastpmae.pretraining.step import student_loss, compute_targets
 from fastpmae_loaders import Batch
 
-WORLD = World(0, 1, 1, torch.device("cpu"), None)
+WORLD = Ranks(0, 1, 1, torch.device("cpu"), None)
 
 
 def real_batch(config: Config, count: int) -> Batch:
@@ -41,18 +41,18 @@ class Trainer:
     def __init__(self, config: Config):
         self.config = config
         self.student, self.teachers = make_networks(config, 1, torch.device("cpu"), None)
-        self.optimiser = make_optimiser(self.student, config)
-        self.batch = real_batch(config, config.optimiser.batch_size)
+        self.optimiser = make_optimizer(self.student, config)
+        self.batch = real_batch(config, config.optimizer.batch_size)
         self.keep = None
-        if config.model.drop_path:
-            self.keep = torch.ones(config.optimiser.batch_size, shape_of(config.model).depth, 2)
+        if config.network.drop_path:
+            self.keep = torch.ones(config.optimizer.batch_size, shape_of(config.network).depth, 2)
 
     def step(self) -> None:
-        targets = teach(self.teachers, self.batch, self.config)
-        losses = learn(self.student, self.batch, self.keep, targets, self.config)
+        targets = compute_targets(self.teachers, self.batch, self.config)
+        losses = student_loss(self.student, self.batch, self.keep, targets, self.config)
         losses.total.backward()
         update(self.optimiser, losses.total.detach(), 1e-4, 0.0, WORLD)
-        self.teachers.follow(self.student, "step", 0)
+        self.teachers.update_ema(self.student, "step", 0)
 
 
 def resident(line: str = "VmRSS") -> int:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fastpmae import PRESETS, Config, UserError, preset, pretrain, read_config
-from fastpmae.config import Efficiency, Optimiser
+from fastpmae.config import Efficiency, Optimizer
 from fastpmae.config_file import config_from, write_config
-from fastpmae.evaluate.recipe import COURSES
+from fastpmae.evaluate.recipe import FINETUNE_PRESETS
 from fastpmae.model.build import SHAPES, check, shape_of, view_settings, warmup_epochs
 from fastpmae.pretraining.cli import read_command
 
@@ -122,8 +122,8 @@ def test_every_preset_fits_together(name: str) -> None:
 
 def test_the_demo_scales_prototypes_down_to_its_rows() -> None:
     demo = PRESETS["demo"]
-    assert demo.model.prototypes <= demo.optimiser.batch_size * demo.views.folds
-    assert demo.teachers == PRESETS["paper"].teachers
+    assert demo.network.prototypes <= demo.optimizer.batch_size * demo.views.folds
+    assert demo.teacher == PRESETS["paper"].teacher
     assert dataclasses.replace(demo.loss) == PRESETS["paper"].loss
 
 
@@ -153,14 +153,14 @@ def test_fold_sizes_differ_by_at_most_one(folds: int) -> None:
     ],
 )
 def test_model_sizes(model: str, shape: tuple[int, ...]) -> None:
-    found = shape_of(PRESETS["paper"].using(model=model).model)
+    found = shape_of(PRESETS["paper"].using(model=model).network)
     assert (found.patch_size, found.width, found.depth, found.heads) == shape
     assert found.mlp_ratio == 4
     assert set(SHAPES) == {"vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"}
 
 
 def test_timms_names_mean_timms_sizes() -> None:
-    found = shape_of(PRESETS["paper"].using(model="vit_small_patch32_224").model)
+    found = shape_of(PRESETS["paper"].using(model="vit_small_patch32_224").network)
     assert (found.patch_size, found.width, found.depth, found.heads) == (32, 384, 12, 6)
 
 
@@ -235,14 +235,14 @@ def test_every_name_is_there_once() -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        PRESETS["paper"].optimiser.epochs = 1  # pyright: ignore[reportAttributeAccessIssue]
+        PRESETS["paper"].optimizer.epochs = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_using_changes_a_copy() -> None:
     config = PRESETS["paper"].using(epochs=100, seed=1, beton=Path("a.beton"), labelling_momentum=(0.9, 1.0))
-    assert (config.optimiser.epochs, config.run.seed, config.data.beton) == (100, 1, Path("a.beton"))
-    assert config.teachers.labelling_momentum == (0.9, 1.0)
-    assert PRESETS["paper"].optimiser.epochs == 300
+    assert (config.optimizer.epochs, config.run.seed, config.data.beton) == (100, 1, Path("a.beton"))
+    assert config.teacher.labelling_momentum == (0.9, 1.0)
+    assert PRESETS["paper"].optimizer.epochs == 300
     changed = {name for name, value in config.flat().items() if value != PRESETS["paper"].flat()[name]}
     assert changed == {"epochs", "seed", "beton", "labelling_momentum"}
     with pytest.raises(UserError, match="epoch_count"):
@@ -269,7 +269,7 @@ def test_using_converts_what_loses_nothing() -> None:
     kinds = [type(value_of(config, name)) for name in settings]
     assert kinds == [type(value_of(plain, name)) for name in settings]
     assert config_from(json.loads(json.dumps(config.groups())), "it") == config
-    assert Optimiser(epochs=2.0) == Optimiser(epochs=2)  # pyright: ignore[reportArgumentType]
+    assert Optimizer(epochs=2.0) == Optimizer(epochs=2)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -303,22 +303,22 @@ def test_a_value_of_another_kind_is_refused_when_it_is_set(settings: dict[str, A
 
 @pytest.mark.parametrize("change", [{"epochs": "2"}, {"compile": False}])
 def test_nor_is_it_taken_by_another_way(change: dict[str, Any]) -> None:
-    group = Optimiser if "epochs" in change else Efficiency
+    group = Optimizer if "epochs" in change else Efficiency
     with pytest.raises(UserError, match=f"{next(iter(change))} is "):
         group(**change)
     with pytest.raises(UserError, match=f"{next(iter(change))} is "):
         dataclasses.replace(group(), **change)
     with pytest.raises(UserError, match="optimiser is "):
-        Config(optimiser=change)  # pyright: ignore[reportArgumentType]
+        Config(optimizer=change)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_course_is_checked_as_settings_are() -> None:
-    assert dataclasses.replace(COURSES["small"], epochs=30.0, scale=[0.5, 1]) == dataclasses.replace(
-        COURSES["small"], epochs=30, scale=(0.5, 1.0)
+    assert dataclasses.replace(FINETUNE_PRESETS["small"], epochs=30.0, scale=[0.5, 1]) == dataclasses.replace(
+        FINETUNE_PRESETS["small"], epochs=30, scale=(0.5, 1.0)
     )
     for name, value in (("epochs", "3"), ("pool", True), ("lr", "fast"), ("optimiser", "adam"), ("betas", (0.9,))):
         with pytest.raises(UserError, match=f"{name} is "):
-            dataclasses.replace(COURSES["small"], **{name: value})
+            dataclasses.replace(FINETUNE_PRESETS["small"], **{name: value})
 
 
 @pytest.mark.parametrize("words", [["--out", "s3://b/run"], ["--out=s3://b/run"], ["--resume", "gs://b/run"],

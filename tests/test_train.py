@@ -579,7 +579,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_weights(tiny: Co
         losses = LEARN(*arguments)
         return losses._replace(total=losses.total * float("nan")) if calls == 4 else losses
 
-    LEARN = loop.learn
+    LEARN = loop.student_loss
     monkeypatch.setattr(loop, "learn", learn)
     with pytest.raises(RunError, match=r"step 4 is not finite") as stopped:
         pretrain(tiny.using(log_every=3, save_steps=1, keep=9))
@@ -743,7 +743,7 @@ def test_a_run_whose_decoder_had_no_class_token_ends_in_a_sentence(tiny: Config,
         assert f"{path} asks for a decoder without the class token (model.decoder_class_token)" in line
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     encoder, config = load_encoder(folder)
-    assert config.teachers.teachers == "reconstruction"
+    assert config.teacher.teachers == "reconstruction"
     assert torch.equal(encoder.cls_token, read_checkpoint(path).tensors["student.encoder.cls_token"])
     began = pretrain(tiny.using(init=path, steps=1, lr=0.0, out=folder.parent / "next"))
     assert torch.equal(load_encoder(began)[0].cls_token, encoder.cls_token)

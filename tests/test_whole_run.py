@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastpmae import Config, pretrain
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.pretraining.data import make_loader, stochastic_depth
 from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
 from fastpmae.run.images import open_images
@@ -93,7 +93,7 @@ def test_logged_losses_and_gradients_are_the_references(tiny: Config) -> None:
     config = tiny.using(save_steps=1, keep=100)
     folder = pretrain(config)
     rows = {row["step"]: row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
-    alone = World(0, 1, 1, torch.device("cpu"), None)
+    alone = Ranks(0, 1, 1, torch.device("cpu"), None)
     with make_loader(open_images(config), config, alone) as loader:
         for step in (2, PER_EPOCH + 4):
             epoch, place = divmod(step - 1, PER_EPOCH)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from fastpmae.evaluate.recipe import Course
+from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae_loaders.errors import UserError
 
 STEP, SAMPLE, START = 0, 1, 2
@@ -46,18 +46,18 @@ def drawn_from(*key: int) -> Iterator[None]:
 class Mixing:
     """Random erasing, mixup and CutMix for normalised images on a device, and targets for their labels."""
 
-    def __init__(self, course: Course, classes: int, device: torch.device):
+    def __init__(self, course: FinetuneConfig, classes: int, device: torch.device):
         from timm.data.mixup import Mixup
         from timm.data.random_erasing import RandomErasing
 
         self.classes, self.smoothing = classes, course.smoothing
-        self.erase = RandomErasing(course.erase, mode="pixel", device=str(device)) if course.erase else None
+        self.erase = RandomErasing(course.reprob, mode="pixel", device=str(device)) if course.reprob else None
         self.mix = None
         if course.mixup or course.cutmix:
             self.mix = Mixup(
                 course.mixup,
                 course.cutmix,
-                switch_prob=course.switch,
+                switch_prob=course.mixup_switch_prob,
                 label_smoothing=course.smoothing,
                 num_classes=classes,
             )

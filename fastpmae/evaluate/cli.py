@@ -12,7 +12,7 @@ from fastpmae.evaluate.backbone import Which
 from fastpmae.evaluate.datasets import Engine
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.linear import RATES
-from fastpmae.evaluate.recipe import PROBE, Course, course_named
+from fastpmae.evaluate.recipe import PROBE, FinetuneConfig, finetune_preset
 
 NEIGHBOURS = (10, 20)
 """How many neighbours vote where nobody says."""
@@ -94,7 +94,7 @@ class Probe:
     """MAE's linear probe: random crops, a BatchNorm without parameters, LARS; the network stays frozen."""
 
     common: Annotated[Common, tyro.conf.arg(name="")]
-    course: Annotated[Course, tyro.conf.arg(name="")] = PROBE
+    course: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = PROBE
     resume: bool = False
     """Go on with the training in --out."""
     steps: int | None = None
@@ -108,7 +108,7 @@ class Finetune:
     """The whole network with a classifier, by a preset whose settings are flags."""
 
     common: Annotated[Common, tyro.conf.arg(name="")]
-    course: Annotated[Course, tyro.conf.arg(name="")]
+    course: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
     preset: str = "paper"
     """paper (section 4.1), paper-a and paper-a-large (appendix A), small and small-1000 (small data sets), deit."""
     resume: bool = False
@@ -151,7 +151,7 @@ def read_command(arguments: Sequence[str]) -> Command:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="paper")
-    course = course_named(parser.parse_known_args(list(arguments))[0].preset)
+    course = finetune_preset(parser.parse_known_args(list(arguments))[0].preset)
     unknown = Common(weights=tyro.MISSING, train=tyro.MISSING)
     defaults: dict[str, Command] = {
         "knn": Knn(unknown),

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from fastpmae.distributed.ranks import carried, has_bf16
+from fastpmae.distributed.ranks import to_device, has_bf16
 from fastpmae.evaluate.backbone import Backbone, features
 from fastpmae.evaluate.features import Pool
 from fastpmae.run.images import fingerprint
 from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.printable import printable, short
@@ -124,7 +124,7 @@ def extract(
     batch_size: int = 64,
     crop_ratio: float = 0.875,
     workers: int = 0,
-    tally: Tally | None = None,
+    tally: Progress | None = None,
 ) -> list[Float[Tensor, "images dim"]]:
     """Frozen features of whole images in the set's order, one matrix in fp32 on the CPU for each pooling.
 
@@ -160,13 +160,13 @@ def over_images(
     batch_size: int = 64,
     crop_ratio: float = 0.875,
     workers: int = 0,
-    tally: Tally | None = None,
+    tally: Progress | None = None,
 ) -> list[Float[Tensor, "images dim"]]:
     """What `embed` makes of whole images on the device, in the set's order: matrices in fp32 on the CPU.
 
     `workers` are the loader's threads, 0 for all cores that may be used.
     """
-    tally = tally or Tally()
+    tally = tally or Progress()
     batches: list[list[Tensor]] = []
     views = PlainViews(
         images.samples,
@@ -179,7 +179,7 @@ def over_images(
     )
     with views, tally.count(len(images.samples), "images"):
         for pictures, _, _ in views:
-            batches.append([rows.float().cpu() for rows in embed(carried(pictures, device))])
+            batches.append([rows.float().cpu() for rows in embed(to_device(pictures, device))])
             tally.advance(len(pictures))
     return [torch.cat(rows) for rows in zip(*batches, strict=True)]
 

@@ -21,23 +21,23 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from fastpmae.distributed.ranks import carried
+from fastpmae.distributed.ranks import to_device
 from fastpmae.evaluate.augment import START, STEP, Mixing, RandAugment, drawn_from
 from fastpmae.evaluate.backbone import features
 from fastpmae.evaluate.datasets import engine_for, half
 from fastpmae.evaluate.finetune_state import Setting, gather, recorded_setting, take_up
 from fastpmae.evaluate.metrics import Scores, rank
-from fastpmae.evaluate.recipe import Course
+from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.run.checkpoint import checkpoint_path
 from fastpmae.run.checkpoint_writer import Saver
 from fastpmae.run.deterministic import deterministic
-from fastpmae.run.folder import claim_folder
+from fastpmae.run.folder import lock_folder
 from fastpmae.run.signals import Stop
 from fastpmae.weights.tensor_file import save_tensors
 from fastpmae_loaders import PairedViews, PlainViews
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import Interrupted, RunError, UserError
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.values import checked
 
@@ -57,7 +57,7 @@ class Probe(nn.Module):
 
 
 def make_classifier(
-    setting: Setting, course: Course
+    setting: Setting, course: FinetuneConfig
 ) -> tuple[nn.Module, Callable[[Float[Tensor, "batch 3 side side"]], Tensor]]:
     """What is trained, and what it is given of normalised images: the images themselves, or frozen features."""
     classes = len(setting.train.names)
@@ -75,9 +75,9 @@ def make_classifier(
     return probe.to(setting.device), encode
 
 
-def make_optimiser(model: nn.Module, course: Course) -> torch.optim.Optimizer:
+def make_optimiser(model: nn.Module, course: FinetuneConfig) -> torch.optim.Optimizer:
     """The course's optimiser, with timm's groups for layer-wise decay of the rate."""
-    if course.optimiser == "adamw" and not isinstance(model, Probe):
+    if course.opt == "adamw" and not isinstance(model, Probe):
         vit: Any = model
         groups = param_groups_layer_decay(
             model, course.weight_decay, vit.no_weight_decay(), layer_decay=course.layer_decay
@@ -86,15 +86,15 @@ def make_optimiser(model: nn.Module, course: Course) -> torch.optim.Optimizer:
     # As MAE's LARS: biases and norms take the plain rate, without decay.
     wide = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": course.weight_decay}
     thin = {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
-    if course.optimiser == "adamw":
+    if course.opt == "adamw":
         return torch.optim.AdamW([wide, thin], lr=course.peak_lr, betas=course.betas)
-    if course.optimiser == "sgd":
+    if course.opt == "sgd":
         return torch.optim.SGD([wide, thin], lr=course.peak_lr, momentum=0.9)
     momentum: Any = 0.9  # timm says int
     return Lars([wide | {"always_adapt": True}, thin | {"always_adapt": False}], lr=course.peak_lr, momentum=momentum)
 
 
-def make_schedule(optimiser: torch.optim.Optimizer, course: Course, steps_per_epoch: int) -> CosineLRScheduler:
+def make_schedule(optimiser: torch.optim.Optimizer, course: FinetuneConfig, steps_per_epoch: int) -> CosineLRScheduler:
     """timm's schedule by the step: linear from 0 over the warm-up, then a cosine to the lowest rate."""
     total, warmup = course.epochs * steps_per_epoch, round(course.warmup_epochs * steps_per_epoch)
     return CosineLRScheduler(
@@ -109,7 +109,7 @@ def make_schedule(optimiser: torch.optim.Optimizer, course: Course, steps_per_ep
 
 @checked
 def train_classifier(
-    setting: Setting, course: Course, *, resume: bool = False, steps: int | None = None, tally: Tally | None = None
+    setting: Setting, course: FinetuneConfig, *, resume: bool = False, steps: int | None = None, tally: Progress | None = None
 ) -> Scores:
     """Train, test, and leave the classifier in the folder; returns the last test's scores.
 
@@ -122,7 +122,7 @@ def train_classifier(
         RunError: when the loss is no longer finite, or a checkpoint cannot be written.
         Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP, once the checkpoint is written.
     """
-    tally = tally or Tally()
+    tally = tally or Progress()
     setting = dataclasses.replace(setting, workers=loader_threads(setting.workers))
     if setting.frozen and (fitted := course.fitted(len(setting.train.labels))) != course:
         # MAE's batch for its probe is larger than many a set of images.
@@ -139,18 +139,18 @@ def train_classifier(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         stack.enter_context(deterministic(setting.deterministic, setting.device))
-        for remark in stack.enter_context(claim_folder(setting.folder)):
+        for remark in stack.enter_context(lock_folder(setting.folder)):
             tally.tell(remark)
         saver = stack.enter_context(Saver(setting.device, keep=1))
         loader = stack.enter_context(_loader(setting, course))
         changes = stack.enter_context(
             RandAugment(
-                course.rand_augment,
+                course.aa,
                 setting.backbone.image_size,
                 setting.backbone.mean,
                 course.seed,
                 # a process more than there are images would have nothing to do
-                min(setting.workers, course.part),
+                min(setting.workers, course.micro_batch),
             )
         )
         steps_per_epoch = len(loader) // course.accumulate
@@ -158,7 +158,7 @@ def train_classifier(
         optimiser = make_optimiser(model, course)
         schedule = make_schedule(optimiser, course, steps_per_epoch)
         # Without its warm-up an average with DeiT's 0.99996 is nine tenths the start, after 2,000 steps.
-        ema = ModelEmaV3(model, course.ema, use_warmup=True, warmup_power=0.75) if course.ema else None
+        ema = ModelEmaV3(model, course.model_ema_decay, use_warmup=True, warmup_power=0.75) if course.model_ema_decay else None
         mixing = Mixing(course, len(setting.train.names), setting.device)
         record = recorded_setting(setting, course)
         step, sums, complaints = take_up(setting, course, resume, record, steps_per_epoch, model, optimiser, ema)
@@ -170,7 +170,7 @@ def train_classifier(
         low = half(setting.device)
         tested = ema.module if ema is not None else model
         # A frozen network sees a large batch piece by piece; images that are mixed have to stay together.
-        piece = setting.feature_batch if setting.frozen and not course.mixes else course.part
+        piece = setting.feature_batch if setting.frozen and not course.mixes else course.micro_batch
         saved, saved_at = step or None, time.monotonic()
 
         def loss_of(images: UInt8[Tensor, "batch 3 side side"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
@@ -221,7 +221,7 @@ def train_classifier(
             }
             found = None
             if epoch % course.eval_every == 0 or epoch == course.epochs:
-                found = examine(setting, encode, tested, tally, stop)
+                found = evaluate_classifier(setting, encode, tested, tally, stop)
                 if found is None:
                     return None
                 row |= found.figures()
@@ -269,15 +269,15 @@ def train_classifier(
             raise Interrupted(stop.signal, step, last, setting.folder)
         saver.wait()
         write_classifier(setting, tested, course)
-        scores = scores or examine(setting, encode, tested, tally, stop)
+        scores = scores or evaluate_classifier(setting, encode, tested, tally, stop)
         if scores is None:
             raise Interrupted(stop.signal, step, last, setting.folder)
         return scores
 
 
 @torch.inference_mode()
-def examine(
-    setting: Setting, encode: Callable[[Tensor], Tensor], model: nn.Module, tally: Tally, stop: Stop
+def evaluate_classifier(
+    setting: Setting, encode: Callable[[Tensor], Tensor], model: nn.Module, tally: Progress, stop: Stop
 ) -> Scores | None:
     """The classifier's scores on the validation set; None where a signal came before the end."""
     model.eval()
@@ -295,12 +295,12 @@ def examine(
         for images, _, _ in views:
             if stop.signal:
                 return None
-            ranked.append(rank(model(encode(setting.backbone.normalised(carried(images, setting.device)))).float()))
+            ranked.append(rank(model(encode(setting.backbone.normalised(to_device(images, setting.device)))).float()))
             tally.advance(len(images))
     return Scores(setting.val.labels, torch.cat(ranked))
 
 
-def write_classifier(setting: Setting, model: nn.Module, course: Course) -> None:
+def write_classifier(setting: Setting, model: nn.Module, course: FinetuneConfig) -> None:
     """The trained weights, under timm's names where it is a whole network, and in the header what they need besides."""
     backbone = setting.backbone
     header = {
@@ -314,7 +314,7 @@ def write_classifier(setting: Setting, model: nn.Module, course: Course) -> None
         "crop_ratio": json.dumps(setting.crop_ratio),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with appearing(setting.folder / "classifier.safetensors") as beside:
+    with atomic_write(setting.folder / "classifier.safetensors") as beside:
         save_tensors(tensors, beside, header)
 
 
@@ -349,11 +349,11 @@ def timm_arguments_of(model: VisionTransformer) -> dict[str, Any]:
     }
 
 
-def _loader(setting: Setting, course: Course) -> PairedViews:
+def _loader(setting: Setting, course: FinetuneConfig) -> PairedViews:
     samples = setting.train.samples
     return PairedViews(
         samples,
-        course.part,
+        course.micro_batch,
         engine=engine_for(samples, setting.engine),
         seed=course.seed,
         workers=setting.workers,
@@ -380,7 +380,7 @@ def _parts(
 def _handed_over(begun: Any, samples: np.ndarray, setting: Setting) -> tuple[Tensor, Tensor]:
     images = torch.from_numpy(RandAugment.collect(begun))
     labels = setting.train.labels[torch.from_numpy(samples)]
-    return carried(images, setting.device), carried(labels, setting.device)
+    return to_device(images, setting.device), to_device(labels, setting.device)
 
 
 def _write_row(folder: Path, row: dict[str, float]) -> None:
@@ -391,7 +391,7 @@ def _write_row(folder: Path, row: dict[str, float]) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             if json.loads(line)["epoch"] < row["epoch"]:
                 kept.append(line)
-    with appearing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text("\n".join([*kept, json.dumps(row)]) + "\n")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpmae.evaluate.backbone import Backbone
 from fastpmae.evaluate.datasets import Engine, Labelled
-from fastpmae.evaluate.recipe import Course
+from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.run.checkpoint import Checkpoint, CheckpointError, digest, newest_checkpoint, require
 from fastpmae.run.init_weights import few
 from fastpmae.run.log import read_rows
@@ -45,7 +45,7 @@ class Setting(Typed):
     """On a GPU compute the same bits each time."""
 
 
-def recorded_setting(setting: Setting, course: Course) -> dict[str, Any]:
+def recorded_setting(setting: Setting, course: FinetuneConfig) -> dict[str, Any]:
     """What decides the numbers of a training, as a checkpoint keeps it."""
     backbone = setting.backbone
     network = backbone.build()
@@ -80,7 +80,7 @@ def gather(model: nn.Module, optimiser: torch.optim.Optimizer, ema: ModelEmaV3 |
 
 def take_up(
     setting: Setting,
-    course: Course,
+    course: FinetuneConfig,
     resume: bool,
     record: dict[str, Any],
     steps_per_epoch: int,
@@ -154,7 +154,7 @@ def _other_network(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _scatter(
     checkpoint: Checkpoint,
-    course: Course,
+    course: FinetuneConfig,
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     ema: ModelEmaV3 | None,
@@ -165,7 +165,7 @@ def _scatter(
             module.load_state_dict(checkpoint.part(name))
     for name, parameter in model.named_parameters():
         state = checkpoint.part(f"optimiser.{name}")
-        if state.keys() not in (set(), STATES[course.optimiser]):
+        if state.keys() not in (set(), STATES[course.opt]):
             raise CheckpointError(f"{checkpoint.path} does not fit: optimiser.{name} holds {few(sorted(state))}")
         for key, value in state.items():
             if value.shape != (torch.Size() if key == "step" else parameter.shape) or not value.is_floating_point():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import typed
 
@@ -59,7 +59,7 @@ def knn_ranked(
     best: int = 5,
     leave_one_out: bool = False,
     chunk_bytes: int = 256 * 2**20,
-    tally: Tally | None = None,
+    tally: Progress | None = None,
 ) -> dict[int, Int[Tensor, "test best"]]:
     """For each k the likeliest classes of each test row, the likeliest first, at most `best` of them; -1 in the place
     of a class that got no vote.
@@ -81,7 +81,7 @@ def knn_ranked(
     count, classes = len(train), len(known)
     rows = max(1, chunk_bytes // (4 * (count + classes)))
     ranked: dict[int, list[Tensor]] = {k: [] for k in ks}
-    tally = tally or Tally()
+    tally = tally or Progress()
     with tally.count(len(test_features), "images"):
         for begin in range(0, len(test_features), rows):
             test = F.normalize(test_features[begin : begin + rows].float(), dim=1)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastpmae.distributed.ranks import carried
+from fastpmae.distributed.ranks import to_device
 from fastpmae_loaders import epoch_order
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import Typed
 
@@ -61,7 +61,7 @@ def train_sweep(
     labels: Int[Tensor, " images"],
     classes: int,
     sweep: Sweep,
-    tally: Tally | None = None,
+    tally: Progress | None = None,
 ) -> tuple[Float[Tensor, "rates dim classes"], Float[Tensor, "rates classes"]]:
     """Weights and biases of a classifier for each learning rate, each as if it had been trained alone.
 
@@ -78,10 +78,10 @@ def train_sweep(
     else:
         optimiser = torch.optim.AdamW(groups, weight_decay=sweep.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, sweep.epochs * (count // batch))
-    tally = tally or Tally()
+    tally = tally or Progress()
     with tally.count(sweep.epochs, "epochs"):
         for epoch in range(sweep.epochs):
-            order = carried(torch.from_numpy(epoch_order(sweep.seed, epoch, count)), features.device)
+            order = to_device(torch.from_numpy(epoch_order(sweep.seed, epoch, count)), features.device)
             for chosen in order[: count // batch * batch].split(batch):
                 rows = features[chosen]
                 logits = rows @ torch.cat(weights, dim=1) + torch.cat(biases)

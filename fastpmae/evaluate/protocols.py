@@ -28,7 +28,7 @@ from fastpmae.run.checkpoint import step_of
 from fastpmae.run.folder import run_of
 from fastpmae.run.images import source_notes
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import local_path
@@ -42,7 +42,7 @@ class Evaluation:
         self.began = time.monotonic()
         if common.out is not None:
             local_path(common.out)
-        self.tally = Tally(live=True)
+        self.tally = Progress(live=True)
         self.device = choose_device(common.device)
         self.train, self.val = open_labelled(common.train, common.val)
         for images in (self.train, self.val):

@@ -12,7 +12,7 @@ import timm
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastpmae.evaluate.recipe import Course
+from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.model.build import Shape
 from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.run.init_weights import header_of
@@ -135,8 +135,8 @@ def _check_sizes(arguments: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 def _course(said: Any) -> dict[str, Any]:
     """The settings that a course has, each of its kind; what another version knew is left out."""
     _require(isinstance(said, dict), "its header names no course")
-    kinds = get_type_hints(Course)
-    names = [field.name for field in fields(Course) if field.name in said]
+    kinds = get_type_hints(FinetuneConfig)
+    names = [field.name for field in fields(FinetuneConfig) if field.name in said]
     return {name: typed(said[name], kinds[name], name) for name in names}
 
 

@@ -52,8 +52,8 @@ class Export:
 
 def timm_arguments(config: Config) -> dict[str, Any]:
     """What `timm.create_model` needs to build the encoder of these settings."""
-    shape = shape_of(config.model)
-    name = config.model.model
+    shape = shape_of(config.network)
+    name = config.network.model
     if name in SHAPES:
         name = f"{name}_patch{SHAPES[name].patch_size}_224"
     return {
@@ -83,11 +83,11 @@ def read_export(path: Path, network: Network, with_head: bool = False) -> Export
         )  # fmt: skip
     checkpoint = find_checkpoint(path)
     encoder, config = encoder_of(checkpoint, network)
-    role = "labelling_teacher" if config.teachers.teachers == "single" and network != "student" else network
+    role = "labelling_teacher" if config.teacher.teachers == "single" and network != "student" else network
     head = checkpoint.part(f"{role}.head") if with_head else {}
     if with_head and not head:
         raise UserError(f"{checkpoint.path}: its {network} has no projection head")
-    shape = shape_of(config.model)
+    shape = shape_of(config.network)
     return Export(
         encoder.state_dict(), timm_arguments(config), shape, checkpoint.path, network, None, head, config
     )  # fmt: skip

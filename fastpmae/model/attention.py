@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastpmae_loaders.errors import UserError
 
-Runs = tuple[tuple[int, int], ...]
+SequenceLengths = tuple[tuple[int, int], ...]
 """What is packed into one row of tokens: runs of equally long sequences, as (sequences, tokens of each)."""
-Packed = Callable[[Tensor, Tensor, Tensor, Runs | None], Tensor]
+Packed = Callable[[Tensor, Tensor, Tensor, SequenceLengths | None], Tensor]
 
 _xformers: Packed | None = None
 
@@ -23,7 +23,7 @@ def attention(
     query: Float[Tensor, "batch queries heads dim"],
     key: Float[Tensor, "batch tokens heads dim"],
     value: Float[Tensor, "batch tokens heads dim"],
-    runs: Runs | None = None,
+    runs: SequenceLengths | None = None,
 ) -> Float[Tensor, "batch queries heads dim"]:
     """Softmax attention among the tokens of each row, or of each packed sequence: then without any mask in memory.
 
@@ -100,11 +100,11 @@ def _through(ops: Any) -> Packed:
     """xformers' operator, which torch.compile goes round."""
 
     @functools.cache
-    def mask(runs: Runs, device: torch.device) -> Any:
+    def mask(runs: SequenceLengths, device: torch.device) -> Any:
         lengths = [length for count, length in runs for _ in range(count)]
         return ops.fmha.BlockDiagonalMask.from_seqlens(lengths, device=device)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, runs: Runs | None) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, runs: SequenceLengths | None) -> Tensor:
         bias = None if runs is None else mask(runs, query.device)
         return ops.memory_efficient_attention(query, key, value, attn_bias=bias)
 

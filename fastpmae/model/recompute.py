@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastpmae.model.attention import Runs, attention, is_torchs
+from fastpmae.model.attention import SequenceLengths, attention, is_torchs
 
 
 def norm_linear(
@@ -39,7 +39,7 @@ def attend(
     qkv: nn.Linear,
     heads: int,
     last: int | None = None,
-    runs: Runs | None = None,
+    runs: SequenceLengths | None = None,
 ) -> Float[Tensor, "batch last dim"]:
     """What each of the `last` tokens (by default all) takes from all of them, after `norm`, before the projection."""
     batch, count, dim = tokens.shape

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch
 from matplotlib.patheffects import withStroke
 
-from fastpmae.pictures.analysis import Learnt, PrototypeUse
+from fastpmae.pictures.analysis import Analysis, PrototypeUse
 
 AGREES, DISAGREES, APART = "#009e73", "#d55e00", "#adb5bd"
 INK, QUIET, HIDDEN = "#212529", "#868e96", 222
@@ -23,7 +23,7 @@ RANGE = Normalize(-0.2, 1.0)
 """Cosines from the darkest to the brightest."""
 
 
-def draw_learnt(learnt: Learnt, title: str) -> Figure:
+def draw_analysis(learnt: Analysis, title: str) -> Figure:
     """A row for each image: what the student sees, how near its predictions are, matches, attention, features."""
     names = [
         "the student sees", "predicted ~ target", "simple view", f"{learnt.config.views.labelling_view} view",
@@ -75,7 +75,7 @@ def draw_prototypes(use: PrototypeUse, title: str) -> Figure:
     shown, best = use.patches.shape[:2]
     columns = 2 if shown > 6 else 1
     rows = -(-shown // columns)
-    words = f"step {use.step:,} · {use.used} of {use.config.model.prototypes} prototypes used by {use.images} images"
+    words = f"step {use.step:,} · {use.used} of {use.config.network.prototypes} prototypes used by {use.images} images"
     figure, cells = _grid(rows, columns * best, title, words, cell=0.78, block=best)
     for axes in cells.flatten():
         axes.set_visible(False)
@@ -133,7 +133,7 @@ def _wide(values: np.ndarray, grid: int, scale: int) -> np.ndarray:
     return values.reshape(grid, grid, *values.shape[1:]).repeat(scale, 0).repeat(scale, 1)
 
 
-def _draw_matches(figure: Figure, ours: Axes, theirs: Axes, learnt: Learnt, row: int, grid: int, scale: int) -> str:
+def _draw_matches(figure: Figure, ours: Axes, theirs: Axes, learnt: Analysis, row: int, grid: int, scale: int) -> str:
     """Lines from masked patches to the patches they are matched with, and how many of them agree with geometry."""
     given = learnt.match, learnt.overlap, learnt.reachable
     match, overlap, reachable = (values[row].numpy() for values in given if values is not None)

@@ -20,7 +20,7 @@ from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
 from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.values import checked
@@ -70,7 +70,7 @@ def draw_views(
         wanted = np.array(index or views.order(epoch)[:samples], np.int64)
         batch = views.batch_of(wanted)
     figure = _figure(beton, batch, settings, printable(f"{beton.path.name} · seed {seed} · epoch {epoch}"))
-    with appearing(target, force) as beside:
+    with atomic_write(target, force) as beside:
         save_picture(figure, beside, dpi=130)
     return target
 
@@ -104,8 +104,8 @@ def draw_run(
         UserError: for files that cannot be read or written, and runs without prototypes.
     """
     # drawing views alone needs no networks
-    from fastpmae.pictures.analysis import look, prototype_use
-    from fastpmae.pictures.figures import draw_learnt, draw_prototypes
+    from fastpmae.pictures.analysis import analyse, prototype_use
+    from fastpmae.pictures.figures import draw_analysis, draw_prototypes
     from fastpmae.run.checkpoint import find_checkpoint
 
     given = Path(images) if isinstance(images, str | os.PathLike) else images.path
@@ -115,10 +115,10 @@ def draw_run(
     title = printable(f"{Path(run).name} · {images.path.name}")
     checkpoint = find_checkpoint(Path(run))
     if picture == "learnt":
-        figure = draw_learnt(look(checkpoint, images, samples, index), title)
+        figure = draw_analysis(analyse(checkpoint, images, samples, index), title)
     else:
         figure = draw_prototypes(prototype_use(checkpoint, images), title)
-    with appearing(target, force) as beside:
+    with atomic_write(target, force) as beside:
         save_picture(figure, beside, dpi=130)
     return target
 

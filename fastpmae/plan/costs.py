@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fastpmae.config import Config
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import build_student, shape_of, view_settings, views_needed
 from fastpmae.model.fp8 import use_fp8
 from fastpmae.model.teachers import Teachers, make_teachers
 from fastpmae.model.vit import Student
 from fastpmae.plan.shape_tensor import Counting, Hollow, leaves
-from fastpmae.pretraining.optimizer import make_optimiser, update
-from fastpmae.pretraining.step import learn, teach
+from fastpmae.pretraining.optimizer import make_optimizer, update
+from fastpmae.pretraining.step import student_loss, compute_targets
 from fastpmae_kernels import traffic
 from fastpmae_kernels.cpu.rows import row_blocks
 from fastpmae_loaders import Batch
@@ -72,7 +72,7 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
         images: of all parts (`accumulate`) together.
         target: what it runs on; decides the precision where the settings leave it open, and the kernels' workspace.
     """
-    parts = config.optimiser.accumulate
+    parts = config.optimizer.accumulate
     count = max(1, images // parts)
     low = config.efficiency.precision == "bf16" or (config.efficiency.precision == "auto" and target == "cuda")
     sharded = config.efficiency.shard and ranks > 1
@@ -93,13 +93,13 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
         counting.traffic = 0
         with autocast():
             counting.part = "labels"
-            targets = teach(teachers, batch, config)
-            if config.optimiser.balance == "step":
+            targets = compute_targets(teachers, batch, config)
+            if config.optimizer.sinkhorn_over == "step":
                 # The other parts' targets wait meanwhile.
                 nbytes = sum(tensor.nbytes for tensor in leaves(targets) if isinstance(tensor, Tensor))
                 waiting = counting.hold((parts - 1) * nbytes, "logits")
             counting.part = "losses"
-            losses = learn(student, batch, keep, targets, config)
+            losses = student_loss(student, batch, keep, targets, config)
         forward = dict(counting.flops)
         counting.flops.clear()
         losses.total.backward()
@@ -109,8 +109,8 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
                 counting.tags[parameter.grad.buffer.number] = "gradients" if held is None else "activations"
         in_parts = counting.traffic
         counting.part = "optimiser"
-        update(optimiser, losses.total.detach(), 0.0, config.optimiser.clip_grad, _ALONE)
-        teachers.follow(student, "step", 0)
+        update(optimiser, losses.total.detach(), 0.0, config.optimizer.clip_grad, _ALONE)
+        teachers.update_ema(student, "step", 0)
         memory, moment = counting.peak()
         if sharded:
             memory = _in_shards(memory, student, teachers, ranks)
@@ -129,8 +129,8 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
 
 def flops_of_an_image(config: Config) -> float:
     """FLOPs of a step, an image: exact, from two counts of one and of two blocks, which are all alike."""
-    depths = shape_of(config.model).depth, config.model.decoder_depth
-    images = config.optimiser.accumulate
+    depths = shape_of(config.network).depth, config.network.decoder_depth
+    images = config.optimizer.accumulate
     one, two = (
         step_costs(config.using(depth=blocks, decoder_depth=blocks, drop_path=0.0), images) for blocks in (1, 2)
     )
@@ -142,7 +142,7 @@ def flops_of_an_image(config: Config) -> float:
     return total / images
 
 
-_ALONE = World(0, 1, 1, torch.device("cpu"), None)
+_ALONE = Ranks(0, 1, 1, torch.device("cpu"), None)
 
 
 def _networks(config: Config, counting: Counting) -> tuple[Student, Teachers, torch.optim.AdamW]:
@@ -150,13 +150,13 @@ def _networks(config: Config, counting: Counting) -> tuple[Student, Teachers, to
     counting.kind = "weights"
     student = build_student(config)
     counting.kind = "teachers"
-    settings = config.using(teacher_init="copy").teachers
+    settings = config.using(teacher_init="copy").teacher
     teachers = make_teachers(student, settings, 1, 1, torch.Generator())
     if config.efficiency.teacher_precision == "fp8":
         for teacher in teachers.modules().values():
             use_fp8(teacher.encoder)
     counting.kind = "optimiser"
-    optimiser = make_optimiser(student, config)
+    optimiser = make_optimizer(student, config)
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
@@ -241,7 +241,7 @@ def _batch(config: Config, count: int) -> tuple[Batch, Tensor | None]:
         samples=np.arange(0),
         failed=[],
     )
-    return batch, None if config.model.drop_path == 0 else torch.empty(count, shape_of(config.model).depth, 2)
+    return batch, None if config.network.drop_path == 0 else torch.empty(count, shape_of(config.network).depth, 2)
 
 
 def _parameters(student: Student, teachers: Teachers) -> dict[str, int]:

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from fastpmae.config import CUDA_GRAPHS, Config
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.vit import Blocks
 
 Pass = Callable[..., Any]
 
 
-def make_passes(
+def compile_step(
     see: Pass,
     learn: Pass,
     config: Config,
-    world: World,
+    world: Ranks,
     networks: Iterable[nn.Module] = (),
     backend: str = "inductor",
 ) -> tuple[Pass, Pass]:

@@ -81,10 +81,10 @@ def pseudo_labels(
     logits: Sequence[Logits], epsilon: float, iterations: int, group: dist.ProcessGroup | None = None
 ) -> list[PseudoLabels]:
     """Labels of the rows of each matrix, balanced apart, and together with the rows of every rank of `group`."""
-    return pseudo_labels_of_parts([logits], epsilon, iterations, group)[0]
+    return pseudo_labels_of_micro_batches([logits], epsilon, iterations, group)[0]
 
 
-def pseudo_labels_of_parts(
+def pseudo_labels_of_micro_batches(
     parts: Sequence[Sequence[Logits]], epsilon: float, iterations: int, group: dist.ProcessGroup | None = None
 ) -> list[list[PseudoLabels]]:
     """Labels of the matrices of each part of a batch, as if the parts' rows stood in one matrix: nothing is copied."""

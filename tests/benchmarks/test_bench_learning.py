@@ -72,7 +72,7 @@ def test_rows_of_table_8_take_the_base_s_own_weights():
     assert (weights["weights-1-0-1"].lambda_c, weights["weights-1-0-1"].lambda_p) == (0, loss.lambda_p)
     assert (weights["weights-1-1-0"].lambda_c, weights["weights-1-1-0"].lambda_p) == (loss.lambda_c, 0)
     assert weights["weights-0-1-1"].lambda_m == 0
-    assert BASE.using(**CASES["weights-1-0-0"].changes(BASE)).teachers.teachers == "reconstruction"
+    assert BASE.using(**CASES["weights-1-0-0"].changes(BASE)).teacher.teachers == "reconstruction"
 
 
 def test_what_is_judged_equals_scikit_learn():

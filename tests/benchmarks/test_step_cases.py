@@ -50,8 +50,8 @@ def test_the_figures_of_a_case(name: str, precision: Any):
 
 def test_settings_of_the_trainer_reach_the_case():
     case = make_case("dual", "tiny", 2, chunk=7, depth=1, match_scope="fold", drop_path=0.0)
-    assert (case.config.efficiency.prototypes_chunk, case.config.model.depth) == (7, 1)
-    assert (case.config.loss.match_scope, case.config.model.drop_path) == ("fold", 0.0)
+    assert (case.config.efficiency.prototypes_chunk, case.config.network.depth) == (7, 1)
+    assert (case.config.loss.match_scope, case.config.network.drop_path) == ("fold", 0.0)
     with pytest.raises(UserError, match="--attention xformers"):
         make_case("dual", "tiny", 2, attention="xformers")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastpmae.distributed import ranks as world
-from fastpmae.distributed.ranks import carried, has_bf16
+from fastpmae.distributed.ranks import to_device, has_bf16
 from fastpmae.evaluate.datasets import half
 from tests.made import tiny_settings
 from tests.test_train import environment, flags_of
@@ -41,9 +41,9 @@ def test_what_goes_to_a_gpu_starts_in_pinned_memory(pinned: bool, monkeypatch: p
     monkeypatch.setattr(
         Tensor, "to", lambda self, device, non_blocking: done.append((device.type, non_blocking)) or self
     )
-    carried(torch.zeros(3), torch.device("cpu"))
+    to_device(torch.zeros(3), torch.device("cpu"))
     assert done == [("cpu", True)]
-    carried(torch.zeros(3), torch.device("cuda"))
+    to_device(torch.zeros(3), torch.device("cuda"))
     assert done[1:] == ["pinned"] * (not pinned) + [("cuda", True)]
 
 

@@ -22,10 +22,10 @@ from fastpmae.evaluate.backbone import find_backbone
 from fastpmae.evaluate.datasets import Labelled, open_labelled
 from fastpmae.evaluate.finetune import Probe, make_classifier, make_optimiser, make_schedule, train_classifier
 from fastpmae.evaluate.finetune_state import Setting
-from fastpmae.evaluate.recipe import COURSES, PROBE, Course
+from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE, FinetuneConfig
 from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, step_of
 from fastpmae.run.checkpoint_writer import Saver
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import Interrupted, RunError
 from tests.devices import Draws, Waits
 
@@ -43,7 +43,7 @@ def setting(small_beton: Path, tmp_path: Path) -> Setting:
     return Setting(backbone, train, val, tmp_path / "tuned", CPU, workers=1, crop_ratio=1.0)
 
 
-COURSE = Course(epochs=3, batch_size=16, accumulate=2, warmup_epochs=1.0, lr=0.02, ema=0.9, drop_path=0.3)
+COURSE = FinetuneConfig(epochs=3, batch_size=16, accumulate=2, warmup_epochs=1.0, blr=0.02, model_ema_decay=0.9, drop_path=0.3)
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -55,13 +55,13 @@ def layer_of(name: str, depth: int) -> int:
 
 @pytest.mark.parametrize("preset", ["paper", "paper-a-large"])
 def test_every_rate_is_the_papers_formula_and_timms_number(setting: Setting, preset: str):
-    course = dataclasses.replace(COURSES[preset], epochs=20)
+    course = dataclasses.replace(FINETUNE_PRESETS[preset], epochs=20)
     model, _ = make_classifier(setting, course)
     optimiser = make_optimiser(model, course)
     schedule = make_schedule(optimiser, course, steps_per_epoch=10)
     places = {id(parameter): group for group in optimiser.param_groups for parameter in group["params"]}
     assert len(places) == len(list(model.parameters()))
-    warmup, peak = course.warmup_epochs * 10, course.lr * course.batch_size / 256
+    warmup, peak = course.warmup_epochs * 10, course.blr * course.batch_size / 256
     for step in (0, 1, 37, int(warmup) - 1, int(warmup), 150, 199):
         schedule.step_update(step)
         rate = peak * step / warmup
@@ -117,15 +117,15 @@ def test_normalised_is_torchvisions(setting: Setting):
 
 
 def test_presets_are_the_papers():
-    assert (COURSES["paper"].epochs, COURSES["paper"].batch_size, COURSES["paper"].warmup_epochs) == (100, 1024, 5)
-    base, large, small = COURSES["paper-a"], COURSES["paper-a-large"], COURSES["small"]
-    assert (base.epochs, base.batch_size, base.lr, base.layer_decay, base.drop_path) == (100, 2048, 5e-4, 0.65, 0.1)
+    assert (FINETUNE_PRESETS["paper"].epochs, FINETUNE_PRESETS["paper"].batch_size, FINETUNE_PRESETS["paper"].warmup_epochs) == (100, 1024, 5)
+    base, large, small = FINETUNE_PRESETS["paper-a"], FINETUNE_PRESETS["paper-a-large"], FINETUNE_PRESETS["small"]
+    assert (base.epochs, base.batch_size, base.blr, base.layer_decay, base.drop_path) == (100, 2048, 5e-4, 0.65, 0.1)
     assert base.warmup_epochs == 10
-    assert (large.epochs, large.batch_size, large.lr, large.layer_decay, large.drop_path) == (50, 2048, 1e-3, 0.75, 0.2)
+    assert (large.epochs, large.batch_size, large.blr, large.layer_decay, large.drop_path) == (50, 2048, 1e-3, 0.75, 0.2)
     assert large.warmup_epochs == 5
     assert (small.batch_size, small.weight_decay, small.warmup_epochs, small.epochs) == (512, 0.05, 5, 100)
     # ImageNet's rates are "base" rates for 256 images; the small sets' is DeiT's, for the 512 images of a step
-    peaks = {name: course.peak_lr for name, course in COURSES.items()}
+    peaks = {name: course.peak_lr for name, course in FINETUNE_PRESETS.items()}
     assert peaks == pytest.approx(
         {"paper": 2e-3, "paper-a": 4e-3, "paper-a-large": 8e-3, "small": 5e-4, "small-1000": 5e-4, "deit": 5e-4}
     )
@@ -157,7 +157,7 @@ def test_rates_of_twelve_blocks_are_those_of_the_table(setting: Setting, tmp_pat
     vit = VisionTransformer(img_size=32, patch_size=16, embed_dim=8, depth=12, num_heads=2, num_classes=0)
     torch.save(vit.state_dict(), tmp_path / "deep.pth")
     deep = dataclasses.replace(setting, backbone=find_backbone(str(tmp_path / "deep.pth"), heads=2))
-    course = COURSES["paper-a-large"]
+    course = FINETUNE_PRESETS["paper-a-large"]
     model, _ = make_classifier(deep, course)
     optimiser = make_optimiser(model, course)
     schedule = make_schedule(optimiser, course, steps_per_epoch=10)
@@ -212,7 +212,7 @@ def test_a_resumed_training_ends_in_the_same_bits(setting: Setting, tmp_path: Pa
     assert torch.equal(scores.ranked, resumed.ranked)
 
 
-class Signals(Tally):
+class Signals(Progress):
     """Sends a signal in the middle of a training, after so many of its steps."""
 
     def __init__(self, after: int):
@@ -252,7 +252,7 @@ def test_epoch_ends_save_when_it_is_time(setting: Setting, monkeypatch: pytest.M
     assert saved == [6]
 
 
-class SignalsInATest(Tally):
+class SignalsInATest(Progress):
     """Sends a signal when the first images of the second epoch's test are done, and counts how many are."""
 
     tests, images = 0, 0
@@ -305,7 +305,7 @@ def test_checkpoints_come_with_time_and_an_older_one_serves_where_the_newest_is_
     content = bytearray(paths[0].read_bytes())
     content[-100] ^= 1
     paths[0].write_bytes(content)
-    train_classifier(setting, COURSE, resume=True, tally=Tally(live=True))
+    train_classifier(setting, COURSE, resume=True, tally=Progress(live=True))
     said = capsys.readouterr().err
     assert f"{paths[0]} is damaged: its contents do not match its digest; going on after step 3" in said
     one, other = (load_file(folder / "classifier.safetensors") for folder in (whole.folder, setting.folder))
@@ -352,9 +352,9 @@ def test_a_loss_that_is_not_finite_stops_the_training_before_it_is_saved(setting
     assert not list((setting.folder / "checkpoints").glob("*.safetensors"))
 
 
-PLAIN = Course(
-    epochs=30, batch_size=22, warmup_epochs=2.0, lr=0.01, layer_decay=1.0, drop_path=0.0, smoothing=0.0, mixup=0.0,
-    cutmix=0.0, rand_augment="", erase=0.0, scale=(1.0, 1.0), eval_every=30,
+PLAIN = FinetuneConfig(
+    epochs=30, batch_size=22, warmup_epochs=2.0, blr=0.01, layer_decay=1.0, drop_path=0.0, smoothing=0.0, mixup=0.0,
+    cutmix=0.0, aa="", reprob=0.0, scale=(1.0, 1.0), eval_every=30,
 )  # fmt: skip
 
 
@@ -365,8 +365,8 @@ def test_it_learns_to_tell_the_training_images(setting: Setting):
 
 def test_the_average_that_deit_tests_has_learnt_after_few_steps(setting: Setting):
     """60 steps with its decay of 0.99996, of which a plain average would keep 99.8 % of the first."""
-    assert COURSES["deit"].ema == 0.99996
-    assert train_classifier(setting, dataclasses.replace(PLAIN, ema=COURSES["deit"].ema)).top1 > 60
+    assert FINETUNE_PRESETS["deit"].model_ema_decay == 0.99996
+    assert train_classifier(setting, dataclasses.replace(PLAIN, ema=FINETUNE_PRESETS["deit"].model_ema_decay)).top1 > 60
 
 
 def test_the_probe_shrinks_its_batch_to_the_images_and_says_so(setting: Setting, monkeypatch, capsys):
@@ -380,7 +380,7 @@ def test_the_probe_shrinks_its_batch_to_the_images_and_says_so(setting: Setting,
         return forward(self, images)
 
     monkeypatch.setattr(VisionTransformer, "forward_features", watched)
-    train_classifier(setting, dataclasses.replace(PROBE, epochs=10), tally=Tally(live=True))
+    train_classifier(setting, dataclasses.replace(PROBE, epochs=10), tally=Progress(live=True))
     assert (
         "--batch-size 16384 is more than there are images: a step takes 44, and the peak learning rate is 0.0172 "
         "instead of 6.4"
@@ -401,7 +401,7 @@ def test_the_probe_shrinks_its_batch_to_the_images_and_says_so(setting: Setting,
     ],
 )
 def test_a_batch_is_fitted_to_the_images(change: dict, images: int, size: int):
-    course = Course(**change)
+    course = FinetuneConfig(**change)
     assert course.fitted(images) == dataclasses.replace(course, batch_size=size)
 
 
@@ -421,13 +421,13 @@ def test_the_probe_leaves_the_network_alone_and_learns(setting: Setting):
 
 def test_targets_are_smoothed_and_mixed_as_timm_says():
     images, labels = torch.rand(8, 3, 16, 16), torch.tensor([0, 1, 2, 3, 4, 0, 2, 1])
-    plain = Mixing(Course(mixup=0.0, cutmix=0.0, erase=0.0, smoothing=0.1), 5, CPU)
+    plain = Mixing(FinetuneConfig(mixup=0.0, cutmix=0.0, reprob=0.0, smoothing=0.1), 5, CPU)
     same, target = plain(images, labels)
     assert torch.equal(same, images)
     loss = -(target * torch.eye(5)[labels].log_softmax(dim=1)).sum(dim=1).mean()
     expected = torch.nn.functional.cross_entropy(torch.eye(5)[labels], labels, label_smoothing=0.1)
     assert loss == pytest.approx(expected)
-    mixed = Mixing(Course(cutmix=0.0, erase=0.0, smoothing=0.0), 5, CPU)
+    mixed = Mixing(FinetuneConfig(cutmix=0.0, reprob=0.0, smoothing=0.0), 5, CPU)
     with drawn_from(STEP, 1):
         blend, target = mixed(images.clone(), labels)
     one_hot = torch.eye(5)[labels]
@@ -478,7 +478,7 @@ def test_rand_augment_in_processes_gives_what_it_gives_here():
 )
 def test_settings_that_do_not_fit_are_refused(change: dict, sentence: str):
     with pytest.raises(UserError, match=sentence):
-        Course(**change)
+        FinetuneConfig(**change)
 
 
 def test_an_unknown_rand_augment_is_refused():

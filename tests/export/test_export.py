@@ -18,7 +18,7 @@ from fastpmae.evaluate.datasets import open_labelled
 from fastpmae.evaluate.features import whole_tokens
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
-from fastpmae.evaluate.recipe import COURSES, PROBE
+from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE
 from fastpmae.export import export as export_module
 from fastpmae.run.checkpoint import find_checkpoint
 
@@ -150,7 +150,7 @@ def test_a_fine_tuned_classifier_goes_along(run: Path, small_beton: Path, tmp_pa
     setting = Setting(
         find_backbone(str(run)), train, train, tmp_path / "tuned", torch.device("cpu"), workers=1, feature_batch=44
     )
-    course = dataclasses.replace(COURSES["small"], epochs=1, batch_size=22, warmup_epochs=0.0, lr=0.05, pool=pool)
+    course = dataclasses.replace(FINETUNE_PRESETS["small"], epochs=1, batch_size=22, warmup_epochs=0.0, lr=0.05, pool=pool)
     train_classifier(setting, course)
     record = {"evaluation": "finetune", "network": "student", "top1": 51.5, "top5": 100.0, "images": 44}
     (tmp_path / "tuned" / "finetune-student.json").write_text(json.dumps(record))
@@ -186,7 +186,7 @@ def tuned_from(backbone: Backbone, beton: Path, folder: Path, crop_ratio: float 
     setting = Setting(
         backbone, train, train, folder, torch.device("cpu"), workers=1, crop_ratio=crop_ratio, feature_batch=44
     )
-    train_classifier(setting, dataclasses.replace(COURSES["small"], epochs=1, batch_size=22, warmup_epochs=0.0))
+    train_classifier(setting, dataclasses.replace(FINETUNE_PRESETS["small"], epochs=1, batch_size=22, warmup_epochs=0.0))
     return folder
 
 

@@ -149,7 +149,7 @@ def fixed_networks(config: Config) -> Iterator[tuple[dict[str, nn.Module], list[
         fill(student, "student")
         student_weights = dict(student.named_parameters())
         for who, teacher in teachers.modules().items():
-            if config.teachers.teacher_init == "random":
+            if config.teacher.teacher_init == "random":
                 fill(teacher, who)
                 continue
             with torch.no_grad():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastpmae.plan.costs import step_costs
 from fastpmae.pretraining.networks import make_networks
-from fastpmae.pretraining.step import learn, teach
+from fastpmae.pretraining.step import student_loss, compute_targets
 from tests.tiny import disturb, keep_of, made_batch, tiny_config
 
 SIZES: dict[str, Any] = {"depth": 3, "decoder_depth": 2, "folds": 3}
@@ -20,7 +20,7 @@ def stepped(every: int, preset: str, bf16: bool) -> tuple[list[Tensor], dict[str
     student, teachers = make_networks(config, 10, torch.device("cpu"), None)
     disturb(student, 1)
     batch, keep = made_batch(1, 2, (5, 4, 4)), None
-    if config.model.drop_path:
+    if config.network.drop_path:
         keep = keep_of(config, len(batch)).float()
     kept: dict[int, int] = {}
 
@@ -29,9 +29,9 @@ def stepped(every: int, preset: str, bf16: bool) -> tuple[list[Tensor], dict[str
         return tensor
 
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        targets = teach(teachers, batch, config)
+        targets = compute_targets(teachers, batch, config)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            losses = learn(student, batch, keep, targets, config)
+            losses = student_loss(student, batch, keep, targets, config)
     losses.total.backward()
     return (
         list(losses[:4]),

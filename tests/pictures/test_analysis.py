@@ -11,11 +11,11 @@ from sklearn.decomposition import PCA
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from fastpmae import Config, pretrain
-from fastpmae.pictures.analysis import class_attention, look, networks_of, principal_colours, prototype_use
+from fastpmae.pictures.analysis import class_attention, analyse, networks_of, principal_colours, prototype_use
 from fastpmae.pictures.figures import AGREES, DISAGREES
 from fastpmae.pictures.view import draw_run, view_command
 from fastpmae.pretraining.match_geometry import match_geometry
-from fastpmae.pretraining.step import label, learn, teach
+from fastpmae.pretraining.step import label, student_loss, compute_targets
 from fastpmae.run.checkpoint import find_checkpoint
 from fastpmae_loaders import Beton
 from fastpmae_loaders.errors import UserError
@@ -31,9 +31,9 @@ def run(small_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_similarity_and_match_are_those_of_the_step(run: Path, small_beton: Path, tmp_path: Path, scope: str):
     if scope == "fold":
         run = pretrain(tiny_settings(small_beton).using(out=tmp_path / "run", match_scope="fold", steps=5))
-    learnt = look(find_checkpoint(run), Beton(small_beton), samples=7)
+    learnt = analyse(find_checkpoint(run), Beton(small_beton), samples=7)
     student, teachers = networks_of(find_checkpoint(run))
-    losses = learn(student, learnt.batch, None, teach(teachers, learnt.batch, learnt.config), learnt.config)
+    losses = student_loss(student, learnt.batch, None, compute_targets(teachers, learnt.batch, learnt.config), learnt.config)
     assert 1 - learnt.similarity.mean() == pytest.approx(losses.reconstruction.item(), abs=1e-6)
     assert learnt.match is not None and losses.match is not None  # noqa: PT018
     assert torch.equal(learnt.match, losses.match)

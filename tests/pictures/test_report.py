@@ -21,7 +21,7 @@ from fastpmae.run import log
 from fastpmae.run.checkpoint import checkpoints_in, read_checkpoint, write_checkpoint
 from fastpmae.run.log import read_rows
 from fastpmae.run.results import results_in
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY, write_tree
 
@@ -175,7 +175,7 @@ def test_a_folder_of_images(tiny: Config, tmp_path: Path):
     folder = pretrain(tiny.using(beton=images, loader="torch", steps=1, batch_size=4))
     done = []
 
-    class Counted(Tally):
+    class Counted(Progress):
         def advance(self, count: int = 1) -> None:
             done.append(count)
 

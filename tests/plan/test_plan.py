@@ -19,7 +19,7 @@ from fastpmae.plan.loader_rate import measure, write_made_images
 from fastpmae.plan.plan import OF_A_METHOD, Plan, fitting_accumulate, make_plan
 from fastpmae.plan.report import show
 from fastpmae.pretraining.cli import parse
-from fastpmae.pretraining.step import teach
+from fastpmae.pretraining.step import compute_targets
 from fastpmae_loaders import Beton
 from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY
@@ -165,7 +165,7 @@ def test_sinkhorns_messages_are_those_that_are_sent(chunk: int, monkeypatch: pyt
     for teacher in teachers.modules().values():
         teacher.float()
     group: Any = object()
-    teach(teachers, made_batch(), config, group)
+    compute_targets(teachers, made_batch(), config, group)
     report = make_plan(Plan(config.using(batch_size=64), gpus=2, loader_rate=100.0))
     assert list(report.messages.assignments) == sent
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fastpmae import Config
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.vit import Student
-from fastpmae.pretraining.optimizer import learning_rate, make_optimiser, update
+from fastpmae.pretraining.optimizer import learning_rate, make_optimizer, update
 from tests import reference
 from tests.tiny import tiny_config, tiny_networks
 
-ALONE = World(0, 1, 1, torch.device("cpu"), None)
+ALONE = Ranks(0, 1, 1, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def student_of(**settings: Any) -> tuple[Config, Student]:
 @pytest.mark.parametrize("tokens", [False, True])
 def test_what_is_decayed(tokens: bool) -> None:
     config, student = student_of(weight_decay=0.04, decay_tokens=tokens)
-    optimiser = make_optimiser(student, config)
+    optimiser = make_optimizer(student, config)
     decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
     assert len(decay) == len(list(student.parameters()))
     for name, parameter in student.named_parameters():
@@ -82,7 +82,7 @@ def norm_of(gradients: list[Tensor]) -> float:
 def test_updates_are_adamw(dtype: torch.dtype, tolerance: float, clip: float) -> None:
     config, student = student_of()
     student.to(dtype)
-    optimiser = make_optimiser(student, config)
+    optimiser = make_optimizer(student, config)
     start = [parameter.detach().clone() for parameter in student.parameters()]
     rates = [1e-3, 5e-3, 0.0, 2e-3, 1e-2, 1e-4]
     used: list[list[Tensor]] = []
@@ -115,7 +115,7 @@ def state_of(optimiser: torch.optim.Optimizer, student: Student) -> list[Tensor]
 def test_a_step_that_is_not_finite_leaves_no_trace(bad: float, where: str, clip: float) -> None:
     config, student = student_of()
     student.float()
-    optimiser = make_optimiser(student, config)
+    optimiser = make_optimizer(student, config)
     for step in range(2):
         set_gradients(student, step)
         update(optimiser, torch.ones(()), 1e-3, clip, ALONE)
@@ -146,7 +146,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(bad: float, where: str, clip:
 
 def test_the_very_first_step_may_be_skipped() -> None:
     config, student = student_of()
-    optimiser = make_optimiser(student, config)
+    optimiser = make_optimizer(student, config)
     start = [parameter.detach().clone() for parameter in student.parameters()]
     set_gradients(student, 0)
     update(optimiser, torch.tensor(math.nan), 1e-3, 0.0, ALONE)

@@ -128,7 +128,7 @@ def test_leaving_waits_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_ranks_write_nothing(tmp_path: Path):
-    with Saver(CUDA, keep=1, first=False) as beside:
+    with Saver(CUDA, keep=1, is_main=False) as beside:
         beside.save(checkpoint_path(tmp_path, 1), made(), progress(1))
         beside.before_update()
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ from fastpmae.model.build import make_encoder
 from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from fastpmae.run.init_weights import start_encoder
 from fastpmae_loaders import Beton
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_embed_equals_timm_on_pil_crops(run: Path, small_beton: Path, tmp_path: 
 def test_what_takes_long_counts_its_images(run: Path, small_beton: Path, tiny: Config, monkeypatch):
     counted: list[tuple[int, str, int]] = []
 
-    class Counted(Tally):
+    class Counted(Progress):
         def count(self, total: int, unit: str):
             counted.append((total, unit, 0))
             return super().count(total, unit)

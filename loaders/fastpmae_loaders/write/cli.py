@@ -6,7 +6,7 @@ import sys
 from types import FrameType
 
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import say, tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import usable_cores
@@ -101,7 +101,7 @@ def _write(options: argparse.Namespace) -> int:
     )
     kind = options.kind
     listing = SourceSettings(kind, options.split, options.flat, options.image_column, options.label_column)
-    tally = Tally(live=True)
+    tally = Progress(live=True)
     try:
         written = write_beton(
             options.source,
@@ -143,7 +143,7 @@ def _print_bad(bad: list[tuple[str, str]]) -> None:
 def _check(options: argparse.Namespace) -> int:
     count = options.workers if options.workers is not None else min(usable_cores(), MOST_WORKERS)
     check_numbers(count, None, PAGE_SIZE, options.timeout)
-    tally = Tally(live=True)
+    tally = Progress(live=True)
     checked = check_beton(options.check, workers=count, timeout=options.timeout, tally=tally)
     for index, reason in checked.bad:
         say(f"bad: sample {index}: {printable(reason)}")
