@@ -193,7 +193,7 @@ class PlainMethod:
             {"params": spared, "weight_decay": 0.0},
         ]
         fused = torch.device(device).type == "cuda" or None
-        self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=config.optimizer.betas, fused=fused)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.optimizer.betas, fused=fused)
 
     def folds(self, teacher: PlainNetwork, images: Tensor, batch: PlainBatch) -> tuple[list[Tensor], Tensor]:
         """The teacher's class token of each fold, and its patch tokens of all folds."""
@@ -250,10 +250,10 @@ class PlainMethod:
         """One AdamW step, unless the loss is not finite."""
         if not torch.isfinite(losses.total.detach()):
             raise RuntimeError(f"the loss is {losses.total.item()}")
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def follow(self, step: int) -> None:

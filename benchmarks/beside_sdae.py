@@ -26,7 +26,7 @@ from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.pretraining.networks import make_networks
 from fastpmae.pretraining.optimizer import learning_rate, make_optimizer, update
-from fastpmae.pretraining.step import student_loss, compute_targets
+from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae_loaders import Batch
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.errors import UserError
@@ -91,11 +91,11 @@ def trained_by_theirs(
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     batches = [((part.double() / 255 - mean) / std, None) for part in images]
 
-    def scaler(loss: Tensor, optimiser: Any, **_: Any) -> None:
+    def scaler(loss: Tensor, optimizer: Any, **_: Any) -> None:
         loss.backward()
         found = {our_name(name): p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
         steps.append((float(loss), found))
-        optimiser.step()
+        optimizer.step()
 
     groups = theirs["optim_factory"].add_weight_decay(student, PRESETS["sdae-code"].optimizer.weight_decay)
     rate = RATE * IMAGES / 256
@@ -136,7 +136,7 @@ def beside(checkout: Path, timm: Path, size: str) -> int:
     Returns:
         1 where anything is further apart than `LIMIT`, else 0.
     """
-    config = PRESETS["sdae-code"].using(model=f"vit_{size}", drop_path=0.0, batch_size=IMAGES, lr=RATE)
+    config = PRESETS["sdae-code"].using(model=f"vit_{size}", drop_path=0.0, batch_size=IMAGES, blr=RATE)
     student, teachers = make_networks(config, 1000, torch.device("cpu"), None)
     teacher = teachers.reconstruction
     assert teacher is not None
@@ -161,7 +161,7 @@ def beside(checkout: Path, timm: Path, size: str) -> int:
     orders = [torch.argsort(torch.rand(IMAGES, PATCHES), dim=1) for _ in images]
     steps = trained_by_theirs(theirs, their_student, their_teacher, images, 5)
 
-    optimiser, world = make_optimizer(student, config), Ranks(0, 1, 1, torch.device("cpu"), None)
+    optimizer, ranks = make_optimizer(student, config), Ranks(0, 1, 1, torch.device("cpu"), None)
     apart: dict[str, float] = {}
     for step, (loss, gradients) in enumerate(steps):
         batch = batch_of(images[step], orders[step])
@@ -174,7 +174,7 @@ def beside(checkout: Path, timm: Path, size: str) -> int:
         if step == 0:
             token = "encoder.cls_token"
             apart["the class token's"] = float(difference[token].norm() / gradients[token].norm())
-        update(optimiser, losses.total.detach(), learning_rate(config, EPOCH * STEPS + step, STEPS), 0.0, world)
+        update(optimizer, losses.total.detach(), learning_rate(config, EPOCH * STEPS + step, STEPS), 0.0, ranks)
     teachers.update_ema(student, "epoch", EPOCH)
     for what, mine, other in (
         ("weights after three steps", student, {our_name(n): t for n, t in their_student.state_dict().items()}),

@@ -138,10 +138,10 @@ class Optimizer(Typed):
     epochs: int = 300
     """Passes over the images; the schedules stretch over them."""
     batch_size: int = 768
-    """Images in one optimiser step, over all ranks and accumulated parts."""
+    """Images in one optimizer step, over all ranks and accumulated parts."""
     accumulate: int = 1
     """Parts that a step's images are computed in, one after the other, on each rank."""
-    sinkhorn_over: Literal["part", "step"] = "part"
+    sinkhorn_over: Literal["micro-batch", "step"] = "micro-batch"
     """Pseudo labels are balanced within a part, or over all parts of a step: then any --accumulate gives the same
     numbers, and the teachers' logits of all parts are held at once."""
     blr: float = 2.666e-4
@@ -171,7 +171,7 @@ class Run(Typed):
     seed: int = 0
     """Decides views, masks, order, weights and stochastic depth."""
     steps: int | None = None
-    """Stop after so many optimiser steps in all; changes no schedule."""
+    """Stop after so many optimizer steps in all; changes no schedule."""
     init: Path | None = None
     """Start the encoder from these weights (MAE, timm or our own)."""
     resume: str | None = None
@@ -231,7 +231,7 @@ class Efficiency(Typed):
     """Of every so many blocks of the student one keeps its input alone and is computed anew in the backward pass: less
     memory, more time, the same numbers. 1 is every block, 0 none."""
     shard: bool = False
-    """Cut weights, gradients, optimiser and teachers in shards, one a rank (FSDP2): for models that fill a GPU."""
+    """Cut weights, gradients, optimizer and teachers in shards, one a rank (FSDP2): for models that fill a GPU."""
     rank_timeout: float = 10.0
     """Minutes that a rank waits for the others before all of them end."""
     prototypes_chunk: int = 0

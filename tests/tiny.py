@@ -55,7 +55,7 @@ def made_batch(seed: int = 0, size: int = 3, fold_sizes: tuple[int, ...] = (4, 4
     )
 
 
-def keep_of(config: Config, size: int = 3, seed: int = 5) -> Tensor:
+def drop_path_scale_of(config: Config, size: int = 3, seed: int = 5) -> Tensor:
     """Stochastic depth by hand: some branches dropped, the others scaled up."""
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(size, config.network.depth, 2, generator=generator, dtype=torch.float64) > 0.3

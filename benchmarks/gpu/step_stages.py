@@ -226,7 +226,7 @@ def variants(task: Task) -> None:
         ("CUDA graphs, match in fold",
          {"compiled": True, "compile_mode": "reduce-overhead", "match_scope": "fold"}, True),
         ("logits in chunks", {"chunk": 4096 if not task.tiny else 16}, False),
-        ("every block recomputed", {"checkpoint_blocks": 1}, False),
+        ("every block recomputed", {"activation_checkpointing": 1}, False),
         ("fp32", {"precision": "fp32"}, False),
     )  # fmt: skip
     for title, others, needs_gpu in forms:

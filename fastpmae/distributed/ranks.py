@@ -25,9 +25,9 @@ Result = TypeVar("Result")
 
 @dataclass
 class Ranks:
-    """One process among `size`; a run without torchrun is the only one of a world of 1.
+    """One process among `size`; a run without torchrun is the only one of 1.
 
-    The group is None again as soon as the world is left: see _leave.
+    The group is None again as soon as it is left: see _leave.
     """
 
     rank: int
@@ -134,9 +134,9 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -
             torch.cuda.set_device(chosen)
         yield Ranks(0, 1, 1, chosen, None)
         return
-    world = Ranks(rank, size, ranks_here, torch.device("cpu"), None)
+    ranks = Ranks(rank, size, ranks_here, torch.device("cpu"), None)
     with contextlib.ExitStack() as stack:
-        stack.callback(_leave, world)
+        stack.callback(_leave, ranks)
         voice = stack.enter_context(_one_voice(patience))
         chosen = choose_device(device, local_rank)
         on_gpu = chosen.type == "cuda"
@@ -155,11 +155,11 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -
             timeout=limit,
             device_id=chosen if on_gpu else None,
         )
-        world.device, world.group = chosen, dist.group.WORLD
-        yield world
+        ranks.device, ranks.group = chosen, dist.group.WORLD
+        yield ranks
 
 
-def _leave(world: Ranks) -> None:
+def _leave(ranks: Ranks) -> None:
     """Take the ranks' connection down, with the threads that work for it.
 
     A thread of gloo's lets go of a tensor only after it has told us that the message is through, and needs Python's
@@ -168,7 +168,7 @@ def _leave(world: Ranks) -> None:
     done. Taking the group down waits for its threads, but happens only when nobody refers to the group any more: what
     still does (FSDP, a user's own variable, the frames of an error on its way out) is met at the exit.
     """
-    world.group = None
+    ranks.group = None
     if dist.group.WORLD is not None:
         group = weakref.ref(dist.group.WORLD)
         dist.destroy_process_group()

@@ -156,7 +156,7 @@ def _heads_of(found: Foreign, path: Path, named: int) -> int:
 
 
 def _normalisation_of(found: Foreign, path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and spread by which a file's network wants its images: of its header, or its project's."""
+    """Mean and std by which a file's network wants its images: of its header, or its project's."""
     header = header_of(path)
     try:
         mean, std = _three(header["mean"]), _three(header["std"])

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fastpmae.config import Config
-from fastpmae.distributed.ranks import to_device, choose_device
+from fastpmae.distributed.ranks import choose_device, to_device
 from fastpmae.model.build import check, make_encoder, make_student
 from fastpmae.model.vit import Encoder
 from fastpmae.run.checkpoint import Checkpoint, check_fits, find_checkpoint, require
@@ -97,7 +97,7 @@ def embed_images(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: int = 0,
     crop_ratio: float = 0.875,
-    tally: Progress | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Float[np.ndarray, "images dim"], Int[np.ndarray, " images"]]:
     """Features of every image of a .beton, resized and cut at the centre, in the file's order.
 
@@ -107,7 +107,7 @@ def embed_images(
         pool: the class token, or the mean of the patch tokens.
         workers: loader threads; 0 takes all cores.
         crop_ratio: the shorter side is resized to the image size over this ratio, rounded down, and the centre cut out.
-        tally: counts the images.
+        progress: counts the images.
 
     Returns:
         Features in fp32 and labels in int64.
@@ -119,7 +119,7 @@ def embed_images(
     chosen = choose_device(device)
     encoder.to(chosen)
     rows, labels = [], []
-    tally, images = tally or Progress(), Beton(beton)
+    progress, images = progress or Progress(), Beton(beton)
     views = PlainViews(
         images,
         batch_size,
@@ -129,11 +129,11 @@ def embed_images(
         workers=loader_threads(workers),
         pin_memory=chosen.type == "cuda",
     )
-    with views, tally.count(len(images), "images"):
+    with views, progress.count(len(images), "images"):
         for pictures, label, _ in views:
             rows.append(features(encoder, to_device(pictures, chosen), pool).float().cpu().numpy())
             labels.append(label.numpy())
-            tally.advance(len(pictures))
+            progress.advance(len(pictures))
     return np.concatenate(rows), np.concatenate(labels)
 
 
@@ -173,7 +173,7 @@ def embed_command(
         device=device,
         workers=workers,
         crop_ratio=crop_ratio,
-        tally=Progress(live=True),
+        progress=Progress(live=True),
     )
     with atomic_write(out, force) as beside, beside.open("wb") as file:
         np.savez(file, features=rows, labels=labels)

@@ -16,7 +16,7 @@ class FinetuneConfig(Typed):
     epochs: int = 100
     """Passes over the images."""
     batch_size: int = 1024
-    """Images in one optimiser step."""
+    """Images in one optimizer step."""
     accumulate: int = 1
     """Parts that a step's images are computed in, one after the other."""
     opt: Literal["adamw", "lars", "sgd"] = "adamw"
@@ -70,7 +70,7 @@ class FinetuneConfig(Typed):
         for name in ("epochs", "batch_size", "accumulate", "eval_every"):
             _require(getattr(self, name) >= 1, name, self, "at least 1")
         _require(self.batch_size % self.accumulate == 0, "accumulate", self, f"a divisor of {self.batch_size}")
-        for name in ("lr", "layer_decay"):
+        for name in ("blr", "layer_decay"):
             _require(getattr(self, name) > 0, name, self, "above 0")
         _require(self.layer_decay <= 1, "layer_decay", self, "at most 1")
         for name in ("min_lr", "weight_decay", "clip_grad", "mixup", "cutmix", "save_every"):
@@ -81,7 +81,9 @@ class FinetuneConfig(Typed):
             _require(0 <= getattr(self, name) <= 1, name, self, "in [0, 1]")
         _require(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", self, f"in [0, {self.epochs}]")
         # timm mixes an image with its mirror place in the batch.
-        _require(not (self.mixes and self.micro_batch % 2), "batch_size", self, "even in each part, for mixup and cutmix")
+        _require(
+            not (self.mixes and self.micro_batch % 2), "batch_size", self, "even in each part, for mixup and cutmix"
+        )
 
     @property
     def mixes(self) -> bool:
@@ -114,7 +116,7 @@ class FinetuneConfig(Typed):
         )
 
     def differences(self, record: dict[str, Any]) -> list[str]:
-        """What another course's record says otherwise, a phrase each, without the settings that change no number."""
+        """What the record of another says otherwise, a phrase each, without the settings that change no number."""
         own = dataclasses.asdict(self)
         changed = []
         for name, now in own.items():
@@ -124,9 +126,9 @@ class FinetuneConfig(Typed):
         return changed
 
 
-def _require(holds: bool, name: str, course: FinetuneConfig, must: str) -> None:
+def _require(holds: bool, name: str, config: FinetuneConfig, must: str) -> None:
     if not holds:
-        raise UserError(f"--{name.replace('_', '-')} {getattr(course, name)} must be {must}")
+        raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be {must}")
 
 
 BASE = FinetuneConfig(batch_size=2048, warmup_epochs=10.0)
@@ -148,14 +150,14 @@ FINETUNE_PRESETS: dict[str, FinetuneConfig] = {
     "paper": FinetuneConfig(),
     # Appendix A says otherwise for the same network, and gives ViT-L.
     "paper-a": BASE,
-    "paper-a-large": replace(BASE, epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2, warmup_epochs=5.0),
+    "paper-a-large": replace(BASE, epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2, warmup_epochs=5.0),
     # Appendix A for small data sets: its rate of 5e-4 is for the 512 images, as DeiT counts. Section 4.1 trains them
     # ten times as long.
     "small": SMALL,
     "small-1000": replace(SMALL, epochs=1000),
     # The same with what DeiT mixes in, but for its repeated augmentation, which would want another order of the images.
     "deit": replace(
-        SMALL, jitter=0.0, rand_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25, ema=0.99996
+        SMALL, color_jitter=0.0, aa="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, reprob=0.25, model_ema_decay=0.99996
     ),
 }
 """Named settings of fine-tuning. The paper's section 4.1 and its appendix A differ."""

@@ -31,7 +31,7 @@ class Export:
         config: the run's settings, where it is a run's.
         mean, std: by which its images are normalised.
         crop_ratio: of whole images, as they are evaluated and a classifier was tested.
-        course: a classifier's training.
+        finetune: the settings of a classifier's training.
         backbone: what the classifier's training started from, in words.
     """
 
@@ -46,7 +46,7 @@ class Export:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     crop_ratio: float = 0.875
-    course: dict[str, Any] | None = None
+    finetune: dict[str, Any] | None = None
     backbone: str = ""
 
 
@@ -79,7 +79,7 @@ def read_export(path: Path, network: Network, with_head: bool = False) -> Export
         found = read_tuned(tuned)
         return Export(
             found.tensors, found.arguments, found.shape, tuned, "classifier", found.classes, {}, None,
-            found.mean, found.std, found.crop_ratio, found.course, found.backbone,
+            found.mean, found.std, found.crop_ratio, found.finetune, found.backbone,
         )  # fmt: skip
     checkpoint = find_checkpoint(path)
     encoder, config = encoder_of(checkpoint, network)

@@ -118,7 +118,7 @@ def _timm_shape(name: str) -> Shape:
 
 def check(config: Config) -> None:
     """Whether the settings make a run. Raises UserError with the flag that does not fit."""
-    loss, teachers, optimiser, efficiency = config.loss, config.teacher, config.optimizer, config.efficiency
+    loss, teachers, optimizer, efficiency = config.loss, config.teacher, config.optimizer, config.efficiency
     _check_numbers(config)
     shape = shape_of(config.network)
     view_settings(config)
@@ -140,15 +140,15 @@ def check(config: Config) -> None:
         (min(loss.epsilon, loss.student_temperature) >= SHARPEST,
          f"--epsilon and --student-temperature must be at least {SHARPEST:g}: logits are divided by them in float32"),
         (loss.sinkhorn_iterations >= 1, "--sinkhorn-iterations must be at least 1"),
-        (optimiser.blr >= 0, f"--lr {optimiser.blr} is negative"),
-        (optimiser.weight_decay >= 0, f"--weight-decay {optimiser.weight_decay} is negative"),
-        (optimiser.clip_grad >= 0, f"--clip-grad {optimiser.clip_grad} is negative; 0 does not clip"),
-        (all(0 <= beta < 1 for beta in optimiser.betas), f"--betas {optimiser.betas} are not in [0, 1)"),
-        (optimiser.epochs >= 1, f"--epochs {optimiser.epochs}: at least 1"),
-        (optimiser.batch_size >= 1, f"--batch-size {optimiser.batch_size}: at least 1"),
-        (optimiser.accumulate >= 1, f"--accumulate {optimiser.accumulate}: at least 1"),
-        (0 <= warmup_epochs(config) <= optimiser.epochs,
-         f"--warmup-epochs {optimiser.warmup_epochs} is not between 0 and --epochs {optimiser.epochs}"),
+        (optimizer.blr >= 0, f"--blr {optimizer.blr} is negative"),
+        (optimizer.weight_decay >= 0, f"--weight-decay {optimizer.weight_decay} is negative"),
+        (optimizer.clip_grad >= 0, f"--clip-grad {optimizer.clip_grad} is negative; 0 does not clip"),
+        (all(0 <= beta < 1 for beta in optimizer.betas), f"--betas {optimizer.betas} are not in [0, 1)"),
+        (optimizer.epochs >= 1, f"--epochs {optimizer.epochs}: at least 1"),
+        (optimizer.batch_size >= 1, f"--batch-size {optimizer.batch_size}: at least 1"),
+        (optimizer.accumulate >= 1, f"--accumulate {optimizer.accumulate}: at least 1"),
+        (0 <= warmup_epochs(config) <= optimizer.epochs,
+         f"--warmup-epochs {optimizer.warmup_epochs} is not between 0 and --epochs {optimizer.epochs}"),
         (config.run.log_every >= 1, f"--log-every {config.run.log_every}: at least 1"),
         (config.run.keep >= 0, f"--keep {config.run.keep}: 0 or more"),
         (config.run.eval_every >= 0, f"--eval-every {config.run.eval_every}: epochs, 0 or more"),
@@ -167,7 +167,7 @@ def check(config: Config) -> None:
          f"--prototypes-chunk {config.efficiency.prototypes_chunk}: rows, or 0 for all"),
         (efficiency.compile != "off" or efficiency.compile_mode == "default",
          f"--compile-mode {efficiency.compile_mode} says nothing beside --compile off: leave one out"),
-        (optimiser.accumulate == 1 or efficiency.compile_mode not in CUDA_GRAPHS,
+        (optimizer.accumulate == 1 or efficiency.compile_mode not in CUDA_GRAPHS,
          f"--compile-mode {efficiency.compile_mode} keeps gradients where the next part's CUDA graph writes its own: "
          "with --accumulate choose default or max-autotune-no-cudagraphs"),
         (not efficiency.shard or efficiency.compile_mode not in CUDA_GRAPHS,
@@ -179,7 +179,7 @@ def check(config: Config) -> None:
         (not efficiency.deterministic or efficiency.attention != "xformers",
          "--attention xformers promises no order in which its gradients add up: with --deterministic choose sdpa"),
         (efficiency.activation_checkpointing >= 0,
-         f"--checkpoint-blocks {efficiency.activation_checkpointing}: every so many blocks, or 0 for none"),
+         f"--activation-checkpointing {efficiency.activation_checkpointing}: every so many blocks, or 0 for none"),
         (config.run.save_every >= 0, f"--save-every {config.run.save_every} is negative"),
         (0 <= config.run.seed < 2**63, f"--seed {config.run.seed} is not between 0 and 2**63 - 1"),
         *((0 <= start <= 1 and 0 <= end <= 1, f"--{name} {start} {end} is not within 0 and 1")

@@ -61,7 +61,7 @@ class Teachers:
 
     @torch.no_grad()
     def update_ema(self, student: Student, cadence: Cadence, t: int) -> None:
-        """Update every teacher of this cadence from the student, after the optimiser's t-th step (or epoch)."""
+        """Update every teacher of this cadence from the student, after the optimizer's t-th step (or epoch)."""
         for teacher, schedule in self.scheduled():
             if schedule.cadence == cadence:
                 mine, theirs = _pairs(teacher, student)

@@ -33,10 +33,10 @@ class Attention(nn.Module):
         tokens: Float[Tensor, "batch tokens dim"],
         norm: nn.LayerNorm,
         last: int | None = None,
-        runs: SequenceLengths | None = None,
+        sequence_lengths: SequenceLengths | None = None,
     ) -> Float[Tensor, "batch last dim"]:
         """What each of the `last` tokens (by default all) takes from all of them, after `norm`."""
-        return self.proj(attend(tokens, norm, self.qkv, self.heads, last, runs))
+        return self.proj(attend(tokens, norm, self.qkv, self.heads, last, sequence_lengths))
 
 
 class Mlp(nn.Module):
@@ -70,10 +70,14 @@ class Block(nn.Module):
         tokens: Float[Tensor, "batch tokens dim"],
         drop_path_scale: Float[Tensor, "batch 2"] | None = None,
         last: int | None = None,
-        runs: SequenceLengths | None = None,
+        sequence_lengths: SequenceLengths | None = None,
     ) -> Float[Tensor, "batch last dim"]:
-        """The tokens, or the `last` of them where nothing reads the others, after the block; `runs` of a packed row."""
-        mixed = self.attn(tokens, self.norm1, last, runs)
+        """The tokens after the block, or the `last` of them where nothing reads the others.
+
+        Args:
+            sequence_lengths: of the sequences packed into one row.
+        """
+        mixed = self.attn(tokens, self.norm1, last, sequence_lengths)
         if last is not None:
             tokens = tokens[:, tokens.shape[1] - last :]
         if drop_path_scale is None:
@@ -99,7 +103,7 @@ class Blocks(nn.ModuleList):
         tokens: Float[Tensor, "batch tokens dim"],
         drop_path_scale: Float[Tensor, "batch depth 2"] | None = None,
         last: int | None = None,
-        runs: SequenceLengths | None = None,
+        sequence_lengths: SequenceLengths | None = None,
     ) -> Float[Tensor, "batch last dim"]:
         """The tokens after all blocks; `last` is the last block's."""
         for depth, block in enumerate(self):
@@ -107,7 +111,7 @@ class Blocks(nn.ModuleList):
                 tokens,
                 None if drop_path_scale is None else drop_path_scale[:, depth],
                 last if depth == len(self) - 1 else None,
-                runs,
+                sequence_lengths,
             )
             if self.recompute_every and depth % self.recompute_every == 0 and torch.is_grad_enabled():
                 # Nothing in a block is random: stochastic depth is drawn before.
@@ -207,10 +211,10 @@ class Encoder(nn.Module):
         if len(stacks) == 1:
             encoded = [self.norm(self.blocks(stacks[0]))]
         else:
-            runs = tuple((len(stack), stack.shape[1]) for stack in stacks)
+            sequence_lengths = tuple((len(stack), stack.shape[1]) for stack in stacks)
             packed = torch.cat([stack.flatten(0, 1) for stack in stacks]).unsqueeze(0)
-            tokens = self.norm(self.blocks(packed, runs=runs))[0]
-            parts = tokens.split([count * length for count, length in runs])
+            tokens = self.norm(self.blocks(packed, sequence_lengths=sequence_lengths))[0]
+            parts = tokens.split([count * length for count, length in sequence_lengths])
             encoded = [part.view(stack.shape) for part, stack in zip(parts, stacks, strict=True)]
         by_image = [stack.view(batch, -1, *stack.shape[1:]) for stack in encoded]
         class_tokens = torch.cat([stack[:, :, 0] for stack in by_image], dim=1)

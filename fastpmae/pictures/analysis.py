@@ -29,7 +29,7 @@ class Analysis:
 
     config: Config
     step: int
-    """Optimiser steps that the networks have behind them."""
+    """Optimizer steps that the networks have behind them."""
     batch: Batch
     similarity: Float[Tensor, "batch masked"]
     """How near each predicted token is to its target: their cosine, in fold order."""

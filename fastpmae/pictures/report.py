@@ -73,7 +73,7 @@ def write_report(
     out: Path | None = None,
     beton: Path | None = None,
     samples: int = 6,
-    tally: Progress | None = None,
+    progress: Progress | None = None,
     force: bool = True,
 ) -> Path:
     """Write a run's report and return where it is.
@@ -82,7 +82,7 @@ def write_report(
         out: report.html in the run's folder by default; it appears whole or not at all.
         beton: the images of the pictures; the run's own by default. Where they are not there, the pictures are left
             out and a sentence says so, as it does where the networks are those of an earlier version.
-        tally: counts the parts that are done: the log, two pictures, the page.
+        progress: counts the parts that are done: the log, two pictures, the page.
         force: replace `out`, but no other file of the run and nothing that is read here; report.html in the run's
             folder is renewed without it. The command does so where it is told to.
 
@@ -98,20 +98,20 @@ def write_report(
     own = target.parent.resolve() / target.name == run.resolve() / "report.html"
     if not own:
         check_output(target, force=force, inputs=[path for path in (beton, config.data.beton) if path is not None])
-    tally = tally or Progress()
-    with tally.count(4, "parts"):
+    progress = progress or Progress()
+    with progress.count(4, "parts"):
         rows = read_rows(run / "metrics.jsonl")
-        tally.advance()
-        pictures, remark = _pictures(run, config, beton, samples, tally)
+        progress.advance()
+        pictures, remark = _pictures(run, config, beton, samples, progress)
         page = "\n".join(_page(run, config, rows, pictures, remark))
         with atomic_write(target, force or own) as beside:
             beside.write_text(page, encoding="utf-8", errors="backslashreplace")
-        tally.advance()
+        progress.advance()
     return target
 
 
 def _pictures(
-    run: Path, config: Config, named: Path | None, samples: int, tally: Progress
+    run: Path, config: Config, named: Path | None, samples: int, progress: Progress
 ) -> tuple[dict[str, str], str]:  # fmt: skip
     """Drawn pictures as PNG data by their titles, and a sentence on what is missing."""
     if not checkpoints_in(run):
@@ -131,14 +131,16 @@ def _pictures(
     images = open_samples(beton)
     title = printable(f"{run.name} · {images.path.name}")
     pictures = {
-        "What was learnt of a few images": _png(draw_analysis(analyse(checkpoint, images, min(samples, len(images))), title))
+        "What was learnt of a few images": _png(
+            draw_analysis(analyse(checkpoint, images, min(samples, len(images))), title)
+        )
     }
-    tally.advance()
+    progress.advance()
     if config.teacher.teachers in ("dual", "single"):
         pictures["Patches nearest to the most used prototypes"] = _png(
             draw_prototypes(prototype_use(checkpoint, images), title)
         )
-    tally.advance()
+    progress.advance()
     return pictures, ""
 
 

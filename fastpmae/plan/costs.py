@@ -17,14 +17,14 @@ from fastpmae.model.teachers import Teachers, make_teachers
 from fastpmae.model.vit import Student
 from fastpmae.plan.shape_tensor import Counting, Hollow, leaves
 from fastpmae.pretraining.optimizer import make_optimizer, update
-from fastpmae.pretraining.step import student_loss, compute_targets
+from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae_kernels import traffic
 from fastpmae_kernels.cpu.rows import row_blocks
 from fastpmae_loaders import Batch
 
 Target = Literal["cpu", "cuda"]
 
-KINDS = ("weights", "gradients", "optimiser", "teachers", "gathered", "images", "activations", "logits", "workspace")
+KINDS = ("weights", "gradients", "optimizer", "teachers", "gathered", "images", "activations", "logits", "workspace")
 """What memory is for. `weights` and `teachers` hold their 16-bit copies too; `activations` is all that a step makes;
 `gathered` is what of networks in shards is whole at a time."""
 
@@ -80,7 +80,7 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
     counting = Counting()
     counting.observe = functools.partial(_observe, counting, target)
     with counting:
-        student, teachers, optimiser = _networks(config, counting)
+        student, teachers, optimizer = _networks(config, counting)
         of_student = [parameter for parameter in student.parameters() if parameter.requires_grad]
         # Gradients of earlier parts, and those that travel between ranks, stay while a part is computed.
         held = None
@@ -88,7 +88,7 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
             held = [counting.hold(parameter.nbytes, "gradients") for parameter in of_student]
         waiting = None
         counting.kind = "images"
-        batch, keep = _batch(config, count)
+        batch, drop_path_scale = _batch(config, count)
         counting.kind = "activations"
         counting.traffic = 0
         with autocast():
@@ -99,7 +99,7 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
                 nbytes = sum(tensor.nbytes for tensor in leaves(targets) if isinstance(tensor, Tensor))
                 waiting = counting.hold((parts - 1) * nbytes, "logits")
             counting.part = "losses"
-            losses = student_loss(student, batch, keep, targets, config)
+            losses = student_loss(student, batch, drop_path_scale, targets, config)
         forward = dict(counting.flops)
         counting.flops.clear()
         losses.total.backward()
@@ -108,8 +108,8 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
             if isinstance(parameter.grad, Hollow):
                 counting.tags[parameter.grad.buffer.number] = "gradients" if held is None else "activations"
         in_parts = counting.traffic
-        counting.part = "optimiser"
-        update(optimiser, losses.total.detach(), 0.0, config.optimizer.clip_grad, _ALONE)
+        counting.part = "optimizer"
+        update(optimizer, losses.total.detach(), 0.0, config.optimizer.clip_grad, _ALONE)
         teachers.update_ema(student, "step", 0)
         memory, moment = counting.peak()
         if sharded:
@@ -146,7 +146,7 @@ _ALONE = Ranks(0, 1, 1, torch.device("cpu"), None)
 
 
 def _networks(config: Config, counting: Counting) -> tuple[Student, Teachers, torch.optim.AdamW]:
-    """The networks as they are after some steps: with the optimiser's state, and set to say what they compute."""
+    """The networks as they are after some steps: with the optimizer's state, and set to say what they compute."""
     counting.kind = "weights"
     student = build_student(config)
     counting.kind = "teachers"
@@ -155,12 +155,12 @@ def _networks(config: Config, counting: Counting) -> tuple[Student, Teachers, to
     if config.efficiency.teacher_precision == "fp8":
         for teacher in teachers.modules().values():
             use_fp8(teacher.encoder)
-    counting.kind = "optimiser"
-    optimiser = make_optimizer(student, config)
+    counting.kind = "optimizer"
+    optimizer = make_optimizer(student, config)
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     counting.events = _settled(counting.events)
     parts: list[tuple[nn.Module | None, str, str]] = [
         (student.encoder, "forward", "student's encoder"),
@@ -174,7 +174,7 @@ def _networks(config: Config, counting: Counting) -> tuple[Student, Teachers, to
     for module, method, part in parts:
         if module is not None:
             setattr(module, method, _telling(counting, part, getattr(module, method)))
-    return student, teachers, optimiser
+    return student, teachers, optimizer
 
 
 def _settled(events: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
@@ -213,7 +213,7 @@ def _in_shards(memory: dict[str, int], student: Student, teachers: Teachers, ran
     def nbytes(*networks: nn.Module | None) -> int:
         return sum(parameter.nbytes for network in networks if network for parameter in network.parameters())
 
-    kept = {"weights": nbytes(student), "gradients": nbytes(student), "optimiser": 2 * nbytes(student)}
+    kept = {"weights": nbytes(student), "gradients": nbytes(student), "optimizer": 2 * nbytes(student)}
     kept["teachers"] = nbytes(*teachers.modules().values())
     units = [nbytes(unit) for unit in (*student.encoder.blocks, *student.decoder.blocks, student.head)]
     gathered = nbytes(student) - sum(units) + 3 * max(units)

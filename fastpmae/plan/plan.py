@@ -100,9 +100,9 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
     config = options.settings
     check(config)
     gpu = _gpu(options)
-    world = Ranks(0, options.gpus, options.gpus, torch.device("cpu"), None)
+    ranks = Ranks(0, options.gpus, options.gpus, torch.device("cpu"), None)
     accumulate = config.optimizer.accumulate
-    share = micro_batch_size(config, world) * accumulate
+    share = micro_batch_size(config, ranks) * accumulate
     epoch_images = _epoch_images(options)
     if epoch_images < config.optimizer.batch_size:
         raise UserError(f"--images {epoch_images} are less than one batch of {config.optimizer.batch_size}")

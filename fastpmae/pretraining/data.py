@@ -23,12 +23,12 @@ IMAGES_AHEAD = 512
 """With both views of 224 pixels 154 MB."""
 
 
-def micro_batch_size(config: Config, world: Ranks) -> int:
+def micro_batch_size(config: Config, ranks: Ranks) -> int:
     """Images that one rank computes at a time. Raises UserError where the batch cannot be shared out evenly."""
-    size, rest = divmod(config.optimizer.batch_size, world.size * config.optimizer.accumulate)
+    size, rest = divmod(config.optimizer.batch_size, ranks.size * config.optimizer.accumulate)
     if rest or size == 0:
         raise UserError(
-            f"--batch-size {config.optimizer.batch_size} does not share out evenly over {world.size} ranks "
+            f"--batch-size {config.optimizer.batch_size} does not share out evenly over {ranks.size} ranks "
             f"x --accumulate {config.optimizer.accumulate}"
         )
     return size
@@ -42,13 +42,13 @@ def batches_ahead(size: int, config: Config) -> int:
     return 2 if config.data.loader == "dali" else min(max(2, -(-IMAGES_AHEAD // size)), 64)
 
 
-def make_loader(images: Samples, config: Config, world: Ranks) -> PairedViews:
+def make_loader(images: Samples, config: Config, ranks: Ranks) -> PairedViews:
     """This rank's loader: micro-batches of the views that are needed, masks and folds.
 
     Raises:
         UserError: when there is less than one batch.
     """
-    size = micro_batch_size(config, world)
+    size = micro_batch_size(config, ranks)
     if len(images) < config.optimizer.batch_size:
         raise UserError(
             f"{images.path} holds {len(images)} images, less than one batch of {config.optimizer.batch_size}: "
@@ -60,16 +60,16 @@ def make_loader(images: Samples, config: Config, world: Ranks) -> PairedViews:
         engine=config.data.loader,
         settings=view_settings(config),
         seed=config.run.seed,
-        rank=world.rank,
-        world_size=world.size,
-        workers=loader_threads(config.efficiency.workers, world.local_size),
+        rank=ranks.rank,
+        world_size=ranks.size,
+        workers=loader_threads(config.efficiency.workers, ranks.local_size),
         ahead=batches_ahead(size, config),
         bad_fraction=config.data.bad_fraction,
         page_order=config.data.page_order == "on",
         drop_last=True,
         views=views_needed(config),
         augment_on="device" if config.efficiency.augment_on == "device" else "cpu",
-        device=world.device,
+        device=ranks.device,
         colour=photometric,
         dali=DaliSettings(config.data.dali_part, config.data.hw_decoder_load),
     )
@@ -113,11 +113,11 @@ class Prefetcher:
         for batch in self.loader:
             self.bad_images += len(batch.failed)
             self.unreported += batch.failed
-            keep = stochastic_depth(self.config, epoch, batch.samples)
-            if keep is not None:
-                keep = self.loader.transfer.carry(keep)
+            drop_path_scale = stochastic_depth(self.config, epoch, batch.samples)
+            if drop_path_scale is not None:
+                drop_path_scale = self.loader.transfer.carry(drop_path_scale)
             self.wait.have()
-            yield batch, keep
+            yield batch, drop_path_scale
             self.wait.ask()
 
     def take_wait(self) -> float:

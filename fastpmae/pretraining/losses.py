@@ -62,7 +62,7 @@ def pixel_target(
 ) -> Float[Tensor, "batch masked pixels"]:
     """MAE's target: each patch with mean 0 and variance 1 over its values, pixel by pixel and channels last.
 
-    The mean and spread of a patch are taken over its normalised values, all channels together.
+    The mean and std of a patch are taken over its normalised values, all channels together.
     """
     values = patch_tokens(images, masked, patch_size).unflatten(-1, (3, -1)).mT.flatten(-2)
     variance, mean = torch.var_mean(values, -1, keepdim=True)

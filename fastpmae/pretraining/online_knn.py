@@ -52,9 +52,9 @@ class OnlineKNN:
         UserError: for images that cannot be opened, have no labels, or are fewer than the neighbours.
     """
 
-    def __init__(self, config: Config, world: Ranks):
+    def __init__(self, config: Config, ranks: Ranks):
         run = config.run
-        self.config, self.world, self.every = config, world, run.eval_every
+        self.config, self.ranks, self.every = config, ranks, run.eval_every
         self.train: Labelled | None = None
         if self.every == 0:
             return
@@ -75,44 +75,50 @@ class OnlineKNN:
         epochs, rest = divmod(step, steps_per_epoch)
         if rest or not epochs or not self.is_due(epochs):
             return False
-        return self.world.broadcast_from_main(
+        return self.ranks.broadcast_from_main(
             lambda: not any(row["step"] == step and "knn_student" in row for row in read_rows(folder / "metrics.jsonl"))
         )
 
     def report(self, log: Log, step: int, epoch: int, student: Student, teachers: Teachers, stop: Stop) -> None:
         """Write the figures as a row of the run's; after a signal none, and soon."""
-        tally = _Within(lambda words: log.progress.update(log.task, figures=words))
+        progress = _Within(lambda words: log.progress.update(log.task, figures=words))
         with contextlib.suppress(_Stopped):
-            log.evaluation(step, epoch, lambda: self.figures(student, teachers, stop, tally))
+            log.evaluation(step, epoch, lambda: self.figures(student, teachers, stop, progress))
 
     def figures(
-        self, student: Student, teachers: Teachers, stop: Stop | None = None, tally: Progress | None = None
+        self, student: Student, teachers: Teachers, stop: Stop | None = None, progress: Progress | None = None
     ) -> dict[str, float]:
         """Top-1 of each network's class token by 20-NN (cosine, temperature 0.07), in percent.
 
         On `--eval-val`, or, without it, on the training images, each left out once.
         """
         assert self.train is not None
-        tally = tally or Progress()
+        progress = progress or Progress()
         networks: dict[str, Encoder] = {"student": student.encoder}
         networks |= {name: teacher.encoder for name, teacher in teachers.modules().items()}
-        labels = self.train.labels.to(self.world.device)
-        learnt = self._features(networks, self.train, stop, tally)
-        tested = learnt if self.val is None else self._features(networks, self.val, stop, tally)
+        labels = self.train.labels.to(self.ranks.device)
+        train_features = self._features(networks, self.train, stop, progress)
+        val_features = train_features if self.val is None else self._features(networks, self.val, stop, progress)
         found = {}
         for name in networks:
             ranked = knn_ranked(
-                learnt[name], labels, tested[name], [NEIGHBOURS], best=1, leave_one_out=self.val is None, tally=tally
-            )  # fmt: skip
+                train_features[name],
+                labels,
+                val_features[name],
+                [NEIGHBOURS],
+                best=1,
+                leave_one_out=self.val is None,
+                progress=progress,
+            )
             truth = (self.val or self.train).labels
             found[f"knn_{name}"] = round(Scores(truth, ranked[NEIGHBOURS].cpu()).top1, 4)
         return found
 
     def _features(
-        self, networks: dict[str, Encoder], images: Labelled, stop: Stop | None, tally: Progress
+        self, networks: dict[str, Encoder], images: Labelled, stop: Stop | None, progress: Progress
     ) -> dict[str, Float[Tensor, "images dim"]]:
         efficiency = self.config.efficiency
-        low = torch.autocast(self.world.device.type, torch.bfloat16, enabled=efficiency.precision == "bf16")
+        low = torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=efficiency.precision == "bf16")
 
         def embed(pictures: UInt8[Tensor, "batch 3 side side"]) -> list[Float[Tensor, "batch dim"]]:
             if stop is not None and stop.signal:
@@ -124,9 +130,9 @@ class OnlineKNN:
             embed,
             images,
             image_size=self.config.views.image_size,
-            device=self.world.device,
+            device=self.ranks.device,
             batch_size=BATCH,
-            workers=loader_threads(efficiency.workers, self.world.local_size),
-            tally=tally,
+            workers=loader_threads(efficiency.workers, self.ranks.local_size),
+            progress=progress,
         )
-        return {name: part.to(self.world.device) for name, part in zip(networks, rows, strict=True)}
+        return {name: part.to(self.ranks.device) for name, part in zip(networks, rows, strict=True)}

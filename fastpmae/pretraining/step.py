@@ -32,7 +32,7 @@ class Targets(NamedTuple):
 
     reconstruction: Float[Tensor, "batch masked values"]
     tokens: Float[Tensor, "batch masked dim"] | None
-    """The reconstruction teacher's tokens before they are normalised; the log looks at their spread."""
+    """The reconstruction teacher's tokens before they are normalised; the log reads their std."""
     label_tokens: Float[Tensor, "batch masked dim"] | None
     class_labels: PseudoLabels | None
     patch_labels: PseudoLabels | None
@@ -58,7 +58,9 @@ class TeacherOutputs(NamedTuple):
     """Of class and patch tokens, where there is a labelling teacher."""
 
 
-def compute_targets(teachers: Teachers, batch: Batch, config: Config, group: dist.ProcessGroup | None = None) -> Targets:
+def compute_targets(
+    teachers: Teachers, batch: Batch, config: Config, group: dist.ProcessGroup | None = None
+) -> Targets:
     """Both teachers' targets for a batch: target tokens of one view, pseudo labels of the other (section 3.2)."""
     return assign_pseudo_labels([teacher_forward(teachers, batch, config)], config, group)[0]
 
@@ -101,7 +103,9 @@ def label(
 
 
 @torch.no_grad()
-def assign_pseudo_labels(micro_batches: Sequence[TeacherOutputs], config: Config, group: dist.ProcessGroup | None = None) -> list[Targets]:
+def assign_pseudo_labels(
+    micro_batches: Sequence[TeacherOutputs], config: Config, group: dist.ProcessGroup | None = None
+) -> list[Targets]:
     """The targets of each part of a batch, class and patch labels balanced apart over all parts and all ranks."""
     logits = [part.logits for part in micro_batches if part.logits is not None]
     if not logits:

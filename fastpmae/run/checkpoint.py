@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file with everything a run needs to go on, written whole or not at all.
 
-Tensors are named by whose they are (`student.`, `reconstruction_teacher.`, `labelling_teacher.`, `optimiser.`, `rng.`,
+Tensors are named by whose they are (`student.`, `reconstruction_teacher.`, `labelling_teacher.`, `optimizer.`, `rng.`,
 `log.`); numbers, the loader's position and the config are JSON in the header. A digest over every tensor's name, shape
 and bytes, and over that JSON, tells a damaged file from a sound one.
 """
@@ -76,7 +76,7 @@ def settings_in(progress: dict[str, Any], path: Path, *, decoder_matters: bool =
     settings = progress["config"]
     config = config_from(settings, str(path), decoder_matters=decoder_matters)
     # The presets of MAE and SdAE decay tokens by now; the run did not, and goes on as it began.
-    return config if "decay_tokens" in settings.get("optimiser", {}) else config.using(decay_tokens=False)
+    return config if "decay_tokens" in settings.get("optimizer", {}) else config.using(decay_tokens=False)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -84,35 +84,37 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:08d}.safetensors"
 
 
-def collect_state(student: nn.Module, teachers: Teachers, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def collect_state(student: nn.Module, teachers: Teachers, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor that the rest of a run depends on, by its name in a checkpoint: the run's own, not copies."""
     tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
     for role, teacher in teachers.modules().items():
         tensors |= {f"{role}.{name}": tensor for name, tensor in teacher.state_dict().items()}
     for name, parameter in student.named_parameters():
-        tensors |= {f"optimiser.{name}.{key}": value for key, value in optimiser.state[parameter].items()}
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_initialized():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     return tensors
 
 
-def restore_state(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, optimiser: torch.optim.Optimizer) -> None:
+def restore_state(
+    checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, optimizer: torch.optim.Optimizer
+) -> None:
     """Put a checkpoint's tensors back where `gather` found them.
 
     Raises:
         CheckpointError: when it belongs to a model of other sizes or another method, or lacks a part.
     """
     restore_networks(checkpoint, student, teachers)
-    if not checkpoint.part("optimiser"):
-        raise CheckpointError(f"{checkpoint.path} lacks the optimiser's state")
+    if not checkpoint.part("optimizer"):
+        raise CheckpointError(f"{checkpoint.path} lacks the optimizer's state")
     for name, parameter in student.named_parameters():
-        state = checkpoint.part(f"optimiser.{name}")
+        state = checkpoint.part(f"optimizer.{name}")
         if not state:  # a parameter that no loss has reached yet
             continue
         like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-        require(checkpoint, f"optimiser.{name}", like)
-        optimiser.state[parameter] = {key: distribute_like(value, parameter).clone() for key, value in state.items()}
+        require(checkpoint, f"optimizer.{name}", like)
+        optimizer.state[parameter] = {key: distribute_like(value, parameter).clone() for key, value in state.items()}
     require(checkpoint, "rng", {"cpu": torch.get_rng_state()}, others=("cuda",))
     try:
         torch.set_rng_state(checkpoint.tensors["rng.cpu"])

@@ -35,7 +35,7 @@ from fastpmae_loaders.printable import printable
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
-COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimiser")
+COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimizer")
 COMPARED_SETTINGS = (
     "seed", "precision", "teacher_precision", "page_order", "loader", "hw_decoder_load", "augment_on", "deterministic",
 )  # fmt: skip
@@ -44,7 +44,7 @@ ALIKE_LOADERS = ("ffcv", "torch")
 DECODER = "accurate DCT"
 """Of how the FFCV engine decodes. Checkpoints of before do not say; it was the fast DCT, by FFCV's own call."""
 # And to the last bit, which --deterministic is about.
-ROUNDING_SETTINGS = ("compile", "compile_mode", "attention", "checkpoint_blocks", "prototypes_chunk", "shard")
+ROUNDING_SETTINGS = ("compile", "compile_mode", "attention", "activation_checkpointing", "prototypes_chunk", "shard")
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> lis
     """What a resumed run would compute differently, one phrase each."""
     before, now, groups = checkpoint.config.flat(), config.flat(), settings_by_name()
     compared = COMPARED_SETTINGS + ROUNDING_SETTINGS * (before["deterministic"] and now["deterministic"])
-    if before["balance"] == now["balance"] == "step":  # parts only decide what is held at a time
+    if before["sinkhorn_over"] == now["sinkhorn_over"] == "step":  # parts only decide what is held at a time
         before["accumulate"] = now["accumulate"]
     if before["loader"] in ALIKE_LOADERS and now["loader"] in ALIKE_LOADERS:
         before["loader"] = now["loader"]
@@ -262,21 +262,21 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> lis
 
 
 def describe_run(
-    config: Config, images: Samples, world: Ranks, student: nn.Module, steps_per_epoch: int, folder: Path
+    config: Config, images: Samples, ranks: Ranks, student: nn.Module, steps_per_epoch: int, folder: Path
 ) -> list[str]:
     """What is about to happen, in a few lines, with a warning where the settings will not do well."""
     parameters = sum(p.numel() for p in student.parameters()) / 1e6
-    sharded = config.efficiency.shard and world.group is not None
-    optimiser, folds, prototypes = config.optimizer, config.views.folds, config.network.prototypes
+    sharded = config.efficiency.shard and ranks.group is not None
+    optimizer, folds, prototypes = config.optimizer, config.views.folds, config.network.prototypes
     lines = [
         f"{config.run.preset}: {config.network.model}, {parameters:.1f} M parameters, "
-        f"on {world.device} x {world.size} in {config.efficiency.precision}{', in shards' * sharded}",
-        f"{len(images)} images in {images.path}: {steps_per_epoch} steps of {optimiser.batch_size} an epoch, "
-        f"{optimiser.epochs} epoch{'s' * (optimiser.epochs != 1)}",
+        f"on {ranks.device} x {ranks.size} in {config.efficiency.precision}{', in shards' * sharded}",
+        f"{len(images)} images in {images.path}: {steps_per_epoch} steps of {optimizer.batch_size} an epoch, "
+        f"{optimizer.epochs} epoch{'s' * (optimizer.epochs != 1)}",
         *source_notes(images),
     ]
-    parts = optimiser.accumulate if optimiser.sinkhorn_over == "part" else 1
-    rows = optimiser.batch_size // parts * folds
+    parts = optimizer.accumulate if optimizer.sinkhorn_over == "part" else 1
+    rows = optimizer.batch_size // parts * folds
     if config.teacher.teachers in ("dual", "single") and rows < prototypes / 4:
         lines.append(
             f"warning: {rows} class tokens a batch share {prototypes} prototypes, too few to fill them: expect a weak "

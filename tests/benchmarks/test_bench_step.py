@@ -14,7 +14,7 @@ from benchmarks.baseline import plain_batch
 from benchmarks.bench_step import PAIRS, PARTS
 from benchmarks.step_cases import DROP_PATH, Ours, Plain, made_batch, make_case
 from fastpmae import Config
-from fastpmae.pretraining.step import student_loss, compute_targets
+from fastpmae.pretraining.step import compute_targets, student_loss
 from tests import tiny
 from tests.test_train import environment
 from tests.tiny import disturb, tiny_config

@@ -22,7 +22,7 @@ from fastpmae.config import Efficiency, Loss
 from fastpmae.model.build import build_student
 from fastpmae.model.teachers import make_teachers
 from fastpmae.plan.costs import _batch
-from fastpmae.pretraining.step import student_loss, compute_targets
+from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae_kernels import photometric
 from fastpmae_kernels.builds import Build, builds
 from fastpmae_kernels.long_rows import LONGEST_ROW
@@ -97,10 +97,12 @@ def take_step(config: Config, images: int) -> None:
         with GPU:
             student = build_student(config)
             teachers = make_teachers(student, config.teacher, 10, 10, torch.Generator())
-            batch, keep = _batch(config, images)
+            batch, drop_path_scale = _batch(config, images)
         low = config.efficiency.precision == "bf16"
         with Launching(), torch.autocast("cuda", torch.bfloat16, enabled=low):
-            total = student_loss(student, batch, keep, compute_targets(teachers, batch, config), config).total
+            total = student_loss(
+                student, batch, drop_path_scale, compute_targets(teachers, batch, config), config
+            ).total
             for node in nodes_of(total):
                 if node.name() == "_CrossEntropyBackward":
                     (gradient,) = node.saved_tensors

@@ -16,8 +16,8 @@ from fastpmae_loaders.files import ALIVE, LATE, SOON, atomic_write, remove_parti
 WRITER = """
 import sys, time
 from pathlib import Path
-from fastpmae_loaders.files import appearing
-with appearing(Path(sys.argv[1])) as beside:
+from fastpmae_loaders.files import atomic_write
+with atomic_write(Path(sys.argv[1])) as beside:
     beside.write_text("half")
     print("writing", flush=True)
     time.sleep(600)

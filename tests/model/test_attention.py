@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastpmae.model import attention as switch
 from fastpmae.model.attention import attention, use
-from fastpmae.pretraining.step import student_loss, compute_targets
+from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae_loaders.errors import UserError
-from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
+from tests.tiny import drop_path_scale_of, made_batch, tiny_config, tiny_networks
 
 CPU = torch.device("cpu")
 
@@ -95,12 +95,12 @@ def test_the_whole_step_through_xformers(fold_sizes: tuple[int, ...]):
     """The same losses and gradients in float64; uneven folds are one packed pass, equal ones a dense one."""
     config = tiny_config(folds=3)
     student, teachers = tiny_networks(config)
-    batch, keep = made_batch(1, 2, fold_sizes), keep_of(config, 2)
+    batch, drop_path_scale = made_batch(1, 2, fold_sizes), drop_path_scale_of(config, 2)
     ops = Ops()
 
     def run() -> tuple[Tensor, ...]:
         student.zero_grad()
-        losses = student_loss(student, batch, keep, compute_targets(teachers, batch, config), config)
+        losses = student_loss(student, batch, drop_path_scale, compute_targets(teachers, batch, config), config)
         losses.total.backward()
         return (*losses, *(parameter.grad for parameter in student.parameters() if parameter.grad is not None))
 

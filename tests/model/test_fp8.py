@@ -12,7 +12,7 @@ from fastpmae.model.build import check
 from fastpmae.model.fp8 import Fp8Linear, check_fp8_device, multiply_on_gpu, multiply_plainly, to_fp8, use_fp8
 from fastpmae.plan.costs import step_costs
 from fastpmae.pretraining.networks import make_networks
-from fastpmae.pretraining.step import Targets, student_loss, compute_targets
+from fastpmae.pretraining.step import Targets, compute_targets, student_loss
 from fastpmae_loaders.errors import UserError
 from tests.tiny import disturb, made_batch, tiny_config
 

@@ -266,14 +266,14 @@ def test_random_teachers_keep_nothing_of_a_student_with_weights() -> None:
 
 
 def test_teachers_do_not_change_while_they_teach() -> None:
-    from fastpmae.pretraining.step import student_loss, compute_targets
+    from fastpmae.pretraining.step import compute_targets, student_loss
 
     config = tiny_config()
     student, teachers = tiny_networks(config)
     before = [parameters_of(teacher) for teacher in teachers.modules().values()]
-    optimiser = torch.optim.SGD(student.parameters(), 0.1)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
     batch = made_batch()
     student_loss(student, batch, None, compute_targets(teachers, batch, config), config).total.backward()
-    optimiser.step()
+    optimizer.step()
     for teacher, state in zip(teachers.modules().values(), before, strict=True):
         assert_same(teacher, state, 0)

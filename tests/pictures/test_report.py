@@ -88,7 +88,7 @@ def test_evaluations_can_be_told_apart(tiny: Config, tmp_path: Path):
         },
         "b": {"evaluation": "lowshot", "table": [{"share": 0.01}], "pool": "class", "date": "2026-02-01T10:00:00"},
         "c": {"evaluation": "linear-sgd", "chosen": 0.3, "table": [{"rate": 0.3}], "date": "2026-02-03T10:00:00"},
-        "step-00000001/a": {"evaluation": "finetune", "course": {"epochs": 5, "pool": "mean"}, "date": "2026-02-04"},
+        "step-00000001/a": {"evaluation": "finetune", "finetune": {"epochs": 5, "pool": "mean"}, "date": "2026-02-04"},
         "odd": {"top1": 3},
     }
     for name, more in results.items():
@@ -179,7 +179,7 @@ def test_a_folder_of_images(tiny: Config, tmp_path: Path):
         def advance(self, count: int = 1) -> None:
             done.append(count)
 
-    text = write_report(folder, samples=2, tally=Counted()).read_text()
+    text = write_report(folder, samples=2, progress=Counted()).read_text()
     assert done == [1, 1, 1, 1]
     assert "are not here" not in text
     assert text.count("<img ") == 2  # one row makes no curves

@@ -50,7 +50,7 @@ def test_command_line(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for words in ("decoder", "optimiser", "hours", "cores", "ASSUMED", "1,600 epochs", "single-epoch", "1,024"):
+    for words in ("decoder", "optimizer", "hours", "cores", "ASSUMED", "1,600 epochs", "single-epoch", "1,024"):
         assert words in done.stdout
     assert picture.stat().st_size > 10_000
     found = json.loads(file.read_text())

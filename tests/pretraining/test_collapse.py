@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpmae.model.vit import Factors
 from fastpmae.pretraining import collapse as health_module
-from fastpmae.pretraining.collapse import collapse_metrics, collapse_figures, label_entropy, token_std
+from fastpmae.pretraining.collapse import collapse_figures, collapse_metrics, label_entropy, token_std
 from fastpmae.pretraining.losses import PseudoLabels, pseudo_labels
 from fastpmae.pretraining.match_geometry import geometry_figures, match_geometry
 from fastpmae.pretraining.step import Targets

@@ -76,16 +76,16 @@ def test_ranks_share_the_cores_that_may_be_used(
     tiny: Config, small_beton, monkeypatch, cores: int, ranks: int, asked: int, threads: int
 ) -> None:
     seen = threads_of_loaders(monkeypatch, cores)
-    world = Ranks(0, ranks, ranks, torch.device("cpu"), None)
-    with make_loader(Beton(small_beton), tiny.using(workers=asked), world):
+    ranks = Ranks(0, ranks, ranks, torch.device("cpu"), None)
+    with make_loader(Beton(small_beton), tiny.using(workers=asked), ranks):
         assert seen == [threads]
 
 
 def test_dalis_settings_reach_its_engine(tiny: Config, small_beton) -> None:
     pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
-    world = Ranks(0, 1, 1, torch.device("cpu"), None)
+    ranks = Ranks(0, 1, 1, torch.device("cpu"), None)
     config = tiny.using(loader="dali", dali_part=5, hw_decoder_load=0.25)
-    with make_loader(Beton(small_beton), config, world) as loader:
+    with make_loader(Beton(small_beton), config, ranks) as loader:
         assert loader._source.dali == DaliSettings(part=5, hw_decoder_load=0.25)
 
 

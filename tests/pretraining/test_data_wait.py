@@ -114,9 +114,9 @@ def test_the_feed_asks_before_a_batch_is_sought_and_has_it_with_its_stochastic_d
         feed = Prefetcher(loader, config, cpu, wait=Told())
         batches = feed.epoch(0, len(loader) - 2)
         for _ in range(2):
-            batch, keep = next(batches)
-            assert keep is not None
-            assert len(keep) == len(batch) == config.optimizer.batch_size // 2
+            batch, drop_path_scale = next(batches)
+            assert drop_path_scale is not None
+            assert len(drop_path_scale) == len(batch) == config.optimizer.batch_size // 2
             told.append("step")
         assert next(batches, None) is None
     assert told == 2 * ["ask", "carry", "have", "step"] + ["ask"]

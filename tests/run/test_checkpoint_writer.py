@@ -28,8 +28,8 @@ def made() -> dict[str, Tensor]:
         "student.part": rows[1:],
         "student.half": torch.arange(7).half(),
         "rng.cpu": torch.arange(5, dtype=torch.uint8),
-        "optimiser.weight.step": torch.tensor(3.0),
-        "optimiser.nothing": torch.empty(0, 2),
+        "optimizer.weight.step": torch.tensor(3.0),
+        "optimizer.nothing": torch.empty(0, 2),
         "log.count": torch.tensor(9),
     }
 

@@ -240,12 +240,12 @@ def test_a_training_begins_on_nobodys_files(run: Path, small_beton: Path, tmp_pa
     folder = tmp_path / "tuned"
     folder.mkdir()
     setting = Setting(find_backbone(str(run)), train, train, folder, torch.device("cpu"), workers=1, feature_batch=44)
-    course = dataclasses.replace(FINETUNE_PRESETS["small"], batch_size=22)
+    config = dataclasses.replace(FINETUNE_PRESETS["small"], batch_size=22)
     for name, words in (("classifier.safetensors", "mine"), ("metrics.jsonl", '{"mine": 1}\n')):
         (folder / name).write_text(words)
         for resume in (False, True):
             with pytest.raises(UserError, match=f"holds a {name}"):
-                train_classifier(setting, course, resume=resume)
+                train_classifier(setting, config, resume=resume)
         assert (folder / name).read_text() == words
         (folder / name).unlink()
 

@@ -110,13 +110,13 @@ def test_names_are_shown_and_not_obeyed_beside_a_bar(tmp_path: Path, monkeypatch
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    tally = Progress(live=True)
-    with tally.count(1, "images"):
-        tally.tell(f"a tally of {HOSTILE}")
+    progress = Progress(live=True)
+    with progress.count(1, "images"):
+        progress.tell(f"a progress of {HOSTILE}")
     with Log(tmp_path, Config().using(tensorboard=False), 0, 1) as log:
         log.say(f"a log of {HOSTILE}")
     said = terminal.getvalue()
-    assert "a tally of \\x1b]0;owned" in said
+    assert "a progress of \\x1b]0;owned" in said
     assert "a log of \\x1b]0;owned" in said
     assert "\x1b]0;" not in said
     assert "\x9b" not in said
