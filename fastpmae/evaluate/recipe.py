@@ -75,9 +75,9 @@ class FinetuneConfig(Typed):
         _require(self.layer_decay <= 1, "layer_decay", self, "at most 1")
         for name in ("min_lr", "weight_decay", "clip_grad", "mixup", "cutmix", "save_every"):
             _require(getattr(self, name) >= 0, name, self, "at least 0")
-        for name in ("drop_path", "ema", "smoothing"):
+        for name in ("drop_path", "model_ema_decay", "smoothing"):
             _require(0 <= getattr(self, name) < 1, name, self, "in [0, 1)")
-        for name in ("switch", "erase", "jitter"):
+        for name in ("mixup_switch_prob", "reprob", "color_jitter"):
             _require(0 <= getattr(self, name) <= 1, name, self, "in [0, 1]")
         _require(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", self, f"in [0, {self.epochs}]")
         # timm mixes an image with its mirror place in the batch.

@@ -72,7 +72,7 @@ from fastpmae.distributed.ranks import join_world
 kept = []
 def run():
     with join_world("cpu") as ranks:
-        assert ranks.agree(int(rank)) == (1,)
+        assert ranks.max_over_ranks(int(rank)) == (1,)
         kept.extend([ranks, kept])  # a cycle, and a name of the program's own
         if kind == "error":
             raise UserError("no")

@@ -99,8 +99,8 @@ def test_the_teachers_alone_multiply_in_8_bits(preset: str):
     )
     expected = student_loss(student, batch, None, targets, plain)
     assert losses.total.item() == pytest.approx(expected.total.item(), rel=0.05)
-    low_teachers.follow(low_student, "step", 0)
-    teachers.follow(student, "step", 0)
+    low_teachers.update_ema(low_student, "step", 0)
+    teachers.update_ema(student, "step", 0)
     for teacher, low in zip(teachers.modules().values(), low_teachers.modules().values(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), low.parameters(), strict=True))
 
