@@ -19,8 +19,9 @@ from torchvision.transforms.functional import normalize
 from fastpmae import UserError
 from fastpmae.evaluate.augment import STEP, Mixing, RandAugment, drawn_from
 from fastpmae.evaluate.backbone import find_backbone
+from fastpmae.evaluate.classifier import Probe, make_classifier, make_optimizer, make_schedule
 from fastpmae.evaluate.datasets import Labelled, open_labelled
-from fastpmae.evaluate.finetune import Probe, make_classifier, make_optimizer, make_schedule, train_classifier
+from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE, FinetuneConfig
 from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, step_of
@@ -378,7 +379,12 @@ def test_it_learns_to_tell_the_training_images(setting: Setting):
 def test_the_average_that_deit_tests_has_learnt_after_few_steps(setting: Setting):
     """60 steps with its decay of 0.99996, of which a plain average would keep 99.8 % of the first."""
     assert FINETUNE_PRESETS["deit"].model_ema_decay == 0.99996
-    assert train_classifier(setting, dataclasses.replace(PLAIN, ema=FINETUNE_PRESETS["deit"].model_ema_decay)).top1 > 60
+    assert (
+        train_classifier(
+            setting, dataclasses.replace(PLAIN, model_ema_decay=FINETUNE_PRESETS["deit"].model_ema_decay)
+        ).top1
+        > 60
+    )
 
 
 def test_the_probe_shrinks_its_batch_to_the_images_and_says_so(setting: Setting, monkeypatch, capsys):
