@@ -29,7 +29,7 @@ from fastpmae_loaders.sources.reading import read_file
 
 _BOUND = 1e100
 """No figure that is finite is larger, and none of a picture's axes can be much longer."""
-TIMINGS = ("images_per_second", "data_wait")
+TIMINGS = ("images_per_second", "data_wait", "mfu", "peak_memory_gib")
 """The figures of a row that differ from run to run."""
 
 
@@ -106,6 +106,7 @@ class About:
         batch_size: images of a step, over all ranks.
         settings: for those who keep them beside the rows.
         tell: takes the sentences, where a caller shows its own progress.
+        images_at_peak: images a second that the GPUs could take at most, where that is known.
     """
 
     images: str
@@ -115,6 +116,7 @@ class About:
     tensorboard: bool = False
     wandb: bool = False
     tell: Callable[[str], None] | None = None
+    images_at_peak: float | None = None
 
 
 def about_run(config: Config) -> About:
@@ -233,6 +235,8 @@ class Log:
         seconds = time.perf_counter() - self.clock
         images = (row["step"] - self.clock_step) * self.about.batch_size
         rates = {"images_per_second": images / seconds, "data_wait": waited / seconds}
+        if self.about.images_at_peak is not None:
+            rates["mfu"] = images / seconds / self.about.images_at_peak
         self.start_clock(int(row["step"]))
         if self.speaks:
             self._owed = lambda: self._write(row | rest() | rates | ({"partial": True} if partial else {}))
@@ -251,8 +255,9 @@ class Log:
         )
         self.progress.update(self.task, figures=figures)
         if not self.live:
+            used = f", {row['mfu']:.0%} of peak FLOPs" if "mfu" in row else ""
             waiting = f", waiting for data {row['data_wait']:.0%}"
-            self.say(f"step {row['step']:.0f}  epoch {row['epoch']:.2f}  {figures}{waiting}")
+            self.say(f"step {row['step']:.0f}  epoch {row['epoch']:.2f}  {figures}{used}{waiting}")
 
     def _pass_on(self, row: dict[str, float]) -> None:
         """Give a row to TensorBoard and W&B. One that fails is left out from then on: metrics.jsonl is the record."""
