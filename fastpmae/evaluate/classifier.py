@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars, param_groups_layer_decay
@@ -21,7 +22,14 @@ from fastpmae_loaders.files import atomic_write
 
 
 class Probe(nn.Module):
-    """MAE's linear probe: features scaled by a BatchNorm without parameters, and a linear layer."""
+    """MAE's linear probe: features scaled by a BatchNorm without parameters, and a linear layer.
+
+    Attributes:
+        group: the ranks over whose images the BatchNorm takes its means. The features have no gradient, so neither
+            have those.
+    """
+
+    group: dist.ProcessGroup | None = None
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -31,7 +39,27 @@ class Probe(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, rows: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.norm(rows))
+        over_ranks = self.training and self.group is not None
+        return self.head(self._normalised_over_ranks(rows) if over_ranks else self.norm(rows))
+
+    @torch.no_grad()
+    def _normalised_over_ranks(self, rows: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        """As `norm` does with the rows of all ranks, which are as many on each. (torch's SyncBatchNorm needs a GPU.)"""
+        assert self.group is not None
+        norm, count = self.norm, len(rows) * self.group.size()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        assert norm.momentum is not None
+        mean = rows.float().sum(dim=0)
+        dist.all_reduce(mean, group=self.group)
+        mean /= count
+        squares = (rows.float() - mean).square().sum(dim=0)
+        dist.all_reduce(squares, group=self.group)
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(squares / max(1, count - 1), norm.momentum)
+        norm.num_batches_tracked += 1
+        return (rows.float() - mean) / (squares / count + norm.eps).sqrt()
 
 
 def make_classifier(

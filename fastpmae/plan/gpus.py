@@ -96,7 +96,7 @@ DEVICES = {
     "GeForce RTX 5090": "rtx5090",
     "Instinct MI300X": "mi300x",
 }
-"""What drivers call the GPUs, behind their makers' names. Parts of one (MIG) and kin such as A10G are not among them."""
+"""What drivers call the GPUs, behind their makers' names. A part of one (MIG) and kin such as A10G are not here."""
 
 
 def gpu_of_device(name: str) -> Gpu | None:
