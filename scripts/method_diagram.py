@@ -79,12 +79,11 @@ AVERAGES: tuple[tuple[Sequence[Point], Point, str], ...] = (
 
 def drawing() -> Iterator[str]:
     """The lines of the picture."""
-    yield (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">'
-    )
+    font = 'font-family="sans-serif" font-size="13"'
+    yield f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {font}>'
     yield "<title>Pseudo-MAE: two views, a student, two teachers, three losses</title>"
-    yield '<defs><marker id="tip" viewBox="0 0 10 10" refX="10" refY="5" markerWidth="8" markerHeight="8" orient="auto">'
-    yield '<path d="M0 0L10 5L0 10z" fill="#37474f"/></marker></defs>'
+    size = 'viewBox="0 0 10 10" refX="10" refY="5" markerWidth="8" markerHeight="8"'
+    yield f'<defs><marker id="tip" {size} orient="auto"><path d="M0 0L10 5L0 10z" fill="#37474f"/></marker></defs>'
     yield f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>'
     for points in ARROWS:
         yield line(points)
