@@ -25,8 +25,8 @@ from benchmarks.bench_loader import prepare
 from benchmarks.common import Row, add_device, arguments, device_name, finish, make_row, processor_name, save
 from benchmarks.step_cases import Laps, matrix_rate
 from fastpmae import PRESETS
-from fastpmae.distributed.ranks import World, choose_device
-from fastpmae.pretraining.data import Feed, make_loader
+from fastpmae.distributed.ranks import Ranks, choose_device
+from fastpmae.pretraining.data import Prefetcher, make_loader
 from fastpmae_loaders import open_samples
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
@@ -85,7 +85,7 @@ class Multiplier:
 
 
 def taken(
-    feed: Feed, epoch: int, batches: int, seconds_each: float, consumer: Sleeper | Multiplier
+    feed: Prefetcher, epoch: int, batches: int, seconds_each: float, consumer: Sleeper | Multiplier
 ) -> tuple[float, float]:
     """Take batches, computing `seconds_each` after every one; the seconds that went by, and those of them waiting."""
     source = feed.epoch(epoch, 0)
@@ -116,8 +116,8 @@ def rows_of(
         config = config.using(augment_on="device")
     consumer = Multiplier(device) if on_gpu else Sleeper()
     rates, waits, free, idle = [], [], [], []
-    with make_loader(open_samples(beton), config, World(0, 1, 1, device, None)) as loader:
-        feed = Feed(loader, config, device)
+    with make_loader(open_samples(beton), config, Ranks(0, 1, 1, device, None)) as loader:
+        feed = Prefetcher(loader, config, device)
         taken(feed, 0, 1, 0.0, consumer)  # compiles
         for turn in range(rounds):
             passed, waited = taken(feed, 2 * turn + 1, batches, 0.0, consumer)

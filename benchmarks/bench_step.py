@@ -57,7 +57,7 @@ from fastpmae_loaders.errors import UserError
 PAIRS = (("dual", "plain-dual"), ("sdae", "plain-sdae"))
 CHUNK = 1024
 """`--prototypes-chunk` of the methods that have prototypes."""
-PARTS = ("data", "teachers", "forward", "backward", "optimiser", "EMA")
+PARTS = ("data", "teachers", "forward", "backward", "optimizer", "EMA")
 
 
 class Apart:

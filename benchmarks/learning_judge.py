@@ -14,7 +14,7 @@ from fastpmae.demo.demo import first_and_mean
 from fastpmae.evaluate.knn import knn_predict
 from fastpmae.evaluate.linear import best_c, logistic_regression, standardised
 from fastpmae.model.vit import Encoder
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 
 POOLS = ("class", "mean")
 MEASURES = ("knn_val", "knn_train", "linear_val")
@@ -53,7 +53,7 @@ def write(judged: Judged, path: Path, curve: Sequence[dict[str, float]] = ()) ->
         "case": judged.case, "seed": judged.seed, "equal": judged.equal, "epochs": judged.epochs,
         "seconds": judged.seconds, "figures": figures, "right": bits, "curve": list(curve),
     }  # fmt: skip
-    with appearing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(json.dumps(record, indent=1) + "\n")
 
 

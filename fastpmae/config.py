@@ -58,7 +58,7 @@ class Views(Typed):
 
 
 @dataclass(frozen=True)
-class Model(Typed):
+class Network(Typed):
     """Sizes of the networks."""
 
     model: str = "vit_base"
@@ -132,19 +132,19 @@ class Loss(Typed):
 
 
 @dataclass(frozen=True)
-class Optimiser(Typed):
+class Optimizer(Typed):
     """AdamW and its schedule."""
 
     epochs: int = 300
     """Passes over the images; the schedules stretch over them."""
     batch_size: int = 768
-    """Images in one optimiser step, over all ranks and accumulated parts."""
+    """Images in one optimizer step, over all ranks and accumulated parts."""
     accumulate: int = 1
     """Parts that a step's images are computed in, one after the other, on each rank."""
-    balance: Literal["part", "step"] = "part"
+    sinkhorn_over: Literal["micro-batch", "step"] = "micro-batch"
     """Pseudo labels are balanced within a part, or over all parts of a step: then any --accumulate gives the same
     numbers, and the teachers' logits of all parts are held at once."""
-    lr: float = 2.666e-4
+    blr: float = 2.666e-4
     """Peak learning rate for 256 images; it grows in proportion with the batch size."""
     warmup_epochs: float | None = None
     """Epochs of linear warm-up; by default 20 % of all."""
@@ -171,7 +171,7 @@ class Run(Typed):
     seed: int = 0
     """Decides views, masks, order, weights and stochastic depth."""
     steps: int | None = None
-    """Stop after so many optimiser steps in all; changes no schedule."""
+    """Stop after so many optimizer steps in all; changes no schedule."""
     init: Path | None = None
     """Start the encoder from these weights (MAE, timm or our own)."""
     resume: str | None = None
@@ -227,11 +227,11 @@ class Efficiency(Typed):
     """torch's own attention, which auto takes, or xformers' (a GPU, and `pip install 'fastpmae[xformers]'`)."""
     teacher_precision: Literal["auto", "fp8"] = "auto"
     """fp8: the linear layers of the teachers' blocks in 8 bits (compute capability 8.9); auto: as the rest."""
-    checkpoint_blocks: int = 0
+    activation_checkpointing: int = 0
     """Of every so many blocks of the student one keeps its input alone and is computed anew in the backward pass: less
     memory, more time, the same numbers. 1 is every block, 0 none."""
     shard: bool = False
-    """Cut weights, gradients, optimiser and teachers in shards, one a rank (FSDP2): for models that fill a GPU."""
+    """Cut weights, gradients, optimizer and teachers in shards, one a rank (FSDP2): for models that fill a GPU."""
     rank_timeout: float = 10.0
     """Minutes that a rank waits for the others before all of them end."""
     prototypes_chunk: int = 0
@@ -246,10 +246,10 @@ class Config(Typed):
 
     data: Data = field(default_factory=Data)
     views: Views = field(default_factory=Views)
-    model: Model = field(default_factory=Model)
-    teachers: TeacherSettings = field(default_factory=TeacherSettings)
+    network: Network = field(default_factory=Network)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     loss: Loss = field(default_factory=Loss)
-    optimiser: Optimiser = field(default_factory=Optimiser)
+    optimizer: Optimizer = field(default_factory=Optimizer)
     run: Run = field(default_factory=Run)
     efficiency: Efficiency = field(default_factory=Efficiency)
 

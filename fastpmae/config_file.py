@@ -43,7 +43,7 @@ def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Co
     """
     hints = get_type_hints(Config)
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise UserError(f"{source} does not hold groups of settings, like {{'optimiser': {{'epochs': 100}}}}")
+        raise UserError(f"{source} does not hold groups of settings, like {{'optimizer': {{'epochs': 100}}}}")
     preset_name = groups.get("run", {}).get("preset")
     config = preset(preset_name) if isinstance(preset_name, str) else Config()
     for group, settings in groups.items():

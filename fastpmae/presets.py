@@ -43,7 +43,7 @@ _DEMO = _named(
     prototypes=128,
     epochs=5,
     batch_size=64,
-    lr=4e-3,
+    blr=4e-3,
     log_every=5,
 )
 
@@ -71,7 +71,7 @@ PRESETS: dict[str, Config] = {
         drop_path=0.0,
         epochs=1600,
         batch_size=4096,
-        lr=1.5e-4,
+        blr=1.5e-4,
         warmup_epochs=40.0,
         decay_tokens=True,
     ),
@@ -96,7 +96,7 @@ PRESETS: dict[str, Config] = {
         lambda_p=0.1,
         epochs=30,
         batch_size=32,
-        lr=8e-3,
+        blr=8e-3,
         log_every=40,
     ),
 }

@@ -15,7 +15,7 @@ import fastpmae.evaluate.cli
 import fastpmae.evaluate.recipe
 from fastpmae.config import Config
 from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Probe
-from fastpmae.evaluate.recipe import Course
+from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,14 +31,19 @@ def settings() -> str:
 
 
 def evaluation() -> str:
-    """One table for the flags that every evaluation has, for each subcommand's own, and for a course's settings."""
+    """One table for the flags that every evaluation has, for each subcommand's own, and for fine-tuning's settings."""
     texts = _help_texts(fastpmae.evaluate.cli) | _help_texts(fastpmae.evaluate.recipe)
     lines = ["**every subcommand**", "", *_table(Common, None, texts), ""]
     for name, kind in (
         ("knn", Knn), ("linear", Linear), ("lowshot", Lowshot), ("probe", Probe), ("finetune", Finetune)
     ):  # fmt: skip
         lines += [f"**{name}**: {kind.__doc__}", "", *_table(kind, None, texts), ""]
-    lines += ["**probe and finetune**, with the values of `--preset paper`", "", *_table(Course, Course(), texts), ""]
+    lines += [
+        "**probe and finetune**, with the values of `--preset paper`",
+        "",
+        *_table(FinetuneConfig, FinetuneConfig(), texts),
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Runs that are killed and resumed again and again, against a run that nothing stopped: `python -m tests.kills`.
 
 Each run is started, gets a signal after a random time (SIGKILL, SIGTERM or SIGINT), is resumed with another number of
-decoding threads, gets another signal, and so on; at last it may end. Weights, teachers, optimiser and log rows have to
+decoding threads, gets another signal, and so on; at last it may end. Weights, teachers, optimizer and log rows have to
 be those of the straight run, bit for bit. Processes that burn the machine's cores run beside it, and some of the runs
 have only 16 prototypes, where a sum that depends on where its numbers lie in memory would show.
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fastpmae import PRESETS, Config, UserError, preset, pretrain, read_config
-from fastpmae.config import Efficiency, Optimiser
+from fastpmae.config import Efficiency, Optimizer
 from fastpmae.config_file import config_from, write_config
-from fastpmae.evaluate.recipe import COURSES
+from fastpmae.evaluate.recipe import FINETUNE_PRESETS
 from fastpmae.model.build import SHAPES, check, shape_of, view_settings, warmup_epochs
 from fastpmae.pretraining.cli import read_command
 
@@ -36,7 +36,7 @@ PAPER: dict[str, Any] = {
     "lambda_p": 1.0,
     "epochs": 300,
     "batch_size": 768,
-    "lr": 2.666e-4,
+    "blr": 2.666e-4,
     "weight_decay": 0.05,
     "decay_tokens": False,
     "drop_path": 0.25,
@@ -89,7 +89,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
         "drop_path": 0.0,
         "epochs": 1600,
         "batch_size": 4096,
-        "lr": 1.5e-4,
+        "blr": 1.5e-4,
         "decay_tokens": True,
     },
 }
@@ -122,8 +122,8 @@ def test_every_preset_fits_together(name: str) -> None:
 
 def test_the_demo_scales_prototypes_down_to_its_rows() -> None:
     demo = PRESETS["demo"]
-    assert demo.model.prototypes <= demo.optimiser.batch_size * demo.views.folds
-    assert demo.teachers == PRESETS["paper"].teachers
+    assert demo.network.prototypes <= demo.optimizer.batch_size * demo.views.folds
+    assert demo.teacher == PRESETS["paper"].teacher
     assert dataclasses.replace(demo.loss) == PRESETS["paper"].loss
 
 
@@ -153,14 +153,14 @@ def test_fold_sizes_differ_by_at_most_one(folds: int) -> None:
     ],
 )
 def test_model_sizes(model: str, shape: tuple[int, ...]) -> None:
-    found = shape_of(PRESETS["paper"].using(model=model).model)
+    found = shape_of(PRESETS["paper"].using(model=model).network)
     assert (found.patch_size, found.width, found.depth, found.heads) == shape
     assert found.mlp_ratio == 4
     assert set(SHAPES) == {"vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"}
 
 
 def test_timms_names_mean_timms_sizes() -> None:
-    found = shape_of(PRESETS["paper"].using(model="vit_small_patch32_224").model)
+    found = shape_of(PRESETS["paper"].using(model="vit_small_patch32_224").network)
     assert (found.patch_size, found.width, found.depth, found.heads) == (32, 384, 12, 6)
 
 
@@ -199,8 +199,8 @@ def test_timms_names_mean_timms_sizes() -> None:
         {"hw_decoder_load": 1.0},
         {"dali_part": 64},
         {"seed": -1},
-        {"lr": -1.0},
-        {"lr": float("nan")},
+        {"blr": -1.0},
+        {"blr": float("nan")},
         {"weight_decay": -0.1},
         {"betas": (0.9, 1.0)},
         {"clip_grad": -1.0},
@@ -235,14 +235,14 @@ def test_every_name_is_there_once() -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        PRESETS["paper"].optimiser.epochs = 1  # pyright: ignore[reportAttributeAccessIssue]
+        PRESETS["paper"].optimizer.epochs = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_using_changes_a_copy() -> None:
     config = PRESETS["paper"].using(epochs=100, seed=1, beton=Path("a.beton"), labelling_momentum=(0.9, 1.0))
-    assert (config.optimiser.epochs, config.run.seed, config.data.beton) == (100, 1, Path("a.beton"))
-    assert config.teachers.labelling_momentum == (0.9, 1.0)
-    assert PRESETS["paper"].optimiser.epochs == 300
+    assert (config.optimizer.epochs, config.run.seed, config.data.beton) == (100, 1, Path("a.beton"))
+    assert config.teacher.labelling_momentum == (0.9, 1.0)
+    assert PRESETS["paper"].optimizer.epochs == 300
     changed = {name for name, value in config.flat().items() if value != PRESETS["paper"].flat()[name]}
     assert changed == {"epochs", "seed", "beton", "labelling_momentum"}
     with pytest.raises(UserError, match="epoch_count"):
@@ -251,14 +251,14 @@ def test_using_changes_a_copy() -> None:
 
 def test_using_converts_what_loses_nothing() -> None:
     """What reading a checkpoint would refuse is refused before anything is trained, and what it would take is taken."""
-    settings: dict[str, Any] = {"epochs": 1.0, "batch_size": np.int64(16), "lr": 1, "out": "runs/x",
+    settings: dict[str, Any] = {"epochs": 1.0, "batch_size": np.int64(16), "blr": 1, "out": "runs/x",
                                 "seed": np.uint8(3), "simple_scale": [0.3, 1], "resume": Path("runs/x"),
                                 "steps": None}  # fmt: skip
     config = PRESETS["demo"].using(**settings)
     plain = PRESETS["demo"].using(
         epochs=1,
         batch_size=16,
-        lr=1.0,
+        blr=1.0,
         out=Path("runs/x"),
         seed=3,
         simple_scale=(0.3, 1.0),
@@ -269,7 +269,7 @@ def test_using_converts_what_loses_nothing() -> None:
     kinds = [type(value_of(config, name)) for name in settings]
     assert kinds == [type(value_of(plain, name)) for name in settings]
     assert config_from(json.loads(json.dumps(config.groups())), "it") == config
-    assert Optimiser(epochs=2.0) == Optimiser(epochs=2)  # pyright: ignore[reportArgumentType]
+    assert Optimizer(epochs=2.0) == Optimizer(epochs=2)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_using_converts_what_loses_nothing() -> None:
         ({"eval_every": False}, "eval_every is False; expected a whole number"),
         ({"epochs": 1.5}, r"epochs is 1\.5; expected a whole number"),
         ({"epochs": "2"}, "epochs is '2'; expected a whole number"),
-        ({"lr": "1e-3"}, "lr is '1e-3'; expected a number"),
+        ({"blr": "1e-3"}, "blr is '1e-3'; expected a number"),
         ({"betas": 0.9}, r"betas is 0\.9; expected 2 values"),
         ({"resume": True}, "resume is True; expected a text or None"),
         ({"beton": 3}, "beton is 3; expected a path or None"),
@@ -303,22 +303,22 @@ def test_a_value_of_another_kind_is_refused_when_it_is_set(settings: dict[str, A
 
 @pytest.mark.parametrize("change", [{"epochs": "2"}, {"compile": False}])
 def test_nor_is_it_taken_by_another_way(change: dict[str, Any]) -> None:
-    group = Optimiser if "epochs" in change else Efficiency
+    group = Optimizer if "epochs" in change else Efficiency
     with pytest.raises(UserError, match=f"{next(iter(change))} is "):
         group(**change)
     with pytest.raises(UserError, match=f"{next(iter(change))} is "):
         dataclasses.replace(group(), **change)
-    with pytest.raises(UserError, match="optimiser is "):
-        Config(optimiser=change)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="optimizer is "):
+        Config(optimizer=change)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_course_is_checked_as_settings_are() -> None:
-    assert dataclasses.replace(COURSES["small"], epochs=30.0, scale=[0.5, 1]) == dataclasses.replace(
-        COURSES["small"], epochs=30, scale=(0.5, 1.0)
+    assert dataclasses.replace(FINETUNE_PRESETS["small"], epochs=30.0, scale=[0.5, 1]) == dataclasses.replace(
+        FINETUNE_PRESETS["small"], epochs=30, scale=(0.5, 1.0)
     )
-    for name, value in (("epochs", "3"), ("pool", True), ("lr", "fast"), ("optimiser", "adam"), ("betas", (0.9,))):
+    for name, value in (("epochs", "3"), ("pool", True), ("blr", "fast"), ("optimizer", "adam"), ("betas", (0.9,))):
         with pytest.raises(UserError, match=f"{name} is "):
-            dataclasses.replace(COURSES["small"], **{name: value})
+            dataclasses.replace(FINETUNE_PRESETS["small"], **{name: value})
 
 
 @pytest.mark.parametrize("words", [["--out", "s3://b/run"], ["--out=s3://b/run"], ["--resume", "gs://b/run"],
@@ -354,8 +354,8 @@ def test_settings_come_back_from_their_file(name: str, tmp_path: Path) -> None:
 
 
 def test_a_file_may_name_a_preset_and_a_few_settings(tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_text('{"run": {"preset": "sdae"}, "optimiser": {"epochs": 5, "lr": 1}}')
-    assert read_config(tmp_path / "c.json") == PRESETS["sdae"].using(epochs=5, lr=1.0)
+    (tmp_path / "c.json").write_text('{"run": {"preset": "sdae"}, "optimizer": {"epochs": 5, "blr": 1}}')
+    assert read_config(tmp_path / "c.json") == PRESETS["sdae"].using(epochs=5, blr=1.0)
     (tmp_path / "c.json").write_text("{}")
     assert read_config(tmp_path / "c.json") == Config()
 
@@ -363,29 +363,29 @@ def test_a_file_may_name_a_preset_and_a_few_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("group", "name", "value"),
     [
-        ("optimiser", "epochs", "ten"),
-        ("optimiser", "epochs", 1.5),
-        ("optimiser", "epochs", True),
-        ("optimiser", "epochs", None),
-        ("optimiser", "lr", "1e-3"),
-        ("optimiser", "lr", [1e-3]),
-        ("optimiser", "betas", [0.9]),
-        ("optimiser", "betas", [0.9, 0.95, 0.99]),
-        ("optimiser", "betas", 0.9),
-        ("optimiser", "betas", ["0.9", "0.95"]),
-        ("optimiser", "warmup_epochs", "1"),
+        ("optimizer", "epochs", "ten"),
+        ("optimizer", "epochs", 1.5),
+        ("optimizer", "epochs", True),
+        ("optimizer", "epochs", None),
+        ("optimizer", "blr", "1e-3"),
+        ("optimizer", "blr", [1e-3]),
+        ("optimizer", "betas", [0.9]),
+        ("optimizer", "betas", [0.9, 0.95, 0.99]),
+        ("optimizer", "betas", 0.9),
+        ("optimizer", "betas", ["0.9", "0.95"]),
+        ("optimizer", "warmup_epochs", "1"),
         ("teachers", "teachers", "triple"),
         ("teachers", "teachers", 1),
         ("teachers", "teachers", ["dual"]),
         ("model", "decoder_class_token", 1),
         ("model", "decoder_class_token", None),
-        ("optimiser", "decay_tokens", 1),
+        ("optimizer", "decay_tokens", 1),
         ("data", "beton", 3),
         ("run", "preset", "papre"),
         ("run", "preset", 3),
         ("run", "steps", 1.0),
         ("run", "name", None),
-        ("optimiser", "epoch", 3),
+        ("optimizer", "epoch", 3),
         ("optimizer", "epochs", 3),
         ("run", "epochs", 3),
     ],

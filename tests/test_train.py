@@ -32,7 +32,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
-    """Weights, teachers, optimiser and metrics of two runs, bit for bit."""
+    """Weights, teachers, optimizer and metrics of two runs, bit for bit."""
     first, second = (read_checkpoint(checkpoint_path(folder, step)) for folder in (one, other))
     assert first.tensors.keys() == second.tensors.keys()
     different = [name for name, tensor in first.tensors.items() if not torch.equal(tensor, second.tensors[name])]
@@ -272,12 +272,12 @@ def test_a_folder_that_holds_a_run_is_refused(tiny: Config):
 
 def test_resume_lists_changed_settings_and_refuses(tiny: Config, small_beton: Path, tmp_path: Path):
     folder = pretrain(tiny.using(steps=2))
-    changed = tiny.using(steps=4, resume="auto", lr=1e-2, folds=3)
-    with pytest.raises(UserError, match=r"--folds was 5 and is now 3; --lr was 0.004 and is now 0.01") as refusal:
+    changed = tiny.using(steps=4, resume="auto", blr=1e-2, folds=3)
+    with pytest.raises(UserError, match=r"--folds was 5 and is now 3; --blr was 0.004 and is now 0.01") as refusal:
         pretrain(changed)
     assert "--accept-changes" in str(refusal.value)
     assert pretrain(changed.using(accept_changes=True)) == folder
-    assert "changed setting: --lr was 0.004" in (folder / "train.log").read_text()
+    assert "changed setting: --blr was 0.004" in (folder / "train.log").read_text()
     # another place, pace and speed are no changes; the same images under another name are the same images
     copy = tmp_path / "copy.beton"
     copy.write_bytes(small_beton.read_bytes())
@@ -300,12 +300,12 @@ def test_resume_with_nothing_to_resume_starts_anew(tiny: Config):
 def test_going_back_to_an_older_checkpoint_keeps_the_new_work(tiny: Config):
     """As after a step that was not finite: back, with a lower rate. What came after is set aside, not resumed."""
     folder = pretrain(tiny.using(steps=6, save_steps=1, keep=9))
-    back = tiny.using(resume=str(checkpoint_path(folder, 2)), lr=1e-4, accept_changes=True, keep=1)
+    back = tiny.using(resume=str(checkpoint_path(folder, 2)), blr=1e-4, accept_changes=True, keep=1)
     pretrain(back.using(steps=4))
     assert [step_of(path) for path in checkpoints_in(folder)] == [4, 2]
     assert len(list(folder.glob("checkpoints/past-step-00000002/step-*"))) == 4
     assert [row["step"] for row in rows_of(folder)] == [1, 2, 3, 4]
-    pretrain(tiny.using(resume="auto", lr=1e-4, steps=5))
+    pretrain(tiny.using(resume="auto", blr=1e-4, steps=5))
     assert [row["step"] for row in rows_of(folder)] == [1, 2, 3, 4, 5]
 
 
@@ -383,7 +383,7 @@ def test_a_checkpoint_from_before_the_accurate_dct_goes_on_with_one_remark(tiny:
     "change",
     [
         lambda tensors, _: tensors.update({n: t.reshape(-1)[:1] for n, t in tensors.items() if ".exp_avg" in n}),
-        lambda tensors, _: [tensors.pop(name) for name in list(tensors) if name.startswith("optimiser.")],
+        lambda tensors, _: [tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")],
         lambda tensors, _: tensors.update({n: t.to(torch.int8) for n, t in tensors.items() if "student." in n}),
         lambda tensors, _: tensors.pop("student.encoder.cls_token"),
         lambda tensors, _: tensors.update({"student.extra": torch.zeros(1)}),
@@ -579,8 +579,8 @@ def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_weights(tiny: Co
         losses = LEARN(*arguments)
         return losses._replace(total=losses.total * float("nan")) if calls == 4 else losses
 
-    LEARN = loop.learn
-    monkeypatch.setattr(loop, "learn", learn)
+    LEARN = loop.student_loss
+    monkeypatch.setattr(loop, "student_loss", learn)
     with pytest.raises(RunError, match=r"step 4 is not finite") as stopped:
         pretrain(tiny.using(log_every=3, save_steps=1, keep=9))
     folder = tiny.run.out
@@ -591,7 +591,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_weights(tiny: Co
     samples = str(stopped.value).split("Samples of that step: [")[1].split("]")[0]
     assert len(samples.split(",")) == 8
     # a run that goes on without the bad step is the run that never met it
-    monkeypatch.setattr(loop, "learn", LEARN)
+    monkeypatch.setattr(loop, "student_loss", LEARN)
     pretrain(tiny.using(steps=6, resume="auto", log_every=3))
     assert all(torch.isfinite(t).all() for t in read_checkpoint(checkpoint_path(folder, 6)).part("student").values())
 
@@ -662,7 +662,7 @@ def test_every_method_trains(tiny: Config, name: str):
         for group in ("teachers", "loss")
         for setting in type(getattr(method, group)).__dataclass_fields__
     }
-    folder = pretrain(tiny.using(**settings, steps=11, warmup_epochs=0.0, lr=0.05))
+    folder = pretrain(tiny.using(**settings, steps=11, warmup_epochs=0.0, blr=0.05))
     rows = rows_of(folder)
     assert rows[-1]["loss_m"] < rows[0]["loss_m"]
 
@@ -698,7 +698,10 @@ def test_resume_alone_needs_nothing_but_the_folder(tiny: Config):
             "--compile-mode max-autotune says",
         ),
         (["--preset", "demo", "--epsilon", "1e-300"], "--epsilon and --student-temperature must be at least 1e-06"),
-        (["--preset", "demo", "--checkpoint-blocks", "-2"], "--checkpoint-blocks -2: every so many blocks"),
+        (
+            ["--preset", "demo", "--activation-checkpointing", "-2"],
+            "--activation-checkpointing -2: every so many blocks",
+        ),
         (["--batch-size", "sixty"], "--batch-size"),
         (["--epoch", "3"], "--epochs"),
         (["--preset", "sdae", "--no-decoder-class-token"], "--no-decoder-class-token: every decoder keeps the class"),
@@ -724,7 +727,7 @@ def as_written_before(folder: Path, step: int, **model: bool) -> Path:
     found = read_checkpoint(path)
     config = found.progress["config"]
     config["model"] |= model
-    del config["optimiser"]["decay_tokens"]
+    del config["optimizer"]["decay_tokens"]
     write_checkpoint(path, found.tensors, found.progress, keep=0)
     return path
 
@@ -743,9 +746,9 @@ def test_a_run_whose_decoder_had_no_class_token_ends_in_a_sentence(tiny: Config,
         assert f"{path} asks for a decoder without the class token (model.decoder_class_token)" in line
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     encoder, config = load_encoder(folder)
-    assert config.teachers.teachers == "reconstruction"
+    assert config.teacher.teachers == "reconstruction"
     assert torch.equal(encoder.cls_token, read_checkpoint(path).tensors["student.encoder.cls_token"])
-    began = pretrain(tiny.using(init=path, steps=1, lr=0.0, out=folder.parent / "next"))
+    began = pretrain(tiny.using(init=path, steps=1, blr=0.0, out=folder.parent / "next"))
     assert torch.equal(load_encoder(began)[0].cls_token, encoder.cls_token)
 
 
@@ -753,7 +756,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(tiny: Config, tmp_path:
     """MAE's tokens were not decayed, and are not when such a run goes on."""
     mae = tiny.using(
         preset="mae", teachers="none", target="pixels", lambda_c=0.0, lambda_p=0.0, warmup_epochs=0.0,
-        weight_decay=0.5, lr=0.01,
+        weight_decay=0.5, blr=0.01,
     )  # fmt: skip
     as_written_before(pretrain(mae.using(steps=2)), 2, decoder_class_token=True)
     status, text = command("--resume", "--out", str(mae.run.out), "--steps", "4")
@@ -788,11 +791,11 @@ def test_what_this_machine_cannot_compute_leaves_no_folder(tiny: Config, setting
 
 def test_a_run_in_8_bits_is_another_run(tiny: Config):
     """Teachers in 8 bits and blocks computed anew train; on resuming only the former is a changed setting."""
-    tiny = tiny.using(checkpoint_blocks=1, teacher_precision="fp8", width=64, decoder_width=48)
+    tiny = tiny.using(activation_checkpointing=1, teacher_precision="fp8", width=64, decoder_width=48)
     pretrain(tiny.using(steps=2))
     with pytest.raises(UserError, match="--teacher-precision was fp8 and is now auto"):
         pretrain(tiny.using(steps=3, resume="auto", teacher_precision="auto"))
-    rows = rows_of(pretrain(tiny.using(steps=3, resume="auto", checkpoint_blocks=0)))
+    rows = rows_of(pretrain(tiny.using(steps=3, resume="auto", activation_checkpointing=0)))
     assert [row["step"] for row in rows] == [1, 2, 3]
 
 

@@ -24,24 +24,24 @@ Result = TypeVar("Result")
 
 
 @dataclass
-class World:
-    """One process among `size`; a run without torchrun is the only one of a world of 1.
+class Ranks:
+    """One process among `size`; a run without torchrun is the only one of 1.
 
-    The group is None again as soon as the world is left: see _leave.
+    The group is None again as soon as it is left: see _leave.
     """
 
     rank: int
     size: int
-    ranks_here: int
+    local_size: int
     device: torch.device
     group: dist.ProcessGroup | None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank speaks and writes."""
         return self.rank == 0
 
-    def agree(self, *numbers: int) -> tuple[int, ...]:
+    def max_over_ranks(self, *numbers: int) -> tuple[int, ...]:
         """Of each number the largest that any rank brings, the same on all of them."""
         if self.group is None:
             return numbers
@@ -49,28 +49,28 @@ class World:
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         return tuple(largest.tolist())
 
-    def from_first(self, function: Callable[[], Result]) -> Result:
+    def broadcast_from_main(self, function: Callable[[], Result]) -> Result:
         """What `function` returns on the first rank, on every rank; a UserError or RunError is raised on all."""
         if self.group is None:
             return function()
         answer: list[object] = [None, None, None]
-        if self.first:
+        if self.is_main:
             try:
                 answer[0] = function()
             except (UserError, RunError) as error:
                 answer[1:] = UserError if isinstance(error, UserError) else RunError, str(error)
         dist.broadcast_object_list(answer, src=0, group=self.group)
         if isinstance(answer[1], type):
-            raise answer[1](answer[2]) from (None if self.first else _OfFirst())
+            raise answer[1](answer[2]) from (None if self.is_main else _OfFirst())
         return answer[0]  # type: ignore[return-value]
 
-    def largest(self, value: Tensor) -> Tensor:
+    def max_on_device(self, value: Tensor) -> Tensor:
         """The largest of the ranks' values, on the device and without waiting for it."""
         if self.group is not None:
             dist.all_reduce(value, dist.ReduceOp.MAX, self.group)
         return value
 
-    def gathered(self, value: Tensor) -> Tensor:
+    def all_gather(self, value: Tensor) -> Tensor:
         """The ranks' values one after the other."""
         if self.group is None:
             return value
@@ -99,7 +99,7 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def carried(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host's on the device, without waiting for what the device has still to do.
 
     From memory that the system may move away a copy waits: a GPU's copy therefore starts in pinned memory.
@@ -110,7 +110,7 @@ def carried(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @contextlib.contextmanager
-def join_world(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -> Iterator[World]:
+def join_ranks(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -> Iterator[Ranks]:
     """Join the other ranks where torchrun (or SLURM through it) started several, and choose the device.
 
     An error within it ends every rank: the first to notice says why, the others end with AlreadySaid.
@@ -132,11 +132,11 @@ def join_world(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -
         chosen = choose_device(device, local_rank)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        yield World(0, 1, 1, chosen, None)
+        yield Ranks(0, 1, 1, chosen, None)
         return
-    world = World(rank, size, ranks_here, torch.device("cpu"), None)
+    ranks = Ranks(rank, size, ranks_here, torch.device("cpu"), None)
     with contextlib.ExitStack() as stack:
-        stack.callback(_leave, world)
+        stack.callback(_leave, ranks)
         voice = stack.enter_context(_one_voice(patience))
         chosen = choose_device(device, local_rank)
         on_gpu = chosen.type == "cuda"
@@ -155,11 +155,11 @@ def join_world(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -
             timeout=limit,
             device_id=chosen if on_gpu else None,
         )
-        world.device, world.group = chosen, dist.group.WORLD
-        yield world
+        ranks.device, ranks.group = chosen, dist.group.WORLD
+        yield ranks
 
 
-def _leave(world: World) -> None:
+def _leave(ranks: Ranks) -> None:
     """Take the ranks' connection down, with the threads that work for it.
 
     A thread of gloo's lets go of a tensor only after it has told us that the message is through, and needs Python's
@@ -168,7 +168,7 @@ def _leave(world: World) -> None:
     done. Taking the group down waits for its threads, but happens only when nobody refers to the group any more: what
     still does (FSDP, a user's own variable, the frames of an error on its way out) is met at the exit.
     """
-    world.group = None
+    ranks.group = None
     if dist.group.WORLD is not None:
         group = weakref.ref(dist.group.WORLD)
         dist.destroy_process_group()

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from fastpmae.evaluate.recipe import Course
+from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae_loaders.errors import UserError
 
 STEP, SAMPLE, START = 0, 1, 2
@@ -46,19 +46,19 @@ def drawn_from(*key: int) -> Iterator[None]:
 class Mixing:
     """Random erasing, mixup and CutMix for normalised images on a device, and targets for their labels."""
 
-    def __init__(self, course: Course, classes: int, device: torch.device):
+    def __init__(self, config: FinetuneConfig, classes: int, device: torch.device):
         from timm.data.mixup import Mixup
         from timm.data.random_erasing import RandomErasing
 
-        self.classes, self.smoothing = classes, course.smoothing
-        self.erase = RandomErasing(course.erase, mode="pixel", device=str(device)) if course.erase else None
+        self.classes, self.smoothing = classes, config.smoothing
+        self.erase = RandomErasing(config.reprob, mode="pixel", device=str(device)) if config.reprob else None
         self.mix = None
-        if course.mixup or course.cutmix:
+        if config.mixup or config.cutmix:
             self.mix = Mixup(
-                course.mixup,
-                course.cutmix,
-                switch_prob=course.switch,
-                label_smoothing=course.smoothing,
+                config.mixup,
+                config.cutmix,
+                switch_prob=config.mixup_switch_prob,
+                label_smoothing=config.smoothing,
                 num_classes=classes,
             )
 
@@ -94,7 +94,7 @@ class RandAugment:
             try:
                 _transform(recipe, side, tuple(mean))
             except (AssertionError, KeyError, ValueError, IndexError):
-                raise UserError(f"--rand-augment {recipe}: timm knows no such RandAugment") from None
+                raise UserError(f"--aa {recipe}: timm knows no such RandAugment") from None
             if workers > 1:
                 # Not forked: the loader's threads are running.
                 self.pool = ProcessPoolExecutor(workers, get_context("spawn"))

@@ -156,7 +156,7 @@ def _heads_of(found: Foreign, path: Path, named: int) -> int:
 
 
 def _normalisation_of(found: Foreign, path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and spread by which a file's network wants its images: of its header, or its project's."""
+    """Mean and std by which a file's network wants its images: of its header, or its project's."""
     header = header_of(path)
     try:
         mean, std = _three(header["mean"]), _three(header["std"])
@@ -181,7 +181,7 @@ def _of_run(path: Path, network: Network, image_size: int) -> Backbone:
     size = image_size or config.views.image_size
     normal = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     source = f"{config.run.preset}, {checkpoint.path}"
-    return _of_tensors(tensors, source, network, size, shape_of(config.model).heads, normal)
+    return _of_tensors(tensors, source, network, size, shape_of(config.network).heads, normal)
 
 
 def _of_tensors(

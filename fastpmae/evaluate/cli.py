@@ -12,7 +12,7 @@ from fastpmae.evaluate.backbone import Which
 from fastpmae.evaluate.datasets import Engine
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.linear import RATES
-from fastpmae.evaluate.recipe import PROBE, Course, course_named
+from fastpmae.evaluate.recipe import PROBE, FinetuneConfig, finetune_preset
 
 NEIGHBOURS = (10, 20)
 """How many neighbours vote where nobody says."""
@@ -79,7 +79,7 @@ class Linear:
     step_images: int = 256
     """Images in one step."""
     weight_decay: float = 0.0
-    """Of the optimiser."""
+    """Of the optimizer."""
     pool: Pool = "class"
     """The class token, or the mean of the patch tokens."""
     choose_on: Literal["held-out", "val"] = "held-out"
@@ -94,11 +94,11 @@ class Probe:
     """MAE's linear probe: random crops, a BatchNorm without parameters, LARS; the network stays frozen."""
 
     common: Annotated[Common, tyro.conf.arg(name="")]
-    course: Annotated[Course, tyro.conf.arg(name="")] = PROBE
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = PROBE
     resume: bool = False
     """Go on with the training in --out."""
     steps: int | None = None
-    """Stop after so many optimiser steps in all; changes no schedule."""
+    """Stop after so many optimizer steps in all; changes no schedule."""
     deterministic: bool = False
     """On a GPU, too, compute the same bits each time, somewhat slower."""
 
@@ -108,13 +108,13 @@ class Finetune:
     """The whole network with a classifier, by a preset whose settings are flags."""
 
     common: Annotated[Common, tyro.conf.arg(name="")]
-    course: Annotated[Course, tyro.conf.arg(name="")]
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
     preset: str = "paper"
     """paper (section 4.1), paper-a and paper-a-large (appendix A), small and small-1000 (small data sets), deit."""
     resume: bool = False
     """Go on with the training in --out."""
     steps: int | None = None
-    """Stop after so many optimiser steps in all; changes no schedule."""
+    """Stop after so many optimizer steps in all; changes no schedule."""
     deterministic: bool = False
     """On a GPU, too, compute the same bits each time, somewhat slower."""
 
@@ -147,18 +147,18 @@ def read_command(arguments: Sequence[str]) -> Command:
     """What stands on the command line; the settings of `finetune` start from its preset.
 
     Raises:
-        UserError: for a preset that does not exist, or settings that make no course.
+        UserError: for a preset that does not exist, or settings that do not fit together.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="paper")
-    course = course_named(parser.parse_known_args(list(arguments))[0].preset)
+    config = finetune_preset(parser.parse_known_args(list(arguments))[0].preset)
     unknown = Common(weights=tyro.MISSING, train=tyro.MISSING)
     defaults: dict[str, Command] = {
         "knn": Knn(unknown),
         "linear": Linear(unknown),
         "probe": Probe(unknown),
         "lowshot": Lowshot(unknown),
-        "finetune": Finetune(unknown, course),
+        "finetune": Finetune(unknown, config),
     }
     kinds = tuple(
         Annotated[type(default), tyro.conf.subcommand(name, default=default)] for name, default in defaults.items()

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from fastpmae.distributed.ranks import carried, has_bf16
+from fastpmae.distributed.ranks import has_bf16, to_device
 from fastpmae.evaluate.backbone import Backbone, features
 from fastpmae.evaluate.features import Pool
 from fastpmae.run.images import fingerprint
 from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.printable import printable, short
@@ -23,7 +23,7 @@ from fastpmae_loaders.sources.splits import are_splits, split_of_folder
 from fastpmae_loaders.values import checked
 
 Engine = Literal["auto", "ffcv", "dali", "torch"]
-_TESTED_ON = ("val", "valid", "validation", "holdout", "heldout", "dev", "eval", "evaluation", "test", "testing")
+_VAL_SPLITS = ("val", "valid", "validation", "holdout", "heldout", "dev", "eval", "evaluation", "test", "testing")
 
 
 @dataclass(frozen=True)
@@ -63,31 +63,32 @@ def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | N
         # with a split to train on and another there is no doubt that these are splits; of several others, by this order
         named = {split_of_folder(name): name.lower() for name in sorted(folders)} if are_splits(folders) else {}
         samples = open_samples(train)
-        split = next((named[word] for word in _TESTED_ON if word in named), None)
+        split = next((named[word] for word in _VAL_SPLITS if word in named), None)
         rest = None if split is None else open_samples(train, split)
     else:
         samples = open_samples(train)
         rest = None if val is None else open_samples(val)
-    learnt = _labelled(samples)
+    train_set = _labelled(samples)
     if rest is None:
-        return learnt, None
-    tested = _labelled(rest)
+        return train_set, None
+    val_set = _labelled(rest)
     ours, theirs = samples.class_names, rest.class_names
     # By their numbers, a class is called as the training set calls it.
-    called = tested.names if ours is not None and theirs is not None else _by_number(tested, theirs, ours)
-    place = {name: number for number, name in enumerate(learnt.names)}
-    unknown = [called[number] for number in tested.labels.unique().tolist() if called[number] not in place]
+    called = val_set.names if ours is not None and theirs is not None else _by_number(val_set, theirs, ours)
+    place = {name: number for number, name in enumerate(train_set.names)}
+    unknown = [called[number] for number in val_set.labels.unique().tolist() if called[number] not in place]
     if unknown:
         raise UserError(
-            f"{rest.path}: its class {short(unknown[0])!r} is none of the {len(learnt.names)} classes of {samples.path}"
+            f"{rest.path}: its class {short(unknown[0])!r} is none of the {len(train_set.names)} classes of "
+            f"{samples.path}"
         )
-    labels = torch.tensor([place.get(name, -1) for name in called])[tested.labels]
-    return learnt, Labelled(rest, labels, learnt.names)
+    labels = torch.tensor([place.get(name, -1) for name in called])[val_set.labels]
+    return train_set, Labelled(rest, labels, train_set.names)
 
 
-def _by_number(tested: Labelled, theirs: list[str] | None, ours: list[str] | None) -> list[str]:
+def _by_number(val: Labelled, theirs: list[str] | None, ours: list[str] | None) -> list[str]:
     """What the training set calls the classes of another set, where not both have names for them."""
-    numbers = [int(name) for name in tested.names[len(theirs or []) :]]
+    numbers = [int(name) for name in val.names[len(theirs or []) :]]
     return [
         printable(ours[number]) if ours is not None and number < len(ours) else str(number)
         for number in [*range(len(theirs or [])), *numbers]
@@ -124,7 +125,7 @@ def extract(
     batch_size: int = 64,
     crop_ratio: float = 0.875,
     workers: int = 0,
-    tally: Tally | None = None,
+    progress: Progress | None = None,
 ) -> list[Float[Tensor, "images dim"]]:
     """Frozen features of whole images in the set's order, one matrix in fp32 on the CPU for each pooling.
 
@@ -145,7 +146,7 @@ def extract(
         batch_size=batch_size,
         crop_ratio=crop_ratio,
         workers=workers,
-        tally=tally,
+        progress=progress,
     )
 
 
@@ -160,13 +161,13 @@ def over_images(
     batch_size: int = 64,
     crop_ratio: float = 0.875,
     workers: int = 0,
-    tally: Tally | None = None,
+    progress: Progress | None = None,
 ) -> list[Float[Tensor, "images dim"]]:
     """What `embed` makes of whole images on the device, in the set's order: matrices in fp32 on the CPU.
 
     `workers` are the loader's threads, 0 for all cores that may be used.
     """
-    tally = tally or Tally()
+    progress = progress or Progress()
     batches: list[list[Tensor]] = []
     views = PlainViews(
         images.samples,
@@ -177,10 +178,10 @@ def over_images(
         workers=loader_threads(workers),
         pin_memory=device.type == "cuda",
     )
-    with views, tally.count(len(images.samples), "images"):
+    with views, progress.count(len(images.samples), "images"):
         for pictures, _, _ in views:
-            batches.append([rows.float().cpu() for rows in embed(carried(pictures, device))])
-            tally.advance(len(pictures))
+            batches.append([rows.float().cpu() for rows in embed(to_device(pictures, device))])
+            progress.advance(len(pictures))
     return [torch.cat(rows) for rows in zip(*batches, strict=True)]
 
 

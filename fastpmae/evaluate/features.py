@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fastpmae.config import Config
-from fastpmae.distributed.ranks import carried, choose_device
+from fastpmae.distributed.ranks import choose_device, to_device
 from fastpmae.model.build import check, make_encoder, make_student
 from fastpmae.model.vit import Encoder
 from fastpmae.run.checkpoint import Checkpoint, check_fits, find_checkpoint, require
@@ -19,10 +19,10 @@ from fastpmae.run.init_weights import tuned_weights
 from fastpmae_loaders import Beton, PlainViews
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.values import checked
 
@@ -54,11 +54,11 @@ def encoder_of(checkpoint: Checkpoint, network: Network) -> tuple[Encoder, Confi
     check_fits(checkpoint, config)
     if network == "random":
         return make_student(config, torch.Generator().manual_seed(config.run.seed)).encoder.eval(), config
-    single = config.teachers.teachers == "single"
+    single = config.teacher.teachers == "single"
     role = "labelling_teacher" if single and network != "student" else network
     weights = checkpoint.part(f"{role}.encoder")
     if not weights:
-        raise UserError(f"{checkpoint.path} holds no {network}: its run used --teachers {config.teachers.teachers}")
+        raise UserError(f"{checkpoint.path} holds no {network}: its run used --teachers {config.teacher.teachers}")
     with torch.device("meta"):
         like = make_encoder(config).state_dict()
     require(checkpoint, f"{role}.encoder", like)
@@ -97,7 +97,7 @@ def embed_images(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: int = 0,
     crop_ratio: float = 0.875,
-    tally: Tally | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Float[np.ndarray, "images dim"], Int[np.ndarray, " images"]]:
     """Features of every image of a .beton, resized and cut at the centre, in the file's order.
 
@@ -107,7 +107,7 @@ def embed_images(
         pool: the class token, or the mean of the patch tokens.
         workers: loader threads; 0 takes all cores.
         crop_ratio: the shorter side is resized to the image size over this ratio, rounded down, and the centre cut out.
-        tally: counts the images.
+        progress: counts the images.
 
     Returns:
         Features in fp32 and labels in int64.
@@ -119,7 +119,7 @@ def embed_images(
     chosen = choose_device(device)
     encoder.to(chosen)
     rows, labels = [], []
-    tally, images = tally or Tally(), Beton(beton)
+    progress, images = progress or Progress(), Beton(beton)
     views = PlainViews(
         images,
         batch_size,
@@ -129,11 +129,11 @@ def embed_images(
         workers=loader_threads(workers),
         pin_memory=chosen.type == "cuda",
     )
-    with views, tally.count(len(images), "images"):
+    with views, progress.count(len(images), "images"):
         for pictures, label, _ in views:
-            rows.append(features(encoder, carried(pictures, chosen), pool).float().cpu().numpy())
+            rows.append(features(encoder, to_device(pictures, chosen), pool).float().cpu().numpy())
             labels.append(label.numpy())
-            tally.advance(len(pictures))
+            progress.advance(len(pictures))
     return np.concatenate(rows), np.concatenate(labels)
 
 
@@ -173,9 +173,9 @@ def embed_command(
         device=device,
         workers=workers,
         crop_ratio=crop_ratio,
-        tally=Tally(live=True),
+        progress=Progress(live=True),
     )
-    with appearing(out, force) as beside, beside.open("wb") as file:
+    with atomic_write(out, force) as beside, beside.open("wb") as file:
         np.savez(file, features=rows, labels=labels)
     tell(f"{out}: {rows.shape[0]} features of {rows.shape[1]} numbers")
 

@@ -21,23 +21,23 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from fastpmae.distributed.ranks import carried
+from fastpmae.distributed.ranks import to_device
 from fastpmae.evaluate.augment import START, STEP, Mixing, RandAugment, drawn_from
 from fastpmae.evaluate.backbone import features
 from fastpmae.evaluate.datasets import engine_for, half
-from fastpmae.evaluate.finetune_state import Setting, gather, recorded_setting, take_up
+from fastpmae.evaluate.finetune_state import Setting, collect_state, recorded_setting, take_up
 from fastpmae.evaluate.metrics import Scores, rank
-from fastpmae.evaluate.recipe import Course
+from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.run.checkpoint import checkpoint_path
 from fastpmae.run.checkpoint_writer import Saver
 from fastpmae.run.deterministic import deterministic
-from fastpmae.run.folder import claim_folder
+from fastpmae.run.folder import lock_folder
 from fastpmae.run.signals import Stop
 from fastpmae.weights.tensor_file import save_tensors
 from fastpmae_loaders import PairedViews, PlainViews
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import Interrupted, RunError, UserError
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.values import checked
 
@@ -57,50 +57,50 @@ class Probe(nn.Module):
 
 
 def make_classifier(
-    setting: Setting, course: Course
+    setting: Setting, config: FinetuneConfig
 ) -> tuple[nn.Module, Callable[[Float[Tensor, "batch 3 side side"]], Tensor]]:
     """What is trained, and what it is given of normalised images: the images themselves, or frozen features."""
     classes = len(setting.train.names)
-    with drawn_from(START, course.seed):
+    with drawn_from(START, config.seed):
         if not setting.frozen:
-            model = setting.backbone.build(classes, course.pool, course.drop_path)
+            model = setting.backbone.build(classes, config.pool, config.drop_path)
             return model.to(setting.device), lambda images: images
         frozen: Any = setting.backbone.build().to(setting.device).eval()
         probe = Probe(frozen.num_features, classes)
 
     def encode(images: Float[Tensor, "batch 3 side side"]) -> Tensor:
         with torch.no_grad():
-            return features(frozen, images, (course.pool,))[0].float()
+            return features(frozen, images, (config.pool,))[0].float()
 
     return probe.to(setting.device), encode
 
 
-def make_optimiser(model: nn.Module, course: Course) -> torch.optim.Optimizer:
-    """The course's optimiser, with timm's groups for layer-wise decay of the rate."""
-    if course.optimiser == "adamw" and not isinstance(model, Probe):
+def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """The optimizer of `config`, with timm's groups for layer-wise decay of the rate."""
+    if config.opt == "adamw" and not isinstance(model, Probe):
         vit: Any = model
         groups = param_groups_layer_decay(
-            model, course.weight_decay, vit.no_weight_decay(), layer_decay=course.layer_decay
+            model, config.weight_decay, vit.no_weight_decay(), layer_decay=config.layer_decay
         )
-        return torch.optim.AdamW(groups, lr=course.peak_lr, betas=course.betas)
+        return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas)
     # As MAE's LARS: biases and norms take the plain rate, without decay.
-    wide = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": course.weight_decay}
+    wide = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay}
     thin = {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
-    if course.optimiser == "adamw":
-        return torch.optim.AdamW([wide, thin], lr=course.peak_lr, betas=course.betas)
-    if course.optimiser == "sgd":
-        return torch.optim.SGD([wide, thin], lr=course.peak_lr, momentum=0.9)
+    if config.opt == "adamw":
+        return torch.optim.AdamW([wide, thin], lr=config.peak_lr, betas=config.betas)
+    if config.opt == "sgd":
+        return torch.optim.SGD([wide, thin], lr=config.peak_lr, momentum=0.9)
     momentum: Any = 0.9  # timm says int
-    return Lars([wide | {"always_adapt": True}, thin | {"always_adapt": False}], lr=course.peak_lr, momentum=momentum)
+    return Lars([wide | {"always_adapt": True}, thin | {"always_adapt": False}], lr=config.peak_lr, momentum=momentum)
 
 
-def make_schedule(optimiser: torch.optim.Optimizer, course: Course, steps_per_epoch: int) -> CosineLRScheduler:
+def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, steps_per_epoch: int) -> CosineLRScheduler:
     """timm's schedule by the step: linear from 0 over the warm-up, then a cosine to the lowest rate."""
-    total, warmup = course.epochs * steps_per_epoch, round(course.warmup_epochs * steps_per_epoch)
+    total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
     return CosineLRScheduler(
-        optimiser,
+        optimizer,
         t_initial=max(1, total - warmup),
-        lr_min=course.min_lr,
+        lr_min=config.min_lr,
         warmup_t=warmup,
         warmup_prefix=True,
         t_in_epochs=False,
@@ -109,7 +109,12 @@ def make_schedule(optimiser: torch.optim.Optimizer, course: Course, steps_per_ep
 
 @checked
 def train_classifier(
-    setting: Setting, course: Course, *, resume: bool = False, steps: int | None = None, tally: Tally | None = None
+    setting: Setting,
+    config: FinetuneConfig,
+    *,
+    resume: bool = False,
+    steps: int | None = None,
+    progress: Progress | None = None,
 ) -> Scores:
     """Train, test, and leave the classifier in the folder; returns the last test's scores.
 
@@ -122,55 +127,59 @@ def train_classifier(
         RunError: when the loss is no longer finite, or a checkpoint cannot be written.
         Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP, once the checkpoint is written.
     """
-    tally = tally or Tally()
+    progress = progress or Progress()
     setting = dataclasses.replace(setting, workers=loader_threads(setting.workers))
-    if setting.frozen and (fitted := course.fitted(len(setting.train.labels))) != course:
+    if setting.frozen and (fitted := config.fitted(len(setting.train.labels))) != config:
         # MAE's batch for its probe is larger than many a set of images.
-        tally.tell(
-            f"--batch-size {course.batch_size} is more than there are images: a step takes {fitted.batch_size}, and "
-            f"the peak learning rate is {fitted.peak_lr:.3g} instead of {course.peak_lr:.3g}"
+        progress.tell(
+            f"--batch-size {config.batch_size} is more than there are images: a step takes {fitted.batch_size}, and "
+            f"the peak learning rate is {fitted.peak_lr:.3g} instead of {config.peak_lr:.3g}"
         )
-        course = fitted
-    if len(setting.train.labels) < course.batch_size:
+        config = fitted
+    if len(setting.train.labels) < config.batch_size:
         raise UserError(
             f"{setting.train.samples.path} holds {len(setting.train.labels)} images, less than one batch of "
-            f"{course.batch_size}: choose a smaller --batch-size"
+            f"{config.batch_size}: choose a smaller --batch-size"
         )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         stack.enter_context(deterministic(setting.deterministic, setting.device))
-        for remark in stack.enter_context(claim_folder(setting.folder)):
-            tally.tell(remark)
+        for remark in stack.enter_context(lock_folder(setting.folder)):
+            progress.tell(remark)
         saver = stack.enter_context(Saver(setting.device, keep=1))
-        loader = stack.enter_context(_loader(setting, course))
+        loader = stack.enter_context(_loader(setting, config))
         changes = stack.enter_context(
             RandAugment(
-                course.rand_augment,
+                config.aa,
                 setting.backbone.image_size,
                 setting.backbone.mean,
-                course.seed,
+                config.seed,
                 # a process more than there are images would have nothing to do
-                min(setting.workers, course.part),
+                min(setting.workers, config.micro_batch),
             )
         )
-        steps_per_epoch = len(loader) // course.accumulate
-        model, encode = make_classifier(setting, course)
-        optimiser = make_optimiser(model, course)
-        schedule = make_schedule(optimiser, course, steps_per_epoch)
+        steps_per_epoch = len(loader) // config.accumulate
+        model, encode = make_classifier(setting, config)
+        optimizer = make_optimizer(model, config)
+        schedule = make_schedule(optimizer, config, steps_per_epoch)
         # Without its warm-up an average with DeiT's 0.99996 is nine tenths the start, after 2,000 steps.
-        ema = ModelEmaV3(model, course.ema, use_warmup=True, warmup_power=0.75) if course.ema else None
-        mixing = Mixing(course, len(setting.train.names), setting.device)
-        record = recorded_setting(setting, course)
-        step, sums, complaints = take_up(setting, course, resume, record, steps_per_epoch, model, optimiser, ema)
+        ema = (
+            ModelEmaV3(model, config.model_ema_decay, use_warmup=True, warmup_power=0.75)
+            if config.model_ema_decay
+            else None
+        )
+        mixing = Mixing(config, len(setting.train.names), setting.device)
+        record = recorded_setting(setting, config)
+        step, sums, complaints = take_up(setting, config, resume, record, steps_per_epoch, model, optimizer, ema)
         for complaint in complaints:
-            tally.tell(f"{complaint}; going on after step {step}")
+            progress.tell(f"{complaint}; going on after step {step}")
         sums = sums.to(setting.device)
-        last = course.epochs * steps_per_epoch
+        last = config.epochs * steps_per_epoch
         last = last if steps is None else min(last, steps)
         low = half(setting.device)
         tested = ema.module if ema is not None else model
         # A frozen network sees a large batch piece by piece; images that are mixed have to stay together.
-        piece = setting.feature_batch if setting.frozen and not course.mixes else course.part
+        piece = setting.feature_batch if setting.frozen and not config.mixes else config.micro_batch
         saved, saved_at = step or None, time.monotonic()
 
         def loss_of(images: UInt8[Tensor, "batch 3 side side"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
@@ -185,13 +194,13 @@ def train_classifier(
             # The checkpoint before stays the newest.
             if not torch.isfinite(sums[0]):
                 epoch = (step - 1) // steps_per_epoch + 1
-                raise RunError(f"a loss of epoch {epoch} is not finite; a lower --lr usually helps")
+                raise RunError(f"a loss of epoch {epoch} is not finite; a lower --blr usually helps")
 
         def save() -> None:
             nonlocal saved, saved_at
             stop_if_bad()
             saver.wait()
-            progress = {
+            state = {
                 "step": step,
                 "steps_per_epoch": steps_per_epoch,
                 "bad_images": 0,
@@ -199,11 +208,11 @@ def train_classifier(
                 "config": record,
                 "loss": sums.tolist(),
             }
-            saver.save(checkpoint_path(setting.folder, step), gather(model, optimiser, ema), progress)
+            saver.save(checkpoint_path(setting.folder, step), collect_state(model, optimizer, ema), state)
             saved, saved_at = step, time.monotonic()
 
         def is_late() -> bool:
-            return time.monotonic() - saved_at >= 60 * course.save_every
+            return time.monotonic() - saved_at >= 60 * config.save_every
 
         def lacks_row() -> bool:
             return step % steps_per_epoch == 0 and bool(sums[1] > 0)
@@ -216,17 +225,17 @@ def train_classifier(
             row = {
                 "epoch": epoch,
                 "step": step,
-                "lr": max(group["lr"] for group in optimiser.param_groups),
+                "lr": max(group["lr"] for group in optimizer.param_groups),
                 "loss": (sums[0] / sums[1]).item(),
             }
             found = None
-            if epoch % course.eval_every == 0 or epoch == course.epochs:
-                found = examine(setting, encode, tested, tally, stop)
+            if epoch % config.eval_every == 0 or epoch == config.epochs:
+                found = evaluate_classifier(setting, encode, tested, progress, stop)
                 if found is None:
                     return None
                 row |= found.figures()
             _write_row(setting.folder, row)
-            tally.tell(_sentence(row, course.epochs))
+            progress.tell(_sentence(row, config.epochs))
             sums.zero_()
             return found
 
@@ -236,26 +245,26 @@ def train_classifier(
         while step < last and not stop.signal:
             scores, epoch = None, step // steps_per_epoch
             ends = min((epoch + 1) * steps_per_epoch, last)
-            parts = _parts(loader, changes, setting, epoch, step % steps_per_epoch * course.accumulate)
-            with tally.count((ends - step) * course.batch_size, "images"), contextlib.closing(parts):
+            parts = _parts(loader, changes, setting, epoch, step % steps_per_epoch * config.accumulate)
+            with progress.count((ends - step) * config.batch_size, "images"), contextlib.closing(parts):
                 while step < ends and not stop.signal:
                     schedule.step_update(step)
                     model.train()
                     saver.before_update()  # a BatchNorm moves its means in the forward pass
-                    for part in range(course.accumulate):
+                    for part in range(config.accumulate):
                         images, labels = next(parts)
-                        with drawn_from(STEP, course.seed, step, part), low:
+                        with drawn_from(STEP, config.seed, step, part), low:
                             loss = loss_of(images, labels)
-                        (loss / course.accumulate).backward()
+                        (loss / config.accumulate).backward()
                         sums += torch.stack([loss.detach(), torch.ones_like(loss)])
-                    if course.clip_grad:
-                        nn.utils.clip_grad_norm_(model.parameters(), course.clip_grad)
-                    optimiser.step()
-                    optimiser.zero_grad()
+                    if config.clip_grad:
+                        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+                    optimizer.step()
+                    optimizer.zero_grad()
                     step += 1
                     if ema is not None:
                         ema.update(model, step)
-                    tally.advance(course.batch_size)
+                    progress.advance(config.batch_size)
                     if saver.failed:
                         saver.wait()
                     if is_late() or step == last:
@@ -268,16 +277,16 @@ def train_classifier(
             saver.wait()
             raise Interrupted(stop.signal, step, last, setting.folder)
         saver.wait()
-        write_classifier(setting, tested, course)
-        scores = scores or examine(setting, encode, tested, tally, stop)
+        write_classifier(setting, tested, config)
+        scores = scores or evaluate_classifier(setting, encode, tested, progress, stop)
         if scores is None:
             raise Interrupted(stop.signal, step, last, setting.folder)
         return scores
 
 
 @torch.inference_mode()
-def examine(
-    setting: Setting, encode: Callable[[Tensor], Tensor], model: nn.Module, tally: Tally, stop: Stop
+def evaluate_classifier(
+    setting: Setting, encode: Callable[[Tensor], Tensor], model: nn.Module, progress: Progress, stop: Stop
 ) -> Scores | None:
     """The classifier's scores on the validation set; None where a signal came before the end."""
     model.eval()
@@ -291,30 +300,30 @@ def examine(
         workers=setting.workers,
         pin_memory=setting.device.type == "cuda",
     )
-    with views, tally.count(len(setting.val.labels), "test images"), half(setting.device):
+    with views, progress.count(len(setting.val.labels), "test images"), half(setting.device):
         for images, _, _ in views:
             if stop.signal:
                 return None
-            ranked.append(rank(model(encode(setting.backbone.normalised(carried(images, setting.device)))).float()))
-            tally.advance(len(images))
+            ranked.append(rank(model(encode(setting.backbone.normalised(to_device(images, setting.device)))).float()))
+            progress.advance(len(images))
     return Scores(setting.val.labels, torch.cat(ranked))
 
 
-def write_classifier(setting: Setting, model: nn.Module, course: Course) -> None:
+def write_classifier(setting: Setting, model: nn.Module, config: FinetuneConfig) -> None:
     """The trained weights, under timm's names where it is a whole network, and in the header what they need besides."""
     backbone = setting.backbone
     header = {
         "format": "pt",
         **({"timm": json.dumps(timm_arguments_of(model))} if isinstance(model, VisionTransformer) else {}),
         "classes": json.dumps(setting.train.names),
-        "course": json.dumps(dataclasses.asdict(course)),
+        "finetune": json.dumps(dataclasses.asdict(config)),
         "backbone": backbone.source,
         "mean": json.dumps(backbone.mean),
         "std": json.dumps(backbone.std),
         "crop_ratio": json.dumps(setting.crop_ratio),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with appearing(setting.folder / "classifier.safetensors") as beside:
+    with atomic_write(setting.folder / "classifier.safetensors") as beside:
         save_tensors(tensors, beside, header)
 
 
@@ -349,15 +358,15 @@ def timm_arguments_of(model: VisionTransformer) -> dict[str, Any]:
     }
 
 
-def _loader(setting: Setting, course: Course) -> PairedViews:
+def _loader(setting: Setting, config: FinetuneConfig) -> PairedViews:
     samples = setting.train.samples
     return PairedViews(
         samples,
-        course.part,
+        config.micro_batch,
         engine=engine_for(samples, setting.engine),
-        seed=course.seed,
+        seed=config.seed,
         workers=setting.workers,
-        views=[course.view(setting.backbone.image_size)],
+        views=[config.view(setting.backbone.image_size)],
         drop_last=True,
         pin_memory=setting.device.type == "cuda",
     )
@@ -380,7 +389,7 @@ def _parts(
 def _handed_over(begun: Any, samples: np.ndarray, setting: Setting) -> tuple[Tensor, Tensor]:
     images = torch.from_numpy(RandAugment.collect(begun))
     labels = setting.train.labels[torch.from_numpy(samples)]
-    return carried(images, setting.device), carried(labels, setting.device)
+    return to_device(images, setting.device), to_device(labels, setting.device)
 
 
 def _write_row(folder: Path, row: dict[str, float]) -> None:
@@ -391,7 +400,7 @@ def _write_row(folder: Path, row: dict[str, float]) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             if json.loads(line)["epoch"] < row["epoch"]:
                 kept.append(line)
-    with appearing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text("\n".join([*kept, json.dumps(row)]) + "\n")
 
 

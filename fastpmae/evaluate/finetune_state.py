@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpmae.evaluate.backbone import Backbone
 from fastpmae.evaluate.datasets import Engine, Labelled
-from fastpmae.evaluate.recipe import Course
+from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.run.checkpoint import Checkpoint, CheckpointError, digest, newest_checkpoint, require
 from fastpmae.run.init_weights import few
 from fastpmae.run.log import read_rows
@@ -21,12 +21,12 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import Typed
 
 STATES = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}, "lars": {"momentum_buffer"}}
-"""What each optimiser keeps of a parameter."""
+"""What each optimizer keeps of a parameter."""
 
 
 @dataclass(frozen=True)
 class Setting(Typed):
-    """Everything about a training that is no number of the course."""
+    """Everything about a training that is no number in its `FinetuneConfig`."""
 
     backbone: Backbone
     train: Labelled
@@ -45,7 +45,7 @@ class Setting(Typed):
     """On a GPU compute the same bits each time."""
 
 
-def recorded_setting(setting: Setting, course: Course) -> dict[str, Any]:
+def recorded_setting(setting: Setting, config: FinetuneConfig) -> dict[str, Any]:
     """What decides the numbers of a training, as a checkpoint keeps it."""
     backbone = setting.backbone
     network = backbone.build()
@@ -53,7 +53,7 @@ def recorded_setting(setting: Setting, course: Course) -> dict[str, Any]:
     # No tensor tells the heads and what images are normalised by.
     told = json.dumps([heads, backbone.mean, backbone.std])
     return {
-        "course": json.loads(json.dumps(dataclasses.asdict(course))),
+        "finetune": json.loads(json.dumps(dataclasses.asdict(config))),
         "backbone": {
             "source": backbone.source,
             "network": backbone.network,
@@ -65,14 +65,14 @@ def recorded_setting(setting: Setting, course: Course) -> dict[str, Any]:
     }
 
 
-def gather(model: nn.Module, optimiser: torch.optim.Optimizer, ema: ModelEmaV3 | None) -> dict[str, Tensor]:
+def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None) -> dict[str, Tensor]:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if ema is not None:
         tensors |= {f"ema.{name}": tensor for name, tensor in ema.module.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors |= {
-            f"optimiser.{name}.{key}": value
-            for key, value in optimiser.state[parameter].items()
+            f"optimizer.{name}.{key}": value
+            for key, value in optimizer.state[parameter].items()
             if isinstance(value, Tensor)
         }
     return tensors
@@ -80,12 +80,12 @@ def gather(model: nn.Module, optimiser: torch.optim.Optimizer, ema: ModelEmaV3 |
 
 def take_up(
     setting: Setting,
-    course: Course,
+    config: FinetuneConfig,
     resume: bool,
     record: dict[str, Any],
     steps_per_epoch: int,
     model: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     ema: ModelEmaV3 | None,
 ) -> tuple[int, Float[Tensor, " 2"], list[str]]:
     """Take the folder's newest sound checkpoint up.
@@ -106,11 +106,11 @@ def take_up(
             raise UserError("; ".join(complaints))
         return 0, sums, []
     before, progress = checkpoint.progress["config"], checkpoint.progress
-    recorded = [before.get(part, {}) for part in ("course", "backbone")]
+    recorded = [before.get(part, {}) for part in ("finetune", "backbone")]
     losses = progress.get("loss")
     if not (all(isinstance(part, dict) for part in recorded) and _are_numbers(losses)):
         raise CheckpointError(f"{checkpoint.path} is damaged: its progress is none of a classifier's training")
-    changed = course.differences(recorded[0])
+    changed = config.differences(recorded[0])
     changed += _other_network(recorded[1], record["backbone"])
     if before.get("frozen") != record["frozen"]:
         changed.append(f"frozen was {before.get('frozen')}")
@@ -118,9 +118,9 @@ def take_up(
         changed.append("the training images are others")
     if changed:
         raise UserError(f"the training in {setting.folder} was started with other settings: {'; '.join(changed)}")
-    if progress["step"] > course.epochs * steps_per_epoch:
+    if progress["step"] > config.epochs * steps_per_epoch:
         raise CheckpointError(f"{checkpoint.path} stands after a step that this training does not have")
-    _scatter(checkpoint, course, model, optimiser, ema)
+    _scatter(checkpoint, config, model, optimizer, ema)
     return progress["step"], torch.tensor(losses, dtype=torch.float64), complaints
 
 
@@ -154,9 +154,9 @@ def _other_network(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _scatter(
     checkpoint: Checkpoint,
-    course: Course,
+    config: FinetuneConfig,
     model: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     ema: ModelEmaV3 | None,
 ) -> None:
     for name, module in (("model", model), ("ema", ema.module if ema is not None else None)):
@@ -164,19 +164,19 @@ def _scatter(
             require(checkpoint, name, module.state_dict())
             module.load_state_dict(checkpoint.part(name))
     for name, parameter in model.named_parameters():
-        state = checkpoint.part(f"optimiser.{name}")
-        if state.keys() not in (set(), STATES[course.optimiser]):
-            raise CheckpointError(f"{checkpoint.path} does not fit: optimiser.{name} holds {few(sorted(state))}")
+        state = checkpoint.part(f"optimizer.{name}")
+        if state.keys() not in (set(), STATES[config.opt]):
+            raise CheckpointError(f"{checkpoint.path} does not fit: optimizer.{name} holds {few(sorted(state))}")
         for key, value in state.items():
             if value.shape != (torch.Size() if key == "step" else parameter.shape) or not value.is_floating_point():
                 kind = str(value.dtype).removeprefix("torch.")
                 raise CheckpointError(
-                    f"{checkpoint.path} does not fit: optimiser.{name}.{key} is {kind} {list(value.shape)}"
+                    f"{checkpoint.path} does not fit: optimizer.{name}.{key} is {kind} {list(value.shape)}"
                 )
         if state:
             kept = {key: value.clone() for key, value in state.items()}
             # AdamW counts its steps on the host; moments lie where the parameter does.
-            optimiser.state[parameter] = {
+            optimizer.state[parameter] = {
                 key: value if value.ndim == 0 and parameter.ndim > 0 else value.to(parameter.device)
                 for key, value in kept.items()
             }

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import typed
 
@@ -59,14 +59,14 @@ def knn_ranked(
     best: int = 5,
     leave_one_out: bool = False,
     chunk_bytes: int = 256 * 2**20,
-    tally: Tally | None = None,
+    progress: Progress | None = None,
 ) -> dict[int, Int[Tensor, "test best"]]:
     """For each k the likeliest classes of each test row, the likeliest first, at most `best` of them; -1 in the place
     of a class that got no vote.
 
     The k nearest training rows by cosine similarity s vote with exp(s / temperature) each (DINO, eval_knn.py), or
     with one vote each where the temperature is None. All else is as in `knn_predict`: every k is counted from the
-    same similarities. A tally counts the test rows.
+    same similarities. `progress` counts the test rows.
 
     Raises UserError as `knn_predict` does, and for a temperature that is not positive.
     """
@@ -81,8 +81,8 @@ def knn_ranked(
     count, classes = len(train), len(known)
     rows = max(1, chunk_bytes // (4 * (count + classes)))
     ranked: dict[int, list[Tensor]] = {k: [] for k in ks}
-    tally = tally or Tally()
-    with tally.count(len(test_features), "images"):
+    progress = progress or Progress()
+    with progress.count(len(test_features), "images"):
         for begin in range(0, len(test_features), rows):
             test = F.normalize(test_features[begin : begin + rows].float(), dim=1)
             similarity = test @ train.T
@@ -106,7 +106,7 @@ def knn_ranked(
                     order = votes.masked_fill(~voted, -1.0).sort(dim=1, descending=True, stable=True)
                     found = known[order.indices[:, :best]]
                     ranked[k].append(found.masked_fill(order.values[:, :best] < 0, -1))
-            tally.advance(len(test))
+            progress.advance(len(test))
     nothing = known.new_empty(0, min(best, classes))
     return {k: torch.cat(parts) if parts else nothing for k, parts in ranked.items()}
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastpmae.distributed.ranks import carried
+from fastpmae.distributed.ranks import to_device
 from fastpmae_loaders import epoch_order
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import Typed
 
@@ -24,14 +24,14 @@ class Sweep(Typed):
 
     Attributes:
         rates: learning rates for 256 images at a time; each trains a classifier of its own.
-        optimiser: "sgd" with momentum 0.9, or "adamw".
+        optimizer: "sgd" with momentum 0.9, or "adamw".
         epochs, batch_size: the rate falls on a cosine to 0 over all steps.
-        weight_decay: of the optimiser.
+        weight_decay: of the optimizer.
         seed: decides the order of the images.
     """
 
     rates: tuple[float, ...] = RATES
-    optimiser: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     epochs: int = 100
     batch_size: int = 256
     weight_decay: float = 0.0
@@ -61,7 +61,7 @@ def train_sweep(
     labels: Int[Tensor, " images"],
     classes: int,
     sweep: Sweep,
-    tally: Tally | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "rates dim classes"], Float[Tensor, "rates classes"]]:
     """Weights and biases of a classifier for each learning rate, each as if it had been trained alone.
 
@@ -73,15 +73,15 @@ def train_sweep(
     biases = [torch.zeros(classes, device=features.device, requires_grad=True) for _ in sweep.rates]
     rates = [rate * batch / 256 for rate in sweep.rates]
     groups = [{"params": [weight, bias], "lr": rate} for weight, bias, rate in zip(weights, biases, rates, strict=True)]
-    if sweep.optimiser == "sgd":
-        optimiser: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=sweep.weight_decay)
+    if sweep.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=sweep.weight_decay)
     else:
-        optimiser = torch.optim.AdamW(groups, weight_decay=sweep.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, sweep.epochs * (count // batch))
-    tally = tally or Tally()
-    with tally.count(sweep.epochs, "epochs"):
+        optimizer = torch.optim.AdamW(groups, weight_decay=sweep.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, sweep.epochs * (count // batch))
+    progress = progress or Progress()
+    with progress.count(sweep.epochs, "epochs"):
         for epoch in range(sweep.epochs):
-            order = carried(torch.from_numpy(epoch_order(sweep.seed, epoch, count)), features.device)
+            order = to_device(torch.from_numpy(epoch_order(sweep.seed, epoch, count)), features.device)
             for chosen in order[: count // batch * batch].split(batch):
                 rows = features[chosen]
                 logits = rows @ torch.cat(weights, dim=1) + torch.cat(biases)
@@ -90,12 +90,12 @@ def train_sweep(
                     labels[chosen, None].expand(-1, len(rates)),
                     reduction="sum",
                 )
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 # The classifiers share no weight, so the gradient of the sum holds each one's own.
                 (losses / batch).backward()
-                optimiser.step()
+                optimizer.step()
                 schedule.step()
-            tally.advance()
+            progress.advance()
     return torch.stack(weights).detach(), torch.stack(biases).detach()
 
 
@@ -142,7 +142,7 @@ def logistic_regression(
     penalty = (2 if classes == 2 else 1) / (2 * c * len(features))
     weight = torch.zeros(rows.shape[1], classes, dtype=torch.float64, device=rows.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, device=rows.device, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=most_steps,
         tolerance_grad=1e-7,
@@ -152,12 +152,12 @@ def logistic_regression(
     )
 
     def loss() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = F.cross_entropy(rows @ weight + bias, labels) + penalty * weight.square().sum()
         value.backward()
         return value
 
-    optimiser.step(loss)
+    optimizer.step(loss)
     return weight.detach(), bias.detach()
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.printable import printable
 
 MOST_NAMED = 40
@@ -82,15 +82,15 @@ def write_scores(folder: Path, name: str, scores: Scores, names: list[str], reco
     """
     folder.mkdir(parents=True, exist_ok=True)
     table, picture, figures = files_of(folder, name)
-    with appearing(table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["class", "name", "images", "top1", "top5", "predicted", "precision", "most_taken_for"])
         rows.writerows(_class_rows(scores, names))
-    with appearing(picture) as beside:
+    with atomic_write(picture) as beside:
         _draw(scores, names, f"{name}: {scores.top1:.1f} % of {len(scores.labels):,} images", beside)
     record = record | scores.figures() | {"images": len(scores.labels), "classes": len(names)}
     record["date"] = datetime.datetime.now().isoformat(timespec="seconds")
-    with appearing(figures) as beside:
+    with atomic_write(figures) as beside:
         beside.write_text(json.dumps(record, indent=1) + "\n")
     return figures
 

@@ -28,7 +28,7 @@ from fastpmae.run.checkpoint import step_of
 from fastpmae.run.folder import run_of
 from fastpmae.run.images import source_notes
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import local_path
@@ -42,12 +42,12 @@ class Evaluation:
         self.began = time.monotonic()
         if common.out is not None:
             local_path(common.out)
-        self.tally = Tally(live=True)
+        self.progress = Progress(live=True)
         self.device = choose_device(common.device)
         self.train, self.val = open_labelled(common.train, common.val)
         for images in (self.train, self.val):
             for note in source_notes(images.samples) if images else ():
-                self.tally.tell(note)
+                self.progress.tell(note)
         self.backbone = find_backbone(common.weights, common.network, image_size=common.image_size, heads=common.heads)
         self.folder = common.out or place_of(common.weights)
         if self.folder.exists() and not self.folder.is_dir():
@@ -56,7 +56,7 @@ class Evaluation:
     def features(self, images: Labelled, pools: tuple[Pool, ...]) -> list[Float[Tensor, "images dim"]]:
         """Frozen features of a set, on the device that computes with them."""
         common = self.common
-        self.tally.phase(f"features of {images.samples.path}")
+        self.progress.phase(f"features of {images.samples.path}")
         found = extract(
             self.backbone.build(),
             self.backbone,
@@ -67,7 +67,7 @@ class Evaluation:
             batch_size=common.feature_batch,
             crop_ratio=common.crop_ratio,
             workers=common.workers,
-            tally=self.tally,
+            progress=self.progress,
         )
         return [rows.to(self.device) for rows in found]
 
@@ -145,15 +145,15 @@ def run_knn(command: Knn) -> None:
     ks = command.k
     if ks == NEIGHBOURS and max(ks) > voters >= 1:
         ks = tuple(k for k in ks if k <= voters) or (voters,)
-        evaluation.tally.tell(f"{voters} images vote, so k is {ks[0]}: --k chooses others")
+        evaluation.progress.tell(f"{voters} images vote, so k is {ks[0]}: --k chooses others")
     check_neighbours(ks, voters)
-    learnt = evaluation.features(train, pools)
-    tested = learnt if val is None else evaluation.features(val, pools)
+    train_features = evaluation.features(train, pools)
+    val_features = train_features if val is None else evaluation.features(val, pools)
     labels = train.labels.to(evaluation.device)
     table, best = [], None
-    evaluation.tally.phase("nearest neighbours")
+    evaluation.progress.phase("nearest neighbours")
     tell("pool    k      top-1   top-5")
-    for pool, rows, others in zip(pools, learnt, tested, strict=True):
+    for pool, rows, others in zip(pools, train_features, val_features, strict=True):
         ranked = knn_ranked(
             rows,
             labels,
@@ -161,7 +161,7 @@ def run_knn(command: Knn) -> None:
             ks,
             temperature=command.temperature or None,
             leave_one_out=val is None,
-            tally=evaluation.tally,
+            progress=evaluation.progress,
         )
         for k, classes in ranked.items():
             scores = Scores(train.labels if val is None else val.labels, classes.cpu())
@@ -187,20 +187,20 @@ def run_linear(command: Linear) -> None:
         command.weight_decay,
         seed,
     )
-    (learnt,), (tested,) = (evaluation.features(images, (command.pool,)) for images in (train, val))
-    learnt, tested = standardised(learnt, tested)
-    labels = train.labels.to(learnt.device)
+    (train_features,), (val_features,) = (evaluation.features(images, (command.pool,)) for images in (train, val))
+    train_features, val_features = standardised(train_features, val_features)
+    labels = train.labels.to(train_features.device)
     choices = command.c if command.method == "logistic" else command.rates
 
     def classifiers(rows: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         if command.method == "logistic":
             found = []
-            with evaluation.tally.count(len(command.c), "strengths of c"):
+            with evaluation.progress.count(len(command.c), "strengths of c"):
                 for c in command.c:
                     found.append(logistic_regression(rows, labels, classes, c))
-                    evaluation.tally.advance()
+                    evaluation.progress.advance()
             return found
-        return list(zip(*train_sweep(rows, labels, classes, sweep, evaluation.tally), strict=True))
+        return list(zip(*train_sweep(rows, labels, classes, sweep, evaluation.progress), strict=True))
 
     def ranked(rows: Tensor, found: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         return [rank(rows.to(weight.dtype) @ weight + bias) for weight, bias in found]
@@ -210,9 +210,9 @@ def run_linear(command: Linear) -> None:
         part = held_out(train.labels, 0.1, seed)
         if not bool(part.any()):
             raise UserError("too few images of each class to hold a tenth out: choose with --choose-on val")
-        found = classifiers(learnt[~part], labels[~part])
-        on_part = [Scores(train.labels[part], classes) for classes in ranked(learnt[part], found)]
-    on_val = [Scores(val.labels, classes) for classes in ranked(tested, classifiers(learnt, labels))]
+        found = classifiers(train_features[~part], labels[~part])
+        on_part = [Scores(train.labels[part], classes) for classes in ranked(train_features[part], found)]
+    on_val = [Scores(val.labels, classes) for classes in ranked(val_features, classifiers(train_features, labels))]
     best = max(range(len(choices)), key=lambda place: (on_part or on_val)[place].top1)
     name = "c" if command.method == "logistic" else "rate"
     table = [{name: choice, **scores.figures()} for choice, scores in zip(choices, on_val, strict=True)]
@@ -232,19 +232,19 @@ def run_lowshot(command: Lowshot) -> None:
         raise UserError(f"--draws {command.draws} must be at least 1")
     for share in command.shares:
         draw_few(train.labels, share, 0)
-    (learnt,), (tested,) = (evaluation.features(images, (command.pool,)) for images in (train, val))
+    (train_features,), (val_features,) = (evaluation.features(images, (command.pool,)) for images in (train, val))
     table, first = [], None
     tell("share     images   logistic   1-NN")
     for share in command.shares:
         figures = []
         for draw in range(command.draws):
             few = draw_few(train.labels, share, command.seed + draw)
-            rows, others = standardised(learnt[few], tested)
+            rows, others = standardised(train_features[few], val_features)
             labels = train.labels[few].to(rows.device)
             c = best_c(rows, labels, len(train.names), command.c, command.seed + draw)
             weight, bias = logistic_regression(rows, labels, len(train.names), c)
             scores = Scores(val.labels, rank(others.double() @ weight + bias))
-            nearest = knn_ranked(learnt[few], labels, tested, (1,), best=1)[1].cpu()
+            nearest = knn_ranked(train_features[few], labels, val_features, (1,), best=1)[1].cpu()
             figures.append((scores.top1, scores.top5, Scores(val.labels, nearest).top1, c, len(few)))
             first = first or scores
         top1 = torch.tensor([row[0] for row in figures], dtype=torch.float64)
@@ -252,13 +252,13 @@ def run_lowshot(command: Lowshot) -> None:
             "share": share,
             "images": figures[0][4],
             "top1": top1.mean().item(),
-            "top1_spread": top1.std(correction=1).item() if len(top1) > 1 else None,
+            "top1_std": top1.std(correction=1).item() if len(top1) > 1 else None,
             "top5": sum(row[1] for row in figures) / len(figures),
             "nearest_top1": sum(row[2] for row in figures) / len(figures),
             "draws": [{"top1": row[0], "top5": row[1], "nearest_top1": row[2], "c": row[3]} for row in figures],
         }
         table.append(row)
-        spread = f" ± {row['top1_spread']:.2f}" if row["top1_spread"] is not None else ""
+        spread = f" ± {row['top1_std']:.2f}" if row["top1_std"] is not None else ""
         tell(f"{share:<8g} {row['images']:>7}   {row['top1']:6.2f}{spread}   {row['nearest_top1']:6.2f}")
     assert first is not None
     evaluation.finish(
@@ -290,11 +290,11 @@ def run_course(command: Probe | Finetune) -> None:
         deterministic=command.deterministic,
     )
     scores = train_classifier(
-        setting, command.course, resume=command.resume, steps=command.steps, tally=evaluation.tally
+        setting, command.config, resume=command.resume, steps=command.steps, progress=evaluation.progress
     )
     # As it was carried out: of few images a probe takes fewer in a step.
-    course = command.course.fitted(len(evaluation.train.labels)) if setting.frozen else command.course
-    evaluation.finish(name, scores, {"course": dataclasses.asdict(course)})
+    config = command.config.fitted(len(evaluation.train.labels)) if setting.frozen else command.config
+    evaluation.finish(name, scores, {"finetune": dataclasses.asdict(config)})
 
 
 def run_command(command: Command) -> None:

@@ -10,18 +10,18 @@ from fastpmae_loaders.values import Typed
 
 
 @dataclass(frozen=True)
-class Course(Typed):
+class FinetuneConfig(Typed):
     """Every setting of a classifier's training."""
 
     epochs: int = 100
     """Passes over the images."""
     batch_size: int = 1024
-    """Images in one optimiser step."""
+    """Images in one optimizer step."""
     accumulate: int = 1
     """Parts that a step's images are computed in, one after the other."""
-    optimiser: Literal["adamw", "lars", "sgd"] = "adamw"
+    opt: Literal["adamw", "lars", "sgd"] = "adamw"
     """AdamW fine-tunes; LARS is MAE's for its linear probe."""
-    lr: float = 5e-4
+    blr: float = 5e-4
     """Peak learning rate for 256 images; it grows in proportion with the batch size."""
     min_lr: float = 1e-6
     """Learning rate that the cosine ends in."""
@@ -39,7 +39,7 @@ class Course(Typed):
     """What is classified: the class token, or the mean of the patch tokens."""
     clip_grad: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
-    ema: float = 0.0
+    model_ema_decay: float = 0.0
     """Decay of an average of the weights, which is then what is tested; 0 keeps none. Early on it is lower, so that a
     short training's average holds little of the start."""
     smoothing: float = 0.1
@@ -48,15 +48,15 @@ class Course(Typed):
     """Mixup's alpha; 0 leaves it out."""
     cutmix: float = 1.0
     """CutMix's alpha; 0 leaves it out."""
-    switch: float = 0.5
+    mixup_switch_prob: float = 0.5
     """Where both are there, the share of the batches that get CutMix."""
-    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    aa: str = "rand-m9-mstd0.5-inc1"
     """RandAugment as timm writes it; an empty word leaves it out."""
-    erase: float = 0.25
+    reprob: float = 0.25
     """Share of the images that lose a rectangle (random erasing); 0 leaves it out."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop, smallest and largest share of the image."""
-    jitter: float = 0.0
+    color_jitter: float = 0.0
     """Largest change of brightness, contrast and saturation of every image."""
     eval_every: int = 1
     """Epochs between two tests on the validation set; the last epoch is always tested."""
@@ -70,18 +70,20 @@ class Course(Typed):
         for name in ("epochs", "batch_size", "accumulate", "eval_every"):
             _require(getattr(self, name) >= 1, name, self, "at least 1")
         _require(self.batch_size % self.accumulate == 0, "accumulate", self, f"a divisor of {self.batch_size}")
-        for name in ("lr", "layer_decay"):
+        for name in ("blr", "layer_decay"):
             _require(getattr(self, name) > 0, name, self, "above 0")
         _require(self.layer_decay <= 1, "layer_decay", self, "at most 1")
         for name in ("min_lr", "weight_decay", "clip_grad", "mixup", "cutmix", "save_every"):
             _require(getattr(self, name) >= 0, name, self, "at least 0")
-        for name in ("drop_path", "ema", "smoothing"):
+        for name in ("drop_path", "model_ema_decay", "smoothing"):
             _require(0 <= getattr(self, name) < 1, name, self, "in [0, 1)")
-        for name in ("switch", "erase", "jitter"):
+        for name in ("mixup_switch_prob", "reprob", "color_jitter"):
             _require(0 <= getattr(self, name) <= 1, name, self, "in [0, 1]")
         _require(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", self, f"in [0, {self.epochs}]")
         # timm mixes an image with its mirror place in the batch.
-        _require(not (self.mixes and self.part % 2), "batch_size", self, "even in each part, for mixup and cutmix")
+        _require(
+            not (self.mixes and self.micro_batch % 2), "batch_size", self, "even in each part, for mixup and cutmix"
+        )
 
     @property
     def mixes(self) -> bool:
@@ -89,16 +91,16 @@ class Course(Typed):
         return self.mixup > 0 or self.cutmix > 0
 
     @property
-    def part(self) -> int:
+    def micro_batch(self) -> int:
         """Images that are computed at a time."""
         return self.batch_size // self.accumulate
 
     @property
     def peak_lr(self) -> float:
         """The learning rate that the warm-up ends in."""
-        return self.lr * self.batch_size / 256
+        return self.blr * self.batch_size / 256
 
-    def fitted(self, images: int) -> "Course":
+    def fitted(self, images: int) -> "FinetuneConfig":
         """The same with no more images in a step than there are; the peak rate falls with them."""
         unit = self.accumulate * (2 if self.mixes else 1)
         most = images // unit * unit
@@ -109,12 +111,12 @@ class Course(Typed):
         return View(
             image_size,
             self.scale,
-            jitter=(self.jitter, self.jitter, self.jitter, 0.0),
-            jitter_probability=1.0 if self.jitter else 0.0,
+            jitter=(self.color_jitter, self.color_jitter, self.color_jitter, 0.0),
+            jitter_probability=1.0 if self.color_jitter else 0.0,
         )
 
     def differences(self, record: dict[str, Any]) -> list[str]:
-        """What another course's record says otherwise, a phrase each, without the settings that change no number."""
+        """What the record of another says otherwise, a phrase each, without the settings that change no number."""
         own = dataclasses.asdict(self)
         changed = []
         for name, now in own.items():
@@ -124,47 +126,47 @@ class Course(Typed):
         return changed
 
 
-def _require(holds: bool, name: str, course: Course, must: str) -> None:
+def _require(holds: bool, name: str, config: FinetuneConfig, must: str) -> None:
     if not holds:
-        raise UserError(f"--{name.replace('_', '-')} {getattr(course, name)} must be {must}")
+        raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be {must}")
 
 
-BASE = Course(batch_size=2048, warmup_epochs=10.0)
-SMALL = Course(
+BASE = FinetuneConfig(batch_size=2048, warmup_epochs=10.0)
+SMALL = FinetuneConfig(
     batch_size=512,
-    lr=2.5e-4,
+    blr=2.5e-4,
     layer_decay=1.0,
     drop_path=0.1,
     pool="class",
-    rand_augment="",
-    jitter=0.3,
-    erase=0.0,
+    aa="",
+    color_jitter=0.3,
+    reprob=0.0,
     mixup=0.0,
     cutmix=0.0,
 )
 
-COURSES: dict[str, Course] = {
+FINETUNE_PRESETS: dict[str, FinetuneConfig] = {
     # Section 4.1: ViT-B on ImageNet. What it does not say is MAE's.
-    "paper": Course(),
+    "paper": FinetuneConfig(),
     # Appendix A says otherwise for the same network, and gives ViT-L.
     "paper-a": BASE,
-    "paper-a-large": replace(BASE, epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2, warmup_epochs=5.0),
+    "paper-a-large": replace(BASE, epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2, warmup_epochs=5.0),
     # Appendix A for small data sets: its rate of 5e-4 is for the 512 images, as DeiT counts. Section 4.1 trains them
     # ten times as long.
     "small": SMALL,
     "small-1000": replace(SMALL, epochs=1000),
     # The same with what DeiT mixes in, but for its repeated augmentation, which would want another order of the images.
     "deit": replace(
-        SMALL, jitter=0.0, rand_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25, ema=0.99996
+        SMALL, color_jitter=0.0, aa="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, reprob=0.25, model_ema_decay=0.99996
     ),
 }
 """Named settings of fine-tuning. The paper's section 4.1 and its appendix A differ."""
 
-PROBE = Course(
+PROBE = FinetuneConfig(
     epochs=90,
     batch_size=16384,
-    optimiser="lars",
-    lr=0.1,
+    opt="lars",
+    blr=0.1,
     min_lr=0.0,
     warmup_epochs=10.0,
     weight_decay=0.0,
@@ -174,14 +176,14 @@ PROBE = Course(
     smoothing=0.0,
     mixup=0.0,
     cutmix=0.0,
-    rand_augment="",
-    erase=0.0,
+    aa="",
+    reprob=0.0,
 )
 """MAE's linear probe (its appendix A.1): BatchNorm without parameters, LARS, crops and flips alone."""
 
 
-def course_named(name: str) -> Course:
+def finetune_preset(name: str) -> FinetuneConfig:
     """A preset by its name. Raises UserError with the names there are."""
-    if name not in COURSES:
-        raise UserError(f"--preset {name}: there is no such preset; choose one of {', '.join(COURSES)}")
-    return COURSES[name]
+    if name not in FINETUNE_PRESETS:
+        raise UserError(f"--preset {name}: there is no such preset; choose one of {', '.join(FINETUNE_PRESETS)}")
+    return FINETUNE_PRESETS[name]

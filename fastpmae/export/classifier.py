@@ -12,7 +12,7 @@ import timm
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastpmae.evaluate.recipe import Course
+from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.model.build import Shape
 from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.run.init_weights import header_of
@@ -43,7 +43,7 @@ class Tuned:
         classes: what they are called; any text.
         mean, std: by which its images are normalised.
         crop_ratio: of whole images, as it was tested.
-        course: the settings of its training that this version knows.
+        finetune: the settings of its training that this version knows.
         backbone: what the training started from; any text.
     """
 
@@ -54,7 +54,7 @@ class Tuned:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_ratio: float
-    course: dict[str, Any]
+    finetune: dict[str, Any]
     backbone: str
 
 
@@ -69,25 +69,25 @@ def read_tuned(path: Path) -> Tuned:
     if "timm" not in header:
         raise UserError(f"{path} is tuned from {short(backbone)}, which is no plain ViT: it is not exported")
     try:
-        arguments, classes, course = (json.loads(header[name]) for name in ("timm", "classes", "course"))
+        arguments, classes, finetune = (json.loads(header[name]) for name in ("timm", "classes", "finetune"))
         normal = [json.loads(header[name]) for name in ("mean", "std") if name in header]
         # Files of earlier versions do not say it.
         crop_ratio = typed(json.loads(header.get("crop_ratio", "0.875")), float, "crop_ratio")
         _require(0.1 <= crop_ratio <= 1, f"crop_ratio is {crop_ratio}")
         tensors = load_file(path)
         mean, std = map(_three, normal) if len(normal) == 2 else (IMAGENET_MEAN, IMAGENET_STD)
-        _require(min(std) > 0, "std is no spread")
+        _require(min(std) > 0, "std is not above 0")
         arguments = _arguments(arguments)
         _check_sizes(arguments, tensors)
         classes = list(typed(classes, tuple[str, ...], "classes"))
         _require(len(classes) == arguments["num_classes"], f"num_classes is not the number of classes, {len(classes)}")
-        course = _course(course)
+        finetune = _finetune_settings(finetune)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise UserError(f"{path} is no fine-tuned ViT of fastpmae-eval") from None
     except UserError as error:
         raise UserError(f"{path} is no fine-tuned ViT of fastpmae-eval: {error}") from None
     shape = Shape(*(arguments[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")))
-    return Tuned(tensors, arguments, shape, classes, mean, std, crop_ratio, course, backbone)
+    return Tuned(tensors, arguments, shape, classes, mean, std, crop_ratio, finetune, backbone)
 
 
 def _require(holds: bool, sentence: str) -> None:
@@ -132,11 +132,11 @@ def _check_sizes(arguments: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     _require(arguments["img_size"] % patch == 0, f"img_size {arguments['img_size']} is no multiple of {patch}")
 
 
-def _course(said: Any) -> dict[str, Any]:
-    """The settings that a course has, each of its kind; what another version knew is left out."""
-    _require(isinstance(said, dict), "its header names no course")
-    kinds = get_type_hints(Course)
-    names = [field.name for field in fields(Course) if field.name in said]
+def _finetune_settings(said: Any) -> dict[str, Any]:
+    """The settings that a `FinetuneConfig` has, each of its kind; what another version knew is left out."""
+    _require(isinstance(said, dict), "its header names no settings of its training")
+    kinds = get_type_hints(FinetuneConfig)
+    names = [field.name for field in fields(FinetuneConfig) if field.name in said]
     return {name: typed(said[name], kinds[name], name) for name in names}
 
 

@@ -19,7 +19,7 @@ from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_no_run_file, check_output
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.values import checked
 
 Format = Literal["timm", "huggingface", "plain"]
@@ -77,7 +77,7 @@ def export_encoder(
         if format == "huggingface":
             raise UserError(f"{out}: what transformers opens is a folder; leave .safetensors out of the name")
         check_output(out, force=force, inputs=[export.source])
-        with appearing(out, force) as beside:
+        with atomic_write(out, force) as beside:
             save_tensors(_plain(export) if format == "plain" else tensors, beside, header)
         return export.arguments
     files: dict[str, Any] = {}
@@ -102,7 +102,7 @@ def export_encoder(
             check_no_run_file(out / name)
     with _folder(out), contextlib.ExitStack() as stack:
         # All of them are written before the first takes its name.
-        places = {name: stack.enter_context(appearing(out / name, force)) for name in (*texts, MODEL)}
+        places = {name: stack.enter_context(atomic_write(out / name, force)) for name in (*texts, MODEL)}
         save_tensors(tensors, places[MODEL], header)
         for name, text in texts.items():
             places[name].write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -55,7 +55,7 @@ def model_card(name: str, format: str, export: "Export") -> str:
     task = "image-classification" if classes else "image-feature-extraction"
     what = "a fine-tuned classifier" if classes else f"the encoder of the {export.network.replace('_', ' ')}"
     usual = (tuple(export.mean), tuple(export.std)) == (IMAGENET_MEAN, IMAGENET_STD)
-    normal = "ImageNet's mean and spread" if usual else f"mean {list(export.mean)} and spread {list(export.std)}"
+    normal = "ImageNet's mean and std" if usual else f"mean {list(export.mean)} and std {list(export.std)}"
     lines = [
         *["---", *([f"library_name: {library}"] if library else []), f"pipeline_tag: {task}", "---"],
         "",
@@ -83,7 +83,7 @@ def model_card(name: str, format: str, export: "Export") -> str:
         ]
     if classes:
         lines += ["", "## Classes", "", ", ".join(map(plain, classes))]
-    if export.course is not None:
+    if export.finetune is not None:
         began = plain(_without_folders(export.backbone))
         lines += [
             "",
@@ -92,7 +92,7 @@ def model_card(name: str, format: str, export: "Export") -> str:
             f"From {began}, by `fastpmae-eval finetune` with these settings:",
             "",
         ]
-        lines += ["```json", json.dumps(export.course, indent=1), "```"]
+        lines += ["```json", json.dumps(export.finetune, indent=1), "```"]
     if export.config is not None:
         lines += ["", "## How it was pretrained", ""]
         lines += ["With Pseudo-MAE (Nandam et al., BMVC 2024) and these settings:", ""]

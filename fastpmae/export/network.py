@@ -31,7 +31,7 @@ class Export:
         config: the run's settings, where it is a run's.
         mean, std: by which its images are normalised.
         crop_ratio: of whole images, as they are evaluated and a classifier was tested.
-        course: a classifier's training.
+        finetune: the settings of a classifier's training.
         backbone: what the classifier's training started from, in words.
     """
 
@@ -46,14 +46,14 @@ class Export:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     crop_ratio: float = 0.875
-    course: dict[str, Any] | None = None
+    finetune: dict[str, Any] | None = None
     backbone: str = ""
 
 
 def timm_arguments(config: Config) -> dict[str, Any]:
     """What `timm.create_model` needs to build the encoder of these settings."""
-    shape = shape_of(config.model)
-    name = config.model.model
+    shape = shape_of(config.network)
+    name = config.network.model
     if name in SHAPES:
         name = f"{name}_patch{SHAPES[name].patch_size}_224"
     return {
@@ -79,15 +79,15 @@ def read_export(path: Path, network: Network, with_head: bool = False) -> Export
         found = read_tuned(tuned)
         return Export(
             found.tensors, found.arguments, found.shape, tuned, "classifier", found.classes, {}, None,
-            found.mean, found.std, found.crop_ratio, found.course, found.backbone,
+            found.mean, found.std, found.crop_ratio, found.finetune, found.backbone,
         )  # fmt: skip
     checkpoint = find_checkpoint(path)
     encoder, config = encoder_of(checkpoint, network)
-    role = "labelling_teacher" if config.teachers.teachers == "single" and network != "student" else network
+    role = "labelling_teacher" if config.teacher.teachers == "single" and network != "student" else network
     head = checkpoint.part(f"{role}.head") if with_head else {}
     if with_head and not head:
         raise UserError(f"{checkpoint.path}: its {network} has no projection head")
-    shape = shape_of(config.model)
+    shape = shape_of(config.network)
     return Export(
         encoder.state_dict(), timm_arguments(config), shape, checkpoint.path, network, None, head, config
     )  # fmt: skip

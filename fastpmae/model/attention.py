@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastpmae_loaders.errors import UserError
 
-Runs = tuple[tuple[int, int], ...]
-"""What is packed into one row of tokens: runs of equally long sequences, as (sequences, tokens of each)."""
-Packed = Callable[[Tensor, Tensor, Tensor, Runs | None], Tensor]
+SequenceLengths = tuple[tuple[int, int], ...]
+"""The sequences packed into one row of tokens: (sequences, tokens of each) for each group of equal length."""
+Packed = Callable[[Tensor, Tensor, Tensor, SequenceLengths | None], Tensor]
 
 _xformers: Packed | None = None
 
@@ -23,20 +23,20 @@ def attention(
     query: Float[Tensor, "batch queries heads dim"],
     key: Float[Tensor, "batch tokens heads dim"],
     value: Float[Tensor, "batch tokens heads dim"],
-    runs: Runs | None = None,
+    sequence_lengths: SequenceLengths | None = None,
 ) -> Float[Tensor, "batch queries heads dim"]:
     """Softmax attention among the tokens of each row, or of each packed sequence: then without any mask in memory.
 
     Args:
-        runs: the sequences that are packed, in a batch of one row; they do not see each other. Equal to attention under
-            a block-diagonal mask.
+        sequence_lengths: of the sequences packed into a batch of one row; they do not see each other. Equal to
+            attention under a block-diagonal mask.
     """
     if _xformers is not None:
-        return _xformers(query, key, value, runs)
-    if runs is None:
+        return _xformers(query, key, value, sequence_lengths)
+    if sequence_lengths is None:
         return _dense(query, key, value)
     mixed, start = [], 0
-    for count, length in runs:
+    for count, length in sequence_lengths:
         stop = start + count * length
         stacked = (each[0, start:stop].unflatten(0, (count, length)) for each in (query, key, value))
         mixed.append(_dense(*stacked).flatten(0, 1))
@@ -100,12 +100,12 @@ def _through(ops: Any) -> Packed:
     """xformers' operator, which torch.compile goes round."""
 
     @functools.cache
-    def mask(runs: Runs, device: torch.device) -> Any:
-        lengths = [length for count, length in runs for _ in range(count)]
+    def mask(sequence_lengths: SequenceLengths, device: torch.device) -> Any:
+        lengths = [length for count, length in sequence_lengths for _ in range(count)]
         return ops.fmha.BlockDiagonalMask.from_seqlens(lengths, device=device)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, runs: Runs | None) -> Tensor:
-        bias = None if runs is None else mask(runs, query.device)
+    def attend(query: Tensor, key: Tensor, value: Tensor, sequence_lengths: SequenceLengths | None) -> Tensor:
+        bias = None if sequence_lengths is None else mask(sequence_lengths, query.device)
         return ops.memory_efficient_attention(query, key, value, attn_bias=bias)
 
     return torch.compiler.disable(attend)  # pyright: ignore[reportReturnType]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpmae.config import CUDA_GRAPHS, Config, Model
+from fastpmae.config import CUDA_GRAPHS, Config, Network
 from fastpmae.model.fp8 import check_fp8_sizes
 from fastpmae.model.initialization import initialise
 from fastpmae.model.vit import Decoder, Encoder, Head, Student
@@ -59,7 +59,7 @@ UNBOUNDED = ("seed", "save_every")
 
 
 @functools.cache
-def shape_of(model: Model) -> Shape:
+def shape_of(model: Network) -> Shape:
     """The sizes of a model by its name, or by a timm name, with the settings that override them.
 
     Raises:
@@ -118,17 +118,17 @@ def _timm_shape(name: str) -> Shape:
 
 def check(config: Config) -> None:
     """Whether the settings make a run. Raises UserError with the flag that does not fit."""
-    loss, teachers, optimiser, efficiency = config.loss, config.teachers, config.optimiser, config.efficiency
+    loss, teachers, optimizer, efficiency = config.loss, config.teacher, config.optimizer, config.efficiency
     _check_numbers(config)
-    shape = shape_of(config.model)
+    shape = shape_of(config.network)
     view_settings(config)
     labels = loss.lambda_c > 0 or loss.lambda_p > 0
     rules = [
         (shape.width % shape.heads == 0, f"--width {shape.width} is no multiple of --heads {shape.heads}"),
         (shape.width % 4 == 0, f"--width {shape.width} is no multiple of 4, which sine-cosine positions need"),
-        (config.model.decoder_width % config.model.decoder_heads == 0 and config.model.decoder_width % 4 == 0,
-         f"--decoder-width {config.model.decoder_width} is no multiple of 4 and of --decoder-heads"),
-        (0 <= config.model.drop_path < 1, f"--drop-path {config.model.drop_path} is not in [0, 1)"),
+        (config.network.decoder_width % config.network.decoder_heads == 0 and config.network.decoder_width % 4 == 0,
+         f"--decoder-width {config.network.decoder_width} is no multiple of 4 and of --decoder-heads"),
+        (0 <= config.network.drop_path < 1, f"--drop-path {config.network.drop_path} is not in [0, 1)"),
         (not labels or teachers.teachers in ("dual", "single"),
          f"--teachers {teachers.teachers} gives no pseudo labels: set --lambda-c 0 --lambda-p 0, or another teacher"),
         (loss.target == "pixels" or teachers.teachers != "none",
@@ -140,15 +140,15 @@ def check(config: Config) -> None:
         (min(loss.epsilon, loss.student_temperature) >= SHARPEST,
          f"--epsilon and --student-temperature must be at least {SHARPEST:g}: logits are divided by them in float32"),
         (loss.sinkhorn_iterations >= 1, "--sinkhorn-iterations must be at least 1"),
-        (optimiser.lr >= 0, f"--lr {optimiser.lr} is negative"),
-        (optimiser.weight_decay >= 0, f"--weight-decay {optimiser.weight_decay} is negative"),
-        (optimiser.clip_grad >= 0, f"--clip-grad {optimiser.clip_grad} is negative; 0 does not clip"),
-        (all(0 <= beta < 1 for beta in optimiser.betas), f"--betas {optimiser.betas} are not in [0, 1)"),
-        (optimiser.epochs >= 1, f"--epochs {optimiser.epochs}: at least 1"),
-        (optimiser.batch_size >= 1, f"--batch-size {optimiser.batch_size}: at least 1"),
-        (optimiser.accumulate >= 1, f"--accumulate {optimiser.accumulate}: at least 1"),
-        (0 <= warmup_epochs(config) <= optimiser.epochs,
-         f"--warmup-epochs {optimiser.warmup_epochs} is not between 0 and --epochs {optimiser.epochs}"),
+        (optimizer.blr >= 0, f"--blr {optimizer.blr} is negative"),
+        (optimizer.weight_decay >= 0, f"--weight-decay {optimizer.weight_decay} is negative"),
+        (optimizer.clip_grad >= 0, f"--clip-grad {optimizer.clip_grad} is negative; 0 does not clip"),
+        (all(0 <= beta < 1 for beta in optimizer.betas), f"--betas {optimizer.betas} are not in [0, 1)"),
+        (optimizer.epochs >= 1, f"--epochs {optimizer.epochs}: at least 1"),
+        (optimizer.batch_size >= 1, f"--batch-size {optimizer.batch_size}: at least 1"),
+        (optimizer.accumulate >= 1, f"--accumulate {optimizer.accumulate}: at least 1"),
+        (0 <= warmup_epochs(config) <= optimizer.epochs,
+         f"--warmup-epochs {optimizer.warmup_epochs} is not between 0 and --epochs {optimizer.epochs}"),
         (config.run.log_every >= 1, f"--log-every {config.run.log_every}: at least 1"),
         (config.run.keep >= 0, f"--keep {config.run.keep}: 0 or more"),
         (config.run.eval_every >= 0, f"--eval-every {config.run.eval_every}: epochs, 0 or more"),
@@ -167,7 +167,7 @@ def check(config: Config) -> None:
          f"--prototypes-chunk {config.efficiency.prototypes_chunk}: rows, or 0 for all"),
         (efficiency.compile != "off" or efficiency.compile_mode == "default",
          f"--compile-mode {efficiency.compile_mode} says nothing beside --compile off: leave one out"),
-        (optimiser.accumulate == 1 or efficiency.compile_mode not in CUDA_GRAPHS,
+        (optimizer.accumulate == 1 or efficiency.compile_mode not in CUDA_GRAPHS,
          f"--compile-mode {efficiency.compile_mode} keeps gradients where the next part's CUDA graph writes its own: "
          "with --accumulate choose default or max-autotune-no-cudagraphs"),
         (not efficiency.shard or efficiency.compile_mode not in CUDA_GRAPHS,
@@ -178,8 +178,8 @@ def check(config: Config) -> None:
          "choose default or reduce-overhead"),
         (not efficiency.deterministic or efficiency.attention != "xformers",
          "--attention xformers promises no order in which its gradients add up: with --deterministic choose sdpa"),
-        (efficiency.checkpoint_blocks >= 0,
-         f"--checkpoint-blocks {efficiency.checkpoint_blocks}: every so many blocks, or 0 for none"),
+        (efficiency.activation_checkpointing >= 0,
+         f"--activation-checkpointing {efficiency.activation_checkpointing}: every so many blocks, or 0 for none"),
         (config.run.save_every >= 0, f"--save-every {config.run.save_every} is negative"),
         (0 <= config.run.seed < 2**63, f"--seed {config.run.seed} is not between 0 and 2**63 - 1"),
         *((0 <= start <= 1 and 0 <= end <= 1, f"--{name} {start} {end} is not within 0 and 1")
@@ -202,7 +202,7 @@ def _check_numbers(config: Config) -> None:
             most = MOST[name] if name in MOST else 2**31 - 1
             if isinstance(number, int | float) and name not in UNBOUNDED and abs(number) > most:
                 raise UserError(f"--{name.replace('_', '-')} {reprlib.repr(number)}: at most {most:,}")
-    for name, size in vars(config.model).items():
+    for name, size in vars(config.network).items():
         # the sizes of the encoder may be 0: then they are the model's own
         least = 0 if name in ("patch_size", "width", "depth", "heads") else 1
         if isinstance(size, int) and not isinstance(size, bool) and size < least:
@@ -214,7 +214,7 @@ def view_settings(config: Config) -> ViewSettings:
     views = config.views
     return ViewSettings(
         image_size=views.image_size,
-        patch_size=shape_of(config.model).patch_size,
+        patch_size=shape_of(config.network).patch_size,
         mask_ratio=views.mask_ratio,
         folds=views.folds,
         simple_scale=views.simple_scale,
@@ -227,20 +227,20 @@ def views_needed(config: Config) -> tuple[View, ...]:
     """The views that are looked at: the student's, and the complex one where a teacher sees it."""
     settings = view_settings(config)
     seen = [config.views.reconstruction_view] if config.loss.target == "tokens" else []
-    if config.teachers.teachers in ("dual", "single"):
+    if config.teacher.teachers in ("dual", "single"):
         seen.append(config.views.labelling_view)
     return settings.views if "complex" in seen else (settings.simple,)
 
 
 def warmup_epochs(config: Config) -> float:
     """Epochs of warm-up: as set, or 20 % of all."""
-    set_to = config.optimiser.warmup_epochs
-    return 0.2 * config.optimiser.epochs if set_to is None else set_to
+    set_to = config.optimizer.warmup_epochs
+    return 0.2 * config.optimizer.epochs if set_to is None else set_to
 
 
 def make_encoder(config: Config) -> Encoder:
     """The encoder of these settings, with weights as torch leaves them."""
-    shape = shape_of(config.model)
+    shape = shape_of(config.network)
     return Encoder(
         config.views.image_size,
         shape.patch_size,
@@ -248,13 +248,13 @@ def make_encoder(config: Config) -> Encoder:
         shape.depth,
         shape.heads,
         shape.mlp_ratio,
-        config.efficiency.checkpoint_blocks,
+        config.efficiency.activation_checkpointing,
     )
 
 
 def build_student(config: Config) -> Student:
     """A student with weights as torch leaves them, on the CPU in fp32."""
-    model, shape = config.model, shape_of(config.model)
+    model, shape = config.network, shape_of(config.network)
     output = 3 * shape.patch_size**2 if config.loss.target == "pixels" else shape.width
     decoder = Decoder(
         config.views.image_size,
@@ -264,10 +264,10 @@ def build_student(config: Config) -> Student:
         model.decoder_width,
         model.decoder_depth,
         model.decoder_heads,
-        config.efficiency.checkpoint_blocks,
+        config.efficiency.activation_checkpointing,
     )
     head = None
-    if config.teachers.teachers in ("dual", "single"):
+    if config.teacher.teachers in ("dual", "single"):
         head = Head(output, model.head_hidden, model.head_bottleneck, model.prototypes)
     return Student(make_encoder(config), decoder, head)
 

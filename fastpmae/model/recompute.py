@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastpmae.model.attention import Runs, attention, is_torchs
+from fastpmae.model.attention import SequenceLengths, attention, is_torchs
 
 
 def norm_linear(
@@ -39,15 +39,15 @@ def attend(
     qkv: nn.Linear,
     heads: int,
     last: int | None = None,
-    runs: Runs | None = None,
+    sequence_lengths: SequenceLengths | None = None,
 ) -> Float[Tensor, "batch last dim"]:
     """What each of the `last` tokens (by default all) takes from all of them, after `norm`, before the projection."""
     batch, count, dim = tokens.shape
     queries = count if last is None else last
-    if runs is None and is_torchs() and torch.is_grad_enabled() and _plain_on_cpu(tokens, qkv):
+    if sequence_lengths is None and is_torchs() and torch.is_grad_enabled() and _plain_on_cpu(tokens, qkv):
         return _Attend.apply(tokens, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, heads, queries)
     query, key, value = norm_linear(tokens, norm, qkv).view(batch, count, 3, heads, dim // heads).unbind(2)
-    return attention(query[:, count - queries :], key, value, runs).reshape(batch, queries, dim)
+    return attention(query[:, count - queries :], key, value, sequence_lengths).reshape(batch, queries, dim)
 
 
 def add_mlp(
@@ -88,26 +88,26 @@ def _linear_backward(gradient: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor
+        ctx: Any, tokens: Tensor, scale: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(tokens, scale, shift, weight)
+        ctx.save_for_backward(tokens, scale, norm_bias, weight)
         ctx.eps, ctx.autocast = eps, _autocast(tokens)
-        return F.linear(F.layer_norm(tokens, scale.shape, scale, shift, eps), weight, bias)
+        return F.linear(F.layer_norm(tokens, scale.shape, scale, norm_bias, eps), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        tokens, scale, shift, weight = ctx.saved_tensors
+        tokens, scale, norm_bias, weight = ctx.saved_tensors
         (gradient,) = gradients
         shape = list(scale.shape)
         # Autocast's norm is in the weights' precision.
         tokens = tokens.to(scale.dtype)
         with ctx.autocast:
-            normed, mean, spread = torch.native_layer_norm(tokens, shape, scale, shift, ctx.eps)
+            normed, mean, rstd = torch.native_layer_norm(tokens, shape, scale, norm_bias, ctx.eps)
             of_weight, of_bias = _linear_backward(gradient, normed)
             del normed
             of_normed = (gradient @ weight).to(scale.dtype)
         of_tokens, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
-            of_normed, tokens, shape, mean, spread, scale, shift, [True, True, True]
+            of_normed, tokens, shape, mean, rstd, scale, norm_bias, [True, True, True]
         )
         return of_tokens, of_scale, of_shift, None, of_weight, of_bias
 
@@ -134,24 +134,35 @@ ROWS = 1024
 
 
 def _norm_linear_backward(
-    gradient: Tensor, rows: Tensor, gain: Tensor, shift: Tensor, eps: float, weight: Tensor, sums: list[Tensor]
+    gradient: Tensor,
+    rows: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    sums: list[Tensor],
 ) -> Tensor:
     """The gradient of some rows that a norm and a linear layer read; those of their parameters are added to `sums`."""
     of_gain, of_shift, of_weight, of_bias = sums
-    normed, mean, spread = torch.native_layer_norm(rows, list(gain.shape), gain, shift, eps)
+    normed, mean, rstd = torch.native_layer_norm(rows, list(norm_weight.shape), norm_weight, norm_bias, eps)
     torch.addmm(of_weight, gradient.t(), normed, out=of_weight)
     of_bias += gradient.sum(dim=0)
     of_rows, *of_norm = torch.ops.aten.native_layer_norm_backward(
-        gradient @ weight, rows, list(gain.shape), mean, spread, gain, shift, [True, True, True]
+        gradient @ weight, rows, list(norm_weight.shape), mean, rstd, norm_weight, norm_bias, [True, True, True]
     )
     of_gain += of_norm[0]
     of_shift += of_norm[1]
     return of_rows
 
 
-def _zero_sums(gain: Tensor, shift: Tensor, weight: Tensor) -> list[Tensor]:
-    """The `sums` that `_norm_linear_backward` adds to: of gain, shift, weight and bias."""
-    return [torch.zeros_like(gain), torch.zeros_like(shift), torch.zeros_like(weight), weight.new_zeros(len(weight))]
+def _zero_sums(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> list[Tensor]:
+    """The `sums` that `_norm_linear_backward` adds to: of norm_weight, norm_bias, weight and bias."""
+    return [
+        torch.zeros_like(norm_weight),
+        torch.zeros_like(norm_bias),
+        torch.zeros_like(weight),
+        weight.new_zeros(len(weight)),
+    ]
 
 
 class _Attend(torch.autograd.Function):
@@ -160,24 +171,24 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, gain: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor,
+        ctx: Any, tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor,
         heads: int, queries: int,
     ) -> Tensor:  # fmt: skip
         batch, count, dim = tokens.shape
-        qkv = F.linear(F.layer_norm(tokens, gain.shape, gain, shift, eps), weight, bias)
+        qkv = F.linear(F.layer_norm(tokens, norm_weight.shape, norm_weight, norm_bias, eps), weight, bias)
         qkv = qkv.view(batch, count, 3, heads, dim // heads)
         mixed, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(qkv, queries))
-        ctx.save_for_backward(tokens, gain, shift, weight, qkv, mixed, sums)
+        ctx.save_for_backward(tokens, norm_weight, norm_bias, weight, qkv, mixed, sums)
         ctx.eps = eps
         return mixed.transpose(1, 2).reshape(batch, queries, dim)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        tokens, gain, shift, weight, qkv, mixed, sums = ctx.saved_tensors
+        tokens, norm_weight, norm_bias, weight, qkv, mixed, sums = ctx.saved_tensors
         batch, count, dim = tokens.shape
         queries = mixed.shape[2]
         gradient = gradients[0].view(batch, queries, *qkv.shape[3:]).transpose(1, 2)
-        of_tokens, sums_of = tokens.new_empty(tokens.shape), _zero_sums(gain, shift, weight)
+        of_tokens, sums_of = tokens.new_empty(tokens.shape), _zero_sums(norm_weight, norm_bias, weight)
         few = max(1, ROWS // count)
         for start in range(0, batch, few):
             place = slice(start, start + few)
@@ -188,7 +199,13 @@ class _Attend(torch.autograd.Function):
             for here, part in zip(_heads_first(of_qkv, queries), parts, strict=True):
                 here.copy_(part)
             of_part = _norm_linear_backward(
-                of_qkv.view(-1, 3 * dim), tokens[place].reshape(-1, dim), gain, shift, ctx.eps, weight, sums_of
+                of_qkv.view(-1, 3 * dim),
+                tokens[place].reshape(-1, dim),
+                norm_weight,
+                norm_bias,
+                ctx.eps,
+                weight,
+                sums_of,
             )
             of_tokens[place] = of_part.view(-1, count, dim)
         of_gain, of_shift, of_weight, of_bias = sums_of
@@ -204,7 +221,7 @@ def _heads_first(qkv: Float[Tensor, "batch tokens 3 heads dim"], queries: int) -
 class _AddMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, keeps: bool, eps: float, scale: Tensor | None, tokens: Tensor, gain: Tensor, shift: Tensor,
+        ctx: Any, keeps: bool, eps: float, scale: Tensor | None, tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor,
         weight: Tensor, bias: Tensor, second_weight: Tensor, second_bias: Tensor,
     ) -> Tensor:  # fmt: skip
         rows = tokens.flatten(0, -2)
@@ -214,22 +231,24 @@ class _AddMlp(torch.autograd.Function):
             place = slice(start, start + ROWS)
             part, sums = rows[place], out[place]
             hidden = kept[place] if keeps else kept[: len(part)]
-            torch.addmm(bias, F.layer_norm(part, gain.shape, gain, shift, eps), weight.t(), out=hidden)
+            torch.addmm(
+                bias, F.layer_norm(part, norm_weight.shape, norm_weight, norm_bias, eps), weight.t(), out=hidden
+            )
             if scale is None:
                 torch.add(part, second_bias, out=sums)
                 torch.addmm(sums, F.gelu(hidden), second_weight.t(), out=sums)
             else:
                 torch.addcmul(part, torch.addmm(second_bias, F.gelu(hidden), second_weight.t()), scale[place], out=sums)
-        ctx.save_for_backward(tokens, gain, shift, weight, second_weight, kept, scale)
+        ctx.save_for_backward(tokens, norm_weight, norm_bias, weight, second_weight, kept, scale)
         ctx.eps = eps
         return out.view_as(tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        tokens, gain, shift, weight, second_weight, kept, scale = ctx.saved_tensors
+        tokens, norm_weight, norm_bias, weight, second_weight, kept, scale = ctx.saved_tensors
         rows, gradient = tokens.flatten(0, -2), gradients[0].flatten(0, -2)
         of_rows, of_second = rows.new_empty(rows.shape), torch.zeros_like(second_weight)
-        sums_of = _zero_sums(gain, shift, weight)
+        sums_of = _zero_sums(norm_weight, norm_bias, weight)
         of_second_bias = weight.new_zeros(len(second_weight))
         for start in range(0, len(rows), ROWS):
             place = slice(start, start + ROWS)
@@ -239,7 +258,7 @@ class _AddMlp(torch.autograd.Function):
             torch.addmm(of_second, of_branch.t(), F.gelu(hidden), out=of_second)
             of_hidden = of_branch @ second_weight
             torch.ops.aten.gelu_backward.grad_input(of_hidden, hidden, grad_input=of_hidden)
-            of_part = _norm_linear_backward(of_hidden, rows[place], gain, shift, ctx.eps, weight, sums_of)
+            of_part = _norm_linear_backward(of_hidden, rows[place], norm_weight, norm_bias, ctx.eps, weight, sums_of)
             torch.add(above, of_part, out=of_rows[place])
         of_gain, of_shift, of_weight, of_bias = sums_of
         of_tokens = of_rows.view_as(tokens)

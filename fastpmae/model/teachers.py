@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpmae.config import TeacherSettings
-from fastpmae.distributed.dtensor import local
+from fastpmae.distributed.dtensor import to_local
 from fastpmae.model.initialization import initialise, initialise_as_timm
 from fastpmae.model.vit import Encoder, Head, Student
 
@@ -60,8 +60,8 @@ class Teachers:
     labelling_schedule: Schedule
 
     @torch.no_grad()
-    def follow(self, student: Student, cadence: Cadence, t: int) -> None:
-        """Update every teacher of this cadence from the student, after the optimiser's t-th step (or epoch)."""
+    def update_ema(self, student: Student, cadence: Cadence, t: int) -> None:
+        """Update every teacher of this cadence from the student, after the optimizer's t-th step (or epoch)."""
         for teacher, schedule in self.scheduled():
             if schedule.cadence == cadence:
                 mine, theirs = _pairs(teacher, student)
@@ -135,9 +135,9 @@ def _pairs(teacher: Teacher, student: Student) -> tuple[list[Tensor], list[Tenso
     """Weight by weight; of networks in shards this rank's parts, which are cut alike in both."""
     theirs = dict(student.named_parameters())
     named = list(teacher.named_parameters())
-    mine = [local(weight.detach()) for _, weight in named]
+    mine = [to_local(weight.detach()) for _, weight in named]
     # A copy's positions are the student's, and stay so.
     return (
         [*mine, teacher.encoder.pos_embed],
-        [*(local(theirs[name].detach()) for name, _ in named), student.encoder.pos_embed],
+        [*(to_local(theirs[name].detach()) for name, _ in named), student.encoder.pos_embed],
     )

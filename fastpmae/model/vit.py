@@ -14,8 +14,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastpmae.distributed.dtensor import comes_apart
-from fastpmae.model.attention import Runs
+from fastpmae.distributed.dtensor import is_sharded
+from fastpmae.model.attention import SequenceLengths
 from fastpmae.model.patches import sincos_positions
 from fastpmae.model.recompute import add_mlp, attend, gelu_linear, norm_linear
 from fastpmae_kernels import patch_tokens
@@ -33,10 +33,10 @@ class Attention(nn.Module):
         tokens: Float[Tensor, "batch tokens dim"],
         norm: nn.LayerNorm,
         last: int | None = None,
-        runs: Runs | None = None,
+        sequence_lengths: SequenceLengths | None = None,
     ) -> Float[Tensor, "batch last dim"]:
         """What each of the `last` tokens (by default all) takes from all of them, after `norm`."""
-        return self.proj(attend(tokens, norm, self.qkv, self.heads, last, runs))
+        return self.proj(attend(tokens, norm, self.qkv, self.heads, last, sequence_lengths))
 
 
 class Mlp(nn.Module):
@@ -68,18 +68,22 @@ class Block(nn.Module):
     def forward(
         self,
         tokens: Float[Tensor, "batch tokens dim"],
-        keep: Float[Tensor, "batch 2"] | None = None,
+        drop_path_scale: Float[Tensor, "batch 2"] | None = None,
         last: int | None = None,
-        runs: Runs | None = None,
+        sequence_lengths: SequenceLengths | None = None,
     ) -> Float[Tensor, "batch last dim"]:
-        """The tokens, or the `last` of them where nothing reads the others, after the block; `runs` of a packed row."""
-        mixed = self.attn(tokens, self.norm1, last, runs)
+        """The tokens after the block, or the `last` of them where nothing reads the others.
+
+        Args:
+            sequence_lengths: of the sequences packed into one row.
+        """
+        mixed = self.attn(tokens, self.norm1, last, sequence_lengths)
         if last is not None:
             tokens = tokens[:, tokens.shape[1] - last :]
-        if keep is None:
+        if drop_path_scale is None:
             return self.mlp(tokens + mixed, self.norm2)
-        keep = keep.to(tokens.dtype)[..., None, None]
-        return self.mlp(tokens + keep[:, 0] * mixed, self.norm2, keep[:, 1])
+        drop_path_scale = drop_path_scale.to(tokens.dtype)[..., None, None]
+        return self.mlp(tokens + drop_path_scale[:, 0] * mixed, self.norm2, drop_path_scale[:, 1])
 
 
 class Blocks(nn.ModuleList):
@@ -97,17 +101,17 @@ class Blocks(nn.ModuleList):
     def forward(
         self,
         tokens: Float[Tensor, "batch tokens dim"],
-        keep: Float[Tensor, "batch depth 2"] | None = None,
+        drop_path_scale: Float[Tensor, "batch depth 2"] | None = None,
         last: int | None = None,
-        runs: Runs | None = None,
+        sequence_lengths: SequenceLengths | None = None,
     ) -> Float[Tensor, "batch last dim"]:
         """The tokens after all blocks; `last` is the last block's."""
         for depth, block in enumerate(self):
             given = (
                 tokens,
-                None if keep is None else keep[:, depth],
+                None if drop_path_scale is None else drop_path_scale[:, depth],
                 last if depth == len(self) - 1 else None,
-                runs,
+                sequence_lengths,
             )
             if self.recompute_every and depth % self.recompute_every == 0 and torch.is_grad_enabled():
                 # Nothing in a block is random: stochastic depth is drawn before.
@@ -163,10 +167,10 @@ class Encoder(nn.Module):
         self,
         images: UInt8[Tensor, "batch 3 height width"],
         ids: Int[Tensor, "batch count"],
-        keep: Float[Tensor, "batch depth 2"] | None = None,
+        drop_path_scale: Float[Tensor, "batch depth 2"] | None = None,
     ) -> Float[Tensor, "batch 1+count dim"]:
         """The class token, then the tokens of the patches `ids` in that order, after the final norm."""
-        return self.encode(self.embed(images, ids), keep)
+        return self.encode(self.embed(images, ids), drop_path_scale)
 
     def embed(
         self, images: UInt8[Tensor, "batch 3 height width"], ids: Int[Tensor, "batch count"]
@@ -175,9 +179,9 @@ class Encoder(nn.Module):
         return self.patch_embed(images, ids) + self.pos_embed[0, 1:][ids]
 
     def encode(
-        self, tokens: Float[Tensor, "batch count dim"], keep: Float[Tensor, "batch depth 2"] | None = None
+        self, tokens: Float[Tensor, "batch count dim"], drop_path_scale: Float[Tensor, "batch depth 2"] | None = None
     ) -> Float[Tensor, "batch 1+count dim"]:
-        return self.norm(self.blocks(self.with_class_token(tokens), keep))
+        return self.norm(self.blocks(self.with_class_token(tokens), drop_path_scale))
 
     def with_class_token(self, tokens: Float[Tensor, "batch count dim"]) -> Float[Tensor, "batch 1+count dim"]:
         """Embedded patches behind the class token, as the blocks take them."""
@@ -207,10 +211,10 @@ class Encoder(nn.Module):
         if len(stacks) == 1:
             encoded = [self.norm(self.blocks(stacks[0]))]
         else:
-            runs = tuple((len(stack), stack.shape[1]) for stack in stacks)
+            sequence_lengths = tuple((len(stack), stack.shape[1]) for stack in stacks)
             packed = torch.cat([stack.flatten(0, 1) for stack in stacks]).unsqueeze(0)
-            tokens = self.norm(self.blocks(packed, runs=runs))[0]
-            parts = tokens.split([count * length for count, length in runs])
+            tokens = self.norm(self.blocks(packed, sequence_lengths=sequence_lengths))[0]
+            parts = tokens.split([count * length for count, length in sequence_lengths])
             encoded = [part.view(stack.shape) for part, stack in zip(parts, stacks, strict=True)]
         by_image = [stack.view(batch, -1, *stack.shape[1:]) for stack in encoded]
         class_tokens = torch.cat([stack[:, :, 0] for stack in by_image], dim=1)
@@ -319,7 +323,7 @@ class Head(nn.Module):
         due, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
         if chunk == 0 and not (due and compiled):
             return class_logits, F.linear(*self.factors(patch_tokens, self.patch_prototypes))
-        if due and not compiled and not comes_apart(self):
+        if due and not compiled and not is_sharded(self):
             return class_logits, Unseen(self, patch_tokens, chunk)
         return class_logits, self.patch_factors(patch_tokens, chunk)
 
@@ -352,7 +356,7 @@ class Student(nn.Module):
         images: UInt8[Tensor, "batch 3 height width"],
         visible: Int[Tensor, "batch visible"],
         masked: Int[Tensor, "batch masked"],
-        keep: Float[Tensor, "batch depth 2"] | None = None,
+        drop_path_scale: Float[Tensor, "batch depth 2"] | None = None,
         chunk: int = 0,
     ) -> tuple[
         Float[Tensor, "batch masked dim"],
@@ -361,7 +365,7 @@ class Student(nn.Module):
     ]:
         """Predicted tokens of the masked patches, and the class and patch logits over the prototypes (see `Head`)."""
         class_prediction, masked_prediction = self.decoder(
-            self.encoder(images, visible, keep), visible, masked, self.head is not None
+            self.encoder(images, visible, drop_path_scale), visible, masked, self.head is not None
         )
         if self.head is None or class_prediction is None:
             return masked_prediction, None, None

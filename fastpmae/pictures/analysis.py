@@ -16,20 +16,20 @@ from fastpmae.model.teachers import Teachers
 from fastpmae.model.vit import Block, Encoder, Student
 from fastpmae.pretraining.match_geometry import masked_overlaps
 from fastpmae.pretraining.networks import make_networks
-from fastpmae.pretraining.step import label, see
-from fastpmae.run.checkpoint import Checkpoint, check_fits, scatter_networks
+from fastpmae.pretraining.step import label, teacher_forward
+from fastpmae.run.checkpoint import Checkpoint, check_fits, restore_networks
 from fastpmae_kernels import nearest_patch, sinkhorn
 from fastpmae_loaders import Batch, PairedViews, Samples
 from fastpmae_loaders.errors import UserError
 
 
 @dataclass(frozen=True)
-class Learnt:
+class Analysis:
     """A batch as the student and the teachers see it."""
 
     config: Config
     step: int
-    """Optimiser steps that the networks have behind them."""
+    """Optimizer steps that the networks have behind them."""
     batch: Batch
     similarity: Float[Tensor, "batch masked"]
     """How near each predicted token is to its target: their cosine, in fold order."""
@@ -71,7 +71,7 @@ def networks_of(checkpoint: Checkpoint) -> tuple[Student, Teachers]:
     check(config)
     check_fits(checkpoint, config)
     student, teachers = make_networks(config, 1, torch.device("cpu"), None)
-    scatter_networks(checkpoint, student, teachers)
+    restore_networks(checkpoint, student, teachers)
     for module in (student, *teachers.modules().values()):
         module.eval()
     return student, teachers
@@ -86,7 +86,7 @@ def batch_of(config: Config, images: Samples, samples: int, index: tuple[int, ..
 
 
 @torch.no_grad()
-def look(checkpoint: Checkpoint, images: Samples, samples: int = 6, index: tuple[int, ...] = ()) -> Learnt:
+def analyse(checkpoint: Checkpoint, images: Samples, samples: int = 6, index: tuple[int, ...] = ()) -> Analysis:
     """What the networks of a checkpoint make of some images.
 
     Raises:
@@ -96,7 +96,7 @@ def look(checkpoint: Checkpoint, images: Samples, samples: int = 6, index: tuple
     student, teachers = networks_of(checkpoint)
     batch = batch_of(config, images, samples, index)
     predicted, _, _ = student(batch.simple, batch.visible, batch.folds)
-    targets = see(teachers, batch, config).targets
+    targets = teacher_forward(teachers, batch, config).targets
     match = overlap = reachable = None
     if targets.label_tokens is not None:
         loss = config.loss
@@ -104,7 +104,7 @@ def look(checkpoint: Checkpoint, images: Samples, samples: int = 6, index: tuple
         hits, candidates = masked_overlaps(batch, config)
         overlap = hits.gather(2, match.unsqueeze(2)).squeeze(2)
         reachable = (hits & candidates).any(dim=2)
-    return Learnt(
+    return Analysis(
         config,
         checkpoint.progress["step"],
         batch,
@@ -163,7 +163,7 @@ def prototype_use(
     config = checkpoint.config
     _, teachers = networks_of(checkpoint)
     if teachers.labelling is None:
-        raise UserError(f"{checkpoint.path} holds no prototypes: its run used --teachers {config.teachers.teachers}")
+        raise UserError(f"{checkpoint.path} holds no prototypes: its run used --teachers {config.teacher.teachers}")
     batch = batch_of(config, images, min(samples, len(images)))
     plain = config.using(prototypes_chunk=0)
     _, (_, logits) = label(teachers.labelling, batch, plain)

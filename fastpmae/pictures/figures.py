@@ -1,4 +1,4 @@
-"""Pictures of what a run has learnt: the numbers of `fastpmae.pictures.analysis`, drawn."""
+"""Pictures of what a run has analysis: the numbers of `fastpmae.pictures.analysis`, drawn."""
 
 import math
 
@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch
 from matplotlib.patheffects import withStroke
 
-from fastpmae.pictures.analysis import Learnt, PrototypeUse
+from fastpmae.pictures.analysis import Analysis, PrototypeUse
 
 AGREES, DISAGREES, APART = "#009e73", "#d55e00", "#adb5bd"
 INK, QUIET, HIDDEN = "#212529", "#868e96", 222
@@ -23,47 +23,49 @@ RANGE = Normalize(-0.2, 1.0)
 """Cosines from the darkest to the brightest."""
 
 
-def draw_learnt(learnt: Learnt, title: str) -> Figure:
+def draw_analysis(analysis: Analysis, title: str) -> Figure:
     """A row for each image: what the student sees, how near its predictions are, matches, attention, features."""
     names = [
-        "the student sees", "predicted ~ target", "simple view", f"{learnt.config.views.labelling_view} view",
+        "the student sees", "predicted ~ target", "simple view", f"{analysis.config.views.labelling_view} view",
         "class attention", "features, 3 components",
     ]  # fmt: skip
-    if learnt.match is None:
+    if analysis.match is None:
         names = [*names[:3], *names[4:]]
-    count = len(learnt.batch)
-    figure, cells = _grid(count, len(names), title, f"step {learnt.step:,}")
+    count = len(analysis.batch)
+    figure, cells = _grid(count, len(names), title, f"step {analysis.step:,}")
     for axes, name in zip(cells[0], names, strict=True):
         axes.set_title(name, size=9.5, weight="bold", color=INK, pad=6)
-    simple = learnt.batch.simple.permute(0, 2, 3, 1).numpy()
-    grid = math.isqrt(learnt.attention.shape[1])
+    simple = analysis.batch.simple.permute(0, 2, 3, 1).numpy()
+    grid = math.isqrt(analysis.attention.shape[1])
     scale = simple.shape[1] // grid
     for row, axes in enumerate(cells):
-        folds = learnt.batch.folds[row].numpy()
+        folds = analysis.batch.folds[row].numpy()
         hidden = np.zeros(grid * grid, bool)
         hidden[folds] = True
         near = np.full(grid * grid, np.nan)
-        near[folds] = learnt.similarity[row].numpy()
+        near[folds] = analysis.similarity[row].numpy()
         seen = simple[row].copy()
         seen[_wide(hidden, grid, scale)] = HIDDEN
         axes[0].imshow(seen)
         axes[1].imshow(seen)
         axes[1].imshow(_wide(near, grid, scale), cmap="viridis", norm=RANGE)
-        axes[1].set_xlabel(f"mean {learnt.similarity[row].mean():.2f}", size=7.5, color=QUIET)
+        axes[1].set_xlabel(f"mean {analysis.similarity[row].mean():.2f}", size=7.5, color=QUIET)
         axes[2].imshow(simple[row])
-        if learnt.match is not None:
-            axes[3].imshow(getattr(learnt.batch, learnt.config.views.labelling_view)[row].permute(1, 2, 0).numpy())
-            axes[3].set_xlabel(_draw_matches(figure, axes[2], axes[3], learnt, row, grid, scale), size=7.5, color=QUIET)
+        if analysis.match is not None:
+            axes[3].imshow(getattr(analysis.batch, analysis.config.views.labelling_view)[row].permute(1, 2, 0).numpy())
+            axes[3].set_xlabel(
+                _draw_matches(figure, axes[2], axes[3], analysis, row, grid, scale), size=7.5, color=QUIET
+            )
         axes[-2].imshow(simple[row].mean(axis=2), cmap="gray", vmin=0, vmax=255)
-        attention = learnt.attention[row].numpy()
+        attention = analysis.attention[row].numpy()
         axes[-2].imshow(_wide(attention / attention.max(), grid, scale), cmap="magma", alpha=0.65)
-        axes[-1].imshow(_wide(learnt.colours[row].numpy(), grid, scale))
+        axes[-1].imshow(_wide(analysis.colours[row].numpy(), grid, scale))
     height = figure.get_size_inches()[1]
     bar = figure.add_axes((0.06, 0.3 / height, 0.16, 0.09 / height))
     figure.colorbar(ScalarMappable(RANGE, "viridis"), cax=bar, orientation="horizontal")
     bar.tick_params(labelsize=7)
     bar.set_title("cosine of prediction and target", size=7.5, color=QUIET, pad=2)
-    if learnt.match is not None:
+    if analysis.match is not None:
         meanings = {AGREES: "match shows the same place", DISAGREES: "another place", APART: "no patch could"}
         handles = [Line2D([], [], color=colour, lw=2, label=label) for colour, label in meanings.items()]
         figure.legend(handles=handles, loc="lower right", ncols=3, fontsize=8, frameon=False)
@@ -75,7 +77,7 @@ def draw_prototypes(use: PrototypeUse, title: str) -> Figure:
     shown, best = use.patches.shape[:2]
     columns = 2 if shown > 6 else 1
     rows = -(-shown // columns)
-    words = f"step {use.step:,} · {use.used} of {use.config.model.prototypes} prototypes used by {use.images} images"
+    words = f"step {use.step:,} · {use.used} of {use.config.network.prototypes} prototypes used by {use.images} images"
     figure, cells = _grid(rows, columns * best, title, words, cell=0.78, block=best)
     for axes in cells.flatten():
         axes.set_visible(False)
@@ -133,11 +135,11 @@ def _wide(values: np.ndarray, grid: int, scale: int) -> np.ndarray:
     return values.reshape(grid, grid, *values.shape[1:]).repeat(scale, 0).repeat(scale, 1)
 
 
-def _draw_matches(figure: Figure, ours: Axes, theirs: Axes, learnt: Learnt, row: int, grid: int, scale: int) -> str:
+def _draw_matches(figure: Figure, ours: Axes, theirs: Axes, analysis: Analysis, row: int, grid: int, scale: int) -> str:
     """Lines from masked patches to the patches they are matched with, and how many of them agree with geometry."""
-    given = learnt.match, learnt.overlap, learnt.reachable
+    given = analysis.match, analysis.overlap, analysis.reachable
     match, overlap, reachable = (values[row].numpy() for values in given if values is not None)
-    folds = learnt.batch.folds[row].numpy()
+    folds = analysis.batch.folds[row].numpy()
     # the same patches whatever the match: every so many, along the rows of the view
     places = np.argsort(folds)[:: max(1, -(-len(folds) // LINES))]
     for place in places:

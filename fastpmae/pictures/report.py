@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from fastpmae.config import Config
 from fastpmae.config_file import read_config
-from fastpmae.pictures.analysis import look, prototype_use
-from fastpmae.pictures.figures import draw_learnt, draw_prototypes
+from fastpmae.pictures.analysis import analyse, prototype_use
+from fastpmae.pictures.figures import draw_analysis, draw_prototypes
 from fastpmae.plotting import save_picture
 from fastpmae.presets import PRESETS
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, find_checkpoint, read_progress, settings_in
@@ -26,10 +26,10 @@ from fastpmae.run.results import Result, results_in
 from fastpmae_loaders import open_samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.reading import read_file
 from fastpmae_loaders.values import checked
@@ -73,7 +73,7 @@ def write_report(
     out: Path | None = None,
     beton: Path | None = None,
     samples: int = 6,
-    tally: Tally | None = None,
+    progress: Progress | None = None,
     force: bool = True,
 ) -> Path:
     """Write a run's report and return where it is.
@@ -82,7 +82,7 @@ def write_report(
         out: report.html in the run's folder by default; it appears whole or not at all.
         beton: the images of the pictures; the run's own by default. Where they are not there, the pictures are left
             out and a sentence says so, as it does where the networks are those of an earlier version.
-        tally: counts the parts that are done: the log, two pictures, the page.
+        progress: counts the parts that are done: the log, two pictures, the page.
         force: replace `out`, but no other file of the run and nothing that is read here; report.html in the run's
             folder is renewed without it. The command does so where it is told to.
 
@@ -98,20 +98,20 @@ def write_report(
     own = target.parent.resolve() / target.name == run.resolve() / "report.html"
     if not own:
         check_output(target, force=force, inputs=[path for path in (beton, config.data.beton) if path is not None])
-    tally = tally or Tally()
-    with tally.count(4, "parts"):
+    progress = progress or Progress()
+    with progress.count(4, "parts"):
         rows = read_rows(run / "metrics.jsonl")
-        tally.advance()
-        pictures, remark = _pictures(run, config, beton, samples, tally)
+        progress.advance()
+        pictures, remark = _pictures(run, config, beton, samples, progress)
         page = "\n".join(_page(run, config, rows, pictures, remark))
-        with appearing(target, force or own) as beside:
+        with atomic_write(target, force or own) as beside:
             beside.write_text(page, encoding="utf-8", errors="backslashreplace")
-        tally.advance()
+        progress.advance()
     return target
 
 
 def _pictures(
-    run: Path, config: Config, named: Path | None, samples: int, tally: Tally
+    run: Path, config: Config, named: Path | None, samples: int, progress: Progress
 ) -> tuple[dict[str, str], str]:  # fmt: skip
     """Drawn pictures as PNG data by their titles, and a sentence on what is missing."""
     if not checkpoints_in(run):
@@ -131,14 +131,16 @@ def _pictures(
     images = open_samples(beton)
     title = printable(f"{run.name} · {images.path.name}")
     pictures = {
-        "What was learnt of a few images": _png(draw_learnt(look(checkpoint, images, min(samples, len(images))), title))
+        "What was learnt of a few images": _png(
+            draw_analysis(analyse(checkpoint, images, min(samples, len(images))), title)
+        )
     }
-    tally.advance()
-    if config.teachers.teachers in ("dual", "single"):
+    progress.advance()
+    if config.teacher.teachers in ("dual", "single"):
         pictures["Patches nearest to the most used prototypes"] = _png(
             draw_prototypes(prototype_use(checkpoint, images), title)
         )
-    tally.advance()
+    progress.advance()
     return pictures, ""
 
 
@@ -202,10 +204,10 @@ def _changed(config: Config) -> dict[str, Any]:
 
 
 def _summary(run: Path, config: Config) -> str:
-    views, model = config.views, config.model
+    views, model = config.views, config.network
     words = [
-        f"preset {config.run.preset}", model.model, f"{views.image_size} px", f"{config.optimiser.epochs} epochs",
-        f"batch {config.optimiser.batch_size}", f"seed {config.run.seed}",
+        f"preset {config.run.preset}", model.model, f"{views.image_size} px", f"{config.optimizer.epochs} epochs",
+        f"batch {config.optimizer.batch_size}", f"seed {config.run.seed}",
     ]  # fmt: skip
     for path in checkpoints_in(run):
         with contextlib.suppress(CheckpointError):  # a damaged one
@@ -220,7 +222,7 @@ def _summary(run: Path, config: Config) -> str:
 def _figures(config: Config, rows: list[dict[str, float]]) -> Iterator[tuple[str, str]]:
     last = rows[-1]
     yield "steps", f"{last['step']:,.0f}"
-    yield f"of {config.optimiser.epochs} epochs", f"{last.get('epoch', 0):.2f}"
+    yield f"of {config.optimizer.epochs} epochs", f"{last.get('epoch', 0):.2f}"
     yield "loss", _shown(last.get("loss"))
     rates = sorted(row["images_per_second"] for row in rows if "images_per_second" in row)
     if rates:
@@ -292,7 +294,7 @@ def report_command(
         samples: How many of them, 1 to 64.
         force: Replace OUT if it exists, but no other file of a run; RUN/report.html is renewed without it.
     """
-    tell(f"wrote {write_report(run, out, beton, samples, Tally(live=True), force)}")
+    tell(f"wrote {write_report(run, out, beton, samples, Progress(live=True), force)}")
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
 from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.values import checked
@@ -70,7 +70,7 @@ def draw_views(
         wanted = np.array(index or views.order(epoch)[:samples], np.int64)
         batch = views.batch_of(wanted)
     figure = _figure(beton, batch, settings, printable(f"{beton.path.name} · seed {seed} · epoch {epoch}"))
-    with appearing(target, force) as beside:
+    with atomic_write(target, force) as beside:
         save_picture(figure, beside, dpi=130)
     return target
 
@@ -81,7 +81,7 @@ def draw_run(
     images: Samples | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    picture: Literal["learnt", "prototypes"] = "learnt",
+    picture: Literal["analysis", "prototypes"] = "analysis",
     samples: int = 6,
     index: tuple[int, ...] = (),
     force: bool = True,
@@ -90,10 +90,10 @@ def draw_run(
 
     Args:
         images: whatever the run could be trained on: a .beton, a folder, tar shards.
-        picture: "learnt": for each image what the student sees, the cosine of each predicted token and its target,
+        picture: "analysis": for each image what the student sees, the cosine of each predicted token and its target,
             nearest-patch matches coloured by whether geometry agrees, the class token's attention, and the principal
             components of the patch features. "prototypes": the patches nearest to the most used prototypes.
-        samples: images of "learnt", from the start of the first epoch's order.
+        samples: images of "analysis", from the start of the first epoch's order.
         index: these samples of the file instead.
         force: replace `out`, but no file of a run and nothing that is read here.
 
@@ -104,8 +104,8 @@ def draw_run(
         UserError: for files that cannot be read or written, and runs without prototypes.
     """
     # drawing views alone needs no networks
-    from fastpmae.pictures.analysis import look, prototype_use
-    from fastpmae.pictures.figures import draw_learnt, draw_prototypes
+    from fastpmae.pictures.analysis import analyse, prototype_use
+    from fastpmae.pictures.figures import draw_analysis, draw_prototypes
     from fastpmae.run.checkpoint import find_checkpoint
 
     given = Path(images) if isinstance(images, str | os.PathLike) else images.path
@@ -114,11 +114,11 @@ def draw_run(
     images = open_samples(images)
     title = printable(f"{Path(run).name} · {images.path.name}")
     checkpoint = find_checkpoint(Path(run))
-    if picture == "learnt":
-        figure = draw_learnt(look(checkpoint, images, samples, index), title)
+    if picture == "analysis":
+        figure = draw_analysis(analyse(checkpoint, images, samples, index), title)
     else:
         figure = draw_prototypes(prototype_use(checkpoint, images), title)
-    with appearing(target, force) as beside:
+    with atomic_write(target, force) as beside:
         save_picture(figure, beside, dpi=130)
     return target
 
@@ -256,7 +256,7 @@ def view_command(
     complex_recipe: Literal["coin", "t1", "t2"] = "coin",
     engine: Literal["ffcv", "dali", "torch"] = "ffcv",
     run: Path | None = None,
-    picture: Literal["views", "learnt", "prototypes"] | None = None,
+    picture: Literal["views", "analysis", "prototypes"] | None = None,
     force: bool = False,
 ) -> None:
     """Draw a few samples: the image with both crops, both views, what the student sees, the teachers' folds.
@@ -277,15 +277,15 @@ def view_command(
         complex_recipe: Blur and solarise of the complex view: DINO's first or second, or either by a coin.
         engine: What decodes the images.
         run: A run folder or checkpoint.
-        picture: With --run, "learnt" (the default): predictions, matches, attention, features; "prototypes": the
+        picture: With --run, "analysis" (the default): predictions, matches, attention, features; "prototypes": the
             patches nearest to the most used ones.
         force: Replace OUT.png if it exists, but no file of a run and nothing that is read here.
     """
     if run is not None and picture != "views":
-        draw_run(run, beton, out, picture=picture or "learnt", samples=samples, index=index, force=force)
+        draw_run(run, beton, out, picture=picture or "analysis", samples=samples, index=index, force=force)
         tell(f"wrote {out}")
         return
-    if run is None and picture in ("learnt", "prototypes"):
+    if run is None and picture in ("analysis", "prototypes"):
         raise UserError(f"--picture {picture} needs --run RUN: the run that has learnt something")
     settings = ViewSettings(
         image_size=image_size,

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from fastpmae.config import Config
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import build_student, shape_of, view_settings, views_needed
 from fastpmae.model.fp8 import use_fp8
 from fastpmae.model.teachers import Teachers, make_teachers
 from fastpmae.model.vit import Student
 from fastpmae.plan.shape_tensor import Counting, Hollow, leaves
-from fastpmae.pretraining.optimizer import make_optimiser, update
-from fastpmae.pretraining.step import learn, teach
+from fastpmae.pretraining.optimizer import make_optimizer, update
+from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae_kernels import traffic
 from fastpmae_kernels.cpu.rows import row_blocks
 from fastpmae_loaders import Batch
 
 Target = Literal["cpu", "cuda"]
 
-KINDS = ("weights", "gradients", "optimiser", "teachers", "gathered", "images", "activations", "logits", "workspace")
+KINDS = ("weights", "gradients", "optimizer", "teachers", "gathered", "images", "activations", "logits", "workspace")
 """What memory is for. `weights` and `teachers` hold their 16-bit copies too; `activations` is all that a step makes;
 `gathered` is what of networks in shards is whole at a time."""
 
@@ -72,7 +72,7 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
         images: of all parts (`accumulate`) together.
         target: what it runs on; decides the precision where the settings leave it open, and the kernels' workspace.
     """
-    parts = config.optimiser.accumulate
+    parts = config.optimizer.accumulate
     count = max(1, images // parts)
     low = config.efficiency.precision == "bf16" or (config.efficiency.precision == "auto" and target == "cuda")
     sharded = config.efficiency.shard and ranks > 1
@@ -80,7 +80,7 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
     counting = Counting()
     counting.observe = functools.partial(_observe, counting, target)
     with counting:
-        student, teachers, optimiser = _networks(config, counting)
+        student, teachers, optimizer = _networks(config, counting)
         of_student = [parameter for parameter in student.parameters() if parameter.requires_grad]
         # Gradients of earlier parts, and those that travel between ranks, stay while a part is computed.
         held = None
@@ -88,18 +88,18 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
             held = [counting.hold(parameter.nbytes, "gradients") for parameter in of_student]
         waiting = None
         counting.kind = "images"
-        batch, keep = _batch(config, count)
+        batch, drop_path_scale = _batch(config, count)
         counting.kind = "activations"
         counting.traffic = 0
         with autocast():
             counting.part = "labels"
-            targets = teach(teachers, batch, config)
-            if config.optimiser.balance == "step":
+            targets = compute_targets(teachers, batch, config)
+            if config.optimizer.sinkhorn_over == "step":
                 # The other parts' targets wait meanwhile.
                 nbytes = sum(tensor.nbytes for tensor in leaves(targets) if isinstance(tensor, Tensor))
                 waiting = counting.hold((parts - 1) * nbytes, "logits")
             counting.part = "losses"
-            losses = learn(student, batch, keep, targets, config)
+            losses = student_loss(student, batch, drop_path_scale, targets, config)
         forward = dict(counting.flops)
         counting.flops.clear()
         losses.total.backward()
@@ -108,9 +108,9 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
             if isinstance(parameter.grad, Hollow):
                 counting.tags[parameter.grad.buffer.number] = "gradients" if held is None else "activations"
         in_parts = counting.traffic
-        counting.part = "optimiser"
-        update(optimiser, losses.total.detach(), 0.0, config.optimiser.clip_grad, _ALONE)
-        teachers.follow(student, "step", 0)
+        counting.part = "optimizer"
+        update(optimizer, losses.total.detach(), 0.0, config.optimizer.clip_grad, _ALONE)
+        teachers.update_ema(student, "step", 0)
         memory, moment = counting.peak()
         if sharded:
             memory = _in_shards(memory, student, teachers, ranks)
@@ -129,8 +129,8 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
 
 def flops_of_an_image(config: Config) -> float:
     """FLOPs of a step, an image: exact, from two counts of one and of two blocks, which are all alike."""
-    depths = shape_of(config.model).depth, config.model.decoder_depth
-    images = config.optimiser.accumulate
+    depths = shape_of(config.network).depth, config.network.decoder_depth
+    images = config.optimizer.accumulate
     one, two = (
         step_costs(config.using(depth=blocks, decoder_depth=blocks, drop_path=0.0), images) for blocks in (1, 2)
     )
@@ -142,25 +142,25 @@ def flops_of_an_image(config: Config) -> float:
     return total / images
 
 
-_ALONE = World(0, 1, 1, torch.device("cpu"), None)
+_ALONE = Ranks(0, 1, 1, torch.device("cpu"), None)
 
 
 def _networks(config: Config, counting: Counting) -> tuple[Student, Teachers, torch.optim.AdamW]:
-    """The networks as they are after some steps: with the optimiser's state, and set to say what they compute."""
+    """The networks as they are after some steps: with the optimizer's state, and set to say what they compute."""
     counting.kind = "weights"
     student = build_student(config)
     counting.kind = "teachers"
-    settings = config.using(teacher_init="copy").teachers
+    settings = config.using(teacher_init="copy").teacher
     teachers = make_teachers(student, settings, 1, 1, torch.Generator())
     if config.efficiency.teacher_precision == "fp8":
         for teacher in teachers.modules().values():
             use_fp8(teacher.encoder)
-    counting.kind = "optimiser"
-    optimiser = make_optimiser(student, config)
+    counting.kind = "optimizer"
+    optimizer = make_optimizer(student, config)
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     counting.events = _settled(counting.events)
     parts: list[tuple[nn.Module | None, str, str]] = [
         (student.encoder, "forward", "student's encoder"),
@@ -174,7 +174,7 @@ def _networks(config: Config, counting: Counting) -> tuple[Student, Teachers, to
     for module, method, part in parts:
         if module is not None:
             setattr(module, method, _telling(counting, part, getattr(module, method)))
-    return student, teachers, optimiser
+    return student, teachers, optimizer
 
 
 def _settled(events: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
@@ -213,7 +213,7 @@ def _in_shards(memory: dict[str, int], student: Student, teachers: Teachers, ran
     def nbytes(*networks: nn.Module | None) -> int:
         return sum(parameter.nbytes for network in networks if network for parameter in network.parameters())
 
-    kept = {"weights": nbytes(student), "gradients": nbytes(student), "optimiser": 2 * nbytes(student)}
+    kept = {"weights": nbytes(student), "gradients": nbytes(student), "optimizer": 2 * nbytes(student)}
     kept["teachers"] = nbytes(*teachers.modules().values())
     units = [nbytes(unit) for unit in (*student.encoder.blocks, *student.decoder.blocks, student.head)]
     gathered = nbytes(student) - sum(units) + 3 * max(units)
@@ -241,7 +241,7 @@ def _batch(config: Config, count: int) -> tuple[Batch, Tensor | None]:
         samples=np.arange(0),
         failed=[],
     )
-    return batch, None if config.model.drop_path == 0 else torch.empty(count, shape_of(config.model).depth, 2)
+    return batch, None if config.network.drop_path == 0 else torch.empty(count, shape_of(config.network).depth, 2)
 
 
 def _parameters(student: Student, teachers: Teachers) -> dict[str, int]:

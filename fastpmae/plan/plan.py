@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fastpmae.config import Config
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import SHAPES, check, shape_of
 from fastpmae.plan.costs import Costs, flops_of_an_image, step_costs
 from fastpmae.plan.figures import Method, ModelNeeds, Report
@@ -39,7 +39,7 @@ from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
 from fastpmae_loaders.cli.terminal import stderr
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 
 IMAGENET = 1_281_167
 
@@ -100,12 +100,12 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
     config = options.settings
     check(config)
     gpu = _gpu(options)
-    world = World(0, options.gpus, options.gpus, torch.device("cpu"), None)
-    accumulate = config.optimiser.accumulate
-    share = micro_batch_size(config, world) * accumulate
+    ranks = Ranks(0, options.gpus, options.gpus, torch.device("cpu"), None)
+    accumulate = config.optimizer.accumulate
+    share = micro_batch_size(config, ranks) * accumulate
     epoch_images = _epoch_images(options)
-    if epoch_images < config.optimiser.batch_size:
-        raise UserError(f"--images {epoch_images} are less than one batch of {config.optimiser.batch_size}")
+    if epoch_images < config.optimizer.batch_size:
+        raise UserError(f"--images {epoch_images} are less than one batch of {config.optimizer.batch_size}")
 
     tell("the loader")
     loader = _loader_rate(options)
@@ -118,8 +118,8 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
     rate = peak * options.efficiency_of_peak
     step = _step(config, costs, rate)
     planned = step_on(options.gpus, gpu, step, options.jitter)
-    steps = epoch_images // config.optimiser.batch_size * config.optimiser.epochs
-    needed_rate = config.optimiser.batch_size / planned.seconds
+    steps = epoch_images // config.optimizer.batch_size * config.optimizer.epochs
+    needed_rate = config.optimizer.batch_size / planned.seconds
 
     methods: list[Method] = []
     counted: dict[str, Costs] = {}  # how fast a teacher follows costs nothing
@@ -166,7 +166,7 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
         models=models,
         messages=step.messages,
         weak=weak_scaling(gpu, step, jitter=options.jitter),
-        strong=strong_scaling(gpu, step.times(options.gpus), config.optimiser.batch_size, jitter=options.jitter),
+        strong=strong_scaling(gpu, step.times(options.gpus), config.optimizer.batch_size, jitter=options.jitter),
     )
 
 
@@ -210,25 +210,25 @@ def _loader_rate(options: Plan) -> LoaderRate:
 
 def _step(config: Config, costs: Costs, rate: float) -> Step:
     """The step on one GPU. The backward pass is the last part's, from the losses back to the encoder."""
-    parts = config.optimiser.accumulate
+    parts = config.optimizer.accumulate
     networks = {"head": "head", "decoder": "decoder", "student's encoder": "encoder"}
     backward = [
         (costs.backward[part] / parts / rate, costs.parameters[network])
         for part, network in networks.items()
         if part in costs.backward
     ]
-    labels = config.teachers.teachers in ("dual", "single")
-    prototypes = 2 * config.model.prototypes if labels else 0
+    labels = config.teacher.teachers in ("dual", "single")
+    prototypes = 2 * config.network.prototypes if labels else 0
     # Logits in chunks are balanced on their own, after those of class tokens.
     rounds = 2 if config.efficiency.prototypes_chunk else 1
     shards: list[float] = []
     if config.efficiency.shard:
-        depth = shape_of(config.model).depth
-        blocks = {"encoder": depth, "decoder": config.model.decoder_depth, "head": 1}
+        depth = shape_of(config.network).depth
+        blocks = {"encoder": depth, "decoder": config.network.decoder_depth, "head": 1}
         student = [(count, blocks[name]) for name, count in costs.parameters.items() if name in blocks]
         teachers = [(count, depth) for name, count in costs.parameters.items() if name not in blocks]
         shards = shard_messages(student, teachers, parts)
-    balanced = 1 if config.optimiser.balance == "step" else parts
+    balanced = 1 if config.optimizer.sinkhorn_over == "step" else parts
     messages = traffic(costs.trained, prototypes, config.loss.sinkhorn_iterations, balanced, shards, rounds)
     return Step(costs.flops / rate, backward, messages)
 
@@ -238,7 +238,7 @@ def largest_batch(config: Config, costs: Costs, gpu: Gpu, gpus: int) -> int:
 
     Memory grows evenly with the batch, but for the workspace of kernels: two counts tell how.
     """
-    parts = config.optimiser.accumulate
+    parts = config.optimizer.accumulate
     count = costs.images // parts
     few = max(1, count // 2) if count > 1 else 2
     other = step_costs(config, few * parts, ranks=gpus)
@@ -254,7 +254,7 @@ def fitting_accumulate(share: int, largest: int) -> int | None:
 def _model_needs(config: Config, efficiency: float, per_core: float) -> ModelNeeds:
     flops = flops_of_an_image(config)
     rates = {name: gpu.peak(config.efficiency.precision) * efficiency / flops for name, gpu in GPUS.items()}
-    return ModelNeeds(config.model.model, flops, rates, {name: rate / per_core for name, rate in rates.items()})
+    return ModelNeeds(config.network.model, flops, rates, {name: rate / per_core for name, rate in rates.items()})
 
 
 def _sized(config: Config, model: str) -> Config:
@@ -292,10 +292,10 @@ def plan(options: Plan) -> None:
     with _progress() as tell:
         report = make_plan(options, tell)
     if options.json is not None:
-        with appearing(options.json, options.force) as beside:
+        with atomic_write(options.json, options.force) as beside:
             beside.write_text(json.dumps(as_json(report), indent=1) + "\n")
     if options.plot is not None:
-        with appearing(options.plot, options.force) as beside:
+        with atomic_write(options.plot, options.force) as beside:
             draw(report, beside)
     show(report, Console(width=None if sys.stdout.isatty() else 110))
 

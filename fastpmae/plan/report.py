@@ -33,11 +33,11 @@ SHOWN_GPUS = ("a100-80", "h100", "h200", "b200", "l40s", "rtx4090")
 def show(report: Report, console: Console) -> None:
     """Print a plan."""
     config = report.config
-    batch, parts = config.optimiser.batch_size, config.optimiser.accumulate
+    batch, parts = config.optimizer.batch_size, config.optimizer.accumulate
     say = _Saying(console)
     peak, kind = report.gpu.peak(config.efficiency.precision), config.efficiency.precision
     say(
-        f"{config.model.model}, {config.optimiser.epochs} epochs of {report.epoch_images:,} images in steps of "
+        f"{config.network.model}, {config.optimizer.epochs} epochs of {report.epoch_images:,} images in steps of "
         f"{batch:,}, on {report.gpus} × {report.gpu.words}\n"
         f"{peak / 1e12:,.0f} TFLOP/s in {'fp32' if kind == 'fp32' else 'bf16'}, {report.gpu.bandwidth / 1e12:.2f} TB/s "
         f"({report.gpu.source})\n"
@@ -214,7 +214,7 @@ def _scaling(report: Report) -> Table:
     strong = {point.gpus: point for point in report.strong}
     for point in report.weak:
         images = report.costs.images * point.gpus
-        steps = report.epoch_images / images * report.config.optimiser.epochs
+        steps = report.epoch_images / images * report.config.optimizer.epochs
         shared = strong.get(point.gpus)
         table.add_row(
             f"{point.gpus:,}", f"{images:,}", _ms(point.seconds), _ms(point.gradients), _ms(point.assignments),
@@ -289,7 +289,7 @@ def draw(report: Report, file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.suptitle(
-        f"{report.config.model.model}, {report.costs.images:,} images on each {report.gpu.words}, "
+        f"{report.config.network.model}, {report.costs.images:,} images on each {report.gpu.words}, "
         f"{1e3 * report.step.compute:,.0f} ms to compute",
         fontsize=11,
     )

@@ -3,7 +3,7 @@
 An all-reduce takes latency + bytes / bandwidth, as NCCL's own tuner (src/graph/tuning.cc) models it: the best of a
 ring and a double tree, each in a protocol for large messages ("simple") and one for small ones ("LL"). Latencies are
 that file's figures. Every step waits for its slowest GPU. Not modelled: congestion, reductions within the switch
-(NVLink SHARP, SHARP), shared storage, and what the hosts agree on after every step (`World.agree`: some bytes over
+(NVLink SHARP, SHARP), shared storage, and what the hosts agree on after every step (some bytes over
 gloo's ring, 2 (n - 1) hops by TCP one after the other; at some tens of microseconds each up to a tenth of a second at
 1,024 GPUs, hidden only while GPUs have as much left to compute). A real machine scales less well.
 """

@@ -8,24 +8,24 @@ from torch import Tensor
 
 from fastpmae.pretraining.losses import PseudoLabels
 from fastpmae.pretraining.step import Targets
-from fastpmae.run.device_metrics import Figures, bring
+from fastpmae.run.device_metrics import Figures, to_host
 
 MOST_TOKENS = 8192
 AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Logits that are looked at together, two fp32 numbers for each: what a CPU's cache and what a GPU's cores ask for."""
 
 
-def health(targets: Targets) -> dict[str, float]:
+def collapse_metrics(targets: Targets) -> dict[str, float]:
     """Prototypes in use, label entropy, spread and rank of the teachers' features, for one batch.
 
     Prototypes in use are counted by the largest raw logit of each row, before the assignment is balanced; entropies
     are in nats, to be read against `entropy_limit` = log P.
     """
-    return bring(health_figures(targets))()
+    return to_host(collapse_figures(targets))()
 
 
 @torch.no_grad()
-def health_figures(targets: Targets) -> Figures:
+def collapse_figures(targets: Targets) -> Figures:
     """The figures of `health`, without waiting for the device."""
     numbers: list[Tensor] = []
     names: list[str] = []
@@ -41,7 +41,7 @@ def health_figures(targets: Targets) -> Figures:
         if tokens is not None:
             # Some thousand tokens, evenly spread, tell as much as all of them.
             rows = tokens.flatten(0, 1)
-            std, covariance = _spread(rows[:: 1 + len(rows) // MOST_TOKENS])
+            std, covariance = _token_std(rows[:: 1 + len(rows) // MOST_TOKENS])
             numbers.append(std)
             names.append(f"{name}_std")
             matrices.append(covariance)
@@ -61,14 +61,14 @@ def label_entropy(labels: PseudoLabels) -> float:
     return _labels(labels)[1].item()
 
 
-def spread(tokens: Float[Tensor, "tokens dim"]) -> tuple[float, float]:
+def token_std(tokens: Float[Tensor, "tokens dim"]) -> tuple[float, float]:
     """How far features differ from one another.
 
     Returns:
         The mean over the features of their standard deviation across tokens, for unit vectors scaled by sqrt(dim):
         1 where they point anywhere, 0 where all are the same. And their effective rank.
     """
-    std, covariance = _spread(tokens)
+    std, covariance = _token_std(tokens)
     return std.item(), effective_rank(covariance.cpu())
 
 
@@ -102,7 +102,7 @@ def _labels(labels: PseudoLabels) -> tuple[Float64[Tensor, ""], Float64[Tensor, 
     return used.sum(dtype=torch.float64), entropy / total
 
 
-def _spread(tokens: Float[Tensor, "tokens dim"]) -> tuple[Float64[Tensor, ""], Float64[Tensor, "dim dim"]]:
+def _token_std(tokens: Float[Tensor, "tokens dim"]) -> tuple[Float64[Tensor, ""], Float64[Tensor, "dim dim"]]:
     """`spread`'s first figure, and the covariance whose eigenvalues tell its second, times some number."""
     centred = torch.nn.functional.normalize(tokens.float(), dim=1) * tokens.shape[1] ** 0.5
     # Features that hardly differ are taken from one another before any sum rounds their difference away.

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from fastpmae.config import CUDA_GRAPHS, Config
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.vit import Blocks
 
 Pass = Callable[..., Any]
 
 
-def make_passes(
+def compile_step(
     see: Pass,
     learn: Pass,
     config: Config,
-    world: World,
+    ranks: Ranks,
     networks: Iterable[nn.Module] = (),
     backend: str = "inductor",
 ) -> tuple[Pass, Pass]:
@@ -32,18 +32,18 @@ def make_passes(
         backend: torch.compile's; tests take one that needs no C++ compiler.
     """
     efficiency = config.efficiency
-    on_gpu = world.device.type == "cuda"
+    on_gpu = ranks.device.type == "cuda"
     if efficiency.compile == "off" or (efficiency.compile == "auto" and not on_gpu):
         return see, learn
     mode = None if efficiency.compile_mode == "default" else efficiency.compile_mode
     # xformers' operators have no form that a graph could hold.
     whole = efficiency.attention != "xformers"
-    if efficiency.shard and world.group is not None:
+    if efficiency.shard and ranks.group is not None:
         for network in networks:
             _compile_blocks(network, backend=backend, mode=mode, fullgraph=whole)
         return see, learn
     seen = torch.compile(see, backend=backend, mode=mode, fullgraph=whole)
-    learnt = torch.compile(learn, backend=backend, mode=mode, fullgraph=whole and world.group is None)
+    learnt = torch.compile(learn, backend=backend, mode=mode, fullgraph=whole and ranks.group is None)
     if efficiency.compile_mode not in CUDA_GRAPHS or not on_gpu:
         return seen, learnt
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastpmae.config import Config
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import shape_of, view_settings, views_needed
 from fastpmae.pretraining.data_wait import DeviceWait, HostWait, Wait
 from fastpmae_kernels import photometric
@@ -23,13 +23,13 @@ IMAGES_AHEAD = 512
 """With both views of 224 pixels 154 MB."""
 
 
-def micro_batch_size(config: Config, world: World) -> int:
+def micro_batch_size(config: Config, ranks: Ranks) -> int:
     """Images that one rank computes at a time. Raises UserError where the batch cannot be shared out evenly."""
-    size, rest = divmod(config.optimiser.batch_size, world.size * config.optimiser.accumulate)
+    size, rest = divmod(config.optimizer.batch_size, ranks.size * config.optimizer.accumulate)
     if rest or size == 0:
         raise UserError(
-            f"--batch-size {config.optimiser.batch_size} does not share out evenly over {world.size} ranks "
-            f"x --accumulate {config.optimiser.accumulate}"
+            f"--batch-size {config.optimizer.batch_size} does not share out evenly over {ranks.size} ranks "
+            f"x --accumulate {config.optimizer.accumulate}"
         )
     return size
 
@@ -42,16 +42,16 @@ def batches_ahead(size: int, config: Config) -> int:
     return 2 if config.data.loader == "dali" else min(max(2, -(-IMAGES_AHEAD // size)), 64)
 
 
-def make_loader(images: Samples, config: Config, world: World) -> PairedViews:
+def make_loader(images: Samples, config: Config, ranks: Ranks) -> PairedViews:
     """This rank's loader: micro-batches of the views that are needed, masks and folds.
 
     Raises:
         UserError: when there is less than one batch.
     """
-    size = micro_batch_size(config, world)
-    if len(images) < config.optimiser.batch_size:
+    size = micro_batch_size(config, ranks)
+    if len(images) < config.optimizer.batch_size:
         raise UserError(
-            f"{images.path} holds {len(images)} images, less than one batch of {config.optimiser.batch_size}: "
+            f"{images.path} holds {len(images)} images, less than one batch of {config.optimizer.batch_size}: "
             "choose a smaller --batch-size"
         )
     return PairedViews(
@@ -60,16 +60,16 @@ def make_loader(images: Samples, config: Config, world: World) -> PairedViews:
         engine=config.data.loader,
         settings=view_settings(config),
         seed=config.run.seed,
-        rank=world.rank,
-        world_size=world.size,
-        workers=loader_threads(config.efficiency.workers, world.ranks_here),
+        rank=ranks.rank,
+        world_size=ranks.size,
+        workers=loader_threads(config.efficiency.workers, ranks.local_size),
         ahead=batches_ahead(size, config),
         bad_fraction=config.data.bad_fraction,
         page_order=config.data.page_order == "on",
         drop_last=True,
         views=views_needed(config),
         augment_on="device" if config.efficiency.augment_on == "device" else "cpu",
-        device=world.device,
+        device=ranks.device,
         colour=photometric,
         dali=DaliSettings(config.data.dali_part, config.data.hw_decoder_load),
     )
@@ -80,15 +80,15 @@ def stochastic_depth(config: Config, epoch: int, index: np.ndarray) -> Float[Ten
 
     A function of (seed, epoch, sample, block) alone; the rate grows evenly from 0 in the first block.
     """
-    if config.model.drop_path == 0:
+    if config.network.drop_path == 0:
         return None
-    depth = shape_of(config.model).depth
+    depth = shape_of(config.network).depth
     drawn = uniforms(config.run.seed, epoch, index, DROP_PATH, 2 * depth)
-    rate = torch.linspace(0, config.model.drop_path, depth).view(1, depth, 1)
+    rate = torch.linspace(0, config.network.drop_path, depth).view(1, depth, 1)
     return (torch.from_numpy(drawn).view(-1, depth, 2) >= rate).float() / (1 - rate)
 
 
-class Feed:
+class Prefetcher:
     """Micro-batches on the device; counts the time that it waited for them and the images that did not decode.
 
     Args:
@@ -100,7 +100,7 @@ class Feed:
     ):
         self.loader, self.config = loader, config
         on_gpu = device.type == "cuda"
-        self.wait: Wait = wait or (DeviceWait(config.optimiser.accumulate) if on_gpu else HostWait())
+        self.wait: Wait = wait or (DeviceWait(config.optimizer.accumulate) if on_gpu else HostWait())
         self.bad_images = bad_images
         self.unreported: list[int] = []
 
@@ -113,11 +113,11 @@ class Feed:
         for batch in self.loader:
             self.bad_images += len(batch.failed)
             self.unreported += batch.failed
-            keep = stochastic_depth(self.config, epoch, batch.samples)
-            if keep is not None:
-                keep = self.loader.transfer.carry(keep)
+            drop_path_scale = stochastic_depth(self.config, epoch, batch.samples)
+            if drop_path_scale is not None:
+                drop_path_scale = self.loader.transfer.carry(drop_path_scale)
             self.wait.have()
-            yield batch, keep
+            yield batch, drop_path_scale
             self.wait.ask()
 
     def take_wait(self) -> float:

@@ -58,7 +58,7 @@ class DeviceWait:
     to the events kept here.
 
     Args:
-        most: batches of one step of the optimiser.
+        most: batches of one step of the optimizer.
         make_event: a test's own.
     """
 

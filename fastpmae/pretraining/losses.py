@@ -62,7 +62,7 @@ def pixel_target(
 ) -> Float[Tensor, "batch masked pixels"]:
     """MAE's target: each patch with mean 0 and variance 1 over its values, pixel by pixel and channels last.
 
-    The mean and spread of a patch are taken over its normalised values, all channels together.
+    The mean and std of a patch are taken over its normalised values, all channels together.
     """
     values = patch_tokens(images, masked, patch_size).unflatten(-1, (3, -1)).mT.flatten(-2)
     variance, mean = torch.var_mean(values, -1, keepdim=True)
@@ -81,10 +81,10 @@ def pseudo_labels(
     logits: Sequence[Logits], epsilon: float, iterations: int, group: dist.ProcessGroup | None = None
 ) -> list[PseudoLabels]:
     """Labels of the rows of each matrix, balanced apart, and together with the rows of every rank of `group`."""
-    return pseudo_labels_of_parts([logits], epsilon, iterations, group)[0]
+    return pseudo_labels_of_micro_batches([logits], epsilon, iterations, group)[0]
 
 
-def pseudo_labels_of_parts(
+def pseudo_labels_of_micro_batches(
     parts: Sequence[Sequence[Logits]], epsilon: float, iterations: int, group: dist.ProcessGroup | None = None
 ) -> list[list[PseudoLabels]]:
     """Labels of the matrices of each part of a batch, as if the parts' rows stood in one matrix: nothing is copied."""

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fastpmae.config import Config
-from fastpmae.run.device_metrics import Figures, bring
+from fastpmae.run.device_metrics import Figures, to_host
 from fastpmae_kernels.match import fold_of
 from fastpmae_loaders import Batch
 
@@ -33,7 +33,7 @@ def match_geometry(batch: Batch, match: Int[Tensor, "batch masked"], config: Con
         whose match overlaps them, and `match_chance`: the same for a match drawn at random, which is the mean share
         of the candidates that overlap. The latter two are left out where nothing is reachable.
     """
-    return bring(geometry_figures(batch, match, config))()
+    return to_host(geometry_figures(batch, match, config))()
 
 
 def geometry_figures(batch: Batch, match: Int[Tensor, "batch masked"], config: Config) -> Figures:

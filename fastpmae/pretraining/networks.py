@@ -28,7 +28,7 @@ def make_networks(
     student = make_student(config, generator)
     if init is not None:
         start_encoder(student.encoder, init)
-    teachers = make_teachers(student, config.teachers, total_steps, config.optimiser.epochs, generator)
+    teachers = make_teachers(student, config.teacher, total_steps, config.optimizer.epochs, generator)
     for network in (student, *teachers.modules().values()):
         network.to(device)
     if config.efficiency.teacher_precision == "fp8":

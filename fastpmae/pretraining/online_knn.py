@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fastpmae.config import Config
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate.datasets import Labelled, open_labelled, over_images
 from fastpmae.evaluate.features import features
 from fastpmae.evaluate.knn import knn_ranked
@@ -18,7 +18,7 @@ from fastpmae.model.teachers import Teachers
 from fastpmae.model.vit import Encoder, Student
 from fastpmae.run.log import Log, read_rows
 from fastpmae.run.signals import Stop
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
 
@@ -30,7 +30,7 @@ class _Stopped(Exception):
     """An evaluation that a signal ended."""
 
 
-class _Within(Tally):
+class _Within(Progress):
     """Counts in the bar that the run shows already: a terminal has room for one."""
 
     def __init__(self, show: Callable[[str], None]):
@@ -42,7 +42,7 @@ class _Within(Tally):
         self.show(f"k-NN: {self._done:,} of {self._total:,} {self._unit}")
 
 
-class Watch:
+class OnlineKNN:
     """What `--eval-every` asks for. Nothing of the run itself changes by it: no random number is drawn.
 
     Every rank computes all of it, so that none waits long for another and the ranks need not agree on anything. Those
@@ -52,9 +52,9 @@ class Watch:
         UserError: for images that cannot be opened, have no labels, or are fewer than the neighbours.
     """
 
-    def __init__(self, config: Config, world: World):
+    def __init__(self, config: Config, ranks: Ranks):
         run = config.run
-        self.config, self.world, self.every = config, world, run.eval_every
+        self.config, self.ranks, self.every = config, ranks, run.eval_every
         self.train: Labelled | None = None
         if self.every == 0:
             return
@@ -68,51 +68,57 @@ class Watch:
 
     def is_due(self, epochs_done: int) -> bool:
         """Whether it is time after so many epochs; also after the last one."""
-        return self.every > 0 and (epochs_done % self.every == 0 or epochs_done == self.config.optimiser.epochs)
+        return self.every > 0 and (epochs_done % self.every == 0 or epochs_done == self.config.optimizer.epochs)
 
     def is_owed(self, step: int, steps_per_epoch: int, folder: Path) -> bool:
         """Whether a resumed run starts where an evaluation was due that a signal has kept from being written."""
         epochs, rest = divmod(step, steps_per_epoch)
         if rest or not epochs or not self.is_due(epochs):
             return False
-        return self.world.from_first(
+        return self.ranks.broadcast_from_main(
             lambda: not any(row["step"] == step and "knn_student" in row for row in read_rows(folder / "metrics.jsonl"))
         )
 
     def report(self, log: Log, step: int, epoch: int, student: Student, teachers: Teachers, stop: Stop) -> None:
         """Write the figures as a row of the run's; after a signal none, and soon."""
-        tally = _Within(lambda words: log.progress.update(log.task, figures=words))
+        progress = _Within(lambda words: log.progress.update(log.task, figures=words))
         with contextlib.suppress(_Stopped):
-            log.evaluation(step, epoch, lambda: self.figures(student, teachers, stop, tally))
+            log.evaluation(step, epoch, lambda: self.figures(student, teachers, stop, progress))
 
     def figures(
-        self, student: Student, teachers: Teachers, stop: Stop | None = None, tally: Tally | None = None
+        self, student: Student, teachers: Teachers, stop: Stop | None = None, progress: Progress | None = None
     ) -> dict[str, float]:
         """Top-1 of each network's class token by 20-NN (cosine, temperature 0.07), in percent.
 
         On `--eval-val`, or, without it, on the training images, each left out once.
         """
         assert self.train is not None
-        tally = tally or Tally()
+        progress = progress or Progress()
         networks: dict[str, Encoder] = {"student": student.encoder}
         networks |= {name: teacher.encoder for name, teacher in teachers.modules().items()}
-        labels = self.train.labels.to(self.world.device)
-        learnt = self._features(networks, self.train, stop, tally)
-        tested = learnt if self.val is None else self._features(networks, self.val, stop, tally)
+        labels = self.train.labels.to(self.ranks.device)
+        train_features = self._features(networks, self.train, stop, progress)
+        val_features = train_features if self.val is None else self._features(networks, self.val, stop, progress)
         found = {}
         for name in networks:
             ranked = knn_ranked(
-                learnt[name], labels, tested[name], [NEIGHBOURS], best=1, leave_one_out=self.val is None, tally=tally
-            )  # fmt: skip
+                train_features[name],
+                labels,
+                val_features[name],
+                [NEIGHBOURS],
+                best=1,
+                leave_one_out=self.val is None,
+                progress=progress,
+            )
             truth = (self.val or self.train).labels
             found[f"knn_{name}"] = round(Scores(truth, ranked[NEIGHBOURS].cpu()).top1, 4)
         return found
 
     def _features(
-        self, networks: dict[str, Encoder], images: Labelled, stop: Stop | None, tally: Tally
+        self, networks: dict[str, Encoder], images: Labelled, stop: Stop | None, progress: Progress
     ) -> dict[str, Float[Tensor, "images dim"]]:
         efficiency = self.config.efficiency
-        low = torch.autocast(self.world.device.type, torch.bfloat16, enabled=efficiency.precision == "bf16")
+        low = torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=efficiency.precision == "bf16")
 
         def embed(pictures: UInt8[Tensor, "batch 3 side side"]) -> list[Float[Tensor, "batch dim"]]:
             if stop is not None and stop.signal:
@@ -124,9 +130,9 @@ class Watch:
             embed,
             images,
             image_size=self.config.views.image_size,
-            device=self.world.device,
+            device=self.ranks.device,
             batch_size=BATCH,
-            workers=loader_threads(efficiency.workers, self.world.ranks_here),
-            tally=tally,
+            workers=loader_threads(efficiency.workers, self.ranks.local_size),
+            progress=progress,
         )
-        return {name: part.to(self.world.device) for name, part in zip(networks, rows, strict=True)}
+        return {name: part.to(self.ranks.device) for name, part in zip(networks, rows, strict=True)}

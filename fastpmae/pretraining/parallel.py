@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.teachers import Teachers
 from fastpmae.model.vit import Student
 
 
-def over_ranks(student: Student, teachers: Teachers, world: World, *, shard: bool, accumulate: int) -> nn.Module:
+def wrap_parallel(student: Student, teachers: Teachers, ranks: Ranks, *, shard: bool, accumulate: int) -> nn.Module:
     """The student as the loop calls it: as it is, with its gradients averaged over the ranks, or in shards.
 
     In shards the networks are changed in place, the teachers with the student: their parameters are DTensors from
@@ -28,10 +28,10 @@ def over_ranks(student: Student, teachers: Teachers, world: World, *, shard: boo
     Args:
         accumulate: parts of a step.
     """
-    if world.group is None:
+    if ranks.group is None:
         return student
     if shard:
-        _shard(student, teachers, world)
+        _shard(student, teachers, ranks)
         return student
     # Positions are the same on all ranks and need no message a step. torch has renamed the switch.
     known = inspect.signature(DistributedDataParallel).parameters
@@ -42,7 +42,7 @@ def over_ranks(student: Student, teachers: Teachers, world: World, *, shard: boo
     return DistributedDataParallel(student, static_graph=accumulate == 1, **settings)
 
 
-def gradients_stay(parallel: nn.Module) -> AbstractContextManager[None]:
+def no_sync(parallel: nn.Module) -> AbstractContextManager[None]:
     """Within it gradients add up on their own rank.
 
     Shards travel all the same: whole gradients would take the memory that shards are there to save.
@@ -50,15 +50,15 @@ def gradients_stay(parallel: nn.Module) -> AbstractContextManager[None]:
     return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def _shard(student: Student, teachers: Teachers, world: World) -> None:
+def _shard(student: Student, teachers: Teachers, ranks: Ranks) -> None:
     # imported here, since it takes a second
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # The student's predictions are a view, and nothing here writes into them.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-    assert world.group is not None
-    mesh = DeviceMesh.from_group(world.group, world.device.type)
+    assert ranks.group is not None
+    mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
 
     def apart(*modules: nn.Module | None) -> None:
         for module in modules:

@@ -19,7 +19,7 @@ from fastpmae.pretraining.losses import (
     patch_loss,
     pixel_loss,
     pixel_target,
-    pseudo_labels_of_parts,
+    pseudo_labels_of_micro_batches,
     reconstruction_loss,
     reconstruction_target,
 )
@@ -32,7 +32,7 @@ class Targets(NamedTuple):
 
     reconstruction: Float[Tensor, "batch masked values"]
     tokens: Float[Tensor, "batch masked dim"] | None
-    """The reconstruction teacher's tokens before they are normalised; the log looks at their spread."""
+    """The reconstruction teacher's tokens before they are normalised; the log reads their std."""
     label_tokens: Float[Tensor, "batch masked dim"] | None
     class_labels: PseudoLabels | None
     patch_labels: PseudoLabels | None
@@ -49,7 +49,7 @@ class Losses(NamedTuple):
     """The teacher patch that each masked patch was matched with; the log holds it against geometry."""
 
 
-class Seen(NamedTuple):
+class TeacherOutputs(NamedTuple):
     """What the teachers make of a batch, before its pseudo labels are balanced."""
 
     targets: Targets
@@ -58,27 +58,29 @@ class Seen(NamedTuple):
     """Of class and patch tokens, where there is a labelling teacher."""
 
 
-def teach(teachers: Teachers, batch: Batch, config: Config, group: dist.ProcessGroup | None = None) -> Targets:
+def compute_targets(
+    teachers: Teachers, batch: Batch, config: Config, group: dist.ProcessGroup | None = None
+) -> Targets:
     """Both teachers' targets for a batch: target tokens of one view, pseudo labels of the other (section 3.2)."""
-    return balance([see(teachers, batch, config)], config, group)[0]
+    return assign_pseudo_labels([teacher_forward(teachers, batch, config)], config, group)[0]
 
 
 @torch.no_grad()
-def see(teachers: Teachers, batch: Batch, config: Config) -> Seen:
+def teacher_forward(teachers: Teachers, batch: Batch, config: Config) -> TeacherOutputs:
     """The teachers' passes of `teach`."""
     if config.loss.target == "pixels":
         # Every patch is visible or masked, so a batch tells their size; a graph cannot ask what a model's name means.
         side = math.isqrt(batch.visible.shape[1] + batch.folds.shape[1])
         target = pixel_target(batch.simple, batch.folds, batch.simple.shape[-1] // side)
-        return Seen(Targets(target, None, None, None, None), None)
+        return TeacherOutputs(Targets(target, None, None, None, None), None)
     assert teachers.reconstruction is not None
     view = getattr(batch, config.views.reconstruction_view)
     _, tokens = teachers.reconstruction.encoder.encode_folds(view, batch.folds, batch.fold_sizes)
     target = reconstruction_target(tokens)
     if teachers.labelling is None:
-        return Seen(Targets(target, tokens, None, None, None), None)
+        return TeacherOutputs(Targets(target, tokens, None, None, None), None)
     label_tokens, logits = label(teachers.labelling, batch, config)
-    return Seen(Targets(target, tokens, label_tokens, None, None), logits)
+    return TeacherOutputs(Targets(target, tokens, label_tokens, None, None), logits)
 
 
 def label(
@@ -101,29 +103,31 @@ def label(
 
 
 @torch.no_grad()
-def balance(parts: Sequence[Seen], config: Config, group: dist.ProcessGroup | None = None) -> list[Targets]:
+def assign_pseudo_labels(
+    micro_batches: Sequence[TeacherOutputs], config: Config, group: dist.ProcessGroup | None = None
+) -> list[Targets]:
     """The targets of each part of a batch, class and patch labels balanced apart over all parts and all ranks."""
-    logits = [part.logits for part in parts if part.logits is not None]
+    logits = [part.logits for part in micro_batches if part.logits is not None]
     if not logits:
-        return [part.targets for part in parts]
-    labels = pseudo_labels_of_parts(logits, config.loss.epsilon, config.loss.sinkhorn_iterations, group)
+        return [part.targets for part in micro_batches]
+    labels = pseudo_labels_of_micro_batches(logits, config.loss.epsilon, config.loss.sinkhorn_iterations, group)
     return [
         part.targets._replace(class_labels=of_class, patch_labels=of_patch)
-        for part, (of_class, of_patch) in zip(parts, labels, strict=True)
+        for part, (of_class, of_patch) in zip(micro_batches, labels, strict=True)
     ]
 
 
-def learn(
+def student_loss(
     student: nn.Module,
     batch: Batch,
-    keep: Float[Tensor, "batch depth 2"] | None,
+    drop_path_scale: Float[Tensor, "batch depth 2"] | None,
     targets: Targets,
     config: Config,
 ) -> Losses:
     """The student's pass and the three losses (equations 1 to 5)."""
     loss = config.loss
     predicted, class_logits, patch_logits = student(
-        batch.simple, batch.visible, batch.folds, keep, config.efficiency.prototypes_chunk
+        batch.simple, batch.visible, batch.folds, drop_path_scale, config.efficiency.prototypes_chunk
     )
     if loss.target == "pixels":
         reconstruction = pixel_loss(predicted, targets.reconstruction)

@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file with everything a run needs to go on, written whole or not at all.
 
-Tensors are named by whose they are (`student.`, `reconstruction_teacher.`, `labelling_teacher.`, `optimiser.`, `rng.`,
+Tensors are named by whose they are (`student.`, `reconstruction_teacher.`, `labelling_teacher.`, `optimizer.`, `rng.`,
 `log.`); numbers, the loader's position and the config are JSON in the header. A digest over every tensor's name, shape
 and bytes, and over that JSON, tells a damaged file from a sound one.
 """
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from fastpmae.config import Config
 from fastpmae.config_file import config_from
-from fastpmae.distributed.dtensor import shared_as
+from fastpmae.distributed.dtensor import distribute_like
 from fastpmae.model.build import build_student
 from fastpmae.model.teachers import Teachers
 from fastpmae.weights.file_kind import is_safetensors, other_file, unsound
 from fastpmae.weights.tensor_file import save_file
 from fastpmae_loaders.errors import RunError, UserError
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.printable import on_one_line, short
 from fastpmae_loaders.values import local_path
 
@@ -76,7 +76,7 @@ def settings_in(progress: dict[str, Any], path: Path, *, decoder_matters: bool =
     settings = progress["config"]
     config = config_from(settings, str(path), decoder_matters=decoder_matters)
     # The presets of MAE and SdAE decay tokens by now; the run did not, and goes on as it began.
-    return config if "decay_tokens" in settings.get("optimiser", {}) else config.using(decay_tokens=False)
+    return config if "decay_tokens" in settings.get("optimizer", {}) else config.using(decay_tokens=False)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -84,35 +84,37 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:08d}.safetensors"
 
 
-def gather(student: nn.Module, teachers: Teachers, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def collect_state(student: nn.Module, teachers: Teachers, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor that the rest of a run depends on, by its name in a checkpoint: the run's own, not copies."""
     tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
     for role, teacher in teachers.modules().items():
         tensors |= {f"{role}.{name}": tensor for name, tensor in teacher.state_dict().items()}
     for name, parameter in student.named_parameters():
-        tensors |= {f"optimiser.{name}.{key}": value for key, value in optimiser.state[parameter].items()}
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_initialized():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     return tensors
 
 
-def scatter(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, optimiser: torch.optim.Optimizer) -> None:
+def restore_state(
+    checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, optimizer: torch.optim.Optimizer
+) -> None:
     """Put a checkpoint's tensors back where `gather` found them.
 
     Raises:
         CheckpointError: when it belongs to a model of other sizes or another method, or lacks a part.
     """
-    scatter_networks(checkpoint, student, teachers)
-    if not checkpoint.part("optimiser"):
-        raise CheckpointError(f"{checkpoint.path} lacks the optimiser's state")
+    restore_networks(checkpoint, student, teachers)
+    if not checkpoint.part("optimizer"):
+        raise CheckpointError(f"{checkpoint.path} lacks the optimizer's state")
     for name, parameter in student.named_parameters():
-        state = checkpoint.part(f"optimiser.{name}")
+        state = checkpoint.part(f"optimizer.{name}")
         if not state:  # a parameter that no loss has reached yet
             continue
         like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-        require(checkpoint, f"optimiser.{name}", like)
-        optimiser.state[parameter] = {key: shared_as(value, parameter).clone() for key, value in state.items()}
+        require(checkpoint, f"optimizer.{name}", like)
+        optimizer.state[parameter] = {key: distribute_like(value, parameter).clone() for key, value in state.items()}
     require(checkpoint, "rng", {"cpu": torch.get_rng_state()}, others=("cuda",))
     try:
         torch.set_rng_state(checkpoint.tensors["rng.cpu"])
@@ -122,13 +124,13 @@ def scatter(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, opti
         raise CheckpointError(f"{checkpoint.path} holds no state of a random generator of torch's") from None
 
 
-def scatter_networks(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers) -> None:
+def restore_networks(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers) -> None:
     """The student's and the teachers' part of `scatter`. Raises CheckpointError as it does."""
     modules: dict[str, nn.Module] = {"student": student, **teachers.modules()}
     for role, module in modules.items():
         own = module.state_dict()
         require(checkpoint, role, own)
-        module.load_state_dict({name: shared_as(t, own[name]) for name, t in checkpoint.part(role).items()})
+        module.load_state_dict({name: distribute_like(t, own[name]) for name, t in checkpoint.part(role).items()})
 
 
 def check_fits(checkpoint: Checkpoint, config: Config) -> None:
@@ -171,7 +173,7 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str,
     others = checkpoints_in(path.parent.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with appearing(path) as beside:
+        with atomic_write(path) as beside:
             save_file(tensors, beside, header)
     except (UserError, OSError) as error:
         raise RunError(f"{error}. Last checkpoint: {next(iter(others), 'none yet')}") from None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpmae.distributed.dtensor import in_shards, whole
+from fastpmae.distributed.dtensor import is_dtensor, to_full
 from fastpmae.run.checkpoint import write_checkpoint
 
 BLOCK = 64 * 2**20
@@ -31,11 +31,11 @@ class Saver:
         first: whether this rank writes. The others only take part in putting shards together.
     """
 
-    def __init__(self, device: torch.device, keep: int, *, first: bool = True):
-        self.device, self.keep, self.first = device, keep, first
+    def __init__(self, device: torch.device, keep: int, *, is_main: bool = True):
+        self.device, self.keep, self.is_main = device, keep, is_main
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
-        self.gpu = _FromGpu(device) if first and device.type == "cuda" else None
+        self.gpu = _FromGpu(device) if is_main and device.type == "cuda" else None
 
     def __enter__(self) -> "Saver":
         return self
@@ -68,12 +68,12 @@ class Saver:
         self.wait()
         copies = {}
         for name, tensor in tensors.items():
-            if in_shards(tensor):
-                together = whole(tensor)
+            if is_dtensor(tensor):
+                together = to_full(tensor)
                 # Here and now, so that a GPU has one of them whole at a time.
-                if self.first:
+                if self.is_main:
                     copies[name] = self._room(together).copy_(together)
-        if not self.first:
+        if not self.is_main:
             return
         with contextlib.nullcontext() if self.gpu is None else self.gpu.beside():
             for name, tensor in tensors.items():

@@ -20,7 +20,7 @@ class Figures(NamedTuple):
     """What the host is to work on itself."""
 
 
-def bring(*parts: Figures) -> Callable[[], dict[str, float]]:
+def to_host(*parts: Figures) -> Callable[[], dict[str, float]]:
     """Wait for the device, once for all figures; the work that the host has to do on them is left to the call."""
     # Into pinned memory and without waiting: before the numbers, so that they are there when the numbers are.
     matrices = [[matrix.to("cpu", non_blocking=True) for matrix in part.matrices] for part in parts]

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastpmae.config import Config, settings_by_name
 from fastpmae.config_file import read_config, write_config
-from fastpmae.distributed.ranks import World, has_bf16
+from fastpmae.distributed.ranks import Ranks, has_bf16
 from fastpmae.model.build import warmup_epochs
 from fastpmae.run.checkpoint import (
     Checkpoint,
@@ -29,13 +29,13 @@ from fastpmae.run.images import source_notes
 from fastpmae_loaders import Samples
 from fastpmae_loaders.engines.base import larger_than_memory
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import appearing, remove_partial
+from fastpmae_loaders.files import atomic_write, remove_partial
 from fastpmae_loaders.locks import lock
 from fastpmae_loaders.printable import printable
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
-COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimiser")
+COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimizer")
 COMPARED_SETTINGS = (
     "seed", "precision", "teacher_precision", "page_order", "loader", "hw_decoder_load", "augment_on", "deterministic",
 )  # fmt: skip
@@ -44,7 +44,7 @@ ALIKE_LOADERS = ("ffcv", "torch")
 DECODER = "accurate DCT"
 """Of how the FFCV engine decodes. Checkpoints of before do not say; it was the fast DCT, by FFCV's own call."""
 # And to the last bit, which --deterministic is about.
-ROUNDING_SETTINGS = ("compile", "compile_mode", "attention", "checkpoint_blocks", "prototypes_chunk", "shard")
+ROUNDING_SETTINGS = ("compile", "compile_mode", "attention", "activation_checkpointing", "prototypes_chunk", "shard")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def resolve(config: Config, device: torch.device, images: Samples) -> Config:
     augment_on = config.efficiency.augment_on
     if augment_on == "auto":
         augment_on = "device" if device.type == "cuda" else "cpu"
-    if config.teachers.teachers == "dual" and not (config.loss.lambda_c or config.loss.lambda_p):
+    if config.teacher.teachers == "dual" and not (config.loss.lambda_c or config.loss.lambda_p):
         # without a loss that reads its labels, the labelling teacher would only cost time
         config = config.using(teachers="reconstruction")
     # absolute, so that the run can be taken up from any folder
@@ -127,7 +127,7 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
             f"the run in {folder} was started with other settings: {'; '.join(changes)}. "
             "Resume with the run's own, or add --accept-changes"
         )
-    total, step = steps_per_epoch * config.optimiser.epochs, checkpoint.progress["step"]
+    total, step = steps_per_epoch * config.optimizer.epochs, checkpoint.progress["step"]
     if step > total:
         raise UserError(f"{checkpoint.path} stands after step {step:,}, and these settings end after {total:,}")
     check_fits(checkpoint, config)
@@ -158,7 +158,7 @@ def _check_no_others_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def claim(run: OpenRun, config: Config) -> Iterator[list[str]]:
+def lock_run(run: OpenRun, config: Config) -> Iterator[list[str]]:
     """Make the folder this process's own: lock it, clear what killed processes left, record the settings.
 
     Checkpoints past the one that is resumed are set aside, so that the newest in the folder is always the run's own.
@@ -170,20 +170,20 @@ def claim(run: OpenRun, config: Config) -> Iterator[list[str]]:
         UserError: when another process trains there, or the folder cannot be written.
     """
     checkpoints = run.folder / "checkpoints"
-    with claim_folder(run.folder) as remarks:
+    with lock_folder(run.folder) as remarks:
         if run.checkpoint is not None and run.checkpoint.parent.resolve() == checkpoints.resolve():
             past = [path for path in checkpoints_in(run.folder) if step_of(path) > step_of(run.checkpoint)]
             aside = checkpoints / f"past-{run.checkpoint.stem}"
             for path in past:
                 aside.mkdir(exist_ok=True)
                 path.replace(aside / path.name)
-        with appearing(run.folder / "config.json") as beside:
+        with atomic_write(run.folder / "config.json") as beside:
             write_config(recorded(config), beside)
         yield remarks
 
 
 @contextlib.contextmanager
-def claim_folder(folder: Path) -> Iterator[list[str]]:
+def lock_folder(folder: Path) -> Iterator[list[str]]:
     """A folder with checkpoints as this process's own: locked, and cleared of what killed processes left.
 
     Yields:
@@ -247,7 +247,7 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> lis
     """What a resumed run would compute differently, one phrase each."""
     before, now, groups = checkpoint.config.flat(), config.flat(), settings_by_name()
     compared = COMPARED_SETTINGS + ROUNDING_SETTINGS * (before["deterministic"] and now["deterministic"])
-    if before["balance"] == now["balance"] == "step":  # parts only decide what is held at a time
+    if before["sinkhorn_over"] == now["sinkhorn_over"] == "step":  # parts only decide what is held at a time
         before["accumulate"] = now["accumulate"]
     if before["loader"] in ALIKE_LOADERS and now["loader"] in ALIKE_LOADERS:
         before["loader"] = now["loader"]
@@ -262,22 +262,22 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> lis
 
 
 def describe_run(
-    config: Config, images: Samples, world: World, student: nn.Module, steps_per_epoch: int, folder: Path
+    config: Config, images: Samples, ranks: Ranks, student: nn.Module, steps_per_epoch: int, folder: Path
 ) -> list[str]:
     """What is about to happen, in a few lines, with a warning where the settings will not do well."""
     parameters = sum(p.numel() for p in student.parameters()) / 1e6
-    sharded = config.efficiency.shard and world.group is not None
-    optimiser, folds, prototypes = config.optimiser, config.views.folds, config.model.prototypes
+    sharded = config.efficiency.shard and ranks.group is not None
+    optimizer, folds, prototypes = config.optimizer, config.views.folds, config.network.prototypes
     lines = [
-        f"{config.run.preset}: {config.model.model}, {parameters:.1f} M parameters, "
-        f"on {world.device} x {world.size} in {config.efficiency.precision}{', in shards' * sharded}",
-        f"{len(images)} images in {images.path}: {steps_per_epoch} steps of {optimiser.batch_size} an epoch, "
-        f"{optimiser.epochs} epoch{'s' * (optimiser.epochs != 1)}",
+        f"{config.run.preset}: {config.network.model}, {parameters:.1f} M parameters, "
+        f"on {ranks.device} x {ranks.size} in {config.efficiency.precision}{', in shards' * sharded}",
+        f"{len(images)} images in {images.path}: {steps_per_epoch} steps of {optimizer.batch_size} an epoch, "
+        f"{optimizer.epochs} epoch{'s' * (optimizer.epochs != 1)}",
         *source_notes(images),
     ]
-    parts = optimiser.accumulate if optimiser.balance == "part" else 1
-    rows = optimiser.batch_size // parts * folds
-    if config.teachers.teachers in ("dual", "single") and rows < prototypes / 4:
+    parts = optimizer.accumulate if optimizer.sinkhorn_over == "part" else 1
+    rows = optimizer.batch_size // parts * folds
+    if config.teacher.teachers in ("dual", "single") and rows < prototypes / 4:
         lines.append(
             f"warning: {rows} class tokens a batch share {prototypes} prototypes, too few to fill them: expect a weak "
             "class loss; a larger --batch-size or fewer --prototypes helps"

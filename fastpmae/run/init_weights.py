@@ -98,7 +98,7 @@ def tuned_weights(path: Path) -> Path | None:
     """
     file = path / "classifier.safetensors" if path.is_dir() else path
     header = header_of(file)
-    if file.name == "classifier.safetensors" and "course" in header:
+    if file.name == "classifier.safetensors" and "finetune" in header:
         with safetensors.safe_open(file, "pt") as held:
             if PATCHES not in held.keys():  # noqa: SIM118
                 raise UserError(
@@ -110,7 +110,7 @@ def tuned_weights(path: Path) -> Path | None:
         config = {} if checkpoint is None else read_progress(checkpoint)["config"]
     except CheckpointError:  # whoever reads it says so, or passes it over
         return None
-    if "course" in config:
+    if "finetune" in config:
         raise UserError(
             f"{path} is a classifier's training that has left no classifier.safetensors yet: end it with --resume"
             if path.is_dir()

@@ -21,7 +21,7 @@ from fastpmae.run.checkpoint import CheckpointError
 from fastpmae.run.device_metrics import Figures
 from fastpmae_loaders.cli.terminal import say, stderr
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.printable import printable_lines
 from fastpmae_loaders.sources.reading import read_file
 
@@ -105,10 +105,10 @@ class Log:
         speaks: whether this is the first rank.
     """
 
-    def __init__(self, folder: Path, config: Config, first_step: int, last_step: int, *, speaks: bool = True):
-        self.folder, self.config, self.speaks = folder, config, speaks
+    def __init__(self, folder: Path, config: Config, first_step: int, last_step: int, *, is_main: bool = True):
+        self.folder, self.config, self.speaks = folder, config, is_main
         self.console = Console(file=cast(IO[str], stderr()))
-        self.live = speaks and self.console.is_terminal
+        self.live = is_main and self.console.is_terminal
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -123,7 +123,7 @@ class Log:
         self.writers: list[Any] = []
         self.reported: set[int] = set()
         self._owed: Callable[[], None] | None = None
-        if speaks:
+        if is_main:
             self.writers = _writers(folder, config, first_step)
             _drop_rows_past(folder / "metrics.jsonl", first_step)
             self.metrics = (folder / "metrics.jsonl").open("a")
@@ -180,7 +180,7 @@ class Log:
                 self.say(sentence)
             else:  # each rank sees other images
                 say(sentence)
-        self.progress.update(self.task, completed=step, description=f"epoch {epoch + 1}/{self.config.optimiser.epochs}")
+        self.progress.update(self.task, completed=step, description=f"epoch {epoch + 1}/{self.config.optimizer.epochs}")
 
     def row(self, row: dict[str, float], rest: Callable[[], dict[str, float]], waited: float, *, partial: bool) -> None:
         """A row of metrics, written wherever this run writes them when the next step is under way.
@@ -196,7 +196,7 @@ class Log:
         """
         self.settle()
         seconds = time.perf_counter() - self.clock
-        images = (row["step"] - self.clock_step) * self.config.optimiser.batch_size
+        images = (row["step"] - self.clock_step) * self.config.optimizer.batch_size
         rates = {"images_per_second": images / seconds, "data_wait": waited / seconds}
         self.start_clock(int(row["step"]))
         if self.speaks:
@@ -321,7 +321,7 @@ def _drop_rows_past(path: Path, step: int) -> None:
         row = _parsed(line)
         if row is not None and row["step"] <= step and not row.get("partial"):
             kept.append(line + "\n")
-    with appearing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text("".join(kept))
 
 

@@ -85,7 +85,7 @@ def _images_of(record: dict[str, Any]) -> str:
 def _details(record: dict[str, Any]) -> list[str]:
     said = record.get("shown")
     shown = said if isinstance(said, dict) else {}
-    course, table = record.get("course") or {}, record.get("table") or [{}]
+    finetune, table = record.get("finetune") or {}, record.get("table") or [{}]
     details = []
     if record["evaluation"] == "lowshot" and "share" in table[0]:
         details.append(f"{100 * table[0]['share']:g} % of the labels")
@@ -95,9 +95,9 @@ def _details(record: dict[str, Any]) -> list[str]:
         details.append(f"{'c' if 'c' in table[0] else 'rate'} {record['chosen']:g}")
     if record.get("choose_on") == "val":
         details.append("chosen on these images")
-    if "epochs" in course:
-        details.append(f"{course['epochs']} epochs")
-    pool = shown.get("pool") or record.get("pool") or course.get("pool")
+    if "epochs" in finetune:
+        details.append(f"{finetune['epochs']} epochs")
+    pool = shown.get("pool") or record.get("pool") or finetune.get("pool")
     if pool:
         details.append(POOLS.get(pool, str(pool)))
     if record.get("leave_one_out"):

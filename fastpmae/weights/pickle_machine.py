@@ -3,7 +3,7 @@
 A pickle is a program for a small machine, and a stranger's may call any function of Python. Here its steps are followed
 one by one (`pickletools` takes the file apart) on a machine that has no functions: what would be imported is a name,
 what would be called gives a stand-in that says whose it is. Only dictionaries, lists, plain values and torch's
-plain tensors become what they are. So the optimisers' numpy numbers, the options and the settings of any trainer are
+plain tensors become what they are. So the optimizers' numpy numbers, the options and the settings of any trainer are
 passed over, whatever their classes are and wherever they come from.
 """
 

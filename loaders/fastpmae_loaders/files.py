@@ -22,7 +22,7 @@ SOON, LATE = 60.0, 24 * 3600.0
 
 
 @contextlib.contextmanager
-def appearing(path: Path, force: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, force: bool = True) -> Iterator[Path]:
     """A place to write a file, which takes the name `path` when the block succeeds and is gone when it does not.
 
     The place lies in a hidden folder beside `path`, so that what a library puts there on its way goes too. Those of

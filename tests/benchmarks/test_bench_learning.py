@@ -36,7 +36,7 @@ def test_every_case_is_a_run_that_differs_in_what_its_row_is_about(name):
     one, other = BASE.flat(), changed.flat()
     differing = {key for key in one if one[key] != other[key]} - {"beton"}
     assert differing <= set(CASES[name].changes(BASE))
-    assert {"lr", "batch_size", "epochs", "seed", "mask_ratio", "image_size"}.isdisjoint(differing)
+    assert {"blr", "batch_size", "epochs", "seed", "mask_ratio", "image_size"}.isdisjoint(differing)
 
 
 def test_what_comes_after_mae_begins_with_its_encoder(small_beton, tmp_path, monkeypatch):
@@ -58,8 +58,8 @@ def test_what_comes_after_mae_begins_with_its_encoder(small_beton, tmp_path, mon
     epochs = evening.epochs_in_the_same_time("mae-sdae")
     result = evening.trained("mae-sdae", 5, "time", epochs)
     first, second = given
-    assert (first.teachers.teachers, first.optimiser.epochs, first.run.init) == ("none", 15, None)
-    assert (second.teachers.teachers, second.optimiser.epochs) == ("reconstruction", 10)
+    assert (first.teachers.teachers, first.optimizer.epochs, first.run.init) == ("none", 15, None)
+    assert (second.teachers.teachers, second.optimizer.epochs) == ("reconstruction", 10)
     assert second.run.init == first.run.out
     assert (first.run.seed, second.run.seed, result.seconds) == (5, 5, 10.0)
     assert evening.epochs_in_the_same_time("mae-dual") == 6
@@ -72,7 +72,7 @@ def test_rows_of_table_8_take_the_base_s_own_weights():
     assert (weights["weights-1-0-1"].lambda_c, weights["weights-1-0-1"].lambda_p) == (0, loss.lambda_p)
     assert (weights["weights-1-1-0"].lambda_c, weights["weights-1-1-0"].lambda_p) == (loss.lambda_c, 0)
     assert weights["weights-0-1-1"].lambda_m == 0
-    assert BASE.using(**CASES["weights-1-0-0"].changes(BASE)).teachers.teachers == "reconstruction"
+    assert BASE.using(**CASES["weights-1-0-0"].changes(BASE)).teacher.teachers == "reconstruction"
 
 
 def test_what_is_judged_equals_scikit_learn():

@@ -14,7 +14,7 @@ from benchmarks.baseline import plain_batch
 from benchmarks.bench_step import PAIRS, PARTS
 from benchmarks.step_cases import DROP_PATH, Ours, Plain, made_batch, make_case
 from fastpmae import Config
-from fastpmae.pretraining.step import learn, teach
+from fastpmae.pretraining.step import compute_targets, student_loss
 from tests import tiny
 from tests.test_train import environment
 from tests.tiny import disturb, tiny_config
@@ -36,7 +36,7 @@ def both(preset: str, folds: int = 3) -> tuple[Ours, Plain]:
 def test_the_usual_way_has_the_same_losses_and_gradients(preset: str, fold_sizes: tuple[int, ...]):
     ours, plain = both(preset)
     batch = tiny.made_batch(1, 3, fold_sizes)
-    losses = learn(ours.student, batch, None, teach(ours.teachers, batch, ours.config), ours.config)
+    losses = student_loss(ours.student, batch, None, compute_targets(ours.teachers, batch, ours.config), ours.config)
     losses.total.backward()
     usual = plain_batch(batch)
     others = plain.method.learn(usual, plain.method.teach(usual))

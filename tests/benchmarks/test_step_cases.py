@@ -50,8 +50,8 @@ def test_the_figures_of_a_case(name: str, precision: Any):
 
 def test_settings_of_the_trainer_reach_the_case():
     case = make_case("dual", "tiny", 2, chunk=7, depth=1, match_scope="fold", drop_path=0.0)
-    assert (case.config.efficiency.prototypes_chunk, case.config.model.depth) == (7, 1)
-    assert (case.config.loss.match_scope, case.config.model.drop_path) == ("fold", 0.0)
+    assert (case.config.efficiency.prototypes_chunk, case.config.network.depth) == (7, 1)
+    assert (case.config.loss.match_scope, case.config.network.drop_path) == ("fold", 0.0)
     with pytest.raises(UserError, match="--attention xformers"):
         make_case("dual", "tiny", 2, attention="xformers")
 
@@ -89,9 +89,9 @@ def test_how_far_numbers_are_apart(found: list[float], truth: list[float], expec
 def test_flops_of_the_model_are_the_method_s_own():
     """Neither recomputation nor chunks nor 8 bits add to them."""
     plain = tiny_config("paper")
-    assert model_flops(plain.using(prototypes_chunk=3, checkpoint_blocks=1, teacher_precision="fp8")) == model_flops(
-        plain
-    )
+    assert model_flops(
+        plain.using(prototypes_chunk=3, activation_checkpointing=1, teacher_precision="fp8")
+    ) == model_flops(plain)
     assert model_flops(tiny_config("sdae")) < model_flops(plain)
 
 
@@ -224,9 +224,9 @@ def test_a_case_of_a_gpu_is_there_whole(name: str, precision: Any, monkeypatch: 
             if isinstance(case, Plain):  # it reads whether its loss is finite
                 patched.setattr(torch, "isfinite", lambda loss: loss.device.type == "cuda")
             case.step(batch)
-        optimiser = case.optimiser if isinstance(case, Ours) else case.method.optimiser
-        assert all(group["fused"] for group in optimiser.param_groups)
-        kept = [tensor for state in optimiser.state.values() for tensor in state.values()]
+        optimizer = case.optimizer if isinstance(case, Ours) else case.method.optimizer
+        assert all(group["fused"] for group in optimizer.param_groups)
+        kept = [tensor for state in optimizer.state.values() for tensor in state.values()]
         assert kept
         for network in (student, *teachers.values()):
             kept += [*network.parameters(), *network.buffers()]

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpmae.distributed import ranks as world
-from fastpmae.distributed.ranks import carried, has_bf16
+from fastpmae.distributed import ranks as ranks
+from fastpmae.distributed.ranks import has_bf16, to_device
 from fastpmae.evaluate.datasets import half
 from tests.made import tiny_settings
 from tests.test_train import environment, flags_of
@@ -41,9 +41,9 @@ def test_what_goes_to_a_gpu_starts_in_pinned_memory(pinned: bool, monkeypatch: p
     monkeypatch.setattr(
         Tensor, "to", lambda self, device, non_blocking: done.append((device.type, non_blocking)) or self
     )
-    carried(torch.zeros(3), torch.device("cpu"))
+    to_device(torch.zeros(3), torch.device("cpu"))
     assert done == [("cpu", True)]
-    carried(torch.zeros(3), torch.device("cuda"))
+    to_device(torch.zeros(3), torch.device("cuda"))
     assert done[1:] == ["pinned"] * (not pinned) + [("cuda", True)]
 
 
@@ -71,9 +71,9 @@ from fastpmae_loaders.cli.exits import exit_with_sentence, UserError
 from fastpmae.distributed.ranks import join_world
 kept = []
 def run():
-    with join_world("cpu") as world:
-        assert world.agree(int(rank)) == (1,)
-        kept.extend([world, kept])  # a cycle, and a name of the program's own
+    with join_world("cpu") as ranks:
+        assert ranks.max_over_ranks(int(rank)) == (1,)
+        kept.extend([ranks, kept])  # a cycle, and a name of the program's own
         if kind == "error":
             raise UserError("no")
 sys.exit(exit_with_sentence("held", run))
@@ -106,13 +106,13 @@ def test_no_thread_of_gloos_outlives_the_interpreter(kind: str, small_beton: Pat
 def test_the_exit_waits_for_threads_that_still_run(monkeypatch: pytest.MonkeyPatch):
     """Two that run, sleep for a look, run again, then sleep."""
     looks = iter(["RR", "SS", "SR", "SS", "SS", "SS"])
-    monkeypatch.setattr(world, "_states", lambda name: list(next(looks)))
+    monkeypatch.setattr(ranks, "_states", lambda name: list(next(looks)))
     held = threading.Event()
-    world._await_threads(weakref.ref(held), patience=60)  # pyright: ignore[reportArgumentType]
+    ranks._await_threads(weakref.ref(held), patience=60)  # pyright: ignore[reportArgumentType]
     assert next(looks, None) is None
-    monkeypatch.setattr(world, "_states", lambda name: ["R"])
-    world._await_threads(weakref.ref(held), patience=0.05)  # pyright: ignore[reportArgumentType]
-    world._await_threads(lambda: None)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(ranks, "_states", lambda name: ["R"])
+    ranks._await_threads(weakref.ref(held), patience=0.05)  # pyright: ignore[reportArgumentType]
+    ranks._await_threads(lambda: None)  # pyright: ignore[reportArgumentType]
 
 
 def test_threads_are_found_by_name():
@@ -129,7 +129,7 @@ def test_threads_are_found_by_name():
     thread.start()
     ready.wait()
     time.sleep(0.05)
-    assert world._states("a (b) R c") == ["S"]
+    assert ranks._states("a (b) R c") == ["S"]
     lock.release()
     thread.join()
-    assert world._states("a (b)") == []
+    assert ranks._states("a (b)") == []

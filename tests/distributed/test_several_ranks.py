@@ -29,12 +29,12 @@ import fastpmae.pretraining.collapse, fastpmae.train
 from fastpmae import UserError, pretrain, read_config
 from fastpmae.pretraining.data import make_loader, open_images
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 import torch
 import torch.distributed.fsdp
 
 config, folder, scenarios = read_config(Path(sys.argv[1])), Path(sys.argv[2]), json.loads(sys.argv[3])
-learn = fastpmae.train.learn
+learn = fastpmae.train.student_loss
 
 
 def refuse(*arguments):
@@ -51,7 +51,7 @@ def run(rank, size, port, scenario):
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     settings = scenario["settings"] | (scenario.get("of_first", {}) if rank == 0 else {})
     if scenario.get("rank_1_refuses") and rank == 1:
-        fastpmae.train.learn = refuse
+        fastpmae.train.student_loss = refuse
     if scenario.get("disk_is_full"):
         fastpmae.run.checkpoint.save_file = full
     def start():
@@ -60,7 +60,7 @@ def run(rank, size, port, scenario):
 
 
 # what the loader compiles is compiled once, for all ranks
-with make_loader(open_images(config), config, World(0, 1, 1, torch.device("cpu"), None)) as loader:
+with make_loader(open_images(config), config, Ranks(0, 1, 1, torch.device("cpu"), None)) as loader:
     next(iter(loader))
 for scenario in scenarios:
     size = scenario["ranks"]
@@ -122,7 +122,7 @@ def forked(small_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 def settings(beton: Path) -> Config:
-    return tiny_settings(beton).using(warmup_epochs=0.0, clip_grad=1.0, balance="step")
+    return tiny_settings(beton).using(warmup_epochs=0.0, clip_grad=1.0, sinkhorn_over="step")
 
 
 def assert_same_weights(one: Path, other: Path, step: int) -> None:
@@ -224,7 +224,7 @@ def rank_of(launcher: int, rank: int) -> int:
 def test_labels_balanced_over_the_step_make_parts_the_whole_batch(tiny: Config, tmp_path: Path):
     whole = rows_of(pretrain(tiny.using(steps=3, warmup_epochs=0.0)))
     parts, apart = (
-        rows_of(pretrain(tiny.using(steps=3, warmup_epochs=0.0, accumulate=4, balance=over, out=tmp_path / over)))
+        rows_of(pretrain(tiny.using(steps=3, warmup_epochs=0.0, accumulate=4, sinkhorn_over=over, out=tmp_path / over)))
         for over in ("step", "part")
     )
     for one, other in zip(whole, parts, strict=True):
@@ -234,7 +234,7 @@ def test_labels_balanced_over_the_step_make_parts_the_whole_batch(tiny: Config, 
 
 
 def test_parts_that_balance_over_the_step_are_no_changed_setting(tiny: Config):
-    tiny = tiny.using(balance="step")
+    tiny = tiny.using(sinkhorn_over="step")
     pretrain(tiny.using(steps=1))
     folder = pretrain(tiny.using(steps=2, accumulate=2, resume="auto"))
     assert [row["step"] for row in rows_of(folder)] == [1, 2]

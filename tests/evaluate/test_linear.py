@@ -68,17 +68,17 @@ def test_the_logistic_method_is_scikit_learns_on_an_encoders_features(tmp_path: 
     assert result["top1"] == pytest.approx(max(expected.values()), abs=1e-3)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-def test_rates_trained_at_once_are_each_trained_alone(optimiser):
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_rates_trained_at_once_are_each_trained_alone(optimizer):
     features, labels = made()
-    sweep = Sweep((0.01, 0.3, 2.0), optimiser, epochs=3, batch_size=32, weight_decay=0.02, seed=5)
+    sweep = Sweep((0.01, 0.3, 2.0), optimizer, epochs=3, batch_size=32, weight_decay=0.02, seed=5)
     weights, biases = train_sweep(features, labels, 4, sweep)
     for place, rate in enumerate(sweep.rates):
         layer = torch.nn.Linear(9, 4)
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
         kinds = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}
-        kind, more = kinds[optimiser]
+        kind, more = kinds[optimizer]
         alone = kind(layer.parameters(), lr=rate * 32 / 256, weight_decay=0.02, **more)
         step = 0
         for epoch in range(3):

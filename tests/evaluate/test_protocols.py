@@ -152,7 +152,10 @@ def test_lowshot_means_over_its_draws(data: Path, tmp_path: Path, monkeypatch):
 
 
 def test_finetune_and_probe_go_on_where_they_stopped(data: Path, tmp_path: Path, monkeypatch, capsys):
-    for name, more in (("finetune", ["--preset", "small", "--ema", 0.5, "--batch-size", 16]), ("probe", [])):
+    for name, more in (
+        ("finetune", ["--preset", "small", "--model-ema-decay", 0.5, "--batch-size", 16]),
+        ("probe", []),
+    ):
         words = [name, data / "run", "--train", data / "tree", "--epochs", 2]
         words += ["--warmup-epochs", 1, "--out", tmp_path / name, *more]
         assert call(monkeypatch, *words, "--steps", 1) == 0
@@ -164,8 +167,8 @@ def test_finetune_and_probe_go_on_where_they_stopped(data: Path, tmp_path: Path,
         assert last["epoch"] == 2
         assert result["top1"] == last["top1"]
         # The probe's usual 16,384 are more than the images that there are.
-        assert result["course"]["batch_size"] == (16 if name == "finetune" else result["train"]["images"])
-        assert result["course"]["jitter"] == (0.3 if name == "finetune" else 0.0)
+        assert result["finetune"]["batch_size"] == (16 if name == "finetune" else result["train"]["images"])
+        assert result["finetune"]["color_jitter"] == (0.3 if name == "finetune" else 0.0)
 
 
 @pytest.mark.slow

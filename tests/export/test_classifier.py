@@ -28,7 +28,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 def left(folder: Path, weights: dict[str, torch.Tensor], **header: Any) -> Path:
     """A folder as a fine-tuning leaves it, its header as it is said here."""
-    said = {"timm": ARGUMENTS, "classes": ["cat", "dog"], "course": {"pool": "class"}} | header
+    said = {"timm": ARGUMENTS, "classes": ["cat", "dog"], "finetune": {"pool": "class"}} | header
     words = {name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items()}
     folder.mkdir()
     save_file(weights, folder / "classifier.safetensors", {"format": "pt", "backbone": "plain ViT, x.pth"} | words)
@@ -65,12 +65,12 @@ def test_a_sound_one(weights, tmp_path: Path):
         ({"classes": ["cat"]}, "the number of classes, 1"),
         ({"classes": ["cat", 3]}, "classes is"),
         ({"classes": {"0": "cat"}}, "classes is"),
-        ({"course": "[]"}, "names no course"),
-        ({"course": {"epochs": "many"}}, "epochs is 'many'"),
+        ({"finetune": "[]"}, "names no settings of its training"),
+        ({"finetune": {"epochs": "many"}}, "epochs is 'many'"),
         ({"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5]}, "mean or std is"),
         ({"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, "import os"]}, "mean or std is"),
         ({"mean": "[NaN, 0, 0]", "std": [1, 1, 1]}, "not finite"),
-        ({"mean": [0, 0, 0], "std": [1, 0, 1]}, "std is no spread"),
+        ({"mean": [0, 0, 0], "std": [1, 0, 1]}, "std is not above 0"),
     ],
 )
 def test_a_header_that_says_what_cannot_be(weights, tmp_path: Path, header: dict[str, Any], said: str):
@@ -84,9 +84,9 @@ def test_a_header_that_says_what_cannot_be(weights, tmp_path: Path, header: dict
 
 @pytest.mark.parametrize("kind", ["timm", "huggingface", "plain"])
 def test_words_of_a_stranger_stay_words(weights, tmp_path: Path, kind, monkeypatch, capsys):
-    course = {"pool": "class", "x": "```\n# out of the fence"}
+    finetune = {"pool": "class", "x": "```\n# out of the fence"}
     folder = left(
-        tmp_path / "tuned", weights, classes=[EVIL, "\x1b[31mdog"], course=course,
+        tmp_path / "tuned", weights, classes=[EVIL, "\x1b[31mdog"], finetune=finetune,
         backbone="plain ViT, </code><img src=x onerror=alert(1)>\n# Backbone",
     )  # fmt: skip
     record = {"evaluation": "finetune<b>", "network": EVIL, "top1": 51.5, "top5": 100.0, "images": 44}

@@ -18,7 +18,7 @@ from fastpmae.evaluate.datasets import open_labelled
 from fastpmae.evaluate.features import whole_tokens
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
-from fastpmae.evaluate.recipe import COURSES, PROBE
+from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE
 from fastpmae.export import export as export_module
 from fastpmae.run.checkpoint import find_checkpoint
 
@@ -27,7 +27,7 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 
 @pytest.fixture
 def run(tiny: Config) -> Path:
-    return pretrain(tiny.using(steps=3, warmup_epochs=0.0, lr=0.05))
+    return pretrain(tiny.using(steps=3, warmup_epochs=0.0, blr=0.05))
 
 
 def bytes_of(side: int) -> Tensor:
@@ -150,8 +150,10 @@ def test_a_fine_tuned_classifier_goes_along(run: Path, small_beton: Path, tmp_pa
     setting = Setting(
         find_backbone(str(run)), train, train, tmp_path / "tuned", torch.device("cpu"), workers=1, feature_batch=44
     )
-    course = dataclasses.replace(COURSES["small"], epochs=1, batch_size=22, warmup_epochs=0.0, lr=0.05, pool=pool)
-    train_classifier(setting, course)
+    config = dataclasses.replace(
+        FINETUNE_PRESETS["small"], epochs=1, batch_size=22, warmup_epochs=0.0, blr=0.05, pool=pool
+    )
+    train_classifier(setting, config)
     record = {"evaluation": "finetune", "network": "student", "top1": 51.5, "top5": 100.0, "images": 44}
     (tmp_path / "tuned" / "finetune-student.json").write_text(json.dumps(record))
     (tmp_path / "tuned" / "knn-student.json").write_text(json.dumps(record | {"evaluation": "knn", "top1": 12.5}))
@@ -186,7 +188,9 @@ def tuned_from(backbone: Backbone, beton: Path, folder: Path, crop_ratio: float 
     setting = Setting(
         backbone, train, train, folder, torch.device("cpu"), workers=1, crop_ratio=crop_ratio, feature_batch=44
     )
-    train_classifier(setting, dataclasses.replace(COURSES["small"], epochs=1, batch_size=22, warmup_epochs=0.0))
+    train_classifier(
+        setting, dataclasses.replace(FINETUNE_PRESETS["small"], epochs=1, batch_size=22, warmup_epochs=0.0)
+    )
     return folder
 
 
@@ -249,8 +253,8 @@ def test_trainings_that_hold_no_classifier_are_told_by_a_sentence(run: Path, sma
         )
     train, _ = open_labelled(small_beton, None)
     setting = Setting(find_backbone(str(run)), train, train, tmp_path / "tuned", torch.device("cpu"), workers=1)
-    course = dataclasses.replace(PROBE, batch_size=22, epochs=1, warmup_epochs=0.0)
-    train_classifier(dataclasses.replace(setting, frozen=True), course)
+    config = dataclasses.replace(PROBE, batch_size=22, epochs=1, warmup_epochs=0.0)
+    train_classifier(dataclasses.replace(setting, frozen=True), config)
     with pytest.raises(UserError, match=r"is a linear probe: the network that it reads is demo, .*step-00000003"):
         find_backbone(str(tmp_path / "tuned"))
     (tmp_path / "tuned" / "classifier.safetensors").unlink()

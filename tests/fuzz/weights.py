@@ -292,7 +292,7 @@ def safetensors_file(rng: np.random.Generator, path: Path) -> str:
                 header["__metadata__"] = {"format": str(rng.choice(["pt", "fastpmae-checkpoint-1", "\x1b[31m"])),
                                           "timm": str(rng.choice(["[1]", "{" * 2000, '{"num_heads": 1e400}', "null"])),
                                           "mean": str(rng.choice(["[1, 2, 3]", '"x"', "[]"])), "std": "[0, 0, 0]",
-                                          "course": "{}", "progress": "{}", "digest": ""}  # fmt: skip
+                                          "finetune": "{}", "progress": "{}", "digest": ""}  # fmt: skip
             case 5:
                 entry["shape"], entry["data_offsets"] = [0, number(rng)], [0, 0]
             case _:

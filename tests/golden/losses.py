@@ -49,7 +49,7 @@ TINY: dict[str, Any] = {
     "epochs": 6,
     "warmup_epochs": 1.0,
     "batch_size": 4,
-    "lr": 0.2,
+    "blr": 0.2,
     "steps": STEPS,
     "log_every": 1,
     "tensorboard": False,
@@ -71,13 +71,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "small-data": ("small-data", {}),
     "uneven-parts": (
         "dual",
-        {"folds": 5, "accumulate": 2, "balance": "step", "clip_grad": 0.5, "match_metric": "l2", "match_scope": "fold"},
+        {
+            "folds": 5,
+            "accumulate": 2,
+            "sinkhorn_over": "step",
+            "clip_grad": 0.5,
+            "match_metric": "l2",
+            "match_scope": "fold",
+        },
     ),
     "spare-memory": (
         "dual",
         {
             "prototypes_chunk": 7,
-            "checkpoint_blocks": 1,
+            "activation_checkpointing": 1,
             "reconstruction_view": "complex",
             "labelling_view": "simple",
             "complex_recipe": "t2",
@@ -149,7 +156,7 @@ def fixed_networks(config: Config) -> Iterator[tuple[dict[str, nn.Module], list[
         fill(student, "student")
         student_weights = dict(student.named_parameters())
         for who, teacher in teachers.modules().items():
-            if config.teachers.teacher_init == "random":
+            if config.teacher.teacher_init == "random":
                 fill(teacher, who)
                 continue
             with torch.no_grad():

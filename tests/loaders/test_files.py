@@ -11,13 +11,13 @@ import pytest
 
 from fastpmae_loaders import locks
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import ALIVE, LATE, SOON, appearing, remove_partial
+from fastpmae_loaders.files import ALIVE, LATE, SOON, atomic_write, remove_partial
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from fastpmae_loaders.files import appearing
-with appearing(Path(sys.argv[1])) as beside:
+from fastpmae_loaders.files import atomic_write
+with atomic_write(Path(sys.argv[1])) as beside:
     beside.write_text("half")
     print("writing", flush=True)
     time.sleep(600)
@@ -36,13 +36,13 @@ def writer(path: Path) -> subprocess.Popen[str]:
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    with appearing(tmp_path / "file") as beside:
+    with atomic_write(tmp_path / "file") as beside:
         beside.write_text("whole")
         assert not (tmp_path / "file").exists()
     assert (tmp_path / "file").read_text() == "whole"
 
     def breaks_off() -> None:
-        with appearing(tmp_path / "file") as beside:
+        with atomic_write(tmp_path / "file") as beside:
             beside.write_text("half")
             raise ZeroDivisionError
 
@@ -58,7 +58,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_one_and_what_a_living_one_
         assert len(partial(tmp_path)) == 2
         killed.kill()
         killed.wait()
-        with appearing(tmp_path / "three") as beside:
+        with atomic_write(tmp_path / "three") as beside:
             beside.write_text("whole")
         (left,) = partial(tmp_path)
         assert left.name.startswith(".partial-two-")
@@ -75,7 +75,7 @@ def test_a_number_of_a_process_that_comes_again_is_no_matter(tmp_path: Path) -> 
     """In a container every run has the same number."""
     (tmp_path / f".partial-file-{os.getpid()}").mkdir()
     for _ in range(2):
-        with appearing(tmp_path / "file") as one, appearing(tmp_path / "file") as other:
+        with atomic_write(tmp_path / "file") as one, atomic_write(tmp_path / "file") as other:
             assert one != other
             one.write_text("one")
             other.write_text("other")
@@ -105,7 +105,7 @@ def test_without_locks_only_what_is_old_goes(tmp_path: Path, monkeypatch: pytest
     left = tmp_path / ".partial-file-somebody"
     left.mkdir()
     (left / ALIVE).touch()
-    with appearing(tmp_path / "file") as beside:
+    with atomic_write(tmp_path / "file") as beside:
         beside.write_text("whole")
     assert partial(tmp_path) == [left]
     aged(left, LATE + 1)
@@ -115,13 +115,13 @@ def test_without_locks_only_what_is_old_goes(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "\U0001f600" * 63])
 def test_a_name_as_long_as_a_name_may_be(tmp_path: Path, name: str) -> None:
-    with appearing(tmp_path / name) as beside:
+    with atomic_write(tmp_path / name) as beside:
         beside.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be written: No such file"), appearing(tmp_path / "no" / "file"):
+    with pytest.raises(UserError, match="cannot be written: No such file"), atomic_write(tmp_path / "no" / "file"):
         pass
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastpmae.model import attention as switch
 from fastpmae.model.attention import attention, use
-from fastpmae.pretraining.step import learn, teach
+from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae_loaders.errors import UserError
-from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
+from tests.tiny import drop_path_scale_of, made_batch, tiny_config, tiny_networks
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ def gradients(result: Tensor, operands: list[Tensor]) -> tuple[Tensor, ...]:
     "runs", [((2, 5), (3, 4)), ((1, 1), (1, 7)), ((4, 3),), ((1, 6), (1, 5), (2, 1)), ((3, 1), (1, 2))], ids=str
 )
 @pytest.mark.parametrize("ops", [None, Ops()], ids=["sdpa", "xformers"])
-def test_packed_sequences_are_those_of_a_block_diagonal_mask(runs: switch.Runs, ops: Ops | None):
+def test_packed_sequences_are_those_of_a_block_diagonal_mask(runs: switch.SequenceLengths, ops: Ops | None):
     lengths = [length for count, length in runs for _ in range(count)]
     operands = made(1, sum(lengths), 2, 8)
     heads_first = [each.transpose(1, 2) for each in operands]
@@ -95,12 +95,12 @@ def test_the_whole_step_through_xformers(fold_sizes: tuple[int, ...]):
     """The same losses and gradients in float64; uneven folds are one packed pass, equal ones a dense one."""
     config = tiny_config(folds=3)
     student, teachers = tiny_networks(config)
-    batch, keep = made_batch(1, 2, fold_sizes), keep_of(config, 2)
+    batch, drop_path_scale = made_batch(1, 2, fold_sizes), drop_path_scale_of(config, 2)
     ops = Ops()
 
     def run() -> tuple[Tensor, ...]:
         student.zero_grad()
-        losses = learn(student, batch, keep, teach(teachers, batch, config), config)
+        losses = student_loss(student, batch, drop_path_scale, compute_targets(teachers, batch, config), config)
         losses.total.backward()
         return (*losses, *(parameter.grad for parameter in student.parameters() if parameter.grad is not None))
 
@@ -111,7 +111,7 @@ def test_the_whole_step_through_xformers(fold_sizes: tuple[int, ...]):
     masks = [mask.lengths for mask in ops.masks if mask is not None]
     # two teachers of two blocks
     assert masks == ([] if fold_sizes == (4, 4, 4) else [[6, 6, 5, 5, 5, 5]] * 4)
-    assert len(ops.masks) == 4 + config.model.depth + config.model.decoder_depth
+    assert len(ops.masks) == 4 + config.network.depth + config.network.decoder_depth
 
 
 def test_a_mask_is_made_once():

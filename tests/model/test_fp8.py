@@ -12,7 +12,7 @@ from fastpmae.model.build import check
 from fastpmae.model.fp8 import Fp8Linear, check_fp8_device, multiply_on_gpu, multiply_plainly, to_fp8, use_fp8
 from fastpmae.plan.costs import step_costs
 from fastpmae.pretraining.networks import make_networks
-from fastpmae.pretraining.step import Targets, learn, teach
+from fastpmae.pretraining.step import Targets, compute_targets, student_loss
 from fastpmae_loaders.errors import UserError
 from tests.tiny import disturb, made_batch, tiny_config
 
@@ -85,22 +85,22 @@ def test_the_teachers_alone_multiply_in_8_bits(preset: str):
     assert not any(isinstance(module, Fp8Linear) for module in low_student.modules())
     for teacher, low in zip(teachers.modules().values(), low_teachers.modules().values(), strict=True):
         layers = sum(isinstance(module, Fp8Linear) for module in low.modules())
-        assert layers == 4 * config.model.depth
+        assert layers == 4 * config.network.depth
         assert list(low.state_dict()) == list(teacher.state_dict())
         assert [name for name, _ in low.named_parameters()] == [name for name, _ in teacher.named_parameters()]
-    targets, low_targets = teach(teachers, batch, plain), teach(low_teachers, batch, config)
+    targets, low_targets = compute_targets(teachers, batch, plain), compute_targets(low_teachers, batch, config)
     assert not any(tensor.requires_grad for tensor in tensors_of(low_targets))
     error = (targets.reconstruction - low_targets.reconstruction).norm() / targets.reconstruction.norm()
     assert 1e-4 < float(error) < 0.1
-    losses = learn(low_student, batch, None, low_targets, config)
+    losses = student_loss(low_student, batch, None, low_targets, config)
     losses.total.backward()
     assert all(
         parameter.grad is None for teacher in low_teachers.modules().values() for parameter in teacher.parameters()
     )
-    expected = learn(student, batch, None, targets, plain)
+    expected = student_loss(student, batch, None, targets, plain)
     assert losses.total.item() == pytest.approx(expected.total.item(), rel=0.05)
-    low_teachers.follow(low_student, "step", 0)
-    teachers.follow(student, "step", 0)
+    low_teachers.update_ema(low_student, "step", 0)
+    teachers.update_ema(student, "step", 0)
     for teacher, low in zip(teachers.modules().values(), low_teachers.modules().values(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), low.parameters(), strict=True))
 

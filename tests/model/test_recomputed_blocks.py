@@ -8,20 +8,20 @@ from torch import Tensor
 
 from fastpmae.plan.costs import step_costs
 from fastpmae.pretraining.networks import make_networks
-from fastpmae.pretraining.step import learn, teach
-from tests.tiny import disturb, keep_of, made_batch, tiny_config
+from fastpmae.pretraining.step import compute_targets, student_loss
+from tests.tiny import disturb, drop_path_scale_of, made_batch, tiny_config
 
 SIZES: dict[str, Any] = {"depth": 3, "decoder_depth": 2, "folds": 3}
 
 
 def stepped(every: int, preset: str, bf16: bool) -> tuple[list[Tensor], dict[str, Tensor | None], int]:
     """Losses, gradients, and bytes that autograd keeps for the backward pass, in fp32 or under autocast."""
-    config = tiny_config(preset, checkpoint_blocks=every, **SIZES)
+    config = tiny_config(preset, activation_checkpointing=every, **SIZES)
     student, teachers = make_networks(config, 10, torch.device("cpu"), None)
     disturb(student, 1)
-    batch, keep = made_batch(1, 2, (5, 4, 4)), None
-    if config.model.drop_path:
-        keep = keep_of(config, len(batch)).float()
+    batch, drop_path_scale = made_batch(1, 2, (5, 4, 4)), None
+    if config.network.drop_path:
+        drop_path_scale = drop_path_scale_of(config, len(batch)).float()
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -29,9 +29,9 @@ def stepped(every: int, preset: str, bf16: bool) -> tuple[list[Tensor], dict[str
         return tensor
 
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        targets = teach(teachers, batch, config)
+        targets = compute_targets(teachers, batch, config)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            losses = learn(student, batch, keep, targets, config)
+            losses = student_loss(student, batch, drop_path_scale, targets, config)
     losses.total.backward()
     return (
         list(losses[:4]),
@@ -57,7 +57,7 @@ def test_the_same_bits_and_less_kept(preset: str, bf16: bool):
 
 
 def test_teachers_and_frozen_encoders_are_left_alone():
-    config = tiny_config(checkpoint_blocks=1)
+    config = tiny_config(activation_checkpointing=1)
     student, _ = make_networks(config, 10, torch.device("cpu"), None)
     batch = made_batch()
     calls = []
@@ -73,7 +73,7 @@ def test_teachers_and_frozen_encoders_are_left_alone():
 def test_the_plan_knows():
     """More products in the backward pass, by the blocks' own forward ones, and a lower peak."""
     config = tiny_config(**SIZES | {"depth": 6, "width": 64})
-    whole, half, every = (step_costs(config.using(checkpoint_blocks=n), 64) for n in (0, 2, 1))
+    whole, half, every = (step_costs(config.using(activation_checkpointing=n), 64) for n in (0, 2, 1))
     assert whole.forward == half.forward == every.forward
     assert every.peak < half.peak < whole.peak
     assert whole.flops < half.flops < every.flops

@@ -10,17 +10,17 @@ from tests.tiny import tiny_config
 
 
 def drawn(samples: np.ndarray, epoch: int = 0, drop_path: float = 0.6, depth: int = 4, seed: int = 0) -> Tensor:
-    keep = stochastic_depth(tiny_config(drop_path=drop_path, depth=depth, seed=seed), epoch, samples)
-    assert keep is not None
-    return keep
+    drop_path_scale = stochastic_depth(tiny_config(drop_path=drop_path, depth=depth, seed=seed), epoch, samples)
+    assert drop_path_scale is not None
+    return drop_path_scale
 
 
 def test_rates_grow_evenly_from_0() -> None:
-    keep = drawn(np.arange(20_000))
-    assert keep.shape == (20_000, 4, 2)
+    drop_path_scale = drawn(np.arange(20_000))
+    assert drop_path_scale.shape == (20_000, 4, 2)
     for block, rate in enumerate((0.0, 0.2, 0.4, 0.6)):
         for branch in range(2):
-            values = keep[:, block, branch]
+            values = drop_path_scale[:, block, branch]
             kept = values[values > 0]
             torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)))
             assert float((values == 0).double().mean()) == pytest.approx(rate, abs=0.015)
@@ -35,11 +35,11 @@ def test_branches_blocks_and_samples_are_independent() -> None:
 
 def test_only_seed_epoch_and_sample_matter() -> None:
     samples = np.arange(50)
-    keep = drawn(samples)
-    assert torch.equal(drawn(samples[[7, 3]]), keep[[7, 3]])
-    assert torch.equal(drawn(samples), keep)
-    assert not torch.equal(drawn(samples, epoch=1), keep)
-    assert not torch.equal(drawn(samples, seed=1), keep)
+    drop_path_scale = drawn(samples)
+    assert torch.equal(drawn(samples[[7, 3]]), drop_path_scale[[7, 3]])
+    assert torch.equal(drawn(samples), drop_path_scale)
+    assert not torch.equal(drawn(samples, epoch=1), drop_path_scale)
+    assert not torch.equal(drawn(samples, seed=1), drop_path_scale)
 
 
 def test_none_where_nothing_is_dropped() -> None:

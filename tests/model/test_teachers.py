@@ -50,7 +50,7 @@ def test_one_step(dtype: torch.dtype, tolerance: float) -> None:
     assert teachers.labelling is not None
     assert teachers.reconstruction is not None
     before, idle = parameters_of(teachers.labelling), parameters_of(teachers.reconstruction)
-    teachers.follow(student, "step", 0)
+    teachers.update_ema(student, "step", 0)
     assert_same(teachers.labelling, followed(before, parameters_of(student), 0.996), tolerance)
     assert_same(teachers.reconstruction, idle, 0)
 
@@ -67,11 +67,11 @@ def test_many_steps_and_epochs(dtype: torch.dtype, tolerance: float) -> None:
     for step in range(total):
         disturb(student, 100 + step, 0.05)
         now = parameters_of(student)
-        teachers.follow(student, "step", step)
+        teachers.update_ema(student, "step", step)
         labelling = followed(labelling, now, 1 - 0.004 * (1 + math.cos(math.pi * step / total)) / 2)
         if (step + 1) % per_epoch == 0:
             epoch = step // per_epoch
-            teachers.follow(student, "epoch", epoch)
+            teachers.update_ema(student, "epoch", epoch)
             reconstruction = followed(reconstruction, now, 0.99 - 0.03 * (1 + math.cos(math.pi * epoch / epochs)) / 2)
     assert_same(teachers.labelling, labelling, tolerance)
     assert_same(teachers.reconstruction, reconstruction, tolerance)
@@ -83,7 +83,7 @@ def test_a_student_at_rest_is_approached_by_powers() -> None:
     assert teachers.labelling is not None
     start, rest = parameters_of(teachers.labelling), parameters_of(student)
     for step in range(40):
-        teachers.follow(student, "step", step)
+        teachers.update_ema(student, "step", step)
     truth = {name: rest[name] + 0.9**40 * (start[name] - rest[name]) for name in start}
     assert_same(teachers.labelling, truth, 1e-12)
 
@@ -132,11 +132,11 @@ def test_a_single_teacher(preset: str, cadence: str, momentum: tuple[float, floa
     for t in range(7):
         disturb(student, 50 + t, 0.05)
         for kind in ("step", "epoch"):
-            teachers.follow(student, kind, t)  # pyright: ignore[reportArgumentType]
+            teachers.update_ema(student, kind, t)  # pyright: ignore[reportArgumentType]
         truth = followed(truth, parameters_of(student), reference.momentum(*momentum, t, 7))
     assert_same(teachers.labelling, truth, 1e-13)
     other = "epoch" if cadence == "step" else "step"
-    teachers.follow(student, other, 0)  # pyright: ignore[reportArgumentType]
+    teachers.update_ema(student, other, 0)  # pyright: ignore[reportArgumentType]
     assert_same(teachers.labelling, truth, 1e-13)
 
 
@@ -148,7 +148,7 @@ def test_cadences(labelling: str, reconstruction: str) -> None:
     assert teachers.reconstruction is not None
     for kind in ("step", "epoch"):
         before = parameters_of(teachers.labelling), parameters_of(teachers.reconstruction)
-        teachers.follow(student, kind, 0)  # pyright: ignore[reportArgumentType]
+        teachers.update_ema(student, kind, 0)  # pyright: ignore[reportArgumentType]
         after = parameters_of(teachers.labelling), parameters_of(teachers.reconstruction)
         moved = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in zip(before, after, strict=True)]
         assert moved == [labelling == kind, reconstruction == kind]
@@ -161,8 +161,8 @@ def test_roles_without_a_teacher() -> None:
     student, none = fresh(10, preset="mae")
     assert none.labelling is None
     assert none.reconstruction is None
-    none.follow(student, "step", 0)
-    none.follow(student, "epoch", 0)
+    none.update_ema(student, "step", 0)
+    none.update_ema(student, "epoch", 0)
 
 
 def made(**settings: Any) -> tuple[Student, Teachers]:
@@ -239,7 +239,7 @@ def test_random_positions_come_to_the_students_own() -> None:
     assert teachers.reconstruction is not None
     start, rest = (network.encoder.pos_embed.double() for network in (teachers.reconstruction, student))
     for epoch in range(5):
-        teachers.follow(student, "epoch", epoch)
+        teachers.update_ema(student, "epoch", epoch)
     truth = rest + 0.9**5 * (start - rest)
     torch.testing.assert_close(teachers.reconstruction.encoder.pos_embed.double(), truth, rtol=0, atol=1e-6)
 
@@ -247,8 +247,8 @@ def test_random_positions_come_to_the_students_own() -> None:
 def test_a_copys_positions_stay_to_the_bit() -> None:
     student, teachers = made()
     for t in range(9):
-        teachers.follow(student, "step", t)
-        teachers.follow(student, "epoch", t)
+        teachers.update_ema(student, "step", t)
+        teachers.update_ema(student, "epoch", t)
     for teacher in teachers.modules().values():
         assert torch.equal(teacher.encoder.pos_embed, student.encoder.pos_embed)
 
@@ -258,7 +258,7 @@ def test_random_teachers_keep_nothing_of_a_student_with_weights() -> None:
     student, _ = made()
     disturb(student, 7, 0.5)
     config = tiny_config(teacher_init="random")
-    teachers = make_teachers(student, config.teachers, 10, 10, torch.Generator().manual_seed(0))
+    teachers = make_teachers(student, config.teacher, 10, 10, torch.Generator().manual_seed(0))
     for teacher in teachers.modules().values():
         for name, parameter in teacher.named_parameters():
             if "norm" in name:
@@ -266,14 +266,14 @@ def test_random_teachers_keep_nothing_of_a_student_with_weights() -> None:
 
 
 def test_teachers_do_not_change_while_they_teach() -> None:
-    from fastpmae.pretraining.step import learn, teach
+    from fastpmae.pretraining.step import compute_targets, student_loss
 
     config = tiny_config()
     student, teachers = tiny_networks(config)
     before = [parameters_of(teacher) for teacher in teachers.modules().values()]
-    optimiser = torch.optim.SGD(student.parameters(), 0.1)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
     batch = made_batch()
-    learn(student, batch, None, teach(teachers, batch, config), config).total.backward()
-    optimiser.step()
+    student_loss(student, batch, None, compute_targets(teachers, batch, config), config).total.backward()
+    optimizer.step()
     for teacher, state in zip(teachers.modules().values(), before, strict=True):
         assert_same(teacher, state, 0)

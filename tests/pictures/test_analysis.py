@@ -11,11 +11,11 @@ from sklearn.decomposition import PCA
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from fastpmae import Config, pretrain
-from fastpmae.pictures.analysis import class_attention, look, networks_of, principal_colours, prototype_use
+from fastpmae.pictures.analysis import analyse, class_attention, networks_of, principal_colours, prototype_use
 from fastpmae.pictures.figures import AGREES, DISAGREES
 from fastpmae.pictures.view import draw_run, view_command
 from fastpmae.pretraining.match_geometry import match_geometry
-from fastpmae.pretraining.step import label, learn, teach
+from fastpmae.pretraining.step import compute_targets, label, student_loss
 from fastpmae.run.checkpoint import find_checkpoint
 from fastpmae_loaders import Beton
 from fastpmae_loaders.errors import UserError
@@ -24,16 +24,18 @@ from tests.made import tiny_settings
 
 @pytest.fixture(scope="module")
 def run(small_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain(tiny_settings(small_beton).using(out=tmp_path_factory.mktemp("learnt") / "run", epochs=1))
+    return pretrain(tiny_settings(small_beton).using(out=tmp_path_factory.mktemp("analysis") / "run", epochs=1))
 
 
 @pytest.mark.parametrize("scope", ["image", "fold"])
 def test_similarity_and_match_are_those_of_the_step(run: Path, small_beton: Path, tmp_path: Path, scope: str):
     if scope == "fold":
         run = pretrain(tiny_settings(small_beton).using(out=tmp_path / "run", match_scope="fold", steps=5))
-    learnt = look(find_checkpoint(run), Beton(small_beton), samples=7)
+    learnt = analyse(find_checkpoint(run), Beton(small_beton), samples=7)
     student, teachers = networks_of(find_checkpoint(run))
-    losses = learn(student, learnt.batch, None, teach(teachers, learnt.batch, learnt.config), learnt.config)
+    losses = student_loss(
+        student, learnt.batch, None, compute_targets(teachers, learnt.batch, learnt.config), learnt.config
+    )
     assert 1 - learnt.similarity.mean() == pytest.approx(losses.reconstruction.item(), abs=1e-6)
     assert learnt.match is not None and losses.match is not None  # noqa: PT018
     assert torch.equal(learnt.match, losses.match)
@@ -111,12 +113,12 @@ def test_prototypes_come_with_their_nearest_patches(run: Path, small_beton: Path
         assert torch.equal(pictures[0, :, 8:16, 8:16], batch.complex[image, :, top : top + 8, left : left + 8])
 
 
-@pytest.mark.parametrize("picture", ["learnt", "prototypes"])
+@pytest.mark.parametrize("picture", ["analysis", "prototypes"])
 def test_pictures(run: Path, small_beton: Path, tmp_path: Path, picture):
     out = draw_run(run, small_beton, tmp_path / "out.png", picture=picture, samples=3)
     drawn = np.array(Image.open(out).convert("RGB")).astype(int)
     assert (drawn.min(-1) < 200).mean() > 0.2
-    if picture == "learnt":
+    if picture == "analysis":
         for colour in (AGREES, DISAGREES):
             wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
             assert (np.abs(drawn - wanted).max(-1) < 12).sum() > 50
@@ -134,7 +136,7 @@ def test_a_run_without_labels(tiny: Config, small_beton: Path, tmp_path: Path):
 
 def test_what_cannot_be_drawn(small_beton: Path, tmp_path: Path):
     with pytest.raises(UserError, match="--picture learnt needs --run"):
-        view_command(small_beton, tmp_path / "out.png", picture="learnt")
+        view_command(small_beton, tmp_path / "out.png", picture="analysis")
     with pytest.raises(UserError, match="no sound checkpoint"):
         view_command(small_beton, tmp_path / "out.png", run=tmp_path)
     with pytest.raises(UserError, match="no sample 44"):

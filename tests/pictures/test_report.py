@@ -21,7 +21,7 @@ from fastpmae.run import log
 from fastpmae.run.checkpoint import checkpoints_in, read_checkpoint, write_checkpoint
 from fastpmae.run.log import read_rows
 from fastpmae.run.results import results_in
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY, write_tree
 
@@ -88,7 +88,7 @@ def test_evaluations_can_be_told_apart(tiny: Config, tmp_path: Path):
         },
         "b": {"evaluation": "lowshot", "table": [{"share": 0.01}], "pool": "class", "date": "2026-02-01T10:00:00"},
         "c": {"evaluation": "linear-sgd", "chosen": 0.3, "table": [{"rate": 0.3}], "date": "2026-02-03T10:00:00"},
-        "step-00000001/a": {"evaluation": "finetune", "course": {"epochs": 5, "pool": "mean"}, "date": "2026-02-04"},
+        "step-00000001/a": {"evaluation": "finetune", "finetune": {"epochs": 5, "pool": "mean"}, "date": "2026-02-04"},
         "odd": {"top1": 3},
     }
     for name, more in results.items():
@@ -175,11 +175,11 @@ def test_a_folder_of_images(tiny: Config, tmp_path: Path):
     folder = pretrain(tiny.using(beton=images, loader="torch", steps=1, batch_size=4))
     done = []
 
-    class Counted(Tally):
+    class Counted(Progress):
         def advance(self, count: int = 1) -> None:
             done.append(count)
 
-    text = write_report(folder, samples=2, tally=Counted()).read_text()
+    text = write_report(folder, samples=2, progress=Counted()).read_text()
     assert done == [1, 1, 1, 1]
     assert "are not here" not in text
     assert text.count("<img ") == 2  # one row makes no curves

@@ -120,7 +120,7 @@ def test_what_is_held_between_parts_and_for_other_ranks():
 def test_labels_balanced_over_the_step_hold_the_targets_of_all_parts():
     config = tiny_config(prototypes=512)
     part, step, whole = (
-        step_costs(config.using(accumulate=parts, balance=over), 64)
+        step_costs(config.using(accumulate=parts, sinkhorn_over=over), 64)
         for parts, over in ((4, "part"), (4, "step"), (1, "step"))
     )
     assert part.peak < step.peak < whole.peak
@@ -132,7 +132,7 @@ def test_labels_balanced_over_the_step_hold_the_targets_of_all_parts():
 def test_shards_divide_what_is_always_held():
     config = tiny_config(precision="fp32", shard=True)
     whole, shards = (step_costs(config.using(shard=shard), 8, ranks=4) for shard in (False, True))
-    for kind, count in (("weights", whole.trained), ("gradients", whole.trained), ("optimiser", 2 * whole.trained)):
+    for kind, count in (("weights", whole.trained), ("gradients", whole.trained), ("optimizer", 2 * whole.trained)):
         assert whole.memory[kind] - shards.memory[kind] == pytest.approx(3 * count, abs=4), kind
     assert shards.memory["teachers"] < 0.3 * whole.memory["teachers"]
     assert shards.memory["activations"] == whole.memory["activations"]
@@ -174,7 +174,7 @@ SMALLER = {"decoder_depth": 2, "depth": 4, "decoder_width": 256, "decoder_heads"
                 "batch_size": 12,
                 "prototypes_chunk": 256,
                 "folds": 5,
-                "checkpoint_blocks": 2,
+                "activation_checkpointing": 2,
                 **SMALLER,
             },
         ),

@@ -19,7 +19,7 @@ from fastpmae.plan.loader_rate import measure, write_made_images
 from fastpmae.plan.plan import OF_A_METHOD, Plan, fitting_accumulate, make_plan
 from fastpmae.plan.report import show
 from fastpmae.pretraining.cli import parse
-from fastpmae.pretraining.step import teach
+from fastpmae.pretraining.step import compute_targets
 from fastpmae_loaders import Beton
 from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY
@@ -50,7 +50,7 @@ def test_command_line(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for words in ("decoder", "optimiser", "hours", "cores", "ASSUMED", "1,600 epochs", "single-epoch", "1,024"):
+    for words in ("decoder", "optimizer", "hours", "cores", "ASSUMED", "1,600 epochs", "single-epoch", "1,024"):
         assert words in done.stdout
     assert picture.stat().st_size > 10_000
     found = json.loads(file.read_text())
@@ -165,7 +165,7 @@ def test_sinkhorns_messages_are_those_that_are_sent(chunk: int, monkeypatch: pyt
     for teacher in teachers.modules().values():
         teacher.float()
     group: Any = object()
-    teach(teachers, made_batch(), config, group)
+    compute_targets(teachers, made_batch(), config, group)
     report = make_plan(Plan(config.using(batch_size=64), gpus=2, loader_rate=100.0))
     assert list(report.messages.assignments) == sent
 

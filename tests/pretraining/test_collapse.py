@@ -9,27 +9,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpmae.model.vit import Factors
 from fastpmae.pretraining import collapse as health_module
-from fastpmae.pretraining.collapse import health, health_figures, label_entropy, spread
+from fastpmae.pretraining.collapse import collapse_figures, collapse_metrics, label_entropy, token_std
 from fastpmae.pretraining.losses import PseudoLabels, pseudo_labels
 from fastpmae.pretraining.match_geometry import geometry_figures, match_geometry
 from fastpmae.pretraining.step import Targets
-from fastpmae.run.device_metrics import bring
+from fastpmae.run.device_metrics import to_host
 from tests.devices import Waits
 from tests.tiny import made_batch, tiny_config
 
 
 def test_spread_of_features_that_point_anywhere():
     tokens = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)) * torch.rand(4000, 1)
-    std, rank = spread(tokens)
+    std, rank = token_std(tokens)
     assert std == pytest.approx(1, abs=0.02)
     assert rank == pytest.approx(16, abs=0.2)
 
 
 def test_spread_of_collapsed_features():
     one = torch.ones(100, 16)
-    assert spread(one) == (pytest.approx(0, abs=1e-7), pytest.approx(1, abs=1e-6))
+    assert token_std(one) == (pytest.approx(0, abs=1e-7), pytest.approx(1, abs=1e-6))
     line = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0)).sign() * torch.randn(1, 16)
-    std, rank = spread(line)
+    std, rank = token_std(line)
     assert rank == pytest.approx(1, abs=1e-6)
     assert std > 0.5
 
@@ -71,11 +71,11 @@ def drawn(kind: str) -> torch.Tensor:
 def test_spread_in_fp32_is_that_in_fp64(kind: str):
     tokens = drawn(kind)
     std, rank = in_fp64(tokens)
-    assert spread(tokens) == (pytest.approx(std, rel=1e-4), pytest.approx(rank, rel=1e-4))
+    assert token_std(tokens) == (pytest.approx(std, rel=1e-4), pytest.approx(rank, rel=1e-4))
 
 
 def test_spread_of_nothing_at_all():
-    assert spread(torch.zeros(10, 4)) == (0, 1)
+    assert token_std(torch.zeros(10, 4)) == (0, 1)
 
 
 def entropies(logits: torch.Tensor, labels: PseudoLabels) -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_figures_do_not_depend_on_how_many_logits_are_looked_at_at_once(
     (labels,) = pseudo_labels([logits], 0.05, 3)
     factors = PseudoLabels(Factors(features, prototypes, 5), labels.logv, 0.05)
     tokens = torch.randn(3, 11, 6, generator=generator)
-    figures = health(Targets(tokens, tokens, None, labels, factors))
+    figures = collapse_metrics(Targets(tokens, tokens, None, labels, factors))
     assert figures["class_prototypes_used"] == len(set(logits.argmax(dim=1).tolist()))
     assert figures["class_label_entropy"] == pytest.approx(entropies(logits, labels).mean().item(), rel=1e-5)
     product = features @ prototypes.T
@@ -120,17 +120,17 @@ def test_all_figures_of_a_row_come_at_once():
     batch, match = made_batch(0, 3), torch.zeros(3, 12, dtype=torch.int64)
     targets = Targets(tokens, tokens, tokens, labels, labels)
     with Waits(anywhere=True) as waits, Told():
-        parts = [health_figures(targets), geometry_figures(batch, match, tiny_config(match_scope="fold"))]
-        named = bring(*parts)
+        parts = [collapse_figures(targets), geometry_figures(batch, match, tiny_config(match_scope="fold"))]
+        named = to_host(*parts)
     # `tolist` of a tensor on the CPU needs no operation; on a GPU it is one copy
     assert waits.found == []
     assert "_linalg_eigh" not in told
-    assert named() == health(targets) | match_geometry(batch, match, tiny_config(match_scope="fold"))
+    assert named() == collapse_metrics(targets) | match_geometry(batch, match, tiny_config(match_scope="fold"))
 
 
 def test_effective_rank_counts_equal_directions():
     tokens = torch.cat([torch.eye(16)[:5], -torch.eye(16)[:5]])
-    assert spread(tokens)[1] == pytest.approx(5)
+    assert token_std(tokens)[1] == pytest.approx(5)
 
 
 def test_label_entropy_of_even_and_of_certain_labels():
@@ -145,7 +145,7 @@ def test_sinkhorn_hides_a_collapse_that_raw_logits_show():
     logits = torch.linspace(-1, 1, 8).expand(64, 8)
     tokens = torch.ones(4, 16, 6)
     (labels,) = pseudo_labels([logits], 0.05, 3)
-    figures = health(Targets(tokens, tokens, tokens, labels, labels))
+    figures = collapse_metrics(Targets(tokens, tokens, tokens, labels, labels))
     assert figures["patch_label_entropy"] == pytest.approx(math.log(8), abs=1e-3)
     assert figures["patch_prototypes_used"] == 1
     assert figures["labelling_rank"] == pytest.approx(1)

@@ -23,26 +23,26 @@ from torch._subclasses.fake_tensor import (
 from fastpmae import PRESETS, Config, pretrain
 from fastpmae import train as loop
 from fastpmae.config import Config as Settings
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import build_student, check
 from fastpmae.model.fp8 import use_fp8
 from fastpmae.model.teachers import make_teachers
 from fastpmae.plan.costs import _batch
-from fastpmae.pretraining.compile import make_passes
+from fastpmae.pretraining.compile import compile_step
 from fastpmae.pretraining.networks import make_networks
-from fastpmae.pretraining.optimizer import make_optimiser, update
-from fastpmae.pretraining.step import balance, learn, see, teach
+from fastpmae.pretraining.optimizer import make_optimizer, update
+from fastpmae.pretraining.step import assign_pseudo_labels, compute_targets, student_loss, teacher_forward
 from fastpmae.run.log import Meter
 from fastpmae_kernels import backend, prototype_cross_entropy
 from fastpmae_kernels.backend import written_on
 from fastpmae_loaders.errors import UserError
 from tests.devices import Waits
 from tests.made import REPOSITORY
-from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
+from tests.tiny import drop_path_scale_of, made_batch, tiny_config, tiny_networks
 
 # torch.compile traces the passes whole, with stand-ins for what a GPU has
 pytestmark = pytest.mark.untyped
-ALONE = World(0, 1, 1, torch.device("cpu"), None)
+ALONE = Ranks(0, 1, 1, torch.device("cpu"), None)
 
 
 @contextlib.contextmanager
@@ -63,23 +63,23 @@ def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[
     student, teachers = tiny_networks(config, 4)
     for network in (student, *teachers.modules().values()):
         network.float()
-    optimiser = make_optimiser(student, config)
-    seen, learnt = make_passes(see, learn, config, ALONE, backend=backend)
+    optimizer = make_optimizer(student, config)
+    seen, learnt = compile_step(teacher_forward, student_loss, config, ALONE, backend=backend)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.efficiency.precision == "bf16")
     totals = []
     for step in range(4):
-        for part in range(config.optimiser.accumulate):
+        for part in range(config.optimizer.accumulate):
             batch = made_batch(10 * step + part, 3, fold_sizes)
-            keep = keep_of(config, 3, step).float() if config.model.drop_path else None
+            drop_path_scale = drop_path_scale_of(config, 3, step).float() if config.network.drop_path else None
             with autocast:
-                targets = balance([seen(teachers, batch, config)], config)[0]
-                losses = learnt(student, batch, keep, targets, config)
-            (losses.total / config.optimiser.accumulate).backward()
+                targets = assign_pseudo_labels([seen(teachers, batch, config)], config)[0]
+                losses = learnt(student, batch, drop_path_scale, targets, config)
+            (losses.total / config.optimizer.accumulate).backward()
             totals.append(losses.total.item())
-        update(optimiser, losses.total.detach(), 1e-3 * step, 0.0, ALONE)
-        teachers.follow(student, "step", step)
+        update(optimizer, losses.total.detach(), 1e-3 * step, 0.0, ALONE)
+        teachers.update_ema(student, "step", step)
         if step % 2:
-            teachers.follow(student, "epoch", step // 2)
+            teachers.update_ema(student, "epoch", step // 2)
         torch._dynamo.config.error_on_recompile = True
     # No loss depends on the keys' bias: its gradient is rounding alone, which AdamW scales up.
     return totals, [
@@ -94,7 +94,7 @@ def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[
         pytest.param(
             "paper",
             (5, 4, 4),
-            {"prototypes_chunk": 7, "checkpoint_blocks": 1, "accumulate": 2, "depth": 1},
+            {"prototypes_chunk": 7, "activation_checkpointing": 1, "accumulate": 2, "depth": 1},
             marks=pytest.mark.slow,
         ),
         ("paper", (4, 4, 4), {"depth": 1, "precision": "bf16"}),
@@ -155,9 +155,9 @@ def test_the_compiled_step_copies_no_gradient_of_logits():
     for network in (student, *teachers.modules().values()):
         network.float()
     batch = made_batch()
-    targets = teach(teachers, batch, config)
+    targets = compute_targets(teachers, batch, config)
     logits = batch.folds.numel() * 1000
-    forward, backward = graphs_of(lambda: learn(student, batch, None, targets, config).total)
+    forward, backward = graphs_of(lambda: student_loss(student, batch, None, targets, config).total)
     assert [name for name in made_in(forward, logits) if "getitem" not in name] == ["aten.mm.default"]
     assert made_in(backward, logits) == []
 
@@ -180,7 +180,9 @@ def test_another_shape_would_have_been_noticed():
         trained(config, (4, 4, 4), "eager")
         torch._dynamo.config.error_on_recompile = True
         with pytest.raises(torch._dynamo.exc.RecompileError):
-            make_passes(see, learn, config, ALONE, backend="eager")[0](None, made_batch(0, 2), config)
+            compile_step(teacher_forward, student_loss, config, ALONE, backend="eager")[0](
+                None, made_batch(0, 2), config
+            )
 
 
 @pytest.fixture(scope="module")
@@ -235,10 +237,12 @@ def test_what_torch_is_asked_to_compile(
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
-    passes = make_passes(see, learn, tiny_config(**settings), World(0, 1, 1, torch.device(device), None))
+    passes = compile_step(
+        teacher_forward, student_loss, tiny_config(**settings), Ranks(0, 1, 1, torch.device(device), None)
+    )
     if expected is None:
         assert asked == []
-        assert passes == (see, learn)
+        assert passes == (teacher_forward, student_loss)
         return
     assert asked == [{"backend": "inductor", **expected}] * 2
     assert [one("a", 2) for one in passes] == [("see", ("a", 2)), ("learn", ("a", 2))]
@@ -252,7 +256,7 @@ def test_what_torch_is_asked_to_compile(
         ({"compile": "off", "compile_mode": "max-autotune"}, "--compile off"),
         ({"accumulate": 2, "compile_mode": "reduce-overhead"}, "--accumulate"),
         ({"shard": True, "compile_mode": "max-autotune"}, "--shard"),
-        ({"checkpoint_blocks": -1}, "--checkpoint-blocks -1"),
+        ({"activation_checkpointing": -1}, "--activation-checkpointing -1"),
     ],
 )
 def test_modes_that_make_no_sense_get_a_sentence(settings: dict[str, Any], sentence: str):
@@ -266,7 +270,7 @@ PLACES = {preset: {"preset": preset} for preset in PRESETS} | {
     "dual, match within uneven folds": {"match_scope": "fold", "folds": 5},
     "dual, L2 match": {"match_metric": "l2"},
     "dual in chunks": {"prototypes_chunk": 7},
-    "dual, blocks anew": {"checkpoint_blocks": 1},
+    "dual, blocks anew": {"activation_checkpointing": 1},
     "dual in fp8": {"teacher_precision": "fp8"},
     "SdAE, cosine over tokens, uneven folds": {"preset": "sdae-code", "folds": 5},
     "MAE, uneven folds": {"preset": "mae", "folds": 5},
@@ -323,9 +327,9 @@ def test_forward_and_backward_neither_wait_nor_carry_anything(case: str, meta_as
     config = tiny_config(settings.pop("preset", "paper"), **settings)
     student, teachers = make_networks(config, 10, meta_as_a_gpu, None)
     with meta_as_a_gpu:
-        batch, keep = _batch(config, 3)
+        batch, drop_path_scale = _batch(config, 3)
     with Waits() as waits:
-        learn(student, batch, keep, teach(teachers, batch, config), config).total.backward()
+        student_loss(student, batch, drop_path_scale, compute_targets(teachers, batch, config), config).total.backward()
         assert waits.found == []
         assert {parameter.grad.device.type for parameter in student.parameters() if parameter.grad is not None} == {
             "meta"
@@ -341,26 +345,26 @@ def test_nothing_is_carried_between_a_gpu_and_the_host(case: str, monkeypatch: p
     settings = dict(PLACES[case])
     config = tiny_config(settings.pop("preset", "paper"), **settings)
     device = torch.device("cuda", 0)
-    world = World(0, 1, 1, device, None)
+    ranks = Ranks(0, 1, 1, device, None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with device:
             student = build_student(config)
             # what is drawn cannot be read here
-            teachers = make_teachers(student, config.using(teacher_init="copy").teachers, 10, 10, torch.Generator())
+            teachers = make_teachers(student, config.using(teacher_init="copy").teacher, 10, 10, torch.Generator())
             if config.efficiency.teacher_precision == "fp8":
                 for teacher in teachers.modules().values():
                     use_fp8(teacher.encoder)
-            optimiser = make_optimiser(student, config)
-            batch, keep = _batch(config, 3)
+            optimizer = make_optimizer(student, config)
+            batch, drop_path_scale = _batch(config, 3)
             meter = Meter(device, 3)
             gradients = [torch.empty_like(parameter) for parameter in student.parameters()]
         with Waits() as waits:
-            losses = learn(student, batch, keep, teach(teachers, batch, config), config)
+            losses = student_loss(student, batch, drop_path_scale, compute_targets(teachers, batch, config), config)
             for parameter, gradient in zip(student.parameters(), gradients, strict=True):
                 parameter.grad = gradient
-            norm, skipped = update(optimiser, losses.total.detach(), 1e-3, 1.0, world)
-            teachers.follow(student, "step", 0)
-            teachers.follow(student, "epoch", 0)
+            norm, skipped = update(optimizer, losses.total.detach(), 1e-3, 1.0, ranks)
+            teachers.update_ema(student, "step", 0)
+            teachers.update_ema(student, "epoch", 0)
             meter.add(0, torch.stack(losses[:4]).detach(), norm, skipped, batch.index)
             assert losses.total.device == device
             assert waits.found == []
@@ -383,15 +387,15 @@ def test_a_gpu_s_passes_are_whole_graphs_under_its_own_autocast(case: str, monke
     with watched(), FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda", 0):
             student = build_student(config)
-            teachers = make_teachers(student, config.using(teacher_init="copy").teachers, 10, 10, torch.Generator())
+            teachers = make_teachers(student, config.using(teacher_init="copy").teacher, 10, 10, torch.Generator())
             if config.efficiency.teacher_precision == "fp8":
                 for teacher in teachers.modules().values():
                     use_fp8(teacher.encoder)
-            batch, keep = _batch(config, 3)
-        seen, learnt = (torch.compile(each, backend=noted, fullgraph=True) for each in (see, learn))
+            batch, drop_path_scale = _batch(config, 3)
+        seen, learnt = (torch.compile(each, backend=noted, fullgraph=True) for each in (teacher_forward, student_loss))
         with torch.autocast("cuda", torch.bfloat16):
-            (targets,) = balance([seen(teachers, batch, config)], config)
-            losses = learnt(student, batch, keep, targets, config)
+            (targets,) = assign_pseudo_labels([seen(teachers, batch, config)], config)
+            losses = learnt(student, batch, drop_path_scale, targets, config)
     assert losses.total.dtype == torch.float32
     assert len(graphs) == 2
     assert any("_scaled_mm" in name for name in graphs[0]) == ("fp8" in case)

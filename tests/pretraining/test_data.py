@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastpmae import PRESETS, Config
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import views_needed
 from fastpmae.pretraining.data import batches_ahead, make_loader
 from fastpmae.run.folder import resolve
@@ -42,7 +42,7 @@ def losses(config: Config) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["mae", "sdae"])
 def test_a_run_with_one_view(tiny: Config, preset: str) -> None:
-    teachers, loss = PRESETS[preset].teachers, PRESETS[preset].loss
+    teachers, loss = PRESETS[preset].teacher, PRESETS[preset].loss
     config = tiny.using(teachers=teachers.teachers, target=loss.target, lambda_c=0.0, lambda_p=0.0, steps=3)
     assert len(views_needed(config)) == 1
     assert len(losses(config)) == 3
@@ -76,16 +76,16 @@ def test_ranks_share_the_cores_that_may_be_used(
     tiny: Config, small_beton, monkeypatch, cores: int, ranks: int, asked: int, threads: int
 ) -> None:
     seen = threads_of_loaders(monkeypatch, cores)
-    world = World(0, ranks, ranks, torch.device("cpu"), None)
-    with make_loader(Beton(small_beton), tiny.using(workers=asked), world):
+    ranks = Ranks(0, ranks, ranks, torch.device("cpu"), None)
+    with make_loader(Beton(small_beton), tiny.using(workers=asked), ranks):
         assert seen == [threads]
 
 
 def test_dalis_settings_reach_its_engine(tiny: Config, small_beton) -> None:
     pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
-    world = World(0, 1, 1, torch.device("cpu"), None)
+    ranks = Ranks(0, 1, 1, torch.device("cpu"), None)
     config = tiny.using(loader="dali", dali_part=5, hw_decoder_load=0.25)
-    with make_loader(Beton(small_beton), config, world) as loader:
+    with make_loader(Beton(small_beton), config, ranks) as loader:
         assert loader._source.dali == DaliSettings(part=5, hw_decoder_load=0.25)
 
 

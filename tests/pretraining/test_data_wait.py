@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastpmae import Config
-from fastpmae.distributed.ranks import World
-from fastpmae.pretraining.data import Feed, make_loader
+from fastpmae.distributed.ranks import Ranks
+from fastpmae.pretraining.data import Prefetcher, make_loader
 from fastpmae.pretraining.data_wait import DeviceWait, HostWait
 from fastpmae.run.images import open_images
 from tests.timeline import GPU
@@ -108,15 +108,15 @@ def test_the_feed_asks_before_a_batch_is_sought_and_has_it_with_its_stochastic_d
 
     cpu = torch.device("cpu")
     config = tiny.using(accumulate=2)
-    with make_loader(open_images(config), config, World(0, 1, 1, cpu, None)) as loader:
+    with make_loader(open_images(config), config, Ranks(0, 1, 1, cpu, None)) as loader:
         carry = loader.transfer.carry
         loader.transfer.carry = lambda tensor: told.append("carry") or carry(tensor)
-        feed = Feed(loader, config, cpu, wait=Told())
+        feed = Prefetcher(loader, config, cpu, wait=Told())
         batches = feed.epoch(0, len(loader) - 2)
         for _ in range(2):
-            batch, keep = next(batches)
-            assert keep is not None
-            assert len(keep) == len(batch) == config.optimiser.batch_size // 2
+            batch, drop_path_scale = next(batches)
+            assert drop_path_scale is not None
+            assert len(drop_path_scale) == len(batch) == config.optimizer.batch_size // 2
             told.append("step")
         assert next(batches, None) is None
     assert told == 2 * ["ask", "carry", "have", "step"] + ["ask"]

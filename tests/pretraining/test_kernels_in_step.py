@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastpmae.pretraining.step import learn, teach
+from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae_kernels import backend
-from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
+from tests.tiny import drop_path_scale_of, made_batch, tiny_config, tiny_networks
 
 
 @pytest.mark.parametrize(
@@ -23,13 +23,13 @@ def test_step_with_kernels_is_the_step_with_plain_forms(settings: dict[str, Any]
     for teacher in (teachers.reconstruction, teachers.labelling):
         if teacher is not None:
             teacher.float()
-    keep = keep_of(config, len(batch)) if config.model.drop_path else None
-    keep = None if keep is None else keep.float()
+    drop_path_scale = drop_path_scale_of(config, len(batch)) if config.network.drop_path else None
+    drop_path_scale = None if drop_path_scale is None else drop_path_scale.float()
 
     def run(choice: Any) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         student.zero_grad()
         with backend.use(choice):
-            losses = learn(student, batch, keep, teach(teachers, batch, config), config)
+            losses = student_loss(student, batch, drop_path_scale, compute_targets(teachers, batch, config), config)
             losses.total.backward()
         return [loss.detach() for loss in losses[:4]], {
             name: parameter.grad.clone() for name, parameter in student.named_parameters() if parameter.grad is not None

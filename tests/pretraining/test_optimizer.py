@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fastpmae import Config
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.vit import Student
-from fastpmae.pretraining.optimizer import learning_rate, make_optimiser, update
+from fastpmae.pretraining.optimizer import learning_rate, make_optimizer, update
 from tests import reference
 from tests.tiny import tiny_config, tiny_networks
 
-ALONE = World(0, 1, 1, torch.device("cpu"), None)
+ALONE = Ranks(0, 1, 1, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def student_of(**settings: Any) -> tuple[Config, Student]:
 @pytest.mark.parametrize("tokens", [False, True])
 def test_what_is_decayed(tokens: bool) -> None:
     config, student = student_of(weight_decay=0.04, decay_tokens=tokens)
-    optimiser = make_optimiser(student, config)
-    decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+    optimizer = make_optimizer(student, config)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(student.parameters()))
     for name, parameter in student.named_parameters():
         bare = name.endswith("bias") or "norm" in name or ("token" in name and not tokens)
         assert decay[id(parameter)] == (0.0 if bare else 0.04), name
-    assert {group["betas"] for group in optimiser.param_groups} == {(0.9, 0.95)}
-    assert {group["eps"] for group in optimiser.param_groups} == {1e-8}
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-8}
 
 
 def set_gradients(student: Student, seed: int, scale: float = 1.0) -> list[Tensor]:
@@ -82,13 +82,13 @@ def norm_of(gradients: list[Tensor]) -> float:
 def test_updates_are_adamw(dtype: torch.dtype, tolerance: float, clip: float) -> None:
     config, student = student_of()
     student.to(dtype)
-    optimiser = make_optimiser(student, config)
+    optimizer = make_optimizer(student, config)
     start = [parameter.detach().clone() for parameter in student.parameters()]
     rates = [1e-3, 5e-3, 0.0, 2e-3, 1e-2, 1e-4]
     used: list[list[Tensor]] = []
     for step, rate in enumerate(rates):
         gradients = set_gradients(student, step)
-        norm, skipped = update(optimiser, torch.ones((), dtype=dtype), rate, clip, ALONE)
+        norm, skipped = update(optimizer, torch.ones((), dtype=dtype), rate, clip, ALONE)
         length = norm_of(gradients)
         assert float(norm) == pytest.approx(length, rel=1e-5)
         assert float(skipped) == 0
@@ -101,10 +101,10 @@ def test_updates_are_adamw(dtype: torch.dtype, tolerance: float, clip: float) ->
         torch.testing.assert_close(parameter.detach().double(), truth, rtol=slack, atol=slack)
 
 
-def state_of(optimiser: torch.optim.Optimizer, student: Student) -> list[Tensor]:
+def state_of(optimizer: torch.optim.Optimizer, student: Student) -> list[Tensor]:
     kept = [parameter.detach().clone() for parameter in student.parameters()]
     for parameter in student.parameters():
-        state = optimiser.state[parameter]
+        state = optimizer.state[parameter]
         kept += [torch.as_tensor(state[key]).clone() for key in ("step", "exp_avg", "exp_avg_sq")]
     return kept
 
@@ -115,11 +115,11 @@ def state_of(optimiser: torch.optim.Optimizer, student: Student) -> list[Tensor]
 def test_a_step_that_is_not_finite_leaves_no_trace(bad: float, where: str, clip: float) -> None:
     config, student = student_of()
     student.float()
-    optimiser = make_optimiser(student, config)
+    optimizer = make_optimizer(student, config)
     for step in range(2):
         set_gradients(student, step)
-        update(optimiser, torch.ones(()), 1e-3, clip, ALONE)
-    before = state_of(optimiser, student)
+        update(optimizer, torch.ones(()), 1e-3, clip, ALONE)
+    before = state_of(optimizer, student)
     set_gradients(student, 2)
     parameters = list(student.parameters())
     loss = torch.ones(())
@@ -129,30 +129,30 @@ def test_a_step_that_is_not_finite_leaves_no_trace(bad: float, where: str, clip:
         gradient = parameters[0 if where.startswith("first") else -1].grad
         assert gradient is not None
         gradient.view(-1)[0] = bad
-    _, skipped = update(optimiser, loss, 1e-3, clip, ALONE)
+    _, skipped = update(optimizer, loss, 1e-3, clip, ALONE)
     assert float(skipped) == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, state_of(optimiser, student), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(optimizer, student), strict=True))
 
     # and the next one goes on as if nothing had been
     gradients = set_gradients(student, 3)
-    _, skipped = update(optimiser, torch.ones(()), 1e-3, 0.0, ALONE)
+    _, skipped = update(optimizer, torch.ones(()), 1e-3, 0.0, ALONE)
     assert float(skipped) == 0
-    assert float(optimiser.state[parameters[0]]["step"]) == 3
+    assert float(optimizer.state[parameters[0]]["step"]) == 3
     first, second = before[len(parameters) + 1], before[len(parameters) + 2]
-    state = optimiser.state[parameters[0]]
+    state = optimizer.state[parameters[0]]
     torch.testing.assert_close(state["exp_avg"], 0.9 * first + 0.1 * gradients[0], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(state["exp_avg_sq"], 0.95 * second + 0.05 * gradients[0] ** 2, rtol=1e-5, atol=1e-7)
 
 
 def test_the_very_first_step_may_be_skipped() -> None:
     config, student = student_of()
-    optimiser = make_optimiser(student, config)
+    optimizer = make_optimizer(student, config)
     start = [parameter.detach().clone() for parameter in student.parameters()]
     set_gradients(student, 0)
-    update(optimiser, torch.tensor(math.nan), 1e-3, 0.0, ALONE)
+    update(optimizer, torch.tensor(math.nan), 1e-3, 0.0, ALONE)
     assert all(torch.equal(a, b) for a, b in zip(start, student.parameters(), strict=True))
     gradients = set_gradients(student, 1)
-    update(optimiser, torch.ones(()), 1e-3, 0.0, ALONE)
+    update(optimizer, torch.ones(()), 1e-3, 0.0, ALONE)
     for number, (name, parameter) in enumerate(student.named_parameters()):
         bare = name.endswith("bias") or "norm" in name or "token" in name
         truth = reference.adamw(start[number], [gradients[number]], [1e-3], 0.0 if bare else 0.05)

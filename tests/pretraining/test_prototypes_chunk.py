@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastpmae.model.vit import Factors, Head
-from fastpmae.pretraining.collapse import health
+from fastpmae.pretraining.collapse import collapse_metrics
 from fastpmae.pretraining.losses import PseudoLabels, patch_loss
-from fastpmae.pretraining.step import Losses, Targets, learn, teach
-from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
+from fastpmae.pretraining.step import Losses, Targets, compute_targets, student_loss
+from tests.tiny import drop_path_scale_of, made_batch, tiny_config, tiny_networks
 
 
 def stepped(chunk: int, settings: dict[str, Any], bf16: bool = False, run: Any = None) -> tuple[Any, ...]:
@@ -22,11 +22,11 @@ def stepped(chunk: int, settings: dict[str, Any], bf16: bool = False, run: Any =
     batch = made_batch(1, 2, (5, 4, 4))
     for network in (student, *teachers.modules().values()):
         network.float()
-    keep = keep_of(config, len(batch)).float() if config.model.drop_path else None
+    drop_path_scale = drop_path_scale_of(config, len(batch)).float() if config.network.drop_path else None
 
     def both() -> tuple[Losses, Targets]:
-        targets = teach(teachers, batch, config)
-        return learn(student, batch, keep, targets, config), targets
+        targets = compute_targets(teachers, batch, config)
+        return student_loss(student, batch, drop_path_scale, targets, config), targets
 
     with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
         losses, targets = (run or (lambda function: function))(both)()
@@ -58,7 +58,7 @@ def test_chunks_change_neither_losses_nor_gradients(chunk: int, settings: dict[s
     assert isinstance(whole[2].patch_labels.logits, Tensor)
     rows = torch.cat(list(found[2].patch_labels.logits.split(7)))
     torch.testing.assert_close(rows, whole[2].patch_labels.logits)
-    figures, expected = health(found[2]), health(whole[2])
+    figures, expected = collapse_metrics(found[2]), collapse_metrics(whole[2])
     assert figures == pytest.approx(expected, rel=1e-4)
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpmae import Config
-from fastpmae.pretraining.step import Losses, learn, teach
+from fastpmae.pretraining.step import Losses, compute_targets, student_loss
 from tests import reference
-from tests.tiny import keep_of, made_batch, tiny_config, tiny_networks
+from tests.tiny import drop_path_scale_of, made_batch, tiny_config, tiny_networks
 
 CASES: dict[str, dict[str, Any]] = {
     "dual": {},
@@ -50,7 +50,9 @@ def set_up(case: dict[str, Any]) -> tuple[Config, Any, Any, Any]:
     return config, student, teachers, made_batch(1, size, fold_sizes)
 
 
-def expected(config: Config, student: Any, teachers: Any, batch: Any, keep: Tensor | None) -> tuple[Any, Any]:
+def expected(
+    config: Config, student: Any, teachers: Any, batch: Any, drop_path_scale: Tensor | None
+) -> tuple[Any, Any]:
     """The reference's losses, and its gradients by parameter name."""
     weights = reference.weights_of(student, grad=True)
     reconstruction, labelling = (
@@ -59,15 +61,17 @@ def expected(config: Config, student: Any, teachers: Any, batch: Any, keep: Tens
     )
     if config.loss.lambda_c == config.loss.lambda_p == 0:
         labelling = None
-    result = reference.step(weights, reconstruction, labelling, batch, config, keep)
+    result = reference.step(weights, reconstruction, labelling, batch, config, drop_path_scale)
     result.total.backward()
     zeros = {name: torch.zeros_like(w) for name, w in weights.items()}
     return result, {name: zeros[name] if w.grad is None else w.grad for name, w in weights.items()}
 
 
-def computed(config: Config, student: Any, teachers: Any, batch: Any, keep: Tensor | None) -> tuple[Losses, Any]:
+def computed(
+    config: Config, student: Any, teachers: Any, batch: Any, drop_path_scale: Tensor | None
+) -> tuple[Losses, Any]:
     student.zero_grad()
-    losses = learn(student, batch, keep, teach(teachers, batch, config), config)
+    losses = student_loss(student, batch, drop_path_scale, compute_targets(teachers, batch, config), config)
     losses.total.backward()
     return losses, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in student.named_parameters()}
 
@@ -80,9 +84,9 @@ FAST = ("dual, folds of 5, 4 and 4", "single, both views", "SdAE as released", "
 )
 def test_losses_and_gradients_in_float64(name: str) -> None:
     config, student, teachers, batch = set_up(CASES[name])
-    keep = keep_of(config, len(batch)) if config.model.drop_path else None
-    losses, gradients = computed(config, student, teachers, batch, keep)
-    truth, true_gradients = expected(config, student, teachers, batch, keep)
+    drop_path_scale = drop_path_scale_of(config, len(batch)) if config.network.drop_path else None
+    losses, gradients = computed(config, student, teachers, batch, drop_path_scale)
+    truth, true_gradients = expected(config, student, teachers, batch, drop_path_scale)
     # the target pixels are fp32 whatever the weights are
     exact, close = (1e-6, 1e-5) if config.loss.target == "pixels" else (1e-9, 1e-7)
     weights = {"reconstruction": config.loss.lambda_m, "class_label": config.loss.lambda_c}
@@ -125,9 +129,9 @@ def test_losses_and_gradients_in_fp32(name: str) -> None:
 def test_gradients_are_finite_differences(name: str) -> None:
     """(loss(w + hd) - loss(w - hd)) / 2h in random directions d, for each part of the student on its own."""
     config, student, teachers, batch = set_up(CASES[name])
-    keep = keep_of(config, len(batch)) if config.model.drop_path else None
-    _, gradients = computed(config, student, teachers, batch, keep)
-    targets = teach(teachers, batch, config)
+    drop_path_scale = drop_path_scale_of(config, len(batch)) if config.network.drop_path else None
+    _, gradients = computed(config, student, teachers, batch, drop_path_scale)
+    targets = compute_targets(teachers, batch, config)
     parameters = dict(student.named_parameters())
     groups = ["encoder.cls_token", "encoder.patch_embed", "encoder.blocks.0", "encoder.blocks.1", "encoder.norm"]
     groups += ["decoder.mask_token", "decoder.embed", "decoder.blocks", "decoder.norm", "decoder.output", ""]
@@ -138,7 +142,7 @@ def test_gradients_are_finite_differences(name: str) -> None:
     def loss_at(direction: dict[str, Tensor], far: float) -> float:
         for parameter, change in direction.items():
             parameters[parameter] += far * change
-        value = float(learn(student, batch, keep, targets, config).total)
+        value = float(student_loss(student, batch, drop_path_scale, targets, config).total)
         for parameter, change in direction.items():
             parameters[parameter] -= far * change
         return value
@@ -164,7 +168,7 @@ def test_every_parameter_learns() -> None:
 def test_no_gradient_reaches_a_teacher(name: str) -> None:
     config, student, teachers, batch = set_up(CASES[name])
     before = {role: reference.weights_of(teacher) for role, teacher in teachers.modules().items()}
-    targets = teach(teachers, batch, config)
+    targets = compute_targets(teachers, batch, config)
     assert not targets.reconstruction.requires_grad
     computed(config, student, teachers, batch, None)
     for role, teacher in teachers.modules().items():
@@ -201,7 +205,7 @@ def test_teachers_compute_in_the_runs_precision_and_keep_nothing(name: str) -> N
         torch.autograd.graph.saved_tensors_hooks(kept, kept),
         Products() as products,
     ):
-        teach(teachers, batch, config)
+        compute_targets(teachers, batch, config)
     encoder = {torch.bfloat16} if teachers.reconstruction else set()
     assert products.types == encoder | ({torch.float16} if teachers.labelling else set())
 

@@ -25,7 +25,7 @@ from tests.made import tiny_settings
 TENSORS = {
     "student.weight": torch.arange(12.0).view(3, 4).mT,
     "rng.cpu": torch.arange(5, dtype=torch.uint8),
-    "optimiser.weight.step": torch.tensor(3.0),
+    "optimizer.weight.step": torch.tensor(3.0),
 }
 PROGRESS = {"step": 7, "steps_per_epoch": 5, "bad_images": 0, "fingerprint": "f", "config": {}}
 
@@ -42,7 +42,7 @@ def test_what_is_written_is_read(written: Path):
     assert checkpoint.progress == read_progress(written) == PROGRESS
     assert checkpoint.tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in checkpoint.tensors.items())
-    assert checkpoint.part("optimiser.weight").keys() == {"step"}
+    assert checkpoint.part("optimizer.weight").keys() == {"step"}
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 100, 300, -1])
@@ -133,8 +133,8 @@ def test_states_that_are_none_are_a_sentence(name: str, tmp_path: Path, small_be
         ("model", "prototypes", 10**12, r"--prototypes 1000000000000: at most"),
         ("model", "prototypes", 2**23, r"does not fit this run: student\.head\."),
         ("model", "model", "\x1b[31mX", r"--model \\x1b\[31mX: there is no such model"),
-        ("optimiser", "lr", 10**400, r"optimiser\.lr in .* is 1000\d*…; expected a number"),
-        ("optimiser", "epochs", 10**30, r"--epochs 1000.*: at most"),
+        ("optimizer", "blr", 10**400, r"optimizer\.blr in .* is 1000\d*…; expected a number"),
+        ("optimizer", "epochs", 10**30, r"--epochs 1000.*: at most"),
         ("data", "beton", "a\0b", r"data\.beton in .* is 'a\\x00b'; expected a path or None"),
         ("data", "beton", "", r"data\.beton in .* is ''; expected a path or None"),
         ("run", "\x1b]0;pwn\x07", 1, r"a setting run\.\\x1b\]0;pwn\\x07, which does not exist"),

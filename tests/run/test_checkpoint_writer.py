@@ -28,8 +28,8 @@ def made() -> dict[str, Tensor]:
         "student.part": rows[1:],
         "student.half": torch.arange(7).half(),
         "rng.cpu": torch.arange(5, dtype=torch.uint8),
-        "optimiser.weight.step": torch.tensor(3.0),
-        "optimiser.nothing": torch.empty(0, 2),
+        "optimizer.weight.step": torch.tensor(3.0),
+        "optimizer.nothing": torch.empty(0, 2),
         "log.count": torch.tensor(9),
     }
 
@@ -128,7 +128,7 @@ def test_leaving_waits_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_ranks_write_nothing(tmp_path: Path):
-    with Saver(CUDA, keep=1, first=False) as beside:
+    with Saver(CUDA, keep=1, is_main=False) as beside:
         beside.save(checkpoint_path(tmp_path, 1), made(), progress(1))
         beside.before_update()
     assert list(tmp_path.iterdir()) == []

@@ -9,15 +9,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpmae import Config, UserError, pretrain
-from fastpmae.distributed.ranks import World
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import check
 from fastpmae.pretraining.networks import make_networks
-from fastpmae.pretraining.optimizer import make_optimiser, update
-from fastpmae.pretraining.step import learn, teach
+from fastpmae.pretraining.optimizer import make_optimizer, update
+from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae.run import deterministic as module
 from fastpmae.run.deterministic import WORKSPACE, deterministic
 from tests.test_train import assert_same_run
-from tests.tiny import keep_of, made_batch, tiny_config
+from tests.tiny import drop_path_scale_of, made_batch, tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -134,7 +134,7 @@ REFUSED = (
 @pytest.mark.parametrize(
     "settings",
     [{}, {"folds": 5}, {"prototypes_chunk": 7}, {"match_scope": "fold"}, {"match_metric": "l2"}, {"preset": "mae"},
-     {"preset": "sdae-code"}, {"checkpoint_blocks": 1}],
+     {"preset": "sdae-code"}, {"activation_checkpointing": 1}],
     ids=str,
 )  # fmt: skip
 def test_a_step_needs_nothing_that_torch_refuses(settings: dict[str, Any]):
@@ -148,15 +148,17 @@ def test_a_step_needs_nothing_that_torch_refuses(settings: dict[str, Any]):
     settings = dict(settings)
     config = tiny_config(settings.pop("preset", "paper"), **settings)
     student, teachers = make_networks(config, 10, CPU, None)
-    optimiser = make_optimiser(student, config)
+    optimizer = make_optimizer(student, config)
     batch = made_batch(fold_sizes=(3, 3, 2, 2, 2) if config.views.folds == 5 else (4, 4, 4))
     # bf16, as a GPU has it: in one precision the CPU goes ways of its own
     with Noted(), torch.autocast("cpu", torch.bfloat16):
-        losses = learn(student, batch, keep_of(config).float(), teach(teachers, batch, config), config)
+        losses = student_loss(
+            student, batch, drop_path_scale_of(config).float(), compute_targets(teachers, batch, config), config
+        )
         losses.total.backward()
-        update(optimiser, losses.total.detach(), 1e-3, 1.0, World(0, 1, 1, CPU, None))
-        teachers.follow(student, "step", 0)
-        teachers.follow(student, "epoch", 0)
+        update(optimizer, losses.total.detach(), 1e-3, 1.0, Ranks(0, 1, 1, CPU, None))
+        teachers.update_ema(student, "step", 0)
+        teachers.update_ema(student, "epoch", 0)
     assert {"native_layer_norm_backward", "addmm", "_fused_adamw_"} <= used
     assert [name for name in sorted(used) if any(name.strip("_").startswith(word) for word in REFUSED)] == []
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rich.progress
 import safetensors
 import timm
 import torch
 from PIL import Image
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
 from fastpmae import Config, UserError, embed_images, export_encoder, load_encoder, pretrain
@@ -21,12 +21,12 @@ from fastpmae.model.build import make_encoder
 from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from fastpmae.run.init_weights import start_encoder
 from fastpmae_loaders import Beton
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 
 
 @pytest.fixture
 def run(tiny: Config) -> Path:
-    return pretrain(tiny.using(steps=5, warmup_epochs=0.0, lr=0.05))
+    return pretrain(tiny.using(steps=5, warmup_epochs=0.0, blr=0.05))
 
 
 def timm_features(path: Path, images: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_networks_of_a_run_differ_and_random_is_where_it_started(run: Path, tiny
         for network in ("student", "labelling_teacher", "reconstruction_teacher", "random")
     }
     assert len({weight.sum().item() for weight in weights.values()}) == 4
-    still = pretrain(tiny.using(steps=1, lr=0.0, out=tmp_path / "still"))
+    still = pretrain(tiny.using(steps=1, blr=0.0, out=tmp_path / "still"))
     assert torch.equal(load_encoder(still)[0].state_dict()["blocks.0.mlp.fc1.weight"], weights["random"])
 
 
@@ -86,7 +86,7 @@ def test_embed_equals_timm_on_pil_crops(run: Path, small_beton: Path, tmp_path: 
 def test_what_takes_long_counts_its_images(run: Path, small_beton: Path, tiny: Config, monkeypatch):
     counted: list[tuple[int, str, int]] = []
 
-    class Counted(Tally):
+    class Counted(Progress):
         def count(self, total: int, unit: str):
             counted.append((total, unit, 0))
             return super().count(total, unit)
@@ -95,18 +95,20 @@ def test_what_takes_long_counts_its_images(run: Path, small_beton: Path, tiny: C
             total, unit, done = counted[-1]
             counted[-1] = total, unit, done + count
 
-    features, labels = embed_images(run, small_beton, batch_size=16, tally=Counted())
+    features, labels = embed_images(run, small_beton, batch_size=16, progress=Counted())
     knn_ranked(
         torch.from_numpy(features),
         torch.from_numpy(labels),
         torch.from_numpy(features),
         chunk_bytes=999,
-        tally=Counted(),
+        progress=Counted(),
     )
     assert counted == [(44, "images", 44), (44, "images", 44)]
     # during a run the same counts stand in the run's own bar
     shown: list[str] = []
-    monkeypatch.setattr(Progress, "update", lambda bar, task, **more: shown.append(str(more.get("figures", ""))))
+    monkeypatch.setattr(
+        rich.progress.Progress, "update", lambda bar, task, **more: shown.append(str(more.get("figures", "")))
+    )
     pretrain(tiny.using(eval_every=1, steps=5, out=run.parent / "watched"))
     assert [words for words in shown if words.startswith("k-NN")] == ["k-NN: 44 of 44 images"] * 4
 
@@ -150,7 +152,7 @@ def test_a_run_without_a_teacher_says_so(tiny: Config):
 
 
 def test_init_starts_student_and_teachers_from_our_own_run(run: Path, tiny: Config, tmp_path: Path):
-    began = pretrain(tiny.using(init=run, steps=1, lr=0.0, out=tmp_path / "next"))
+    began = pretrain(tiny.using(init=run, steps=1, blr=0.0, out=tmp_path / "next"))
     before, after = read_checkpoint(checkpoint_path(run, 5)), read_checkpoint(checkpoint_path(began, 1))
     for role in ("student", "labelling_teacher", "reconstruction_teacher"):
         for name, tensor in before.part("student.encoder").items():

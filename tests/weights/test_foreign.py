@@ -266,14 +266,14 @@ class Settings(dict):
 
 
 def states_of(model: nn.Module, rate: Any) -> dict[str, Any]:
-    """An optimiser's state after a step, its rate from a schedule."""
+    """An optimizer's state after a step, its rate from a schedule."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
-    optimiser.param_groups[0]["lr"] = optimiser.param_groups[0]["weight_decay"] = rate
-    return optimiser.state_dict()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["weight_decay"] = rate
+    return optimizer.state_dict()
 
 
 def as_saved(trainer: str, student: nn.Module, teacher: nn.Module) -> tuple[Any, str]:
@@ -348,7 +348,7 @@ TRAINERS = [
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_trainers_own_checkpoint_gives_its_network(trainer: str, tmp_path: Path):
-    """With the optimiser's numpy numbers, options and settings as the trainer keeps them."""
+    """With the optimizer's numpy numbers, options and settings as the trainer keeps them."""
     networks = {"student": made(1), "teacher": made(2)}
     saved, usual = as_saved(trainer, networks["student"], networks["teacher"])
     for zipped in (True, False):

@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_UPDATES = 0.1
 
 
-class Tally:
+class Progress:
     """Counts things done. With `live` it shows them on stderr; without, it is silent."""
 
     def __init__(self, live: bool = False):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import JPG, RAW, Beton
@@ -30,18 +30,18 @@ class Checked:
 
 
 def check_beton(
-    path: str | os.PathLike[str], workers: int = 1, timeout: float = 60.0, tally: Tally | None = None
+    path: str | os.PathLike[str], workers: int = 1, timeout: float = 60.0, progress: Progress | None = None
 ) -> Checked:
     """Decodes every image of a file, whatever is in it. BetonError when its header or tables are unsound."""
     beton = Beton(path)
     checked = Checked(Path(path), len(beton), lines=_describe(beton))
-    tally = tally or Tally()
+    progress = progress or Progress()
     setup = ("fastpmae_loaders.write.check:sample_checker", (str(path),), max(1, min(workers, len(beton))), timeout)
-    with WorkerPool(*setup, tell=tally.tell) as pool, tally.count(len(beton), "images"):
+    with WorkerPool(*setup, tell=progress.tell) as pool, progress.count(len(beton), "images"):
         for index, result in pool.in_order(range(len(beton)), group_size=32):
             if isinstance(result, Failure):
                 checked.bad.append((index, result.reason))
-            tally.advance()
+            progress.advance()
     return checked
 
 

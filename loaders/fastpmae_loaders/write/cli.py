@@ -6,7 +6,7 @@ import sys
 from types import FrameType
 
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import say, tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import usable_cores
@@ -101,7 +101,7 @@ def _write(options: argparse.Namespace) -> int:
     )
     kind = options.kind
     listing = SourceSettings(kind, options.split, options.flat, options.image_column, options.label_column)
-    tally = Tally(live=True)
+    progress = Progress(live=True)
     try:
         written = write_beton(
             options.source,
@@ -114,14 +114,14 @@ def _write(options: argparse.Namespace) -> int:
             force=options.force,
             page_size=options.page_size,
             timeout=options.timeout,
-            tally=tally,
+            progress=progress,
         )
     except BadImages as error:
         _print_bad(error.bad)
         raise
     _print_bad(written.bad)
     tell(f"{printable(str(written.path))}: {written.samples:,} images, {_bytes(written.file_size)}")
-    tell(f"  {written.kept:,} with their own bytes, {written.converted:,} converted; {tally.rate()}")
+    tell(f"  {written.kept:,} with their own bytes, {written.converted:,} converted; {progress.rate()}")
     classes = written.class_names
     if classes is not None:
         shown = ", ".join(map(short, classes[:5])) + (", ..." if len(classes) > 5 else "")
@@ -143,14 +143,14 @@ def _print_bad(bad: list[tuple[str, str]]) -> None:
 def _check(options: argparse.Namespace) -> int:
     count = options.workers if options.workers is not None else min(usable_cores(), MOST_WORKERS)
     check_numbers(count, None, PAGE_SIZE, options.timeout)
-    tally = Tally(live=True)
-    checked = check_beton(options.check, workers=count, timeout=options.timeout, tally=tally)
+    progress = Progress(live=True)
+    checked = check_beton(options.check, workers=count, timeout=options.timeout, progress=progress)
     for index, reason in checked.bad:
         say(f"bad: sample {index}: {printable(reason)}")
     tell(checked.describe())
     if checked.bad:
         raise UserError(f"{printable(options.check)}: {len(checked.bad):,} of {checked.samples:,} samples are bad")
-    tell(f"  every image decodes; {tally.rate()}")
+    tell(f"  every image decodes; {progress.rate()}")
     return 0
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from PIL import Image
 
 from fastpmae_loaders.cli.outputs import check_no_run_file
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import appearing
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.machine import usable_cores
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import Beton
@@ -70,7 +70,7 @@ def write_beton(
     force: bool = False,
     page_size: int = PAGE_SIZE,
     timeout: float = TIMEOUT,
-    tally: Tally | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Written:
     """Writes the images of `source` into the .beton file `out`, which appears whole or not at all.
@@ -87,22 +87,22 @@ def write_beton(
     count = workers if workers is not None else min(usable_cores(), MOST_WORKERS)
     check_numbers(count, limit, page_size, timeout)
     _check_out(Path(source), out, force)
-    tally = tally or Tally()
-    tally.phase(f"Looking for images in {printable(str(source))}")
+    progress = progress or Progress()
+    progress.phase(f"Looking for images in {printable(str(source))}")
     found = find_images(source, listing)
     if limit is not None and limit < len(found.items):
         every = len(found.items) / limit
         found.items = [found.items[int((place + 0.5) * every)] for place in range(limit)]
     for note in found.notes:
-        tally.tell(note)
+        progress.tell(note)
     written = Written(out, passed_over=found.passed_over, class_names=found.class_names, notes=found.notes)
-    with appearing(out, force) as beside, beside.open("wb") as file:
+    with atomic_write(out, force) as beside, beside.open("wb") as file:
         pages = PageWriter(file, len(found.items), page_size)
         setup = ("fastpmae_loaders.write.write:converter", (images,), max(1, min(count, len(found.items))), timeout)
-        with WorkerPool(*setup, tell=tally.tell) as pool, tally.count(len(found.items), "images"):
+        with WorkerPool(*setup, tell=progress.tell) as pool, progress.count(len(found.items), "images"):
             for place, result in pool.in_order(found.items, _same_group, _group_size(found)):
                 _take(found.items[place], result, pages, written, skip_bad)
-                tally.advance()
+                progress.advance()
         if written.bad and not skip_bad:
             raise BadImages(written.bad, len(found.items))
         if not pages.samples:
@@ -117,7 +117,7 @@ def write_beton(
         _list_bad(out, written.bad, force)
     if written.dark:
         written.notes.append(_told_dark(written.dark))
-        tally.tell(written.notes[-1])
+        progress.tell(written.notes[-1])
     return written
 
 
@@ -227,7 +227,7 @@ def _list_bad(out: Path, bad: list[tuple[str, str]], force: bool) -> None:
     if bad:
         lines = "".join(f"{name}\t{printable(reason)}\n" for name, reason in bad)
         # A link of that name is replaced, as `out` is, and not what it points to.
-        with appearing(path, force) as beside:
+        with atomic_write(path, force) as beside:
             beside.write_text(lines, encoding="utf-8")
     else:
         path.unlink(missing_ok=True)  # of a file that is being replaced

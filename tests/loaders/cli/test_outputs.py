@@ -23,7 +23,7 @@ from fastpmae.evaluate.datasets import open_labelled
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.protocols import free_name
-from fastpmae.evaluate.recipe import COURSES
+from fastpmae.evaluate.recipe import FINETUNE_PRESETS
 from fastpmae.pictures.report import write_report
 from fastpmae.pictures.view import draw_run, draw_views
 from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint
@@ -240,12 +240,12 @@ def test_a_training_begins_on_nobodys_files(run: Path, small_beton: Path, tmp_pa
     folder = tmp_path / "tuned"
     folder.mkdir()
     setting = Setting(find_backbone(str(run)), train, train, folder, torch.device("cpu"), workers=1, feature_batch=44)
-    course = dataclasses.replace(COURSES["small"], batch_size=22)
+    config = dataclasses.replace(FINETUNE_PRESETS["small"], batch_size=22)
     for name, words in (("classifier.safetensors", "mine"), ("metrics.jsonl", '{"mine": 1}\n')):
         (folder / name).write_text(words)
         for resume in (False, True):
             with pytest.raises(UserError, match=f"holds a {name}"):
-                train_classifier(setting, course, resume=resume)
+                train_classifier(setting, config, resume=resume)
         assert (folder / name).read_text() == words
         (folder / name).unlink()
 

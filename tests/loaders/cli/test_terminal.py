@@ -16,7 +16,7 @@ from fastpmae.pretraining.cli import read_command
 from fastpmae.run.checkpoint import checkpoints_in, step_of
 from fastpmae.run.log import Log
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae_loaders.cli.progress import Tally
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import Outlet, say, tell
 from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY, write_tree
@@ -89,7 +89,7 @@ def test_names_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "train.log").touch()
     say(f"of {HOSTILE}\nand on")
     tell(f"of {HOSTILE}\nand on")
-    Tally(live=True).tell(f"of {HOSTILE}")
+    Progress(live=True).tell(f"of {HOSTILE}")
     with Log(tmp_path, Config().using(tensorboard=False), 0, 1) as log:
         log.say(f"of {HOSTILE}")
     for sentence in (
@@ -110,13 +110,13 @@ def test_names_are_shown_and_not_obeyed_beside_a_bar(tmp_path: Path, monkeypatch
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    tally = Tally(live=True)
-    with tally.count(1, "images"):
-        tally.tell(f"a tally of {HOSTILE}")
+    progress = Progress(live=True)
+    with progress.count(1, "images"):
+        progress.tell(f"a progress of {HOSTILE}")
     with Log(tmp_path, Config().using(tensorboard=False), 0, 1) as log:
         log.say(f"a log of {HOSTILE}")
     said = terminal.getvalue()
-    assert "a tally of \\x1b]0;owned" in said
+    assert "a progress of \\x1b]0;owned" in said
     assert "a log of \\x1b]0;owned" in said
     assert "\x1b]0;" not in said
     assert "\x9b" not in said
