@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.made import write_tree
 
@@ -155,6 +156,7 @@ def test_one_version_and_one_licence():
     for package, home in HOMES.items():
         assert (home / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
         assert PROJECTS[package]["dynamic"] == ["version"]
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
     series = VERSION.rpartition(".")[0]
     needed = [line for line in PROJECTS["fastpmae"]["dependencies"] if line.startswith("fastpmae-")]
     assert sorted(needed) == [f"fastpmae-kernels=={series}.*", f"fastpmae-loaders[ffcv]=={series}.*"]
@@ -222,6 +224,23 @@ def test_ci_runs_make_test():
     lines = (ROOT / ".ci/run").read_text().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert lines[-1] == "exec make test"
+
+
+def test_workflows_and_templates_are_sound():
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        flow = yaml.safe_load(path.read_text())
+        assert flow["permissions"] == {"contents": "read"}, path
+        for job in flow["jobs"].values():
+            assert job["timeout-minutes"] <= 120
+            assert all(("run" in step) != ("uses" in step) for step in job["steps"])
+    for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("[bi]*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= set(form)
+        assert len({part["id"] for part in form["body"]}) == len(form["body"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert all(
+        (ROOT / word).exists() for hook in hooks for word in hook["entry"].split() if word.startswith("scripts/")
+    )
 
 
 def test_every_make_target_that_is_named_is_there():
