@@ -631,6 +631,7 @@ def test_torchrun_passes_a_preemption_on_and_the_run_goes_on_alone(tiny: Config,
 
 
 @pytest.mark.slow
+@pytest.mark.untyped  # torch.compile traces the step whole
 def test_compiled_passes_compute_the_same(tiny: Config, tmp_path: Path):
     """With torch's code generator, which takes minutes; tests/pretraining/test_compile.py looks at the graphs."""
     tiny = tiny.using(depth=1, decoder_depth=1, folds=4)
