@@ -181,7 +181,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 # Triton comes with torch, llvmlite with numba; wandb is used where it happens to be installed
 COMES_ALONG = {"triton", "llvmlite", "wandb"}
-EXTRAS = ("ffcv", "hf", "heif", "xformers", "dali-cuda130", "demo")
+EXTRAS = ("ffcv", "hf", "heif", "xformers", "dali-cuda130", "demo", "certify")
 
 
 @pytest.mark.parametrize("package", HOMES)
