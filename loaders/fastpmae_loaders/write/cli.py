@@ -28,7 +28,6 @@ from fastpmae_loaders.write.write import (
     write_beton,
 )
 
-
 Positional = tyro.conf.Positional
 
 

@@ -32,11 +32,11 @@ class ImageSettings(Typed):
     quality: int = 95
     """Quality of the JPEGs that are encoded here, 1 to 100."""
     mode: Literal["jpg", "raw", "proportion"] = "jpg"
-    """Store JPEGs, raw pixels (large and fast to read), or JPEGs for a share of the images and raw pixels for the rest."""
+    """Store JPEGs, raw pixels (large and fast to read), or JPEGs for a share of the images and raw for the rest."""
     proportion: float = 0.5
     """Share of the images that `--mode proportion` stores as JPEGs."""
     seed: int = 0
-    """Decides which images `--mode proportion` stores as JPEGs: each is drawn by the seed and its place in the source."""
+    """Decides which images `--mode proportion` stores as JPEGs: drawn by the seed and the place in the source."""
     max_pixels: int = PIXEL_LIMIT
     """Refuse source images of more pixels as decompression bombs."""
     white: float | None = None
