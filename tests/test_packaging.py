@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import tomllib
 import venv
 import zipfile
 from collections.abc import Iterable
@@ -18,11 +17,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.made import write_tree
+from tests.made import COMMANDS_AT, HOMES, PROJECTS, REPOSITORY, write_tree
 
-ROOT = Path(__file__).resolve().parents[1]
-HOMES = {"fastpmae": ROOT, "fastpmae_kernels": ROOT / "kernels", "fastpmae_loaders": ROOT / "loaders"}
-"""The folder of each distribution, by the package that it holds."""
+ROOT = REPOSITORY
 # distributions whose import has another name
 IMPORTED_AS = {
     "pillow": "PIL",
@@ -30,8 +27,6 @@ IMPORTED_AS = {
     "scikit-learn": "sklearn",
     "nvidia-dali-cuda130": "nvidia",
 }
-PROJECTS = {package: tomllib.loads((home / "pyproject.toml").read_text())["project"] for package, home in HOMES.items()}
-COMMANDS_AT = {name: place for project in PROJECTS.values() for name, place in project.get("scripts", {}).items()}
 VERSION = importlib.import_module("fastpmae").__version__
 
 
@@ -188,7 +183,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 # Triton comes with torch, llvmlite with numba; wandb is used where it happens to be installed
 COMES_ALONG = {"triton", "llvmlite", "wandb"}
-EXTRAS = ("ffcv", "hf", "heif", "xformers", "dali-cuda130", "demo")
+EXTRAS = ("ffcv", "hf", "heif", "xformers", "dali-cuda130", "demo", "certify")
 
 
 @pytest.mark.parametrize("package", HOMES)
