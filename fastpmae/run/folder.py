@@ -35,7 +35,7 @@ from fastpmae_loaders.printable import printable
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
-COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimizer")
+COMPARED_GROUPS = ("views", "network", "teacher", "loss", "optimizer")
 COMPARED_SETTINGS = (
     "seed", "precision", "teacher_precision", "page_order", "loader", "hw_decoder_load", "augment_on", "deterministic",
 )  # fmt: skip
@@ -275,7 +275,7 @@ def describe_run(
         f"{optimizer.epochs} epoch{'s' * (optimizer.epochs != 1)}",
         *source_notes(images),
     ]
-    parts = optimizer.accumulate if optimizer.sinkhorn_over == "part" else 1
+    parts = optimizer.accumulate if optimizer.sinkhorn_over == "micro-batch" else 1
     rows = optimizer.batch_size // parts * folds
     if config.teacher.teachers in ("dual", "single") and rows < prototypes / 4:
         lines.append(

@@ -209,7 +209,6 @@ def test_lars_is_maes():
     assert torch.allclose(model.head.bias, bias, atol=1e-5)
 
 
-@pytest.mark.untyped
 def test_a_resumed_training_ends_in_the_same_bits(setting: Setting, tmp_path: Path):
     whole = dataclasses.replace(setting, folder=tmp_path / "whole")
     scores = train_classifier(whole, CONFIG)
@@ -240,7 +239,6 @@ class Signals(Progress):
 
 
 @pytest.mark.parametrize("step", [2, 6])
-@pytest.mark.untyped
 def test_a_signal_in_an_epochs_last_step_loses_no_row(setting: Setting, tmp_path: Path, step: int):
     whole = dataclasses.replace(setting, folder=tmp_path / "whole")
     scores = train_classifier(whole, CONFIG)
@@ -280,7 +278,6 @@ class SignalsInATest(Progress):
                 signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.untyped
 def test_a_signal_in_a_test_ends_it_and_leaves_its_row_to_the_resumed_training(setting: Setting, tmp_path: Path):
     setting = dataclasses.replace(setting, feature_batch=10)
     whole = dataclasses.replace(setting, folder=tmp_path / "whole")
@@ -306,7 +303,6 @@ def test_a_full_disk_ends_the_training(setting: Setting, monkeypatch: pytest.Mon
     assert not (setting.folder / "classifier.safetensors").exists()
 
 
-@pytest.mark.untyped
 def test_checkpoints_come_with_time_and_an_older_one_serves_where_the_newest_is_damaged(
     setting: Setting, tmp_path: Path, capsys
 ):

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from fastpmae.checkpoint import find_checkpoint, read_checkpoint
-from fastpmae.layouts import read_foreign, read_tensors
 
 from fastpmae.config_file import read_config
+from fastpmae.run.checkpoint import find_checkpoint, read_checkpoint
+from fastpmae.weights.foreign import read_foreign, read_tensors
 from fastpmae_loaders import Beton, DaliSettings, ImageFolder, PairedViews, PlainViews, View, ViewSettings, open_samples
 from fastpmae_loaders.blockwise import IBOTMasks
 from fastpmae_loaders.errors import UserError
