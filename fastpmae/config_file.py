@@ -51,10 +51,10 @@ def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Co
             raise UserError(f"{source} has a group {short(group)!r}; the groups are {', '.join(hints)}")
         kinds = get_type_hints(hints[group])
         for name, value in settings.items():
-            if (group, name) == ("model", "decoder_class_token"):  # in what earlier versions wrote
+            if (group, name) == ("network", "decoder_class_token"):  # in what earlier versions wrote
                 if value is not True and decoder_matters:
                     raise UserError(
-                        f"{source} asks for a decoder without the class token (model.decoder_class_token), which there "
+                        f"{source} asks for a decoder without the class token (network.decoder_class_token), which there "
                         "is no more, since MAE's and SdAE's keep it: leave that out of a config; a run that was "
                         "trained so cannot go on, but its encoder can be evaluated, exported and named with --init"
                     )

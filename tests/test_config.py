@@ -316,7 +316,7 @@ def test_a_course_is_checked_as_settings_are() -> None:
     assert dataclasses.replace(FINETUNE_PRESETS["small"], epochs=30.0, scale=[0.5, 1]) == dataclasses.replace(
         FINETUNE_PRESETS["small"], epochs=30, scale=(0.5, 1.0)
     )
-    for name, value in (("epochs", "3"), ("pool", True), ("blr", "fast"), ("optimizer", "adam"), ("betas", (0.9,))):
+    for name, value in (("epochs", "3"), ("pool", True), ("blr", "fast"), ("opt", "adam"), ("betas", (0.9,))):
         with pytest.raises(UserError, match=f"{name} is "):
             dataclasses.replace(FINETUNE_PRESETS["small"], **{name: value})
 
@@ -374,11 +374,11 @@ def test_a_file_may_name_a_preset_and_a_few_settings(tmp_path: Path) -> None:
         ("optimizer", "betas", 0.9),
         ("optimizer", "betas", ["0.9", "0.95"]),
         ("optimizer", "warmup_epochs", "1"),
-        ("teachers", "teachers", "triple"),
-        ("teachers", "teachers", 1),
-        ("teachers", "teachers", ["dual"]),
-        ("model", "decoder_class_token", 1),
-        ("model", "decoder_class_token", None),
+        ("teacher", "teachers", "triple"),
+        ("teacher", "teachers", 1),
+        ("teacher", "teachers", ["dual"]),
+        ("network", "decoder_class_token", 1),
+        ("network", "decoder_class_token", None),
         ("optimizer", "decay_tokens", 1),
         ("data", "beton", 3),
         ("run", "preset", "papre"),
@@ -386,7 +386,7 @@ def test_a_file_may_name_a_preset_and_a_few_settings(tmp_path: Path) -> None:
         ("run", "steps", 1.0),
         ("run", "name", None),
         ("optimizer", "epoch", 3),
-        ("optimizer", "epochs", 3),
+        ("optimiser", "epochs", 3),
         ("run", "epochs", 3),
     ],
 )
@@ -400,10 +400,12 @@ def test_a_setting_of_the_wrong_kind_is_named(group: str, name: str, value: Any,
 
 def test_a_decoder_without_the_class_token_is_refused_and_one_with_it_is_the_only_one(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
-    path.write_text('{"run": {"preset": "sdae"}, "model": {"decoder_class_token": true}}')
+    path.write_text('{"run": {"preset": "sdae"}, "network": {"decoder_class_token": true}}')
     assert read_config(path) == PRESETS["sdae"]
-    path.write_text('{"model": {"decoder_class_token": false}}')
-    with pytest.raises(UserError, match=r"settings\.json asks for a decoder without the class token \(model\.decoder_"):
+    path.write_text('{"network": {"decoder_class_token": false}}')
+    with pytest.raises(
+        UserError, match=r"settings\.json asks for a decoder without the class token \(network\.decoder_"
+    ):
         read_config(path)
 
 

@@ -4,6 +4,7 @@ jaxtyping's plugin puts a check (beartype's) around every function and every dat
 module, which conftest imports before any of them, sets right what that must not touch:
 
 - a function that numba, Triton or DALI compiles is read as source: one under a decorator of `COMPILERS` stays as it is.
+- torch.compile traces a method of a NamedTuple, and cannot trace what would stand around it there: these stay too.
 - what some modules import for type checkers alone, so that they need no jaxtyping, is imported: their shapes count.
 - settings (`Typed`) check and convert their own values, such as a list for a tuple: that is left to them.
 - an int is a float to a type checker, and so it is here.
@@ -63,9 +64,12 @@ class _Transformer(hook.JaxtypingTransformer):
         return super().visit_Module(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+        if "NamedTuple" in bases:
+            return node
         written = list(node.decorator_list)
         super().visit_ClassDef(node)
-        if any(isinstance(base, ast.Name) and base.id == "Typed" for base in node.bases):
+        if "Typed" in bases:
             node.decorator_list = written
         return node
 

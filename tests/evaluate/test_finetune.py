@@ -374,7 +374,12 @@ def test_it_learns_to_tell_the_training_images(setting: Setting):
 def test_the_average_that_deit_tests_has_learnt_after_few_steps(setting: Setting):
     """60 steps with its decay of 0.99996, of which a plain average would keep 99.8 % of the first."""
     assert FINETUNE_PRESETS["deit"].model_ema_decay == 0.99996
-    assert train_classifier(setting, dataclasses.replace(PLAIN, ema=FINETUNE_PRESETS["deit"].model_ema_decay)).top1 > 60
+    assert (
+        train_classifier(
+            setting, dataclasses.replace(PLAIN, model_ema_decay=FINETUNE_PRESETS["deit"].model_ema_decay)
+        ).top1
+        > 60
+    )
 
 
 def test_the_probe_shrinks_its_batch_to_the_images_and_says_so(setting: Setting, monkeypatch, capsys):
