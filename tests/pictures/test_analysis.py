@@ -105,8 +105,9 @@ def test_prototypes_come_with_their_nearest_patches(run: Path, small_beton: Path
     _, teachers = networks_of(find_checkpoint(run))
     assert teachers.labelling is not None
     with torch.no_grad():
-        _, (_, logits) = label(teachers.labelling, batch, config)
-    assert isinstance(logits, torch.Tensor)
+        _, (_, patch_logits) = label(teachers.labelling, batch, config)
+    logits = patch_logits.matrix
+    assert logits is not None
     for prototype, pictures in zip(use.prototypes, use.patches, strict=True):
         best = int(logits[:, prototype].argmax())
         image, patch = best // 12, int(batch.folds[best // 12, best % 12])
