@@ -30,7 +30,9 @@ VERSION = importlib.import_module("fastpmae").__version__
 
 
 def modules(package: str) -> set[str]:
-    return {str(path.relative_to(HOMES[package])) for path in (HOMES[package] / package).rglob("*.py")}
+    """The modules of a package, and the templates beside them."""
+    files = (path for kind in ("*.py", "*.j2") for path in (HOMES[package] / package).rglob(kind))
+    return {str(path.relative_to(HOMES[package])) for path in files}
 
 
 def checkout(folder: Path) -> Path:
@@ -179,8 +181,8 @@ def declared(requirements: list[str]) -> set[str]:
     return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
 
 
-# Triton comes with torch, llvmlite with numba; wandb is used where it happens to be installed
-COMES_ALONG = {"triton", "llvmlite", "wandb"}
+# Triton comes with torch, llvmlite with numba, markupsafe with jinja2; wandb is used where it happens to be installed
+COMES_ALONG = {"triton", "llvmlite", "markupsafe", "wandb"}
 EXTRAS = ("ffcv", "hf", "heif", "xformers", "dali-cuda130", "demo", "certify")
 
 

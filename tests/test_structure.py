@@ -19,6 +19,7 @@ ROOMS = {
             "presets",
             "config_file",
             "plotting",
+            "templating",
             "distributed",
             "model",
             "run",
