@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.made import COMMANDS_AT, HOMES, PROJECTS, REPOSITORY, write_tree
+from fastpmae import pretrain
+from tests.made import COMMANDS_AT, HOMES, PROJECTS, REPOSITORY, tiny_settings, write_tree
 
 ROOT = REPOSITORY
 # distributions whose import has another name
@@ -138,6 +140,48 @@ def test_the_kernels_alone_compute(wheels, tmp_path):
     assert in_environment(python, "-c", program, cwd=tmp_path).stdout == f"{VERSION} [0.5, 0.5]\n"
 
 
+@pytest.mark.slow
+def test_a_release_is_six_files_that_twine_finds_sound(tmp_path):
+    done = subprocess.run(
+        [str(ROOT / "scripts/release"), "build", str(tmp_path / "dist")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = ("-py3-none-any.whl", ".tar.gz")
+    expected = {f"{package}-{VERSION}{kind}" for package in HOMES for kind in kinds}
+    assert {path.name for path in (tmp_path / "dist").iterdir()} == expected
+    assert done.stdout.count("PASSED") == 6
+    again = subprocess.run([str(ROOT / "scripts/release"), "build", str(tmp_path / "dist")], capture_output=True)
+    assert again.returncode == 1
+    assert b"is not empty" in again.stderr
+
+
+NO_SCIKITS = """
+import sys
+sys.modules.update(sklearn=None, skimage=None)  # an import of either fails
+from fastpmae.evaluate.protocols import main
+beton, folder, *kinds = sys.argv[1:]
+for kind, *more in map(str.split, kinds):
+    sys.argv[1:] = [kind, f"{folder}/run", "--train", beton, "--val", beton, "--out", f"{folder}/{kind}", *more]
+    assert main() == 0, kind
+"""
+
+
+@pytest.mark.slow
+def test_knn_and_probes_need_neither_scikit_learn_nor_scikit_image(small_beton, tmp_path):
+    pretrain(tiny_settings(small_beton).using(out=tmp_path / "run", steps=1))
+    kinds = [
+        "knn --k 5",
+        "linear --epochs 1",
+        "lowshot --shares 0.5 --draws 1",
+        "probe --epochs 1 --warmup-epochs 0",
+    ]
+    subprocess.run(
+        [sys.executable, "-c", NO_SCIKITS, str(small_beton), str(tmp_path), *kinds],
+        check=True, timeout=300, env={"PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(Path.home())},
+    )  # fmt: skip
+    assert (tmp_path / "probe").is_dir()
+
+
 def test_the_writer_needs_neither_torch_nor_numba_nor_ffcv():
     program = """
 import sys
@@ -152,6 +196,7 @@ def test_one_version_and_one_licence():
     for package, home in HOMES.items():
         assert (home / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
         assert PROJECTS[package]["dynamic"] == ["version"]
+        assert PROJECTS[package]["urls"] == PROJECTS["fastpmae"]["urls"]
     series = VERSION.rpartition(".")[0]
     needed = [line for line in PROJECTS["fastpmae"]["dependencies"] if line.startswith("fastpmae-")]
     assert sorted(needed) == [f"fastpmae-kernels=={series}.*", f"fastpmae-loaders[ffcv]=={series}.*"]

@@ -2,17 +2,17 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fastpmae.config import Config
 from fastpmae.distributed.ranks import Ranks
@@ -37,7 +37,7 @@ from fastpmae.pretraining.data import micro_batch_size
 from fastpmae.run.images import open_images
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
-from fastpmae_loaders.cli.terminal import stderr
+from fastpmae_loaders.cli.progress import Bar
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
 
@@ -303,12 +303,9 @@ def plan(options: Plan) -> None:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """A bar in a terminal, nothing elsewhere: a plan takes seconds."""
-    console = Console(file=cast(IO[str], stderr()))
-    columns = (TextColumn("counting {task.description}"), BarColumn(), MofNCompleteColumn())
-    total = 3 + len(METHODS) + len(CHUNKED) + len(SHAPES)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda words: bar.update(task, advance=1, description=words)
+    counted, total = itertools.count(1), 3 + len(METHODS) + len(CHUNKED) + len(SHAPES)
+    with Bar(total, "counting") as bar:
+        yield lambda words: bar.update(next(counted), words=f"counting {words}")
 
 
 def main() -> int:
