@@ -327,6 +327,16 @@ def test_generated_tables_are_up_to_date():
         assert page.read_text() == text, f"{page.name}: run .venv/bin/python scripts/doc_tables.py"
 
 
+def test_help_texts_stand_alone():
+    """In a terminal a flag's text is read without the one above it."""
+    rows = re.findall(
+        r"^\| `--([a-z-]+)` \| [^|]* \| (?:(?:`[^`]+`, )*`[^`]+`\. )?(.+) \|$", COMMANDS, flags=re.MULTILINE
+    )
+    assert len(rows) > 150
+    leaning = re.compile(r"(Its?|Their|They|Them|This|These|Not|Of|On|In|And|Also|Or|The same|Divides)\b|How:")
+    assert [(flag, text) for flag, text in rows if leaning.match(text)] == []
+
+
 def test_the_map_names_every_file():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True)
     if tracked.returncode != 0:

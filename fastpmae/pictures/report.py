@@ -250,9 +250,9 @@ def report_command(
 
     Args:
         run: The run's folder; it may still be going on.
-        out: The file to write (RUN/report.html).
-        beton: Images for the pictures, if not the run's own.
-        samples: How many of them, 1 to 64.
+        out: The .html file to write; by default RUN/report.html.
+        beton: Images for the pictures; by default the run's own.
+        samples: How many images the pictures show, 1 to 64.
         force: Replace OUT if it exists, but no other file of a run; RUN/report.html is renewed without it.
     """
     tell(f"wrote {write_report(run, out, beton, samples, Progress(live=True), force)}")

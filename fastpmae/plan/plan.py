@@ -65,9 +65,9 @@ class Plan(Command):
     gpu: str = "h100"
     """The GPU to plan for."""
     gpus: int = 1
-    """How many share a step's batch."""
+    """Number of GPUs that share a step's batch."""
     images: int | None = None
-    """Images of an epoch; by default those of --beton, or ImageNet-1k's 1,281,167."""
+    """Images in an epoch; by default those of --beton, or ImageNet-1k's 1,281,167."""
     efficiency_of_peak: float = 0.35
     """ASSUMPTION: share of the GPU's dense peak that a whole step reaches. Large products alone reach about 0.65; what
     is bound by memory halves that for widths of a ViT. Better: what a short run on your GPU reaches, images/s of its
@@ -85,7 +85,7 @@ class Plan(Command):
     plot: Path | None = None
     """Draw the scaling to this .png, .pdf or .svg."""
     force: bool = False
-    """Replace these two if they exist, but no file of a run and nothing that is read here."""
+    """Replace the files of --json and --plot if they exist, but no file of a run and nothing that is read here."""
 
 
 def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Report:

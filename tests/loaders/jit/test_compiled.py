@@ -11,10 +11,10 @@ from tests.made import REPOSITORY
 
 RACE = """
 import sys
-from fastpmae_loaders.jit.compiled import kernel
+from {module} import {name}
 import numpy as np
 
-@kernel
+@{decorator}
 def total(values):
     return values.sum()
 
@@ -24,10 +24,18 @@ assert total(np.ones(5, kind)) == 5
 
 
 @pytest.mark.slow
-def test_processes_that_compile_different_overloads_keep_them_apart(tmp_path: Path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"module": "fastpmae_loaders.jit.compiled", "name": "kernel", "decorator": "kernel"},
+        {"module": "fastpmae_kernels.cpu.compiled", "name": "compiled", "decorator": "compiled()"},
+    ],
+    ids=["loaders", "kernels"],
+)
+def test_processes_that_compile_different_overloads_keep_them_apart(words: dict[str, str], tmp_path: Path):
     """Without a lock both give their code the same number, and a later process loads the wrong one."""
     script = tmp_path / "race.py"
-    script.write_text(RACE)
+    script.write_text(RACE.format(**words))
     paths = os.pathsep.join(str(REPOSITORY / part) for part in ("", "kernels", "loaders"))
     environment = {**os.environ, "PYTHONPATH": paths, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     kinds = ["f8", "f4", "i8", "i4", "u1"]
