@@ -24,11 +24,12 @@ class Data(Typed):
     """The .beton file to pretrain on (`fastpmae-write` makes one); `--loader torch` and `dali` also read folders of
     images and tar shards."""
     loader: Literal["ffcv", "dali", "torch"] = "ffcv"
-    """Engine that reads it: `ffcv` and `torch` give the same bytes; DALI's differ by its decoder and resize."""
+    """Engine that reads the images: `ffcv` and `torch` give the same bytes; those of `dali` differ slightly by its
+    decoder and resize."""
     dali_part: int = 0
-    """Images that DALI gets at a time; 0 takes 32 on the CPU and 64 on a GPU."""
+    """Images that DALI decodes at a time; 0 takes 32 on the CPU and 64 on a GPU."""
     hw_decoder_load: float = 0.0
-    """Share of the images that DALI decodes by a GPU's decoders in hardware, 0 to 1; their pixels differ slightly."""
+    """Share of the images that DALI decodes with a GPU's hardware decoders, 0 to 1; their pixels differ slightly."""
     page_order: Literal["auto", "on", "off"] = "auto"
     """Shuffle page by page, which reads a disk in long stretches; auto does so where the file outgrows the memory."""
     bad_fraction: float = 0.01
@@ -40,19 +41,19 @@ class Views(Typed):
     """What each image is turned into, and which view each teacher sees."""
 
     image_size: int = 224
-    """Side of both views, in pixels."""
+    """Side of both views in pixels."""
     mask_ratio: float = 0.75
     """Share of the patches that the student does not see."""
     folds: int = 3
-    """K: the masked patches are shown to the teachers in this many folds."""
+    """K, the number of folds in which the teachers see the masked patches."""
     simple_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the simple (MAE) view's crop, smallest and largest share of the image."""
+    """Area of the random crop of the simple (MAE) view: smallest and largest share of the image."""
     complex_scale: tuple[float, float] = (0.14, 1.0)
-    """The same for the complex (DINO) view."""
+    """Area of the random crop of the complex (DINO) view: smallest and largest share of the image."""
     complex_recipe: Literal["coin", "t1", "t2"] = "coin"
     """Blur and solarise of the complex view: DINO's first or second global crop, or either by a coin."""
     reconstruction_view: Literal["simple", "complex"] = "simple"
-    """View that the reconstruction teacher sees (the student always sees the simple one)."""
+    """View that the reconstruction teacher sees (the student always sees the simple view)."""
     labelling_view: Literal["simple", "complex"] = "complex"
     """View that the labelling teacher sees."""
 
@@ -62,29 +63,29 @@ class Network(Typed):
     """Sizes of the networks."""
 
     model: str = "vit_base"
-    """vit_tiny, vit_small, vit_base, vit_large, vit_huge, or the timm name of a plain ViT."""
+    """The encoder: vit_tiny, vit_small, vit_base, vit_large, vit_huge, or the timm name of a plain ViT."""
     patch_size: int = 0
-    """Side of a patch in pixels; 0 is the model's own (16, or 14 for vit_huge)."""
+    """Side of a patch in pixels; 0 takes the model's own (16, or 14 for vit_huge)."""
     width: int = 0
-    """Token width; 0 is the model's own."""
+    """Token width of the encoder; 0 takes the model's own."""
     depth: int = 0
-    """Blocks of the encoder; 0 is the model's own."""
+    """Number of blocks in the encoder; 0 takes the model's own."""
     heads: int = 0
-    """Attention heads of the encoder; 0 is the model's own."""
+    """Attention heads of the encoder; 0 takes the model's own."""
     drop_path: float = 0.25
-    """Largest rate of stochastic depth, in the encoder's last block."""
+    """Rate of stochastic depth in the encoder's last block; it grows linearly from 0 in the first."""
     decoder_width: int = 512
     """Token width of the decoder."""
     decoder_depth: int = 8
-    """Its blocks."""
+    """Number of blocks in the decoder."""
     decoder_heads: int = 16
-    """Its attention heads."""
+    """Attention heads of the decoder."""
     head_hidden: int = 2048
-    """Width of the projection head's two hidden layers."""
+    """Width of the two hidden layers of the projection head."""
     head_bottleneck: int = 256
-    """Width of its output, in which tokens meet prototypes."""
+    """Width of the projection head's output, which is compared with the prototypes."""
     prototypes: int = 4096
-    """P: prototypes for class tokens, and as many for patch tokens."""
+    """P, the number of prototypes for class tokens, and the same number for patch tokens."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,16 @@ class TeacherSettings(Typed):
     """Which teachers there are and how they follow the student."""
 
     teachers: Literal["dual", "single", "reconstruction", "none"] = "dual"
-    """Two teachers (the paper's), one for both roles, one for reconstruction alone (SdAE), or none (MAE)."""
+    """Two teachers (as in the paper), a single one for both roles, one for reconstruction only (SdAE), or none
+    (MAE)."""
     reconstruction_cadence: Literal["step", "epoch"] = "epoch"
-    """How often the reconstruction teacher follows."""
+    """How often the EMA of the reconstruction teacher is updated."""
     reconstruction_momentum: tuple[float, float] = (0.96, 0.99)
-    """Its momentum, first and last, on a cosine."""
+    """EMA momentum of the reconstruction teacher: first and last value of a cosine schedule."""
     labelling_cadence: Literal["step", "epoch"] = "step"
-    """How often the labelling teacher (or a single one) follows."""
+    """How often the EMA of the labelling teacher (or of a single one) is updated."""
     labelling_momentum: tuple[float, float] = (0.996, 1.0)
-    """Its momentum, first and last, on a cosine."""
+    """EMA momentum of the labelling teacher (or of a single one): first and last value of a cosine schedule."""
     teacher_init: Literal["copy", "random"] = "copy"
     """Teachers start as copies of the student, or from random weights and positions of their own (SdAE's code)."""
 
@@ -118,17 +120,18 @@ class Loss(Typed):
     lambda_p: float = 1.0
     """Weight of the patch pseudo-label loss."""
     cosine_axis: Literal["feature", "token"] = "feature"
-    """Axis of the reconstruction cosine; "token" is what SdAE's released code does, over the tokens of each fold."""
+    """Axis over which the cosine of the reconstruction loss is taken; `token` does as SdAE's released code, over the
+    tokens of each fold."""
     match_metric: Literal["cosine", "l2"] = "cosine"
-    """How near a teacher patch is to a student patch."""
+    """Measure by which the teacher patch nearest to a student patch is found."""
     match_scope: Literal["image", "fold"] = "image"
-    """Match among all masked patches of the image, or within the fold."""
+    """Match each student patch among all masked patches of its image, or among those of its fold."""
     student_temperature: float = 0.1
-    """Divides the student's logits."""
+    """Temperature that the student's prototype logits are divided by."""
     epsilon: float = 0.05
-    """Temperature of the Sinkhorn assignment."""
+    """Temperature of the Sinkhorn assignment that makes the pseudo labels."""
     sinkhorn_iterations: int = 3
-    """How often columns and rows of the assignment are normalised."""
+    """Number of Sinkhorn iterations; each normalises the columns and the rows of the assignment."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +150,15 @@ class Optimizer(Typed):
     blr: float = 2.666e-4
     """Peak learning rate for 256 images; it grows in proportion with the batch size."""
     warmup_epochs: float | None = None
-    """Epochs of linear warm-up; by default 20 % of all."""
+    """Epochs of linear learning-rate warm-up; by default 20 % of all."""
     weight_decay: float = 0.05
-    """Not on biases, norms and tokens."""
+    """AdamW's weight decay; biases, norms and tokens are not decayed."""
     decay_tokens: bool = False
-    """On the class token and the mask token too, as MAE's and SdAE's code does."""
+    """Apply the weight decay to the class token and the mask token too, as MAE's and SdAE's code does."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's two averaging rates."""
+    """AdamW's coefficients for the running averages of the gradient and of its square."""
     clip_grad: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Clip the gradient to this norm; 0 does not clip."""
 
 
 @dataclass(frozen=True)
@@ -163,35 +166,35 @@ class Run(Typed):
     """Where the run lives and what it leaves behind."""
 
     out: Path | None = None
-    """Run folder; by default runs/<date>-<name>."""
+    """Folder of the run; by default runs/<date>-<name>."""
     name: str = ""
     """Name of the run; by default the preset's."""
     preset: str = "paper"
     """The named settings that this run started from."""
     seed: int = 0
-    """Decides views, masks, order, weights and stochastic depth."""
+    """Seed of views, masks, order of images, initial weights and stochastic depth."""
     steps: int | None = None
     """Stop after so many optimizer steps in all; changes no schedule."""
     init: Path | None = None
-    """Start the encoder from these weights (MAE, timm or our own)."""
+    """Start the encoder from the weights in this file (MAE's, timm's or our own)."""
     resume: str | None = None
-    """Go on with the run in --out ("auto", the default when no value follows) or from this checkpoint."""
+    """Resume the run in --out ("auto", the default when no value follows) or from this checkpoint."""
     accept_changes: bool = False
-    """Resume although settings differ from the run's own."""
+    """Resume although settings differ from those that the run was started with."""
     log_every: int = 20
-    """Steps between two rows of metrics.jsonl."""
+    """Optimizer steps between two rows of metrics.jsonl."""
     save_every: float = 10.0
     """Minutes between two checkpoints; 0 saves after every step. The last step and a signal always save."""
     save_steps: int = 0
-    """Also save every so many steps; 0 does not."""
+    """Optimizer steps between further checkpoints, beside those of --save-every; 0 writes none."""
     keep: int = 1
-    """Older checkpoints to keep beside the newest."""
+    """Number of older checkpoints to keep beside the newest."""
     eval_every: int = 0
-    """Every so many epochs, and at the end, k-NN with the student and every teacher; 0 does not."""
+    """Epochs between two k-NN evaluations of the student and every teacher, with one at the end; 0 evaluates never."""
     eval_train: Path | None = None
-    """Labelled images that vote; by default the run's own."""
+    """Labelled images whose features vote in --eval-every; by default the run's own."""
     eval_val: Path | None = None
-    """Labelled images that are tested; by default those that vote, each left out once."""
+    """Labelled images that --eval-every classifies; by default those that vote, each left out once."""
     profile: int = 0
     """Write a trace of so many steps, by torch's profiler and after a warm-up, into the run folder; 0 does not."""
     tensorboard: bool = True
@@ -212,34 +215,37 @@ class Efficiency(Typed):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is autocast; auto takes it on a GPU that has it, and fp32 elsewhere."""
+    """Precision of the computation: `bf16` is autocast; auto takes it on a GPU that supports it, and fp32 elsewhere."""
     workers: int = 0
     """Loader threads of each rank; 0 takes all cores that the run may use, shared among the ranks of a machine."""
     augment_on: Literal["auto", "cpu", "device"] = "auto"
     """Where the complex view's colours are changed: by the loader's threads, or for whole batches on the device, within
     2/255 of the same result; auto does the latter on a GPU."""
     deterministic: bool = False
-    """On a GPU, too, compute the same bits each time: somewhat slower, and on one GPU alone to the last bit. On the CPU
-    every run does."""
+    """Compute the same bits each time on a GPU too: somewhat slower, and on one GPU alone to the last bit. On the
+    CPU every run does."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the student, the teachers and the losses; auto compiles on a GPU."""
+    """Use torch.compile for the student, the teachers and the losses; auto compiles on a GPU."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """How: with CUDA graphs (not with `--accumulate`), or trying out kernels for minutes at the start, or both."""
+    """Mode of torch.compile: `reduce-overhead` uses CUDA graphs (not with `--accumulate`), `max-autotune` tries out
+    kernels for minutes at the start and uses CUDA graphs, the last tries out kernels alone."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
-    """torch's own attention, which auto takes, or xformers' (a GPU, and `pip install 'fastpmae[xformers]'`)."""
+    """Attention implementation: torch's own, which auto takes, or xformers' (a GPU, and `pip install
+    'fastpmae[xformers]'`)."""
     teacher_precision: Literal["auto", "fp8"] = "auto"
-    """fp8: the linear layers of the teachers' blocks in 8 bits (compute capability 8.9); auto: as the rest."""
+    """Precision of the teachers: `fp8` computes the linear layers of their blocks in 8 bits (compute capability
+    8.9); auto computes as the student does."""
     activation_checkpointing: int = 0
-    """Of every so many blocks of the student one keeps its input alone and is computed anew in the backward pass: less
-    memory, more time, the same numbers. 1 is every block, 0 none."""
+    """Recompute one in so many of the student's blocks in the backward pass, keeping its input alone: less memory,
+    more time, the same numbers. 1 is every block, 0 none."""
     shard: bool = False
-    """Cut weights, gradients, optimizer and teachers in shards, one a rank (FSDP2): for models that fill a GPU."""
+    """Shard weights, gradients, optimizer state and teachers over the ranks (FSDP2), for models that fill a GPU."""
     rank_timeout: float = 10.0
-    """Minutes that a rank waits for the others before all of them end."""
+    """Minutes that a rank waits for the others before all of them stop."""
     prototypes_chunk: int = 0
-    """Rows that the student's head sees at a time, gradients and all, and of the labelling teacher's patch logits,
-    which are computed anew in each sweep: 9 % less memory for 0.8 % more FLOPs at ViT-B and batch 768, 5 % for 1.6 % at
-    ViT-S and 64 (by the plan); 0 keeps everything."""
+    """Rows that the student's head computes at a time, gradients included, and rows of the labelling teacher's patch
+    logits, which are recomputed in each sweep: 9 % less memory for 0.8 % more FLOPs at ViT-B and batch 768, 5 % for
+    1.6 % at ViT-S and 64 (by the plan); 0 keeps everything."""
 
 
 @dataclass(frozen=True)

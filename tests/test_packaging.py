@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.made import COMMANDS_AT, HOMES, PROJECTS, REPOSITORY, write_tree
+from fastpmae import pretrain
+from tests.made import COMMANDS_AT, HOMES, PROJECTS, REPOSITORY, tiny_settings, write_tree
 
 ROOT = REPOSITORY
 PROGRAMS = ROOT / "tests/programs"
@@ -34,7 +36,9 @@ VERSION = importlib.import_module("fastpmae").__version__
 
 
 def modules(package: str) -> set[str]:
-    return {str(path.relative_to(HOMES[package])) for path in (HOMES[package] / package).rglob("*.py")}
+    """The modules of a package, and the templates beside them."""
+    files = (path for kind in ("*.py", "*.j2") for path in (HOMES[package] / package).rglob(kind))
+    return {str(path.relative_to(HOMES[package])) for path in files}
 
 
 def checkout(folder: Path) -> Path:
@@ -146,6 +150,48 @@ def loaded_by(*imports: str) -> list[set[str]]:
     return [set(json.loads(line)) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
+def test_a_release_is_six_files_that_twine_finds_sound(tmp_path):
+    done = subprocess.run(
+        [str(ROOT / "scripts/release"), "build", str(tmp_path / "dist")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = ("-py3-none-any.whl", ".tar.gz")
+    expected = {f"{package}-{VERSION}{kind}" for package in HOMES for kind in kinds}
+    assert {path.name for path in (tmp_path / "dist").iterdir()} == expected
+    assert done.stdout.count("PASSED") == 6
+    again = subprocess.run([str(ROOT / "scripts/release"), "build", str(tmp_path / "dist")], capture_output=True)
+    assert again.returncode == 1
+    assert b"is not empty" in again.stderr
+
+
+NO_SCIKITS = """
+import sys
+sys.modules.update(sklearn=None, skimage=None)  # an import of either fails
+from fastpmae.evaluate.protocols import main
+beton, folder, *kinds = sys.argv[1:]
+for kind, *more in map(str.split, kinds):
+    sys.argv[1:] = [kind, f"{folder}/run", "--train", beton, "--val", beton, "--out", f"{folder}/{kind}", *more]
+    assert main() == 0, kind
+"""
+
+
+@pytest.mark.slow
+def test_knn_and_probes_need_neither_scikit_learn_nor_scikit_image(small_beton, tmp_path):
+    pretrain(tiny_settings(small_beton).using(out=tmp_path / "run", steps=1))
+    kinds = [
+        "knn --k 5",
+        "linear --epochs 1",
+        "lowshot --shares 0.5 --draws 1",
+        "probe --epochs 1 --warmup-epochs 0",
+    ]
+    subprocess.run(
+        [sys.executable, "-c", NO_SCIKITS, str(small_beton), str(tmp_path), *kinds],
+        check=True, timeout=300, env={"PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(Path.home())},
+    )  # fmt: skip
+    assert (tmp_path / "probe").is_dir()
+
+
 def test_the_writer_needs_neither_torch_nor_numba_nor_ffcv():
     (loaded,) = loaded_by("fastpmae_loaders.write.cli")
     assert {"fastpmae", "fastpmae_kernels", "ffcv", "numba", "timm", "torch"} & loaded == set()
@@ -155,6 +201,7 @@ def test_one_version_and_one_licence():
     for package, home in HOMES.items():
         assert (home / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
         assert PROJECTS[package]["dynamic"] == ["version"]
+        assert PROJECTS[package]["urls"] == PROJECTS["fastpmae"]["urls"]
     assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
     series = VERSION.rpartition(".")[0]
     needed = [line for line in PROJECTS["fastpmae"]["dependencies"] if line.startswith("fastpmae-")]
@@ -185,8 +232,8 @@ def declared(requirements: list[str]) -> set[str]:
     return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
 
 
-# Triton comes with torch, llvmlite with numba; wandb is used where it happens to be installed
-COMES_ALONG = {"triton", "llvmlite", "wandb"}
+# Triton comes with torch, llvmlite with numba, markupsafe with jinja2; wandb is used where it happens to be installed
+COMES_ALONG = {"triton", "llvmlite", "markupsafe", "wandb"}
 EXTRAS = ("ffcv", "hf", "heif", "xformers", "dali-cuda130", "demo", "certify")
 
 
@@ -299,6 +346,16 @@ def test_generated_tables_are_up_to_date():
     spec.loader.exec_module(tables)
     for page, text in tables.rewritten().items():
         assert page.read_text() == text, f"{page.name}: run .venv/bin/python scripts/doc_tables.py"
+
+
+def test_help_texts_stand_alone():
+    """In a terminal a flag's text is read without the one above it."""
+    rows = re.findall(
+        r"^\| `--([a-z-]+)` \| [^|]* \| (?:(?:`[^`]+`, )*`[^`]+`\. )?(.+) \|$", COMMANDS, flags=re.MULTILINE
+    )
+    assert len(rows) > 150
+    leaning = re.compile(r"(Its?|Their|They|Them|This|These|Not|Of|On|In|And|Also|Or|The same|Divides)\b|How:")
+    assert [(flag, text) for flag, text in rows if leaning.match(text)] == []
 
 
 def test_the_map_names_every_file():

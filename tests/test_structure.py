@@ -20,6 +20,7 @@ ROOMS = {
             "config_file",
             "plotting",
             "photographs",
+            "templating",
             "distributed",
             "model",
             "run",
@@ -35,6 +36,7 @@ ROOMS = {
     "fastpmae_kernels": [
         "backend",
         "builtin_names",
+        "locks",
         "cpu",
         "long_rows",
         "traffic",
@@ -180,6 +182,17 @@ def test_distributions_import_downwards():
         mine = room_of(module)[0]
         allowed = {mine} | (set(DISTRIBUTIONS) if mine == "fastpmae" else set())
         assert {room_of(other)[0] for other in others} <= allowed, module
+
+
+TWINS = {"builtin_names": "builtin_names", "locks": "locks", "cpu/cache": "jit/cache"}
+"""Modules that the kernels and the loaders both need, and that neither may import from the other."""
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_what_both_distributions_need_is_the_same_in_both(name):
+    kernels = (HOMES["fastpmae_kernels"] / f"fastpmae_kernels/{name}.py").read_text()
+    loaders = (HOMES["fastpmae_loaders"] / f"fastpmae_loaders/{TWINS[name]}.py").read_text()
+    assert kernels.replace("fastpmae_kernels", "fastpmae_loaders") == loaders
 
 
 def test_no_module_bears_the_name_of_a_public_function():

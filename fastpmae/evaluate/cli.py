@@ -26,10 +26,10 @@ class Common:
     """A run folder or checkpoint of ours, the folder of a fine-tuning or an export, a safetensors file, a .pth of MAE,
     SdAE, DINO, iBOT, MoCo v3, BEiT and many others, or timm:NAME for a model that timm fetches."""
     train: Path
-    """Labelled images to learn from: a .beton file, a folder of images, or tar shards. A folder with a train and a val
+    """Labelled images to train on: a .beton file, a folder of images, or tar shards. A folder with a train and a val
     folder in it holds both sets."""
     val: Path | None = None
-    """Labelled images to test on."""
+    """Labelled images to test on; by default those of a val folder in --train."""
     network: Which = "auto"
     """Whose encoder, where the file holds several; auto takes our student, and of others what they evaluate."""
     out: Path | None = None
@@ -58,9 +58,9 @@ class Knn:
     k: tuple[int, ...] = NEIGHBOURS
     """How many neighbours vote; each is tried. Without this flag only as many as there are images."""
     temperature: float = 0.07
-    """Of the votes; 0 gives every neighbour one vote."""
+    """Temperature of the neighbours' votes; 0 gives every neighbour one vote."""
     pool: Literal["class", "mean", "both"] = "both"
-    """The class token, the mean of the patch tokens, or both of them, one after the other."""
+    """Features to compare: the class token, the mean of the patch tokens, or both, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,24 @@ class Linear:
 
     common: Annotated[Common, tyro.conf.arg(name="")]
     method: Literal["sgd", "adamw", "logistic"] = "sgd"
-    """How it is trained; logistic solves the regression with an L2 penalty instead."""
+    """How the classifier is trained; logistic solves the regression with an L2 penalty instead."""
     rates: tuple[float, ...] = RATES
     """Learning rates for 256 images, all trained at once."""
     c: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
-    """Logistic regression: inverse strengths of the penalty."""
+    """Inverse strengths of the L2 penalty that --method logistic tries."""
     epochs: int = 100
     """Passes over the features."""
     step_images: int = 256
-    """Images in one step."""
+    """Features in one optimizer step."""
     weight_decay: float = 0.0
-    """Of the optimizer."""
+    """Weight decay of the optimizer (sgd and adamw)."""
     pool: Pool = "class"
-    """The class token, or the mean of the patch tokens."""
+    """Features to classify: the class token, or the mean of the patch tokens."""
     choose_on: Literal["held-out", "val"] = "held-out"
     """Rate or penalty is chosen on a tenth of the training images that is held out for it, or on the validation set
     (as DINOv2 reports it, which flatters)."""
     seed: int = 0
-    """Decides the order of the features and what is held out."""
+    """Seed of the order of the features and of what is held out."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ class Probe:
     common: Annotated[Common, tyro.conf.arg(name="")]
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = PROBE
     resume: bool = False
-    """Go on with the training in --out."""
+    """Resume the training in --out."""
     steps: int | None = None
     """Stop after so many optimizer steps in all; changes no schedule."""
     deterministic: bool = False
-    """On a GPU, too, compute the same bits each time, somewhat slower."""
+    """Compute the same bits each time on a GPU too, somewhat slower."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: bool = False
@@ -114,13 +114,14 @@ class Finetune:
     common: Annotated[Common, tyro.conf.arg(name="")]
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
     preset: str = "paper"
-    """paper (section 4.1), paper-a and paper-a-large (appendix A), small and small-1000 (small data sets), deit."""
+    """Settings to start from: paper (section 4.1), paper-a and paper-a-large (appendix A), small and small-1000 (small
+    data sets), or deit."""
     resume: bool = False
-    """Go on with the training in --out."""
+    """Resume the training in --out."""
     steps: int | None = None
     """Stop after so many optimizer steps in all; changes no schedule."""
     deterministic: bool = False
-    """On a GPU, too, compute the same bits each time, somewhat slower."""
+    """Compute the same bits each time on a GPU too, somewhat slower."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: bool = False
@@ -133,15 +134,15 @@ class Lowshot:
 
     common: Annotated[Common, tyro.conf.arg(name="")]
     shares: tuple[float, ...] = (0.01, 0.1)
-    """Shares of the labels."""
+    """Shares of the labels to draw, each evaluated on its own."""
     draws: int = 3
     """How often each share is drawn; the figures are means over the draws."""
     c: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
-    """Inverse strengths of the penalty; one is chosen within the drawn images."""
+    """Inverse strengths of the L2 penalty to try; one is chosen within the drawn images."""
     pool: Pool = "class"
-    """The class token, or the mean of the patch tokens."""
+    """Features to classify: the class token, or the mean of the patch tokens."""
     seed: int = 0
-    """Of the first draw; the others follow it."""
+    """Seed of the first draw; the others take the seeds after it."""
 
 
 Command = Knn | Linear | Probe | Lowshot | Finetune

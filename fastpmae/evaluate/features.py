@@ -153,11 +153,11 @@ def embed_command(
 
     Args:
         checkpoint: A checkpoint or a run folder.
-        beton: The images.
-        out: The file to write.
-        network: Whose encoder; "random" weights are drawn from the run's seed.
-        pool: The class token, or the mean of the patch tokens.
-        batch_size: Images at a time.
+        beton: The .beton file of the images.
+        out: The .npz file to write.
+        network: The network whose encoder is used; "random" draws its weights from the run's seed.
+        pool: Features to write: the class token, or the mean of the patch tokens.
+        batch_size: Images that the network computes at a time.
         device: Where to compute.
         workers: Loader threads; 0 takes all cores.
         crop_ratio: The shorter side is resized to the image size over this ratio, rounded down, and the centre cut out.

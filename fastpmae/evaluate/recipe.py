@@ -20,50 +20,50 @@ class FinetuneConfig(Typed):
     accumulate: int = 1
     """Parts that a step's images are computed in, one after the other."""
     opt: Literal["adamw", "lars", "sgd"] = "adamw"
-    """AdamW fine-tunes; LARS is MAE's for its linear probe."""
+    """Optimizer: adamw for fine-tuning, lars for MAE's linear probe, or sgd."""
     blr: float = 5e-4
     """Peak learning rate for 256 images; it grows in proportion with the batch size."""
     min_lr: float = 1e-6
-    """Learning rate that the cosine ends in."""
+    """Learning rate at the end of the cosine schedule."""
     warmup_epochs: float = 5.0
-    """Epochs of linear warm-up from 0."""
+    """Epochs of linear learning-rate warm-up from 0."""
     weight_decay: float = 0.05
-    """Not on biases, norms and tokens."""
+    """Weight decay of the optimizer; biases, norms and tokens are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's two averaging rates."""
+    """AdamW's coefficients for the running averages of the gradient and of its square."""
     layer_decay: float = 0.65
-    """Each block learns at this share of the rate of the block above it."""
+    """Factor by which the learning rate falls from each block to the block below it."""
     drop_path: float = 0.1
-    """Largest rate of stochastic depth, in the last block."""
+    """Rate of stochastic depth in the last block; it grows linearly from 0 in the first."""
     pool: Literal["class", "mean"] = "mean"
-    """What is classified: the class token, or the mean of the patch tokens."""
+    """What the classifier reads: the class token, or the mean of the patch tokens."""
     clip_grad: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Clip the gradient to this norm; 0 does not clip."""
     model_ema_decay: float = 0.0
-    """Decay of an average of the weights, which is then what is tested; 0 keeps none. Early on it is lower, so that a
-    short training's average holds little of the start."""
+    """Decay of an exponential moving average of the weights, which is then what is tested; 0 keeps none. Early on
+    the decay is lower, so that a short training's average holds little of the start."""
     smoothing: float = 0.1
-    """Label smoothing."""
+    """Label smoothing of the cross-entropy."""
     mixup: float = 0.8
-    """Mixup's alpha; 0 leaves it out."""
+    """Alpha of mixup; 0 leaves it out."""
     cutmix: float = 1.0
-    """CutMix's alpha; 0 leaves it out."""
+    """Alpha of CutMix; 0 leaves it out."""
     mixup_switch_prob: float = 0.5
-    """Where both are there, the share of the batches that get CutMix."""
+    """Share of the batches that get CutMix, where both mixup and CutMix are on."""
     aa: str = "rand-m9-mstd0.5-inc1"
-    """RandAugment as timm writes it; an empty word leaves it out."""
+    """RandAugment policy as timm writes it; an empty word leaves it out."""
     reprob: float = 0.25
-    """Share of the images that lose a rectangle (random erasing); 0 leaves it out."""
+    """Share of the images of which random erasing removes a rectangle; 0 leaves it out."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the random crop, smallest and largest share of the image."""
+    """Area of the random crop: smallest and largest share of the image."""
     color_jitter: float = 0.0
-    """Largest change of brightness, contrast and saturation of every image."""
+    """Strength of the random change of brightness, contrast and saturation."""
     eval_every: int = 1
     """Epochs between two tests on the validation set; the last epoch is always tested."""
     save_every: float = 10.0
     """Minutes between two checkpoints; 0 saves after every step. The last step and a signal always save."""
     seed: int = 0
-    """Decides crops, mixing, erasing, stochastic depth and the order."""
+    """Seed of crops, mixing, erasing, stochastic depth and the order of images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -183,10 +183,10 @@ def export_command(
     Args:
         checkpoint: A checkpoint or a run folder, or the folder of a fine-tuning, whose classifier goes along.
         out: A name that ends in .safetensors makes a file; any other a folder with settings and a model card.
-        network: Whose encoder.
-        format: For timm, for transformers (a folder), or the tensors as they are in the checkpoint.
+        network: The network whose encoder is written.
+        format: Layout of the export: for timm, for transformers (a folder), or plain, the checkpoint's own tensors.
         image_size: Interpolate the positions for images of this side; 0 keeps the run's own.
-        with_head: With plain, the projection head and the prototypes too.
+        with_head: Write the projection head and the prototypes too (with --format plain).
         force: Replace files that are there, but for CKPT itself and files of a run.
     """
     arguments = export_encoder(

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from fastpmae.config import Config
 from fastpmae.export.markdown import code, plain
 from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.run.folder import run_of
 from fastpmae.run.results import Result, results_in, step_in
+from fastpmae.templating import text_page
 
 if TYPE_CHECKING:
     from fastpmae.export.network import Export
@@ -56,48 +59,32 @@ def model_card(name: str, format: str, export: "Export") -> str:
     what = "a fine-tuned classifier" if classes else f"the encoder of the {export.network.replace('_', ' ')}"
     usual = (tuple(export.mean), tuple(export.std)) == (IMAGENET_MEAN, IMAGENET_STD)
     normal = "ImageNet's mean and std" if usual else f"mean {list(export.mean)} and std {list(export.std)}"
-    lines = [
-        *["---", *([f"library_name: {library}"] if library else []), f"pipeline_tag: {task}", "---"],
-        "",
-        f"# {plain(name)}",
-        "",
-        f"A vision transformer: {arguments['depth']} blocks, {arguments['embed_dim']} wide, {arguments['num_heads']} "
-        f"heads, patches of {arguments['patch_size']} pixels, images of {arguments['img_size']}; {what}, written by "
-        f"fastpmae from {code(export.source.name)}. Images are resized, cut at the centre and normalised with "
-        f"{normal}.",
-        "",
-        "```python",
+    pretraining = None if export.config is None else portable(export.config)
+    return text_page(
+        "fastpmae.export",
+        "model_card.md.j2",
+        plain,
+        library=library and Markup(library),
+        task=Markup(task),
+        name=name,
+        network=arguments,
+        what=what,
+        source=Markup(code(export.source.name)),
+        normalisation=Markup(normal),
         # Where the folder will lie nobody knows yet.
-        *loading_lines(name, format, arguments),
-        "```",
-    ]
-    if format == "timm":
-        lines += ["", f"It opens with timm {TIMM} or later."]
-    figures = [_row(result) for result in _results(export)]
-    if figures:
-        lines += ["", "## How good it was found to be", ""]
-        lines += [
-            "| evaluation | images | | top-1 | top-5 | tested |",
-            "| --- | --- | --- | --- | --- | --- |",
-            *figures,
-        ]
-    if classes:
-        lines += ["", "## Classes", "", ", ".join(map(plain, classes))]
-    if export.finetune is not None:
-        began = plain(_without_folders(export.backbone))
-        lines += [
-            "",
-            "## How it was trained",
-            "",
-            f"From {began}, by `fastpmae-eval finetune` with these settings:",
-            "",
-        ]
-        lines += ["```json", json.dumps(export.finetune, indent=1), "```"]
-    if export.config is not None:
-        lines += ["", "## How it was pretrained", ""]
-        lines += ["With Pseudo-MAE (Nandam et al., BMVC 2024) and these settings:", ""]
-        lines += ["```json", json.dumps(portable(export.config), indent=1), "```"]
-    return "\n".join(lines) + "\n"
+        loading=Markup("\n".join(loading_lines(name, format, arguments))),
+        timm=TIMM if format == "timm" else None,
+        results=[_row(result) for result in _results(export)],
+        classes=classes,
+        backbone=_without_folders(export.backbone),
+        finetune=_as_json(export.finetune),
+        pretraining=_as_json(pretraining),
+    )
+
+
+def _as_json(settings: dict[str, Any] | None) -> Markup | None:
+    """Settings for a block of code, whose fence no line of JSON can be: strings are on one line with their quotes."""
+    return None if settings is None else Markup(json.dumps(settings, indent=1))
 
 
 def _results(export: "Export") -> list[Result]:
@@ -111,9 +98,9 @@ def _results(export: "Export") -> list[Result]:
     return [result for result in found if (result.network, result.step) == (export.network, step_in(source.name))]
 
 
-def _row(result: Result) -> str:
+def _row(result: Result) -> list[str]:
     cells = [result.evaluation, result.images_of, result.detail, f"{result.top1:.2f} %", f"{result.top5:.2f} %"]
-    return f"| {' | '.join(map(plain, cells))} | {result.images:,} |"
+    return [*cells, f"{result.images:,}"]
 
 
 def _without_folders(source: str) -> str:

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import html
 import io
 import json
 import sys
@@ -23,6 +22,7 @@ from fastpmae.presets import PRESETS
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, find_checkpoint, read_progress, settings_in
 from fastpmae.run.log import read_rows
 from fastpmae.run.results import Result, results_in
+from fastpmae.templating import html_page
 from fastpmae_loaders import open_samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
@@ -51,20 +51,6 @@ CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("learning rate", {"lr": "lr"}),
 )  # fmt: skip
 """Title and curves of each plot; what a run has not logged is left out."""
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #212529; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.quiet { color: #868e96; }
-.figures { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
-.figures div { background: #f1f3f5; border-radius: 6px; padding: .6rem 1rem; min-width: 7rem; }
-.figures b { display: block; font-size: 1.25rem; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem 1.1rem .2rem 0; vertical-align: top; }
-tr + tr td { border-top: 1px solid #e9ecef; }
-td.number { font-variant-numeric: tabular-nums; text-align: right; }
-img { max-width: 100%; height: auto; } code { background: #f1f3f5; padding: 0 .25rem; }
-"""
 
 
 @checked
@@ -103,7 +89,7 @@ def write_report(
         rows = read_rows(run / "metrics.jsonl")
         progress.advance()
         pictures, remark = _pictures(run, config, beton, samples, progress)
-        page = "\n".join(_page(run, config, rows, pictures, remark))
+        page = _page(run, config, rows, pictures, remark)
         with atomic_write(target, force or own) as beside:
             beside.write_text(page, encoding="utf-8", errors="backslashreplace")
         progress.advance()
@@ -150,49 +136,26 @@ def _png(figure: Figure) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _page(
-    run: Path, config: Config, rows: list[dict[str, float]], pictures: dict[str, str], remark: str
-) -> Iterator[str]:
-    last = rows[-1] if rows else {}
-    name = html.escape(printable(run.name))
-    yield f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: fastpmae report</title>'
-    yield f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-    yield f"<h1>{name}</h1>"
-    yield f'<p class="quiet">{html.escape(_summary(run, config))}</p>'
-    if last:
-        yield '<div class="figures" id="figures">'
-        for words, value in _figures(config, rows):
-            yield f"<div><b>{html.escape(value)}</b>{html.escape(words)}</div>"
-        yield "</div>"
-    evaluations = results_in(run / "eval")
-    if evaluations:
-        yield '<h2>Evaluations</h2><table id="evaluations">'
-        heads = ("evaluation", "network", "step", "images", "", "top-1, %", "top-5, %", "tested", "date")
-        yield f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"
-        yield from (_evaluation(result) for result in evaluations)
-        yield "</table>"
-    yield "<h2>Curves</h2>"
-    if len(rows) > 1:
-        yield f'<img id="curves" alt="curves of the run" src="data:image/png;base64,{_png(_curves(rows))}">'
-    else:
-        yield '<p class="quiet">Fewer than two rows were logged.</p>'
-    for number, (title, data) in enumerate(pictures.items()):
-        yield f"<h2>{html.escape(title)}</h2>"
-        yield f'<img id="picture-{number}" alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-    if remark:
-        yield f'<p class="quiet" id="remark">{html.escape(remark)}</p>'
-    yield "<h2>Settings</h2>"
-    changed = _changed(config)
-    words = f"those that differ from the preset {config.run.preset}" if config.run.preset in PRESETS else "all of them"
-    yield f'<p class="quiet">{html.escape(words)}</p><table id="settings">'
-    yield from (_setting(key, value) for key, value in changed.items())
-    yield "</table><details><summary>all settings</summary><table>"
-    yield from (_setting(key, value) for key, value in config.flat().items())
-    yield "</table></details></body></html>\n"
+def _page(run: Path, config: Config, rows: list[dict[str, float]], pictures: dict[str, str], remark: str) -> str:
+    known = config.run.preset in PRESETS
+    return html_page(
+        "fastpmae.pictures",
+        "report.html.j2",
+        name=printable(run.name),
+        summary=_summary(run, config),
+        figures=list(_figures(config, rows)) if rows else [],
+        evaluations=[_evaluation(result) for result in results_in(run / "eval")],
+        curves=_png(_curves(rows)) if len(rows) > 1 else None,
+        pictures=pictures,
+        remark=remark,
+        which=f"those that differ from the preset {config.run.preset}" if known else "all of them",
+        changed=_as_json(_changed(config)),
+        settings=_as_json(config.flat()),
+    )
 
 
-def _setting(name: str, value: Any) -> str:
-    return f"<tr><td><code>{html.escape(name)}</code></td><td>{html.escape(json.dumps(value))}</td></tr>"
+def _as_json(settings: dict[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(value) for name, value in settings.items()}
 
 
 def _changed(config: Config) -> dict[str, Any]:
@@ -239,18 +202,16 @@ def _shown(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else ""
 
 
-def _evaluation(result: Result) -> str:
+def _evaluation(result: Result) -> dict[str, str]:
     """A row of the table, with what tells it from the others."""
-    words = [result.evaluation, result.network.replace("_", " ")]
-    numbers = [_shown(result.top1), _shown(result.top5), _shown(result.images)]
-    cells = [
-        *(f"<td>{html.escape(word)}</td>" for word in words),
-        f'<td class="number">{"" if result.step is None else _shown(result.step)}</td>',
-        *(f"<td>{html.escape(word)}</td>" for word in (result.images_of, result.detail)),
-        *(f'<td class="number">{number}</td>' for number in numbers),
-        f"<td>{html.escape(result.date.replace('T', ' ')[:16])}</td>",
-    ]
-    return f"<tr>{''.join(cells)}</tr>"
+    numbers = {"step": result.step, "top1": result.top1, "top5": result.top5, "images": result.images}
+    return {
+        "evaluation": result.evaluation,
+        "network": result.network.replace("_", " "),
+        "images_of": result.images_of,
+        "detail": result.detail,
+        "date": result.date.replace("T", " ")[:16],
+    } | {name: _shown(number) for name, number in numbers.items()}
 
 
 def _curves(rows: Sequence[dict[str, float]]) -> Figure:
@@ -289,9 +250,9 @@ def report_command(
 
     Args:
         run: The run's folder; it may still be going on.
-        out: The file to write (RUN/report.html).
-        beton: Images for the pictures, if not the run's own.
-        samples: How many of them, 1 to 64.
+        out: The .html file to write; by default RUN/report.html.
+        beton: Images for the pictures; by default the run's own.
+        samples: How many images the pictures show, 1 to 64.
         force: Replace OUT if it exists, but no other file of a run; RUN/report.html is renewed without it.
     """
     tell(f"wrote {write_report(run, out, beton, samples, Progress(live=True), force)}")

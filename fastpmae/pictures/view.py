@@ -264,21 +264,21 @@ def view_command(
     With --run, what that run has learnt of them instead; sizes, seed and engine are then the run's own.
 
     Args:
-        beton: The images.
+        beton: The .beton file of the images; with --run also a folder or tar shards.
         out: The picture to write: .png, .pdf or .svg.
         samples: How many samples, from the start of the epoch's order.
-        index: These samples of the file instead.
-        seed: The run's seed.
+        index: Numbers of the samples to draw, instead of the first ones.
+        seed: Seed of views, masks and order, as that of a run.
         epoch: The epoch whose views are drawn.
-        image_size: Side of the views, pixels.
-        patch_size: Side of a patch, pixels.
+        image_size: Side of the views in pixels.
+        patch_size: Side of a patch in pixels.
         mask_ratio: Share of the patches hidden from the student.
-        folds: Parts that the hidden patches are cut into.
+        folds: Number of folds that the masked patches are cut into for the teachers.
         complex_recipe: Blur and solarise of the complex view: DINO's first or second, or either by a coin.
-        engine: What decodes the images.
-        run: A run folder or checkpoint.
-        picture: With --run, "analysis" (the default): predictions, matches, attention, features; "prototypes": the
-            patches nearest to the most used ones.
+        engine: Loader engine that decodes the images.
+        run: Run folder or checkpoint: draw what it has learnt of the images.
+        picture: What to draw with --run: "analysis" (the default) is predictions, matches, attention and features;
+            "prototypes" the patches nearest to the most used prototypes.
         force: Replace OUT.png if it exists, but no file of a run and nothing that is read here.
     """
     if run is not None and picture != "views":

@@ -2,17 +2,17 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fastpmae.config import Config
 from fastpmae.distributed.ranks import Ranks
@@ -37,7 +37,7 @@ from fastpmae.pretraining.data import micro_batch_size
 from fastpmae.run.images import open_images
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
-from fastpmae_loaders.cli.terminal import stderr
+from fastpmae_loaders.cli.progress import Bar
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
 
@@ -65,9 +65,9 @@ class Plan(Command):
     gpu: str = "h100"
     """The GPU to plan for."""
     gpus: int = 1
-    """How many share a step's batch."""
+    """Number of GPUs that share a step's batch."""
     images: int | None = None
-    """Images of an epoch; by default those of --beton, or ImageNet-1k's 1,281,167."""
+    """Images in an epoch; by default those of --beton, or ImageNet-1k's 1,281,167."""
     efficiency_of_peak: float = 0.35
     """ASSUMPTION: share of the GPU's dense peak that a whole step reaches. Large products alone reach about 0.65; what
     is bound by memory halves that for widths of a ViT. Better: what a short run on your GPU reaches, images/s of its
@@ -85,7 +85,7 @@ class Plan(Command):
     plot: Path | None = None
     """Draw the scaling to this .png, .pdf or .svg."""
     force: bool = False
-    """Replace these two if they exist, but no file of a run and nothing that is read here."""
+    """Replace the files of --json and --plot if they exist, but no file of a run and nothing that is read here."""
 
 
 def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Report:
@@ -303,12 +303,9 @@ def plan(options: Plan) -> None:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """A bar in a terminal, nothing elsewhere: a plan takes seconds."""
-    console = Console(file=cast(IO[str], stderr()))
-    columns = (TextColumn("counting {task.description}"), BarColumn(), MofNCompleteColumn())
-    total = 3 + len(METHODS) + len(CHUNKED) + len(SHAPES)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda words: bar.update(task, advance=1, description=words)
+    counted, total = itertools.count(1), 3 + len(METHODS) + len(CHUNKED) + len(SHAPES)
+    with Bar(total, "counting") as bar:
+        yield lambda words: bar.update(next(counted), words=f"counting {words}")
 
 
 def main() -> int:

@@ -81,7 +81,7 @@ class OnlineKNN:
 
     def report(self, log: Log, step: int, epoch: int, student: Student, teachers: Teachers, stop: Stop) -> None:
         """Write the figures as a row of the run's; after a signal none, and soon."""
-        progress = _Within(lambda words: log.progress.update(log.task, figures=words))
+        progress = _Within(lambda words: log.bar.update(note=words))
         with contextlib.suppress(_Stopped):
             log.evaluation(step, epoch, lambda: self.figures(student, teachers, stop, progress))
 

@@ -5,7 +5,6 @@ Tensors are named by whose they are (`student.`, `reconstruction_teacher.`, `lab
 and bytes, and over that JSON, tells a damaged file from a sound one.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -177,10 +176,6 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str,
             save_file(tensors, beside, header)
     except (UserError, OSError) as error:
         raise RunError(f"{error}. Last checkpoint: {next(iter(others), 'none yet')}") from None
-    with contextlib.suppress(OSError):  # a folder cannot be flushed on every file system
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
     for old in [other for other in others if other != path][keep:]:
         old.unlink(missing_ok=True)
 

@@ -8,20 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fastpmae.config import Config
 from fastpmae.run.checkpoint import CheckpointError
 from fastpmae.run.device_metrics import Figures
 from fastpmae.run.trackers import TensorBoard, WandB
-from fastpmae_loaders.cli.terminal import say, stderr
+from fastpmae_loaders.cli.progress import Bar
+from fastpmae_loaders.cli.terminal import say
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.printable import printable_lines
@@ -141,19 +140,8 @@ class Log:
     def __init__(self, folder: Path, about: About | Config, first_step: int, last_step: int, *, is_main: bool = True):
         self.about = about_run(about) if isinstance(about, Config) else about
         self.folder, self.speaks = folder, is_main
-        self.console = Console(file=cast(IO[str], stderr()))
-        self.live = is_main and self.about.tell is None and self.console.is_terminal
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.live,
-        )
-        self.task = self.progress.add_task("training", total=last_step, completed=first_step, figures="")
+        shown = is_main and self.about.tell is None
+        self.bar = Bar(last_step, "training", done=first_step, stays=True, shown=shown)
         self.writers: list[Any] = []
         self.reported: set[int] = set()
         self._owed: Callable[[], None] | None = None
@@ -166,7 +154,7 @@ class Log:
             self.metrics = (folder / "metrics.jsonl").open("a")
 
     def __enter__(self) -> "Log":
-        self.progress.start()
+        self.bar.__enter__()
         return self
 
     def __exit__(
@@ -178,7 +166,7 @@ class Log:
             self._end()
 
     def _end(self) -> None:
-        self.progress.stop()
+        self.bar.stop()
         if self.speaks:
             self.metrics.close()
             for writer in self.writers:
@@ -196,12 +184,7 @@ class Log:
             (self.folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as file,
         ):
             file.write(sentence + "\n")
-        if self.about.tell is not None:
-            self.about.tell(sentence)
-        elif self.live:
-            self.console.print(sentence, highlight=False, markup=False)
-        else:
-            say(sentence)
+        (self.about.tell or self.bar.tell)(sentence)
 
     def start_clock(self, step: int) -> None:
         """Rates in the next row count from now and from this step."""
@@ -217,7 +200,7 @@ class Log:
                 self.say(sentence)
             else:  # each rank sees other images
                 say(sentence)
-        self.progress.update(self.task, completed=step, description=f"epoch {epoch + 1}/{self.about.epochs}")
+        self.bar.update(step, words=f"epoch {epoch + 1}/{self.about.epochs}")
 
     def row(self, row: dict[str, float], rest: Callable[[], dict[str, float]], waited: float, *, partial: bool) -> None:
         """A row of metrics, written wherever this run writes them when the next step is under way.
@@ -253,8 +236,8 @@ class Log:
             f"loss {row['loss']:.3f} (m {row['loss_m']:.3f} c {row['loss_c']:.3f} p {row['loss_p']:.3f})  "
             f"{row['images_per_second']:.0f} images/s"
         )
-        self.progress.update(self.task, figures=figures)
-        if not self.live:
+        self.bar.update(note=figures)
+        if not self.bar.live:
             used = f", {row['mfu']:.0%} of peak FLOPs" if "mfu" in row else ""
             waiting = f", waiting for data {row['data_wait']:.0%}"
             self.say(f"step {row['step']:.0f}  epoch {row['epoch']:.2f}  {figures}{used}{waiting}")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import ceil_div, constexpr, operation, tl, triton
-from fastpmae_kernels.cpu.rows import as_fp32, compiled, maximum, share_out
+from fastpmae_kernels.cpu.compiled import compiled
+from fastpmae_kernels.cpu.rows import as_fp32, maximum, share_out
 from fastpmae_kernels.cpu.tiles import COLUMNS, LANES, ROWS, tile
 
 Metric = Literal["cosine", "l2"]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import operation, written_on
-from fastpmae_kernels.cpu.rows import compiled, share_out
+from fastpmae_kernels.cpu.compiled import compiled
+from fastpmae_kernels.cpu.rows import share_out
 from fastpmae_kernels.patch_tokens import IMAGENET_MEAN, IMAGENET_STD, affine
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)

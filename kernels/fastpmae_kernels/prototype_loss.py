@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton
-from fastpmae_kernels.cpu.rows import added, as_fp32, compiled, exponential, maximum, row_blocks, share_out
+from fastpmae_kernels.cpu.compiled import compiled
+from fastpmae_kernels.cpu.rows import added, as_fp32, exponential, maximum, row_blocks, share_out
 from fastpmae_kernels.long_rows import LONGEST_ROW, long_cross_entropy
 
 

@@ -52,9 +52,20 @@ def atomic_write(path: Path, force: bool = True) -> Iterator[Path]:
             if not force and os.path.lexists(path):
                 raise UserError(f"{printable(str(path))} has appeared meanwhile; --force replaces it")
             (folder / path.name).replace(path)
+            _flush_names(path.parent)
         except OSError as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{printable(str(path))} cannot be written: {reason}") from None
+
+
+def _flush_names(folder: Path) -> None:
+    """See that a new name survives a loss of power too; a folder cannot be flushed on every file system."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def remove_partial(folder: Path, alone: bool = False) -> None:

@@ -147,7 +147,7 @@ def test_a_run_whose_decoder_had_no_class_token(tiny: Config, small_beton: Path,
     page = write_report(folder, tmp_path / "old.html").read_text()
     assert 'id="curves"' in page
     assert "newest checkpoint: step 2" in page
-    assert "<code>teachers</code></td><td>&quot;reconstruction&quot;" in page
+    assert "<code>teachers</code></td><td>&#34;reconstruction&#34;" in page
     assert 'id="picture-' not in page
     (remark,) = re.findall(r'id="remark">(.*?)</p>', page)
     assert remark.startswith(f"There are no pictures of what was learnt: {checkpoint} asks for a decoder without the")

@@ -108,7 +108,7 @@ def test_what_takes_long_counts_its_images(run: Path, small_beton: Path, tiny: C
     # during a run the same counts stand in the run's own bar
     shown: list[str] = []
     monkeypatch.setattr(
-        rich.progress.Progress, "update", lambda bar, task, **more: shown.append(str(more.get("figures", "")))
+        rich.progress.Progress, "update", lambda bar, task, **more: shown.append(str(more.get("note", "")))
     )
     pretrain(tiny.using(eval_every=1, steps=5, out=run.parent / "watched"))
     assert [words for words in shown if words.startswith("k-NN")] == ["k-NN: 44 of 44 images"] * 4

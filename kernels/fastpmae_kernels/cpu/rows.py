@@ -10,44 +10,14 @@ import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy import float32, int32
 from torch import Tensor
 
-from fastpmae_kernels.builtin_names import pythons_own
-
-# the package comes to numba by way of this module first
-with pythons_own():
-    from numba import njit
-    from numba.core.caching import IndexDataCacheFile
-
-
-def compiled(*freedoms: str, error_model: Literal["python", "numpy"] = "python") -> Callable[[Callable], Any]:
-    """numba's compiler without Python's lock, allowed these freedoms of arithmetic, its machine code kept on disk.
-
-    `error_model="numpy"` lets a division by 0 pass, as vector instructions do.
-
-    The kept code is used while neither its own file nor those here whose functions become part of it have changed.
-    Where no folder may be written to, each process compiles anew.
-    """
-
-    def compile_it(function: Callable) -> Any:
-        result: Any = njit(nogil=True, fastmath=set(freedoms), error_model=error_model)(function)
-        try:
-            result.enable_caching()
-        except RuntimeError:
-            return result
-        kept = getattr(result._cache, "_cache_file", None)
-        if isinstance(kept, IndexDataCacheFile):
-            parts = [Path(__file__).with_name(name).stat() for name in ("rows.py", "tiles.py")]
-            kept._source_stamp = (kept._source_stamp, *((part.st_mtime, part.st_size) for part in parts))
-        return result
-
-    return compile_it
-
+from fastpmae_kernels.cpu.compiled import compiled
 
 BLOCK = 64
 """Rows a thread takes at a time, at least."""

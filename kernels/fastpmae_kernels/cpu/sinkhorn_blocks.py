@@ -3,7 +3,8 @@
 import numpy as np
 from numpy import float32
 
-from fastpmae_kernels.cpu.rows import added, compiled, exponential, maximum
+from fastpmae_kernels.cpu.compiled import compiled
+from fastpmae_kernels.cpu.rows import added, exponential, maximum
 
 WIDTH = 512
 """Columns of a block that are read for their maxima and, from the processor's cache, once more for their sums."""

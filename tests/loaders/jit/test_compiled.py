@@ -11,7 +11,8 @@ from tests.made import REPOSITORY
 
 
 @pytest.mark.slow
-def test_processes_that_compile_different_overloads_keep_them_apart(tmp_path: Path):
+@pytest.mark.parametrize("package", ["loaders", "kernels"])
+def test_processes_that_compile_different_overloads_keep_them_apart(package: str, tmp_path: Path):
     """Without a lock both give their code the same number, and a later process loads the wrong one."""
     script = REPOSITORY / "tests/programs/compile_race.py"
     paths = os.pathsep.join(str(REPOSITORY / part) for part in ("", "kernels", "loaders"))
@@ -19,7 +20,9 @@ def test_processes_that_compile_different_overloads_keep_them_apart(tmp_path: Pa
     kinds = ["f8", "f4", "i8", "i4", "u1"]
     for _ in range(2):
         running = [
-            subprocess.Popen([sys.executable, script, kind], env=environment, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, script, package, kind], env=environment, stderr=subprocess.PIPE, text=True
+            )
             for kind in kinds
         ]
         for process in running:
