@@ -4,12 +4,15 @@ Each leaf is a flag of `fastpmae-train` with the same name (`batch_size` is `--b
 the whole tree. The docstring under a field is its help text.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import Typed, local_path
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -144,8 +147,10 @@ class Optimizer(Typed):
     sinkhorn_over: Literal["micro-batch", "step"] = "micro-batch"
     """Pseudo labels are balanced within a part, or over all parts of a step: then any --accumulate gives the same
     numbers, and the teachers' logits of all parts are held at once."""
-    blr: float = 2.666e-4
-    """Peak learning rate for 256 images; it grows in proportion with the batch size."""
+    blr: float | None = 2.666e-4
+    """Base learning rate: the peak for a batch of 256 images, which grows in proportion with the batch size."""
+    lr: float | None = None
+    """Peak learning rate itself, whatever the batch size; given instead of --blr."""
     warmup_epochs: float | None = None
     """Epochs of linear warm-up; by default 20 % of all."""
     weight_decay: float = 0.05
@@ -156,6 +161,15 @@ class Optimizer(Typed):
     """AdamW's two averaging rates."""
     clip_grad: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_rate(self.blr, self.lr)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate that the warm-up ends in."""
+        return peak_rate(self.blr, self.lr, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -256,12 +270,13 @@ class Config(Typed):
     def using(self, **settings: Any) -> "Config":
         """A copy with these settings changed, named as the flags are: `config.using(epochs=100, seed=1)`.
 
-        A value becomes what its setting is where nothing is lost (1.0 the whole number 1, a text a path).
+        A value becomes what its setting is where nothing is lost (1.0 the whole number 1, a text a path). `lr` takes
+        the place of `blr`, and `blr` of `lr`.
 
         Raises:
-            UserError: for a name that is no setting, and a value that is not of its kind.
+            UserError: for a name that is no setting, a value that is not of its kind, and `blr` and `lr` together.
         """
-        groups = settings_by_name()
+        groups, settings = settings_by_name(), with_one_rate(settings)
         changes: dict[str, dict[str, Any]] = {}
         for name, value in settings.items():
             if name not in groups:
@@ -279,6 +294,76 @@ class Config(Typed):
     def flat(self) -> dict[str, Any]:
         """Every setting by its name, as plain JSON values."""
         return {name: value for group in self.groups().values() for name, value in group.items()}
+
+
+def peak_rate(blr: float | None, lr: float | None, batch_size: int) -> float:
+    """The peak learning rate: `lr` where it is set, else the base rate for so many images a step."""
+    if lr is not None:
+        return lr
+    assert blr is not None
+    return blr * batch_size / 256
+
+
+def check_one_rate(blr: float | None, lr: float | None) -> None:
+    """Raise UserError unless exactly one of a base rate and a peak rate is set."""
+    if blr is not None and lr is not None:
+        raise UserError(
+            f"--blr {blr} and --lr {lr} are both set: --blr is the learning rate for 256 images, --lr the peak rate "
+            "whatever the batch size; leave one out"
+        )
+    if blr is None and lr is None:
+        raise UserError("no learning rate is set: name one with --blr (for 256 images) or --lr (the peak rate itself)")
+
+
+def with_one_rate(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that change others, with `blr` taken back where they set `lr` alone, and the reverse."""
+    for name, other in (("lr", "blr"), ("blr", "lr")):
+        if settings.get(name) is not None and other not in settings:
+            return settings | {other: None}
+    return settings
+
+
+def rate_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is different about the learning rate of two records of settings, a phrase or none.
+
+    Nothing is where the peak is the same, whichever setting says so, or the batch size alone makes it another.
+
+    Args:
+        before: may be a stranger's.
+    """
+    names = [name for name in ("blr", "lr") if now[name] is not None]
+    same = all(before.get(name) == now[name] for name in ("blr", "lr"))
+    peak_before, peak = _peak_in(before), _peak_in(now)
+    if same or peak_before == peak:
+        return []
+    for name in names:
+        if before.get(name) is not None:
+            return [f"--{name} was {printable(str(before[name]))} and is now {now[name]}"]
+    return [f"the peak learning rate was {peak_before} and is now {peak}"]
+
+
+def _peak_in(record: dict[str, Any]) -> float | None:
+    """The peak learning rate of a record of settings; None where it tells none."""
+    blr, lr, batch_size = (record.get(name) for name in ("blr", "lr", "batch_size"))
+    if isinstance(lr, int | float):
+        return lr
+    if isinstance(blr, int | float) and isinstance(batch_size, int):
+        return peak_rate(blr, None, batch_size)
+    return None
+
+
+def rate_on(words: Sequence[str]) -> dict[str, float]:
+    """The learning rates on a command line, `--blr` or `--lr`, as settings; what is no number is left out.
+
+    A parser sets one field after the other: what it starts from must have given up the other rate already.
+    """
+    found = {}
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        flag, equals, value = word.partition("=")
+        if flag in ("--blr", "--lr"):
+            with contextlib.suppress(ValueError):
+                found[flag[2:]] = float(value if equals else following)
+    return found
 
 
 def settings_by_name() -> dict[str, str]:

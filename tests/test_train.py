@@ -726,7 +726,7 @@ def as_written_before(folder: Path, step: int, **model: bool) -> Path:
     path = checkpoint_path(folder, step)
     found = read_checkpoint(path)
     config = found.progress["config"]
-    config["model"] |= model
+    config["network"] |= model
     del config["optimizer"]["decay_tokens"]
     write_checkpoint(path, found.tensors, found.progress, keep=0)
     return path
@@ -743,7 +743,7 @@ def test_a_run_whose_decoder_had_no_class_token_ends_in_a_sentence(tiny: Config,
             patch.setattr(sys, "argv", ["fastpmae-train", *flags, "--out", str(folder), "--steps", "3"])
             assert loop.main() == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert f"{path} asks for a decoder without the class token (model.decoder_class_token)" in line
+        assert f"{path} asks for a decoder without the class token (network.decoder_class_token)" in line
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     encoder, config = load_encoder(folder)
     assert config.teacher.teachers == "reconstruction"

@@ -294,7 +294,7 @@ def run_course(command: Probe | Finetune) -> None:
     )
     # As it was carried out: of few images a probe takes fewer in a step.
     config = command.config.fitted(len(evaluation.train.labels)) if setting.frozen else command.config
-    evaluation.finish(name, scores, {"finetune": dataclasses.asdict(config)})
+    evaluation.finish(name, scores, {"finetune": dataclasses.asdict(config), "peak_lr": config.peak_lr})
 
 
 def run_command(command: Command) -> None:

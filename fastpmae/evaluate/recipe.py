@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from fastpmae.config import check_one_rate, peak_rate, rate_changes, with_one_rate
 from fastpmae_loaders import View
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import Typed
@@ -21,8 +22,10 @@ class FinetuneConfig(Typed):
     """Parts that a step's images are computed in, one after the other."""
     opt: Literal["adamw", "lars", "sgd"] = "adamw"
     """AdamW fine-tunes; LARS is MAE's for its linear probe."""
-    blr: float = 5e-4
-    """Peak learning rate for 256 images; it grows in proportion with the batch size."""
+    blr: float | None = 5e-4
+    """Base learning rate: the peak for a batch of 256 images, which grows in proportion with the batch size."""
+    lr: float | None = None
+    """Peak learning rate itself, whatever the batch size; given instead of --blr."""
     min_lr: float = 1e-6
     """Learning rate that the cosine ends in."""
     warmup_epochs: float = 5.0
@@ -70,7 +73,8 @@ class FinetuneConfig(Typed):
         for name in ("epochs", "batch_size", "accumulate", "eval_every"):
             _require(getattr(self, name) >= 1, name, self, "at least 1")
         _require(self.batch_size % self.accumulate == 0, "accumulate", self, f"a divisor of {self.batch_size}")
-        for name in ("blr", "layer_decay"):
+        check_one_rate(self.blr, self.lr)
+        for name in ("lr" if self.blr is None else "blr", "layer_decay"):
             _require(getattr(self, name) > 0, name, self, "above 0")
         _require(self.layer_decay <= 1, "layer_decay", self, "at most 1")
         for name in ("min_lr", "weight_decay", "clip_grad", "mixup", "cutmix", "save_every"):
@@ -98,10 +102,18 @@ class FinetuneConfig(Typed):
     @property
     def peak_lr(self) -> float:
         """The learning rate that the warm-up ends in."""
-        return self.blr * self.batch_size / 256
+        return peak_rate(self.blr, self.lr, self.batch_size)
+
+    def using(self, **settings: Any) -> "FinetuneConfig":
+        """A copy with these settings changed; `lr` takes the place of `blr`, and `blr` of `lr`.
+
+        Raises:
+            UserError: for values that do not fit, and `blr` and `lr` together.
+        """
+        return replace(self, **with_one_rate(settings))
 
     def fitted(self, images: int) -> "FinetuneConfig":
-        """The same with no more images in a step than there are; the peak rate falls with them."""
+        """The same with no more images in a step than there are; the peak rate falls with them where `blr` sets it."""
         unit = self.accumulate * (2 if self.mixes else 1)
         most = images // unit * unit
         return replace(self, batch_size=most) if 0 < most < self.batch_size else self
@@ -118,10 +130,10 @@ class FinetuneConfig(Typed):
     def differences(self, record: dict[str, Any]) -> list[str]:
         """What the record of another says otherwise, a phrase each, without the settings that change no number."""
         own = dataclasses.asdict(self)
-        changed = []
+        changed = rate_changes(record, own)
         for name, now in own.items():
-            before = record.get(name)
-            if name not in ("eval_every", "save_every") and before != (list(now) if isinstance(now, tuple) else now):
+            before, compared = record.get(name), name not in ("eval_every", "save_every", "blr", "lr")
+            if compared and before != (list(now) if isinstance(now, tuple) else now):
                 changed.append(f"--{name.replace('_', '-')} was {before} and is now {now}")
         return changed
 

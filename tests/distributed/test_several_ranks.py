@@ -225,7 +225,7 @@ def test_labels_balanced_over_the_step_make_parts_the_whole_batch(tiny: Config, 
     whole = rows_of(pretrain(tiny.using(steps=3, warmup_epochs=0.0)))
     parts, apart = (
         rows_of(pretrain(tiny.using(steps=3, warmup_epochs=0.0, accumulate=4, sinkhorn_over=over, out=tmp_path / over)))
-        for over in ("step", "part")
+        for over in ("step", "micro-batch")
     )
     for one, other in zip(whole, parts, strict=True):
         for figure in (*LOSSES, "grad_norm"):

@@ -141,7 +141,7 @@ def test_a_run_whose_decoder_had_no_class_token(tiny: Config, small_beton: Path,
     found = read_checkpoint(checkpoint)
     settings = json.loads((folder / "config.json").read_text())
     for groups in (found.progress["config"], settings):
-        groups["model"]["decoder_class_token"] = False
+        groups["network"]["decoder_class_token"] = False
     write_checkpoint(checkpoint, found.tensors, found.progress, keep=0)
     (folder / "config.json").write_text(json.dumps(settings))
     page = write_report(folder, tmp_path / "old.html").read_text()

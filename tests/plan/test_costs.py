@@ -121,7 +121,7 @@ def test_labels_balanced_over_the_step_hold_the_targets_of_all_parts():
     config = tiny_config(prototypes=512)
     part, step, whole = (
         step_costs(config.using(accumulate=parts, sinkhorn_over=over), 64)
-        for parts, over in ((4, "part"), (4, "step"), (1, "step"))
+        for parts, over in ((4, "micro-batch"), (4, "step"), (1, "step"))
     )
     assert part.peak < step.peak < whole.peak
     # class and patch logits of three parts in fp32 or fp16, and the tokens
