@@ -8,7 +8,7 @@ venv := .venv/bin
 # torch's waiting threads sleep and do not spin: on a machine that does something else as well, that is twice as fast
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup train test certify
+.PHONY: setup train test certify docs
 
 setup:
 	@scripts/setup
@@ -26,3 +26,7 @@ test: setup
 # Builds every GPU kernel ahead of time, checks the machine code and renews the tables of kernels/README.md.
 certify: setup
 	PYTHONPATH=kernels $(venv)/python -m fastpmae_kernels.certify
+
+# Builds the documentation into site/, with warnings as errors; index.html opens from the disk.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(venv)/python -m mkdocs build --strict $(ARGS)

@@ -6,11 +6,11 @@ the whole tree. The docstring under a field is its help text.
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from fastpmae_loaders.cli.words import last_value
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import Typed, local_path
@@ -352,17 +352,18 @@ def _peak_in(record: dict[str, Any]) -> float | None:
     return None
 
 
-def rate_on(words: Sequence[str]) -> dict[str, float]:
-    """The learning rates on a command line, `--blr` or `--lr`, as settings; what is no number is left out.
+def rate_on(words: list[str]) -> dict[str, float]:
+    """The learning rates on a command line, `--blr` or `--lr`, as settings; what is no number is left to the parser.
 
-    A parser sets one field after the other: what it starts from must have given up the other rate already.
+    A parser sets one field after the other: the settings that it starts from must have given up the other rate already.
+
+    Args:
+        words: as `with_values` gives them.
     """
     found = {}
-    for word, following in zip(words, [*words[1:], ""], strict=False):
-        flag, equals, value = word.partition("=")
-        if flag in ("--blr", "--lr"):
-            with contextlib.suppress(ValueError):
-                found[flag[2:]] = float(value if equals else following)
+    for name in ("blr", "lr"):
+        with contextlib.suppress(ValueError):
+            found[name] = float(last_value(words, f"--{name}") or "none")
     return found
 
 

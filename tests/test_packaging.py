@@ -9,19 +9,17 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import tomllib
 import venv
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.made import write_tree
+from tests.made import COMMANDS_AT, HOMES, PROJECTS, REPOSITORY, write_tree
 
-ROOT = Path(__file__).resolve().parents[1]
-HOMES = {"fastpmae": ROOT, "fastpmae_kernels": ROOT / "kernels", "fastpmae_loaders": ROOT / "loaders"}
-"""The folder of each distribution, by the package that it holds."""
+ROOT = REPOSITORY
 # distributions whose import has another name
 IMPORTED_AS = {
     "pillow": "PIL",
@@ -29,8 +27,6 @@ IMPORTED_AS = {
     "scikit-learn": "sklearn",
     "nvidia-dali-cuda130": "nvidia",
 }
-PROJECTS = {package: tomllib.loads((home / "pyproject.toml").read_text())["project"] for package, home in HOMES.items()}
-COMMANDS_AT = {name: place for project in PROJECTS.values() for name, place in project.get("scripts", {}).items()}
 VERSION = importlib.import_module("fastpmae").__version__
 
 
@@ -155,6 +151,7 @@ def test_one_version_and_one_licence():
     for package, home in HOMES.items():
         assert (home / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
         assert PROJECTS[package]["dynamic"] == ["version"]
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
     series = VERSION.rpartition(".")[0]
     needed = [line for line in PROJECTS["fastpmae"]["dependencies"] if line.startswith("fastpmae-")]
     assert sorted(needed) == [f"fastpmae-kernels=={series}.*", f"fastpmae-loaders[ffcv]=={series}.*"]
@@ -186,7 +183,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 # Triton comes with torch, llvmlite with numba; wandb is used where it happens to be installed
 COMES_ALONG = {"triton", "llvmlite", "wandb"}
-EXTRAS = ("ffcv", "hf", "heif", "xformers", "dali-cuda130", "demo")
+EXTRAS = ("ffcv", "hf", "heif", "xformers", "dali-cuda130", "demo", "certify")
 
 
 @pytest.mark.parametrize("package", HOMES)
@@ -224,11 +221,41 @@ def test_ci_runs_make_test():
     assert lines[-1] == "exec make test"
 
 
+def test_workflows_and_templates_are_sound():
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        flow = yaml.safe_load(path.read_text())
+        assert flow["permissions"] == {"contents": "read"}, path
+        for job in flow["jobs"].values():
+            assert job["timeout-minutes"] <= 120
+            assert all(("run" in step) != ("uses" in step) for step in job["steps"])
+    for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("[bi]*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= set(form)
+        assert len({part["id"] for part in form["body"]}) == len(form["body"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert all(
+        (ROOT / word).exists() for hook in hooks for word in hook["entry"].split() if word.startswith("scripts/")
+    )
+
+
+def test_every_make_target_that_is_named_is_there():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    pages = [ROOT / "CONTRIBUTING.md", ROOT / "README.md", *(ROOT / ".github").rglob("*.*")]
+    for page in pages:
+        text = page.read_text()
+        named = re.findall(r"(?:^|`|run: )make ([a-z]+)", text, flags=re.MULTILINE)
+        assert set(named) <= targets, page
+
+
 FLAG = r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*"
 README = (ROOT / "README.md").read_text()
 COMMANDS = (ROOT / "docs/commands.md").read_text()
 MAP = (ROOT / "docs/map.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name / "README.md" for name in ("kernels", "loaders", "benchmarks")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 SUBCOMMANDS = """
@@ -289,7 +316,7 @@ def test_the_map_names_every_file():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True)
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
-    rows = re.findall(r"^\| (`.+?`) \|", MAP, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (`.+?`) \|", MAP.partition("## Every file")[2], flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     folders = tuple(name for name in named if name.endswith("/"))
     there = {name for name in tracked.stdout.split() if (ROOT / name).exists()}
@@ -299,7 +326,19 @@ def test_the_map_names_every_file():
     assert all((ROOT / folder).is_dir() for folder in folders)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_map_says_what_to_open_and_which_tests_to_run():
+    tables = MAP.partition("## To change something")[2].partition("## Every file")[0]
+    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| .+", tables, flags=re.MULTILINE)]
+    rows = [row for row in rows if row[0] not in ("to change", "---")]
+    assert len(rows) > 40
+    for _, opened, run in rows:
+        assert all((ROOT / path).exists() for path in re.findall(r"\[`([^`]+)`\]", opened)), opened
+        tests = re.findall(r"`(tests/[^`]+)`", run)
+        assert tests
+        assert all((ROOT / path).exists() for path in tests), run
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
@@ -307,4 +346,4 @@ def test_links_lead_somewhere(page):
 
 def test_readme_is_one_page():
     """What a reader needs first; tables of flags and files are in docs/."""
-    assert len(README.splitlines()) < 260
+    assert len(README.splitlines()) <= 120

@@ -169,3 +169,20 @@ def test_modules_are_short_and_the_ground_floor_is_small():
     assert {name: length for name, length in lengths.items() if length > 400} == {}
     beside = [name for name in (ROOT / "fastpmae").glob("*.py") if name.name != "__init__.py"]
     assert len(beside) <= 8
+
+
+LOOPS = {"fastpmae.train": "pretrain"}
+
+
+def depth_of(node: ast.AST) -> int:
+    """How many statements with a body of their own stand within each other."""
+    within = max((depth_of(child) for child in ast.iter_child_nodes(node)), default=0)
+    return within + isinstance(node, ast.With | ast.For | ast.While | ast.If | ast.Try | ast.FunctionDef)
+
+
+@pytest.mark.parametrize("module", LOOPS)
+def test_a_training_loop_fits_one_screen(module):
+    loop = next(node for node in TREES[module].body if isinstance(node, ast.FunctionDef) and node.name == LOOPS[module])
+    assert loop.end_lineno is not None
+    assert loop.end_lineno - loop.lineno < 80
+    assert depth_of(loop) - 1 <= 4

@@ -19,6 +19,7 @@ from fastpmae import PRESETS, Config, RunError, UserError, preset, pretrain, wri
 from fastpmae import train as loop
 from fastpmae.evaluate.features import load_encoder
 from fastpmae.run import checkpoint_writer as saving
+from fastpmae.run import malloc
 from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of, write_checkpoint
 from fastpmae.run.log import TIMINGS
 from fastpmae_loaders.errors import Interrupted
@@ -118,6 +119,21 @@ def test_same_settings_give_the_same_run(tiny: Config, tmp_path: Path):
     one = pretrain(tiny.using(steps=6))
     other = pretrain(tiny.using(steps=6, out=tmp_path / "other", workers=3))
     assert_same_run(one, other, 6)
+
+
+@pytest.mark.parametrize("as_a_command", [False, True])
+def test_the_command_alone_changes_its_process_for_good(
+    as_a_command: bool, tiny: Config, monkeypatch: pytest.MonkeyPatch
+):
+    tuned: list[str] = []
+    monkeypatch.setattr(malloc, "tune_allocator", lambda: tuned.append("mallopt"))
+    monkeypatch.setattr(loop, "tune_allocator", lambda: tuned.append("mallopt"))
+    if as_a_command:
+        monkeypatch.setattr(sys, "argv", ["fastpmae-train", *flags_of(tiny.using(steps=1))])
+        assert loop.main() == 0
+    else:
+        pretrain(tiny.using(steps=1))
+    assert tuned == ["mallopt"] * as_a_command
 
 
 def test_another_seed_gives_another_run(tiny: Config, tmp_path: Path):
@@ -496,7 +512,7 @@ def test_disks_that_are_slow_full_or_gone(tiny: Config, tmp_path: Path):
 def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """And each holds the step that it names: the same as of a run that waits for each."""
     tiny = tiny.using(save_steps=4, keep=99, steps=11)
-    steps, seen, write, step, save = [0], [], saving.write_checkpoint, loop.Log.step, loop.Saver.save
+    steps, seen, write, step, save = [0], [], saving.write_checkpoint, loop.Log.step, saving.Saver.save
 
     def counted(log: Any, number: int, *others: Any) -> None:
         steps[0] = number
@@ -520,7 +536,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path,
         save(saver, *arguments)
         saver.wait()
 
-    monkeypatch.setattr(loop.Saver, "save", waits)
+    monkeypatch.setattr(saving.Saver, "save", waits)
     plain = pretrain(tiny.using(out=tmp_path / "plain"))
     for number in (4, 8, 11):
         one, other = (read_checkpoint(checkpoint_path(folder, number)) for folder in (beside, plain))
@@ -530,13 +546,13 @@ def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path,
 
 
 def test_epoch_ends_save_when_it_is_time(tiny: Config, monkeypatch: pytest.MonkeyPatch):
-    saved, save = [], loop.Saver.save
+    saved, save = [], saving.Saver.save
 
     def noted(saver: Any, path: Path, *others: Any) -> None:
         saved.append(step_of(path))
         save(saver, path, *others)
 
-    monkeypatch.setattr(loop.Saver, "save", noted)
+    monkeypatch.setattr(saving.Saver, "save", noted)
     folder = pretrain(tiny.using(steps=11))
     assert saved == [11]
     saved.clear()
@@ -631,6 +647,7 @@ def test_torchrun_passes_a_preemption_on_and_the_run_goes_on_alone(tiny: Config,
 
 
 @pytest.mark.slow
+@pytest.mark.untyped  # torch.compile traces the step whole
 def test_compiled_passes_compute_the_same(tiny: Config, tmp_path: Path):
     """With torch's code generator, which takes minutes; tests/pretraining/test_compile.py looks at the graphs."""
     tiny = tiny.using(depth=1, decoder_depth=1, folds=4)

@@ -24,6 +24,7 @@ from fastpmae.model.vit import Encoder
 from fastpmae.presets import PRESETS
 from fastpmae.run.folder import folder_of
 from fastpmae.run.log import read_rows
+from fastpmae.run.malloc import tune_allocator
 from fastpmae.train import pretrain
 from fastpmae_loaders import Beton, PlainViews
 from fastpmae_loaders.cli.exits import exit_with_sentence
@@ -83,6 +84,8 @@ def demo(
     train, validation = write_demo_betons(folder)
     config = settings.using(beton=train)
     run = folder_of(config)
+    if choose_device(config.efficiency.device).type == "cpu":
+        tune_allocator()
     with _TimeLimit(minutes) as limit:
         try:
             pretrain(config.using(out=run))

@@ -1,6 +1,5 @@
 """The command line of `fastpmae-eval`: five kinds of evaluation, and what each can be told."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.linear import RATES
 from fastpmae.evaluate.recipe import PROBE, FinetuneConfig, finetune_preset
 from fastpmae.renamed import FINETUNE_SETTINGS, refuse_old_flags
+from fastpmae_loaders.cli.words import last_value, with_values
 
 NEIGHBOURS = (10, 20)
 """How many neighbours vote where nobody says."""
@@ -151,12 +151,11 @@ def read_command(arguments: Sequence[str]) -> Command:
     Raises:
         UserError: for a preset that does not exist, settings that do not fit together, or a flag of an earlier version.
     """
-    refuse_old_flags(arguments, FINETUNE_SETTINGS)
-    rate = rate_on(arguments)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="paper")
-    config = finetune_preset(parser.parse_known_args(list(arguments))[0].preset)
-    config, probe = config.using(**rate), PROBE.using(**rate)
+    words = with_values(arguments)
+    refuse_old_flags(words, FINETUNE_SETTINGS)
+    rate = rate_on(words)
+    config = finetune_preset(last_value(words, "--preset") or "paper").using(**rate)
+    probe = PROBE.using(**rate)
     unknown = Common(weights=tyro.MISSING, train=tyro.MISSING)
     defaults: dict[str, Command] = {
         "knn": Knn(unknown),

@@ -27,6 +27,7 @@ from fastpmae.evaluate.metrics import Scores, files_of, rank, write_scores
 from fastpmae.run.checkpoint import step_of
 from fastpmae.run.folder import run_of
 from fastpmae.run.images import source_notes
+from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
@@ -272,6 +273,8 @@ def run_course(command: Probe | Finetune) -> None:
     """`fastpmae-eval probe` and `finetune`."""
     common = command.common
     evaluation = Evaluation(common)
+    if evaluation.device.type == "cpu":
+        tune_allocator()
     name = "probe" if isinstance(command, Probe) else "finetune"
     val = needed(evaluation.val, evaluation.train)
     folder = common.out or evaluation.folder / "-".join(filter(None, [name, evaluation.backbone.network]))

@@ -11,8 +11,9 @@ from torch import nn
 
 from fastpmae.config import CUDA_GRAPHS, Config, Network
 from fastpmae.model.fp8 import check_fp8_sizes
+from fastpmae.model.head import Head
 from fastpmae.model.initialization import initialise
-from fastpmae.model.vit import Decoder, Encoder, Head, Student
+from fastpmae.model.vit import Decoder, Encoder, Student
 from fastpmae_loaders import View, ViewSettings
 from fastpmae_loaders.errors import UserError
 

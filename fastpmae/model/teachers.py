@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastpmae.config import TeacherSettings
 from fastpmae.distributed.dtensor import to_local
+from fastpmae.model.head import Head
 from fastpmae.model.initialization import initialise, initialise_as_timm
-from fastpmae.model.vit import Encoder, Head, Student
+from fastpmae.model.vit import Encoder, Student
 
 Cadence = Literal["step", "epoch"]
 

@@ -1,12 +1,11 @@
-"""The networks: a ViT encoder with timm's parameter names, the decoder, the projection head, the student.
+"""The networks: a ViT encoder with timm's parameter names, the decoder, the student.
 
 Nothing here knows of teachers, losses or the loop. Tokens are named by their place: `ids` are patch numbers, row by
 row, and a network only ever sees the patches it is given.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastpmae.distributed.dtensor import is_sharded
 from fastpmae.model.attention import SequenceLengths
+from fastpmae.model.head import Head, PrototypeLogits
 from fastpmae.model.patches import sincos_positions
-from fastpmae.model.recompute import add_mlp, attend, gelu_linear, norm_linear
+from fastpmae.model.recompute import add_mlp, attend, norm_linear
 from fastpmae_kernels import patch_tokens
 
 
@@ -272,76 +271,6 @@ class Decoder(nn.Module):
         return predicted[:, 0], patches.contiguous() if torch.compiler.is_compiling() else patches
 
 
-class Factors(NamedTuple):
-    """Logits `features @ prototypes.T` that are multiplied out `chunk` rows at a time and never all at once, or, with a
-    `chunk` of 0, where their loss is computed."""
-
-    features: Float[Tensor, "rows bottleneck"]
-    prototypes: Float[Tensor, "prototypes bottleneck"]
-    chunk: int
-
-    def split(self, rows: int) -> Iterator[Float[Tensor, "rows prototypes"]]:
-        """The logits, so many rows at a time, as a matrix's `split` gives them."""
-        for features in self.features.split(rows):
-            yield features @ self.prototypes.T
-
-
-class Unseen(NamedTuple):
-    """Tokens that `head` sees `chunk` rows at a time while their loss is computed, and then forgets."""
-
-    head: "Head"
-    tokens: Float[Tensor, "rows dim"]
-    chunk: int
-
-
-class Head(nn.Module):
-    """Tokens to prototype logits: an MLP, a unit vector, and its cosine with each prototype (MC-SSL, DINO).
-
-    The prototypes are the rows of two weight-normed layers without bias whose gain is frozen at 1, one layer for
-    class tokens and one for patch tokens.
-    """
-
-    def __init__(self, dim: int, hidden: int, bottleneck: int, prototypes: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, hidden)
-        self.fc3 = nn.Linear(hidden, bottleneck)
-        self.class_prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
-        self.patch_prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
-
-    def forward(
-        self, class_tokens: Float[Tensor, "classes dim"], patch_tokens: Float[Tensor, "patches dim"], chunk: int = 0
-    ) -> tuple[Float[Tensor, "classes prototypes"], Float[Tensor, "patches prototypes"] | Factors | Unseen]:
-        """Logits of class and patch tokens.
-
-        With `chunk` above 0 those of the patches, which are many, are left as factors; where a gradient is due the
-        tokens are left as they are (not under torch.compile, which cannot trace what becomes of them, nor in shards:
-        the weights are whole in here alone). Under torch.compile they are factors wherever a gradient is due, whole or
-        in chunks: it would copy the gradient of logits that it has multiplied out.
-        """
-        class_logits = F.linear(*self.factors(class_tokens, self.class_prototypes))
-        due, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
-        if chunk == 0 and not (due and compiled):
-            return class_logits, F.linear(*self.factors(patch_tokens, self.patch_prototypes))
-        if due and not compiled and not is_sharded(self):
-            return class_logits, Unseen(self, patch_tokens, chunk)
-        return class_logits, self.patch_factors(patch_tokens, chunk)
-
-    def patch_factors(self, tokens: Float[Tensor, "patches dim"], chunk: int) -> Factors:
-        """The logits of patch tokens as factors, in the precision that their product would have here."""
-        features, prototypes = self.factors(tokens, self.patch_prototypes)
-        kind = tokens.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
-        return Factors(features.to(dtype), prototypes.to(dtype), chunk)
-
-    def factors(
-        self, tokens: Float[Tensor, "rows dim"], prototypes: Float[Tensor, "prototypes bottleneck"]
-    ) -> tuple[Float[Tensor, "rows bottleneck"], Float[Tensor, "prototypes bottleneck"]]:
-        """Unit vectors whose products are the logits of tokens over `prototypes`."""
-        features = gelu_linear(gelu_linear(self.fc1(tokens), self.fc2), self.fc3)
-        return F.normalize(features, dim=-1), F.normalize(prototypes, dim=-1)
-
-
 class Student(nn.Module):
     """Encoder over the visible patches, decoder, and (where pseudo labels are learnt) the head."""
 
@@ -360,10 +289,14 @@ class Student(nn.Module):
         chunk: int = 0,
     ) -> tuple[
         Float[Tensor, "batch masked dim"],
-        Float[Tensor, "batch prototypes"] | None,
-        Float[Tensor, "batch*masked prototypes"] | Factors | Unseen | None,
+        PrototypeLogits | None,
+        PrototypeLogits | None,
     ]:
-        """Predicted tokens of the masked patches, and the class and patch logits over the prototypes (see `Head`)."""
+        """Predicted tokens of the masked patches, and the class and patch logits over the prototypes (see `Head`).
+
+        Args:
+            chunk: rows of patch logits at a time, or 0.
+        """
         class_prediction, masked_prediction = self.decoder(
             self.encoder(images, visible, drop_path_scale), visible, masked, self.head is not None
         )

@@ -166,8 +166,9 @@ def prototype_use(
         raise UserError(f"{checkpoint.path} holds no prototypes: its run used --teachers {config.teacher.teachers}")
     batch = batch_of(config, images, min(samples, len(images)))
     plain = config.using(prototypes_chunk=0)
-    _, (_, logits) = label(teachers.labelling, batch, plain)
-    assert isinstance(logits, Tensor)
+    _, (_, patch_logits) = label(teachers.labelling, batch, plain)
+    logits = patch_logits.matrix
+    assert logits is not None
     labels = sinkhorn(logits, config.loss.epsilon, config.loss.sinkhorn_iterations).argmax(dim=1)
     counts = torch.bincount(labels, minlength=logits.shape[1])
     order = counts.argsort(descending=True, stable=True)[: min(shown, int((counts > 0).sum()))]

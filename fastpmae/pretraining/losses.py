@@ -9,24 +9,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from fastpmae.model.vit import Factors, Unseen
-from fastpmae.pretraining.chunked_loss import mean_in_chunks
-from fastpmae_kernels import (
-    patch_tokens,
-    prototype_cross_entropy,
-    prototype_cross_entropy_from_features,
-    prototype_cross_entropy_of_product,
-    sinkhorn_bias_from_features,
-    sinkhorn_biases,
-)
-
-Logits = Float[Tensor, "_rows _prototypes"] | Factors
+from fastpmae.model.head import PrototypeLogits, sinkhorn_biases
+from fastpmae_kernels import patch_tokens
 
 
 class PseudoLabels(NamedTuple):
     """Pseudo labels as the loss reads them: label r is `softmax(logits[r] / epsilon + logv)`."""
 
-    logits: Logits
+    logits: PrototypeLogits
     logv: Float[Tensor, " prototypes"]
     epsilon: float
 
@@ -78,32 +68,23 @@ def pixel_loss(
 
 
 def pseudo_labels(
-    logits: Sequence[Logits], epsilon: float, iterations: int, group: dist.ProcessGroup | None = None
-) -> list[PseudoLabels]:
-    """Labels of the rows of each matrix, balanced apart, and together with the rows of every rank of `group`."""
-    return pseudo_labels_of_micro_batches([logits], epsilon, iterations, group)[0]
-
-
-def pseudo_labels_of_micro_batches(
-    parts: Sequence[Sequence[Logits]], epsilon: float, iterations: int, group: dist.ProcessGroup | None = None
+    micro_batches: Sequence[Sequence[PrototypeLogits]],
+    epsilon: float,
+    iterations: int,
+    group: dist.ProcessGroup | None = None,
 ) -> list[list[PseudoLabels]]:
-    """Labels of the matrices of each part of a batch, as if the parts' rows stood in one matrix: nothing is copied."""
-    matrices: list[list[Logits]] = [list(blocks) for blocks in zip(*parts, strict=True)]
-    plain = [blocks for blocks in matrices if not isinstance(blocks[0], Factors)]
-    biases = sinkhorn_biases(plain, epsilon, iterations, group)  # pyright: ignore[reportArgumentType]
-    for place, blocks in enumerate(matrices):
-        factors = [block for block in blocks if isinstance(block, Factors)]
-        if factors:
-            features = torch.cat([each.features for each in factors]) if len(factors) > 1 else factors[0].features
-            with torch.autocast(features.device.type, enabled=False):
-                _, prototypes, chunk = factors[0]
-                bias = sinkhorn_bias_from_features(features, prototypes, epsilon, iterations, group, chunk)
-            biases.insert(place, bias)
-    return [[PseudoLabels(*labels, epsilon) for labels in zip(part, biases, strict=True)] for part in parts]
+    """Labels of the rows of each micro-batch's logits, as if the rows of all of them stood together, and with those of
+    every rank of `group`; class and patch logits apart. Nothing is copied.
+
+    Args:
+        micro_batches: for each its logits, of each kind of token.
+    """
+    biases = sinkhorn_biases(list(zip(*micro_batches, strict=True)), epsilon, iterations, group)
+    return [[PseudoLabels(*labels, epsilon) for labels in zip(logits, biases, strict=True)] for logits in micro_batches]
 
 
 def class_loss(
-    student_logits: Float[Tensor, "batch prototypes"], labels: PseudoLabels, folds: int, temperature: float
+    student_logits: PrototypeLogits, labels: PseudoLabels, folds: int, temperature: float
 ) -> Float[Tensor, ""]:
     """L_c: the student's class token against the mean label of the teacher's class tokens of all folds (equation 4).
 
@@ -112,59 +93,19 @@ def class_loss(
     Args:
         labels: of batch x folds rows, the folds of one image side by side.
     """
-    assert isinstance(labels.logits, Tensor)
-    rows = student_logits.repeat_interleave(folds, dim=0)
-    index = torch.arange(len(rows), device=rows.device)
-    return prototype_cross_entropy(
-        rows, labels.logits, labels.logv, index, labels.epsilon, temperature, expected_gradient=1 / len(rows)
-    ).mean()
+    repeated = student_logits.repeat_rows(folds)
+    index = torch.arange(repeated.rows(), device=labels.logv.device)
+    return repeated.cross_entropy(labels.logits, labels.logv, index, labels.epsilon, temperature)
 
 
 def patch_loss(
-    student_logits: Float[Tensor, "rows prototypes"] | Factors | Unseen,
-    labels: PseudoLabels,
-    match: Int[Tensor, "batch masked"],
-    temperature: float,
+    student_logits: PrototypeLogits, labels: PseudoLabels, match: Int[Tensor, "batch masked"], temperature: float
 ) -> Float[Tensor, ""]:
     """L_p: each masked patch of the student against the label of its matched teacher patch (equation 3).
 
     Args:
         student_logits: the gradient is written over them, so nothing may read them afterwards (a leaf's are spared).
-            No logits, but factors or tokens, where the labels' logits are factors; factors also under torch.compile.
     """
     batch, masked = match.shape
-    rows = batch * masked
     index = (match + torch.arange(batch, device=match.device).unsqueeze(1) * masked).flatten()
-    if isinstance(student_logits, Factors) and isinstance(labels.logits, Tensor):
-        return prototype_cross_entropy_of_product(
-            *student_logits[:2], labels.logits, labels.logv, index, labels.epsilon, temperature,
-            expected_gradient=1 / rows,
-        ).mean()  # fmt: skip
-    if not isinstance(student_logits, Tensor):
-        return _patch_loss_in_chunks(student_logits, labels, index, temperature)
-    assert isinstance(labels.logits, Tensor)
-    spared = student_logits.is_leaf
-    return prototype_cross_entropy(
-        student_logits, labels.logits, labels.logv, index, labels.epsilon, temperature,
-        overwrite=not spared, expected_gradient=1 / rows,
-    ).mean()  # fmt: skip
-
-
-def _patch_loss_in_chunks(
-    student: Factors | Unseen, labels: PseudoLabels, index: Int[Tensor, " rows"], temperature: float
-) -> Float[Tensor, ""]:
-    """The same where the logits of neither side are ever written whole, nor what the head makes of `Unseen` tokens."""
-    theirs, chunk = labels.logits, student.chunk
-    assert isinstance(theirs, Factors)
-
-    def loss_of(ours: Factors, rows: slice) -> Float[Tensor, ""]:
-        with torch.autocast(index.device.type, enabled=False):
-            return prototype_cross_entropy_from_features(
-                *ours[:2], *theirs[:2], labels.logv, index[rows], labels.epsilon, temperature, chunk
-            )
-
-    if isinstance(student, Factors):
-        return loss_of(student, slice(None))
-    head, tokens, _ = student
-    weights = [parameter for name, parameter in head.named_parameters() if name != "class_prototypes"]
-    return mean_in_chunks(lambda part, rows: loss_of(head.patch_factors(part, chunk), rows), tokens, weights, chunk)
+    return student_logits.cross_entropy(labels.logits, labels.logv, index, labels.epsilon, temperature, overwrite=True)

@@ -10,16 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fastpmae.config import Config
+from fastpmae.model.head import PrototypeLogits
 from fastpmae.model.teachers import Teacher, Teachers
-from fastpmae.model.vit import Factors
 from fastpmae.pretraining.losses import (
-    Logits,
     PseudoLabels,
     class_loss,
     patch_loss,
     pixel_loss,
     pixel_target,
-    pseudo_labels_of_micro_batches,
+    pseudo_labels,
     reconstruction_loss,
     reconstruction_target,
 )
@@ -54,7 +53,7 @@ class TeacherOutputs(NamedTuple):
 
     targets: Targets
     """Without labels."""
-    logits: tuple[Logits, Logits] | None
+    logits: tuple[PrototypeLogits, PrototypeLogits] | None
     """Of class and patch tokens, where there is a labelling teacher."""
 
 
@@ -87,7 +86,7 @@ def label(
     teacher: Teacher, batch: Batch, config: Config
 ) -> tuple[
     Float[Tensor, "batch masked dim"],
-    tuple[Float[Tensor, "classes prototypes"], Float[Tensor, "batch*masked prototypes"] | Factors],
+    tuple[PrototypeLogits, PrototypeLogits],
 ]:
     """The labelling teacher's tokens, and the logits of its class and patch tokens."""
     view = getattr(batch, config.views.labelling_view)
@@ -110,7 +109,7 @@ def assign_pseudo_labels(
     logits = [part.logits for part in micro_batches if part.logits is not None]
     if not logits:
         return [part.targets for part in micro_batches]
-    labels = pseudo_labels_of_micro_batches(logits, config.loss.epsilon, config.loss.sinkhorn_iterations, group)
+    labels = pseudo_labels(logits, config.loss.epsilon, config.loss.sinkhorn_iterations, group)
     return [
         part.targets._replace(class_labels=of_class, patch_labels=of_patch)
         for part, (of_class, of_patch) in zip(micro_batches, labels, strict=True)

@@ -160,7 +160,7 @@ def test_a_fine_tuned_classifier_goes_along(run: Path, small_beton: Path, tmp_pa
     export_encoder(tmp_path / "tuned", tmp_path / "timm")
     card = (tmp_path / "timm" / "README.md").read_text()
     assert "From demo, step-00000003.safetensors, by `fastpmae-eval finetune`" in card
-    assert json.loads(card.split("```json\n")[1].split("```")[0])["jitter"] == 0.3
+    assert json.loads(card.split("```json\n")[1].split("```")[0])["color_jitter"] == 0.3
     assert "51.50 %" in card
     assert "12.50 %" not in card, "the encoder's before it was tuned"
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()

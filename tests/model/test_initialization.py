@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from fastpmae.model.head import Head
 from fastpmae.model.initialization import initialise
-from fastpmae.model.vit import Decoder, Encoder, Head, Student
+from fastpmae.model.vit import Decoder, Encoder, Student
 
 
 def test_starting_weights() -> None:

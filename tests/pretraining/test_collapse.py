@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpmae.model.vit import Factors
+from fastpmae.model.head import PrototypeLogits
 from fastpmae.pretraining import collapse as health_module
 from fastpmae.pretraining.collapse import collapse_figures, collapse_metrics, label_entropy, token_std
 from fastpmae.pretraining.losses import PseudoLabels, pseudo_labels
@@ -93,8 +93,8 @@ def test_figures_do_not_depend_on_how_many_logits_are_looked_at_at_once(
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(33, 24, generator=generator).to(dtype)
     features, prototypes = torch.randn(33, 6, generator=generator), torch.randn(24, 6, generator=generator)
-    (labels,) = pseudo_labels([logits], 0.05, 3)
-    factors = PseudoLabels(Factors(features, prototypes, 5), labels.logv, 0.05)
+    ((labels,),) = pseudo_labels([[PrototypeLogits(logits)]], 0.05, 3)
+    factors = PseudoLabels(PrototypeLogits(features=features, prototypes=prototypes, chunk=5), labels.logv, 0.05)
     tokens = torch.randn(3, 11, 6, generator=generator)
     figures = collapse_metrics(Targets(tokens, tokens, None, labels, factors))
     assert figures["class_prototypes_used"] == len(set(logits.argmax(dim=1).tolist()))
@@ -116,7 +116,7 @@ def test_all_figures_of_a_row_come_at_once():
             return func(*args, **(kwargs or {}))
 
     tokens = torch.randn(3, 11, 6)
-    (labels,) = pseudo_labels([torch.randn(33, 24)], 0.05, 3)
+    ((labels,),) = pseudo_labels([[PrototypeLogits(torch.randn(33, 24))]], 0.05, 3)
     batch, match = made_batch(0, 3), torch.zeros(3, 12, dtype=torch.int64)
     targets = Targets(tokens, tokens, tokens, labels, labels)
     with Waits(anywhere=True) as waits, Told():
@@ -134,8 +134,8 @@ def test_effective_rank_counts_equal_directions():
 
 
 def test_label_entropy_of_even_and_of_certain_labels():
-    even = PseudoLabels(torch.zeros(10, 8), torch.zeros(8), 0.05)
-    certain = PseudoLabels(100 * torch.eye(8), torch.zeros(8), 0.05)
+    even = PseudoLabels(PrototypeLogits(torch.zeros(10, 8)), torch.zeros(8), 0.05)
+    certain = PseudoLabels(PrototypeLogits(100 * torch.eye(8)), torch.zeros(8), 0.05)
     assert label_entropy(even) == pytest.approx(math.log(8))
     assert label_entropy(certain) == pytest.approx(0, abs=1e-6)
 
@@ -144,7 +144,7 @@ def test_sinkhorn_hides_a_collapse_that_raw_logits_show():
     """All rows alike: balanced labels look healthy, the count of prototypes in use does not."""
     logits = torch.linspace(-1, 1, 8).expand(64, 8)
     tokens = torch.ones(4, 16, 6)
-    (labels,) = pseudo_labels([logits], 0.05, 3)
+    ((labels,),) = pseudo_labels([[PrototypeLogits(logits)]], 0.05, 3)
     figures = collapse_metrics(Targets(tokens, tokens, tokens, labels, labels))
     assert figures["patch_label_entropy"] == pytest.approx(math.log(8), abs=1e-3)
     assert figures["patch_prototypes_used"] == 1

@@ -245,7 +245,7 @@ def test_what_torch_is_asked_to_compile(
         assert passes == (teacher_forward, student_loss)
         return
     assert asked == [{"backend": "inductor", **expected}] * 2
-    assert [one("a", 2) for one in passes] == [("see", ("a", 2)), ("learn", ("a", 2))]
+    assert [one("a", 2) for one in passes] == [("teacher_forward", ("a", 2)), ("student_loss", ("a", 2))]
     # each step of a CUDA graph begins once, with the teachers
     assert len(begun) == (settings.get("compile_mode") == "reduce-overhead")
 
@@ -297,7 +297,7 @@ def test_no_step_between_two_rows_waits(tiny: Config, monkeypatch: pytest.Monkey
         real = getattr(loop, name)
         return lambda *arguments: looked.append(name) or real(*arguments)
 
-    for name in ("health_figures", "geometry_figures"):
+    for name in ("collapse_figures", "geometry_figures"):
         monkeypatch.setattr(loop, name, looks(name))
     monkeypatch.setattr(loop, "learning_rate", starts)
     monkeypatch.setattr(loop.Log, "step", ends)
@@ -305,7 +305,7 @@ def test_no_step_between_two_rows_waits(tiny: Config, monkeypatch: pytest.Monkey
         pretrain(tiny.using(log_every=4, steps=8, accumulate=2, clip_grad=1.0))
     assert [name for name, inside in waits.found if inside] == []
     # what a row looks at costs time: there are two rows
-    assert looked == ["health_figures", "geometry_figures"] * 2
+    assert looked == ["collapse_figures", "geometry_figures"] * 2
     # rows and checkpoints do wait, so the test would have seen it
     assert {name for name, _ in waits.found} >= {"_local_scalar_dense"}
 

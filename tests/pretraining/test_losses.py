@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastpmae.model.head import PrototypeLogits
 from fastpmae.pretraining import losses
 from fastpmae_kernels import nearest_patch
 from tests import reference
@@ -108,9 +109,9 @@ def test_class_loss(batch: int, folds: int, dtype: torch.dtype, tolerance: float
     ).mean()
     torch.testing.assert_close(truth, each, rtol=1e-12, atol=0)
     (true_gradient,) = torch.autograd.grad(truth, student)
-    (labels,) = losses.pseudo_labels([teacher.to(dtype)], 0.05, 3)
+    ((labels,),) = losses.pseudo_labels([[PrototypeLogits(teacher.to(dtype))]], 0.05, 3)
     ours = student.detach().to(dtype).requires_grad_()
-    value = losses.class_loss(ours, labels, folds, 0.1)
+    value = losses.class_loss(PrototypeLogits(ours), labels, folds, 0.1)
     (gradient,) = torch.autograd.grad(value, ours)
     torch.testing.assert_close(value.double(), truth, rtol=tolerance, atol=0)
     torch.testing.assert_close(gradient.double(), true_gradient, rtol=tolerance, atol=tolerance * 1e-2)
@@ -129,9 +130,9 @@ def test_patch_loss(batch: int, masked: int, dtype: torch.dtype, tolerance: floa
     ]
     truth = torch.stack(terms).mean()
     (true_gradient,) = torch.autograd.grad(truth, student)
-    (labels,) = losses.pseudo_labels([teacher.to(dtype)], 0.05, 3)
+    ((labels,),) = losses.pseudo_labels([[PrototypeLogits(teacher.to(dtype))]], 0.05, 3)
     ours = student.detach().to(dtype).requires_grad_()
-    value = losses.patch_loss(ours, labels, match, 0.1)
+    value = losses.patch_loss(PrototypeLogits(ours), labels, match, 0.1)
     (gradient,) = torch.autograd.grad(value, ours)
     torch.testing.assert_close(value.double(), truth, rtol=tolerance, atol=0)
     torch.testing.assert_close(gradient.double(), true_gradient, rtol=tolerance, atol=tolerance * 1e-2)
