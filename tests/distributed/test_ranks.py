@@ -112,7 +112,7 @@ def test_the_exit_waits_for_threads_that_still_run(monkeypatch: pytest.MonkeyPat
     assert next(looks, None) is None
     monkeypatch.setattr(ranks, "_states", lambda name: ["R"])
     ranks._await_threads(weakref.ref(held), patience=0.05)  # pyright: ignore[reportArgumentType]
-    ranks._await_threads(lambda: None)  # pyright: ignore[reportArgumentType]
+    ranks._await_threads(weakref.ref(threading.Event()))  # pyright: ignore[reportArgumentType]
 
 
 def test_threads_are_found_by_name():
