@@ -29,7 +29,7 @@ class Data(Typed):
     loader: Literal["ffcv", "dali", "torch"] = "ffcv"
     """Engine that reads it: `ffcv` and `torch` give the same bytes; DALI's differ by its decoder and resize."""
     dali_part: int = 0
-    """Images that DALI gets at a time; 0 takes 32 on the CPU and 64 on a GPU."""
+    """Images in each batch that DALI decodes; 0 means 32 on the CPU and 64 on a GPU."""
     hw_decoder_load: float = 0.0
     """Share of the images that DALI decodes by a GPU's decoders in hardware, 0 to 1; their pixels differ slightly."""
     page_order: Literal["auto", "on", "off"] = "auto"
@@ -51,7 +51,7 @@ class Views(Typed):
     simple_scale: tuple[float, float] = (0.2, 1.0)
     """Area of the simple (MAE) view's crop, smallest and largest share of the image."""
     complex_scale: tuple[float, float] = (0.14, 1.0)
-    """The same for the complex (DINO) view."""
+    """Area of the complex (DINO) view's crop, smallest and largest share of the image."""
     complex_recipe: Literal["coin", "t1", "t2"] = "coin"
     """Blur and solarise of the complex view: DINO's first or second global crop, or either by a coin."""
     reconstruction_view: Literal["simple", "complex"] = "simple"
@@ -79,13 +79,13 @@ class Network(Typed):
     decoder_width: int = 512
     """Token width of the decoder."""
     decoder_depth: int = 8
-    """Its blocks."""
+    """Number of decoder blocks."""
     decoder_heads: int = 16
-    """Its attention heads."""
+    """Attention heads of the decoder."""
     head_hidden: int = 2048
     """Width of the projection head's two hidden layers."""
     head_bottleneck: int = 256
-    """Width of its output, in which tokens meet prototypes."""
+    """Width of the projection head's output, which is multiplied with the prototypes."""
     prototypes: int = 4096
     """P: prototypes for class tokens, and as many for patch tokens."""
 
@@ -97,13 +97,13 @@ class TeacherSettings(Typed):
     teachers: Literal["dual", "single", "reconstruction", "none"] = "dual"
     """Two teachers (the paper's), one for both roles, one for reconstruction alone (SdAE), or none (MAE)."""
     reconstruction_cadence: Literal["step", "epoch"] = "epoch"
-    """How often the reconstruction teacher follows."""
+    """How often the reconstruction teacher is updated from the student."""
     reconstruction_momentum: tuple[float, float] = (0.96, 0.99)
-    """Its momentum, first and last, on a cosine."""
+    """EMA momentum of the reconstruction teacher at the start and at the end, on a cosine schedule."""
     labelling_cadence: Literal["step", "epoch"] = "step"
-    """How often the labelling teacher (or a single one) follows."""
+    """How often the labelling teacher (or a single teacher) is updated from the student."""
     labelling_momentum: tuple[float, float] = (0.996, 1.0)
-    """Its momentum, first and last, on a cosine."""
+    """EMA momentum of the labelling teacher at the start and at the end, on a cosine schedule."""
     teacher_init: Literal["copy", "random"] = "copy"
     """Teachers start as copies of the student, or from random weights and positions of their own (SdAE's code)."""
 
@@ -127,11 +127,11 @@ class Loss(Typed):
     match_scope: Literal["image", "fold"] = "image"
     """Match among all masked patches of the image, or within the fold."""
     student_temperature: float = 0.1
-    """Divides the student's logits."""
+    """Temperature of the student's softmax over the prototypes."""
     epsilon: float = 0.05
     """Temperature of the Sinkhorn assignment."""
     sinkhorn_iterations: int = 3
-    """How often columns and rows of the assignment are normalised."""
+    """Number of Sinkhorn iterations: column and row normalisations of the assignment."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,12 @@ class Optimizer(Typed):
     epochs: int = 300
     """Passes over the images; the schedules stretch over them."""
     batch_size: int = 768
-    """Images in one optimizer step, over all ranks and accumulated parts."""
+    """Images in one optimizer step, over all ranks and micro-batches."""
     accumulate: int = 1
-    """Parts that a step's images are computed in, one after the other, on each rank."""
+    """Gradient accumulation: micro-batches of each step on each rank."""
     sinkhorn_over: Literal["micro-batch", "step"] = "micro-batch"
-    """Pseudo labels are balanced within a part, or over all parts of a step: then any --accumulate gives the same
-    numbers, and the teachers' logits of all parts are held at once."""
+    """Run Sinkhorn within each micro-batch, or over all micro-batches of a step: then any --accumulate gives the same
+    numbers, and the teachers' logits of all micro-batches are in memory at once."""
     blr: float | None = 2.666e-4
     """Base learning rate: the peak for a batch of 256 images, which grows in proportion with the batch size."""
     lr: float | None = None
@@ -154,13 +154,13 @@ class Optimizer(Typed):
     warmup_epochs: float | None = None
     """Epochs of linear warm-up; by default 20 % of all."""
     weight_decay: float = 0.05
-    """Not on biases, norms and tokens."""
+    """Weight decay of AdamW; not applied to biases, norms and tokens."""
     decay_tokens: bool = False
-    """On the class token and the mask token too, as MAE's and SdAE's code does."""
+    """Apply weight decay to the class token and the mask token too, as MAE's and SdAE's code does."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's two averaging rates."""
+    """AdamW's beta coefficients."""
     clip_grad: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Clip the gradient to this norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,7 +189,7 @@ class Run(Typed):
     init: Path | None = None
     """Start the encoder from these weights (MAE, timm or our own)."""
     resume: str | None = None
-    """Go on with the run in --out ("auto", the default when no value follows) or from this checkpoint."""
+    """Resume the run in --out ("auto", the default when no value follows) or from this checkpoint."""
     accept_changes: bool = False
     """Resume although settings differ from the run's own."""
     log_every: int = 20
@@ -236,22 +236,23 @@ class Efficiency(Typed):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the student, the teachers and the losses; auto compiles on a GPU."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """How: with CUDA graphs (not with `--accumulate`), or trying out kernels for minutes at the start, or both."""
+    """Mode of torch.compile: reduce-overhead uses CUDA graphs (not with `--accumulate`), max-autotune-no-cudagraphs
+    benchmarks kernels for minutes at the start, and max-autotune does both."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """torch's own attention, which auto takes, or xformers' (a GPU, and `pip install 'fastpmae[xformers]'`)."""
     teacher_precision: Literal["auto", "fp8"] = "auto"
     """fp8: the linear layers of the teachers' blocks in 8 bits (compute capability 8.9); auto: as the rest."""
     activation_checkpointing: int = 0
-    """Of every so many blocks of the student one keeps its input alone and is computed anew in the backward pass: less
-    memory, more time, the same numbers. 1 is every block, 0 none."""
+    """Checkpoint every n-th block of the student: only its input is kept, and it is recomputed in the backward pass.
+    Less memory, more time, the same numbers. 1 checkpoints every block, 0 none."""
     shard: bool = False
-    """Cut weights, gradients, optimizer and teachers in shards, one a rank (FSDP2): for models that fill a GPU."""
+    """Shard weights, gradients, optimizer state and teachers over the ranks (FSDP2): for models that fill a GPU."""
     rank_timeout: float = 10.0
-    """Minutes that a rank waits for the others before all of them end."""
+    """Minutes that a rank waits for the others before all ranks exit."""
     prototypes_chunk: int = 0
-    """Rows that the student's head sees at a time, gradients and all, and of the labelling teacher's patch logits,
-    which are computed anew in each sweep: 9 % less memory for 0.8 % more FLOPs at ViT-B and batch 768, 5 % for 1.6 % at
-    ViT-S and 64 (by the plan); 0 keeps everything."""
+    """Compute the student's head, with its gradients, and the labelling teacher's patch logits for this many rows at a
+    time; the logits are recomputed in each Sinkhorn iteration. 9 % less memory for 0.8 % more FLOPs at ViT-B and batch
+    768, 5 % for 1.6 % at ViT-S and 64 (by the plan); 0 keeps everything."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Knn:
     k: tuple[int, ...] = NEIGHBOURS
     """How many neighbours vote; each is tried. Without this flag only as many as there are images."""
     temperature: float = 0.07
-    """Of the votes; 0 gives every neighbour one vote."""
+    """Temperature of the votes; 0 gives every neighbour one vote."""
     pool: Literal["class", "mean", "both"] = "both"
     """The class token, the mean of the patch tokens, or both of them, one after the other."""
 
@@ -81,7 +81,7 @@ class Linear:
     step_images: int = 256
     """Images in one step."""
     weight_decay: float = 0.0
-    """Of the optimizer."""
+    """Weight decay of the optimizer."""
     pool: Pool = "class"
     """The class token, or the mean of the patch tokens."""
     choose_on: Literal["held-out", "val"] = "held-out"
@@ -98,7 +98,7 @@ class Probe:
     common: Annotated[Common, tyro.conf.arg(name="")]
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = PROBE
     resume: bool = False
-    """Go on with the training in --out."""
+    """Resume the training in --out."""
     steps: int | None = None
     """Stop after so many optimizer steps in all; changes no schedule."""
     deterministic: bool = False
@@ -114,7 +114,7 @@ class Finetune:
     preset: str = "paper"
     """paper (section 4.1), paper-a and paper-a-large (appendix A), small and small-1000 (small data sets), deit."""
     resume: bool = False
-    """Go on with the training in --out."""
+    """Resume the training in --out."""
     steps: int | None = None
     """Stop after so many optimizer steps in all; changes no schedule."""
     deterministic: bool = False
@@ -135,7 +135,7 @@ class Lowshot:
     pool: Pool = "class"
     """The class token, or the mean of the patch tokens."""
     seed: int = 0
-    """Of the first draw; the others follow it."""
+    """Seed of the first draw; the others use the next ones."""
 
 
 Command = Knn | Linear | Probe | Lowshot | Finetune

@@ -19,7 +19,7 @@ class FinetuneConfig(Typed):
     batch_size: int = 1024
     """Images in one optimizer step."""
     accumulate: int = 1
-    """Parts that a step's images are computed in, one after the other."""
+    """Gradient accumulation: micro-batches of each step."""
     opt: Literal["adamw", "lars", "sgd"] = "adamw"
     """AdamW fine-tunes; LARS is MAE's for its linear probe."""
     blr: float | None = 5e-4
@@ -31,32 +31,32 @@ class FinetuneConfig(Typed):
     warmup_epochs: float = 5.0
     """Epochs of linear warm-up from 0."""
     weight_decay: float = 0.05
-    """Not on biases, norms and tokens."""
+    """Weight decay; not applied to biases, norms and tokens."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's two averaging rates."""
+    """AdamW's beta coefficients."""
     layer_decay: float = 0.65
-    """Each block learns at this share of the rate of the block above it."""
+    """Layer-wise learning rate decay: the factor from each block to the one below it."""
     drop_path: float = 0.1
     """Largest rate of stochastic depth, in the last block."""
     pool: Literal["class", "mean"] = "mean"
     """What is classified: the class token, or the mean of the patch tokens."""
     clip_grad: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Clip the gradient to this norm; 0 does not clip."""
     model_ema_decay: float = 0.0
-    """Decay of an average of the weights, which is then what is tested; 0 keeps none. Early on it is lower, so that a
-    short training's average holds little of the start."""
+    """Decay of an exponential moving average of the weights, which is evaluated instead of them; 0 keeps none. The
+    decay is lower at first, so that the average of a short training contains little of its start."""
     smoothing: float = 0.1
     """Label smoothing."""
     mixup: float = 0.8
-    """Mixup's alpha; 0 leaves it out."""
+    """Mixup alpha; 0 disables mixup."""
     cutmix: float = 1.0
-    """CutMix's alpha; 0 leaves it out."""
+    """CutMix alpha; 0 disables CutMix."""
     mixup_switch_prob: float = 0.5
-    """Where both are there, the share of the batches that get CutMix."""
+    """Probability of CutMix instead of mixup for a batch, where both are enabled."""
     aa: str = "rand-m9-mstd0.5-inc1"
-    """RandAugment as timm writes it; an empty word leaves it out."""
+    """RandAugment policy in timm's notation; an empty string disables it."""
     reprob: float = 0.25
-    """Share of the images that lose a rectangle (random erasing); 0 leaves it out."""
+    """Probability of random erasing for an image; 0 disables it."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop, smallest and largest share of the image."""
     color_jitter: float = 0.0
