@@ -1,6 +1,7 @@
 """Pretraining, from a .beton file to checkpoints: the whole loop on one page."""
 
 import contextlib
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastpmae.distributed.ranks import join_ranks
 from fastpmae.model.attention import use as use_attention
 from fastpmae.model.build import check
 from fastpmae.model.fp8 import check_fp8_device
+from fastpmae.plan.utilization import images_at_peak
 from fastpmae.pretraining.cli import read_command
 from fastpmae.pretraining.collapse import collapse_figures
 from fastpmae.pretraining.compile import compile_step
@@ -29,9 +31,10 @@ from fastpmae.run.checkpoint import checkpoints_in, collect_state, read_checkpoi
 from fastpmae.run.device_metrics import to_host
 from fastpmae.run.folder import DECODER, describe_run, lock_run, open_run, recorded, resolve, write_machine
 from fastpmae.run.images import fingerprint, open_images
-from fastpmae.run.log import Log, Meter
+from fastpmae.run.log import Log, Meter, about_run
 from fastpmae.run.malloc import tune_allocator
 from fastpmae.run.session import Session, open_session
+from fastpmae.run.telemetry import peak_memory
 from fastpmae_loaders import PairedViews
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.errors import RunError, UserError
@@ -135,6 +138,7 @@ def set_up(config: Config, session: Session) -> Pretraining:
     total_steps = steps_per_epoch * config.optimizer.epochs
     last_step = total_steps if config.run.steps is None else min(total_steps, config.run.steps)
 
+    about = dataclasses.replace(about_run(config), images_at_peak=images_at_peak(config, ranks))
     init = config.run.init if run.checkpoint is None else None
     torch.manual_seed(config.run.seed)
     shard = config.efficiency.shard and ranks.group is not None
@@ -161,12 +165,13 @@ def set_up(config: Config, session: Session) -> Pretraining:
     remarks = run.remarks + session.lock(lock_run(run, config))
     session.begin(
         run.folder,
-        Log(run.folder, config, step, last_step, is_main=ranks.is_main),
+        Log(run.folder, about, step, last_step, is_main=ranks.is_main),
         step=step,
         last_step=last_step,
         keep=config.run.keep,
         save_every=config.run.save_every,
         save_steps=config.run.save_steps,
+        traced=config.run.profile,
         sentences=remarks + describe_run(config, images, ranks, student, steps_per_epoch, run.folder),
     )
     if ranks.is_main:
@@ -194,6 +199,7 @@ def write_row(run: Pretraining, session: Session, done: Done, lr: float, *, part
         "epoch": session.step / run.steps_per_epoch,
         "lr": lr,
         "bad_images": run.prefetcher.bad_images,
+        "peak_memory_gib": round(peak_memory(ranks.device), 3),
     } | teachers.momenta(session.step - 1, (session.step - 1) // run.steps_per_epoch)
     on_device = [run.meter.means(ranks.group, anew=not partial)]
     if ranks.is_main:
@@ -214,7 +220,7 @@ def stop_if_bad(meter: Meter, session: Session) -> None:
         raise RunError(
             f"the loss or a gradient of step {int(meter.bad_step) + 1} is not finite (its update was skipped). "
             f"Samples of that step: {samples}. Last good checkpoint: {newest}. "
-            "A lower --blr, --clip-grad 1 or --precision fp32 usually helps"
+            "A lower --blr (or --lr), --clip-grad 1 or --precision fp32 usually helps"
         )
 
 

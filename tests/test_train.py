@@ -179,54 +179,13 @@ def test_kill_9_then_resume_is_bit_for_bit(tiny: Config, tmp_path: Path):
     assert_same_run(straight, out, 12)
 
 
-KILL_OFTEN = """
-import os, random, signal, sys, time
-from pathlib import Path
-from fastpmae import pretrain, read_config
-import fastpmae.train, fastpmae.pretraining.collapse, torch
-
-out, config, error = Path(sys.argv[1]), read_config(Path(sys.argv[2])), Path(sys.argv[3])
-moments, torn = random.Random(7), 0
-for turn in range(24):
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        try:
-            pretrain(config.using(out=out, resume="auto", steps=None, save_steps=5))
-        except BaseException as reason:
-            error.write_text(repr(reason))
-        os._exit(1)
-
-    def until(happened):
-        limit = time.monotonic() + 60
-        while not happened():
-            assert time.monotonic() < limit
-            if os.waitpid(child, os.WNOHANG)[0]:
-                sys.exit("the run ended by itself: " + (error.read_text() if error.exists() else "done"))
-
-    before = sorted(out.glob("checkpoints/step-*"))
-    if turn % 4 == 0:  # anywhere in its start
-        time.sleep(moments.uniform(0, 0.6))
-    else:
-        until(lambda: sorted(out.glob("checkpoints/step-*")) != before)
-        if turn % 4 == 1:  # anywhere in a step
-            time.sleep(moments.uniform(0, 0.1))
-        else:  # in the middle of writing a checkpoint
-            until(lambda: any(out.glob("checkpoints/.partial-*")))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    torn += any(out.glob("checkpoints/.partial-*"))
-print(torn)
-"""
-
-
 @pytest.mark.slow
 def test_kills_at_random_moments_and_in_the_middle_of_a_checkpoint_lose_nothing(tiny: Config, tmp_path: Path):
     tiny = tiny.using(epochs=60, save_steps=1, head_hidden=512)
     straight = pretrain(tiny.using(steps=150, save_steps=150))
     out = tmp_path / "killed"
     result = subprocess.run(
-        [sys.executable, "-c", KILL_OFTEN, out, straight / "config.json", tmp_path / "error"],
+        [sys.executable, "-m", "tests.programs.killed_often", out, straight / "config.json", tmp_path / "error"],
         env=environment(),
         capture_output=True,
         text=True,
@@ -453,34 +412,10 @@ def test_a_full_disk_is_told_at_the_next_step(tiny: Config, monkeypatch: pytest.
     pretrain(tiny.using(resume="auto", steps=9))
 
 
-DISK = """
-import os, signal, sys, time
-from pathlib import Path
-import safetensors.torch
-import fastpmae.run.checkpoint, fastpmae.train
-
-kind, write = sys.argv.pop(1), safetensors.torch.save_file
-
-def disk(tensors, beside, header):
-    step = int(Path(beside).stem[5:])
-    if kind == "slow":
-        time.sleep(1)
-    if kind == "dies" and step == 6:
-        Path(beside).write_bytes(b"half of it")
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "full" and step == 6:
-        raise OSError(28, os.strerror(28))
-    write(tensors, beside, header)
-
-fastpmae.run.checkpoint.save_file = disk
-sys.exit(fastpmae.train.main())
-"""
-
-
 def on_a_disk(kind: str, config: Config) -> tuple[int, str]:
     """`fastpmae-train` in a process of its own, on a disk that is "slow", "full" at step 6, or "dies" there."""
     done = subprocess.run(
-        [sys.executable, "-c", DISK, kind, *flags_of(config)],
+        [sys.executable, "-m", "tests.programs.train_on_a_disk", kind, *flags_of(config)],
         env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastpmae.demo.photographs import PHOTOGRAPHS, write_demo_images
 from fastpmae.distributed.ranks import choose_device
 from fastpmae.evaluate.features import Network, load_encoder, pooled, whole_tokens
 from fastpmae.evaluate.knn import knn_accuracy
 from fastpmae.model.vit import Encoder
+from fastpmae.photographs import PHOTOGRAPHS, write_demo_images
 from fastpmae.presets import PRESETS
 from fastpmae.run.folder import folder_of
 from fastpmae.run.log import read_rows

@@ -103,6 +103,10 @@ class Probe:
     """Stop after so many optimizer steps in all; changes no schedule."""
     deterministic: bool = False
     """On a GPU, too, compute the same bits each time, somewhat slower."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases too, where it is installed."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,10 @@ class Finetune:
     """Stop after so many optimizer steps in all; changes no schedule."""
     deterministic: bool = False
     """On a GPU, too, compute the same bits each time, somewhat slower."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases too, where it is installed."""
 
 
 @dataclass(frozen=True)

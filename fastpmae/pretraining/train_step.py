@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fastpmae.config import Config
+from fastpmae.distributed.data_parallel import no_sync
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.teachers import Teachers
 from fastpmae.model.vit import Student
 from fastpmae.pretraining.compile import Pass
 from fastpmae.pretraining.optimizer import update
-from fastpmae.pretraining.parallel import no_sync
 from fastpmae.pretraining.step import Targets, assign_pseudo_labels
 from fastpmae_loaders import Batch
 

@@ -210,7 +210,7 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
 
 def recorded(config: Config) -> Config:
     """The settings without those that belong to one start of the run."""
-    return config.using(out=None, resume=None, accept_changes=False)
+    return config.using(out=None, resume=None, accept_changes=False, profile=0)
 
 
 def folder_of(config: Config) -> Path:

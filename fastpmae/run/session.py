@@ -15,6 +15,7 @@ from fastpmae.run.checkpoint_writer import Saver
 from fastpmae.run.deterministic import deterministic
 from fastpmae.run.log import Log
 from fastpmae.run.signals import Stop
+from fastpmae.run.telemetry import StepTrace, garbage_between_steps
 from fastpmae_loaders.errors import Interrupted
 
 Entered = TypeVar("Entered")
@@ -62,6 +63,7 @@ class Session:
         save_every: float,
         save_steps: int = 0,
         saved_step: int | None = None,
+        traced: int = 0,
         sentences: Sequence[str] = (),
     ) -> None:
         """Open the log, say the sentences, and start the clocks of rows and checkpoints.
@@ -72,6 +74,7 @@ class Session:
             save_every: minutes between two checkpoints.
             save_steps: steps between two checkpoints, besides; 0 saves by the clock alone.
             saved_step: of the folder's newest checkpoint, where this training goes on from it.
+            traced: steps of the main rank that torch's profiler is to watch.
         """
         self.folder, self.step, self.last_step = folder, step, last_step
         self.save_every, self.save_steps, self.saved_step = save_every, save_steps, saved_step
@@ -79,6 +82,10 @@ class Session:
         self.saver = self.enter(Saver(self.ranks.device, keep, is_main=self.ranks.is_main))
         for sentence in sentences:
             self.log.say(sentence)
+        self.trace = None
+        if traced and self.ranks.is_main:
+            self.trace = self.enter(StepTrace(folder / "trace.json", traced, self.log.say))
+        self.collect = self.enter(garbage_between_steps())
         self.saved_at = time.monotonic()
         self.log.start_clock(step)
 
@@ -98,6 +105,9 @@ class Session:
             RunError: when a checkpoint could not be written, on every rank.
         """
         self.step += 1
+        if self.trace is not None:
+            self.trace.step()
+        self.collect(self.step)
         self.log.step(self.step, epoch, list(failed))
         on_time = time.monotonic() - self.saved_at >= 60 * self.save_every
         self.signal, on_time, saver_failed = self.ranks.max_over_ranks(self.stop.signal, on_time, self.saver.failed)

@@ -19,8 +19,9 @@ from torchvision.transforms.functional import normalize
 from fastpmae import UserError
 from fastpmae.evaluate.augment import STEP, Mixing, RandAugment, drawn_from
 from fastpmae.evaluate.backbone import find_backbone
+from fastpmae.evaluate.classifier import Probe, make_classifier, make_optimizer, make_schedule
 from fastpmae.evaluate.datasets import Labelled, open_labelled
-from fastpmae.evaluate.finetune import Probe, make_classifier, make_optimizer, make_schedule, train_classifier
+from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE, FinetuneConfig
 from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, step_of

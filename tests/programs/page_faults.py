@@ -28,5 +28,6 @@ if __name__ == "__main__":
         tune_allocator()
     small = [torch.ones(1) for _ in range(1000)]
     del small  # what is small finds room here, and never lies at the heap's end, where it would keep all below it
-    faults(10, 5), faults(4, 16)
+    faults(10, 5)
+    faults(4, 16)
     print(faults(10, 5), faults(4, 16))

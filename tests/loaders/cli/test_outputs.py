@@ -193,7 +193,8 @@ def test_a_beton(own: Path, tmp_path: Path):
 
 def test_embed_and_plan(own: Path, tmp_path: Path, small_beton: Path):
     """As the commands do it: the sentence comes before any work."""
-    data = shutil.copy(small_beton, tmp_path / "d.beton")
+    data = tmp_path / "d.beton"
+    shutil.copy(small_beton, data)
     before = data.read_bytes()
     for more in ((), ("--force",)):
         done = command("fastpmae.evaluate.features", own, data, data, *more)
