@@ -118,7 +118,7 @@ def batch_of(images: Tensor, order: Tensor) -> Batch:
         views=(images, images), visible=order[:, :VISIBLE].contiguous(), folds=order[:, VISIBLE:].contiguous(),
         fold_sizes=(fold,) * FOLDS, label=torch.zeros(count, dtype=torch.int64), index=torch.arange(count),
         boxes=torch.zeros(count, 2, 4, dtype=torch.int32), flips=torch.zeros(count, 2, dtype=torch.bool),
-        factors=torch.ones(count, 2, 5), choices=torch.zeros(count, 2, 9, dtype=torch.uint8),
+        factors=torch.ones(count, 2, 5, dtype=torch.float64), choices=torch.zeros(count, 2, 9, dtype=torch.uint8),
         source_size=torch.zeros(count, 2, dtype=torch.int32), samples=np.arange(count), failed=[],
     )  # fmt: skip
 

@@ -4,12 +4,15 @@ Each leaf is a flag of `fastpmae-train` with the same name (`batch_size` is `--b
 the whole tree. The docstring under a field is its help text.
 """
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from fastpmae_loaders.cli.words import last_value
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import Typed, local_path
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -27,7 +30,7 @@ class Data(Typed):
     """Engine that reads the images: `ffcv` and `torch` give the same bytes; those of `dali` differ slightly by its
     decoder and resize."""
     dali_part: int = 0
-    """Images that DALI decodes at a time; 0 takes 32 on the CPU and 64 on a GPU."""
+    """Images in each batch that DALI decodes; 0 means 32 on the CPU and 64 on a GPU."""
     hw_decoder_load: float = 0.0
     """Share of the images that DALI decodes with a GPU's hardware decoders, 0 to 1; their pixels differ slightly."""
     page_order: Literal["auto", "on", "off"] = "auto"
@@ -49,7 +52,7 @@ class Views(Typed):
     simple_scale: tuple[float, float] = (0.2, 1.0)
     """Area of the random crop of the simple (MAE) view: smallest and largest share of the image."""
     complex_scale: tuple[float, float] = (0.14, 1.0)
-    """Area of the random crop of the complex (DINO) view: smallest and largest share of the image."""
+    """Area of the complex (DINO) view's crop, smallest and largest share of the image."""
     complex_recipe: Literal["coin", "t1", "t2"] = "coin"
     """Blur and solarise of the complex view: DINO's first or second global crop, or either by a coin."""
     reconstruction_view: Literal["simple", "complex"] = "simple"
@@ -77,13 +80,13 @@ class Network(Typed):
     decoder_width: int = 512
     """Token width of the decoder."""
     decoder_depth: int = 8
-    """Number of blocks in the decoder."""
+    """Number of decoder blocks."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
     head_hidden: int = 2048
     """Width of the two hidden layers of the projection head."""
     head_bottleneck: int = 256
-    """Width of the projection head's output, which is compared with the prototypes."""
+    """Width of the projection head's output, which is multiplied with the prototypes."""
     prototypes: int = 4096
     """P, the number of prototypes for class tokens, and the same number for patch tokens."""
 
@@ -96,13 +99,13 @@ class TeacherSettings(Typed):
     """Two teachers (as in the paper), a single one for both roles, one for reconstruction only (SdAE), or none
     (MAE)."""
     reconstruction_cadence: Literal["step", "epoch"] = "epoch"
-    """How often the EMA of the reconstruction teacher is updated."""
+    """How often the reconstruction teacher is updated from the student."""
     reconstruction_momentum: tuple[float, float] = (0.96, 0.99)
-    """EMA momentum of the reconstruction teacher: first and last value of a cosine schedule."""
+    """EMA momentum of the reconstruction teacher at the start and at the end, on a cosine schedule."""
     labelling_cadence: Literal["step", "epoch"] = "step"
-    """How often the EMA of the labelling teacher (or of a single one) is updated."""
+    """How often the labelling teacher (or a single teacher) is updated from the student."""
     labelling_momentum: tuple[float, float] = (0.996, 1.0)
-    """EMA momentum of the labelling teacher (or of a single one): first and last value of a cosine schedule."""
+    """EMA momentum of the labelling teacher at the start and at the end, on a cosine schedule."""
     teacher_init: Literal["copy", "random"] = "copy"
     """Teachers start as copies of the student, or from random weights and positions of their own (SdAE's code)."""
 
@@ -127,11 +130,11 @@ class Loss(Typed):
     match_scope: Literal["image", "fold"] = "image"
     """Match each student patch among all masked patches of its image, or among those of its fold."""
     student_temperature: float = 0.1
-    """Temperature that the student's prototype logits are divided by."""
+    """Temperature of the student's softmax over the prototypes."""
     epsilon: float = 0.05
     """Temperature of the Sinkhorn assignment that makes the pseudo labels."""
     sinkhorn_iterations: int = 3
-    """Number of Sinkhorn iterations; each normalises the columns and the rows of the assignment."""
+    """Number of Sinkhorn iterations: column and row normalisations of the assignment."""
 
 
 @dataclass(frozen=True)
@@ -141,24 +144,35 @@ class Optimizer(Typed):
     epochs: int = 300
     """Passes over the images; the schedules stretch over them."""
     batch_size: int = 768
-    """Images in one optimizer step, over all ranks and accumulated parts."""
+    """Images in one optimizer step, over all ranks and micro-batches."""
     accumulate: int = 1
-    """Parts that a step's images are computed in, one after the other, on each rank."""
+    """Gradient accumulation: micro-batches of each step on each rank."""
     sinkhorn_over: Literal["micro-batch", "step"] = "micro-batch"
-    """Pseudo labels are balanced within a part, or over all parts of a step: then any --accumulate gives the same
-    numbers, and the teachers' logits of all parts are held at once."""
-    blr: float = 2.666e-4
-    """Peak learning rate for 256 images; it grows in proportion with the batch size."""
+    """Run Sinkhorn within each micro-batch, or over all micro-batches of a step: then any --accumulate gives the same
+    numbers, and the teachers' logits of all micro-batches are in memory at once."""
+    blr: float | None = 2.666e-4
+    """Base learning rate: the peak for a batch of 256 images, which grows in proportion with the batch size."""
+    lr: float | None = None
+    """Peak learning rate itself, whatever the batch size; given instead of --blr."""
     warmup_epochs: float | None = None
     """Epochs of linear learning-rate warm-up; by default 20 % of all."""
     weight_decay: float = 0.05
-    """AdamW's weight decay; biases, norms and tokens are not decayed."""
+    """Weight decay of AdamW; not applied to biases, norms and tokens."""
     decay_tokens: bool = False
-    """Apply the weight decay to the class token and the mask token too, as MAE's and SdAE's code does."""
+    """Apply weight decay to the class token and the mask token too, as MAE's and SdAE's code does."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's coefficients for the running averages of the gradient and of its square."""
+    """AdamW's beta coefficients."""
     clip_grad: float = 0.0
     """Clip the gradient to this norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_rate(self.blr, self.lr)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate that the warm-up ends in."""
+        return peak_rate(self.blr, self.lr, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -227,8 +241,8 @@ class Efficiency(Typed):
     compile: Literal["auto", "on", "off"] = "auto"
     """Use torch.compile for the student, the teachers and the losses; auto compiles on a GPU."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """Mode of torch.compile: `reduce-overhead` uses CUDA graphs (not with `--accumulate`), `max-autotune` tries out
-    kernels for minutes at the start and uses CUDA graphs, the last tries out kernels alone."""
+    """Mode of torch.compile: reduce-overhead uses CUDA graphs (not with `--accumulate`), max-autotune-no-cudagraphs
+    benchmarks kernels for minutes at the start, and max-autotune does both."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """Attention implementation: torch's own, which auto takes, or xformers' (a GPU, and `pip install
     'fastpmae[xformers]'`)."""
@@ -236,16 +250,16 @@ class Efficiency(Typed):
     """Precision of the teachers: `fp8` computes the linear layers of their blocks in 8 bits (compute capability
     8.9); auto computes as the student does."""
     activation_checkpointing: int = 0
-    """Recompute one in so many of the student's blocks in the backward pass, keeping its input alone: less memory,
-    more time, the same numbers. 1 is every block, 0 none."""
+    """Checkpoint every n-th block of the student: only its input is kept, and it is recomputed in the backward pass.
+    Less memory, more time, the same numbers. 1 checkpoints every block, 0 none."""
     shard: bool = False
-    """Shard weights, gradients, optimizer state and teachers over the ranks (FSDP2), for models that fill a GPU."""
+    """Shard weights, gradients, optimizer state and teachers over the ranks (FSDP2): for models that fill a GPU."""
     rank_timeout: float = 10.0
-    """Minutes that a rank waits for the others before all of them stop."""
+    """Minutes that a rank waits for the others before all ranks exit."""
     prototypes_chunk: int = 0
-    """Rows that the student's head computes at a time, gradients included, and rows of the labelling teacher's patch
-    logits, which are recomputed in each sweep: 9 % less memory for 0.8 % more FLOPs at ViT-B and batch 768, 5 % for
-    1.6 % at ViT-S and 64 (by the plan); 0 keeps everything."""
+    """Compute the student's head, with its gradients, and the labelling teacher's patch logits for this many rows at a
+    time; the logits are recomputed in each Sinkhorn iteration. 9 % less memory for 0.8 % more FLOPs at ViT-B and batch
+    768, 5 % for 1.6 % at ViT-S and 64 (by the plan); 0 keeps everything."""
 
 
 @dataclass(frozen=True)
@@ -264,12 +278,13 @@ class Config(Typed):
     def using(self, **settings: Any) -> "Config":
         """A copy with these settings changed, named as the flags are: `config.using(epochs=100, seed=1)`.
 
-        A value becomes what its setting is where nothing is lost (1.0 the whole number 1, a text a path).
+        A value becomes what its setting is where nothing is lost (1.0 the whole number 1, a text a path). `lr` takes
+        the place of `blr`, and `blr` of `lr`.
 
         Raises:
-            UserError: for a name that is no setting, and a value that is not of its kind.
+            UserError: for a name that is no setting, a value that is not of its kind, and `blr` and `lr` together.
         """
-        groups = settings_by_name()
+        groups, settings = settings_by_name(), with_one_rate(settings)
         changes: dict[str, dict[str, Any]] = {}
         for name, value in settings.items():
             if name not in groups:
@@ -287,6 +302,77 @@ class Config(Typed):
     def flat(self) -> dict[str, Any]:
         """Every setting by its name, as plain JSON values."""
         return {name: value for group in self.groups().values() for name, value in group.items()}
+
+
+def peak_rate(blr: float | None, lr: float | None, batch_size: int) -> float:
+    """The peak learning rate: `lr` where it is set, else the base rate for so many images a step."""
+    if lr is not None:
+        return lr
+    assert blr is not None
+    return blr * batch_size / 256
+
+
+def check_one_rate(blr: float | None, lr: float | None) -> None:
+    """Raise UserError unless exactly one of a base rate and a peak rate is set."""
+    if blr is not None and lr is not None:
+        raise UserError(
+            f"--blr {blr} and --lr {lr} are both set: --blr is the learning rate for 256 images, --lr the peak rate "
+            "whatever the batch size; leave one out"
+        )
+    if blr is None and lr is None:
+        raise UserError("no learning rate is set: name one with --blr (for 256 images) or --lr (the peak rate itself)")
+
+
+def with_one_rate(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that change others, with `blr` taken back where they set `lr` alone, and the reverse."""
+    for name, other in (("lr", "blr"), ("blr", "lr")):
+        if settings.get(name) is not None and other not in settings:
+            return settings | {other: None}
+    return settings
+
+
+def rate_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is different about the learning rate of two records of settings, a phrase or none.
+
+    Nothing is where the peak is the same, whichever setting says so, or the batch size alone makes it another.
+
+    Args:
+        before: may be a stranger's.
+    """
+    names = [name for name in ("blr", "lr") if now[name] is not None]
+    same = all(before.get(name) == now[name] for name in ("blr", "lr"))
+    peak_before, peak = _peak_in(before), _peak_in(now)
+    if same or peak_before == peak:
+        return []
+    for name in names:
+        if before.get(name) is not None:
+            return [f"--{name} was {printable(str(before[name]))} and is now {now[name]}"]
+    return [f"the peak learning rate was {peak_before} and is now {peak}"]
+
+
+def _peak_in(record: dict[str, Any]) -> float | None:
+    """The peak learning rate of a record of settings; None where it tells none."""
+    blr, lr, batch_size = (record.get(name) for name in ("blr", "lr", "batch_size"))
+    if isinstance(lr, int | float):
+        return lr
+    if isinstance(blr, int | float) and isinstance(batch_size, int):
+        return peak_rate(blr, None, batch_size)
+    return None
+
+
+def rate_on(words: list[str]) -> dict[str, float]:
+    """The learning rates on a command line, `--blr` or `--lr`, as settings; what is no number is left to the parser.
+
+    A parser sets one field after the other: the settings that it starts from must have given up the other rate already.
+
+    Args:
+        words: as `with_values` gives them.
+    """
+    found = {}
+    for name in ("blr", "lr"):
+        with contextlib.suppress(ValueError):
+            found[name] = float(last_value(words, f"--{name}") or "none")
+    return found
 
 
 def settings_by_name() -> dict[str, str]:

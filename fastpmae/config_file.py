@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 
 from fastpmae.config import Config
 from fastpmae.presets import preset
+from fastpmae.renamed import refuse_old_settings
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import short
 from fastpmae_loaders.values import local_path, typed
@@ -41,9 +42,10 @@ def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Co
     Args:
         decoder_matters: False where it is of no interest what decoder a run had, as its encoder's use and its log are.
     """
-    hints = get_type_hints(Config)
+    hints, changes = get_type_hints(Config), dict[str, Any]()
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise UserError(f"{source} does not hold groups of settings, like {{'optimizer': {{'epochs': 100}}}}")
+    refuse_old_settings(groups, source)
     preset_name = groups.get("run", {}).get("preset")
     config = preset(preset_name) if isinstance(preset_name, str) else Config()
     for group, settings in groups.items():
@@ -54,13 +56,14 @@ def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Co
             if (group, name) == ("network", "decoder_class_token"):  # in what earlier versions wrote
                 if value is not True and decoder_matters:
                     raise UserError(
-                        f"{source} asks for a decoder without the class token (network.decoder_class_token), which there "
-                        "is no more, since MAE's and SdAE's keep it: leave that out of a config; a run that was "
+                        f"{source} asks for a decoder without the class token (network.decoder_class_token), which "
+                        "there is no more, since MAE's and SdAE's keep it: leave that out of a config; a run that was "
                         "trained so cannot go on, but its encoder can be evaluated, exported and named with --init"
                     )
                 continue
             if name not in kinds:
                 raise UserError(f"{source} has a setting {group}.{short(name)}, which does not exist")
-            value = typed(value, kinds[name], f"{group}.{name} in {source}", strict=True)
-            config = config.using(**{name: value})
-    return config
+            changes[name] = typed(value, kinds[name], f"{group}.{name} in {source}", strict=True)
+    if changes.get("blr") is not None and changes.get("lr") is not None:
+        raise UserError(f"{source} sets optimizer.blr and optimizer.lr: leave one out, or make it null")
+    return config.using(**changes)

@@ -220,7 +220,7 @@ def stop_if_bad(meter: Meter, session: Session) -> None:
         raise RunError(
             f"the loss or a gradient of step {int(meter.bad_step) + 1} is not finite (its update was skipped). "
             f"Samples of that step: {samples}. Last good checkpoint: {newest}. "
-            "A lower --blr, --clip-grad 1 or --precision fp32 usually helps"
+            "A lower --blr (or --lr), --clip-grad 1 or --precision fp32 usually helps"
         )
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from fastpmae import PRESETS, Config, UserError, preset, pretrain, read_config
-from fastpmae.config import Efficiency, Optimizer
+from fastpmae.config import Efficiency, Optimizer, rate_changes
 from fastpmae.config_file import config_from, write_config
-from fastpmae.evaluate.recipe import FINETUNE_PRESETS
+from fastpmae.evaluate.cli import Finetune, Probe
+from fastpmae.evaluate.cli import read_command as read_evaluation
+from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE, FinetuneConfig
 from fastpmae.model.build import SHAPES, check, shape_of, view_settings, warmup_epochs
 from fastpmae.pretraining.cli import read_command
 
@@ -201,6 +203,8 @@ def test_timms_names_mean_timms_sizes() -> None:
         {"seed": -1},
         {"blr": -1.0},
         {"blr": float("nan")},
+        {"lr": -1.0},
+        {"lr": float("nan")},
         {"weight_decay": -0.1},
         {"betas": (0.9, 1.0)},
         {"clip_grad": -1.0},
@@ -336,6 +340,123 @@ def test_addresses_on_the_command_line(words: list[str], tmp_path: Path, monkeyp
 def test_only_a_config_is_trained_by(wrong: Any) -> None:
     with pytest.raises(UserError, match="pretrain takes a Config"):
         pretrain(wrong)
+
+
+PAPERS_PEAK = 2.666e-4 * 768 / 256
+
+
+def test_a_peak_rate_takes_the_place_of_the_base_rate_and_the_reverse() -> None:
+    """MAE's `--lr` is the rate itself: a value from its scripts means the same here, whatever the batch size."""
+    paper = PRESETS["paper"]
+    assert (paper.optimizer.lr, paper.optimizer.peak_lr) == (None, PAPERS_PEAK)
+    absolute = paper.using(lr=1e-3)
+    assert (absolute.optimizer.blr, absolute.optimizer.peak_lr) == (None, 1e-3)
+    assert absolute.using(batch_size=64).optimizer.peak_lr == 1e-3
+    back = absolute.using(blr=1e-3)
+    assert (back.optimizer.lr, back.optimizer.peak_lr) == (None, 3e-3)
+    assert absolute.using(lr=None, blr=2.666e-4) == paper == paper.using(lr=None)
+    for name, config in PRESETS.items():
+        assert config.optimizer.lr is None, name
+    tuned = FINETUNE_PRESETS["paper"].using(lr=1e-3)
+    assert (tuned.blr, tuned.peak_lr, tuned.using(batch_size=64).peak_lr) == (None, 1e-3, 1e-3)
+    assert tuned.using(blr=5e-4) == FINETUNE_PRESETS["paper"]
+    assert tuned.fitted(100).peak_lr == 1e-3
+
+
+def test_both_rates_or_none_are_refused() -> None:
+    both, none = r"--blr 0\.001 and --lr 0\.002 are both set", "no learning rate is set"
+    for base in (PRESETS["paper"], PRESETS["paper"].using(lr=1.0), FINETUNE_PRESETS["paper"]):
+        with pytest.raises(UserError, match=both):
+            base.using(blr=1e-3, lr=2e-3)
+        with pytest.raises(UserError, match=none):
+            base.using(blr=None, lr=None)
+    for kind in (Optimizer, FinetuneConfig):
+        with pytest.raises(UserError, match=both):
+            kind(blr=1e-3, lr=2e-3)
+        with pytest.raises(UserError, match=none):
+            kind(blr=None)
+    with pytest.raises(UserError, match=r"--lr 0\.0 must be above 0"):
+        PROBE.using(lr=0.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "blr", "lr"),
+    [
+        ([], 2.666e-4, None),
+        (["--lr", "1e-3"], None, 1e-3),
+        (["--lr=1e-3", "--batch-size", "64"], None, 1e-3),
+        (["--blr", "1e-3"], 1e-3, None),
+        (["--preset", "mae", "--lr", "0"], None, 0.0),
+        (["--config", "recorded.json"], None, 0.5),
+        (["--config", "recorded.json", "--blr", "1e-3"], 1e-3, None),
+        (["--config", "recorded.json", "--lr", "1e-3"], None, 1e-3),
+    ],
+)
+def test_rates_on_the_command_line(words: list[str], blr: Any, lr: Any, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_config(PRESETS["demo"].using(lr=0.5), Path("recorded.json"))
+    optimizer = read_command(words).optimizer
+    assert (optimizer.blr, optimizer.lr) == (blr, lr)
+
+
+@pytest.mark.parametrize("words", [["--lr", "1e-3", "--blr", "1e-3"], ["--blr=1", "--preset", "mae", "--lr=1"]])
+def test_both_rates_on_the_command_line(words: list[str]) -> None:
+    with pytest.raises(UserError, match="are both set"):
+        read_command(words)
+    images = ["--train", "t.beton"]
+    for kind in ("finetune", "probe"):
+        with pytest.raises(UserError, match="are both set"):
+            read_evaluation([kind, "weights", *images, *[word for word in words if word not in ("--preset", "mae")]])
+        for flag in ("--lr", "--blr"):
+            command = read_evaluation([kind, "weights", *images, flag, "0.5", "--batch-size", "512"])
+            assert isinstance(command, Probe | Finetune)
+            assert command.config.peak_lr == (0.5 if flag == "--lr" else 1.0)
+
+
+def test_rates_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    for config in (PRESETS["mae"].using(lr=1e-3), PRESETS["mae"].using(blr=1e-3)):
+        write_config(config, path)
+        assert read_config(path) == config
+    path.write_text('{"run": {"preset": "mae"}, "optimizer": {"blr": null, "lr": 0.5}}')
+    assert read_config(path) == PRESETS["mae"].using(lr=0.5)
+    path.write_text('{"optimizer": {"blr": 0.1, "lr": 0.5}}')
+    with pytest.raises(UserError, match=r"c\.json sets optimizer\.blr and optimizer\.lr: leave one out"):
+        read_config(path)
+    # Alone it may be of an earlier version, whose lr was the rate for 256 images.
+    for text in ('{"optimizer": {"lr": 0.5}}', '{"optimiser": {"lr": 0.5}}', '{"optimizer": {"lr": 1, "epochs": 3}}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"c\.json names .*lr, the rate for 256 images, is now blr"):
+            read_config(path)
+    path.write_text('{"optimizer": {"lr": null}}')
+    assert read_config(path) == Config()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"blr": 1e-3}, {"blr": 1e-3}, []),
+        ({"blr": 1e-3}, {"lr": 3e-3}, []),
+        ({"lr": 3e-3}, {"blr": 1e-3}, []),
+        ({"blr": 1e-3}, {"blr": 2e-3}, ["--blr was 0.001 and is now 0.002"]),
+        ({"lr": 1e-3}, {"lr": 2e-3}, ["--lr was 0.001 and is now 0.002"]),
+        ({"blr": 1.0}, {"lr": 1.0}, ["the peak learning rate was 3.0 and is now 1.0"]),
+        ({"lr": 1.0}, {"blr": 1.0}, ["the peak learning rate was 1.0 and is now 3.0"]),
+        # the batch size is a difference of its own
+        ({"blr": 1e-3}, {"blr": 1e-3, "batch_size": 64}, []),
+        ({"lr": 1e-3}, {"lr": 1e-3, "batch_size": 64}, []),
+    ],
+)
+def test_a_resumed_run_compares_the_peak_rate(before: dict[str, Any], now: dict[str, Any], said: list[str]) -> None:
+    paper = PRESETS["paper"]
+    assert rate_changes(paper.using(**before).flat(), paper.using(**now).flat()) == said
+    tuned = FinetuneConfig(batch_size=768)
+    found = tuned.using(**now).differences(json.loads(json.dumps(dataclasses.asdict(tuned.using(**before)))))
+    assert [phrase for phrase in found if "batch" not in phrase] == said
+    assert rate_changes({"blr": "x", "lr": [], "batch_size": None}, paper.flat()) == [
+        "--blr was x and is now 0.0002666"
+    ]
+    assert rate_changes({}, paper.flat()) == [f"the peak learning rate was None and is now {PAPERS_PEAK}"]
 
 
 def test_a_preset_by_name() -> None:

@@ -15,6 +15,7 @@ ROOMS = {
     "fastpmae": (
         [
             "weights",
+            "renamed",
             "config",
             "presets",
             "config_file",

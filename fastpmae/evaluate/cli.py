@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
+from fastpmae.config import rate_on
 from fastpmae.evaluate.backbone import Which
 from fastpmae.evaluate.datasets import Engine
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.linear import RATES
 from fastpmae.evaluate.recipe import PROBE, FinetuneConfig, finetune_preset
+from fastpmae.renamed import FINETUNE_SETTINGS, refuse_old_flags
 from fastpmae_loaders.cli.words import last_value, with_values
 
 NEIGHBOURS = (10, 20)
@@ -71,7 +73,7 @@ class Linear:
     method: Literal["sgd", "adamw", "logistic"] = "sgd"
     """How the classifier is trained; logistic solves the regression with an L2 penalty instead."""
     rates: tuple[float, ...] = RATES
-    """Learning rates for 256 images, all trained at once."""
+    """Base learning rates, each for 256 images as `--blr` is elsewhere; all are trained at once."""
     c: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
     """Inverse strengths of the L2 penalty that --method logistic tries."""
     epochs: int = 100
@@ -156,14 +158,18 @@ def read_command(arguments: Sequence[str]) -> Command:
     """What stands on the command line; the settings of `finetune` start from its preset.
 
     Raises:
-        UserError: for a preset that does not exist, or settings that do not fit together.
+        UserError: for a preset that does not exist, settings that do not fit together, or a flag of an earlier version.
     """
-    config = finetune_preset(last_value(with_values(arguments), "--preset") or "paper")
+    words = with_values(arguments)
+    refuse_old_flags(words, FINETUNE_SETTINGS)
+    rate = rate_on(words)
+    config = finetune_preset(last_value(words, "--preset") or "paper").using(**rate)
+    probe = PROBE.using(**rate)
     unknown = Common(weights=tyro.MISSING, train=tyro.MISSING)
     defaults: dict[str, Command] = {
         "knn": Knn(unknown),
         "linear": Linear(unknown),
-        "probe": Probe(unknown),
+        "probe": Probe(unknown, probe),
         "lowshot": Lowshot(unknown),
         "finetune": Finetune(unknown, config),
     }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastpmae.evaluate.backbone import Backbone
 from fastpmae.evaluate.datasets import Engine, Labelled
 from fastpmae.evaluate.recipe import FinetuneConfig
+from fastpmae.renamed import refuse_old_classifier
 from fastpmae.run.checkpoint import Checkpoint, CheckpointError, digest, newest_checkpoint, require
 from fastpmae.run.init_weights import few
 from fastpmae.run.log import read_rows
@@ -110,6 +111,7 @@ def take_up(
             raise UserError("; ".join(complaints))
         return 0, sums, []
     before, progress = checkpoint.progress["config"], checkpoint.progress
+    refuse_old_classifier(before, str(checkpoint.path))
     recorded = [before.get(part, {}) for part in ("finetune", "backbone")]
     losses = progress.get("loss")
     if not (all(isinstance(part, dict) for part in recorded) and _are_numbers(losses)):

@@ -76,7 +76,7 @@ class ClassifierTraining:
         mean = total / count
         if not math.isfinite(mean):
             epoch = (step - 1) // self.steps_per_epoch + 1
-            raise RunError(f"a loss of epoch {epoch} is not finite; a lower --blr usually helps")
+            raise RunError(f"a loss of epoch {epoch} is not finite; a lower --blr (or --lr) usually helps")
         return mean
 
     def _over_ranks(self) -> Float[Tensor, " 2"]:

@@ -300,7 +300,7 @@ def run_course(command: Probe | Finetune, ranks: Ranks) -> None:
     # As it was carried out: of few images a probe takes fewer in a step.
     config = command.config.fitted(len(evaluation.train.labels), ranks.size) if setting.frozen else command.config
     if ranks.is_main:
-        evaluation.finish(name, scores, {"finetune": dataclasses.asdict(config)})
+        evaluation.finish(name, scores, {"finetune": dataclasses.asdict(config), "peak_lr": config.peak_lr})
 
 
 def run_command(command: Command) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from fastpmae.config import check_one_rate, peak_rate, rate_changes, with_one_rate
 from fastpmae_loaders import View
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import Typed
@@ -18,21 +19,23 @@ class FinetuneConfig(Typed):
     batch_size: int = 1024
     """Images in one optimizer step."""
     accumulate: int = 1
-    """Parts that a step's images are computed in, one after the other."""
+    """Gradient accumulation: micro-batches of each step."""
     opt: Literal["adamw", "lars", "sgd"] = "adamw"
-    """Optimizer: adamw for fine-tuning, lars for MAE's linear probe, or sgd."""
-    blr: float = 5e-4
-    """Peak learning rate for 256 images; it grows in proportion with the batch size."""
+    """Optimizer: adamw for fine-tuning, lars for the linear probe of MAE, or sgd."""
+    blr: float | None = 5e-4
+    """Base learning rate: the peak for a batch of 256 images, which grows in proportion with the batch size."""
+    lr: float | None = None
+    """Peak learning rate itself, whatever the batch size; given instead of --blr."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine schedule."""
     warmup_epochs: float = 5.0
     """Epochs of linear learning-rate warm-up from 0."""
     weight_decay: float = 0.05
-    """Weight decay of the optimizer; biases, norms and tokens are not decayed."""
+    """Weight decay; not applied to biases, norms and tokens."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's coefficients for the running averages of the gradient and of its square."""
+    """AdamW's beta coefficients."""
     layer_decay: float = 0.65
-    """Factor by which the learning rate falls from each block to the block below it."""
+    """Layer-wise learning rate decay: the factor from each block to the one below it."""
     drop_path: float = 0.1
     """Rate of stochastic depth in the last block; it grows linearly from 0 in the first."""
     pool: Literal["class", "mean"] = "mean"
@@ -40,20 +43,20 @@ class FinetuneConfig(Typed):
     clip_grad: float = 0.0
     """Clip the gradient to this norm; 0 does not clip."""
     model_ema_decay: float = 0.0
-    """Decay of an exponential moving average of the weights, which is then what is tested; 0 keeps none. Early on
-    the decay is lower, so that a short training's average holds little of the start."""
+    """Decay of an exponential moving average of the weights, which is evaluated instead of them; 0 keeps none. The
+    decay is lower at first, so that the average of a short training contains little of its start."""
     smoothing: float = 0.1
     """Label smoothing of the cross-entropy."""
     mixup: float = 0.8
-    """Alpha of mixup; 0 leaves it out."""
+    """Mixup alpha; 0 disables mixup."""
     cutmix: float = 1.0
-    """Alpha of CutMix; 0 leaves it out."""
+    """CutMix alpha; 0 disables CutMix."""
     mixup_switch_prob: float = 0.5
-    """Share of the batches that get CutMix, where both mixup and CutMix are on."""
+    """Probability of CutMix instead of mixup for a batch, where both are enabled."""
     aa: str = "rand-m9-mstd0.5-inc1"
-    """RandAugment policy as timm writes it; an empty word leaves it out."""
+    """RandAugment policy in timm's notation; an empty string disables it."""
     reprob: float = 0.25
-    """Share of the images of which random erasing removes a rectangle; 0 leaves it out."""
+    """Probability of random erasing for an image; 0 disables it."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop: smallest and largest share of the image."""
     color_jitter: float = 0.0
@@ -70,7 +73,8 @@ class FinetuneConfig(Typed):
         for name in ("epochs", "batch_size", "accumulate", "eval_every"):
             _require(getattr(self, name) >= 1, name, self, "at least 1")
         _require(self.batch_size % self.accumulate == 0, "accumulate", self, f"a divisor of {self.batch_size}")
-        for name in ("blr", "layer_decay"):
+        check_one_rate(self.blr, self.lr)
+        for name in ("lr" if self.blr is None else "blr", "layer_decay"):
             _require(getattr(self, name) > 0, name, self, "above 0")
         _require(self.layer_decay <= 1, "layer_decay", self, "at most 1")
         for name in ("min_lr", "weight_decay", "clip_grad", "mixup", "cutmix", "save_every"):
@@ -98,10 +102,18 @@ class FinetuneConfig(Typed):
     @property
     def peak_lr(self) -> float:
         """The learning rate that the warm-up ends in."""
-        return self.blr * self.batch_size / 256
+        return peak_rate(self.blr, self.lr, self.batch_size)
+
+    def using(self, **settings: Any) -> "FinetuneConfig":
+        """A copy with these settings changed; `lr` takes the place of `blr`, and `blr` of `lr`.
+
+        Raises:
+            UserError: for values that do not fit, and `blr` and `lr` together.
+        """
+        return replace(self, **with_one_rate(settings))
 
     def fitted(self, images: int, ranks: int = 1) -> "FinetuneConfig":
-        """The same with no more images in a step than there are; the peak rate falls with them."""
+        """The same with no more images in a step than there are; the peak rate falls with them where `blr` sets it."""
         unit = self.accumulate * ranks * (2 if self.mixes else 1)
         most = images // unit * unit
         return replace(self, batch_size=most) if 0 < most < self.batch_size else self
@@ -118,10 +130,10 @@ class FinetuneConfig(Typed):
     def differences(self, record: dict[str, Any]) -> list[str]:
         """What the record of another says otherwise, a phrase each, without the settings that change no number."""
         own = dataclasses.asdict(self)
-        changed = []
+        changed = rate_changes(record, own)
         for name, now in own.items():
-            before = record.get(name)
-            if name not in ("eval_every", "save_every") and before != (list(now) if isinstance(now, tuple) else now):
+            before, compared = record.get(name), name not in ("eval_every", "save_every", "blr", "lr")
+            if compared and before != (list(now) if isinstance(now, tuple) else now):
                 changed.append(f"--{name.replace('_', '-')} was {before} and is now {now}")
         return changed
 

@@ -141,7 +141,8 @@ def check(config: Config) -> None:
         (min(loss.epsilon, loss.student_temperature) >= SHARPEST,
          f"--epsilon and --student-temperature must be at least {SHARPEST:g}: logits are divided by them in float32"),
         (loss.sinkhorn_iterations >= 1, "--sinkhorn-iterations must be at least 1"),
-        (optimizer.blr >= 0, f"--blr {optimizer.blr} is negative"),
+        *((rate is None or rate >= 0, f"--{name} {rate} is negative")
+          for name, rate in (("blr", optimizer.blr), ("lr", optimizer.lr))),
         (optimizer.weight_decay >= 0, f"--weight-decay {optimizer.weight_decay} is negative"),
         (optimizer.clip_grad >= 0, f"--clip-grad {optimizer.clip_grad} is negative; 0 does not clip"),
         (all(0 <= beta < 1 for beta in optimizer.betas), f"--betas {optimizer.betas} are not in [0, 1)"),

@@ -170,7 +170,8 @@ def _summary(run: Path, config: Config) -> str:
     views, model = config.views, config.network
     words = [
         f"preset {config.run.preset}", model.model, f"{views.image_size} px", f"{config.optimizer.epochs} epochs",
-        f"batch {config.optimizer.batch_size}", f"seed {config.run.seed}",
+        f"batch {config.optimizer.batch_size}", f"peak learning rate {config.optimizer.peak_lr:.4g}",
+        f"seed {config.run.seed}",
     ]  # fmt: skip
     for path in checkpoints_in(run):
         with contextlib.suppress(CheckpointError):  # a damaged one

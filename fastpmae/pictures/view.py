@@ -15,6 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
 from fastpmae.plotting import save_picture
+from fastpmae.renamed import refuse_old_flags
 from fastpmae_loaders import Batch, Beton, PairedViews, Samples, ViewSettings, open_samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
@@ -310,7 +311,12 @@ def view_command(
 
 def main() -> int:
     """`fastpmae-view`."""
-    return exit_with_sentence("fastpmae-view", lambda: tyro.cli(view_command, prog="fastpmae-view"))
+
+    def run() -> None:
+        refuse_old_flags(sys.argv[1:], {})
+        tyro.cli(view_command, prog="fastpmae-view")
+
+    return exit_with_sentence("fastpmae-view", run)
 
 
 if __name__ == "__main__":

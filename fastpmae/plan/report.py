@@ -38,7 +38,7 @@ def show(report: Report, console: Console) -> None:
     peak, kind = report.gpu.peak(config.efficiency.precision), config.efficiency.precision
     say(
         f"{config.network.model}, {config.optimizer.epochs} epochs of {report.epoch_images:,} images in steps of "
-        f"{batch:,}, on {report.gpus} × {report.gpu.words}\n"
+        f"{batch:,}, peak learning rate {config.optimizer.peak_lr:.4g}, on {report.gpus} × {report.gpu.words}\n"
         f"{peak / 1e12:,.0f} TFLOP/s in {'fp32' if kind == 'fp32' else 'bf16'}, {report.gpu.bandwidth / 1e12:.2f} TB/s "
         f"({report.gpu.source})\n"
     )

@@ -9,9 +9,10 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from fastpmae.config import Config
+from fastpmae.config import Config, rate_on
 from fastpmae.config_file import read_config
 from fastpmae.presets import PRESETS, preset
+from fastpmae.renamed import SETTINGS, refuse_old_flags
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, read_progress, settings_in
 from fastpmae.run.folder import run_of
 from fastpmae_loaders.cli.words import last_value, with_values
@@ -52,7 +53,9 @@ def parse(kind: type[Given], program: str, description: str, arguments: Sequence
     for word in words:
         if word.replace("_", "-") in ("--decoder-class-token", "--no-decoder-class-token"):
             raise UserError(f"{word}: every decoder keeps the class token now, as MAE's and SdAE's do; leave it out")
+    refuse_old_flags(words, SETTINGS)
     base = _base(words)
+    base = base.using(**rate_on(words))
     if not {"-h", "--help"}.isdisjoint(words):
         base = _printable(base)
     return tyro.cli(

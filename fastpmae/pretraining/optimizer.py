@@ -14,8 +14,7 @@ from fastpmae.model.build import warmup_epochs
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     """The rate of step `step` (from 0): linear warm-up, then a half cosine to 0, moving with every step as MAE's."""
-    optimizer = config.optimizer
-    peak = optimizer.blr * optimizer.batch_size / 256
+    optimizer, peak = config.optimizer, config.optimizer.peak_lr
     epoch, warmup = step / steps_per_epoch, warmup_epochs(config)
     if epoch < warmup:
         return peak * epoch / warmup

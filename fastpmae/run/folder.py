@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpmae.config import Config, settings_by_name
+from fastpmae.config import Config, rate_changes, settings_by_name
 from fastpmae.config_file import read_config, write_config
 from fastpmae.distributed.ranks import Ranks, has_bf16
 from fastpmae.model.build import warmup_epochs
@@ -254,8 +254,11 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> lis
     changes = [
         f"--{name.replace('_', '-')} was {printable(str(before[name]))} and is now {now[name]}"
         for name in now
-        if (groups[name] in COMPARED_GROUPS or name in compared) and before[name] != now[name]
+        if (groups[name] in COMPARED_GROUPS or name in compared)
+        and name not in ("blr", "lr")
+        and before[name] != now[name]
     ]
+    changes += rate_changes(checkpoint.config.flat(), config.flat())
     if checkpoint.progress["fingerprint"] != fingerprint:
         changes.append("the .beton holds other images")
     return changes
@@ -272,7 +275,7 @@ def describe_run(
         f"{config.run.preset}: {config.network.model}, {parameters:.1f} M parameters, "
         f"on {ranks.device} x {ranks.size} in {config.efficiency.precision}{', in shards' * sharded}",
         f"{len(images)} images in {images.path}: {steps_per_epoch} steps of {optimizer.batch_size} an epoch, "
-        f"{optimizer.epochs} epoch{'s' * (optimizer.epochs != 1)}",
+        f"{optimizer.epochs} epoch{'s' * (optimizer.epochs != 1)}, peak learning rate {optimizer.peak_lr:.4g}",
         *source_notes(images),
     ]
     parts = optimizer.accumulate if optimizer.sinkhorn_over == "micro-batch" else 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpmae.model.vit import Encoder
+from fastpmae.renamed import refuse_old_classifier
 from fastpmae.run.checkpoint import FORMAT, CheckpointError, checkpoints_in, find_checkpoint, read_progress
 from fastpmae.weights.foreign import PATCHES, check_real, read_foreign
 from fastpmae_loaders.errors import UserError
@@ -94,10 +95,13 @@ def tuned_weights(path: Path) -> Path | None:
     """The classifier that a fine-tuning left, named by its folder or itself; None where the path is something else.
 
     Raises:
-        UserError: when the training has not ended, or it was a linear probe, which holds no network.
+        UserError: when the training has not ended, it was a linear probe, which holds no network, or an earlier version
+            wrote it.
     """
     file = path / "classifier.safetensors" if path.is_dir() else path
     header = header_of(file)
+    if file.name == "classifier.safetensors":
+        refuse_old_classifier(header, str(file))
     if file.name == "classifier.safetensors" and "finetune" in header:
         with safetensors.safe_open(file, "pt") as held:
             if PATCHES not in held.keys():  # noqa: SIM118
@@ -110,6 +114,7 @@ def tuned_weights(path: Path) -> Path | None:
         config = {} if checkpoint is None else read_progress(checkpoint)["config"]
     except CheckpointError:  # whoever reads it says so, or passes it over
         return None
+    refuse_old_classifier(config, str(checkpoint))
     if "finetune" in config:
         raise UserError(
             f"{path} is a classifier's training that has left no classifier.safetensors yet: end it with --resume"

@@ -69,7 +69,7 @@ def test_command_line(tmp_path: Path):
     assert found["methods"][6]["costs"]["flops"] > found["costs"]["flops"]
     assert "--prototypes-chunk 1024" in done.stdout
     assert [row["gpus"] for row in found["weak"]] == [2**power for power in range(11)]
-    assert found["config"]["model"]["depth"] == 2
+    assert found["config"]["network"]["depth"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.png"]
 
 

@@ -27,6 +27,7 @@ ALONE = Ranks(0, 1, 1, torch.device("cpu"), None)
         ("paper", {"batch_size": 32, "epochs": 10, "warmup_epochs": 0.0}, 2.666e-4 / 8, 0, 10),
         ("paper", {"batch_size": 256, "epochs": 7, "warmup_epochs": 2.5}, 2.666e-4, 2.5, 7),
         ("ablation", {"epochs": 3}, 2.666e-4 * 3, 0.6, 3),
+        ("paper", {"batch_size": 32, "lr": 5e-3, "epochs": 10, "warmup_epochs": 1.0}, 5e-3, 1, 10),
     ],
 )
 def test_learning_rate(preset: str, settings: dict[str, Any], peak: float, warmup: float, epochs: int) -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-import fastpmae_loaders
 from fastpmae_loaders import (
     Beton,
     DaliSettings,
@@ -24,6 +23,7 @@ from fastpmae_loaders import (
     ViewSettings,
     dino_global,
     dino_local,
+    engines,
     mae_view,
     plain_view,
 )
@@ -330,7 +330,7 @@ def test_torch_keeps_its_threads(mixed):
 @pytest.mark.parametrize("module", ["nvidia.nvimgcodec", "fastpmae_loaders.engines.dali_pipeline"])
 def test_without_the_package_one_sentence_names_the_extra(mixed, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delattr(fastpmae_loaders, "dali_pipeline", raising=False)
+    monkeypatch.delattr(engines, "dali_pipeline", raising=False)
     with pytest.raises(UserError, match=r"pip install 'fastpmae-loaders\[dali-cuda130\]'"):
         loader(mixed)
 
