@@ -15,6 +15,7 @@ from fastpmae_kernels import (
     nearest_patch_similarity,
     patch_tokens,
     photometric,
+    photometric_numbers,
     prototype_cross_entropy,
     prototype_cross_entropy_from_features,
     prototype_cross_entropy_of_product,
@@ -24,7 +25,10 @@ from fastpmae_kernels import (
     sinkhorn_bias_from_features,
     sinkhorn_biases,
 )
-from fastpmae_kernels.cpu import rows, tiles
+from fastpmae_kernels.cpu import match, prototype_loss, rows, tiles
+from fastpmae_kernels.cpu import patch_tokens as cpu_patch_tokens
+from fastpmae_kernels.cpu import photometric as cpu_photometric
+from fastpmae_kernels.cpu import sinkhorn as cpu_sinkhorn
 
 ops = torch.ops.fastpmae
 GENERATOR = torch.Generator().manual_seed(0)
@@ -141,8 +145,28 @@ def test_every_public_function_is_traced():
     assert set(PUBLIC) == set(fastpmae_kernels.__all__) - plain
 
 
+@pytest.mark.parametrize("name", PUBLIC)
+def test_one_switch_turns_off_all_that_a_cpu_alone_runs(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Nothing in `cpu/` is reached, so neither numba's code nor threads of torch's own; the numbers are the same."""
+    with torch.no_grad():
+        BIAS.zero_()
+        expected = PUBLIC[name](LOGITS)
+
+        def refuse(*_: object) -> None:
+            raise AssertionError("a form of the CPU's own")
+
+        for module in (match, cpu_patch_tokens, cpu_photometric, prototype_loss, cpu_sinkhorn):
+            monkeypatch.setattr(module, "share_out", refuse)
+        BIAS.zero_()
+        with backend.use("ref"):
+            torch.testing.assert_close(PUBLIC[name](LOGITS), expected)
+        if name != "label_bias":  # the running mean is torch's in either form
+            with pytest.raises(AssertionError, match="of the CPU's own"):
+                PUBLIC[name](LOGITS)
+
+
 def test_a_test_can_ask_for_the_plain_form(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fastpmae_kernels.prototype_loss._on_cpu", None)
+    monkeypatch.setattr("fastpmae_kernels.cpu.prototype_loss.cross_entropy", None)
     expected = prototype_cross_entropy_ref(LOGITS, LOGITS, BIAS, INDEX)
     with backend.use("ref"):
         assert torch.equal(prototype_cross_entropy(LOGITS, LOGITS, BIAS, INDEX), expected)
@@ -202,8 +226,6 @@ def test_blocks_are_shared_out_once_each_over_as_many_threads_as_torch_uses(team
 
 def test_kept_machine_code_goes_stale_with_any_of_its_files():
     """A block's code contains the exponential's, which stands in another file than the block."""
-    from fastpmae_kernels import prototype_loss
-
     _, *of_shared = prototype_loss._cross_entropy_block._cache._cache_file._source_stamp
-    shared = [Path(module.__file__).stat() for module in (rows, tiles)]
+    shared = [Path(module.__file__).stat() for module in (rows, tiles, photometric_numbers)]
     assert of_shared == [(file.st_mtime, file.st_size) for file in shared]

@@ -1,7 +1,6 @@
 """Colours of a batch: the fast form and the plain one against the loaders' torch form, which follows torchvision."""
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -101,7 +100,7 @@ def test_a_mirror_between_mirrors():
 
 
 def test_the_plain_form_can_be_asked_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys.modules[photometric.__module__], "_change", None)
+    monkeypatch.setattr("fastpmae_kernels.cpu.photometric._change", None)
     images, (factors, choices) = noise(2, 8, 6), plan(2)
     with backend.use("ref"):
         photometric(images, factors, choices)

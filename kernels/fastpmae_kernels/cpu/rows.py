@@ -25,12 +25,17 @@ with pythons_own():
     from numba.core.caching import IndexDataCacheFile
 
 
+_FOLDER = Path(__file__).parent
+SHARED = _FOLDER / "rows.py", _FOLDER / "tiles.py", _FOLDER.parent / "photometric_numbers.py"
+"""Files whose functions and numbers become part of the machine code of others."""
+
+
 def compiled(*freedoms: str, error_model: Literal["python", "numpy"] = "python") -> Callable[[Callable], Any]:
     """numba's compiler without Python's lock, allowed these freedoms of arithmetic, its machine code kept on disk.
 
     `error_model="numpy"` lets a division by 0 pass, as vector instructions do.
 
-    The kept code is used while neither its own file nor those here whose functions become part of it have changed.
+    The kept code is used while neither its own file nor one of `SHARED` has changed.
     Where no folder may be written to, each process compiles anew.
     """
 
@@ -42,8 +47,8 @@ def compiled(*freedoms: str, error_model: Literal["python", "numpy"] = "python")
             return result
         kept = getattr(result._cache, "_cache_file", None)
         if isinstance(kept, IndexDataCacheFile):
-            parts = [Path(__file__).with_name(name).stat() for name in ("rows.py", "tiles.py")]
-            kept._source_stamp = (kept._source_stamp, *((part.st_mtime, part.st_size) for part in parts))
+            shared = [file.stat() for file in SHARED]
+            kept._source_stamp = (kept._source_stamp, *((file.st_mtime, file.st_size) for file in shared))
         return result
 
     return compile_it
