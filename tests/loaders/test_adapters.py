@@ -261,6 +261,7 @@ def test_an_adapter_without_collate_says_what_to_define(mixed):
         next(iter(Mine(views)))
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("given", [3, None, []])
 def test_a_data_set_of_no_adapter_is_a_sentence(given):
     with pytest.raises(UserError, match=r"^adapter is .*; expected Adapter$"):
