@@ -13,7 +13,7 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import Typed, local_path
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-"""The modes of torch.compile that replay a pass's kernels as one."""
+"""The modes of torch.compile that replay a function's kernels as one."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ class Optimizer(Typed):
     epochs: int = 300
     """Passes over the images; the schedules stretch over them."""
     batch_size: int = 768
-    """Images in one optimizer step, over all ranks and accumulated parts."""
+    """Images in one optimizer step, over all ranks and accumulated micro-batches."""
     accumulate: int = 1
-    """Parts that a step's images are computed in, one after the other, on each rank."""
+    """Micro-batches that a step's images are computed in, one after the other, on each rank."""
     sinkhorn_over: Literal["micro-batch", "step"] = "micro-batch"
-    """Pseudo labels are balanced within a part, or over all parts of a step: then any --accumulate gives the same
-    numbers, and the teachers' logits of all parts are held at once."""
+    """Pseudo labels are balanced within a micro-batch, or over all of a step: then any --accumulate gives the same
+    numbers, and the teachers' logits of all micro-batches are held at once."""
     blr: float = 2.666e-4
     """Peak learning rate for 256 images; it grows in proportion with the batch size."""
     warmup_epochs: float | None = None
@@ -231,7 +231,7 @@ class Efficiency(Typed):
     """Of every so many blocks of the student one keeps its input alone and is computed anew in the backward pass: less
     memory, more time, the same numbers. 1 is every block, 0 none."""
     shard: bool = False
-    """Cut weights, gradients, optimizer and teachers in shards, one a rank (FSDP2): for models that fill a GPU."""
+    """Shard weights, gradients, optimizer and teachers over the ranks (FSDP2): for models that fill a GPU."""
     rank_timeout: float = 10.0
     """Minutes that a rank waits for the others before all of them end."""
     prototypes_chunk: int = 0

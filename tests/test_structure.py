@@ -45,7 +45,7 @@ ROOMS = {
         "sources",
         "recipes",
         "settings",
-        "plan",
+        "sampling",
         "blockwise",
         "multiblock",
         "pixels",

@@ -1,7 +1,7 @@
-"""The student over several ranks: whole on each with averaged gradients (DDP), or everything in shards (FSDP2).
+"""The student over several ranks: whole on each with averaged gradients (DDP), or everything sharded (FSDP2).
 
-In shards each rank keeps its part of every weight, gradient, moment and teacher, and a block is whole only while it
-is computed. Part for part the numbers are those of DDP, and a checkpoint holds whole tensors, so either goes on with
+Sharded, each rank keeps its share of every weight, gradient, moment and teacher, and a block is whole only while it
+is computed. Share by share the numbers are those of DDP, and a checkpoint holds whole tensors, so either goes on with
 the other's runs.
 """
 
@@ -20,13 +20,13 @@ from fastpmae.model.vit import Student
 
 
 def wrap_parallel(student: Student, teachers: Teachers, ranks: Ranks, *, shard: bool, accumulate: int) -> nn.Module:
-    """The student as the loop calls it: as it is, with its gradients averaged over the ranks, or in shards.
+    """The student as the loop calls it: as it is, with its gradients averaged over the ranks, or sharded.
 
-    In shards the networks are changed in place, the teachers with the student: their parameters are DTensors from
+    With `shard` the networks are changed in place, the teachers with the student: their parameters are DTensors from
     here on, and what was on the CPU is on the rank's device.
 
     Args:
-        accumulate: parts of a step.
+        accumulate: micro-batches of a step.
     """
     if ranks.group is None:
         return student
@@ -37,15 +37,15 @@ def wrap_parallel(student: Student, teachers: Teachers, ranks: Ranks, *, shard: 
     known = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     settings: dict[str, Any] = {"gradient_as_bucket_view": True, switch: False}
-    # torch's static graph records the first backward pass and cannot leave its messages out, as parts need (2.14:
-    # "expect_autograd_hooks_ INTERNAL ASSERT FAILED").
+    # torch's static graph records the first backward pass and cannot leave its messages out, as micro-batches need
+    # (2.14: "expect_autograd_hooks_ INTERNAL ASSERT FAILED").
     return DistributedDataParallel(student, static_graph=accumulate == 1, **settings)
 
 
 def no_sync(parallel: nn.Module) -> AbstractContextManager[None]:
     """Within it gradients add up on their own rank.
 
-    Shards travel all the same: whole gradients would take the memory that shards are there to save.
+    Sharded ones travel all the same: whole gradients would take the memory that sharding is there to save.
     """
     return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else contextlib.nullcontext()
 
@@ -68,6 +68,6 @@ def _shard(student: Student, teachers: Teachers, ranks: Ranks) -> None:
     apart(*student.encoder.blocks, *student.decoder.blocks, student.head)
     fully_shard(student, mesh=mesh)
     for teacher in teachers.modules().values():
-        # Apart again after every pass, unlike a root by default: a teacher follows the student part by part.
+        # Apart again after every pass, unlike a root by default: a teacher follows the student share by share.
         apart(*teacher.encoder.blocks, teacher.encoder, teacher.head)
         register_fsdp_forward_method(teacher.encoder, "encode_folds")

@@ -1,4 +1,4 @@
-"""What all forms of `photometric` share: the columns of its plan, the blur's weights, the factors in fp32."""
+"""What all forms of `photometric` share: the columns of its draws, the blur's weights, the factors in fp32."""
 
 import torch
 from jaxtyping import Float, Int

@@ -37,7 +37,8 @@ BIAS = torch.zeros(12)
 INDEX = torch.arange(10).flip(0)
 TOKENS = torch.randn(2, 6, 8, generator=GENERATOR)
 IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-PLAN = torch.tensor([[1.2, 0.8, 1.1, 0.1, 1.0]] * 2), torch.tensor([[3, 1, 0, 2, 1, 0, 1, 1, 0]] * 2, dtype=torch.uint8)
+FACTORS = torch.tensor([[1.2, 0.8, 1.1, 0.1, 1.0]] * 2)
+CHOICES = torch.tensor([[3, 1, 0, 2, 1, 0, 1, 1, 0]] * 2, dtype=torch.uint8)
 CALLS = {
     "column_logsumexp": (LOGITS, 0.05),
     "assigned_sums": (LOGITS, BIAS, 0.05),
@@ -47,7 +48,7 @@ CALLS = {
     "scale_rows": (LOGITS.clone(), torch.linspace(0, 1, 10)),
     "nearest_patch": (TOKENS, TOKENS.flip(1), True, [4, 2]),
     "patch_tokens": (IMAGES, torch.tensor([[0, 3], [1, 2]]), 4, torch.bfloat16, [0.5] * 3, [0.5] * 3),
-    "photometric": (IMAGES, *PLAN, 128, torch.uint8, [0.5] * 3, [0.5] * 3),
+    "photometric": (IMAGES, FACTORS, CHOICES, 128, torch.uint8, [0.5] * 3, [0.5] * 3),
 }
 
 
@@ -64,7 +65,7 @@ def step(student: torch.Tensor, teacher: torch.Tensor, images: torch.Tensor, ids
     logv = sinkhorn_bias(teacher)
     match = nearest_patch(student.unsqueeze(0), teacher.unsqueeze(0))[0]
     loss = prototype_cross_entropy(student * 1, teacher, logv, match, overwrite=True, expected_gradient=0.1).mean()
-    return loss + patch_tokens(photometric(images, *PLAN), ids, 4).mean()
+    return loss + patch_tokens(photometric(images, FACTORS, CHOICES), ids, 4).mean()
 
 
 @pytest.mark.slow
@@ -120,7 +121,7 @@ PUBLIC = {
         x[:, :4], PROTOTYPES, LOGITS, BIAS, INDEX
     ),
     "patch_tokens": lambda x: patch_tokens(IMAGES, torch.tensor([[0, 3], [1, 2]]), 4) + x.mean(),
-    "photometric": lambda x: photometric(IMAGES, *PLAN, dtype=torch.float32) + x.mean(),
+    "photometric": lambda x: photometric(IMAGES, FACTORS, CHOICES, dtype=torch.float32) + x.mean(),
 }
 
 

@@ -191,7 +191,7 @@ def test_ranks_with_uneven_rows_compute_what_one_process_computes(ranks: int, tm
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{RANKS}", str(rank), str(ranks),
-             str(tmp_path / "meeting")],
+             str(tmp_path / "rendezvous")],
             stderr=subprocess.PIPE, text=True,
         )
         for rank in range(ranks)

@@ -30,7 +30,7 @@ def replace():
     [
         "replace()\nfrom fastpmae_loaders import PairedViews\nfrom fastpmae_loaders.adapters import MAELoader",
         "import fastpmae_loaders\nreplace()\nfrom fastpmae_loaders.adapters import MAELoader",
-        "from fastpmae_loaders import Beton\nreplace()\nfrom fastpmae_loaders import draw_plans",
+        "from fastpmae_loaders import Beton\nreplace()\nfrom fastpmae_loaders import draw_samples",
         "replace()\nfrom fastpmae_loaders.blockwise import IBOTMasks",
         "replace()\nfrom fastpmae_kernels import sinkhorn",
     ],

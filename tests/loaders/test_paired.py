@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastpmae_loaders import Batch, Beton, PairedViews, PlainViews, UserError, ViewSettings, draw_plans, epoch_order
+from fastpmae_loaders import Batch, Beton, PairedViews, PlainViews, UserError, ViewSettings, draw_samples, epoch_order
 from fastpmae_loaders.engines import base
 from fastpmae_loaders.transfer import Sent, Transfer
 
@@ -26,7 +26,7 @@ TENSORS += ("simple_flip", "complex_flip", "source_size")
 
 def loader(beton, batch_size=4, engine="torch", **options) -> PairedViews:
     options.setdefault("settings", ViewSettings(image_size=32, patch_size=8, folds=5))
-    return PairedViews(beton, batch_size, engine=base, **options)
+    return PairedViews(beton, batch_size, engine=engine, **options)
 
 
 def rows(batches) -> dict[int, dict[str, torch.Tensor]]:
@@ -48,7 +48,7 @@ def loader_threads() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_shapes_and_contents(mixed, engine):
-    with loader(mixed, 5, base, seed=3) as views:
+    with loader(mixed, 5, engine, seed=3) as views:
         assert len(views) == 4
         batches = list(views)
     assert [len(batch) for batch in batches] == [5] * 4
@@ -68,12 +68,12 @@ def test_shapes_and_contents(mixed, engine):
         assert (batch.label == batch.index * 10).all()
         assert batch.failed == []
         index = batch.index.numpy()
-        plan = draw_plans(3, 0, index, beton.height[index], beton.width[index], views.settings)
-        assert (batch.simple_box.numpy() == plan.boxes[:, 0]).all()
-        assert (batch.complex_box.numpy() == plan.boxes[:, 1]).all()
-        assert (batch.simple_flip.numpy() == plan.flips[:, 0]).all()
-        assert (batch.complex_flip.numpy() == plan.flips[:, 1]).all()
-        assert (torch.cat([batch.visible, batch.folds], 1).numpy() == plan.order).all()
+        drawn = draw_samples(3, 0, index, beton.height[index], beton.width[index], views.settings)
+        assert (batch.simple_box.numpy() == drawn.boxes[:, 0]).all()
+        assert (batch.complex_box.numpy() == drawn.boxes[:, 1]).all()
+        assert (batch.simple_flip.numpy() == drawn.flips[:, 0]).all()
+        assert (batch.complex_flip.numpy() == drawn.flips[:, 1]).all()
+        assert (torch.cat([batch.visible, batch.folds], 1).numpy() == drawn.order).all()
         assert (batch.source_size.numpy() == np.stack([beton.height, beton.width], 1)[index]).all()
 
 
@@ -82,7 +82,7 @@ def test_the_same_bits_at_any_threads_and_batch_size(mixed, engine):
     kept = None
     for workers in (1, 2, 3):
         for batch_size in (1, 4, 23):
-            with loader(mixed, batch_size, base, workers=workers, drop_last=False) as views:
+            with loader(mixed, batch_size, engine, workers=workers, drop_last=False) as views:
                 views.set_epoch(2)
                 found = rows(views)
             assert len(found) == 23
@@ -120,7 +120,7 @@ def test_ranks_share_the_global_batch(mixed, engine, drop_last, world_size):
     batch_size = 6 // world_size
     ranks = []
     for rank in range(world_size):
-        with loader(mixed, batch_size, base, rank=rank, world_size=world_size, drop_last=drop_last) as views:
+        with loader(mixed, batch_size, engine, rank=rank, world_size=world_size, drop_last=drop_last) as views:
             ranks.append([batch.index.tolist() for batch in views])
             assert len(ranks[-1]) == len(views)
     assert len({len(batches) for batches in ranks}) == 1
@@ -140,17 +140,17 @@ SOME = [3, 22, 4, 9, 10, 15, 0, 17, 12]
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_subset_shows_its_samples_as_the_whole_does(mixed, engine):
-    with loader(mixed, 23, base, seed=4) as views:
+    with loader(mixed, 23, engine, seed=4) as views:
         whole = rows(views)
-    with loader(mixed, 4, base, seed=4, indices=SOME, drop_last=False) as views:
+    with loader(mixed, 4, engine, seed=4, indices=SOME, drop_last=False) as views:
         assert (views.count, len(views)) == (9, 3)
         batches = list(views)
         assert torch.cat([batch.index for batch in batches]).tolist() == np.array(SOME)[epoch_order(4, 0, 9)].tolist()
         assert same(rows(batches), {index: whole[index] for index in SOME})
         state = views.state_dict()
-    with loader(mixed, 3, base, seed=4, indices=np.array(SOME), shuffle=False) as views:
+    with loader(mixed, 3, engine, seed=4, indices=np.array(SOME), shuffle=False) as views:
         assert torch.cat([batch.index for batch in views]).tolist() == SOME
-    with loader(mixed, 4, base, seed=4) as views, pytest.raises(UserError, match="samples 9, this loader 23"):
+    with loader(mixed, 4, engine, seed=4) as views, pytest.raises(UserError, match="samples 9, this loader 23"):
         views.load_state_dict(state)
 
 
@@ -166,15 +166,15 @@ def test_a_subset_by_pages_and_with_repetitions(mixed):
 @pytest.mark.parametrize("engine", [*ENGINES, "dali"])
 def test_only_a_subsets_own_samples_stand_in_for_broken_ones(broken, engine):
     """8 is sound and the next of the file; it may be an image that was kept for validation."""
-    if base == "dali":
+    if engine == "dali":
         pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
     some = [399, 5, 6, 300, 2]
-    with loader(broken, 5, base, shuffle=False, indices=some, bad_fraction=1.0) as views:
+    with loader(broken, 5, engine, shuffle=False, indices=some, bad_fraction=1.0) as views:
         batch = next(iter(views))
     assert batch.index.tolist() == [2, 300, 300, 300, 2]
     assert sorted(set(batch.failed)) == [5, 6, 399]
     with (
-        loader(broken, 2, base, indices=[5, 6], bad_fraction=1.0) as views,
+        loader(broken, 2, engine, indices=[5, 6], bad_fraction=1.0) as views,
         pytest.raises(UserError, match="2 samples in"),
     ):
         next(iter(views))
@@ -226,7 +226,7 @@ def test_a_file_that_fills_the_usable_memory_goes_page_by_page(mixed, monkeypatc
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_in_mid_epoch(mixed, engine):
-    options = {"engine": base, "drop_last": False, "seed": 9}
+    options = {"engine": engine, "drop_last": False, "seed": 9}
     with loader(mixed, 4, **options) as views:
         views.set_epoch(1)
         straight = rows(views)
@@ -288,13 +288,13 @@ def test_the_position_is_that_of_the_iteration_begun_last(mixed):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_workers_are_one(mixed, engine):
     """A codebase's `--num_workers 0`, with which it is debugged."""
-    with loader(mixed, 4, base, workers=0) as none, loader(mixed, 4, base, workers=1) as one:
+    with loader(mixed, 4, engine, workers=0) as none, loader(mixed, 4, engine, workers=1) as one:
         taken = iter(none)
         next(taken)
         assert len(loader_threads()) == 1
         assert none.workers == 0
         assert same(rows(none), rows(one))
-    with PlainViews(mixed, 4, 32, engine=base, workers=0) as plain:
+    with PlainViews(mixed, 4, 32, engine=engine, workers=0) as plain:
         assert len(list(plain)) == len(plain)
 
 
@@ -359,7 +359,7 @@ def test_batches_belong_to_the_taker(mixed):
 def test_broken_images_are_replaced_and_named(broken, engine):
     kept = None
     for workers, batch_size in ((1, 400), (3, 50)):
-        with loader(broken, batch_size, base, workers=workers, shuffle=False, bad_fraction=0.02) as views:
+        with loader(broken, batch_size, engine, workers=workers, shuffle=False, bad_fraction=0.02) as views:
             batches = list(views)
             assert views.failed == [5, 6, 7, 399]
         assert sorted({index for batch in batches for index in batch.failed}) == [5, 6, 7, 399]
@@ -367,7 +367,7 @@ def test_broken_images_are_replaced_and_named(broken, engine):
         assert index == [0, 1, 2, 3, 4, 8, 8, 8, *range(8, 399), 0]
         simple = torch.cat([batch.simple for batch in batches])
         visible = torch.cat([batch.visible for batch in batches])
-        # the stand-in comes with its own plan
+        # the stand-in comes with draws of its own
         assert torch.equal(simple[5], simple[8])
         assert torch.equal(visible[5], visible[8])
         assert torch.equal(simple[399], simple[0])
@@ -379,7 +379,7 @@ def test_broken_images_are_replaced_and_named(broken, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_too_many_broken_images_stop_the_run(broken, engine):
     before = len(loader_threads())
-    with loader(broken, 20, base, bad_fraction=0.009) as views:
+    with loader(broken, 20, engine, bad_fraction=0.009) as views:
         with pytest.raises(UserError, match=r"4 of \d+ samples do not decode.*fastpmae-write --check") as caught:
             list(views)
         assert "399" in str(caught.value)
@@ -408,7 +408,7 @@ def test_nothing_but_broken_images(tmp_path, engine):
     from tests.loaders.files import write_beton
 
     file = write_beton(tmp_path / "bad.beton", [b"\xff\xd8 no picture"] * 6, [(20, 20)] * 6)
-    with loader(file, 3, base, bad_fraction=1.0) as views, pytest.raises(UserError, match="in a row"):
+    with loader(file, 3, engine, bad_fraction=1.0) as views, pytest.raises(UserError, match="in a row"):
         list(views)
 
 
@@ -416,7 +416,7 @@ def test_nothing_but_broken_images(tmp_path, engine):
 def test_leaving_early_leaves_no_thread(mixed, engine):
     torch_threads = torch.get_num_threads()
     before = threading.active_count()
-    with loader(mixed, 2, base, workers=3) as views:
+    with loader(mixed, 2, engine, workers=3) as views:
         for _ in range(3):
             for _batch in views:
                 break
@@ -432,7 +432,7 @@ def test_leaving_early_leaves_no_thread(mixed, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_iterations_at_once(mixed, engine):
-    with loader(mixed, 4, base, workers=2) as views:
+    with loader(mixed, 4, engine, workers=2) as views:
         alone = rows(views)
         views.set_epoch(1)
         views.set_epoch(0)
@@ -450,7 +450,7 @@ def test_two_loaders_in_two_threads(mixed, engine):
 
     def read():
         try:
-            with loader(mixed, 4, base, drop_last=False) as views:
+            with loader(mixed, 4, engine, drop_last=False) as views:
                 found.append(rows(views))
         except BaseException as error:
             errors.append(error)
@@ -603,7 +603,7 @@ def test_leaving_at_any_moment(mixed, engine):
     """Two hundred iterations left after some batches, now and then with a pause for the threads to run ahead."""
     rng = np.random.default_rng(0)
     before = threading.active_count()
-    with loader(mixed, 3, base, workers=3) as views:
+    with loader(mixed, 3, engine, workers=3) as views:
         for turn in range(200):
             views.set_epoch(turn % 2)
             views.set_epoch(turn)

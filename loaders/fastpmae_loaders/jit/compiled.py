@@ -26,7 +26,7 @@ _SOURCES = (
     "jit/vectors",
     "jit/floats",
     "recipes",
-    "plan",
+    "sampling",
     "pixels/separable",
     "pixels/resize",
     "pixels/bilinear",

@@ -33,7 +33,7 @@ def test_importing_the_loaders_imports_none_of_the_rest():
         """
         import sys
         import fastpmae_loaders
-        from fastpmae_loaders import PairedViews, PlainViews, Batch, ViewSettings, Beton, draw_plans
+        from fastpmae_loaders import PairedViews, PlainViews, Batch, ViewSettings, Beton, draw_samples
         for name in ("fastpmae", "fastpmae_kernels", "triton", "xformers", "ffcv", "torchvision", "jaxtyping"):
             assert name not in sys.modules, name
         """
@@ -47,10 +47,10 @@ def test_ffcv_leaves_what_was_compiled_before_it_usable(mixed, tmp_path):
         f"""
         import warnings
         import numba, numpy as np
-        from fastpmae_loaders import PairedViews, ViewSettings, draw_plans
+        from fastpmae_loaders import PairedViews, ViewSettings, draw_samples
         settings = ViewSettings(image_size=32, patch_size=8)
         shared, before = numba.uint8[::1], hash(numba.uint8[::1])
-        draw_plans(0, 0, np.array([5]), np.array([30]), np.array([40]), settings)
+        draw_samples(0, 0, np.array([5]), np.array([30]), np.array([40]), settings)
         with PairedViews({str(mixed)!r}, 4, settings=settings) as views:
             next(iter(views))
         assert numba.uint8[::1] is shared and shared.mutable and hash(shared) == before
