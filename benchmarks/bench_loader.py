@@ -25,7 +25,7 @@ from benchmarks.loader_baselines import Task
 from benchmarks.loader_cases import CASES
 from benchmarks.loader_checks import check
 from benchmarks.loader_turns import Record, Turns, take_turns, watch_memory
-from fastpmae.demo.photographs import write_demo_images
+from fastpmae.photographs import write_demo_images
 from fastpmae_loaders import Beton
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads, usable_cores

@@ -66,7 +66,7 @@ def their_modules(checkout: Path, timm: Path) -> dict[str, Any]:
     # One process on a CPU: nothing is waited for, gathered, or computed in half.
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.is_available = lambda: False
-    torch.cuda.amp.autocast = contextlib.nullcontext  # type: ignore
+    torch.cuda.amp.autocast = contextlib.nullcontext
     found["engine_pretrain"].misc.all_reduce_mean = lambda value: value
     found["engine_pretrain"].misc.MetricLogger.synchronize_between_processes = lambda self: None
     return found

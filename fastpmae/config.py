@@ -192,6 +192,8 @@ class Run(Typed):
     """Labelled images that vote; by default the run's own."""
     eval_val: Path | None = None
     """Labelled images that are tested; by default those that vote, each left out once."""
+    profile: int = 0
+    """Write a trace of so many steps, by torch's profiler and after a warm-up, into the run folder; 0 does not."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: bool = False

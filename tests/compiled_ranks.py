@@ -9,10 +9,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from fastpmae import Config
+from fastpmae.distributed.data_parallel import no_sync
 from fastpmae.distributed.ranks import Ranks, join_ranks
 from fastpmae.pretraining.compile import compile_step
 from fastpmae.pretraining.optimizer import make_optimizer, update
-from fastpmae.pretraining.parallel import no_sync, wrap_parallel
+from fastpmae.pretraining.parallel import wrap_parallel
 from fastpmae.pretraining.step import assign_pseudo_labels, student_loss, teacher_forward
 from tests.tiny import drop_path_scale_of, made_batch, tiny_config, tiny_networks
 

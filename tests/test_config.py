@@ -403,7 +403,9 @@ def test_a_decoder_without_the_class_token_is_refused_and_one_with_it_is_the_onl
     path.write_text('{"run": {"preset": "sdae"}, "network": {"decoder_class_token": true}}')
     assert read_config(path) == PRESETS["sdae"]
     path.write_text('{"network": {"decoder_class_token": false}}')
-    with pytest.raises(UserError, match=r"settings\.json asks for a decoder without the class token \(network\.decoder_"):
+    with pytest.raises(
+        UserError, match=r"settings\.json asks for a decoder without the class token \(network\.decoder_"
+    ):
         read_config(path)
 
 

@@ -19,19 +19,35 @@ ROOMS = {
             "presets",
             "config_file",
             "plotting",
+            "photographs",
             "distributed",
             "model",
             "run",
             "evaluate",
             "pretraining",
+            "plan",
             "export",
             "train",
             "pictures",
             "demo",
-            "plan",
         ]
     ),
-    "fastpmae_kernels": ["backend", "builtin_names", "cpu"],
+    "fastpmae_kernels": [
+        "backend",
+        "builtin_names",
+        "cpu",
+        "long_rows",
+        "traffic",
+        "match",
+        "patch_tokens",
+        "photometric",
+        "photometric_gpu",
+        "sinkhorn",
+        "prototype_loss",
+        "prototype_features",
+        "builds",
+        "certify",
+    ],
     "fastpmae_loaders": [
         "builtin_names",
         "printable",
@@ -132,7 +148,7 @@ def test_no_module_imports_itself_by_way_of_others():
     assert circle({name: others for name, others in graph.items() if name not in HOMES}) == []
 
 
-@pytest.mark.parametrize("package", ["fastpmae", "fastpmae_loaders"])
+@pytest.mark.parametrize("package", HOMES)
 def test_packages_import_downwards(package):
     order = ROOMS[package]
     there = {room for home, room in map(room_of, TREES) if home == package and room}
@@ -147,7 +163,19 @@ def test_packages_import_downwards(package):
     assert upwards == []
 
 
+def test_every_import_is_by_its_whole_name():
+    """What is looked at here sees no other."""
+    relative = [
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level > 0
+    ]
+    assert relative == []
+
+
 def test_distributions_import_downwards():
+    """And the loaders and the kernels nothing of each other."""
     for module, others in GRAPH.items():
         mine = room_of(module)[0]
         allowed = {mine} | (set(DISTRIBUTIONS) if mine == "fastpmae" else set())
@@ -155,8 +183,11 @@ def test_distributions_import_downwards():
 
 
 def test_no_module_bears_the_name_of_a_public_function():
-    """`from fastpmae import pretrain` is the function, whatever else has been imported."""
-    own = {module.partition(".")[2] for module in TREES if module.startswith(("fastpmae.", "fastpmae_loaders."))}
+    """`from fastpmae import pretrain` is the function, whatever else has been imported.
+
+    The kernels' `__init__` imports each of its modules before the function of the same name.
+    """
+    own = {word for module in TREES if not module.startswith("fastpmae_kernels") for word in module.split(".")[1:]}
     assert own & {*fastpmae.__all__, *fastpmae_loaders.__all__} == set()
 
 
@@ -168,3 +199,20 @@ def test_modules_are_short_and_the_ground_floor_is_small():
     assert {name: length for name, length in lengths.items() if length > 400} == {}
     beside = [name for name in (ROOT / "fastpmae").glob("*.py") if name.name != "__init__.py"]
     assert len(beside) <= 8
+
+
+LOOPS = {"fastpmae.train": "pretrain", "fastpmae.evaluate.finetune": "train_classifier"}
+
+
+def depth_of(node: ast.AST) -> int:
+    """How many statements with a body of their own stand within each other."""
+    within = max((depth_of(child) for child in ast.iter_child_nodes(node)), default=0)
+    return within + isinstance(node, ast.With | ast.For | ast.While | ast.If | ast.Try | ast.FunctionDef)
+
+
+@pytest.mark.parametrize("module", LOOPS)
+def test_a_training_loop_fits_one_screen(module):
+    loop = next(node for node in TREES[module].body if isinstance(node, ast.FunctionDef) and node.name == LOOPS[module])
+    assert loop.end_lineno is not None
+    assert loop.end_lineno - loop.lineno < 80
+    assert depth_of(loop) - 1 <= 4

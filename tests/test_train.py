@@ -19,6 +19,7 @@ from fastpmae import PRESETS, Config, RunError, UserError, preset, pretrain, wri
 from fastpmae import train as loop
 from fastpmae.evaluate.features import load_encoder
 from fastpmae.run import checkpoint_writer as saving
+from fastpmae.run import malloc
 from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of, write_checkpoint
 from fastpmae.run.log import TIMINGS
 from fastpmae_loaders.errors import Interrupted
@@ -120,6 +121,21 @@ def test_same_settings_give_the_same_run(tiny: Config, tmp_path: Path):
     assert_same_run(one, other, 6)
 
 
+@pytest.mark.parametrize("as_a_command", [False, True])
+def test_the_command_alone_changes_its_process_for_good(
+    as_a_command: bool, tiny: Config, monkeypatch: pytest.MonkeyPatch
+):
+    tuned: list[str] = []
+    monkeypatch.setattr(malloc, "tune_allocator", lambda: tuned.append("mallopt"))
+    monkeypatch.setattr(loop, "tune_allocator", lambda: tuned.append("mallopt"))
+    if as_a_command:
+        monkeypatch.setattr(sys, "argv", ["fastpmae-train", *flags_of(tiny.using(steps=1))])
+        assert loop.main() == 0
+    else:
+        pretrain(tiny.using(steps=1))
+    assert tuned == ["mallopt"] * as_a_command
+
+
 def test_another_seed_gives_another_run(tiny: Config, tmp_path: Path):
     one = pretrain(tiny.using(steps=2))
     other = pretrain(tiny.using(steps=2, out=tmp_path / "other", seed=1))
@@ -163,54 +179,13 @@ def test_kill_9_then_resume_is_bit_for_bit(tiny: Config, tmp_path: Path):
     assert_same_run(straight, out, 12)
 
 
-KILL_OFTEN = """
-import os, random, signal, sys, time
-from pathlib import Path
-from fastpmae import pretrain, read_config
-import fastpmae.train, fastpmae.pretraining.collapse, torch
-
-out, config, error = Path(sys.argv[1]), read_config(Path(sys.argv[2])), Path(sys.argv[3])
-moments, torn = random.Random(7), 0
-for turn in range(24):
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        try:
-            pretrain(config.using(out=out, resume="auto", steps=None, save_steps=5))
-        except BaseException as reason:
-            error.write_text(repr(reason))
-        os._exit(1)
-
-    def until(happened):
-        limit = time.monotonic() + 60
-        while not happened():
-            assert time.monotonic() < limit
-            if os.waitpid(child, os.WNOHANG)[0]:
-                sys.exit("the run ended by itself: " + (error.read_text() if error.exists() else "done"))
-
-    before = sorted(out.glob("checkpoints/step-*"))
-    if turn % 4 == 0:  # anywhere in its start
-        time.sleep(moments.uniform(0, 0.6))
-    else:
-        until(lambda: sorted(out.glob("checkpoints/step-*")) != before)
-        if turn % 4 == 1:  # anywhere in a step
-            time.sleep(moments.uniform(0, 0.1))
-        else:  # in the middle of writing a checkpoint
-            until(lambda: any(out.glob("checkpoints/.partial-*")))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    torn += any(out.glob("checkpoints/.partial-*"))
-print(torn)
-"""
-
-
 @pytest.mark.slow
 def test_kills_at_random_moments_and_in_the_middle_of_a_checkpoint_lose_nothing(tiny: Config, tmp_path: Path):
     tiny = tiny.using(epochs=60, save_steps=1, head_hidden=512)
     straight = pretrain(tiny.using(steps=150, save_steps=150))
     out = tmp_path / "killed"
     result = subprocess.run(
-        [sys.executable, "-c", KILL_OFTEN, out, straight / "config.json", tmp_path / "error"],
+        [sys.executable, "-m", "tests.programs.killed_often", out, straight / "config.json", tmp_path / "error"],
         env=environment(),
         capture_output=True,
         text=True,
@@ -437,34 +412,10 @@ def test_a_full_disk_is_told_at_the_next_step(tiny: Config, monkeypatch: pytest.
     pretrain(tiny.using(resume="auto", steps=9))
 
 
-DISK = """
-import os, signal, sys, time
-from pathlib import Path
-import safetensors.torch
-import fastpmae.run.checkpoint, fastpmae.train
-
-kind, write = sys.argv.pop(1), safetensors.torch.save_file
-
-def disk(tensors, beside, header):
-    step = int(Path(beside).stem[5:])
-    if kind == "slow":
-        time.sleep(1)
-    if kind == "dies" and step == 6:
-        Path(beside).write_bytes(b"half of it")
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "full" and step == 6:
-        raise OSError(28, os.strerror(28))
-    write(tensors, beside, header)
-
-fastpmae.run.checkpoint.save_file = disk
-sys.exit(fastpmae.train.main())
-"""
-
-
 def on_a_disk(kind: str, config: Config) -> tuple[int, str]:
     """`fastpmae-train` in a process of its own, on a disk that is "slow", "full" at step 6, or "dies" there."""
     done = subprocess.run(
-        [sys.executable, "-c", DISK, kind, *flags_of(config)],
+        [sys.executable, "-m", "tests.programs.train_on_a_disk", kind, *flags_of(config)],
         env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
@@ -496,7 +447,7 @@ def test_disks_that_are_slow_full_or_gone(tiny: Config, tmp_path: Path):
 def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """And each holds the step that it names: the same as of a run that waits for each."""
     tiny = tiny.using(save_steps=4, keep=99, steps=11)
-    steps, seen, write, step, save = [0], [], saving.write_checkpoint, loop.Log.step, loop.Saver.save
+    steps, seen, write, step, save = [0], [], saving.write_checkpoint, loop.Log.step, saving.Saver.save
 
     def counted(log: Any, number: int, *others: Any) -> None:
         steps[0] = number
@@ -520,7 +471,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path,
         save(saver, *arguments)
         saver.wait()
 
-    monkeypatch.setattr(loop.Saver, "save", waits)
+    monkeypatch.setattr(saving.Saver, "save", waits)
     plain = pretrain(tiny.using(out=tmp_path / "plain"))
     for number in (4, 8, 11):
         one, other = (read_checkpoint(checkpoint_path(folder, number)) for folder in (beside, plain))
@@ -530,13 +481,13 @@ def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path,
 
 
 def test_epoch_ends_save_when_it_is_time(tiny: Config, monkeypatch: pytest.MonkeyPatch):
-    saved, save = [], loop.Saver.save
+    saved, save = [], saving.Saver.save
 
     def noted(saver: Any, path: Path, *others: Any) -> None:
         saved.append(step_of(path))
         save(saver, path, *others)
 
-    monkeypatch.setattr(loop.Saver, "save", noted)
+    monkeypatch.setattr(saving.Saver, "save", noted)
     folder = pretrain(tiny.using(steps=11))
     assert saved == [11]
     saved.clear()
@@ -631,6 +582,7 @@ def test_torchrun_passes_a_preemption_on_and_the_run_goes_on_alone(tiny: Config,
 
 
 @pytest.mark.slow
+@pytest.mark.untyped  # torch.compile traces the step whole
 def test_compiled_passes_compute_the_same(tiny: Config, tmp_path: Path):
     """With torch's code generator, which takes minutes; tests/pretraining/test_compile.py looks at the graphs."""
     tiny = tiny.using(depth=1, decoder_depth=1, folds=4)

@@ -106,7 +106,7 @@ def test_logged_losses_and_gradients_are_the_references(tiny: Config) -> None:
             weights = [{name: tensor.double() for name, tensor in before.part(part).items()} for part in parts]
             for tensor in weights[0].values():
                 tensor.requires_grad_()
-            truth = reference.step(*weights, batch, config, drop_path_scale)
+            truth = reference.step(weights[0], weights[1], weights[2], batch, config, drop_path_scale)
             truth.total.backward()
             logged = [rows[step][name] for name in ("loss", "loss_m", "loss_c", "loss_p")]
             assert logged == pytest.approx([float(part.detach()) for part in truth], rel=1e-5)

@@ -8,6 +8,8 @@ module, which conftest imports before any of them, sets right what that must not
 - what some modules import for type checkers alone, so that they need no jaxtyping, is imported: their shapes count.
 - settings (`Typed`) check and convert their own values, such as a list for a tuple: that is left to them.
 - an int is a float to a type checker, and so it is here.
+- a function within a function would get its check, which takes milliseconds to make, at every call of the outer one;
+  and no torch.compile traces that.
 
 Not checked: other processes; and tests with the mark `untyped`, which hand over what no annotation allows, to see it
 refused, or let torch.compile trace a function whole. A shape in an item of a list (beartype looks at one, by chance)
@@ -16,10 +18,12 @@ should name no axis that another item has with another length: `_rows` tells a r
 
 import ast
 import hashlib
+import random
 from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, Any
 
+import beartype._check.code.codemain as beartypes_code
 import jaxtyping._import_hook as hook
 from beartype import BeartypeConf, FrozenDict, beartype
 
@@ -28,6 +32,8 @@ PACKAGES = {"fastpmae", "fastpmae_kernels", "fastpmae_loaders"}
 # tyro's mark of what a command line has yet to give stands in its fields
 UNFINISHED = ("fastpmae.evaluate.cli", "Common.__init__")
 
+# beartype picks the item of a list that it looks at by Python's own generator, whose state our checkpoints keep
+beartypes_code.getrandbits = random.Random(0).getrandbits
 # beartype asks of an IO[bytes] what no BytesIO has
 _FILES = FrozenDict({IO[bytes]: BufferedIOBase})
 _as_beartype_sees_it = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=_FILES))
@@ -64,6 +70,13 @@ class _Transformer(hook.JaxtypingTransformer):
         written = list(node.decorator_list)
         super().visit_ClassDef(node)
         if "Typed" in bases:
+            node.decorator_list = written
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        written = list(node.decorator_list)
+        super().visit_FunctionDef(node)
+        if any(isinstance(parent, ast.FunctionDef) for parent in self._parents):
             node.decorator_list = written
         return node
 

@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastpmae.demo.photographs import PHOTOGRAPHS, write_demo_images
 from fastpmae.distributed.ranks import choose_device
 from fastpmae.evaluate.features import Network, load_encoder, pooled, whole_tokens
 from fastpmae.evaluate.knn import knn_accuracy
 from fastpmae.model.vit import Encoder
+from fastpmae.photographs import PHOTOGRAPHS, write_demo_images
 from fastpmae.presets import PRESETS
 from fastpmae.run.folder import folder_of
 from fastpmae.run.log import read_rows
+from fastpmae.run.malloc import tune_allocator
 from fastpmae.train import pretrain
 from fastpmae_loaders import Beton, PlainViews
 from fastpmae_loaders.cli.exits import exit_with_sentence
@@ -83,6 +84,8 @@ def demo(
     train, validation = write_demo_betons(folder)
     config = settings.using(beton=train)
     run = folder_of(config)
+    if choose_device(config.efficiency.device).type == "cpu":
+        tune_allocator()
     with _TimeLimit(minutes) as limit:
         try:
             pretrain(config.using(out=run))

@@ -176,7 +176,7 @@ def _leave(ranks: Ranks) -> None:
             atexit.register(_await_threads, group)
 
 
-def _await_threads(group: "weakref.ref[dist.ProcessGroup]", patience: float = 10.0) -> None:
+def _await_threads(group: Callable[[], object], patience: float = 10.0) -> None:
     """Wait until the threads of a group are gone, or have all been asleep for three looks, for `patience` s at most."""
     gc.collect()
     until, asleep = time.monotonic() + patience, 0

@@ -18,12 +18,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastpmae.distributed.ranks import to_device
 from fastpmae.evaluate.recipe import FinetuneConfig
+from fastpmae_loaders import uniforms
 from fastpmae_loaders.errors import UserError
 
-STEP, SAMPLE, START = 0, 1, 2
+STEP, SAMPLE, START, ERASE = 0, 1, 2, 3
+"""What is drawn for: the first part of a key."""
+DROP_PATH = 1
+"""Stochastic depth's own counters, beside those of views."""
 
 
 @contextlib.contextmanager
@@ -63,15 +68,77 @@ class Mixing:
             )
 
     def __call__(
-        self, images: Float[Tensor, "batch 3 side side"], labels: Int[Tensor, " batch"]
+        self,
+        images: Float[Tensor, "batch 3 side side"],
+        labels: Int[Tensor, " batch"],
+        keys: Sequence[int] | None = None,
     ) -> tuple[Float[Tensor, "batch 3 side side"], Float[Tensor, "batch classes"]]:
-        """The images, changed, and the share of each class in each of them."""
-        if self.erase is not None:
+        """The images, changed, and the share of each class in each of them.
+
+        Args:
+            keys: what each image's rectangle is drawn from, within `drawn_from`; without them one stream serves all.
+        """
+        if self.erase is not None and keys is None:
             images = self.erase(images)
+        elif self.erase is not None and keys is not None:
+            for image, key in zip(images, keys, strict=True):
+                random.seed(key)
+                torch.manual_seed(key)
+                self.erase(image)  # in place
         if self.mix is not None and len(images) % 2 == 0:
             return self.mix(images, labels)
         target = F.one_hot(labels, self.classes).to(images.dtype)
         return images, target * (1 - self.smoothing) + self.smoothing / self.classes
+
+
+def erase_keys(seed: int, epoch: int, samples: np.ndarray) -> list[int]:
+    """What random erasing of each sample is drawn from: the same on any number of ranks, at any place of a batch."""
+    return [int(np.random.SeedSequence((ERASE, seed, epoch, int(each))).generate_state(1)[0]) for each in samples]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth whose scales are set from outside before each pass; in an evaluation there are none.
+
+    Attributes:
+        rate: how often an image loses the branch.
+        scale: what each image's branch is multiplied by, [batch].
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.scale: Tensor | None = None
+
+    def forward(self, branch: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+        if not self.training or self.scale is None:
+            return branch
+        return branch * self.scale.view(-1, *[1] * (branch.ndim - 1)).to(branch.dtype)
+
+
+def take_over_drop_path(network: nn.Module) -> list[DropPath]:
+    """Put ours in the place of timm's modules, which draw for a whole batch. Returns them in the network's order."""
+    from timm.layers.drop import DropPath as TimmDropPath
+
+    found = []
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, TimmDropPath):
+                found.append(DropPath(float(child.drop_prob)))
+                setattr(module, name, found[-1])
+    return found
+
+
+def set_drop_path(
+    modules: Sequence[DropPath], seed: int, epoch: int, samples: np.ndarray, device: torch.device
+) -> None:
+    """Draw the next pass's scales: a function of (seed, epoch, sample, module) alone; 0, or 1 / (1 - rate)."""
+    if not modules:
+        return
+    drawn = torch.from_numpy(uniforms(seed, epoch, samples, DROP_PATH, len(modules)))
+    rate = torch.tensor([module.rate for module in modules])
+    scales = to_device(((drawn >= rate).float() / (1 - rate)).T.contiguous(), device)
+    for module, scale in zip(modules, scales, strict=True):
+        module.scale = scale
 
 
 class RandAugment:

@@ -1,6 +1,5 @@
 """The command line of `fastpmae-eval`: five kinds of evaluation, and what each can be told."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from fastpmae.evaluate.datasets import Engine
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.linear import RATES
 from fastpmae.evaluate.recipe import PROBE, FinetuneConfig, finetune_preset
+from fastpmae_loaders.cli.words import last_value, with_values
 
 NEIGHBOURS = (10, 20)
 """How many neighbours vote where nobody says."""
@@ -101,6 +101,10 @@ class Probe:
     """Stop after so many optimizer steps in all; changes no schedule."""
     deterministic: bool = False
     """On a GPU, too, compute the same bits each time, somewhat slower."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases too, where it is installed."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,10 @@ class Finetune:
     """Stop after so many optimizer steps in all; changes no schedule."""
     deterministic: bool = False
     """On a GPU, too, compute the same bits each time, somewhat slower."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases too, where it is installed."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +157,7 @@ def read_command(arguments: Sequence[str]) -> Command:
     Raises:
         UserError: for a preset that does not exist, or settings that do not fit together.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="paper")
-    config = finetune_preset(parser.parse_known_args(list(arguments))[0].preset)
+    config = finetune_preset(last_value(with_values(arguments), "--preset") or "paper")
     unknown = Common(weights=tyro.MISSING, train=tyro.MISSING)
     defaults: dict[str, Command] = {
         "knn": Knn(unknown),

@@ -43,6 +43,10 @@ class Setting(Typed):
     """Train a linear classifier of the frozen network instead of the network."""
     deterministic: bool = False
     """On a GPU compute the same bits each time."""
+    tensorboard: bool = False
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases too."""
 
 
 def recorded_setting(setting: Setting, config: FinetuneConfig) -> dict[str, Any]:

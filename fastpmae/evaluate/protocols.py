@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastpmae.distributed.ranks import choose_device
+from fastpmae.distributed.ranks import Ranks, join_ranks
 from fastpmae.evaluate.backbone import find_backbone
 from fastpmae.evaluate.cli import NEIGHBOURS, Command, Common, Finetune, Knn, Linear, Lowshot, Probe, read_command
 from fastpmae.evaluate.datasets import Labelled, extract, needed, open_labelled
@@ -27,6 +27,7 @@ from fastpmae.evaluate.metrics import Scores, files_of, rank, write_scores
 from fastpmae.run.checkpoint import step_of
 from fastpmae.run.folder import run_of
 from fastpmae.run.images import source_notes
+from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
@@ -35,15 +36,15 @@ from fastpmae_loaders.values import local_path
 
 
 class Evaluation:
-    """Network, images and folder of one command, found before anything is computed."""
+    """Network, images and folder of one command, found before anything is computed; the first rank speaks."""
 
-    def __init__(self, common: Common):
+    def __init__(self, common: Common, ranks: Ranks):
         self.common = common
         self.began = time.monotonic()
         if common.out is not None:
             local_path(common.out)
-        self.progress = Progress(live=True)
-        self.device = choose_device(common.device)
+        self.progress = Progress(live=ranks.is_main)
+        self.device = ranks.device
         self.train, self.val = open_labelled(common.train, common.val)
         for images in (self.train, self.val):
             for note in source_notes(images.samples) if images else ():
@@ -136,9 +137,9 @@ def place_of(weights: str) -> Path:
     return run / "eval" / f"step-{step_of(path):08d}" if path.is_file() else run / "eval"
 
 
-def run_knn(command: Knn) -> None:
+def run_knn(command: Knn, ranks: Ranks) -> None:
     """`fastpmae-eval knn`. Without a validation set every training image is left out once."""
-    evaluation = Evaluation(command.common)
+    evaluation = Evaluation(command.common, ranks)
     train, val = evaluation.train, evaluation.val
     pools: tuple[Pool, ...] = ("class", "mean") if command.pool == "both" else (command.pool,)
     voters = len(train.labels) - (val is None)
@@ -174,9 +175,9 @@ def run_knn(command: Knn) -> None:
     evaluation.finish("knn", best[0], more | {"shown": {"pool": best[1]["pool"], "k": best[1]["k"]}})
 
 
-def run_linear(command: Linear) -> None:
+def run_linear(command: Linear, ranks: Ranks) -> None:
     """`fastpmae-eval linear`."""
-    evaluation = Evaluation(command.common)
+    evaluation = Evaluation(command.common, ranks)
     train, val = evaluation.train, needed(evaluation.val, evaluation.train)
     classes, seed = len(train.names), command.seed
     sweep = Sweep(
@@ -224,9 +225,9 @@ def run_linear(command: Linear) -> None:
     evaluation.finish(f"linear-{command.method}", on_val[best], more)
 
 
-def run_lowshot(command: Lowshot) -> None:
+def run_lowshot(command: Lowshot, ranks: Ranks) -> None:
     """`fastpmae-eval lowshot`."""
-    evaluation = Evaluation(command.common)
+    evaluation = Evaluation(command.common, ranks)
     train, val = evaluation.train, needed(evaluation.val, evaluation.train)
     if command.draws < 1:
         raise UserError(f"--draws {command.draws} must be at least 1")
@@ -268,10 +269,12 @@ def run_lowshot(command: Lowshot) -> None:
     )
 
 
-def run_course(command: Probe | Finetune) -> None:
+def run_course(command: Probe | Finetune, ranks: Ranks) -> None:
     """`fastpmae-eval probe` and `finetune`."""
     common = command.common
-    evaluation = Evaluation(common)
+    evaluation = Evaluation(common, ranks)
+    if evaluation.device.type == "cpu":
+        tune_allocator()
     name = "probe" if isinstance(command, Probe) else "finetune"
     val = needed(evaluation.val, evaluation.train)
     folder = common.out or evaluation.folder / "-".join(filter(None, [name, evaluation.backbone.network]))
@@ -288,26 +291,37 @@ def run_course(command: Probe | Finetune) -> None:
         common.feature_batch,
         frozen=isinstance(command, Probe),
         deterministic=command.deterministic,
+        tensorboard=command.tensorboard,
+        wandb=command.wandb,
     )
     scores = train_classifier(
-        setting, command.config, resume=command.resume, steps=command.steps, progress=evaluation.progress
+        setting, command.config, resume=command.resume, steps=command.steps, progress=evaluation.progress, ranks=ranks
     )
     # As it was carried out: of few images a probe takes fewer in a step.
-    config = command.config.fitted(len(evaluation.train.labels)) if setting.frozen else command.config
-    evaluation.finish(name, scores, {"finetune": dataclasses.asdict(config)})
+    config = command.config.fitted(len(evaluation.train.labels), ranks.size) if setting.frozen else command.config
+    if ranks.is_main:
+        evaluation.finish(name, scores, {"finetune": dataclasses.asdict(config)})
 
 
 def run_command(command: Command) -> None:
-    """Evaluate as a command line says. Raises UserError for what does not fit."""
-    match command:
-        case Knn():
-            run_knn(command)
-        case Linear():
-            run_linear(command)
-        case Lowshot():
-            run_lowshot(command)
-        case Probe() | Finetune():
-            run_course(command)
+    """Evaluate as a command line says, on the ranks that torchrun has started where there are several.
+
+    Raises:
+        UserError: for what does not fit.
+    """
+    with join_ranks(command.common.device) as ranks:
+        if ranks.size > 1 and not isinstance(command, Probe | Finetune):
+            name = type(command).__name__.lower()
+            raise UserError(f"fastpmae-eval {name} is computed by one process: start it without torchrun")
+        match command:
+            case Knn():
+                run_knn(command, ranks)
+            case Linear():
+                run_linear(command, ranks)
+            case Lowshot():
+                run_lowshot(command, ranks)
+            case Probe() | Finetune():
+                run_course(command, ranks)
 
 
 def main() -> int:

@@ -100,9 +100,9 @@ class FinetuneConfig(Typed):
         """The learning rate that the warm-up ends in."""
         return self.blr * self.batch_size / 256
 
-    def fitted(self, images: int) -> "FinetuneConfig":
+    def fitted(self, images: int, ranks: int = 1) -> "FinetuneConfig":
         """The same with no more images in a step than there are; the peak rate falls with them."""
-        unit = self.accumulate * (2 if self.mixes else 1)
+        unit = self.accumulate * ranks * (2 if self.mixes else 1)
         most = images // unit * unit
         return replace(self, batch_size=most) if 0 < most < self.batch_size else self
 

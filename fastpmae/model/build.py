@@ -156,6 +156,7 @@ def check(config: Config) -> None:
         (config.run.eval_every == 0 or not efficiency.shard,
          "--eval-every needs whole networks, which --shard has not: evaluate its checkpoints with fastpmae-eval"),
         (config.run.save_steps >= 0, f"--save-steps {config.run.save_steps}: 0 or more"),
+        (config.run.profile >= 0, f"--profile {config.run.profile}: 0 or more"),
         (config.run.steps is None or config.run.steps >= 0, f"--steps {config.run.steps}: 0 or more"),
         (config.data.dali_part >= 0, f"--dali-part {config.data.dali_part}: images, or 0"),
         (0 <= config.data.hw_decoder_load <= 1,

@@ -25,7 +25,7 @@ def mean_in_chunks(
         rows, parameters: gradients flow to these.
         chunk: rows at a time, at least 1.
     """
-    return _InChunks.apply(loss_of, chunk, rows, *parameters)  # pyright: ignore[reportReturnType]
+    return _InChunks.apply(loss_of, chunk, rows, *parameters)
 
 
 class _InChunks(torch.autograd.Function):

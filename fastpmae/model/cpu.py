@@ -40,9 +40,7 @@ def attend(
     tokens: Float[Tensor, "batch tokens dim"], norm: nn.LayerNorm, qkv: nn.Linear, heads: int, queries: int
 ) -> Float[Tensor, "batch queries dim"]:
     """What each of the last `queries` tokens takes from all of them, after `norm`, before the projection."""
-    return _Attend.apply(  # pyright: ignore[reportReturnType]
-        tokens, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, heads, queries
-    )
+    return _Attend.apply(tokens, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, heads, queries)
 
 
 def add_mlp(
@@ -55,9 +53,7 @@ def add_mlp(
     """`tokens + scale * second(gelu(first(norm(tokens))))`, which keeps `tokens` and what the GELU reads."""
     parameters = norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias
     rows_scale = None if scale is None else scale.expand(*tokens.shape[:-1], 1).reshape(-1, 1)
-    return _AddMlp.apply(  # pyright: ignore[reportReturnType]
-        torch.is_grad_enabled(), norm.eps, rows_scale, tokens, *parameters
-    )
+    return _AddMlp.apply(torch.is_grad_enabled(), norm.eps, rows_scale, tokens, *parameters)
 
 
 ROWS = 1024

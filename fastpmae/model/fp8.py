@@ -21,7 +21,7 @@ class Fp8Linear(nn.Linear):
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer
 
-    def forward(self, rows: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:  # pyright: ignore
+    def forward(self, rows: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
         kind = rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
         multiply = multiply_on_gpu if kind == "cuda" else multiply_plainly

@@ -79,6 +79,32 @@ GPUS = {
 }  # fmt: skip
 
 
+DEVICES = {
+    "A100-SXM4-40GB": "a100-40",
+    "A100-PCIE-40GB": "a100-40",
+    "A100-SXM4-80GB": "a100-80",
+    "A100 80GB PCIe": "a100-80",
+    "H100 80GB HBM3": "h100",
+    "H100 PCIe": "h100-pcie",
+    "H200": "h200",
+    "B200": "b200",
+    "L40S": "l40s",
+    "L4": "l4",
+    "A10": "a10",
+    "GeForce RTX 3090": "rtx3090",
+    "GeForce RTX 4090": "rtx4090",
+    "GeForce RTX 5090": "rtx5090",
+    "Instinct MI300X": "mi300x",
+}
+"""What drivers call the GPUs, behind their makers' names. A part of one (MIG) and kin such as A10G are not here."""
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """The GPU that a driver calls `name`, such as "NVIDIA H100 80GB HBM3"; None where nothing is known of it."""
+    known = DEVICES.get(name.removeprefix("NVIDIA ").removeprefix("AMD "))
+    return None if known is None else GPUS[known]
+
+
 def gpu_named(name: str) -> Gpu:
     """The GPU called `name`, in capitals or not. Raises UserError with the names there are."""
     known = GPUS.get(name.lower().replace("_", "-"))

@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from fastpmae.config import Config
-from fastpmae.demo.photographs import PHOTOGRAPHS, open_photograph
 from fastpmae.model.build import view_settings, views_needed
+from fastpmae.photographs import PHOTOGRAPHS, open_photograph
 from fastpmae_loaders import PairedViews
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.write.pages import PageWriter

@@ -266,7 +266,7 @@ def _sized(config: Config, model: str) -> Config:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Every figure as plain values."""
-    plain = dataclasses.asdict(dataclasses.replace(report, config=None))  # pyright: ignore[reportArgumentType]
+    plain = dataclasses.asdict(dataclasses.replace(report, config=None))
     for found, costs in [(plain["costs"], report.costs)] + [
         (row["costs"], method.costs) for row, method in zip(plain["methods"], report.methods, strict=True)
     ]:

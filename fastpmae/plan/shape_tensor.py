@@ -65,7 +65,7 @@ class ShapeTensor(Tensor):
         return copy
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} met a tensor without memory outside of the mode that counts")
 
 
@@ -117,7 +117,7 @@ class Counting(TorchDispatchMode):
             kinds[self.tags[number]] += nbytes
         return {kind: nbytes for kind, nbytes in kinds.items() if nbytes}, self.events[moment][2] if most else ""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "profiler":
             return func(*args, **kwargs)

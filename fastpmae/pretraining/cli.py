@@ -14,6 +14,7 @@ from fastpmae.config_file import read_config
 from fastpmae.presets import PRESETS, preset
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, read_progress, settings_in
 from fastpmae.run.folder import run_of
+from fastpmae_loaders.cli.words import last_value, with_values
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import Typed, local_path
@@ -47,7 +48,7 @@ def read_command(arguments: Sequence[str] | None = None) -> Config:
 
 def parse(kind: type[Given], program: str, description: str, arguments: Sequence[str] | None = None) -> Given:
     """A command line of every setting and of the flags that `kind` adds to them, read as `read_command` does."""
-    words = _with_values(list(sys.argv[1:] if arguments is None else arguments))
+    words = _with_resume(with_values(sys.argv[1:] if arguments is None else arguments))
     for word in words:
         if word.replace("_", "-") in ("--decoder-class-token", "--no-decoder-class-token"):
             raise UserError(f"{word}: every decoder keeps the class token now, as MAE's and SdAE's do; leave it out")
@@ -65,7 +66,7 @@ def parse(kind: type[Given], program: str, description: str, arguments: Sequence
 
 def _base(words: list[str]) -> Config:
     """The settings that the flags change."""
-    config, name, resume, out = (_value(words, flag) for flag in ("--config", "--preset", "--resume", "--out"))
+    config, name, resume, out = (last_value(words, flag) for flag in ("--config", "--preset", "--resume", "--out"))
     if config is not None:
         if name is not None:
             raise UserError("--config and --preset both name the settings to start from: leave one out")
@@ -102,19 +103,12 @@ def _printable(config: Config) -> Config:
     return config.using(**{name: printable(text) for name, text in odd.items()})
 
 
-def _with_values(words: list[str]) -> list[str]:
-    """The words with every `--flag=value` as two, and `--resume` alone as `--resume auto`."""
+def _with_resume(words: list[str]) -> list[str]:
+    """The words with `--resume` alone as `--resume auto`."""
     spread = []
     for position, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        spread += [flag, value] if equals and flag.startswith("--") else [word]
+        spread.append(word)
         follows = words[position + 1 : position + 2]
         if word == "--resume" and (not follows or follows[0].startswith("-")):
             spread.append("auto")
     return spread
-
-
-def _value(words: list[str], flag: str) -> str | None:
-    """The word after the last `flag`."""
-    places = [place for place, word in enumerate(words[:-1]) if word == flag]
-    return words[places[-1] + 1] if places else None

@@ -1,5 +1,6 @@
 """The images of a run: opened, identified, and turned into batches on the device with the next one on its way."""
 
+import contextlib
 from collections.abc import Generator
 
 import numpy as np
@@ -103,6 +104,18 @@ class Prefetcher:
         self.wait: Wait = wait or (DeviceWait(config.optimizer.accumulate) if on_gpu else HostWait())
         self.bad_images = bad_images
         self.unreported: list[int] = []
+
+    def batches(
+        self, step: int, steps_per_epoch: int
+    ) -> Generator[tuple[Batch, Float[Tensor, "batch depth 2"] | None], None, None]:
+        """The micro-batches from a step of the run on, epoch after epoch and without end."""
+        accumulate = self.config.optimizer.accumulate
+        while True:
+            epoch, place = divmod(step, steps_per_epoch)
+            with contextlib.closing(self.epoch(epoch, first_batch=place * accumulate)) as batches:
+                for _ in range((steps_per_epoch - place) * accumulate):
+                    yield next(batches)
+            step = (epoch + 1) * steps_per_epoch
 
     def epoch(
         self, epoch: int, first_batch: int

@@ -5,15 +5,11 @@ is computed. Share by share the numbers are those of DDP, and a checkpoint holds
 the other's runs.
 """
 
-import contextlib
-import inspect
 import warnings
-from contextlib import AbstractContextManager
-from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from fastpmae.distributed.data_parallel import average_gradients
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.teachers import Teachers
 from fastpmae.model.vit import Student
@@ -33,21 +29,7 @@ def wrap_parallel(student: Student, teachers: Teachers, ranks: Ranks, *, shard: 
     if shard:
         _shard(student, teachers, ranks)
         return student
-    # Positions are the same on all ranks and need no message a step. torch has renamed the switch.
-    known = inspect.signature(DistributedDataParallel).parameters
-    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    settings: dict[str, Any] = {"gradient_as_bucket_view": True, switch: False}
-    # torch's static graph records the first backward pass and cannot leave its messages out, as micro-batches need
-    # (2.14: "expect_autograd_hooks_ INTERNAL ASSERT FAILED").
-    return DistributedDataParallel(student, static_graph=accumulate == 1, **settings)
-
-
-def no_sync(parallel: nn.Module) -> AbstractContextManager[None]:
-    """Within it gradients add up on their own rank.
-
-    Sharded ones travel all the same: whole gradients would take the memory that sharding is there to save.
-    """
-    return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else contextlib.nullcontext()
+    return average_gradients(student, static_graph=accumulate == 1)
 
 
 def _shard(student: Student, teachers: Teachers, ranks: Ranks) -> None:

@@ -35,7 +35,7 @@ from fastpmae_loaders.printable import printable
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
-COMPARED_GROUPS = ("views", "model", "teachers", "loss", "optimizer")
+COMPARED_GROUPS = ("views", "network", "teacher", "loss", "optimizer")
 COMPARED_SETTINGS = (
     "seed", "precision", "teacher_precision", "page_order", "loader", "hw_decoder_load", "augment_on", "deterministic",
 )  # fmt: skip
@@ -210,7 +210,7 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
 
 def recorded(config: Config) -> Config:
     """The settings without those that belong to one start of the run."""
-    return config.using(out=None, resume=None, accept_changes=False)
+    return config.using(out=None, resume=None, accept_changes=False, profile=0)
 
 
 def folder_of(config: Config) -> Path:

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
@@ -19,6 +20,7 @@ from torch import Tensor
 from fastpmae.config import Config
 from fastpmae.run.checkpoint import CheckpointError
 from fastpmae.run.device_metrics import Figures
+from fastpmae.run.trackers import TensorBoard, WandB
 from fastpmae_loaders.cli.terminal import say, stderr
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
@@ -27,7 +29,7 @@ from fastpmae_loaders.sources.reading import read_file
 
 _BOUND = 1e100
 """No figure that is finite is larger, and none of a picture's axes can be much longer."""
-TIMINGS = ("images_per_second", "data_wait")
+TIMINGS = ("images_per_second", "data_wait", "mfu", "peak_memory_gib")
 """The figures of a row that differ from run to run."""
 
 
@@ -95,20 +97,52 @@ class Meter:
         self.count.copy_(state["count"])
 
 
+@dataclass(frozen=True)
+class About:
+    """What a log is told of its training.
+
+    Attributes:
+        images: the training images, as a sentence names them.
+        batch_size: images of a step, over all ranks.
+        settings: for those who keep them beside the rows.
+        tell: takes the sentences, where a caller shows its own progress.
+        images_at_peak: images a second that the GPUs could take at most, where that is known.
+    """
+
+    images: str
+    batch_size: int
+    epochs: int
+    settings: dict[str, Any]
+    tensorboard: bool = False
+    wandb: bool = False
+    tell: Callable[[str], None] | None = None
+    images_at_peak: float | None = None
+
+
+def about_run(config: Config) -> About:
+    """What the log of a pretraining is told."""
+    optimizer, run = config.optimizer, config.run
+    return About(
+        str(config.data.beton), optimizer.batch_size, optimizer.epochs, config.flat(), run.tensorboard, run.wandb
+    )
+
+
 class Log:
     """The run's rows and sentences. On other ranks than the first it says nothing.
 
     Args:
         folder: the run's.
+        about: the training, or the settings of a pretraining.
         first_step: steps that are done already; rows past it are dropped.
         last_step: where this start of the run ends.
-        speaks: whether this is the first rank.
+        is_main: whether this is the first rank.
     """
 
-    def __init__(self, folder: Path, config: Config, first_step: int, last_step: int, *, is_main: bool = True):
-        self.folder, self.config, self.speaks = folder, config, is_main
+    def __init__(self, folder: Path, about: About | Config, first_step: int, last_step: int, *, is_main: bool = True):
+        self.about = about_run(about) if isinstance(about, Config) else about
+        self.folder, self.speaks = folder, is_main
         self.console = Console(file=cast(IO[str], stderr()))
-        self.live = is_main and self.console.is_terminal
+        self.live = is_main and self.about.tell is None and self.console.is_terminal
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -124,7 +158,10 @@ class Log:
         self.reported: set[int] = set()
         self._owed: Callable[[], None] | None = None
         if is_main:
-            self.writers = _writers(folder, config, first_step)
+            if self.about.tensorboard:
+                self.writers.append(TensorBoard(folder, first_step))
+            if self.about.wandb:
+                self.writers.append(WandB(folder, self.about.settings))
             _drop_rows_past(folder / "metrics.jsonl", first_step)
             self.metrics = (folder / "metrics.jsonl").open("a")
 
@@ -159,7 +196,9 @@ class Log:
             (self.folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as file,
         ):
             file.write(sentence + "\n")
-        if self.live:
+        if self.about.tell is not None:
+            self.about.tell(sentence)
+        elif self.live:
             self.console.print(sentence, highlight=False, markup=False)
         else:
             say(sentence)
@@ -173,14 +212,12 @@ class Log:
         self.settle()
         for index in sorted(set(failed) - self.reported):
             self.reported.add(index)
-            sentence = (
-                f"warning: image {index} of {self.config.data.beton} does not decode; the next good one stands in"
-            )
+            sentence = f"warning: image {index} of {self.about.images} does not decode; the next good one stands in"
             if self.speaks:
                 self.say(sentence)
             else:  # each rank sees other images
                 say(sentence)
-        self.progress.update(self.task, completed=step, description=f"epoch {epoch + 1}/{self.config.optimizer.epochs}")
+        self.progress.update(self.task, completed=step, description=f"epoch {epoch + 1}/{self.about.epochs}")
 
     def row(self, row: dict[str, float], rest: Callable[[], dict[str, float]], waited: float, *, partial: bool) -> None:
         """A row of metrics, written wherever this run writes them when the next step is under way.
@@ -196,8 +233,10 @@ class Log:
         """
         self.settle()
         seconds = time.perf_counter() - self.clock
-        images = (row["step"] - self.clock_step) * self.config.optimizer.batch_size
+        images = (row["step"] - self.clock_step) * self.about.batch_size
         rates = {"images_per_second": images / seconds, "data_wait": waited / seconds}
+        if self.about.images_at_peak is not None:
+            rates["mfu"] = images / seconds / self.about.images_at_peak
         self.start_clock(int(row["step"]))
         if self.speaks:
             self._owed = lambda: self._write(row | rest() | rates | ({"partial": True} if partial else {}))
@@ -209,17 +248,16 @@ class Log:
             owed()
 
     def _write(self, row: dict[str, float]) -> None:
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
-        self._pass_on(row)
+        self._keep(row)
         figures = (
             f"loss {row['loss']:.3f} (m {row['loss_m']:.3f} c {row['loss_c']:.3f} p {row['loss_p']:.3f})  "
             f"{row['images_per_second']:.0f} images/s"
         )
         self.progress.update(self.task, figures=figures)
         if not self.live:
+            used = f", {row['mfu']:.0%} of peak FLOPs" if "mfu" in row else ""
             waiting = f", waiting for data {row['data_wait']:.0%}"
-            self.say(f"step {row['step']:.0f}  epoch {row['epoch']:.2f}  {figures}{waiting}")
+            self.say(f"step {row['step']:.0f}  epoch {row['epoch']:.2f}  {figures}{used}{waiting}")
 
     def _pass_on(self, row: dict[str, float]) -> None:
         """Give a row to TensorBoard and W&B. One that fails is left out from then on: metrics.jsonl is the record."""
@@ -236,67 +274,22 @@ class Log:
         began = time.perf_counter()
         figures = evaluate()
         self.clock += time.perf_counter() - began
-        if not self.speaks:
-            return
-        row: dict[str, float] = {"step": step, "epoch": epoch} | figures
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
-        self._pass_on(row)
         words = ", ".join(
             f"{name.removeprefix('knn_').replace('_', ' ')} {value:.1f} %" for name, value in figures.items()
         )
-        self.say(f"k-NN after epoch {epoch}: {words}")
+        self.row_of_epoch({"step": step, "epoch": epoch} | figures, f"k-NN after epoch {epoch}: {words}")
 
+    def row_of_epoch(self, row: dict[str, float], sentence: str) -> None:
+        """A row whose figures are known already, and the sentence that tells it."""
+        self.settle()
+        if self.speaks:
+            self._keep(row)
+            self.say(sentence)
 
-class _TensorBoard:
-    name = "TensorBoard"
-
-    def __init__(self, folder: Path, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
-
-    def row(self, row: dict[str, float]) -> None:
-        for name, value in row.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, int(row["step"]))
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class _WandB:
-    name = "W&B"
-
-    def __init__(self, folder: Path, config: Config):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise UserError("--wandb: the package is not installed; pip install wandb, or leave the flag out") from None
-        # One id a folder, so that a resumed run goes on in the same place.
-        self.run = wandb.init(
-            project="fastpmae",
-            name=folder.name,
-            id=folder.name,
-            resume="allow",
-            dir=folder,
-            config=config.flat(),
-        )
-
-    def row(self, row: dict[str, float]) -> None:
-        self.run.log(row, step=int(row["step"]))
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def _writers(folder: Path, config: Config, first_step: int) -> list[Any]:
-    writers: list[Any] = []
-    if config.run.tensorboard:
-        writers.append(_TensorBoard(folder, first_step))
-    if config.run.wandb:
-        writers.append(_WandB(folder, config))
-    return writers
+    def _keep(self, row: dict[str, float]) -> None:
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        self._pass_on(row)
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:

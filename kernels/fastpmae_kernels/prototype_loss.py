@@ -57,7 +57,7 @@ def prototype_cross_entropy(
     if not (torch.is_grad_enabled() and student_logits.requires_grad):
         return torch.ops.fastpmae.prototype_loss(student_logits, teacher_logits, logv, index, epsilon, temperature)
     # Detached, so that torch.compile takes it where both sides are one tensor.
-    return _CrossEntropy.apply(  # pyright: ignore[reportReturnType]
+    return _CrossEntropy.apply(
         student_logits, teacher_logits.detach(), logv, index, epsilon, temperature, overwrite, expected_gradient
     )
 
@@ -117,7 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *gradients):
         (gradient,) = ctx.saved_tensors
         factor = gradients[0].float() / ctx.expected
         torch.ops.fastpmae.scale_rows(gradient, factor)

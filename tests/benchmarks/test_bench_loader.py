@@ -19,7 +19,7 @@ from benchmarks.loader_baselines import Task
 from benchmarks.loader_cases import Case, Shown
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.write.write import write_beton
-from tests.made import made_image
+from tests.made import REPOSITORY, made_image
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"case", "metric", "unit", "value", "low", "high", "baseline", "ratio", "gate", "device", "versions", "date"}
@@ -249,8 +249,7 @@ def test_what_cannot_be_opened_is_left_out_with_a_sentence(task: Task, turns: lo
 
 def test_children_are_part_of_a_case():
     """CPU time and memory are those of the process group."""
-    code = "import os, time; os.setpgid(0, 0); os.fork(); held = bytearray(b'x' * (32 << 20))\nwhile True: held[0] ^= 1"
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = subprocess.Popen([sys.executable, REPOSITORY / "tests/programs/two_that_work.py"])
     try:
         deadline = time.monotonic() + 20
         while loader_turns.cpu_seconds(process.pid) < 0.3 or loader_turns.memory(process.pid) < 64:

@@ -237,27 +237,14 @@ def test_flops_are_those_of_the_products():
     assert total == expected - teacher[1] + attended
 
 
-HELD = """
-import sys
-import torch
-from benchmarks import bench_step
-
-class Held:
-    def given(self, batch): return batch
-    def losses(self, batch): return [1.0]
-    def step(self, batch): torch.ones(int(sys.argv[1]))
-
-print(bench_step.measure(Held(), None, None, bench_step.resident("RssAnon"))["peak"])
-"""
-
-
 def test_the_peak_is_that_of_memory_held():
     """A step that takes 64 MiB more than another shows them: each in its own process, as the benchmark measures.
 
     In a process that has freed larger tensors the step would get their pages.
     """
     little, much = (
-        int(subprocess.check_output([sys.executable, "-c", HELD, str(size)], env=environment())) for size in (1, 2**24)
+        int(subprocess.check_output([sys.executable, "-m", "tests.programs.held_step", str(size)], env=environment()))
+        for size in (1, 2**24)
     )
     assert much - little == pytest.approx(2**26, rel=0.05)
 

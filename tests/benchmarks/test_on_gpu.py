@@ -291,7 +291,7 @@ def test_rows_lie_among_nan():
 
 
 def test_rows_apart_is_the_worst_of_all_figures():
-    row = dict.fromkeys(train_stages.COMPARED, 2.0)
+    row: dict[str, float] = dict.fromkeys(train_stages.COMPARED, 2.0)
     assert train_stages.rows_apart([row, row], [row, row]) == 0.0
     assert train_stages.rows_apart([row, row | {"loss_p": 2.5}], [row, row]) == pytest.approx(0.25)
     with pytest.raises(ValueError, match="zip"):

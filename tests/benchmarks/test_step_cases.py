@@ -112,12 +112,16 @@ class Clock:
         self.waits += 1
 
     def event(self, enable_timing: bool) -> Any:
-        class Event:
-            def record(event) -> None:
-                event.at = self.now
+        clock = self
 
-            def elapsed_time(event, other: Any) -> float:
-                return other.at - event.at
+        class Event:
+            at = 0.0
+
+            def record(self) -> None:
+                self.at = clock.now
+
+            def elapsed_time(self, other: Any) -> float:
+                return other.at - self.at
 
         assert enable_timing
         return Event()

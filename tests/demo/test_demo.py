@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import fastpmae.demo.demo
-import fastpmae.demo.photographs as photographs
+import fastpmae.photographs as photographs
 from fastpmae.demo.demo import demo, write_demo_betons
-from fastpmae.demo.photographs import PHOTOGRAPHS, crop_boxes, open_photograph, validation_cells, write_demo_images
+from fastpmae.photographs import PHOTOGRAPHS, crop_boxes, open_photograph, validation_cells, write_demo_images
 from fastpmae_loaders import Beton
 from fastpmae_loaders.errors import UserError
 

@@ -47,40 +47,6 @@ def test_what_goes_to_a_gpu_starts_in_pinned_memory(pinned: bool, monkeypatch: p
     assert done[1:] == ["pinned"] * (not pinned) + [("cuda", True)]
 
 
-# A thread that has yet to let go of a tensor while the interpreter ends aborts the process. What is asked last, at the
-# exit, is therefore which threads of gloo's are left.
-LEFT = """
-import atexit, os, sys
-from pathlib import Path
-sys.path[:] = {path!r}
-names = Path("/proc/self/task").glob("*/comm")
-threads = lambda: sum(name.read_text().startswith("pt_gloo_runloop") for name in names)
-atexit.register(lambda: print("threads left:", threads()))
-rank, port, kind, *flags = sys.argv[1:]
-os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-"""
-ENDS = {
-    "train": """
-from fastpmae.train import main
-sys.argv[1:] = flags
-sys.exit(main())
-""",
-    "held": """
-from fastpmae_loaders.cli.exits import exit_with_sentence, UserError
-from fastpmae.distributed.ranks import join_world
-kept = []
-def run():
-    with join_world("cpu") as ranks:
-        assert ranks.max_over_ranks(int(rank)) == (1,)
-        kept.extend([ranks, kept])  # a cycle, and a name of the program's own
-        if kind == "error":
-            raise UserError("no")
-sys.exit(exit_with_sentence("held", run))
-""",
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "shard", "held", "error"])
 def test_no_thread_of_gloos_outlives_the_interpreter(kind: str, small_beton: Path, tmp_path: Path):
@@ -88,10 +54,9 @@ def test_no_thread_of_gloos_outlives_the_interpreter(kind: str, small_beton: Pat
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = tiny_settings(small_beton).using(steps=2, shard=kind == "shard", out=tmp_path / "run")
-    program = LEFT.format(path=sys.path) + ENDS["held" if kind in ("held", "error") else "train"]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), str(port), kind, *flags_of(config)],
+            [sys.executable, "-m", "tests.programs.gloo_threads", str(rank), str(port), kind, *flags_of(config)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
         )
         for rank in range(2)
@@ -108,11 +73,11 @@ def test_the_exit_waits_for_threads_that_still_run(monkeypatch: pytest.MonkeyPat
     looks = iter(["RR", "SS", "SR", "SS", "SS", "SS"])
     monkeypatch.setattr(ranks, "_states", lambda name: list(next(looks)))
     held = threading.Event()
-    ranks._await_threads(weakref.ref(held), patience=60)  # pyright: ignore[reportArgumentType]
+    ranks._await_threads(weakref.ref(held), patience=60)
     assert next(looks, None) is None
     monkeypatch.setattr(ranks, "_states", lambda name: ["R"])
-    ranks._await_threads(weakref.ref(held), patience=0.05)  # pyright: ignore[reportArgumentType]
-    ranks._await_threads(lambda: None)  # pyright: ignore[reportArgumentType]
+    ranks._await_threads(weakref.ref(held), patience=0.05)
+    ranks._await_threads(lambda: None)
 
 
 def test_threads_are_found_by_name():

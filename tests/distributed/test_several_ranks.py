@@ -5,6 +5,7 @@ Most of it runs in one process that forks its ranks, since starting torch anew f
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,69 +18,10 @@ import torch
 from fastpmae import Config, pretrain
 from fastpmae.config_file import write_config
 from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of
-from tests.made import tiny_settings
+from tests.made import REPOSITORY, tiny_settings
 from tests.test_train import environment, flags_of, rows_of, wait_for
 
 LOSSES = ("loss", "loss_m", "loss_c", "loss_p")
-
-FORKED = """
-import json, os, socket, sys
-from pathlib import Path
-import fastpmae.pretraining.collapse, fastpmae.train
-from fastpmae import UserError, pretrain, read_config
-from fastpmae.pretraining.data import make_loader, open_images
-from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae.distributed.ranks import Ranks
-import torch
-import torch.distributed.fsdp
-
-config, folder, scenarios = read_config(Path(sys.argv[1])), Path(sys.argv[2]), json.loads(sys.argv[3])
-learn = fastpmae.train.student_loss
-
-
-def refuse(*arguments):
-    raise UserError("rank 1 does not like its images")
-
-
-def full(*arguments):
-    raise OSError(28, os.strerror(28))
-
-
-def run(rank, size, port, scenario):
-    if size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    settings = scenario["settings"] | (scenario.get("of_first", {}) if rank == 0 else {})
-    if scenario.get("rank_1_refuses") and rank == 1:
-        fastpmae.train.student_loss = refuse
-    if scenario.get("disk_is_full"):
-        fastpmae.run.checkpoint.save_file = full
-    def start():
-        pretrain(config.using(out=folder / scenario["name"], **settings))
-    return exit_with_sentence("fastpmae-train", start)
-
-
-# what the loader compiles is compiled once, for all ranks
-with make_loader(open_images(config), config, Ranks(0, 1, 1, torch.device("cpu"), None)) as loader:
-    next(iter(loader))
-for scenario in scenarios:
-    size = scenario["ranks"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(size):
-        children.append(os.fork())
-        if children[-1] == 0:
-            status = 1
-            try:
-                status = run(rank, size, port, scenario)
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    print(json.dumps([scenario["name"], ended]), flush=True)
-"""
 
 SCENARIOS: list[dict[str, Any]] = [
     {"name": "one", "ranks": 1, "settings": {"steps": 10}},
@@ -110,7 +52,7 @@ def forked(small_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("ranks")
     write_config(settings(small_beton), folder / "config.json")
     result = subprocess.run(
-        [sys.executable, "-c", FORKED, folder / "config.json", folder, json.dumps(SCENARIOS)],
+        [sys.executable, "-m", "tests.programs.forked_ranks", folder / "config.json", folder, json.dumps(SCENARIOS)],
         env={**environment(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -178,21 +120,13 @@ def test_an_error_on_one_rank_is_one_sentence(forked: tuple[Path, str]):
     assert "Traceback" not in said
 
 
-SCRIPT = """
-import sys
-from fastpmae.train import main
-if __name__ == "__main__":
-    sys.exit(main())
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_all_and_torchrun_takes_the_run_up_again(rank: int, small_beton: Path, tmp_path: Path):
     """As `torchrun --max-restarts 3 ... $(which fastpmae-train) ... --resume`, of which one rank is killed."""
     config = settings(small_beton).using(epochs=20, steps=20, save_steps=2, log_every=10)
     script, out = tmp_path / "fastpmae-train", tmp_path / "killed"
-    script.write_text(SCRIPT)
+    shutil.copy(REPOSITORY / "tests/programs/installed_train.py", script)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.Popen(
         [*launch, "--max-restarts", "3", script, *flags_of(config.using(out=out)), "--resume"],

@@ -19,8 +19,9 @@ from torchvision.transforms.functional import normalize
 from fastpmae import UserError
 from fastpmae.evaluate.augment import STEP, Mixing, RandAugment, drawn_from
 from fastpmae.evaluate.backbone import find_backbone
+from fastpmae.evaluate.classifier import Probe, make_classifier, make_optimizer, make_schedule
 from fastpmae.evaluate.datasets import Labelled, open_labelled
-from fastpmae.evaluate.finetune import Probe, make_classifier, make_optimizer, make_schedule, train_classifier
+from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE, FinetuneConfig
 from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, step_of
@@ -208,7 +209,6 @@ def test_lars_is_maes():
     assert torch.allclose(model.head.bias, bias, atol=1e-5)
 
 
-@pytest.mark.untyped
 def test_a_resumed_training_ends_in_the_same_bits(setting: Setting, tmp_path: Path):
     whole = dataclasses.replace(setting, folder=tmp_path / "whole")
     scores = train_classifier(whole, CONFIG)
@@ -239,7 +239,6 @@ class Signals(Progress):
 
 
 @pytest.mark.parametrize("step", [2, 6])
-@pytest.mark.untyped
 def test_a_signal_in_an_epochs_last_step_loses_no_row(setting: Setting, tmp_path: Path, step: int):
     whole = dataclasses.replace(setting, folder=tmp_path / "whole")
     scores = train_classifier(whole, CONFIG)
@@ -279,7 +278,6 @@ class SignalsInATest(Progress):
                 signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.untyped
 def test_a_signal_in_a_test_ends_it_and_leaves_its_row_to_the_resumed_training(setting: Setting, tmp_path: Path):
     setting = dataclasses.replace(setting, feature_batch=10)
     whole = dataclasses.replace(setting, folder=tmp_path / "whole")
@@ -305,7 +303,6 @@ def test_a_full_disk_ends_the_training(setting: Setting, monkeypatch: pytest.Mon
     assert not (setting.folder / "classifier.safetensors").exists()
 
 
-@pytest.mark.untyped
 def test_checkpoints_come_with_time_and_an_older_one_serves_where_the_newest_is_damaged(
     setting: Setting, tmp_path: Path, capsys
 ):
@@ -378,7 +375,12 @@ def test_it_learns_to_tell_the_training_images(setting: Setting):
 def test_the_average_that_deit_tests_has_learnt_after_few_steps(setting: Setting):
     """60 steps with its decay of 0.99996, of which a plain average would keep 99.8 % of the first."""
     assert FINETUNE_PRESETS["deit"].model_ema_decay == 0.99996
-    assert train_classifier(setting, dataclasses.replace(PLAIN, model_ema_decay=FINETUNE_PRESETS["deit"].model_ema_decay)).top1 > 60
+    assert (
+        train_classifier(
+            setting, dataclasses.replace(PLAIN, model_ema_decay=FINETUNE_PRESETS["deit"].model_ema_decay)
+        ).top1
+        > 60
+    )
 
 
 def test_the_probe_shrinks_its_batch_to_the_images_and_says_so(setting: Setting, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """k-NN against scikit-learn's classifier, and its rules for ties against cases worked out by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -103,11 +105,10 @@ def test_weighted_votes_rank_classes_as_scikit_learn(temperature):
     train, train_labels, test, _ = sets(11)
     ranked = knn_ranked(train, train_labels, test, (1, 5, 40), temperature=temperature)
     for k in (1, 5, 40):
-        reference = KNeighborsClassifier(
-            k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
-        )
+        weights: Any = lambda distance: np.exp((1 - distance) / temperature)  # noqa: E731
+        reference = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights)
         reference.fit(train.double().numpy(), train_labels.numpy())
-        share = reference.predict_proba(test.double().numpy())
+        share: Any = reference.predict_proba(test.double().numpy())
         np.testing.assert_array_equal(ranked[k][:, 0].numpy(), share.argmax(axis=1))
         # as good a place for each class as its share of the votes gives it, whatever the order of equal ones
         chosen = np.take_along_axis(share, ranked[k].numpy(), axis=1)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,8 @@ def test_standardised_is_scikit_learns_scaler():
     test, _ = made(30, seed=1)
     scaler = StandardScaler().fit(train.numpy())
     for ours, rows in zip(standardised(train, test), (train, test), strict=True):
-        np.testing.assert_allclose(ours.numpy(), scaler.transform(rows.numpy()), atol=1e-4)
+        theirs: Any = scaler.transform(rows.numpy())
+        np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 1.0])

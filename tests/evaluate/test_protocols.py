@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from fastpmae.evaluate.metrics import Scores, rank, write_scores
 from fastpmae.model.build import make_encoder
 from fastpmae.run.checkpoint import checkpoint_path
 from fastpmae.run.init_weights import start_encoder
+from fastpmae_loaders import ImageFolder
 from fastpmae_loaders.write.pages import PageWriter
 from tests.made import REPOSITORY, made_image, write_tree
 from tests.pretraining.test_data import threads_of_loaders
@@ -86,9 +88,8 @@ def test_knn_is_scikit_learns_on_the_same_features(data: Path, tmp_path: Path, m
             embed_images(data / "run", data / f"{split}.beton", network="labelling_teacher", pool=row["pool"])
             for split in ("train", "val")
         ]
-        reference = KNeighborsClassifier(
-            row["k"], metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
-        )
+        weights: Any = lambda distance: np.exp((1 - distance) / 0.07)  # noqa: E731
+        reference = KNeighborsClassifier(row["k"], metric="cosine", algorithm="brute", weights=weights)
         reference.fit(sets[0][0].astype(np.float64), sets[0][1])
         predicted = reference.predict(sets[1][0].astype(np.float64))
         assert row["top1"] == pytest.approx(100 * (predicted == sets[1][1]).mean(), abs=1e-3)
@@ -232,6 +233,8 @@ def test_a_validation_split_by_another_name(tmp_path: Path, other: str):
         made_image(3, 40, 40).save(tmp_path / folder / f"{folder.split('/')[0]}.png")
     train, val = open_labelled(tmp_path, None)
     assert val is not None
+    assert isinstance(train.samples, ImageFolder)
+    assert isinstance(val.samples, ImageFolder)
     assert [Path(train.samples.name(0)).stem, Path(val.samples.name(0)).stem] == ["train", other]
     assert len(train.labels) == len(val.labels) == 1
 
@@ -298,18 +301,18 @@ def labelled_beton(path: Path, labels: list[int], names: list[str] | None = None
 def test_names_of_classes_are_printable(tmp_path: Path):
     train = labelled_beton(tmp_path / "train.beton", [0, 1], ["\x1b[31mred", "blue"])
     train_set, val_set = open_labelled(train, labelled_beton(tmp_path / "val.beton", [0]))
-    assert tested is not None
+    assert val_set is not None
     assert train_set.names == val_set.names == ["\\x1b[31mred", "blue"]
-    assert tested.labels.tolist() == [0]
+    assert val_set.labels.tolist() == [0]
 
 
 def test_numbers_of_classes_of_any_size(data: Path, tmp_path: Path, monkeypatch, capsys):
     train = labelled_beton(tmp_path / "train.beton", [0, 10**9] * 12)
     val = labelled_beton(tmp_path / "val.beton", [10**9, 10**9, 0])
     train_set, val_set = open_labelled(train, val)
-    assert tested is not None
+    assert val_set is not None
     assert train_set.names == ["0", "1000000000"]
-    assert tested.labels.tolist() == [1, 1, 0]
+    assert val_set.labels.tolist() == [1, 1, 0]
     for words in (["knn"], ["linear", "--epochs", 2]):
         assert call(monkeypatch, *words, data / "run", "--train", train, "--val", val, "--out", tmp_path / "o") == 0
     odd = labelled_beton(tmp_path / "odd.beton", [5])

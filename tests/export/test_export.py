@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
+import timm.data
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -88,17 +90,17 @@ def test_a_folder_for_transformers_gives_our_features(run: Path, tmp_path: Path,
 @pytest.mark.parametrize("image_size", [0, 48])
 def test_a_folder_for_timm_opens_by_its_name(run: Path, tmp_path: Path, image_size: int):
     export_encoder(run, tmp_path / "folder", image_size=image_size)
-    model = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
-    small = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True, img_size=64).eval()
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    small: Any = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True, img_size=64).eval()
     export_encoder(run, tmp_path / "large.safetensors", image_size=64)
-    large = find_backbone(str(tmp_path / "large.safetensors")).build().eval()
+    large: Any = find_backbone(str(tmp_path / "large.safetensors")).build().eval()
     with torch.no_grad():
-        ours = find_backbone(str(run), image_size=image_size).build().eval()
+        ours: Any = find_backbone(str(run), image_size=image_size).build().eval()
         images = normal(bytes_of(image_size or 32))
-        assert torch.allclose(model.forward_features(images), ours.forward_features(images), atol=1e-5)  # pyright: ignore
+        assert torch.allclose(model.forward_features(images), ours.forward_features(images), atol=1e-5)
         if not image_size:  # timm's own interpolation, of what it was given, is ours
             images = normal(bytes_of(64))
-            assert torch.allclose(small.forward_features(images), large.forward_features(images), atol=1e-5)  # pyright: ignore
+            assert torch.allclose(small.forward_features(images), large.forward_features(images), atol=1e-5)
     assert model.pretrained_cfg["mean"] == pytest.approx(MEAN.tolist())
 
 
@@ -163,7 +165,7 @@ def test_a_fine_tuned_classifier_goes_along(run: Path, small_beton: Path, tmp_pa
     assert json.loads(card.split("```json\n")[1].split("```")[0])["color_jitter"] == 0.3
     assert "51.50 %" in card
     assert "12.50 %" not in card, "the encoder's before it was tuned"
-    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     with torch.no_grad():
         images = normal(bytes_of(32))
         logits = model(images)
@@ -195,9 +197,16 @@ def tuned_from(backbone: Backbone, beton: Path, folder: Path, crop_ratio: float 
 
 
 def test_a_classifier_of_other_weights_keeps_its_parts_and_normalisation(small_beton: Path, tmp_path: Path):
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
     # An entrypoint with a LayerScale, positions without the class token's, registers, and a spread of 0.5.
-    theirs = timm.create_model("vit_small_patch14_reg4_dinov2", **sizes)
+    theirs: Any = timm.create_model("vit_small_patch14_reg4_dinov2", **sizes)
     cfg = theirs.pretrained_cfg | {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "architecture": None}
     (tmp_path / "config.json").write_text(
         json.dumps({"architecture": "vit_small_patch14_reg4_dinov2", "model_args": sizes, "pretrained_cfg": cfg})
@@ -208,13 +217,13 @@ def test_a_classifier_of_other_weights_keeps_its_parts_and_normalisation(small_b
     config = json.loads((tmp_path / "timm" / "config.json").read_text())
     assert config["pretrained_cfg"]["mean"] == config["pretrained_cfg"]["std"] == [0.5, 0.5, 0.5]
     assert "normalised with mean [0.5, 0.5, 0.5]" in (tmp_path / "timm" / "README.md").read_text()
-    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     # the same classifier by the two ways that it can be opened
     backbone = find_backbone(str(tuned), image_size=48)
     assert backbone.mean == backbone.std == (0.5, 0.5, 0.5)
     images = backbone.normalised(bytes_of(48))
     with torch.no_grad():
-        tokens = model.forward_features(images)  # pyright: ignore
+        tokens = model.forward_features(images)
         assert torch.allclose(features(backbone.build().eval(), images)[0], tokens[:, 0], atol=1e-5)
     with pytest.raises(
         UserError, match=r"ViTModel has no place for blocks\.0\.ls1\.gamma and 4 more: use --format timm"
@@ -235,8 +244,9 @@ def test_what_others_are_told_of_the_images_is_the_classifiers_own(run: Path, sm
     assert (said["image_mean"], said["image_std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.2])
     assert (said["size"], said["crop_size"]["height"]) == ({"shortest_edge": 35}, 32)  # 35.6, rounded down
     export_encoder(tuned, tmp_path / "timm")
-    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
-    resize, crop, *_ = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model)).transforms
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    transform: Any = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    resize, crop, *_ = transform.transforms
     assert (resize.size, tuple(crop.size)) == (35, (32, 32))
     export_encoder(run, tmp_path / "plain", format="huggingface")
     said = json.loads((tmp_path / "plain" / "preprocessor_config.json").read_text())
@@ -244,7 +254,14 @@ def test_what_others_are_told_of_the_images_is_the_classifiers_own(run: Path, sm
 
 
 def test_trainings_that_hold_no_classifier_are_told_by_a_sentence(run: Path, small_beton: Path, tmp_path: Path):
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 1,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
     theirs = Beit(**sizes, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
     torch.save({"model": theirs.state_dict()}, tmp_path / "beit.pth")
     with pytest.raises(UserError, match=r"tuned from BEiT, beit\.pth, which is no plain ViT"):

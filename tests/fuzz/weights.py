@@ -24,7 +24,7 @@ from fastpmae.model.vit import Encoder
 from fastpmae.run.init_weights import start_encoder
 from tests.fuzz.case import Case
 
-SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
 NUMBERS = (0, 1, 2, 3, 7, -1, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1, 10**12, 10**30)
 WORDS = ("", "\x1b[31mred", "blocks.1000000000.norm1.weight", "blocks.x.norm1.weight", "blocks", "blocks.-1.a")
 WORDS += ("blocks.٣.norm1.weight", "patch_embed.proj.weight", "module.patch_embed.proj.weight", "\u202eright")

@@ -30,7 +30,7 @@ from fastpmae import PRESETS, Config, pretrain, write_beton
 FOLDER = Path(__file__).parent
 STEPS = 20
 LOSSES = ("loss", "loss_m", "loss_c", "loss_p")
-CLOCKED = ("images_per_second", "data_wait", "partial")
+CLOCKED = ("images_per_second", "data_wait", "mfu", "peak_memory_gib", "partial")
 
 # six epochs of four steps, of which the last is not reached: teachers that follow by epoch do so five times
 TINY: dict[str, Any] = {

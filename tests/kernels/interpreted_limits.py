@@ -165,12 +165,12 @@ def test_every_error_is_within_twice_that_of_plain_torch(dtype: torch.dtype):
     assert_within(on_gpu(student, teacher, bias, index, 0.05, 0.1, 1.0, gradient), found[0], found[2])
     assert_within(gradient, found[1], found[3])
 
-    tokens = [torch.randn(2, 70, 40, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1)]
+    student, teacher = (torch.randn(2, 70, 40, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (0, 1))
     for metric in ("cosine", "l2"):
-        place, similarity = nearest_patch_triton(*tokens, metric == "cosine", [])
-        exact = similarity_of(*tokens, metric).gather(2, place.unsqueeze(2)).squeeze(2)
+        place, similarity = nearest_patch_triton(student, teacher, metric == "cosine", [])
+        exact = similarity_of(student, teacher, metric).gather(2, place.unsqueeze(2)).squeeze(2)
         with backend.use("ref"):
-            assert_within(similarity, nearest_patch_similarity(*tokens, metric)[1], exact)  # pyright: ignore
+            assert_within(similarity, nearest_patch_similarity(student, teacher, metric)[1], exact)
 
     images, affine = made_bytes(3, 16, 24), (list(IMAGENET_MEAN), list(IMAGENET_STD))
     ids = torch.tensor([[5, 0], [1, 4], [2, 3]])

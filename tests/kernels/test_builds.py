@@ -56,7 +56,7 @@ class Launch:
 class Launching(TorchDispatchMode):
     """Within it each operation of ours calls what launches its kernels on a GPU."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # pyright: ignore
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastpmae":
             OPDEFS[f"fastpmae::{func._opname}"]._backend_fns["cuda"](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -87,7 +87,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
 
 def _is_aligned(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.storage_offset() * value.itemsize % 16 == 0
+        return bool(value.storage_offset() * value.itemsize % 16 == 0)
     return isinstance(value, int) and value % 16 == 0
 
 

@@ -1,6 +1,7 @@
 """The prototype loss and its gradients against float64, in all its forms."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -154,9 +155,9 @@ def test_strides_do_not_matter():
 @pytest.mark.untyped
 def test_what_does_not_fit_is_refused(change: dict, error: type[Exception], words: str):
     student, teacher, logv, index = made(3, 6, 40, torch.float32)
-    arguments = {"student_logits": student, "teacher_logits": teacher, "logv": logv, "index": index} | change
+    arguments: dict[str, Any] = {"student_logits": student, "teacher_logits": teacher, "logv": logv, "index": index}
     with pytest.raises(error, match=words):
-        prototype_cross_entropy(**arguments)
+        prototype_cross_entropy(**arguments | change)
 
 
 @pytest.mark.parametrize("chunk", [1, 17, 60, 1000])

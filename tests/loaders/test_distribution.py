@@ -9,6 +9,7 @@ too: plausible mistakes must fail it by far.
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,10 @@ SHAPES = [(375, 500), (500, 375), (64, 64), (1200, 1600), (500, 120), (33, 400),
 SCALES = {"mae": (0.2, 1.0), "dino": (0.14, 1.0), "local": (0.05, 0.4)}
 # tests of this file that may raise a false alarm
 TESTS = len(SHAPES) * len(SCALES) + 5
+
+# scipy hides what they return
+chi2_contingency: Any = stats.chi2_contingency
+ks_2samp: Any = stats.ks_2samp
 
 
 def all_above(values: list[float]) -> None:
@@ -50,7 +55,7 @@ def same_shares(a: np.ndarray, b: np.ndarray) -> float:
     rare = counts.sum(0) < 20
     table = np.column_stack([counts[:, ~rare], counts[:, rare].sum(1)]) if rare.any() else counts
     table = table[:, table.sum(0) > 0]
-    return 1.0 if table.shape[1] == 1 else float(stats.chi2_contingency(table).pvalue)
+    return 1.0 if table.shape[1] == 1 else float(chi2_contingency(table).pvalue)
 
 
 def thirds(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -76,7 +81,7 @@ def crop_comparisons(ours: np.ndarray, theirs: np.ndarray, height: int, width: i
         return (top == 0) + 2 * (left == 0) + 4 * (top + h == height) + 8 * (left + w == width)
 
     a, b = measures(ours), measures(theirs)
-    found = [float(stats.ks_2samp(a[name], b[name], method="asymp").pvalue) for name in a]
+    found = [float(ks_2samp(a[name], b[name], method="asymp").pvalue) for name in a]
     found.append(same_shares(touching(ours), touching(theirs)))
     found += [same_shares(touching(ours) & edge, touching(theirs) & edge) for edge in (1, 2, 4, 8)]
     found.append(same_shares(touching(ours) > 0, touching(theirs) > 0))
@@ -168,7 +173,7 @@ def test_jitter_factors_and_their_order() -> None:
     for view in range(3):
         for column, (low, high) in enumerate(limits):
             ours = drawn.factors[:, view, column]
-            found.append(float(stats.ks_2samp(ours, factors[:, column], method="asymp").pvalue))
+            found.append(float(ks_2samp(ours, factors[:, column], method="asymp").pvalue))
             found.append(float(stats.kstest(ours, stats.uniform(low, high - low).cdf).pvalue))
         order = drawn.choices[:, view, :4].astype(int)
         assert (np.sort(order, 1) == np.arange(4)).all()
@@ -188,7 +193,7 @@ def test_blur_widths() -> None:
         # also of those alone that are blurred: the coin and the width come from one draw
         for some in (slice(None), drawn.choices[:, view, BLURRED] == 1):
             ours = drawn.factors[some, view, SIGMA]
-            found.append(float(stats.ks_2samp(ours, theirs, method="asymp").pvalue))
+            found.append(float(ks_2samp(ours, theirs, method="asymp").pvalue))
             found.append(float(stats.kstest(ours, stats.uniform(0.1, 1.9).cdf).pvalue))
     all_above(found)
 

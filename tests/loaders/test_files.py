@@ -12,16 +12,7 @@ import pytest
 from fastpmae_loaders import locks
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import ALIVE, LATE, SOON, atomic_write, remove_partial
-
-WRITER = """
-import sys, time
-from pathlib import Path
-from fastpmae_loaders.files import atomic_write
-with atomic_write(Path(sys.argv[1])) as beside:
-    beside.write_text("half")
-    print("writing", flush=True)
-    time.sleep(600)
-"""
+from tests.made import REPOSITORY
 
 
 def partial(folder: Path) -> list[Path]:
@@ -29,7 +20,11 @@ def partial(folder: Path) -> list[Path]:
 
 
 def writer(path: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "loaders")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.programs.slow_writer", path],
+        env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     return process
@@ -84,7 +79,7 @@ def test_a_number_of_a_process_that_comes_again_is_no_matter(tmp_path: Path) -> 
 
 def aged(path: Path, seconds: float) -> None:
     for file in [*path.iterdir(), path]:
-        os.utime(file, (time.time() - seconds,) * 2)
+        os.utime(file, (time.time() - seconds, time.time() - seconds))
 
 
 def test_what_was_never_locked_goes_after_a_while(tmp_path: Path) -> None:

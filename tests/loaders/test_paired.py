@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -18,8 +19,10 @@ from PIL import Image
 from fastpmae_loaders import Batch, Beton, PairedViews, PlainViews, UserError, ViewSettings, draw_samples, epoch_order
 from fastpmae_loaders.engines import base
 from fastpmae_loaders.transfer import Sent, Transfer
+from tests.made import REPOSITORY
 
 ENGINES = ["ffcv", "torch"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'loaders'}"}
 TENSORS = ("simple", "complex", "visible", "folds", "label", "index", "simple_box", "complex_box")
 TENSORS += ("simple_flip", "complex_flip", "source_size")
 
@@ -481,37 +484,14 @@ def test_a_worker_exception_reaches_the_consumer(mixed):
         assert threading.active_count() == before
 
 
-FORKED = """
-import os, sys, threading
-from fastpmae_loaders import PairedViews, UserError, mae_view
-views = PairedViews(sys.argv[1], 2, "torch", views=[mae_view(32)], ahead=1)
-taken = iter(views)
-next(taken)
-held, free = threading.Event(), threading.Event()
-def hold():
-    with taken._stream._lock:
-        held.set()
-        free.wait()
-threading.Thread(target=hold).start()
-held.wait()
-child = os.fork()
-if child == 0:
-    try:
-        next(taken)
-    except UserError as error:
-        print(error, flush=True)
-    taken.close()
-    print("batches", sum(1 for _ in views), flush=True)
-    sys.exit(0)
-free.set()
-print("status", os.waitpid(child, 0)[1], "rest", sum(1 for _ in taken), flush=True)
-"""
-
-
 def test_a_forked_child_is_told_that_the_iteration_is_its_parents(mixed):
     """Also where a thread of the parent held the lock when the process was forked."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKED, mixed], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-m", "tests.programs.forked_iteration", mixed],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -666,27 +646,8 @@ def test_a_batchs_labels_are_its_samples(mixed):
 
 def test_a_daemon_thread_begins_nothing_while_the_process_ends(small_beton: Path) -> None:
     """It would be ended within compiled code, which aborts the process."""
-    program = """
-import atexit, sys, threading, time
-going = threading.Event()
-
-@atexit.register
-def last():  # of what is registered first
-    going.set()
-    time.sleep(0.5)
-
-from fastpmae_loaders import PairedViews
-loader = PairedViews(sys.argv[1], 8, "torch", workers=1)
-list(loader)  # compiles
-
-def work():
-    going.wait()
-    for _ in loader:
-        print("a batch", flush=True)
-
-threading.Thread(target=work, daemon=True).start()
-"""
-    done = subprocess.run([sys.executable, "-c", program, small_beton], capture_output=True, text=True, timeout=120)
+    words = [sys.executable, "-m", "tests.programs.daemon_thread", small_beton]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

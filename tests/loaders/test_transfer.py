@@ -88,7 +88,7 @@ def test_the_hosts_memory_is_kept_until_it_is_copied(gpu: GPU):
 
 def test_one_stream_serves_all(gpu: GPU):
     made: list[TimedStream] = []
-    make, gpu.Stream = gpu.Stream, lambda device: made.append(make(device)) or made[-1]  # pyright: ignore
+    make, gpu.Stream = gpu.Stream, lambda device: made.append(make(device)) or made[-1]
     transfer = Transfer(CUDA, gpu)
     assert not made
     for _ in range(3):

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,13 +56,14 @@ class Ops:
         return torch.einsum("bhqk,bkhd->bqhd", (scores + bias).softmax(dim=-1), value)
 
 
-def made(*shape: int, seed: int = 0) -> list[Tensor]:
+def made(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values in float64."""
     generator = torch.Generator().manual_seed(seed)
-    return list(torch.randn(3, *shape, generator=generator, dtype=torch.float64).requires_grad_().unbind(0))
+    whole = torch.randn(3, *shape, generator=generator, dtype=torch.float64).requires_grad_()
+    return whole[0], whole[1], whole[2]
 
 
-def gradients(result: Tensor, operands: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients(result: Tensor, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
     weights = torch.linspace(-1, 2, result.numel(), dtype=torch.float64).view(result.shape)
     return torch.autograd.grad((result * weights).sum(), operands, retain_graph=True)
 
@@ -73,8 +75,8 @@ def gradients(result: Tensor, operands: list[Tensor]) -> tuple[Tensor, ...]:
 def test_packed_sequences_are_those_of_a_block_diagonal_mask(runs: switch.SequenceLengths, ops: Ops | None):
     lengths = [length for count, length in runs for _ in range(count)]
     operands = made(1, sum(lengths), 2, 8)
-    heads_first = [each.transpose(1, 2) for each in operands]
-    masked = F.scaled_dot_product_attention(*heads_first, attn_mask=Mask(lengths).materialize()).transpose(1, 2)
+    query, key, value = (each.transpose(1, 2) for each in operands)
+    masked = F.scaled_dot_product_attention(query, key, value, attn_mask=Mask(lengths).materialize()).transpose(1, 2)
     with use("sdpa" if ops is None else "xformers", CPU, ops):
         packed = attention(*operands, runs)
     torch.testing.assert_close(packed, masked, rtol=1e-12, atol=1e-12)
@@ -98,7 +100,7 @@ def test_the_whole_step_through_xformers(fold_sizes: tuple[int, ...]):
     batch, drop_path_scale = made_batch(1, 2, fold_sizes), drop_path_scale_of(config, 2)
     ops = Ops()
 
-    def run() -> tuple[Tensor, ...]:
+    def run() -> tuple[Tensor | None, ...]:
         student.zero_grad()
         losses = student_loss(student, batch, drop_path_scale, compute_targets(teachers, batch, config), config)
         losses.total.backward()
@@ -159,5 +161,6 @@ def test_the_stand_ins_mask_is_xformers_own():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bias = pytest.importorskip("xformers.ops.fmha.attn_bias", exc_type=ImportError)
-        ours, theirs = (kind.from_seqlens([3, 2, 2], device=CPU) for kind in (Mask, bias.BlockDiagonalMask))
+        ours = Mask.from_seqlens([3, 2, 2], device=CPU)
+        theirs = bias.BlockDiagonalMask.from_seqlens([3, 2, 2], device=CPU)
     assert torch.equal(ours.materialize(), theirs.materialize((1, 7, 7))[0].double())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 
 from fastpmae import Config
 from fastpmae.model.build import check
@@ -145,7 +146,7 @@ def test_on_a_gpu_the_product_is_torchs_own_in_one_graph():
 
 
 @pytest.mark.skipif(
-    torch.torch_version.TorchVersion(torch.__version__) < (2, 14),
+    TorchVersion(torch.__version__) < "2.14",
     reason=f"torch {torch.__version__} may not scale 8-bit products by rows on the CPU; 2.14 does",
 )
 def test_what_a_gpu_is_asked_for_is_the_plain_product():

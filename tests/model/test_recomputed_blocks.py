@@ -72,7 +72,8 @@ def test_teachers_and_frozen_encoders_are_left_alone():
 
 def test_the_plan_knows():
     """More products in the backward pass, by the blocks' own forward ones, and a lower peak."""
-    config = tiny_config(**SIZES | {"depth": 6, "width": 64})
+    sizes: dict[str, Any] = {"depth": 6, "width": 64}
+    config = tiny_config(**SIZES | sizes)
     whole, half, every = (step_costs(config.using(activation_checkpointing=n), 64) for n in (0, 2, 1))
     assert whole.forward == half.forward == every.forward
     assert every.peak < half.peak < whole.peak

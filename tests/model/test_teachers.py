@@ -132,11 +132,11 @@ def test_a_single_teacher(preset: str, cadence: str, momentum: tuple[float, floa
     for t in range(7):
         disturb(student, 50 + t, 0.05)
         for kind in ("step", "epoch"):
-            teachers.update_ema(student, kind, t)  # pyright: ignore[reportArgumentType]
+            teachers.update_ema(student, kind, t)
         truth = followed(truth, parameters_of(student), reference.momentum(*momentum, t, 7))
     assert_same(teachers.labelling, truth, 1e-13)
     other = "epoch" if cadence == "step" else "step"
-    teachers.update_ema(student, other, 0)  # pyright: ignore[reportArgumentType]
+    teachers.update_ema(student, other, 0)
     assert_same(teachers.labelling, truth, 1e-13)
 
 
@@ -148,7 +148,7 @@ def test_cadences(labelling: str, reconstruction: str) -> None:
     assert teachers.reconstruction is not None
     for kind in ("step", "epoch"):
         before = parameters_of(teachers.labelling), parameters_of(teachers.reconstruction)
-        teachers.update_ema(student, kind, 0)  # pyright: ignore[reportArgumentType]
+        teachers.update_ema(student, kind, 0)
         after = parameters_of(teachers.labelling), parameters_of(teachers.reconstruction)
         moved = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in zip(before, after, strict=True)]
         assert moved == [labelling == kind, reconstruction == kind]

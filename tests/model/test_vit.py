@@ -1,6 +1,7 @@
 """The networks, held to the float64 reference and to timm."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def made_ids(count: int, patches: int, taken: int, seed: int = 0) -> Tensor:
     return torch.stack([torch.randperm(patches, generator=generator)[:taken] for _ in range(count)])
 
 
-def timm_twin(encoder: Encoder, image_size: int, patch_size: int) -> VisionTransformer:
+def timm_twin(encoder: Encoder, image_size: int, patch_size: int) -> Any:
     twin = VisionTransformer(
         img_size=image_size, patch_size=patch_size, embed_dim=16, depth=3, num_heads=2, num_classes=0, global_pool=""
     )
@@ -252,8 +253,8 @@ def test_the_head_equals_the_reference_and_gives_cosines() -> None:
     torch.testing.assert_close(torch.cat([class_logits, patch_logits]), torch.stack(truth), rtol=1e-10, atol=1e-10)
     assert class_logits.abs().max() <= 1 + 1e-12
     with torch.no_grad():
-        head.class_prototypes *= 5
-        head.patch_prototypes *= 0.1
+        head.class_prototypes.mul_(5)
+        head.patch_prototypes.mul_(0.1)
     torch.testing.assert_close(head(tokens[:2], tokens[2:])[0].matrix, class_logits, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(head(tokens[:2], tokens[2:])[1].matrix, patch_logits, rtol=1e-10, atol=1e-10)
 

@@ -1,6 +1,7 @@
 """What a run has learnt: the numbers against timm, scikit-learn and the step's own, and the pictures of them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_a_run_with_teachers_in_8_bits_is_looked_at_on_any_cpu(
 def test_class_attention_is_timms(run: Path):
     student, _ = networks_of(find_checkpoint(run))
     encoder = student.encoder
-    vit = timm.create_model(
+    vit: Any = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0
     )
     vit.load_state_dict(encoder.state_dict())
@@ -104,8 +105,9 @@ def test_prototypes_come_with_their_nearest_patches(run: Path, small_beton: Path
     _, teachers = networks_of(find_checkpoint(run))
     assert teachers.labelling is not None
     with torch.no_grad():
-        _, (_, logits) = labelling_forward(teachers.labelling, batch, config)
-    assert isinstance(logits, torch.Tensor)
+        _, (_, patch_logits) = labelling_forward(teachers.labelling, batch, config)
+    logits = patch_logits.matrix
+    assert logits is not None
     for prototype, pictures in zip(use.prototypes, use.patches, strict=True):
         best = int(logits[:, prototype].argmax())
         image, patch = best // 12, int(batch.folds[best // 12, best % 12])

@@ -13,6 +13,7 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import RecompileError
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -179,7 +180,7 @@ def test_another_shape_would_have_been_noticed():
     with watched():
         trained(config, (4, 4, 4), "eager")
         torch._dynamo.config.error_on_recompile = True
-        with pytest.raises(torch._dynamo.exc.RecompileError):
+        with pytest.raises(RecompileError):
             compile_step(teacher_forward, student_loss, config, ALONE, backend="eager")[0](
                 None, made_batch(0, 2), config
             )
@@ -392,9 +393,8 @@ def test_a_gpu_s_passes_are_whole_graphs_under_its_own_autocast(case: str, monke
                 for teacher in teachers.modules().values():
                     use_fp8(teacher.encoder)
             batch, drop_path_scale = _batch(config, 3)
-        compiled_teacher, compiled_student = (
-            torch.compile(each, backend=noted, fullgraph=True) for each in (teacher_forward, student_loss)
-        )
+        compiled_teacher = torch.compile(teacher_forward, backend=noted, fullgraph=True)
+        compiled_student = torch.compile(student_loss, backend=noted, fullgraph=True)
         with torch.autocast("cuda", torch.bfloat16):
             (targets,) = assign_pseudo_labels([compiled_teacher(teachers, batch, config)], config)
             losses = compiled_student(student, batch, drop_path_scale, targets, config)

@@ -76,8 +76,8 @@ def test_ranks_share_the_cores_that_may_be_used(
     tiny: Config, small_beton, monkeypatch, cores: int, ranks: int, asked: int, threads: int
 ) -> None:
     seen = threads_of_loaders(monkeypatch, cores)
-    ranks = Ranks(0, ranks, ranks, torch.device("cpu"), None)
-    with make_loader(Beton(small_beton), tiny.using(workers=asked), ranks):
+    several = Ranks(0, ranks, ranks, torch.device("cpu"), None)
+    with make_loader(Beton(small_beton), tiny.using(workers=asked), several):
         assert seen == [threads]
 
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.step_cases import Ours, apart, made_batch, make_case, matrix_rate, most_apart, release, take_steps
 from fastpmae import Config, pretrain
 
-SMALL = {"depth": 1, "decoder_depth": 1, "width": 64, "heads": 2, "image_size": 64, "prototypes": 200}
+SMALL: dict[str, Any] = {"depth": 1, "decoder_depth": 1, "width": 64, "heads": 2, "image_size": 64, "prototypes": 200}
 NAMES = ("dual", "sdae", "mae", "single-epoch")
 
 

@@ -65,8 +65,8 @@ def test_the_axes_differ_and_end_at_0_and_2() -> None:
 def test_folds_of_the_released_loss_are_rows_of_a_larger_batch() -> None:
     """As SdAE's code has it: [batch * folds, tokens of a fold, features], and torch's default axis."""
     a, b = tokens(1, 2, 6), tokens(2, 2, 6)
-    rows = (values.reshape(2 * 3, 2, 6) for values in (a, b))
-    truth = 1 - torch.nn.functional.cosine_similarity(*rows).mean()
+    one, other = (values.reshape(2 * 3, 2, 6) for values in (a, b))
+    truth = 1 - torch.nn.functional.cosine_similarity(one, other).mean()
     torch.testing.assert_close(losses.reconstruction_loss(a, b, "token", (2, 2, 2)), truth, rtol=1e-14, atol=0)
 
 

@@ -19,7 +19,6 @@ from fastpmae.evaluate.metrics import Scores
 from fastpmae.pretraining import online_knn
 from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
 from fastpmae_loaders.errors import Interrupted, UserError
-from tests.distributed.test_several_ranks import FORKED
 from tests.pretraining.test_data import threads_of_loaders
 from tests.test_train import environment
 
@@ -125,7 +124,7 @@ def test_two_ranks_evaluate_what_they_have_learnt_together(tiny: Config, small_b
     write_config(tiny.using(warmup_epochs=0.0), tmp_path / "config.json")
     settings = {"eval_every": 1, "steps": 5}
     done = subprocess.run(
-        [sys.executable, "-c", FORKED, tmp_path / "config.json", tmp_path,
+        [sys.executable, "-m", "tests.programs.forked_ranks", tmp_path / "config.json", tmp_path,
          json.dumps([{"name": "two", "ranks": 2, "settings": settings}])],
         env={**environment(), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip

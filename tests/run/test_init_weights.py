@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def timm_features(path: Path, images: torch.Tensor) -> torch.Tensor:
     """What timm makes of uint8 images with exported weights: class token and patch tokens after the final norm."""
     with safetensors.safe_open(path, "pt") as file:
         arguments = json.loads(file.metadata()["timm"])
-    model = timm.create_model(arguments.pop("model_name"), **arguments).eval()
+    model: Any = timm.create_model(arguments.pop("model_name"), **arguments).eval()
     model.load_state_dict(load_file(path))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
@@ -72,8 +73,8 @@ def test_embed_equals_timm_on_pil_crops(run: Path, small_beton: Path, tmp_path: 
     for index in range(44):
         image = Image.fromarray(beton.decode(index))
         scale = 32 / min(image.size)
-        size = tuple(max(32, round(side * scale)) for side in image.size)
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        width, height = (max(32, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (image.width - 32) // 2, (image.height - 32) // 2
         crops.append(np.asarray(image.crop((left, top, left + 32, top + 32))).transpose(2, 0, 1))
     tokens = timm_features(tmp_path / "encoder.safetensors", torch.from_numpy(np.stack(crops)))
@@ -164,7 +165,7 @@ def test_init_starts_student_and_teachers_from_our_own_run(run: Path, tiny: Conf
 
 def test_init_takes_mae_and_timm_files(tiny: Config, tmp_path: Path):
     """MAE's checkpoint is a pickled dict under "model", with a decoder beside the encoder; timm's is safetensors."""
-    source = timm.create_model(
+    source: Any = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10
     )
     state = source.state_dict()
@@ -191,8 +192,15 @@ def test_init_interpolates_the_positions_of_another_grid(tiny: Config, tmp_path:
 
 def test_init_takes_positions_without_the_class_token(tiny: Config, tmp_path: Path):
     """As DeiT III has them: only the patches' tokens get a position."""
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
-    source = timm.create_model("vit_tiny_patch16_224", no_embed_class=True, **sizes).eval()
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
+    source: Any = timm.create_model("vit_tiny_patch16_224", no_embed_class=True, **sizes).eval()
     torch.nn.init.normal_(source.pos_embed)
     save_file(source.state_dict(), tmp_path / "deit.safetensors")
     encoder = make_encoder(tiny).eval()
@@ -213,7 +221,14 @@ def test_init_takes_positions_without_the_class_token(tiny: Config, tmp_path: Pa
     ],
 )
 def test_init_refuses_what_the_encoder_has_no_place_for(tiny: Config, tmp_path: Path, parts: dict, sentence: str):
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
     save_file(timm.create_model("vit_tiny_patch16_224", **sizes, **parts).state_dict(), tmp_path / "more.safetensors")
     with pytest.raises(UserError, match=sentence):
         start_encoder(make_encoder(tiny), tmp_path / "more.safetensors")

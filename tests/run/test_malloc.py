@@ -3,30 +3,17 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = """
-import resource, sys, torch
-from fastpmae.run.malloc import tune_allocator
-if sys.argv[1] == "with":
-    tune_allocator()
-def faults(count, millions):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.ones(millions << 20) for _ in range(count)]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(10, 5), faults(4, 16)
-print(faults(10, 5), faults(4, 16))
-"""
+from tests.made import REPOSITORY
 
 
 def faults(argument: str, **variables: str) -> tuple[int, int]:
     """Page faults of ten tensors of 20 MB, and of four of 64 MB, where as many have just been freed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "THP", "GLIBC"))}
-    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'loaders'}", **variables}
-    command = [sys.executable, "-c", PROGRAM, argument]
+    environment |= {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}:{REPOSITORY / 'loaders'}", **variables}
+    command = [sys.executable, "-m", "tests.programs.page_faults", argument]
     text = subprocess.run(command, env=environment, text=True, capture_output=True, check=True, timeout=120).stdout
     medium, large = map(int, text.split())
     return medium, large

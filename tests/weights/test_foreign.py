@@ -21,10 +21,10 @@ from fastpmae import UserError
 from fastpmae.evaluate.backbone import features, find_backbone
 from fastpmae.weights.foreign import read_foreign
 
-SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
 
 
-def made(seed: int, kind: type[nn.Module] = VisionTransformer, **more) -> nn.Module:
+def made(seed: int, kind: type[nn.Module] = VisionTransformer, **more: Any) -> Any:
     torch.manual_seed(seed)
     model = kind(**(SIZES | more)).eval()
     with torch.no_grad():
@@ -198,7 +198,9 @@ def test_flags_that_choose_nothing_are_refused(tmp_path: Path):
 
 
 def test_timm_names_are_taken_from_a_folder_too(tmp_path: Path):
-    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, embed_dim=32, depth=1, num_heads=2)
+    theirs: Any = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=32, embed_dim=32, depth=1, num_heads=2
+    )
     args = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": args}
     (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": theirs.pretrained_cfg}))

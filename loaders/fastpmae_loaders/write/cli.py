@@ -1,9 +1,13 @@
 """The command line of `fastpmae-write`."""
 
-import argparse
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import FrameType
+from typing import Annotated, Literal
+
+import tyro
 
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.progress import Progress
@@ -24,96 +28,103 @@ from fastpmae_loaders.write.write import (
     write_beton,
 )
 
+Positional = tyro.conf.Positional
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+
+@dataclass(frozen=True)
+class Source:
+    """Which images of SRC are taken."""
+
+    limit: int | None = None
+    """Take so many images, spread evenly over the source."""
+    split: str | None = None
+    """Which split to take, 'all' or 'none' (names mean no splits); by default train where there are several."""
+    flat: bool = False
+    """Take every image below SRC, without labels."""
+    source: Literal["folder", "tar", "hf"] | None = None
+    """What SRC is, where it could be several."""
+    image_column: str | None = None
+    """Column of a Hugging Face data set that holds the images, where the types do not tell; of shards, the one field of
+    each sample to take, such as jpg."""
+    label_column: str | None = None
+    """Column of a Hugging Face data set that holds the labels, where the types do not tell."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the file is written."""
+
+    workers: int | None = None
+    """Processes that convert or check images; by default one for each CPU core."""
+    skip_bad: bool = False
+    """Leave bad images out and list them in OUT.beton.bad.txt."""
+    force: bool = False
+    """Replace OUT.beton, and the list of bad images beside it, if they exist."""
+    page_size: int = PAGE_SIZE
+    """Size of the file's pages in bytes, a power of two."""
+    timeout: float = TIMEOUT
+    """Give up on an image after so many seconds."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What stands on the command line."""
+
+    src: Annotated[str | None, Positional, tyro.conf.arg(metavar="SRC")] = None
+    """Where the images are."""
+    out: Annotated[str | None, Positional, tyro.conf.arg(metavar="OUT.beton")] = None
+    """The file to write."""
+    check: Annotated[str | None, tyro.conf.arg(metavar="F.beton")] = None
+    """Read a .beton file back and decode every image in it, instead of writing one."""
+    images: Annotated[ImageSettings, tyro.conf.arg(name="")] = field(default_factory=ImageSettings)
+    listing: Annotated[Source, tyro.conf.arg(name="")] = field(default_factory=Source)
+    writing: Annotated[Writing, tyro.conf.arg(name="")] = field(default_factory=Writing)
+
+
+DESCRIPTION = """Write images into one .beton file for training (fastpmae-write SRC OUT.beton), or check such a file
+(fastpmae-write --check F.beton).
+
+SRC is a folder with a folder for each class (split folders such as train and val may lie above them), a folder of
+images, a .tar file or a folder of them in WebDataset's layout, or the folder of a Hugging Face data set (parquet,
+arrow; needs pip install 'fastpmae[hf]'). Plain RGB JPEGs keep their bytes; everything else is turned upright, made
+8-bit RGB (transparency on white, first frame of animations, colour profiles not applied) and encoded anew."""
+
+
+def read_command(arguments: Sequence[str] | None = None) -> Command:
+    """What a command line asks for; tyro ends the process with status 2 for flags it does not know.
+
+    Raises:
+        UserError: for settings out of their range, and where it is not told what to write or to check.
+    """
+    command = tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Command),
         prog="fastpmae-write",
-        usage="fastpmae-write SRC OUT.beton [options]\n       fastpmae-write --check F.beton [--workers N]",
-        description="Write images into one .beton file for training, or check such a file.",
-        epilog="SRC is a folder with a folder for each class (split folders such as train and val may lie above "
-        "them), a folder of images, a .tar file or a folder of them in WebDataset's layout, or the folder of a "
-        "Hugging Face data set (parquet, arrow; needs pip install 'fastpmae[hf]'). Plain RGB JPEGs keep their "
-        "bytes; everything else is turned upright, made 8-bit RGB (transparency on white, first frame of "
-        "animations, colour profiles not applied) and encoded anew.",
+        description=DESCRIPTION,
+        args=arguments,
     )
-    add = parser.add_argument
-    add("source", metavar="SRC", nargs="?", help="where the images are")
-    add("out", metavar="OUT.beton", nargs="?", help="the file to write")
-    add("--check", metavar="F.beton", help="read a .beton file back and decode every image in it")
-    group = parser.add_argument_group("images")
-    add = group.add_argument
-    add("--max-size", type=int, metavar="N", help="scale images down whose longer side is above N pixels")
-    add("--quality", type=int, default=95, metavar="Q", help="of JPEGs encoded here, 1 to 100 (default: 95)")
-    add(
-        "--mode",
-        choices=("jpg", "raw", "proportion"),
-        default="jpg",
-        help="store JPEGs, raw pixels (large and fast to read), or some of each (default: jpg)",
-    )
-    add("--proportion", type=float, default=0.5, metavar="P", help="share of JPEGs in that mode (default: 0.5)")
-    add("--seed", type=int, default=0, help="draws which ones those are (default: 0)")
-    add(
-        "--max-pixels",
-        type=int,
-        default=ImageSettings.max_pixels,
-        metavar="N",
-        help=f"refuse larger source images as decompression bombs (default: {ImageSettings.max_pixels:,})",
-    )
-    add(
-        "--white",
-        type=float,
-        metavar="V",
-        help="the white of gray of more than 8 bits where the file does not say, as 4095 (default: 65535)",
-    )
-    group = parser.add_argument_group("source")
-    add = group.add_argument
-    add("--limit", type=int, metavar="N", help="take N images, spread evenly over the source")
-    add("--split", metavar="NAME", help="which split, 'all' or 'none' (default: train where there are several)")
-    add("--flat", action="store_true", help="take every image below SRC, without labels")
-    add("--source", dest="kind", choices=("folder", "tar", "hf"), help="what SRC is, where it could be several")
-    add("--image-column", metavar="NAME", help="of a Hugging Face data set, or the field of a shard's samples (jpg)")
-    add("--label-column", metavar="NAME", help="of a Hugging Face data set (default: found by its type)")
-    group = parser.add_argument_group("writing")
-    add = group.add_argument
-    add("--workers", type=int, metavar="N", help="processes that convert (default: one for each CPU core)")
-    add("--skip-bad", action="store_true", help="leave bad images out and list them in OUT.beton.bad.txt")
-    add("--force", action="store_true", help="replace OUT.beton if it exists")
-    add("--page-size", type=int, default=PAGE_SIZE, metavar="B", help="in bytes (default: 8 MiB)")
-    add(
-        "--timeout",
-        type=float,
-        default=TIMEOUT,
-        metavar="S",
-        help="give up on an image after S seconds (default: 60)",
-    )
-    return parser
+    if command.check is not None and command.src is not None:
+        raise UserError("--check takes a .beton file and nothing else")
+    if command.check is None and (command.src is None or command.out is None):
+        raise UserError("SRC and OUT.beton are needed (or --check F.beton)")
+    return command
 
 
-def _write(options: argparse.Namespace) -> int:
-    images = ImageSettings(
-        options.max_size,
-        options.quality,
-        options.mode,
-        options.proportion,
-        options.seed,
-        options.max_pixels,
-        options.white,
-    )
-    kind = options.kind
-    listing = SourceSettings(kind, options.split, options.flat, options.image_column, options.label_column)
+def _write(source: str, out: str, command: Command) -> int:
+    told, writing = command.listing, command.writing
+    listing = SourceSettings(told.source, told.split, told.flat, told.image_column, told.label_column)
     progress = Progress(live=True)
     try:
         written = write_beton(
-            options.source,
-            options.out,
-            images=images,
+            source,
+            out,
+            images=command.images,
             listing=listing,
-            workers=options.workers,
-            limit=options.limit,
-            skip_bad=options.skip_bad,
-            force=options.force,
-            page_size=options.page_size,
-            timeout=options.timeout,
+            workers=writing.workers,
+            limit=told.limit,
+            skip_bad=writing.skip_bad,
+            force=writing.force,
+            page_size=writing.page_size,
+            timeout=writing.timeout,
             progress=progress,
         )
     except BadImages as error:
@@ -140,16 +151,16 @@ def _print_bad(bad: list[tuple[str, str]]) -> None:
         say(f"bad: {name}: {printable(reason)}")
 
 
-def _check(options: argparse.Namespace) -> int:
+def _check(file: str, options: Writing) -> int:
     count = options.workers if options.workers is not None else min(usable_cores(), MOST_WORKERS)
     check_numbers(count, None, PAGE_SIZE, options.timeout)
     progress = Progress(live=True)
-    checked = check_beton(options.check, workers=count, timeout=options.timeout, progress=progress)
+    checked = check_beton(file, workers=count, timeout=options.timeout, progress=progress)
     for index, reason in checked.bad:
         say(f"bad: sample {index}: {printable(reason)}")
     tell(checked.describe())
     if checked.bad:
-        raise UserError(f"{printable(options.check)}: {len(checked.bad):,} of {checked.samples:,} samples are bad")
+        raise UserError(f"{printable(file)}: {len(checked.bad):,} of {checked.samples:,} samples are bad")
     tell(f"  every image decodes; {progress.rate()}")
     return 0
 
@@ -170,15 +181,12 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _command() -> int:
-    parser = _parser()
-    options = parser.parse_args()
-    if options.check is not None:
-        if options.source is not None:
-            parser.error("--check takes a .beton file and nothing else")
-        return _check(options)
-    if options.source is None or options.out is None:
-        parser.error("SRC and OUT.beton are needed (or --check F.beton)")
-    return _write(options)
+    command = read_command()
+    if command.check is not None:
+        return _check(command.check, command.writing)
+    assert command.src is not None
+    assert command.out is not None
+    return _write(command.src, command.out, command)
 
 
 def main() -> int:

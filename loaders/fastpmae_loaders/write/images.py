@@ -25,21 +25,23 @@ RAW_MAX_SIDE = 65535  # the metadata keep sides in 16 bits
 
 @dataclass(frozen=True)
 class ImageSettings(Typed):
-    """How images are stored.
-
-    max_size: the longer side is brought down to so many pixels (None: images keep their size). quality: of
-    JPEGs that are encoded here. mode: "jpg", "raw", or "proportion": a share `proportion` of the samples as
-    JPEG, drawn by (seed, place in the source). max_pixels: a source image of more pixels is refused. white: the
-    value that is white in gray of more than 8 bits, where the file does not say (None: the whole range of 16 bits).
-    """
+    """How images are stored. The docstring under a field is the help of `fastpmae-write` for its flag."""
 
     max_size: int | None = None
+    """Scale images down whose longer side is above so many pixels; by default they keep their size."""
     quality: int = 95
+    """Quality of the JPEGs that are encoded here, 1 to 100."""
     mode: Literal["jpg", "raw", "proportion"] = "jpg"
+    """Store JPEGs, raw pixels (large and fast to read), or JPEGs for a share of the images and raw for the rest."""
     proportion: float = 0.5
+    """Share of the images that `--mode proportion` stores as JPEGs."""
     seed: int = 0
+    """Decides which images `--mode proportion` stores as JPEGs: drawn by the seed and the place in the source."""
     max_pixels: int = PIXEL_LIMIT
+    """Refuse source images of more pixels as decompression bombs."""
     white: float | None = None
+    """The value that is white in gray of more than 8 bits where the file does not say, such as 4095 for 12 bits; by
+    default 65535."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -28,7 +28,7 @@ from fastpmae.pictures.report import write_report
 from fastpmae.pictures.view import draw_run, draw_views
 from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint
 from fastpmae_loaders.cli.outputs import check_output
-from tests.made import REPOSITORY, tiny_settings, write_tree
+from tests.made import REPOSITORY, module_of, tiny_settings, write_tree
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,8 @@ def test_a_beton(own: Path, tmp_path: Path):
 
 def test_embed_and_plan(own: Path, tmp_path: Path, small_beton: Path):
     """As the commands do it: the sentence comes before any work."""
-    data = shutil.copy(small_beton, tmp_path / "d.beton")
+    data = tmp_path / "d.beton"
+    shutil.copy(small_beton, data)
     before = data.read_bytes()
     for more in ((), ("--force",)):
         done = command("fastpmae.evaluate.features", own, data, data, *more)
@@ -310,7 +311,7 @@ def test_no_command_takes_an_address_for_a_path(
     monkeypatch.setattr("sys.argv", [name, *(word.format(**places) for word in words.split())])
     monkeypatch.setattr("signal.signal", lambda *_: None)  # fastpmae-write sets its own
     before = contents(run)
-    assert import_module(f"fastpmae.{name}").main() == 2
+    assert import_module(module_of(name)).main() == 2
     said = capsys.readouterr().err
     assert re.fullmatch(r"\S+: error: s3://bucket/run(\.\w+)?: s3:// is not supported; .*\n", said), said
     assert list(tmp_path.iterdir()) == []
@@ -329,6 +330,6 @@ def test_commands_replace_nothing_unasked(own: Path, small_beton: Path, tmp_path
         monkeypatch.setattr("sys.argv", [name, *words.format(out=tmp_path / "out").split()])
         out = next(Path(word) for word in sys.argv if Path(word).parent == tmp_path and Path(word).stem == "out")
         out.write_text("mine")
-        assert import_module(f"fastpmae.{name}").main() == 2
+        assert import_module(module_of(name)).main() == 2
         assert f"{out} exists already; --force replaces it" in capsys.readouterr().err
         assert out.read_text() == "mine"

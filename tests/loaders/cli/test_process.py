@@ -1,5 +1,6 @@
 """ctrl-C at any moment: one sentence, no traceback; and a second one ends whatever goes on."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastpmae_loaders.cli.process import command_of
+from tests.made import REPOSITORY, module_of
 from tests.test_train import environment
 
 COMMANDS = ("train", "write", "view", "report", "embed", "eval", "export", "plan")
@@ -24,6 +26,9 @@ COMMANDS = ("train", "write", "view", "report", "embed", "eval", "export", "plan
         ),
         (["-m", "--out", "x"], ["python", "-u", "-m", "fastpmae.train", "--out", "x"], "fastpmae-train"),
         (["-m", "train"], ["python", "-m", "torch.distributed.run", "-m", "fastpmae.train"], None),
+        (["-m", "a", "b"], ["python", "-m", "fastpmae_loaders.write.cli", "a", "b"], "fastpmae-write"),
+        (["-m", "a", "b"], ["python", "-m", "fastpmae.evaluate.features", "a", "b"], "fastpmae-embed"),
+        (["-m", "knn"], ["python", "-m", "fastpmae.evaluate.protocols", "knn"], "fastpmae-eval"),
         (["-m"], ["python", "-m", "fastpmae_kernels.certify"], None),
         (["-m", "tests"], ["python", "-m", "pytest", "tests"], None),
         (["train.py"], ["python", "train.py"], None),
@@ -37,8 +42,8 @@ def test_which_processes_are_commands(arguments: list[str], original: list[str],
 
 
 def test_a_program_that_imports_us_keeps_its_signals() -> None:
-    code = "import signal, fastpmae, fastpmae_loaders.cli.exits; print(signal.getsignal(signal.SIGINT).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    words = [sys.executable, "-m", "tests.programs.interrupt_handler"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "default_int_handler\n"
 
 
@@ -46,13 +51,15 @@ def test_a_program_that_imports_us_keeps_its_signals() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_ctrl_c_while_a_command_starts_is_a_sentence(name: str, later: int) -> None:
     """At once when our package is there, and so many imports later."""
+    module = module_of(name)
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", f"fastpmae.{name}", "missing", "missing"],
+        [sys.executable, "-X", "importtime", "-m", module, "missing", "missing"],
         env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
-        if line.endswith("| fastpmae\n"):
+        # what calls `begin`: the package itself, or of the loaders the part that is a command
+        if line.split("|")[-1].strip() in ("fastpmae", "fastpmae_loaders.write"):
             break
     for _, _ in zip(range(later), process.stderr, strict=False):
         pass
@@ -64,34 +71,11 @@ def test_ctrl_c_while_a_command_starts_is_a_sentence(name: str, later: int) -> N
         assert said.endswith(f"fastpmae-{name}: interrupted\n")
 
 
-STUCK = """
-import sys
-sys.argv[0] = "fastpmae-made"
-import fastpmae
-from fastpmae_loaders.cli.exits import exit_with_sentence
-from pathlib import Path
-import ctypes, time
-
-def command():
-    Path(sys.argv[1]).touch()
-    if sys.argv[2] == "compiled":
-        mutex = ctypes.create_string_buffer(64)
-        for _ in range(2):  # for ever: no bytecode runs here, so Python's handler does not
-            ctypes.CDLL(None).pthread_mutex_lock(mutex)
-    try:
-        time.sleep(600)
-    finally:
-        if sys.argv[2] == "ending":
-            time.sleep(600)
-
-sys.exit(exit_with_sentence("fastpmae-made", command))
-"""
-
-
 @pytest.mark.parametrize("stuck", ["compiled", "ending", "sleeping"])
 def test_a_second_ctrl_c_ends_the_process_at_once(stuck: str, tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "tests/programs/stuck_command.py", tmp_path / "fastpmae-made")
     process = subprocess.Popen(
-        [sys.executable, "-c", STUCK, str(tmp_path / "begun"), stuck],
+        [sys.executable, tmp_path / "fastpmae-made", tmp_path / "begun", stuck],
         env=environment(), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while not (tmp_path / "begun").exists():

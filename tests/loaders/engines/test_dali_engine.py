@@ -7,6 +7,7 @@ import sys
 import tarfile
 import threading
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,9 @@ def test_a_position_is_taken_up_again(mixed):
         whole = list(views)
         views.set_epoch(1)
         iteration = iter(views)
-        rest = [next(iteration) for _ in range(2)] and views.state_dict()
+        for _ in range(2):
+            next(iteration)
+        rest = views.state_dict()
         expected = list(iteration)
     with loader(mixed, 4, seed=1) as views:
         views.load_state_dict(rest)
@@ -391,7 +394,7 @@ class Recorded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.log: list[tuple] = []
         self.at_once = 0
-        self.fed: dict[str, object] = {}
+        self.fed: dict[str, Any] = {}
         self.waiting: list[int] = []
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

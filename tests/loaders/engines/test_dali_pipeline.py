@@ -3,6 +3,7 @@
 import itertools
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,8 +90,8 @@ def test_each_colour_operation_is_the_compiled_one_within_a_level():
     choices[:, ORDER : ORDER + 4] = range(4)
     choices[:, JITTER] = 1
     values = [(BRIGHTNESS, 0.6, 1.4), (CONTRAST, 0.6, 1.4), (SATURATION, 0.8, 1.2), (HUE, -0.1, 0.1), (HUE, -0.5, 0.5)]
-    for start, (which, *ends) in enumerate(values):
-        factors[4 * start : 4 * start + 4, which] = np.linspace(*ends, 4)
+    for start, (which, low, high) in enumerate(values):
+        factors[4 * start : 4 * start + 4, which] = np.linspace(low, high, 4)
     for row, column in ((20, GRAY), (24, SOLARISED), (28, BLURRED)):
         choices[row : row + 4, column] = 1
     factors[28:32, SIGMA] = (0.1, 0.7, 1.3, 2.0)
@@ -266,7 +267,7 @@ def operators(graph: bytes) -> Iterator[dict]:
         yield found
 
 
-def wire(data: bytes) -> Iterator[tuple[int, bytes | int | float]]:
+def wire(data: bytes) -> Iterator[tuple[int, Any]]:
     """Fields of a protobuf message: numbers and values."""
     at = 0
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from fastpmae_loaders import DaliSettings, UserError
@@ -17,6 +19,6 @@ def test_the_default_is_the_decoder_that_every_gpu_has():
         ({"hw_decoder_load": float("nan")}, "between 0 and 1"),
     ],
 )
-def test_what_does_not_fit_is_refused(settings: dict[str, float], words: str):
+def test_what_does_not_fit_is_refused(settings: dict[str, Any], words: str):
     with pytest.raises(UserError, match=words):
         DaliSettings(**settings)

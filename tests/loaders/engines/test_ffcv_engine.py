@@ -1,9 +1,9 @@
 """FFCV's own behaviour that the engine must hold off, and what it must take from FFCV."""
 
+import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,11 @@ from tests.loaders.files import made_pixels, write_beton
 from tests.made import REPOSITORY
 
 
-def run_python(code: str, **environment: str) -> str:
+def run_python(*words: str | Path, **environment: str) -> str:
+    """What a program prints that runs with warnings as errors from the first import on."""
     paths = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        [sys.executable, "-W", "error", "-m", *words],
         env={**os.environ, "PYTHONPATH": paths, **environment},
         capture_output=True,
         text=True,
@@ -28,77 +29,33 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout
 
 
+def fresh_loader(case: str, *words: Path, **environment: str) -> str:
+    return run_python("tests.programs.fresh_loader", case, *words, **environment)
+
+
 def test_importing_the_loaders_imports_none_of_the_rest():
-    run_python(
-        """
-        import sys
-        import fastpmae_loaders
-        from fastpmae_loaders import PairedViews, PlainViews, Batch, ViewSettings, Beton, draw_samples
-        for name in ("fastpmae", "fastpmae_kernels", "triton", "xformers", "ffcv", "torchvision", "jaxtyping"):
-            assert name not in sys.modules, name
-        """
-    )
+    names = "PairedViews,PlainViews,Batch,ViewSettings,Beton,draw_samples"
+    loaded = json.loads(run_python("tests.programs.loaded", f"fastpmae_loaders:{names}"))
+    assert {"fastpmae_loaders.paired", "torch"} <= set(loaded)
+    unwanted = {"fastpmae", "fastpmae_kernels", "triton", "xformers", "ffcv", "torchvision", "jaxtyping"}
+    assert unwanted & set(loaded) == set()
 
 
 @pytest.mark.slow
 def test_ffcv_leaves_what_was_compiled_before_it_usable(mixed, tmp_path):
     """FFCV's Loader would change the hash of numba's uint8[::1], and with it lose every function compiled for one."""
-    said = run_python(
-        f"""
-        import warnings
-        import numba, numpy as np
-        from fastpmae_loaders import PairedViews, ViewSettings, draw_samples
-        settings = ViewSettings(image_size=32, patch_size=8)
-        shared, before = numba.uint8[::1], hash(numba.uint8[::1])
-        draw_samples(0, 0, np.array([5]), np.array([30]), np.array([40]), settings)
-        with PairedViews({str(mixed)!r}, 4, settings=settings) as views:
-            next(iter(views))
-        assert numba.uint8[::1] is shared and shared.mutable and hash(shared) == before
-        # and FFCV's own pipelines read the file as ever
-        warnings.simplefilter("ignore")
-        from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
-        from ffcv.loader import Loader
-        pipelines = {{"image": [CenterCropRGBImageDecoder((8, 8), 1)]}}
-        batches = Loader({str(mixed)!r}, 2, num_workers=1, pipelines=pipelines)
-        print(sum(len(batch[0]) for batch in batches))
-        """,
-        NUMBA_CACHE_DIR=str(tmp_path),
-    )
+    said = fresh_loader("beside_ffcvs_own", mixed, NUMBA_CACHE_DIR=str(tmp_path))
     assert int(said) >= 2
 
 
 def test_a_fresh_process_keeps_its_thread_counts_and_warns_of_nothing(mixed):
     """With warnings as errors from the first import on."""
-    run_python(
-        f"""
-        import sys, threading, torch, numba
-        torch.set_num_threads(3)
-        before = numba.get_num_threads()
-        from fastpmae_loaders import PairedViews, ViewSettings
-        settings = ViewSettings(image_size=32, patch_size=8)
-        with PairedViews({str(mixed)!r}, 4, settings=settings) as views:
-            assert torch.get_num_threads() == 3
-            for batch in views:
-                assert torch.get_num_threads() == 3
-        assert "ffcv" in sys.modules
-        assert "triton" not in sys.modules
-        assert torch.get_num_threads() == 3
-        assert numba.get_num_threads() == before
-        assert threading.active_count() == 1
-        """
-    )
+    fresh_loader("thread_counts", mixed)
 
 
 def test_leaving_in_mid_epoch_ends_the_process_at_once(mixed):
     """No thread may hold the interpreter back, nor crash it on the way out."""
-    run_python(
-        f"""
-        from fastpmae_loaders import PairedViews, ViewSettings
-        views = PairedViews({str(mixed)!r}, 2, settings=ViewSettings(image_size=32, patch_size=8), workers=3)
-        taken = iter(views)
-        next(taken)
-        """
-    )
+    fresh_loader("left_in_mid_epoch", mixed)
 
 
 def test_without_ffcv_one_sentence(mixed, monkeypatch):
@@ -185,16 +142,7 @@ def test_one_huge_image_does_not_multiply_by_the_batch(tmp_path):
     file = write_beton(tmp_path / "huge.beton", images, sizes, page_size=1 << 23)
     if not Path("/proc/self/status").exists():
         pytest.skip("the peak of memory is read from /proc")
-    # not ru_maxrss: a child inherits that from the process that starts it, here all of pytest
-    peak = run_python(
-        f"""
-        from fastpmae_loaders import PairedViews
-        with PairedViews({str(file)!r}, 64, workers=2) as views:
-            for batch in views:
-                pass
-        print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
-        """
-    )
+    peak = fresh_loader("peak_of_memory", file)
     assert int(peak) * 1024 < 1.2e9
 
 
@@ -233,30 +181,14 @@ def test_damaged_payloads_never_crash(tmp_path):
     assert sum(len(batch) for batch in batches) == 600
 
 
-DRAW = """
-    import numpy as np
-    from fastpmae_loaders import uniforms
-    assert uniforms(0, 0, np.arange(3), 0, 2).shape == (3, 2)
-    """
-
-
 def test_compiled_code_is_kept_where_the_user_says(tmp_path: Path):
-    run_python(DRAW, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    fresh_loader("draw", NUMBA_CACHE_DIR=str(tmp_path / "cache"))
     assert list((tmp_path / "cache").rglob("*.nbi"))
 
 
 def test_without_a_folder_to_write_to_all_works(tmp_path: Path):
     """The package's folder, the user's cache and NUMBA_CACHE_DIR all closed: compiled anew, no error."""
-    closed = """
-    import os
-    import numba.core.caching as caching
-    def refuse(path, *rest, **options):
-        raise OSError("read-only")
-    caching.tempfile.TemporaryFile = refuse
-    caching.tempfile.NamedTemporaryFile = refuse
-    os.makedirs = refuse
-    """
-    run_python(closed + DRAW, NUMBA_CACHE_DIR=str(tmp_path / "none"))
+    fresh_loader("draw_without_a_folder", NUMBA_CACHE_DIR=str(tmp_path / "none"))
 
 
 def test_kept_code_is_bound_to_all_of_its_sources():

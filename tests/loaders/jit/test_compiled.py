@@ -9,25 +9,11 @@ import pytest
 
 from tests.made import REPOSITORY
 
-RACE = """
-import sys
-from fastpmae_loaders.jit.compiled import kernel
-import numpy as np
-
-@kernel
-def total(values):
-    return values.sum()
-
-kind = np.dtype(sys.argv[1])
-assert total(np.ones(5, kind)) == 5
-"""
-
 
 @pytest.mark.slow
 def test_processes_that_compile_different_overloads_keep_them_apart(tmp_path: Path):
     """Without a lock both give their code the same number, and a later process loads the wrong one."""
-    script = tmp_path / "race.py"
-    script.write_text(RACE)
+    script = REPOSITORY / "tests/programs/compile_race.py"
     paths = os.pathsep.join(str(REPOSITORY / part) for part in ("", "kernels", "loaders"))
     environment = {**os.environ, "PYTHONPATH": paths, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     kinds = ["f8", "f4", "i8", "i4", "u1"]

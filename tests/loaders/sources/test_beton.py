@@ -367,7 +367,9 @@ def test_jpeg_size_on_real_files() -> None:
     with tarfile.open(SHARED_DATA / "odd_images.tar") as shard:
         for member in shard:
             if member.name.endswith(".jpg"):
-                payload = shard.extractfile(member).read()
+                content = shard.extractfile(member)
+                assert content is not None
+                payload = content.read()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     assert jpeg_size(payload) == Image.open(io.BytesIO(payload)).size, member.name

@@ -84,6 +84,7 @@ def test_splits_by_other_names(tmp_path: Path, other: str) -> None:
     assert len(find_images(tmp_path, SourceSettings(split=other)).items) == 2
     assert len(find_images(tmp_path, SourceSettings(split="all")).items) == 4
     as_classes = find_images(tmp_path, SourceSettings(split="none"))
+    assert as_classes.class_names is not None
     assert set(as_classes.class_names) == {"train", other}
 
 
@@ -236,6 +237,7 @@ def test_names_with_odd_bytes(tmp_path: Path) -> None:
     source = find_images(tmp_path)
     assert read_item(source.items[0]) == picture()
     assert source.items[0].name.isprintable()
+    assert source.class_names is not None
     assert source.class_names == [printable(folder.name)]
     source.class_names[0].encode()
 

@@ -106,19 +106,14 @@ def test_no_process_is_left() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel to end workers with their parent")
 def test_workers_die_with_a_parent_that_was_killed() -> None:
-    program = (
-        "from fastpmae_loaders.write.workers import WorkerPool\n"
-        "pool = WorkerPool('tests.tasks:behaviour', (), 2, 600.0)\n"
-        "print(*pool.pids, flush=True)\n"
-        "list(pool.in_order(['spin'] * 4))\n"
-    )
     paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), str(REPOSITORY / "loaders")]
     parent = subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, "-m", "tests.programs.spinning_pool"],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
+    assert parent.stdout is not None
     with parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         time.sleep(2.0)  # they are spinning by now, or at least starting

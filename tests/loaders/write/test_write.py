@@ -73,19 +73,6 @@ def test_a_tree_becomes_a_file(tree: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.beton", "tree"]
 
 
-STOCK_READER = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import numpy as np
-from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
-from ffcv.loader import Loader, OrderOption
-loader = Loader(sys.argv[1], batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=sys.argv[3] == "map",
-    drop_last=False, pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]})
-images, labels = zip(*[(i.copy(), l.copy()) for i, l in loader])
-np.savez(sys.argv[2], images=np.concatenate(images), labels=np.concatenate(labels).reshape(-1))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not turbo_available(), reason="ffcv is not installed")
 @pytest.mark.parametrize(("mode", "cache"), [("jpg", "map"), ("proportion", "pages")])
@@ -101,7 +88,8 @@ def test_stock_ffcv_reads_it(tmp_path: Path, mode: str, cache: str) -> None:
     out = tmp_path / "out.beton"
     write_beton(tmp_path / "tree", out, mode=mode, page_size=1 << 21, workers=1)
     assert Beton(out).page_size == (1 << 21 if mode == "jpg" else 1 << 22)
-    subprocess.run([sys.executable, "-c", STOCK_READER, out, tmp_path / "read.npz", cache], check=True, timeout=250)
+    reader = [sys.executable, "-m", "tests.programs.stock_reader", out, tmp_path / "read.npz", cache]
+    subprocess.run(reader, check=True, env=ENVIRONMENT, timeout=250)
     read = np.load(tmp_path / "read.npz")
     assert read["labels"].tolist() == sorted(number % 3 for number in range(10))
     errors = np.abs(read["images"] - expected).mean(axis=(1, 2, 3))
@@ -302,6 +290,7 @@ def test_every_odd_image_is_accounted_for(odd_images: Path, tmp_path: Path) -> N
     assert {path.name for path in files if path.suffix and picture_of(path) is None} == bad
     for index, path in enumerate(stored):
         expected, pixels = picture_of(path), beton.decode(index)
+        assert expected is not None
         assert pixels.shape == expected.shape, path.name
         difference = np.abs(pixels - expected)
         # JPEG blurs the edges of drawn text a little; the worst is a noise of 4 x 4 pixels
@@ -586,9 +575,6 @@ def test_a_source_can_be_told(tree: Path, tmp_path: Path) -> None:
 
 
 def test_the_writer_starts_without_torch() -> None:
-    program = (
-        "import sys, fastpmae_loaders.write.cli; "
-        "print(*[m for m in ('torch', 'numba', 'ffcv', 'cv2') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, timeout=100)
-    assert (done.stdout.strip(), done.returncode) == ("", 0)
+    words = [sys.executable, "-m", "tests.programs.loaded", "fastpmae_loaders.write.cli"]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=100, check=True)
+    assert {"torch", "numba", "ffcv", "cv2"} & set(json.loads(done.stdout)) == set()

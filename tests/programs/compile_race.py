@@ -1,0 +1,17 @@
+"""Compiles one function for one type, while other processes do it for others: `compile_race.py DTYPE`."""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from fastpmae_loaders.jit.compiled import kernel
+
+
+@kernel
+def total(values: Any) -> Any:
+    return values.sum()
+
+
+if __name__ == "__main__":
+    assert total(np.ones(5, np.dtype(sys.argv[1]))) == 5
