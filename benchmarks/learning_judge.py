@@ -76,12 +76,12 @@ def judge(
     right, classes = {}, int(train.labels.max()) + 1
     labels, others = train.labels.to(device), val.labels.to(device)
     for pool, of_pool in features.items():
-        learnt, tested = (rows.to(device) for rows in of_pool)
-        near = knn_predict(learnt, labels, tested, NEIGHBOURS)
+        train_rows, val_rows = (rows.to(device) for rows in of_pool)
+        near = knn_predict(train_rows, labels, val_rows, NEIGHBOURS)
         right[f"knn_val/{pool}"] = (near == others).cpu().numpy()
-        near = knn_predict(learnt, labels, learnt, NEIGHBOURS, leave_one_out=True)
+        near = knn_predict(train_rows, labels, train_rows, NEIGHBOURS, leave_one_out=True)
         right[f"knn_train/{pool}"] = (near == labels).cpu().numpy()
-        rows, tests = standardised(learnt, tested)
+        rows, tests = standardised(train_rows, val_rows)
         c = best_c(rows, labels, classes, (0.001, 0.01, 0.1), seed=0)
         weight, bias = logistic_regression(rows, labels, classes, c, most_steps=200)
         found = (tests.double() @ weight.double() + bias.double()).argmax(dim=1)

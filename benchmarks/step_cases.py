@@ -101,7 +101,7 @@ class Ours:
         self.stack.enter_context(use_attention(config.efficiency.attention, device))
         self.student, self.teachers = make_networks(config, STEPS, device, None)
         self.optimizer = make_optimizer(self.student, config)
-        self.seen, self.learnt = compile_step(teacher_forward, student_loss, config, self.ranks)
+        self.teacher_forward, self.student_loss = compile_step(teacher_forward, student_loss, config, self.ranks)
         self.autocast = _autocast(config, device)
         self.transfer = Transfer(device)
         self.targets: Targets | None = None
@@ -128,10 +128,12 @@ class Ours:
         drop_path_scale = self._keep(batch)
         mark("data")
         with self.autocast:
-            (self.targets,) = assign_pseudo_labels([self.seen(self.teachers, batch, self.config)], self.config)
+            (self.targets,) = assign_pseudo_labels(
+                [self.teacher_forward(self.teachers, batch, self.config)], self.config
+            )
         mark("teachers")
         with self.autocast:
-            self.out = out = self.learnt(self.student, batch, drop_path_scale, self.targets, self.config)
+            self.out = out = self.student_loss(self.student, batch, drop_path_scale, self.targets, self.config)
         mark("forward")
         out.total.backward()
         mark("backward")

@@ -16,7 +16,7 @@ from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import Typed, local_path
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-"""The modes of torch.compile that replay a pass's kernels as one."""
+"""The modes of torch.compile that replay a function's kernels as one."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def trained(config: Config, ranks: Ranks, backend: str) -> list[float]:
     parallel = wrap_parallel(student, teachers, ranks, shard=shard, accumulate=parts)
     optimizer = make_optimizer(student, config)
     networks = student, *teachers.modules().values()
-    seen, learnt = compile_step(teacher_forward, student_loss, config, ranks, networks, backend)
+    compiled_teacher, compiled_student = compile_step(teacher_forward, student_loss, config, ranks, networks, backend)
     low = config.efficiency.precision == "bf16"
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=low, cache_enabled=not shard)
     totals = []
@@ -47,8 +47,8 @@ def trained(config: Config, ranks: Ranks, backend: str) -> list[float]:
             )
             with contextlib.nullcontext() if part == parts - 1 else no_sync(parallel):
                 with autocast:
-                    targets = assign_pseudo_labels([seen(teachers, batch, config)], config, ranks.group)[0]
-                    losses = learnt(parallel, batch, drop_path_scale, targets, config)
+                    targets = assign_pseudo_labels([compiled_teacher(teachers, batch, config)], config, ranks.group)[0]
+                    losses = compiled_student(parallel, batch, drop_path_scale, targets, config)
                 (losses.total / parts).backward()
             totals.append(losses.total.item())
         update(optimizer, losses.total.detach(), 1e-3 * step, 0.0, ranks)

@@ -64,7 +64,7 @@ ROOMS = {
         "sources",
         "recipes",
         "settings",
-        "plan",
+        "sampling",
         "blockwise",
         "multiblock",
         "pixels",

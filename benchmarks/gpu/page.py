@@ -144,7 +144,7 @@ def _dali(results: Results) -> tuple[str, bool] | None:
     same = results.figure("dali", "dali: the same crops, flips and masks", "ok")
     if not rates or same is None:
         return None
-    return f"{max(rates):.0f} images/s, {'the same plan' if same else 'ANOTHER PLAN'}", bool(same)
+    return f"{max(rates):.0f} images/s, {'the same draws' if same else 'OTHER DRAWS'}", bool(same)
 
 
 def _plan(results: Results) -> tuple[str, bool] | None:

@@ -121,7 +121,7 @@ def _has_room(folder: Path, name: str, record: dict[str, Any]) -> bool:
 
 
 def _prints(record: dict[str, Any]) -> list[str | None]:
-    """The fingerprints of the images that a result was learnt and tested on."""
+    """The fingerprints of the images that a result was trained and tested on."""
     return [None if record[part] is None else record[part]["fingerprint"] for part in ("train", "val")]
 
 

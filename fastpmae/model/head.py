@@ -179,7 +179,7 @@ class Head(nn.Module):
         """Logits of class and patch tokens.
 
         With `chunk` above 0 those of the patches, which are many, are left as factors; where a gradient is due the
-        tokens are left as they are (not under torch.compile, which cannot trace what becomes of them, nor in shards:
+        tokens are left as they are (not under torch.compile, which cannot trace what becomes of them, nor under FSDP2:
         the weights are whole in here alone). Under torch.compile they are factors wherever a gradient is due, whole or
         in chunks: it would copy the gradient of logits that it has multiplied out.
         """

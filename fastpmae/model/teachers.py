@@ -133,7 +133,7 @@ def make_teachers(
 
 
 def _pairs(teacher: Teacher, student: Student) -> tuple[list[Tensor], list[Tensor]]:
-    """Weight by weight; of networks in shards this rank's parts, which are cut alike in both."""
+    """Weight by weight; of sharded networks this rank's parts, which are cut alike in both."""
     theirs = dict(student.named_parameters())
     named = list(teacher.named_parameters())
     mine = [to_local(weight.detach()) for _, weight in named]

@@ -16,7 +16,7 @@ from fastpmae.model.teachers import Teachers
 from fastpmae.model.vit import Block, Encoder, Student
 from fastpmae.pretraining.match_geometry import masked_overlaps
 from fastpmae.pretraining.networks import make_networks
-from fastpmae.pretraining.step import label, teacher_forward
+from fastpmae.pretraining.step import labelling_forward, teacher_forward
 from fastpmae.run.checkpoint import Checkpoint, check_fits, restore_networks
 from fastpmae_kernels import nearest_patch, sinkhorn
 from fastpmae_loaders import Batch, PairedViews, Samples
@@ -166,7 +166,7 @@ def prototype_use(
         raise UserError(f"{checkpoint.path} holds no prototypes: its run used --teachers {config.teacher.teachers}")
     batch = batch_of(config, images, min(samples, len(images)))
     plain = config.using(prototypes_chunk=0)
-    _, (_, patch_logits) = label(teachers.labelling, batch, plain)
+    _, (_, patch_logits) = labelling_forward(teachers.labelling, batch, plain)
     logits = patch_logits.matrix
     assert logits is not None
     labels = sinkhorn(logits, config.loss.epsilon, config.loss.sinkhorn_iterations).argmax(dim=1)

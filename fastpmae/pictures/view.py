@@ -22,8 +22,8 @@ from fastpmae_loaders.cli.outputs import check_output
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
-from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
 from fastpmae_loaders.printable import printable, short
+from fastpmae_loaders.sampling import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
 from fastpmae_loaders.values import checked
 
 SIMPLE, COMPLEX = "#1c7ed6", "#e8590c"

@@ -15,7 +15,7 @@ from fastpmae.model.build import build_student, shape_of, view_settings, views_n
 from fastpmae.model.fp8 import use_fp8
 from fastpmae.model.teachers import Teachers, make_teachers
 from fastpmae.model.vit import Student
-from fastpmae.plan.shape_tensor import Counting, Hollow, leaves
+from fastpmae.plan.shape_tensor import Counting, ShapeTensor, leaves
 from fastpmae.pretraining.optimizer import make_optimizer, update
 from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae_kernels import traffic
@@ -26,7 +26,7 @@ Target = Literal["cpu", "cuda"]
 
 KINDS = ("weights", "gradients", "optimizer", "teachers", "gathered", "images", "activations", "logits", "workspace")
 """What memory is for. `weights` and `teachers` hold their 16-bit copies too; `activations` is all that a step makes;
-`gathered` is what of networks in shards is whole at a time."""
+`gathered` is what of sharded networks is whole at a time."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ class Costs:
 
 
 def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: int = 1) -> Costs:
-    """The costs of a step in which one of `ranks` GPUs (or a CPU) computes `images` images, a part at a time.
+    """The costs of a step in which one of `ranks` GPUs (or a CPU) computes `images` images, a micro-batch at a time.
 
     Everything is as the trainer does it without torch.compile, which fuses some of the operations and so holds less.
 
     Args:
-        images: of all parts (`accumulate`) together.
+        images: of all micro-batches (`accumulate`) together.
         target: what it runs on; decides the precision where the settings leave it open, and the kernels' workspace.
     """
-    parts = config.optimizer.accumulate
-    count = max(1, images // parts)
+    micro_batches = config.optimizer.accumulate
+    count = max(1, images // micro_batches)
     low = config.efficiency.precision == "bf16" or (config.efficiency.precision == "auto" and target == "cuda")
     sharded = config.efficiency.shard and ranks > 1
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=low, cache_enabled=not sharded)
@@ -82,9 +82,9 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
     with counting:
         student, teachers, optimizer = _networks(config, counting)
         of_student = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        # Gradients of earlier parts, and those that travel between ranks, stay while a part is computed.
+        # Gradients of earlier micro-batches, and those that travel between ranks, stay while one is computed.
         held = None
-        if ranks > 1 or parts > 1:
+        if ranks > 1 or micro_batches > 1:
             held = [counting.hold(parameter.nbytes, "gradients") for parameter in of_student]
         waiting = None
         counting.kind = "images"
@@ -95,9 +95,9 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
             counting.part = "labels"
             targets = compute_targets(teachers, batch, config)
             if config.optimizer.sinkhorn_over == "step":
-                # The other parts' targets wait meanwhile.
+                # The other micro-batches' targets wait meanwhile.
                 nbytes = sum(tensor.nbytes for tensor in leaves(targets) if isinstance(tensor, Tensor))
-                waiting = counting.hold((parts - 1) * nbytes, "logits")
+                waiting = counting.hold((micro_batches - 1) * nbytes, "logits")
             counting.part = "losses"
             losses = student_loss(student, batch, drop_path_scale, targets, config)
         forward = dict(counting.flops)
@@ -105,9 +105,9 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
         losses.total.backward()
         backward = dict(counting.flops)
         for parameter in of_student:
-            if isinstance(parameter.grad, Hollow):
+            if isinstance(parameter.grad, ShapeTensor):
                 counting.tags[parameter.grad.buffer.number] = "gradients" if held is None else "activations"
-        in_parts = counting.traffic
+        of_micro_batch = counting.traffic
         counting.part = "optimizer"
         update(optimizer, losses.total.detach(), 0.0, config.optimizer.clip_grad, _ALONE)
         teachers.update_ema(student, "step", 0)
@@ -118,12 +118,12 @@ def step_costs(config: Config, images: int, *, target: Target = "cuda", ranks: i
         del held, waiting
     return Costs(
         images,
-        {part: flops * parts for part, flops in forward.items()},
-        {part: flops * parts for part, flops in backward.items()},
+        {part: flops * micro_batches for part, flops in forward.items()},
+        {part: flops * micro_batches for part, flops in backward.items()},
         parameters,
         {kind: memory[kind] for kind in KINDS if kind in memory},
         moment,
-        in_parts * parts + counting.traffic - in_parts,
+        of_micro_batch * micro_batches + counting.traffic - of_micro_batch,
     )
 
 
@@ -259,7 +259,7 @@ def _parameters(student: Student, teachers: Teachers) -> dict[str, int]:
 
 
 def _observe(
-    counting: Counting, target: Target, func: Any, operands: Sequence[Hollow], results: Sequence[Hollow]
+    counting: Counting, target: Target, func: Any, operands: Sequence[ShapeTensor], results: Sequence[ShapeTensor]
 ) -> None:
     """What the shapes alone do not tell: 16-bit copies of weights, logits, the work that kernels of our own do."""
     name = func._opname

@@ -52,7 +52,7 @@ class Report:
     largest_batch: int
     """Images on each GPU at a time that fit."""
     fitting_accumulate: int | None
-    """The fewest parts that fit; 1 where the plan fits as it is, None where none does."""
+    """The fewest micro-batches that fit; 1 where the plan fits as it is, None where none does."""
     step: Point
     """On the GPUs of the plan."""
     peak_seconds: float

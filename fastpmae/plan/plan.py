@@ -25,7 +25,7 @@ from fastpmae.plan.report import CHUNK, draw, show
 from fastpmae.plan.scaling import (
     JITTER,
     Step,
-    shard_messages,
+    fsdp_messages,
     step_on,
     strong_scaling,
     traffic,
@@ -209,11 +209,11 @@ def _loader_rate(options: Plan) -> LoaderRate:
 
 
 def _step(config: Config, costs: Costs, rate: float) -> Step:
-    """The step on one GPU. The backward pass is the last part's, from the losses back to the encoder."""
-    parts = config.optimizer.accumulate
+    """The step on one GPU. The backward pass is the last micro-batch's, from the losses back to the encoder."""
+    micro_batches = config.optimizer.accumulate
     networks = {"head": "head", "decoder": "decoder", "student's encoder": "encoder"}
     backward = [
-        (costs.backward[part] / parts / rate, costs.parameters[network])
+        (costs.backward[part] / micro_batches / rate, costs.parameters[network])
         for part, network in networks.items()
         if part in costs.backward
     ]
@@ -221,15 +221,15 @@ def _step(config: Config, costs: Costs, rate: float) -> Step:
     prototypes = 2 * config.network.prototypes if labels else 0
     # Logits in chunks are balanced on their own, after those of class tokens.
     rounds = 2 if config.efficiency.prototypes_chunk else 1
-    shards: list[float] = []
+    fsdp: list[float] = []
     if config.efficiency.shard:
         depth = shape_of(config.network).depth
         blocks = {"encoder": depth, "decoder": config.network.decoder_depth, "head": 1}
         student = [(count, blocks[name]) for name, count in costs.parameters.items() if name in blocks]
         teachers = [(count, depth) for name, count in costs.parameters.items() if name not in blocks]
-        shards = shard_messages(student, teachers, parts)
-    balanced = 1 if config.optimizer.sinkhorn_over == "step" else parts
-    messages = traffic(costs.trained, prototypes, config.loss.sinkhorn_iterations, balanced, shards, rounds)
+        fsdp = fsdp_messages(student, teachers, micro_batches)
+    balanced = 1 if config.optimizer.sinkhorn_over == "step" else micro_batches
+    messages = traffic(costs.trained, prototypes, config.loss.sinkhorn_iterations, balanced, fsdp, rounds)
     return Step(costs.flops / rate, backward, messages)
 
 
@@ -238,17 +238,17 @@ def largest_batch(config: Config, costs: Costs, gpu: Gpu, gpus: int) -> int:
 
     Memory grows evenly with the batch, but for the workspace of kernels: two counts tell how.
     """
-    parts = config.optimizer.accumulate
-    count = costs.images // parts
+    micro_batches = config.optimizer.accumulate
+    count = costs.images // micro_batches
     few = max(1, count // 2) if count > 1 else 2
-    other = step_costs(config, few * parts, ranks=gpus)
+    other = step_costs(config, few * micro_batches, ranks=gpus)
     each = (costs.peak - other.peak) / (count - few)
     return max(0, int(count + (gpu.usable - costs.peak) / each))
 
 
 def fitting_accumulate(share: int, largest: int) -> int | None:
-    """The fewest equal parts of a GPU's share of which each fits; None where none does."""
-    return next((parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= largest), None)
+    """The fewest equal micro-batches of a GPU's share of which each fits; None where none does."""
+    return next((count for count in range(1, share + 1) if share % count == 0 and share // count <= largest), None)
 
 
 def _model_needs(config: Config, efficiency: float, per_core: float) -> ModelNeeds:

@@ -33,7 +33,7 @@ SHOWN_GPUS = ("a100-80", "h100", "h200", "b200", "l40s", "rtx4090")
 def show(report: Report, console: Console) -> None:
     """Print a plan."""
     config = report.config
-    batch, parts = config.optimizer.batch_size, config.optimizer.accumulate
+    batch, micro_batches = config.optimizer.batch_size, config.optimizer.accumulate
     say = _Saying(console)
     peak, kind = report.gpu.peak(config.efficiency.precision), config.efficiency.precision
     say(
@@ -45,7 +45,7 @@ def show(report: Report, console: Console) -> None:
     console.print(_work(report))
     console.print(_memory(report))
     costs, gpu = report.costs, report.gpu
-    each = costs.images // parts
+    each = costs.images // micro_batches
     fits = f"up to {report.largest_batch:,} images fit on a GPU at a time"
     if report.fitting_accumulate == 1:
         fits += f"; this plan computes {each:,}"
@@ -247,14 +247,14 @@ def _end_of_scaling(report: Report) -> str:
             "learning rate was published with: weak scaling of the method ends before that of the machines."
         )
     messages = report.messages
-    sinkhorn = shards = ""
-    if messages.shards:
-        shards = f", weights and gradients in shards that pass {len(messages.shards):,} times"
+    sinkhorn = fsdp = ""
+    if messages.fsdp:
+        fsdp = f", sharded weights and gradients that are sent {len(messages.fsdp):,} times"
     if messages.assignments:
         sinkhorn = f" and {len(messages.assignments)} Sinkhorn messages of {messages.assignments[0] / 1e3:.1f} kB"
     sentences.append(
         f"Each GPU sends up to {messages.sent(1024) / 1e6:,.1f} MB a step, for gradients of "
-        f"{messages.gradients / 1e6:,.1f} MB in fp32{shards}{sinkhorn}.\n"
+        f"{messages.gradients / 1e6:,.1f} MB in fp32{fsdp}{sinkhorn}.\n"
         f"ASSUMED: links at 80 % of their data sheets, steps that vary by {report.jitter:.0%} (--jitter), the usual "
         "machine's network (--network)."
     )

@@ -61,34 +61,36 @@ class Traffic:
     """Bytes of each message of the Sinkhorn iterations, one after the other, each waited for."""
     flags: int
     """Bytes of the last message, whether all gradients are finite."""
-    shards: Sequence[float] = ()
-    """In shards (FSDP2): bytes of each message that puts a block together or takes its gradients apart, in order."""
+    fsdp: Sequence[float] = ()
+    """With --shard (FSDP2): bytes of each message that puts a block together or takes its gradients apart, in order."""
 
     def sent(self, gpus: int) -> float:
-        """Bytes that each GPU sends, by rings: a sum of n bytes goes around twice but for a part, shards once."""
-        summed = sum(self.assignments) + self.flags + (0 if self.shards else self.gradients)
-        return (gpus - 1) / gpus * (2 * summed + sum(self.shards))
+        """Bytes that each GPU sends, by rings: a sum goes around twice but for a rank's share, sharded weights once."""
+        summed = sum(self.assignments) + self.flags + (0 if self.fsdp else self.gradients)
+        return (gpus - 1) / gpus * (2 * summed + sum(self.fsdp))
 
 
 def traffic(
-    trained: int, prototypes: int, iterations: int, parts: int = 1, shards: Sequence[float] = (), rounds: int = 1
+    trained: int, prototypes: int, iterations: int, micro_batches: int = 1, fsdp: Sequence[float] = (), rounds: int = 1
 ) -> Traffic:  # fmt: skip
     """The messages of a step.
 
     Args:
         trained: parameters with a gradient.
         prototypes: of all label matrices together; 0 where there are no pseudo labels.
-        parts: of the step that have labels of their own; gradients travel with the last.
-        shards: see `Traffic`.
+        micro_batches: of the step that have labels of their own; gradients travel with the last.
+        fsdp: see `Traffic`.
         rounds: one after the other in which the matrices are balanced, each with an equal share of the prototypes.
     """
     # one message of maxima, then one of sums for each iteration
-    assignments = [4 * prototypes // rounds] * ((1 + iterations) * rounds * parts) if prototypes else []
-    return Traffic(4 * trained, assignments, 4, shards)
+    assignments = [4 * prototypes // rounds] * ((1 + iterations) * rounds * micro_batches) if prototypes else []
+    return Traffic(4 * trained, assignments, 4, fsdp)
 
 
-def shard_messages(student: Sequence[tuple[int, int]], teachers: Sequence[tuple[int, int]], parts: int) -> list[float]:
-    """Bytes of each message of `Traffic.shards`: weights of teachers once a part, of the student once for each
+def fsdp_messages(
+    student: Sequence[tuple[int, int]], teachers: Sequence[tuple[int, int]], micro_batches: int
+) -> list[float]:
+    """Bytes of each message of `Traffic.fsdp`: weights of teachers once a micro-batch, of the student once for each
     direction, and its gradients.
 
     Args:
@@ -99,7 +101,7 @@ def shard_messages(student: Sequence[tuple[int, int]], teachers: Sequence[tuple[
         return [4 * count / blocks for count, blocks in networks for _ in range(blocks)]
 
     backward = [nbytes for nbytes in reversed(once(student)) for _ in ("weights", "gradients")]
-    return (once(teachers) + once(student) + backward) * parts
+    return (once(teachers) + once(student) + backward) * micro_batches
 
 
 def all_reduce(nbytes: float, gpus: int, gpu: Gpu) -> float:
@@ -155,7 +157,7 @@ class Step:
     compute: float
     """Seconds."""
     backward: Sequence[tuple[float, int]]
-    """Seconds of the backward pass and parameters, part by part in its order."""
+    """Seconds of the backward pass and parameters, network by network in its order."""
     messages: Traffic
 
     def times(self, factor: float) -> "Step":
@@ -183,9 +185,9 @@ def step_on(gpus: int, gpu: Gpu, step: Step, jitter: float = JITTER, alone: floa
 
 def _late(gpus: int, gpu: Gpu, step: Step) -> float:
     """Seconds in which weights or gradients travel and nothing is left to compute meanwhile."""
-    if step.messages.shards:
+    if step.messages.fsdp:
         # Either half of an all-reduce. All but the first and the last travel while other blocks are computed.
-        times = [all_reduce(nbytes, gpus, gpu) / 2 for nbytes in step.messages.shards]
+        times = [all_reduce(nbytes, gpus, gpu) / 2 for nbytes in step.messages.fsdp]
         return max(times[0] + times[-1], sum(times) - step.compute)
     done = 0.0
     for moment, nbytes in buckets(step.backward):

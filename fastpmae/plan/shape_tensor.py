@@ -35,14 +35,14 @@ class Buffer:
         self.counting.events.append((self.number, -self.nbytes, self.counting.part))
 
 
-class Hollow(Tensor):
+class ShapeTensor(Tensor):
     """A tensor that knows its shape, strides and dtype; `inner` holds them on the meta device."""
 
     inner: Tensor
     buffer: Buffer
 
     @staticmethod
-    def __new__(cls, inner: Tensor, buffer: Buffer) -> "Hollow":
+    def __new__(cls, inner: Tensor, buffer: Buffer) -> "ShapeTensor":
         made = Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
@@ -66,24 +66,24 @@ class Hollow(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise RuntimeError(f"{func} met a hollow tensor outside of the mode that counts")
+        raise RuntimeError(f"{func} met a tensor without memory outside of the mode that counts")
 
 
 class Counting(TorchDispatchMode):
-    """Within it every new tensor is hollow, and memory, products and traffic are counted.
+    """Within it every new tensor is a `ShapeTensor`, and memory, products and traffic are counted.
 
     Set `part` to what is being computed and `kind` to what memory that is made now is for; `tags` may be changed
     later, which says of an allocation what it has turned out to be.
 
     Args:
-        observe: called with every operation, its hollow operands and its results.
+        observe: called with every operation, its `ShapeTensor` operands and its results.
     """
 
     _known: ClassVar[dict[Any, Any]] = {}
     """Answers of torch's shape rules, which no two runs differ in."""
     _facts: ClassVar[dict[Any, tuple[bool, bool, bool, bool]]] = {}
 
-    def __init__(self, observe: Callable[[Any, Sequence[Hollow], Sequence[Hollow]], None] | None = None):
+    def __init__(self, observe: Callable[[Any, Sequence[ShapeTensor], Sequence[ShapeTensor]], None] | None = None):
         super().__init__()
         self.observe = observe
         self.part, self.kind = "", ""
@@ -123,7 +123,7 @@ class Counting(TorchDispatchMode):
             return func(*args, **kwargs)
         fresh, mutates, in_place, takes_device = self._facts_of(func)
         if in_place:
-            operands = [value for value in leaves((args, kwargs)) if isinstance(value, Hollow)]
+            operands = [value for value in leaves((args, kwargs)) if isinstance(value, ShapeTensor)]
             result = args[0] if func._schema.returns else None
         else:
             operands = []
@@ -131,7 +131,7 @@ class Counting(TorchDispatchMode):
             if takes_device and (not operands or "device" in named):
                 named["device"] = META
             result = self._dressed(self._answer(func, shapes, named, fresh), operands)
-        results = [value for value in leaves(result) if isinstance(value, Hollow)]
+        results = [value for value in leaves(result) if isinstance(value, ShapeTensor)]
         if func._overloadpacket in _FORMULAS:
             self.flops[self.part] += _FORMULAS[func._overloadpacket](*args, **kwargs, out_val=result)
         if fresh or mutates:
@@ -167,23 +167,23 @@ class Counting(TorchDispatchMode):
             self._known[key] = _like(answer)
         return answer
 
-    def _dressed(self, answer: Any, operands: Sequence[Hollow]) -> Any:
+    def _dressed(self, answer: Any, operands: Sequence[ShapeTensor]) -> Any:
         if isinstance(answer, Tensor):
             storage = answer.untyped_storage()
             for operand in operands:
                 if operand.inner is answer:
                     return operand
                 if operand.inner.untyped_storage()._cdata == storage._cdata:
-                    return Hollow(answer, operand.buffer)
-            return Hollow(answer, Buffer(self, storage.nbytes()))
+                    return ShapeTensor(answer, operand.buffer)
+            return ShapeTensor(answer, Buffer(self, storage.nbytes()))
         if isinstance(answer, list | tuple):
             return type(answer)([self._dressed(part, operands) for part in answer])
         return answer
 
 
-def _strip(value: Any, operands: list[Hollow]) -> Any:
-    """The value with hollow tensors as their shapes; the tensors themselves are added to `operands`."""
-    if isinstance(value, Hollow):
+def _strip(value: Any, operands: list[ShapeTensor]) -> Any:
+    """The value with each `ShapeTensor` as its shape; the tensors themselves are added to `operands`."""
+    if isinstance(value, ShapeTensor):
         operands.append(value)
         return value.inner
     if isinstance(value, Tensor):

@@ -26,7 +26,7 @@ def collapse_metrics(targets: Targets) -> dict[str, float]:
 
 @torch.no_grad()
 def collapse_figures(targets: Targets) -> Figures:
-    """The figures of `health`, without waiting for the device."""
+    """The figures of `collapse_metrics`, without waiting for the device."""
     numbers: list[Tensor] = []
     names: list[str] = []
     limits: dict[str, float] = {}
@@ -103,7 +103,7 @@ def _labels(labels: PseudoLabels) -> tuple[Float64[Tensor, ""], Float64[Tensor, 
 
 
 def _token_std(tokens: Float[Tensor, "tokens dim"]) -> tuple[Float64[Tensor, ""], Float64[Tensor, "dim dim"]]:
-    """`spread`'s first figure, and the covariance whose eigenvalues tell its second, times some number."""
+    """`token_std`'s first figure, and the covariance whose eigenvalues tell its second, times some number."""
     centred = torch.nn.functional.normalize(tokens.float(), dim=1) * tokens.shape[1] ** 0.5
     # Features that hardly differ are taken from one another before any sum rounds their difference away.
     centred = centred - centred[0]

@@ -1,4 +1,4 @@
-"""The two functions that do a step's work, `see` and `learn`: compiled as the settings say, or as they are."""
+"""The two functions that do a step's work, `teacher_forward` and `student_loss`: compiled, or as they are."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,49 +10,49 @@ from fastpmae.config import CUDA_GRAPHS, Config
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.vit import Blocks
 
-Pass = Callable[..., Any]
+StepFunction = Callable[..., Any]
 
 
 def compile_step(
-    see: Pass,
-    learn: Pass,
+    teacher_forward: StepFunction,
+    student_loss: StepFunction,
     config: Config,
     ranks: Ranks,
     networks: Iterable[nn.Module] = (),
     backend: str = "inductor",
-) -> tuple[Pass, Pass]:
+) -> tuple[StepFunction, StepFunction]:
     """The step's two functions as the loop calls them, each as one graph where they are compiled.
 
     Across ranks the student is inside a module of torch's that is not to be compiled: dynamo makes one graph of what
-    stands before it, of the student and of the losses each. In shards the blocks alone are compiled, each between
+    stands before it, of the student and of the losses each. With --shard the blocks alone are compiled, each between
     FSDP2's hooks, which put it together and take it apart and are not to be traced.
 
     Args:
-        networks: those of the step, whose blocks are changed in place where they are in shards.
+        networks: those of the step, whose blocks are changed in place where they are sharded.
         backend: torch.compile's; tests take one that needs no C++ compiler.
     """
     efficiency = config.efficiency
     on_gpu = ranks.device.type == "cuda"
     if efficiency.compile == "off" or (efficiency.compile == "auto" and not on_gpu):
-        return see, learn
+        return teacher_forward, student_loss
     mode = None if efficiency.compile_mode == "default" else efficiency.compile_mode
     # xformers' operators have no form that a graph could hold.
     whole = efficiency.attention != "xformers"
     if efficiency.shard and ranks.group is not None:
         for network in networks:
             _compile_blocks(network, backend=backend, mode=mode, fullgraph=whole)
-        return see, learn
-    seen = torch.compile(see, backend=backend, mode=mode, fullgraph=whole)
-    learnt = torch.compile(learn, backend=backend, mode=mode, fullgraph=whole and ranks.group is None)
+        return teacher_forward, student_loss
+    compiled_teacher = torch.compile(teacher_forward, backend=backend, mode=mode, fullgraph=whole)
+    compiled_student = torch.compile(student_loss, backend=backend, mode=mode, fullgraph=whole and ranks.group is None)
     if efficiency.compile_mode not in CUDA_GRAPHS or not on_gpu:
-        return seen, learnt
+        return compiled_teacher, compiled_student
 
-    def seen_anew(*arguments: Any) -> Any:
+    def first_of_a_step(*arguments: Any) -> Any:
         # What the graphs of the step before have left may be written over from here on, and not before.
         torch.compiler.cudagraph_mark_step_begin()
-        return seen(*arguments)
+        return compiled_teacher(*arguments)
 
-    return seen_anew, learnt
+    return first_of_a_step, compiled_student
 
 
 def _compile_blocks(network: nn.Module, **how: Any) -> None:

@@ -1,7 +1,7 @@
-"""The student over several ranks: whole on each with averaged gradients (DDP), or everything in shards (FSDP2).
+"""The student over several ranks: whole on each with averaged gradients (DDP), or everything sharded (FSDP2).
 
-In shards each rank keeps its part of every weight, gradient, moment and teacher, and a block is whole only while it
-is computed. Part for part the numbers are those of DDP, and a checkpoint holds whole tensors, so either goes on with
+Sharded, each rank keeps its share of every weight, gradient, moment and teacher, and a block is whole only while it
+is computed. Share by share the numbers are those of DDP, and a checkpoint holds whole tensors, so either goes on with
 the other's runs.
 """
 
@@ -16,13 +16,13 @@ from fastpmae.model.vit import Student
 
 
 def wrap_parallel(student: Student, teachers: Teachers, ranks: Ranks, *, shard: bool, accumulate: int) -> nn.Module:
-    """The student as the loop calls it: as it is, with its gradients averaged over the ranks, or in shards.
+    """The student as the loop calls it: as it is, with its gradients averaged over the ranks, or sharded.
 
-    In shards the networks are changed in place, the teachers with the student: their parameters are DTensors from
+    With `shard` the networks are changed in place, the teachers with the student: their parameters are DTensors from
     here on, and what was on the CPU is on the rank's device.
 
     Args:
-        accumulate: parts of a step.
+        accumulate: micro-batches of a step.
     """
     if ranks.group is None:
         return student
@@ -50,6 +50,6 @@ def _shard(student: Student, teachers: Teachers, ranks: Ranks) -> None:
     apart(*student.encoder.blocks, *student.decoder.blocks, student.head)
     fully_shard(student, mesh=mesh)
     for teacher in teachers.modules().values():
-        # Apart again after every pass, unlike a root by default: a teacher follows the student part by part.
+        # Apart again after every pass, unlike a root by default: a teacher follows the student share by share.
         apart(*teacher.encoder.blocks, teacher.encoder, teacher.head)
         register_fsdp_forward_method(teacher.encoder, "encode_folds")

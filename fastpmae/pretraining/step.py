@@ -66,7 +66,7 @@ def compute_targets(
 
 @torch.no_grad()
 def teacher_forward(teachers: Teachers, batch: Batch, config: Config) -> TeacherOutputs:
-    """The teachers' passes of `teach`."""
+    """The teachers' part of `compute_targets`."""
     if config.loss.target == "pixels":
         # Every patch is visible or masked, so a batch tells their size; a graph cannot ask what a model's name means.
         side = math.isqrt(batch.visible.shape[1] + batch.folds.shape[1])
@@ -78,11 +78,11 @@ def teacher_forward(teachers: Teachers, batch: Batch, config: Config) -> Teacher
     target = reconstruction_target(tokens)
     if teachers.labelling is None:
         return TeacherOutputs(Targets(target, tokens, None, None, None), None)
-    label_tokens, logits = label(teachers.labelling, batch, config)
+    label_tokens, logits = labelling_forward(teachers.labelling, batch, config)
     return TeacherOutputs(Targets(target, tokens, label_tokens, None, None), logits)
 
 
-def label(
+def labelling_forward(
     teacher: Teacher, batch: Batch, config: Config
 ) -> tuple[
     Float[Tensor, "batch masked dim"],
@@ -105,14 +105,14 @@ def label(
 def assign_pseudo_labels(
     micro_batches: Sequence[TeacherOutputs], config: Config, group: dist.ProcessGroup | None = None
 ) -> list[Targets]:
-    """The targets of each part of a batch, class and patch labels balanced apart over all parts and all ranks."""
-    logits = [part.logits for part in micro_batches if part.logits is not None]
+    """The targets of each micro-batch, class and patch labels balanced apart over all micro-batches and all ranks."""
+    logits = [micro_batch.logits for micro_batch in micro_batches if micro_batch.logits is not None]
     if not logits:
-        return [part.targets for part in micro_batches]
+        return [micro_batch.targets for micro_batch in micro_batches]
     labels = pseudo_labels(logits, config.loss.epsilon, config.loss.sinkhorn_iterations, group)
     return [
-        part.targets._replace(class_labels=of_class, patch_labels=of_patch)
-        for part, (of_class, of_patch) in zip(micro_batches, labels, strict=True)
+        micro_batch.targets._replace(class_labels=of_class, patch_labels=of_patch)
+        for micro_batch, (of_class, of_patch) in zip(micro_batches, labels, strict=True)
     ]
 
 
@@ -123,7 +123,7 @@ def student_loss(
     targets: Targets,
     config: Config,
 ) -> Losses:
-    """The student's pass and the three losses (equations 1 to 5)."""
+    """The student's predictions and the three losses (equations 1 to 5)."""
     loss = config.loss
     predicted, class_logits, patch_logits = student(
         batch.simple, batch.visible, batch.folds, drop_path_scale, config.efficiency.prototypes_chunk

@@ -14,7 +14,7 @@ from fastpmae.distributed.data_parallel import no_sync
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.teachers import Teachers
 from fastpmae.model.vit import Student
-from fastpmae.pretraining.compile import Pass
+from fastpmae.pretraining.compile import StepFunction
 from fastpmae.pretraining.optimizer import update
 from fastpmae.pretraining.step import Targets, assign_pseudo_labels
 from fastpmae_loaders import Batch
@@ -39,8 +39,8 @@ class Training:
     teachers: Teachers
     parallel: nn.Module
     optimizer: torch.optim.AdamW
-    teacher_forward: Pass
-    student_loss: Pass
+    teacher_forward: StepFunction
+    student_loss: StepFunction
     autocast: torch.autocast
 
 

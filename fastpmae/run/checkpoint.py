@@ -124,7 +124,7 @@ def restore_state(
 
 
 def restore_networks(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers) -> None:
-    """The student's and the teachers' part of `scatter`. Raises CheckpointError as it does."""
+    """The student's and the teachers' part of `restore_state`. Raises CheckpointError as it does."""
     modules: dict[str, nn.Module] = {"student": student, **teachers.modules()}
     for role, module in modules.items():
         own = module.state_dict()

@@ -28,7 +28,7 @@ class Saver:
     Args:
         device: what the run computes on.
         keep: older checkpoints to keep beside the newest.
-        first: whether this rank writes. The others only take part in putting shards together.
+        first: whether this rank writes. The others only take part in putting sharded tensors together.
     """
 
     def __init__(self, device: torch.device, keep: int, *, is_main: bool = True):
@@ -55,7 +55,7 @@ class Saver:
     def save(self, path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         """Copy the tensors as the work submitted so far leaves them, and write them to `path` from then on.
 
-        All ranks call it where tensors are in shards.
+        All ranks call it where tensors are sharded.
 
         Args:
             tensors: on the device or the host; they may change as soon as this returns, on a GPU after

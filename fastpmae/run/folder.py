@@ -247,7 +247,7 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> lis
     """What a resumed run would compute differently, one phrase each."""
     before, now, groups = checkpoint.config.flat(), config.flat(), settings_by_name()
     compared = COMPARED_SETTINGS + ROUNDING_SETTINGS * (before["deterministic"] and now["deterministic"])
-    if before["sinkhorn_over"] == now["sinkhorn_over"] == "step":  # parts only decide what is held at a time
+    if before["sinkhorn_over"] == now["sinkhorn_over"] == "step":  # micro-batches only decide what is held at a time
         before["accumulate"] = now["accumulate"]
     if before["loader"] in ALIKE_LOADERS and now["loader"] in ALIKE_LOADERS:
         before["loader"] = now["loader"]
@@ -273,13 +273,13 @@ def describe_run(
     optimizer, folds, prototypes = config.optimizer, config.views.folds, config.network.prototypes
     lines = [
         f"{config.run.preset}: {config.network.model}, {parameters:.1f} M parameters, "
-        f"on {ranks.device} x {ranks.size} in {config.efficiency.precision}{', in shards' * sharded}",
+        f"on {ranks.device} x {ranks.size} in {config.efficiency.precision}{', sharded' * sharded}",
         f"{len(images)} images in {images.path}: {steps_per_epoch} steps of {optimizer.batch_size} an epoch, "
         f"{optimizer.epochs} epoch{'s' * (optimizer.epochs != 1)}, peak learning rate {optimizer.peak_lr:.4g}",
         *source_notes(images),
     ]
-    parts = optimizer.accumulate if optimizer.sinkhorn_over == "micro-batch" else 1
-    rows = optimizer.batch_size // parts * folds
+    balanced = optimizer.accumulate if optimizer.sinkhorn_over == "micro-batch" else 1
+    rows = optimizer.batch_size // balanced * folds
     if config.teacher.teachers in ("dual", "single") and rows < prototypes / 4:
         lines.append(
             f"warning: {rows} class tokens a batch share {prototypes} prototypes, too few to fill them: expect a weak "

@@ -18,7 +18,7 @@ def open_images(config: Config) -> Samples:
 
 
 def source_notes(images: Samples) -> list[str]:
-    """What a user should know of how a folder or shards were understood; nothing of a .beton, which is what it is."""
+    """What a user should know of how a folder or tar shards were understood; of a .beton nothing."""
     if not isinstance(images, EncodedImages):
         return []
     notes, left_out = list(images.notes), images.left_out

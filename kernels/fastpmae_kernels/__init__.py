@@ -1,8 +1,8 @@
 """Pseudo labels, the loss that uses them, and the pixels before them, one file an operation.
 
-Each file holds `<op>_ref`, the plain and obvious form that every faster form is held to; the fast form for the CPU;
-the Triton kernel for GPUs; and the public function, which picks by the tensors' device. `backend.use("ref")` makes
-all of them take the plain form.
+Each file holds `<op>_ref`, the plain and obvious form that every faster form is held to; the Triton kernel for GPUs;
+and the public function, which picks by the tensors' device. The fast form for the CPU is the file of the same name in
+`cpu/`. `backend.use("ref")` makes all of them take the plain form.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -34,7 +34,7 @@ def sinkhorn_bias_from_features(
     _check(features, prototypes, prototypes_chunk)
     if iterations < 1:
         raise ValueError(f"Sinkhorn needs at least one iteration, not {iterations}")
-    if features.dtype == torch.float64:
+    if backend.runs_plain(features, prototypes):
         return sinkhorn_bias_ref(features @ prototypes.T, epsilon, iterations, group)
     chunks = features.split(prototypes_chunk)
     ops = torch.ops.fastpmae
@@ -91,7 +91,7 @@ def prototype_cross_entropy_from_features(
     _check(teacher, teacher_prototypes, prototypes_chunk)
     if len(student) == 0:
         raise ValueError("the mean over no rows is not defined")
-    if student.dtype == torch.float64:
+    if backend.runs_plain(student, student_prototypes, teacher, teacher_prototypes):
         logits = student @ student_prototypes.T, teacher @ teacher_prototypes.T
         return prototype_cross_entropy_ref(*logits, logv, index, epsilon, temperature).mean()
     # Detached, so that torch.compile takes it where both sides share a tensor.

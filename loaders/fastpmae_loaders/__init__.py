@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fastpmae_loaders.folders import ImageFolder, TarShards, open_samples
     from fastpmae_loaders.paired import PairedViews
     from fastpmae_loaders.plain import PlainViews
-    from fastpmae_loaders.plan import Plans, draw_plans, epoch_order, uniforms
     from fastpmae_loaders.recipes import View, dino_global, dino_local, mae_view, plain_view
+    from fastpmae_loaders.sampling import SampleDraws, draw_samples, epoch_order, uniforms
     from fastpmae_loaders.settings import ViewSettings
     from fastpmae_loaders.sources.beton import Beton
 
@@ -28,7 +28,7 @@ __all__ = [
     "ImageFolder",
     "PairedViews",
     "PlainViews",
-    "Plans",
+    "SampleDraws",
     "Samples",
     "TarShards",
     "UserError",
@@ -36,7 +36,7 @@ __all__ = [
     "ViewSettings",
     "dino_global",
     "dino_local",
-    "draw_plans",
+    "draw_samples",
     "epoch_order",
     "mae_view",
     "open_samples",
@@ -52,7 +52,7 @@ _HOMES = {
     "ImageFolder": "folders",
     "PairedViews": "paired",
     "PlainViews": "plain",
-    "Plans": "plan",
+    "SampleDraws": "sampling",
     "Samples": "engines.base",
     "TarShards": "folders",
     "UserError": "errors",
@@ -60,12 +60,12 @@ _HOMES = {
     "ViewSettings": "settings",
     "dino_global": "recipes",
     "dino_local": "recipes",
-    "draw_plans": "plan",
-    "epoch_order": "plan",
+    "draw_samples": "sampling",
+    "epoch_order": "sampling",
     "mae_view": "recipes",
     "open_samples": "folders",
     "plain_view": "recipes",
-    "uniforms": "plan",
+    "uniforms": "sampling",
 }
 
 

@@ -26,7 +26,7 @@ class Batch:
         label: -1 where the file has none. index: the sample in the file; `samples` are the same numbers on the
             host, whatever the device.
         boxes: top, left, height, width of each crop in source pixels (before the flip, which `flips` tells).
-        factors, choices: what was drawn for the colours of each view (see `Plans`).
+        factors, choices: what was drawn for the colours of each view (see `SampleDraws`).
         source_size: the source's height and width in pixels.
         failed: samples that were asked for and did not decode; the next good one stands in their place.
         number: which of its epoch's global batches it is, or a part of, from 0.

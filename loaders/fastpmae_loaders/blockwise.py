@@ -17,7 +17,7 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.jit.compiled import kernel
 from fastpmae_loaders.jit.elementary import exponential, round_half_even
 from fastpmae_loaders.jit.philox import uniform_pair
-from fastpmae_loaders.plan import CALLERS, check_key, draw_permutation
+from fastpmae_loaders.sampling import CALLERS, check_key, draw_permutation
 from fastpmae_loaders.values import Typed
 
 # half of the purposes below the callers'; the views' own begin far lower

@@ -15,8 +15,8 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.jit.compiled import kernel
 from fastpmae_loaders.jit.elementary import exponential
 from fastpmae_loaders.jit.philox import uniform_pair
-from fastpmae_loaders.plan import check_key, draw_permutation
 from fastpmae_loaders.recipes import MOST_VIEWS
+from fastpmae_loaders.sampling import check_key, draw_permutation
 from fastpmae_loaders.values import Typed
 
 # behind the purposes of blockwise.py, 4 for each view

@@ -29,9 +29,9 @@ from fastpmae_loaders.engines.dali_settings import DaliSettings
 from fastpmae_loaders.engines.runner import Runner
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.folders import open_samples
-from fastpmae_loaders.plan import check_key, epoch_order
 from fastpmae_loaders.position import position_in
 from fastpmae_loaders.recipes import MOST_VIEWS, View, with_shared
+from fastpmae_loaders.sampling import check_key, epoch_order
 from fastpmae_loaders.settings import ViewSettings
 from fastpmae_loaders.transfer import Sent, Transfer
 from fastpmae_loaders.values import checked

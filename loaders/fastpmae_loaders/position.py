@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.plan import check_key
+from fastpmae_loaders.sampling import check_key
 from fastpmae_loaders.values import typed
 
 SAID = "the loader's saved position"

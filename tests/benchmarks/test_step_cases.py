@@ -73,8 +73,8 @@ def test_a_pass_that_computes_something_else_is_noticed():
     assert isinstance(case, Ours)
     batch = made_batch(case.config, 2)
     assert case.checked_step(batch) == 0
-    right = case.learnt
-    case.learnt = lambda *given: right(*given)._replace(reconstruction=torch.full((), 2.0))
+    right = case.student_loss
+    case.student_loss = lambda *given: right(*given)._replace(reconstruction=torch.full((), 2.0))
     assert case.checked_step(batch) > 0.5
 
 

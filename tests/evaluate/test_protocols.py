@@ -300,19 +300,19 @@ def labelled_beton(path: Path, labels: list[int], names: list[str] | None = None
 
 def test_names_of_classes_are_printable(tmp_path: Path):
     train = labelled_beton(tmp_path / "train.beton", [0, 1], ["\x1b[31mred", "blue"])
-    learnt, tested = open_labelled(train, labelled_beton(tmp_path / "val.beton", [0]))
-    assert tested is not None
-    assert learnt.names == tested.names == ["\\x1b[31mred", "blue"]
-    assert tested.labels.tolist() == [0]
+    train_set, val_set = open_labelled(train, labelled_beton(tmp_path / "val.beton", [0]))
+    assert val_set is not None
+    assert train_set.names == val_set.names == ["\\x1b[31mred", "blue"]
+    assert val_set.labels.tolist() == [0]
 
 
 def test_numbers_of_classes_of_any_size(data: Path, tmp_path: Path, monkeypatch, capsys):
     train = labelled_beton(tmp_path / "train.beton", [0, 10**9] * 12)
     val = labelled_beton(tmp_path / "val.beton", [10**9, 10**9, 0])
-    learnt, tested = open_labelled(train, val)
-    assert tested is not None
-    assert learnt.names == ["0", "1000000000"]
-    assert tested.labels.tolist() == [1, 1, 0]
+    train_set, val_set = open_labelled(train, val)
+    assert val_set is not None
+    assert train_set.names == ["0", "1000000000"]
+    assert val_set.labels.tolist() == [1, 1, 0]
     for words in (["knn"], ["linear", "--epochs", 2]):
         assert call(monkeypatch, *words, data / "run", "--train", train, "--val", val, "--out", tmp_path / "o") == 0
     odd = labelled_beton(tmp_path / "odd.beton", [5])

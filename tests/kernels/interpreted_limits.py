@@ -20,8 +20,8 @@ from tests.kernels.interpreting import (
     assert_close,
     assert_moved,
     made_bytes,
+    made_draws,
     made_logits,
-    made_plan,
     similarity_of,
     sparse,
 )  # fmt: skip
@@ -176,10 +176,10 @@ def test_every_error_is_within_twice_that_of_plain_torch(dtype: torch.dtype):
     ids = torch.tensor([[5, 0], [1, 4], [2, 3]])
     truth = patch_tokens_ref(images, ids, 8, torch.float64)
     assert_within(patch_tokens_triton(images, ids, 8, dtype, *affine), patch_tokens_ref(images, ids, 8, dtype), truth)
-    plan = made_plan([(1, 0, 1, 0), (0, 1, 0, 1), (1, 0, 0, 0)], 0.5)
-    truth = photometric_ref(images, *plan, dtype=torch.float64)
-    plain = photometric_ref(images, *plan, dtype=dtype)
-    assert_within(photometric_triton(images, *plan, 128, dtype, *affine), plain, truth)
+    drawn = made_draws([(1, 0, 1, 0), (0, 1, 0, 1), (1, 0, 0, 0)], 0.5)
+    truth = photometric_ref(images, *drawn, dtype=torch.float64)
+    plain = photometric_ref(images, *drawn, dtype=dtype)
+    assert_within(photometric_triton(images, *drawn, 128, dtype, *affine), plain, truth)
 
 
 @pytest.mark.parametrize(("rows", "prototypes"), [(5, 17), (70, 300), (40, 2048), (130, 40)])
@@ -220,10 +220,10 @@ def test_the_traffic_model_counts_what_patch_tokens_move(patch_size: int, counte
 
 def test_the_traffic_model_counts_what_photometric_moves(counted: dict[str, int]):
     images = made_bytes(4, 30, 20)
-    factors, choices = made_plan([(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 0), (1, 0, 1, 0)], 2.0)
+    factors, choices = made_draws([(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 0), (1, 0, 1, 0)], 2.0)
     photometric_triton(images, factors, choices, 128, torch.float16, list(IMAGENET_MEAN), list(IMAGENET_STD))
     model = traffic.photometric(4, 30, 20, jittered=2, blurred=1, itemsize=2)
     assert counted["stored"] == model.written
-    # the plan's numbers, for each program of each kernel
+    # the drawn numbers, for each program of each kernel
     programs = 4 * (1 + 1 + 2 * 6)
     assert 0 <= counted["loaded"] - model.read - model.again <= 64 * programs

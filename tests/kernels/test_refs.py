@@ -106,7 +106,7 @@ def test_no_iteration_is_refused() -> None:
 
 
 def rank_with_its_rows(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     logits = torch.cat([scores(24, 10), scores(24, 10) + 300]) / 1.0
     own = logits[:7] if rank == 0 else logits[7:]
     labels = sinkhorn_ref(own, 0.05, 3, dist.group.WORLD)

@@ -157,7 +157,7 @@ def test_what_makes_no_sense_is_refused(arguments, words: str):
 def test_ranks_with_uneven_rows_compute_what_one_process_computes(ranks: int, tmp_path: Path):
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.programs.sinkhorn_ranks", str(rank), str(ranks), str(tmp_path / "meeting")],
+            [sys.executable, "-m", "tests.programs.sinkhorn_ranks", str(rank), str(ranks), str(tmp_path / "store")],
             cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stderr=subprocess.PIPE, text=True,
         )

@@ -25,7 +25,7 @@ from fastpmae_loaders import (
     ViewSettings,
     dino_global,
     dino_local,
-    draw_plans,
+    draw_samples,
     mae_view,
     plain_view,
 )
@@ -262,6 +262,7 @@ def test_an_adapter_without_collate_says_what_to_define(mixed):
         next(iter(Mine(views)))
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("given", [3, None, []])
 def test_a_data_set_of_no_adapter_is_a_sentence(given):
     with pytest.raises(UserError, match=r"^adapter is .*; expected Adapter$"):
@@ -602,14 +603,14 @@ def test_dinov2_without_local_crops_and_with_our_masks(mixed):
 
 
 def test_our_masks_are_those_of_the_plan(mixed):
-    """From draw_plans alone, without any loader."""
+    """From draw_samples alone, without any loader."""
     adapter = IBOTLoader(loader(mixed, PAIR), masks=None)
     _, labels, masks = next(iter(adapter))
     samples = adapter.loader.samples
     for label, mask in zip(labels, masks[0], strict=True):
         one = np.array([int(label) // 10])
-        plan = draw_plans(11, 0, one, samples.height[one], samples.width[one], PAIR, patches=16)
-        assert set(plan.order[0, 4:].tolist()) == set(mask.flatten().nonzero().flatten().tolist())
+        drawn = draw_samples(11, 0, one, samples.height[one], samples.width[one], PAIR, patches=16)
+        assert set(drawn.order[0, 4:].tolist()) == set(mask.flatten().nonzero().flatten().tolist())
 
 
 @pytest.mark.parametrize("name", ["ibot", "dinov2"])

@@ -17,8 +17,8 @@ import torch
 from scipy import stats
 from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 
-from fastpmae_loaders import View, dino_global, dino_local, draw_plans, mae_view
-from fastpmae_loaders.plan import BLURRED, FIRST_RECIPE, GRAY, JITTER, SIGMA, SOLARISED
+from fastpmae_loaders import View, dino_global, dino_local, draw_samples, mae_view
+from fastpmae_loaders.sampling import BLURRED, FIRST_RECIPE, GRAY, JITTER, SIGMA, SOLARISED
 
 TOTAL = 1e-6
 COUNT = 4000
@@ -36,9 +36,9 @@ def all_above(values: list[float]) -> None:
     assert min(values) > TOTAL / TESTS / len(values), f"smallest of {len(values)} p-values: {min(values):.2e}"
 
 
-def plans(views: list[View], count: int = COUNT, height: int = 375, width: int = 500, seed: int = 11):
+def draws(views: list[View], count: int = COUNT, height: int = 375, width: int = 500, seed: int = 11):
     index = np.arange(count)
-    return draw_plans(seed, 2, index, np.full(count, height), np.full(count, width), views)
+    return draw_samples(seed, 2, index, np.full(count, height), np.full(count, width), views)
 
 
 def torchvision_crops(height: int, width: int, scale: tuple[float, float], count: int = COUNT) -> np.ndarray:
@@ -98,7 +98,7 @@ def crop_comparisons(ours: np.ndarray, theirs: np.ndarray, height: int, width: i
 def test_crops(height: int, width: int, scale: str) -> None:
     theirs = torchvision_crops(height, width, SCALES[scale])
     views = [mae_view(scale=SCALES[scale]), dino_global(scale=SCALES[scale])]
-    boxes = plans(views, height=height, width=width).boxes
+    boxes = draws(views, height=height, width=width).boxes
     all_above([p for view in (0, 1) for p in crop_comparisons(boxes[:, view], theirs, height, width)])
 
 
@@ -154,7 +154,7 @@ def test_mistakes_would_be_seen(mistake: str) -> None:
 def test_few_crops_touch_an_edge() -> None:
     """The share that a careless loader gets wrong most: torchvision's is about one in fifty on large images."""
     shares = []
-    for boxes in (plans([mae_view()], height=1200, width=1600).boxes[:, 0], torchvision_crops(1200, 1600, (0.2, 1.0))):
+    for boxes in (draws([mae_view()], height=1200, width=1600).boxes[:, 0], torchvision_crops(1200, 1600, (0.2, 1.0))):
         top, left, h, w = boxes.T
         shares.append(float(((top == 0) | (left == 0) | (top + h == 1200) | (left + w == 1600)).mean()))
     assert max(shares) < 0.04
@@ -168,7 +168,7 @@ def test_jitter_factors_and_their_order() -> None:
     factors = np.array([row[1:] for row in theirs], float)
     orders = np.array([np.polyval(row[0].numpy(), 4) for row in theirs])
     # of DINO's global and local crops alike, and of the third as well as the first of a list of views
-    drawn = plans([dino_global(), dino_local(), dino_global("t2")], 2 * COUNT)
+    drawn = draws([dino_global(), dino_local(), dino_global("t2")], 2 * COUNT)
     found = []
     for view in range(3):
         for column, (low, high) in enumerate(limits):
@@ -187,7 +187,7 @@ def test_jitter_factors_and_their_order() -> None:
 def test_blur_widths() -> None:
     torch.manual_seed(7)
     theirs = np.array([GaussianBlur.get_params(0.1, 2.0) for _ in range(COUNT)])
-    drawn = plans([dino_global("t1"), dino_local()], 2 * COUNT)
+    drawn = draws([dino_global("t1"), dino_local()], 2 * COUNT)
     found = []
     for view in (0, 1):
         # also of those alone that are blurred: the coin and the width come from one draw
@@ -213,7 +213,7 @@ RATES = {
 def test_rates() -> None:
     """Flips, jitter, grayscale, blur, solarise: DINO's probabilities (binomial); never where 0, always where 1."""
     count = 20_000
-    drawn = plans([view for view, _ in RATES.values()], count)
+    drawn = draws([view for view, _ in RATES.values()], count)
     found = []
     for number, (view, rates) in enumerate(RATES.values()):
         found.append(float(stats.binomtest(int(drawn.flips[:, number].sum()), count, view.flip).pvalue))
@@ -232,7 +232,7 @@ def test_rates() -> None:
 def drawn_numbers(seed: int, epoch: int, count: int) -> dict[tuple[str, str], np.ndarray]:
     """Everything drawn for `count` samples of 400 x 400, by (what it has to do with, name), in units of its spread."""
     index, size = np.arange(count), np.full(count, 400)
-    drawn = draw_plans(seed, epoch, index, size, size, [mae_view(), dino_global(), dino_local()], patches=16)
+    drawn = draw_samples(seed, epoch, index, size, size, [mae_view(), dino_global(), dino_local()], patches=16)
     found = {("mask", "first"): drawn.order[:, 0], ("mask", "eighth"): drawn.order[:, 7]}
     for view in range(3):
         found[f"flip {view}", ""] = drawn.flips[:, view]

@@ -201,9 +201,9 @@ def test_what_open_samples_tells_apart(tmp_path: Path) -> None:
     assert isinstance(open_samples(tmp_path / "a.beton"), Beton)
     (tmp_path / "empty").mkdir()
     tree(tmp_path / "both", {"a.jpg": encoded(), "b.tar": bytes(1024)})
-    tree(tmp_path / "hollow", {"b.tar": bytes(1024)})
+    tree(tmp_path / "bare", {"b.tar": bytes(1024)})
     for path, says in [
-        ("missing", "does not exist"), ("empty", "no images"), ("both", "ImageFolder"), ("hollow", "no images"),
+        ("missing", "does not exist"), ("empty", "no images"), ("both", "ImageFolder"), ("bare", "no images"),
         ("a\0b", "does not exist"), ("tree/class_0/none", "does not exist"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=says) as caught:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastpmae_loaders import Batch, Beton, PairedViews, PlainViews, UserError, ViewSettings, draw_plans, epoch_order
+from fastpmae_loaders import Batch, Beton, PairedViews, PlainViews, UserError, ViewSettings, draw_samples, epoch_order
 from fastpmae_loaders.engines import base
 from fastpmae_loaders.transfer import Sent, Transfer
 from tests.made import REPOSITORY
@@ -71,12 +71,12 @@ def test_shapes_and_contents(mixed, engine):
         assert (batch.label == batch.index * 10).all()
         assert batch.failed == []
         index = batch.index.numpy()
-        plan = draw_plans(3, 0, index, beton.height[index], beton.width[index], views.settings)
-        assert (batch.simple_box.numpy() == plan.boxes[:, 0]).all()
-        assert (batch.complex_box.numpy() == plan.boxes[:, 1]).all()
-        assert (batch.simple_flip.numpy() == plan.flips[:, 0]).all()
-        assert (batch.complex_flip.numpy() == plan.flips[:, 1]).all()
-        assert (torch.cat([batch.visible, batch.folds], 1).numpy() == plan.order).all()
+        drawn = draw_samples(3, 0, index, beton.height[index], beton.width[index], views.settings)
+        assert (batch.simple_box.numpy() == drawn.boxes[:, 0]).all()
+        assert (batch.complex_box.numpy() == drawn.boxes[:, 1]).all()
+        assert (batch.simple_flip.numpy() == drawn.flips[:, 0]).all()
+        assert (batch.complex_flip.numpy() == drawn.flips[:, 1]).all()
+        assert (torch.cat([batch.visible, batch.folds], 1).numpy() == drawn.order).all()
         assert (batch.source_size.numpy() == np.stack([beton.height, beton.width], 1)[index]).all()
 
 
@@ -370,7 +370,7 @@ def test_broken_images_are_replaced_and_named(broken, engine):
         assert index == [0, 1, 2, 3, 4, 8, 8, 8, *range(8, 399), 0]
         simple = torch.cat([batch.simple for batch in batches])
         visible = torch.cat([batch.visible for batch in batches])
-        # the stand-in comes with its own plan
+        # the stand-in comes with draws of its own
         assert torch.equal(simple[5], simple[8])
         assert torch.equal(visible[5], visible[8])
         assert torch.equal(simple[399], simple[0])

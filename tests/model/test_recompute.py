@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastpmae.model import recompute
+from fastpmae.model import cpu
 from fastpmae.model.recompute import add_mlp, attend, gelu_linear, norm_linear
 from fastpmae.model.vit import Block
 
@@ -64,7 +64,7 @@ def mlp_layers(dtype: torch.dtype) -> tuple[Tensor, nn.LayerNorm, nn.Linear, nn.
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-12), (True, 2e-2)])
 def test_an_mlp_some_rows_at_a_time_is_torchs(monkeypatch, rows: int, scaled: bool, autocast: bool, tolerance: float):
-    monkeypatch.setattr(recompute, "ROWS", rows)
+    monkeypatch.setattr(cpu, "ROWS", rows)
     tokens, norm, first, second = mlp_layers(torch.float32 if autocast else torch.float64)
     scale = torch.tensor([0, 1.5, 2], dtype=tokens.dtype)[:, None, None] if scaled else None
     leaves = [tokens, *norm.parameters(), *first.parameters(), *second.parameters()]
@@ -85,7 +85,7 @@ def test_an_mlp_some_rows_at_a_time_is_torchs(monkeypatch, rows: int, scaled: bo
 def test_attention_some_images_at_a_time_is_torchs(
     monkeypatch, rows: int, last: int | None, autocast: bool, tolerance: float
 ):  # fmt: skip
-    monkeypatch.setattr(recompute, "ROWS", rows)
+    monkeypatch.setattr(cpu, "ROWS", rows)
     tokens, norm, _ = layers(torch.float32 if autocast else torch.float64)
     qkv = nn.Linear(12, 36).to(tokens.dtype)
     leaves = [tokens, *norm.parameters(), *qkv.parameters()]
@@ -147,3 +147,24 @@ def test_compiled_it_is_one_graph():
     block, tokens = Block(16, 2, 4.0), torch.randn(3, 9, 16, requires_grad=True)
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens, last=4), block(tokens, last=4))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("last", [None, 4])
+def test_one_switch_turns_off_what_only_a_cpu_runs(monkeypatch, scaled: bool, last: int | None):
+    """A block has the same results and gradients in either form, and without the CPU's own none of it is reached."""
+    block, tokens = Block(16, 2, 4.0).double(), torch.randn(3, 9, 16, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([[0, 1.5], [2, 0], [1, 1]], dtype=torch.float64) if scaled else None
+    leaves, ours = [tokens, *block.parameters()], block(tokens, scale, last)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a form of the CPU's own")
+
+    monkeypatch.setattr(cpu, "attend", refuse)
+    monkeypatch.setattr(cpu, "add_mlp", refuse)
+    with cpu.use(False):
+        with cpu.use(True), pytest.raises(AssertionError, match="of the CPU's own"):
+            block(tokens, scale, last)
+        check(ours, block(tokens, scale, last), leaves, 1e-12)
+    with pytest.raises(AssertionError, match="of the CPU's own"):
+        block(tokens, scale, last)

@@ -16,7 +16,7 @@ from fastpmae.pictures.analysis import analyse, class_attention, networks_of, pr
 from fastpmae.pictures.figures import AGREES, DISAGREES
 from fastpmae.pictures.view import draw_run, view_command
 from fastpmae.pretraining.match_geometry import match_geometry
-from fastpmae.pretraining.step import compute_targets, label, student_loss
+from fastpmae.pretraining.step import compute_targets, labelling_forward, student_loss
 from fastpmae.run.checkpoint import find_checkpoint
 from fastpmae_loaders import Beton
 from fastpmae_loaders.errors import UserError
@@ -32,19 +32,19 @@ def run(small_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_similarity_and_match_are_those_of_the_step(run: Path, small_beton: Path, tmp_path: Path, scope: str):
     if scope == "fold":
         run = pretrain(tiny_settings(small_beton).using(out=tmp_path / "run", match_scope="fold", steps=5))
-    learnt = analyse(find_checkpoint(run), Beton(small_beton), samples=7)
+    analysis = analyse(find_checkpoint(run), Beton(small_beton), samples=7)
     student, teachers = networks_of(find_checkpoint(run))
     losses = student_loss(
-        student, learnt.batch, None, compute_targets(teachers, learnt.batch, learnt.config), learnt.config
+        student, analysis.batch, None, compute_targets(teachers, analysis.batch, analysis.config), analysis.config
     )
-    assert 1 - learnt.similarity.mean() == pytest.approx(losses.reconstruction.item(), abs=1e-6)
-    assert learnt.match is not None and losses.match is not None  # noqa: PT018
-    assert torch.equal(learnt.match, losses.match)
-    assert learnt.overlap is not None and learnt.reachable is not None  # noqa: PT018
-    figures = match_geometry(learnt.batch, learnt.match, learnt.config)
-    assert learnt.reachable.double().mean() == pytest.approx(figures["match_reachable"])
-    assert learnt.overlap[learnt.reachable].double().mean() == pytest.approx(figures["match_overlap"])
-    assert learnt.step == 5
+    assert 1 - analysis.similarity.mean() == pytest.approx(losses.reconstruction.item(), abs=1e-6)
+    assert analysis.match is not None and losses.match is not None  # noqa: PT018
+    assert torch.equal(analysis.match, losses.match)
+    assert analysis.overlap is not None and analysis.reachable is not None  # noqa: PT018
+    figures = match_geometry(analysis.batch, analysis.match, analysis.config)
+    assert analysis.reachable.double().mean() == pytest.approx(figures["match_reachable"])
+    assert analysis.overlap[analysis.reachable].double().mean() == pytest.approx(figures["match_overlap"])
+    assert analysis.step == 5
 
 
 def test_a_run_with_teachers_in_8_bits_is_looked_at_on_any_cpu(
@@ -105,7 +105,7 @@ def test_prototypes_come_with_their_nearest_patches(run: Path, small_beton: Path
     _, teachers = networks_of(find_checkpoint(run))
     assert teachers.labelling is not None
     with torch.no_grad():
-        _, (_, patch_logits) = label(teachers.labelling, batch, config)
+        _, (_, patch_logits) = labelling_forward(teachers.labelling, batch, config)
     logits = patch_logits.matrix
     assert logits is not None
     for prototype, pictures in zip(use.prototypes, use.patches, strict=True):

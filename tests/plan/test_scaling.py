@@ -10,7 +10,7 @@ from fastpmae.plan.scaling import (
     all_reduce,
     buckets,
     counts,
-    shard_messages,
+    fsdp_messages,
     step_on,
     strong_scaling,
     traffic,
@@ -104,7 +104,7 @@ def test_messages_of_a_step():
     assert MESSAGES.gradients == 480_000_000
     # the maxima, then three sums, for both matrices of prototypes at once
     assert MESSAGES.assignments == [32768] * 4
-    assert len(traffic(1, 8192, 3, parts=2).assignments) == 8
+    assert len(traffic(1, 8192, 3, micro_batches=2).assignments) == 8
     # in two rounds each matrix has messages of its own
     assert traffic(120_000_000, 8192, 3, rounds=2).assignments == [16384] * 8
     assert traffic(1, 0, 3).assignments == []
@@ -114,14 +114,14 @@ def test_messages_of_a_step():
 def test_messages_of_a_step_in_shards():
     # a teacher of two blocks, and a student of two and one: gathered for both directions, then taken apart
     student, teachers = [(200, 2), (50, 1)], [(200, 2)]
-    shards = shard_messages(student, teachers, 1)
+    shards = fsdp_messages(student, teachers, 1)
     assert shards == [400, 400, *[400, 400, 200], *[200, 200, 400, 400, 400, 400]]
-    assert len(shard_messages(student, teachers, 3)) == 3 * len(shards)
-    messages = traffic(250, 0, 3, shards=shards)
+    assert len(fsdp_messages(student, teachers, 3)) == 3 * len(shards)
+    messages = traffic(250, 0, 3, fsdp=shards)
     assert messages.sent(4) == 3 / 4 * (4 * (200 + 3 * 250) + 2 * 4)
     # FSDP sends the student's bytes three times where DDP sends them twice
-    assert traffic(250, 0, 3, shards=shard_messages(student, [], 1)).sent(4) == pytest.approx(3 / 4 * (3000 + 8))
-    step = replace(STEP, messages=replace(MESSAGES, shards=shard_messages([(120_000_000, 12)], [], 1)))
+    assert traffic(250, 0, 3, fsdp=fsdp_messages(student, [], 1)).sent(4) == pytest.approx(3 / 4 * (3000 + 8))
+    step = replace(STEP, messages=replace(MESSAGES, shards=fsdp_messages([(120_000_000, 12)], [], 1)))
     fast, slow = (step_on(8, replace(H100, link=link), step, jitter=0.0).gradients for link in (H100.link, 1e9))
     assert fast == pytest.approx(all_reduce(40e6, 8, H100))
     assert slow > STEP.compute

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpmae.model.head import PrototypeLogits
-from fastpmae.pretraining import collapse as health_module
+from fastpmae.pretraining import collapse as collapse_module
 from fastpmae.pretraining.collapse import collapse_figures, collapse_metrics, label_entropy, token_std
 from fastpmae.pretraining.losses import PseudoLabels, pseudo_labels
 from fastpmae.pretraining.match_geometry import geometry_figures, match_geometry
@@ -89,7 +89,7 @@ def entropies(logits: torch.Tensor, labels: PseudoLabels) -> torch.Tensor:
 def test_figures_do_not_depend_on_how_many_logits_are_looked_at_at_once(
     dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(health_module.AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(collapse_module.AT_ONCE, "cpu", at_once)
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(33, 24, generator=generator).to(dtype)
     features, prototypes = torch.randn(33, 6, generator=generator), torch.randn(24, 6, generator=generator)

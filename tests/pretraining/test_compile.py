@@ -65,7 +65,7 @@ def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[
     for network in (student, *teachers.modules().values()):
         network.float()
     optimizer = make_optimizer(student, config)
-    seen, learnt = compile_step(teacher_forward, student_loss, config, ALONE, backend=backend)
+    compiled_teacher, compiled_student = compile_step(teacher_forward, student_loss, config, ALONE, backend=backend)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.efficiency.precision == "bf16")
     totals = []
     for step in range(4):
@@ -73,8 +73,8 @@ def trained(config: Config, fold_sizes: tuple[int, ...], backend: str) -> tuple[
             batch = made_batch(10 * step + part, 3, fold_sizes)
             drop_path_scale = drop_path_scale_of(config, 3, step).float() if config.network.drop_path else None
             with autocast:
-                targets = assign_pseudo_labels([seen(teachers, batch, config)], config)[0]
-                losses = learnt(student, batch, drop_path_scale, targets, config)
+                targets = assign_pseudo_labels([compiled_teacher(teachers, batch, config)], config)[0]
+                losses = compiled_student(student, batch, drop_path_scale, targets, config)
             (losses.total / config.optimizer.accumulate).backward()
             totals.append(losses.total.item())
         update(optimizer, losses.total.detach(), 1e-3 * step, 0.0, ALONE)
@@ -393,11 +393,11 @@ def test_a_gpu_s_passes_are_whole_graphs_under_its_own_autocast(case: str, monke
                 for teacher in teachers.modules().values():
                     use_fp8(teacher.encoder)
             batch, drop_path_scale = _batch(config, 3)
-        seen = torch.compile(teacher_forward, backend=noted, fullgraph=True)
-        learnt = torch.compile(student_loss, backend=noted, fullgraph=True)
+        compiled_teacher = torch.compile(teacher_forward, backend=noted, fullgraph=True)
+        compiled_student = torch.compile(student_loss, backend=noted, fullgraph=True)
         with torch.autocast("cuda", torch.bfloat16):
-            (targets,) = assign_pseudo_labels([seen(teachers, batch, config)], config)
-            losses = learnt(student, batch, drop_path_scale, targets, config)
+            (targets,) = assign_pseudo_labels([compiled_teacher(teachers, batch, config)], config)
+            losses = compiled_student(student, batch, drop_path_scale, targets, config)
     assert losses.total.dtype == torch.float32
     assert len(graphs) == 2
     assert any("_scaled_mm" in name for name in graphs[0]) == ("fp8" in case)

@@ -111,8 +111,8 @@ def test_the_feed_asks_before_a_batch_is_sought_and_has_it_with_its_stochastic_d
     with make_loader(open_images(config), config, Ranks(0, 1, 1, cpu, None)) as loader:
         carry = loader.transfer.carry
         loader.transfer.carry = lambda tensor: told.append("carry") or carry(tensor)
-        feed = Prefetcher(loader, config, cpu, wait=Told())
-        batches = feed.epoch(0, len(loader) - 2)
+        prefetcher = Prefetcher(loader, config, cpu, wait=Told())
+        batches = prefetcher.epoch(0, len(loader) - 2)
         for _ in range(2):
             batch, drop_path_scale = next(batches)
             assert drop_path_scale is not None
@@ -120,5 +120,5 @@ def test_the_feed_asks_before_a_batch_is_sought_and_has_it_with_its_stochastic_d
             told.append("step")
         assert next(batches, None) is None
     assert told == 2 * ["ask", "carry", "have", "step"] + ["ask"]
-    assert feed.take_wait() > 0
-    assert feed.take_wait() == 0
+    assert prefetcher.take_wait() > 0
+    assert prefetcher.take_wait() == 0

@@ -15,11 +15,11 @@ def beside_ffcvs_own(beton: str) -> None:
     import numba
     import numpy as np
 
-    from fastpmae_loaders import PairedViews, ViewSettings, draw_plans
+    from fastpmae_loaders import PairedViews, ViewSettings, draw_samples
 
     settings = ViewSettings(image_size=32, patch_size=8)
     shared, before = numba.uint8[::1], hash(numba.uint8[::1])
-    draw_plans(0, 0, np.array([5]), np.array([30]), np.array([40]), settings)
+    draw_samples(0, 0, np.array([5]), np.array([30]), np.array([40]), settings)
     with PairedViews(beton, 4, settings=settings) as views:
         next(iter(views))
     assert numba.uint8[::1] is shared

@@ -39,7 +39,7 @@ def after_a_name() -> None:
     from fastpmae_loaders import Beton  # noqa: F401
 
     replace()
-    from fastpmae_loaders import draw_plans  # noqa: F401
+    from fastpmae_loaders import draw_samples  # noqa: F401
 
 
 def before_masks() -> None:

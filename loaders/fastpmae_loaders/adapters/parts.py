@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fastpmae_loaders.paired import PairedViews
 
 
-class Passes(Protocol):
-    """What an adapter shows its parts of itself."""
+@runtime_checkable
+class LoaderAdapter(Protocol):
+    """What an adapter's parts use of it."""
 
     loader: PairedViews
 
@@ -22,7 +23,7 @@ class Passes(Protocol):
 class Epochs:
     """What a codebase calls `set_epoch` on, its data set or its sampler, with the real one's length."""
 
-    def __init__(self, adapter: Passes, count: int) -> None:
+    def __init__(self, adapter: LoaderAdapter, count: int) -> None:
         self._adapter = adapter
         self._count = count
 
@@ -41,7 +42,7 @@ class Epochs:
 class BatchSampler(Epochs):
     """Lists of this rank's samples in the loader's epoch, batch by batch."""
 
-    def __init__(self, adapter: Passes) -> None:
+    def __init__(self, adapter: LoaderAdapter) -> None:
         super().__init__(adapter, len(adapter.loader))
         self.batch_size = adapter.loader.batch_size
         self.drop_last = adapter.loader.drop_last
@@ -61,7 +62,7 @@ class BatchSampler(Epochs):
 class Sampler(Epochs):
     """This rank's samples in the loader's epoch, in their order."""
 
-    def __init__(self, adapter: Passes) -> None:
+    def __init__(self, adapter: LoaderAdapter) -> None:
         last = adapter.loader.share(len(adapter.loader) - 1)
         super().__init__(adapter, (len(adapter.loader) - 1) * adapter.batch_size + last.stop - last.start)
 

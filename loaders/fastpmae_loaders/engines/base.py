@@ -14,8 +14,8 @@ from fastpmae_loaders.engines.scratch import Scratch, make_scratch
 from fastpmae_loaders.engines.views import Rows
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import usable_memory
-from fastpmae_loaders.plan import CHOICES, FACTORS
 from fastpmae_loaders.recipes import View, recipes_of
+from fastpmae_loaders.sampling import CHOICES, FACTORS
 
 ATTEMPTS = 64
 """How many samples in a row are tried before a row is given up."""

@@ -32,7 +32,7 @@ from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.jit.compiled import kernel
 from fastpmae_loaders.jit.memory import view_at
 from fastpmae_loaders.pixels.colour import change_colours
-from fastpmae_loaders.plan import Plans, draw_plans
+from fastpmae_loaders.sampling import SampleDraws, draw_samples
 from fastpmae_loaders.sources.beton import JPG, RAW
 from fastpmae_loaders.sources.jpeg import check_scans, jpeg_header, segments_belong
 
@@ -141,22 +141,24 @@ class DALIEngine:
             self._pipeline = None
 
     def _prepare(self, job: Job, start: int, stop: int) -> _Part:
-        """Draw the plans of some rows and collect what DALI is to be given for them."""
+        """Draw what is random about some rows and collect what DALI is to be given for them."""
         source, rows = self._source, job.rows
         found, data, raw = zip(*self._find_all(job.indices[start:stop]), strict=True)
         samples = np.array(found, np.int64)
         there = samples >= 0
         height = np.where(there, source.samples.height[samples], 1)
         width = np.where(there, source.samples.width[samples], 1)
-        plans = draw_plans(source.seed, job.epoch, np.maximum(samples, 0), height, width, source.views, source.patches)
+        draws = draw_samples(
+            source.seed, job.epoch, np.maximum(samples, 0), height, width, source.views, source.patches
+        )
         here = slice(start, stop)
         rows.index[here] = samples
         rows.size[here] = np.stack([height, width], 1)
-        rows.boxes[here], rows.flips[here] = plans.boxes, plans.flips
-        rows.factors[here], rows.choices[here] = plans.factors, plans.choices
-        rows.visible[here], rows.folds[here] = np.split(plans.order, [source.visible], 1)
+        rows.boxes[here], rows.flips[here] = draws.boxes, draws.flips
+        rows.factors[here], rows.choices[here] = draws.factors, draws.choices
+        rows.visible[here], rows.folds[here] = np.split(draws.order, [source.visible], 1)
         hardware = chosen_for_hardware(samples, source.dali.hw_decoder_load)
-        return _Part(start, stop, samples, self._inputs(list(data), np.array(raw), hardware, height, width, plans))
+        return _Part(start, stop, samples, self._inputs(list(data), np.array(raw), hardware, height, width, draws))
 
     def _inputs(
         self,
@@ -165,14 +167,14 @@ class DALIEngine:
         hardware: np.ndarray,
         height: np.ndarray,
         width: np.ndarray,
-        plans: Plans,
+        draws: SampleDraws,
     ) -> dict[str, Any]:
         shape = np.stack([height, width, np.full_like(height, 3)], 1).astype(np.int32)
         inputs: dict[str, Any] = {"data": data, "raw": raw, "shape": shape}
         if self._definition.shares_decoders(self._kind, self._source.dali.hw_decoder_load):
             inputs["hardware"] = hardware
         views, colours = self._source.views, self._colours_in_pipeline
-        return inputs | self._definition.view_inputs(views, plans, height, width, colours)
+        return inputs | self._definition.view_inputs(views, draws, height, width, colours)
 
     def _schedule(self, part: _Part) -> None:
         """Give a part to DALI and let it begin.
@@ -251,10 +253,10 @@ class DALIEngine:
         file = io.BytesIO()
         Image.new("RGB", (64, 64)).save(file, "jpeg")
         height = width = np.full(self._part, 64)
-        plans = draw_plans(0, 0, np.arange(self._part), height, width, self._source.views)
+        draws = draw_samples(0, 0, np.arange(self._part), height, width, self._source.views)
         every, none = np.ones(self._part, np.bool_), np.zeros(self._part, np.bool_)
         jpegs = [np.frombuffer(file.getvalue(), np.uint8)] * self._part
-        for name, values in self._inputs(jpegs, none, every, height, width, plans).items():
+        for name, values in self._inputs(jpegs, none, every, height, width, draws).items():
             pipeline.feed_input(name, values)
         pipeline.schedule_run()
         # without a stream the outputs are there when this returns

@@ -1,6 +1,6 @@
-"""The DALI graph: encoded bytes and a plan's numbers in, all views of a sample out; one definition for CPU and GPU.
+"""The DALI graph: encoded bytes and a sample's draws in, all views of a sample out; one definition for CPU and GPU.
 
-Nothing in it is random. Every number that a sample's plan holds is an input, and a step that a sample's coins leave
+Nothing in it is random. Every number that is drawn for a sample is an input, and a step that a sample's coins leave
 out is a branch that the sample does not enter. Importing this module needs DALI.
 """
 
@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fastpmae_loaders.pixels.colour import RADIUS
-from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED, Plans
 from fastpmae_loaders.recipes import View
+from fastpmae_loaders.sampling import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED, SampleDraws
 
 # untyped: the stubs that DALI carries leave half of what is used here out
 fn: Any = import_module("nvidia.dali.fn")
@@ -148,23 +148,23 @@ def _turned(picture: Any, turn: Any) -> Any:
 
 
 def view_inputs(
-    views: Sequence[View], plans: Plans, height: np.ndarray, width: np.ndarray, colours: bool
+    views: Sequence[View], draws: SampleDraws, height: np.ndarray, width: np.ndarray, colours: bool
 ) -> dict[str, np.ndarray]:
     """The inputs that tell what becomes of B images of `height` by `width` pixels ([B] each): plain arrays [B, ...]."""
     found: dict[str, np.ndarray] = {}
     for number, view in enumerate(views):
-        box = plans.boxes[:, number].astype(np.int32)
+        box = draws.boxes[:, number].astype(np.int32)
         if view.shorter:
             start, end = _middle(view, height, width)
         else:
             found[f"first{number}"], found[f"last{number}"] = box[:, :2], box[:, :2] + box[:, 2:]
             start, end = np.zeros((len(box), 2)), box[:, 2:].astype(np.float64)
         # a region whose end comes before its start is mirrored
-        flipped = plans.flips[:, number]
+        flipped = draws.flips[:, number]
         start[flipped, 1], end[flipped, 1] = end[flipped, 1], start[flipped, 1]
         found[f"start{number}"], found[f"end{number}"] = start.astype(np.float32), end.astype(np.float32)
         if colours and view.coloured:
-            found |= _colour_inputs(number, plans.factors[:, number], plans.choices[:, number])
+            found |= _colour_inputs(number, draws.factors[:, number], draws.choices[:, number])
     return {name: np.ascontiguousarray(values) for name, values in found.items()}
 
 

@@ -31,7 +31,7 @@ from fastpmae_loaders.engines.views import Rows, fill_row
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.jit.compiled import kernel
 from fastpmae_loaders.jit.memory import fetch_add, read_into
-from fastpmae_loaders.plan import CHOICES, FACTORS
+from fastpmae_loaders.sampling import CHOICES, FACTORS
 from fastpmae_loaders.sources.beton import RAW, Beton
 from fastpmae_loaders.sources.jpeg import TURBO_DECOMPRESS, TurboDecoders, turbo_available
 from fastpmae_loaders.sources.markers import stands_alone

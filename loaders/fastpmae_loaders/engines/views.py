@@ -9,14 +9,14 @@ from fastpmae_loaders.jit.memory import view_at
 from fastpmae_loaders.pixels.bilinear import resize_bilinear
 from fastpmae_loaders.pixels.colour import change_colours
 from fastpmae_loaders.pixels.resize import resize
-from fastpmae_loaders.plan import draw_plan
+from fastpmae_loaders.sampling import draw_sample
 
 
 class Rows(NamedTuple):
     """A batch as compiled code writes it: B rows of n views.
 
     views: int64 [n], the address of each view's uint8 [B, 3, S, S]. visible: int64 [B, V]. folds: int64 [B, M].
-    boxes: int32 [B, n, 4]. flips: bool [B, n]. factors: float64 [B, n, 5]. choices: uint8 [B, n, 9] (see Plans).
+    boxes: int32 [B, n, 4]. flips: bool [B, n]. factors: float64 [B, n, 5]. choices: uint8 [B, n, 9] (see SampleDraws).
     size: int32 [B, 2], the source's height and width. index: int64 [B], the sample that the row shows, or -1
     where none could be decoded.
     """
@@ -43,7 +43,7 @@ def _centre(size, side):
 def fill_row(row, index, pixels, height, width, seed, epoch, recipes, colours, scratch, out):
     """Sample `index`, whose uint8 [height, width, 3] lie at address `pixels`, as one row of a batch.
 
-    Every view of `recipes`, its plan, and the masks. With `colours` false colours are left as they are, for the
+    Every view of `recipes`, its draws, and the masks. With `colours` false colours are left as they are, for the
     device to change.
     """
     out.index[row] = index
@@ -51,7 +51,7 @@ def fill_row(row, index, pixels, height, width, seed, epoch, recipes, colours, s
     out.size[row, 1] = width
     boxes, flips, factors, choices = out.boxes[row], out.flips[row], out.factors[row], out.choices[row]
     order, visible, folds = scratch.order, out.visible[row], out.folds[row]
-    draw_plan(seed, epoch, index, height, width, recipes, boxes, flips, factors, choices, order)
+    draw_sample(seed, epoch, index, height, width, recipes, boxes, flips, factors, choices, order)
     for i in range(visible.shape[0]):
         visible[i] = order[i]
     for i in range(folds.shape[0]):

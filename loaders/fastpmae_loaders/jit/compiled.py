@@ -23,7 +23,7 @@ _SOURCES = (
     "jit/vectors",
     "jit/floats",
     "recipes",
-    "plan",
+    "sampling",
     "pixels/separable",
     "pixels/resize",
     "pixels/bilinear",

@@ -15,7 +15,7 @@ from fastpmae_loaders.jit.compiled import helper, kernel
 from fastpmae_loaders.jit.elementary import exponential
 from fastpmae_loaders.jit.vectors import WEIGHT_BITS
 from fastpmae_loaders.pixels.separable import weigh
-from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED
+from fastpmae_loaders.sampling import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED
 
 ONE = 1 << WEIGHT_BITS
 RADIUS = 11
@@ -23,7 +23,7 @@ RADIUS = 11
 _ZERO = np.float32(0)
 _TOP = np.float32(255)
 
-# the four jitters as a plan's ORDER numbers them
+# the four jitters as ORDER numbers them
 BRIGHTNESS: Final = 0
 CONTRAST: Final = 1
 SATURATION: Final = 2
@@ -32,7 +32,7 @@ HUE: Final = 3
 
 @helper
 def change_colours(image, factors, choices, threshold, scratch):
-    """DINO's order: jitter, grayscale, blur, solarise, each where its coin fell so (see Plans)."""
+    """DINO's order: jitter, grayscale, blur, solarise, each where its coin fell so (see SampleDraws)."""
     turns = np.int64(0)
     for turn in range(4):
         turns |= np.int64(choices[ORDER + turn]) << (2 * turn)

@@ -1,6 +1,6 @@
 """A batch's colour operations in plain torch, on any device with float64: the same bytes as `colour.py` image by image.
 
-Every operation is computed for every image and kept where the image's plan asks for it, so nothing waits for the
+Every operation is computed for every image and kept where the image's draws ask for it, so nothing waits for the
 device and no shape depends on a coin. Pixels are fp32 that hold whole numbers; products and sums are rounded to
 bytes where `colour.py` rounds them, in its order of additions.
 """
@@ -14,7 +14,7 @@ import torch
 
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.pixels.colour import ONE, RADIUS
-from fastpmae_loaders.plan import BLURRED, CHOICES, FACTORS, GRAY, JITTER, ORDER, SIGMA, SOLARISED
+from fastpmae_loaders.sampling import BLURRED, CHOICES, FACTORS, GRAY, JITTER, ORDER, SIGMA, SOLARISED
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -37,7 +37,7 @@ def change_colours(
 
     Args:
         images: left as they are.
-        factors, choices: rows of a plan (see `Plans`), on any device.
+        factors, choices: rows of a batch's draws (see `SampleDraws`), on any device.
         threshold: solarise turns bytes from here on upside down, 0 to 255.
 
     Raises:

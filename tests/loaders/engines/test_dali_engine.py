@@ -1,4 +1,4 @@
-"""The DALI engine behind the loaders: the same plans as the others, any samples, broken images, threads and memory."""
+"""The DALI engine behind the loaders: the same draws as the others, any samples, broken images, threads and memory."""
 
 import contextlib
 import gc
@@ -60,7 +60,7 @@ def shown(samples, engine="dali", epoch=0, **options):
 
 
 def assert_alike(ours, reference, mean=0.5) -> None:
-    """The same plans, samples and failures; pictures that differ by the resize alone."""
+    """The same draws, samples and failures; pictures that differ by the resize alone."""
     assert ours[2] == reference[2]
     for name in DRAWN:
         assert torch.equal(ours[1][name], reference[1][name]), name

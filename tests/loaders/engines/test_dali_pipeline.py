@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastpmae_loaders import View, dino_global, dino_local, draw_plans, mae_view, plain_view
+from fastpmae_loaders import View, dino_global, dino_local, draw_samples, mae_view, plain_view
 from fastpmae_loaders.engines.scratch import make_scratch
 from fastpmae_loaders.pixels import colour
-from fastpmae_loaders.plan import BLURRED, FIRST_RECIPE, GRAY, JITTER, ORDER, SIGMA, SOLARISED, Plans
+from fastpmae_loaders.sampling import BLURRED, FIRST_RECIPE, GRAY, JITTER, ORDER, SIGMA, SOLARISED, SampleDraws
 from tests.loaders.files import photographs
 from tests.made import made_image
 
@@ -31,7 +31,7 @@ COLOURED = View(
 )
 
 
-def run(images, views, plans, colours=True) -> list[np.ndarray]:
+def run(images, views, draws, colours=True) -> list[np.ndarray]:
     """The graph's views, uint8 [B, 3, S, S] each, of images given as pixels."""
     height, width = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
     pipeline = dali_pipeline.views_pipeline(
@@ -41,7 +41,7 @@ def run(images, views, plans, colours=True) -> list[np.ndarray]:
     pipeline.feed_input("data", [image.reshape(-1) for image in images])
     pipeline.feed_input("raw", np.ones(len(images), np.bool_))
     pipeline.feed_input("shape", np.array([image.shape for image in images], np.int32))
-    for name, values in dali_pipeline.view_inputs(views, plans, height, width, colours).items():
+    for name, values in dali_pipeline.view_inputs(views, draws, height, width, colours).items():
         pipeline.feed_input(name, values)
     pipeline.schedule_run()
     outputs = pipeline.share_outputs()
@@ -50,11 +50,11 @@ def run(images, views, plans, colours=True) -> list[np.ndarray]:
     return found
 
 
-def whole(count: int, side: int, factors: np.ndarray, choices: np.ndarray) -> Plans:
-    """Plans of one view that shows the whole of a square image as it is."""
+def whole(count: int, side: int, factors: np.ndarray, choices: np.ndarray) -> SampleDraws:
+    """Draws of one view that shows the whole of a square image as it is."""
     boxes = np.zeros((count, 1, 4), np.int32)
     boxes[..., 2:] = side
-    return Plans(
+    return SampleDraws(
         boxes, np.zeros((count, 1), np.bool_), factors[:, None], choices[:, None], np.zeros((count, 0), np.int64)
     )
 
@@ -128,15 +128,15 @@ def test_crops_and_flips_are_pillows_bicubic_within_dalis_filter():
     images = photographs("imagenet_sample_400", 24)
     height, width = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
     views = [mae_view(224), dino_local(96)]
-    plans = draw_plans(1, 2, np.arange(len(images)), height, width, views)
-    found = run(images, views, plans, colours=False)
+    draws = draw_samples(1, 2, np.arange(len(images)), height, width, views)
+    found = run(images, views, draws, colours=False)
     for number, view in enumerate(views):
         away = []
         for row, image in enumerate(images):
-            top, left, rows, columns = plans.boxes[row, number]
+            top, left, rows, columns = draws.boxes[row, number]
             crop = Image.fromarray(image[top : top + rows, left : left + columns])
             expected = np.array(crop.resize((view.size, view.size), Image.Resampling.BICUBIC))
-            if plans.flips[row, number]:
+            if draws.flips[row, number]:
                 expected = expected[:, ::-1]
             away.append(np.abs(expected.transpose(2, 0, 1).astype(int) - found[number][row]))
         away = np.stack(away)
@@ -144,8 +144,8 @@ def test_crops_and_flips_are_pillows_bicubic_within_dalis_filter():
         assert away.mean() < 0.2
         assert (away > 2).mean() < 1e-3
         assert away.max() < 32
-    assert plans.flips[:, 0].any()
-    assert not plans.flips[:, 0].all()
+    assert draws.flips[:, 0].any()
+    assert not draws.flips[:, 0].all()
 
 
 @pytest.mark.parametrize("shape", [(37, 90), (90, 37), (64, 64), (61, 60)])
@@ -153,7 +153,7 @@ def test_the_view_of_an_evaluation_is_pillows(shape):
     image = np.array(made_image(3, shape[1], shape[0]))
     view = plain_view(32)
     height, width = np.array([shape[0]]), np.array([shape[1]])
-    (found,) = run([image], [view], draw_plans(0, 0, np.zeros(1, np.int64), height, width, [view]))
+    (found,) = run([image], [view], draw_samples(0, 0, np.zeros(1, np.int64), height, width, [view]))
     shorter = view.shorter
     full = (max(shorter, shorter * shape[1] // shape[0]), max(shorter, shorter * shape[0] // shape[1]))
     left, top = (round((side - 32) / 2) for side in full)
@@ -168,11 +168,11 @@ def test_the_view_of_an_evaluation_is_pillows(shape):
 def test_without_colours_a_view_is_only_cropped():
     images = squares(4, 40)
     views = [dino_global("t1", 32), mae_view(32)]
-    plans = draw_plans(0, 0, np.arange(4), np.full(4, 40), np.full(4, 40), views)
-    plain = Plans(plans.boxes, plans.flips, plans.factors, np.zeros_like(plans.choices), plans.order)
+    draws = draw_samples(0, 0, np.arange(4), np.full(4, 40), np.full(4, 40), views)
+    plain = SampleDraws(draws.boxes, draws.flips, draws.factors, np.zeros_like(draws.choices), draws.order)
     plain.choices[:, :, FIRST_RECIPE] = 1
     plain.choices[:, :, ORDER : ORDER + 4] = range(4)
-    for a, b in zip(run(images, views, plans, colours=False), run(images, views, plain), strict=True):
+    for a, b in zip(run(images, views, draws, colours=False), run(images, views, plain), strict=True):
         assert (a == b).all()
 
 

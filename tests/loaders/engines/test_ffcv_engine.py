@@ -34,7 +34,7 @@ def fresh_loader(case: str, *words: Path, **environment: str) -> str:
 
 
 def test_importing_the_loaders_imports_none_of_the_rest():
-    names = "PairedViews,PlainViews,Batch,ViewSettings,Beton,draw_plans"
+    names = "PairedViews,PlainViews,Batch,ViewSettings,Beton,draw_samples"
     loaded = json.loads(run_python("tests.programs.loaded", f"fastpmae_loaders:{names}"))
     assert {"fastpmae_loaders.paired", "torch"} <= set(loaded)
     unwanted = {"fastpmae", "fastpmae_kernels", "triton", "xformers", "ffcv", "torchvision", "jaxtyping"}

@@ -18,7 +18,7 @@ from fastpmae_loaders import (
     ViewSettings,
     dino_global,
     dino_local,
-    draw_plans,
+    draw_samples,
     mae_view,
     plain_view,
 )
@@ -45,12 +45,12 @@ def test_each_view_has_its_recipes_size_and_all_draw_apart(mixed, engine):
     # the two local crops follow one recipe and are not the same crops
     assert (batch.boxes[:, 3] != batch.boxes[:, 5]).any(1).sum() > 15
     beton = Beton(mixed)
-    plans = draw_plans(3, 0, np.arange(23), beton.height, beton.width, MANY, patches=16)
-    assert (batch.boxes.numpy() == plans.boxes).all()
-    assert (batch.flips.numpy() == plans.flips).all()
-    assert (batch.factors.numpy() == plans.factors).all()
-    assert (batch.choices.numpy() == plans.choices).all()
-    assert (torch.cat([batch.visible, batch.folds], 1).numpy() == plans.order).all()
+    draws = draw_samples(3, 0, np.arange(23), beton.height, beton.width, MANY, patches=16)
+    assert (batch.boxes.numpy() == draws.boxes).all()
+    assert (batch.flips.numpy() == draws.flips).all()
+    assert (batch.factors.numpy() == draws.factors).all()
+    assert (batch.choices.numpy() == draws.choices).all()
+    assert (torch.cat([batch.visible, batch.folds], 1).numpy() == draws.order).all()
 
 
 def test_a_view_does_not_depend_on_those_after_it(mixed):

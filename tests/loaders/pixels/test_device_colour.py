@@ -11,7 +11,7 @@ from torch import Tensor
 from fastpmae_loaders import UserError
 from fastpmae_loaders.engines.scratch import make_scratch
 from fastpmae_loaders.pixels import colour, device_colour
-from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED
+from fastpmae_loaders.sampling import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED
 from tests.loaders.files import photographs
 from tests.made import SHARED_DATA, made_image
 
@@ -72,7 +72,7 @@ def assert_same(images: Tensor, factors: Tensor, choices: Tensor, threshold: int
     assert torch.equal(got, one_by_one(images.contiguous(), factors, choices, threshold))
 
 
-def plan(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def drawn(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random factors, orders and coins, somewhat wider than DINO's."""
     generator = np.random.default_rng(seed)
     factors = np.concatenate(
@@ -131,7 +131,7 @@ def test_each_jitter_at_edge_factors(column: int, values: tuple[float, ...]):
 @pytest.mark.parametrize("column", [GRAY, BLURRED, SOLARISED])
 def test_each_coin_alone(column: int):
     images = torch.cat([photographs_in_square(4, 64), noise(4, 64, 64)])
-    factors, choices = plan(8)
+    factors, choices = drawn(8)
     factors[:, SIGMA] = torch.tensor([0.05, 0.1, 0.31, 0.7, 1.3, 2.0, 3.0, 5.0])
     choices[:, JITTER:] = 0
     choices[:, column] = 1
@@ -140,7 +140,7 @@ def test_each_coin_alone(column: int):
 
 @pytest.mark.parametrize("threshold", [0, 1, 128, 255])
 def test_solarise_thresholds(threshold: int):
-    factors, choices = plan(2)
+    factors, choices = drawn(2)
     choices[:, JITTER:] = 0
     choices[:, SOLARISED] = 1
     assert_same(noise(2, 20, 30), factors, choices, threshold)
@@ -148,7 +148,7 @@ def test_solarise_thresholds(threshold: int):
 
 def test_every_order():
     images = photographs_in_square(24, 56)
-    factors, choices = plan(24, 1)
+    factors, choices = drawn(24, 1)
     choices[:, ORDER : ORDER + 4] = torch.tensor(ORDERS)
     choices[:, JITTER] = 1
     assert_same(images, factors, choices)
@@ -158,30 +158,30 @@ def test_every_order():
     ("height", "width"), [(1, 1), (1, 9), (9, 1), (2, 2), (5, 3), (12, 12), (17, 40), (31, 16), (33, 100)]
 )
 def test_sizes(height: int, width: int):
-    assert_same(noise(16, height, width), *plan(16, 2))
+    assert_same(noise(16, height, width), *drawn(16, 2))
 
 
 def test_real_images_with_everything():
-    assert_same(photographs_in_square(32, 224), *plan(32, 3))
+    assert_same(photographs_in_square(32, 224), *drawn(32, 3))
 
 
 def test_chunks_and_strides_change_nothing(monkeypatch: pytest.MonkeyPatch):
     images = noise(7, 24, 18).transpose(2, 3)[1:]
-    assert_same(images, *plan(6, 4))
+    assert_same(images, *drawn(6, 4))
     monkeypatch.setattr(device_colour, "CHUNK", 2 * 3 * 24 * 18)
-    assert_same(images, *plan(6, 4))
+    assert_same(images, *drawn(6, 4))
     monkeypatch.setattr(device_colour, "CHUNK", 1)
-    assert_same(images, *plan(6, 4))
+    assert_same(images, *drawn(6, 4))
 
 
 def test_no_images():
-    assert device_colour.change_colours(noise(0, 8, 8), *plan(0), 128).shape == (0, 3, 8, 8)
+    assert device_colour.change_colours(noise(0, 8, 8), *drawn(0), 128).shape == (0, 3, 8, 8)
     assert device_colour.normalise(noise(0, 8, 8), (0, 0, 0), (1, 1, 1)).shape == (0, 3, 8, 8)
 
 
 def test_nothing_waits_for_the_device():
     """On torch's shape-only device any look at a value, and any shape that depends on one, is an error."""
-    factors, choices = plan(5)
+    factors, choices = drawn(5)
     got = device_colour.change_colours(
         noise(5, 24, 18).to("meta"), factors.to("meta"), choices.to("meta"), 128
     )  # fmt: skip
@@ -190,7 +190,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_autocast_does_not_reach_in():
-    images, (factors, choices) = noise(4, 24, 18), plan(4, 5)
+    images, (factors, choices) = noise(4, 24, 18), drawn(4, 5)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(images, factors, choices)
 
@@ -218,7 +218,7 @@ def test_normalise(dtype: torch.dtype):
 )
 @pytest.mark.untyped
 def test_what_does_not_fit_is_refused(change: dict, words: str):
-    factors, choices = plan(2)
+    factors, choices = drawn(2)
     given = {"images": noise(2, 4, 4), "factors": factors, "choices": choices, "threshold": 128} | change
     with pytest.raises(UserError, match=words):
         device_colour.change_colours(**given)

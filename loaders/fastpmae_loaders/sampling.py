@@ -37,7 +37,7 @@ VIEWS: Final = 16
 # purposes of callers start here and so never meet those above
 CALLERS: Final = 1 << 16
 
-# columns of a plan's `choices`
+# columns of `SampleDraws.choices`
 ORDER: Final = 0  # four columns: which of brightness, contrast, saturation, hue comes first, second, ...
 JITTER: Final = 4
 GRAY: Final = 5
@@ -45,12 +45,12 @@ BLURRED: Final = 6
 SOLARISED: Final = 7
 FIRST_RECIPE: Final = 8
 CHOICES: Final = 9
-# columns of a plan's `factors`: brightness, contrast, saturation, hue, and
+# columns of `SampleDraws.factors`: brightness, contrast, saturation, hue, and
 SIGMA: Final = 4
 FACTORS: Final = 5
 
 
-class Plans(NamedTuple):
+class SampleDraws(NamedTuple):
     """What is drawn for B samples of n views each.
 
     boxes: int32 [B, n, 4], top, left, height, width of each view's crop in source pixels.
@@ -123,7 +123,7 @@ def _between(u, strength):
 
 @helper
 def draw_view(seed, epoch, index, view, height, width, recipe, box, flips, factors, choices):
-    """Draw one view of one sample into its rows (see Plans)."""
+    """Draw one view of one sample into its rows (see SampleDraws)."""
     first = VIEWS + 16 * recipe.crop_key
     if recipe.shorter > 0:
         box[0] = 0
@@ -161,8 +161,8 @@ def draw_view(seed, epoch, index, view, height, width, recipe, box, flips, facto
 
 
 @helper
-def draw_plan(seed, epoch, index, height, width, recipes, boxes, flips, factors, choices, order):
-    """Draw one sample's plan into the rows given (see Plans)."""
+def draw_sample(seed, epoch, index, height, width, recipes, boxes, flips, factors, choices, order):
+    """Draw what is random about one sample into the rows given (see SampleDraws)."""
     for view in range(recipes.shape[0]):
         draw_view(
             seed, epoch, index, view, height, width, recipes[view], boxes[view], flips, factors[view], choices[view]
@@ -171,14 +171,14 @@ def draw_plan(seed, epoch, index, height, width, recipes, boxes, flips, factors,
 
 
 @kernel
-def _draw_plans(seed, epoch, index, height, width, recipes, boxes, flips, factors, choices, order):
+def _draw_samples(seed, epoch, index, height, width, recipes, boxes, flips, factors, choices, order):
     for i in range(index.shape[0]):
-        draw_plan(
+        draw_sample(
             seed, epoch, index[i], height[i], width[i], recipes, boxes[i], flips[i], factors[i], choices[i], order[i]
         )
 
 
-def draw_plans(
+def draw_samples(
     seed: int,
     epoch: int,
     index: np.ndarray,
@@ -186,8 +186,8 @@ def draw_plans(
     width: np.ndarray,
     settings: ViewSettings | Sequence[View],
     patches: int = 0,
-) -> Plans:
-    """The plans of samples `index` [B] whose images are `height` by `width` pixels ([B] each).
+) -> SampleDraws:
+    """The draws of samples `index` [B] whose images are `height` by `width` pixels ([B] each).
 
     `settings` are those of the pair and its masks, or a list of views; then `patches` are those of the masks.
     """
@@ -197,23 +197,23 @@ def draw_plans(
     else:
         recipes = recipes_of(settings)
     count = len(index)
-    plans = Plans(
+    draws = SampleDraws(
         np.zeros((count, len(recipes), 4), np.int32),
         np.zeros((count, len(recipes)), np.bool_),
         np.zeros((count, len(recipes), FACTORS), np.float64),
         np.zeros((count, len(recipes), CHOICES), np.uint8),
         np.zeros((count, patches), np.int64),
     )
-    _draw_plans(
+    _draw_samples(
         seed,
         epoch,
         np.ascontiguousarray(index, np.int64),
         np.ascontiguousarray(height, np.int64),
         np.ascontiguousarray(width, np.int64),
         recipes,
-        *plans,
+        *draws,
     )
-    return plans
+    return draws
 
 
 def check_key(seed: int, epoch: int) -> None:

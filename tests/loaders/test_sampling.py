@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from fastpmae_loaders import UserError, ViewSettings, draw_plans, epoch_order, uniforms
+from fastpmae_loaders import UserError, ViewSettings, draw_samples, epoch_order, uniforms
 from fastpmae_loaders.jit.elementary import exponential, round_half_even
 from fastpmae_loaders.jit.philox import philox
-from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SOLARISED
+from fastpmae_loaders.sampling import BLURRED, GRAY, JITTER, SOLARISED
 
 # Every statistical test here runs on fixed seeds, so it passes always or never; were the seeds drawn anew, a
-# sound plan would fail one of them once in a million runs.
+# sound sampler would fail one of them once in a million runs.
 ks_2samp: Any = stats.ks_2samp  # scipy hides what it returns
 FALSE_ALARM = 1e-6
 
@@ -36,9 +36,9 @@ def test_philox_gives_the_published_known_answers(counter, key, expected):
     assert tuple(int(w) for w in philox(*map(np.uint64, (*counter, *key)))) == expected
 
 
-def plans(count=4000, height=375, width=500, seed=3, epoch=1, **changes):
+def draws(count=4000, height=375, width=500, seed=3, epoch=1, **changes):
     index = np.arange(count)
-    return draw_plans(seed, epoch, index, np.full(count, height), np.full(count, width), ViewSettings(**changes))
+    return draw_samples(seed, epoch, index, np.full(count, height), np.full(count, width), ViewSettings(**changes))
 
 
 def torchvision_crops(count, height, width, scale):
@@ -52,7 +52,7 @@ def torchvision_crops(count, height, width, scale):
 def test_crops_are_distributed_as_torchvisions(height, width, scale):
     count = 4000
     theirs = torchvision_crops(count, height, width, scale)
-    drawn = plans(count, height, width, simple_scale=scale, complex_scale=scale).boxes
+    drawn = draws(count, height, width, simple_scale=scale, complex_scale=scale).boxes
     for view in (0, 1):
         ours = drawn[:, view]
         assert (ours[:, :2] >= 0).all()
@@ -72,7 +72,7 @@ def test_fallback_is_torchvisions(height, width):
     """A share of the whole image that fits no tall or wide crop: ten tries fail, the centre is cut."""
     scale = (1.0, 1.0) if (height, width) != (300, 400) else (0.9999, 1.0)
     theirs = torchvision_crops(50, height, width, scale)
-    ours = plans(50, height, width, simple_scale=scale).boxes[:, 0]
+    ours = draws(50, height, width, simple_scale=scale).boxes[:, 0]
     if len(np.unique(theirs, axis=0)) == 1:
         assert (ours == theirs).all()
     else:
@@ -81,7 +81,7 @@ def test_fallback_is_torchvisions(height, width):
 
 def test_factors_and_coins_follow_their_laws():
     count = 20_000
-    drawn = plans(count)
+    drawn = draws(count)
     ranges = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1), (0.1, 2.0)]
     for column, (low, high) in enumerate(ranges):
         values = drawn.factors[:, 1, column]
@@ -106,7 +106,7 @@ def test_factors_and_coins_follow_their_laws():
 
 @pytest.mark.parametrize(("recipe", "blur", "solarise"), [("t1", 1.0, 0.0), ("t2", 0.1, 0.2)])
 def test_recipes(recipe, blur, solarise):
-    drawn = plans(complex_recipe=recipe)
+    drawn = draws(complex_recipe=recipe)
     for column, share in ((BLURRED, blur), (SOLARISED, solarise)):
         hits = int(drawn.choices[:, 1, column].sum())
         assert stats.binomtest(hits, 4000, share).pvalue > FALSE_ALARM
@@ -114,7 +114,7 @@ def test_recipes(recipe, blur, solarise):
 
 def test_masks_are_uniform():
     """Each patch is visible equally often, and each pair of first two patches appears about equally often."""
-    drawn = plans(20_000, image_size=64)
+    drawn = draws(20_000, image_size=64)
     visible = drawn.order[:, :4]
     times = np.bincount(visible.ravel(), minlength=16)
     assert stats.chisquare(times).pvalue > FALSE_ALARM
@@ -148,7 +148,7 @@ def test_visible_and_folds_partition_the_patches(side, patch, ratio, folds, seed
     assert max(sizes) - min(sizes) <= 1
     assert list(sizes) == sorted(sizes, reverse=True)
     assert view.visible == kept
-    order = draw_plans(seed, epoch, np.array([5]), np.array([30]), np.array([40]), view).order[0]
+    order = draw_samples(seed, epoch, np.array([5]), np.array([30]), np.array([40]), view).order[0]
     assert sorted(order) == list(range(patches))
 
 
@@ -158,8 +158,8 @@ def test_the_papers_numbers():
 
 
 def test_one_purpose_shifts_no_other():
-    base = plans(200)
-    other = plans(
+    base = draws(200)
+    other = draws(
         200, jitter=(0.1, 0.0, 0.9, 0.0), jitter_probability=0.1, simple_scale=(0.5, 0.6), flip=0.9, complex_recipe="t2"
     )
     assert (base.order == other.order).all()
@@ -174,7 +174,7 @@ def test_keys_are_apart():
     view = ViewSettings()
     at = (np.array([7]), np.array([300]), np.array([300]), view)
     seen = {
-        tuple(draw_plans(seed, epoch, index, *at[1:]).order[0])
+        tuple(draw_samples(seed, epoch, index, *at[1:]).order[0])
         for seed in (0, 1, 1 << 32, 1 << 62)
         for epoch in (0, 1, 2**32 - 1)
         for index in (np.array([0]), np.array([7]), np.array([2**32 - 1]))
@@ -185,9 +185,9 @@ def test_keys_are_apart():
 def test_a_plan_does_not_depend_on_its_neighbours():
     index = np.array([9, 2, 31])
     sizes = np.array([300, 20, 77]), np.array([200, 400, 77])
-    together = draw_plans(1, 2, index, *sizes, ViewSettings())
+    together = draw_samples(1, 2, index, *sizes, ViewSettings())
     for i in range(3):
-        alone = draw_plans(1, 2, index[i : i + 1], sizes[0][i : i + 1], sizes[1][i : i + 1], ViewSettings())
+        alone = draw_samples(1, 2, index[i : i + 1], sizes[0][i : i + 1], sizes[1][i : i + 1], ViewSettings())
         for a, b in zip(together, alone, strict=True):
             assert (a[i] == b[0]).all()
 

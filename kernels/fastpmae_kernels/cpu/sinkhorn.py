@@ -1,10 +1,41 @@
-"""Sinkhorn's sweeps over a block of rows on one thread of the CPU."""
+"""Sinkhorn's sweeps on the CPU, each thread over a block of rows."""
 
 import numpy as np
+import torch
 from numpy import float32
+from torch import Tensor
 
 from fastpmae_kernels.cpu.compiled import compiled
-from fastpmae_kernels.cpu.rows import added, exponential, maximum
+from fastpmae_kernels.cpu.rows import added, as_fp32, exponential, maximum, row_blocks, share_out
+
+
+def column_logsumexp(logits: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Of each block of rows and column of logits / epsilon the maximum, and the sum of exp(value - maximum)."""
+    rows, prototypes = logits.shape
+    blocks = row_blocks(rows)
+    peaks = np.full((len(blocks), prototypes), -np.inf, np.float32)
+    totals = np.zeros((len(blocks), prototypes), np.float32)
+
+    def work(block: int, start: int, stop: int) -> None:
+        column_block(as_fp32(logits[start:stop]), float32(1 / epsilon), peaks[block], totals[block])
+
+    share_out(blocks, work)
+    return torch.from_numpy(peaks), torch.from_numpy(totals)
+
+
+def assigned_sums(logits: Tensor, logv: Tensor, epsilon: float) -> Tensor:
+    """softmax(logits / epsilon + logv) over the rows, summed down the columns, in one read."""
+    rows, prototypes = logits.shape
+    blocks = row_blocks(rows)
+    sums = np.zeros((len(blocks), prototypes), np.float32)
+    bias = as_fp32(logv)
+
+    def work(block: int, start: int, stop: int) -> None:
+        assigned_block(as_fp32(logits[start:stop]), float32(1 / epsilon), bias, sums[block])
+
+    share_out(blocks, work)
+    return torch.from_numpy(sums).sum(dim=0)
+
 
 WIDTH = 512
 """Columns of a block that are read for their maxima and, from the processor's cache, once more for their sums."""
