@@ -96,6 +96,7 @@ def test_peak_memory_is_that_of_a_matrix_held():
     assert peaks["loss"] < matrix
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_asked_for_in_vain():
     command = [sys.executable, "-m", "benchmarks.bench_kernels", "--device", "cuda"]

@@ -273,6 +273,7 @@ def test_the_plot_of_a_sweep_needs_no_more_than_its_rows(task: Task, tmp_path: P
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_data_that_is_not_there_is_said_in_a_sentence(tmp_path: Path):
     result = command("--quick", "--data", tmp_path / "nothing", "--cases", "ours-torch")
     assert result.returncode == 2

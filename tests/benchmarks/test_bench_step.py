@@ -132,6 +132,7 @@ def test_nothing_is_claimed_of_other_losses(monkeypatch: pytest.MonkeyPatch):
     assert all(row.ratio is None and not row.gate for row in rows if row.case in ("dual", "sdae"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_one_case_after_the_other_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """What `--device cuda` does, on the CPU, with passes that are not really compiled."""
@@ -168,6 +169,7 @@ def test_one_case_after_the_other_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, t
     assert (tmp_path / "plot.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("spoilt", ["losses", "checked_step"])
 def test_nothing_is_claimed_of_a_gpu_that_computes_something_else(spoilt: str, monkeypatch: pytest.MonkeyPatch):
@@ -237,6 +239,7 @@ def test_flops_are_those_of_the_products():
     assert total == expected - teacher[1] + attended
 
 
+@pytest.mark.slow
 def test_the_peak_is_that_of_memory_held():
     """A step that takes 64 MiB more than another shows them: each in its own process, as the benchmark measures.
 
@@ -285,6 +288,7 @@ def test_table_6_has_every_method_beside_the_papers(monkeypatch: pytest.MonkeyPa
     assert all(name in printed for name in bench_table6.NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_table_6_one_method_after_the_other_as_on_a_gpu():
     rows = bench_table6.rows_in_turn("tiny", 2, 3, torch.device("cpu"), "fp32", False)

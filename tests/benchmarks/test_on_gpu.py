@@ -52,6 +52,7 @@ def test_every_stage_runs_on_the_cpu(tmp_path: Path):
     assert not (tmp_path / "gpu.md").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_makes_the_status_1_and_ends_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A stage that raises, one that is killed, one that runs into its limit; figures found before stay."""
     stages = tmp_path / "failing_stages.py"
@@ -118,6 +119,7 @@ def test_no_page_of_anything_else(lines: str, sentence: str, tmp_path: Path):
     assert not (tmp_path / "gpu.md").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_there_is_a_sentence(tmp_path: Path):
     done = command("--page", tmp_path / "gpu.md", "--results", tmp_path / "none.jsonl")
     assert done.returncode == 2

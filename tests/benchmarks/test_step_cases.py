@@ -86,6 +86,7 @@ def test_how_far_numbers_are_apart(found: list[float], truth: list[float], expec
     assert apart(found, truth) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_flops_of_the_model_are_the_method_s_own():
     """Neither recomputation nor chunks nor 8 bits add to them."""
     plain = tiny_config("paper")

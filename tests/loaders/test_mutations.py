@@ -126,6 +126,7 @@ def blocks(folder: Path, count: int, size: int) -> None:
     assert outcomes["opened, bad samples"] > count * 0.1
 
 
+@pytest.mark.slow
 def test_hostile_files_on_every_engine(sound: Path) -> None:
     blocks(sound, 500, 250)
 

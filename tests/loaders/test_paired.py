@@ -484,6 +484,7 @@ def test_a_worker_exception_reaches_the_consumer(mixed):
         assert threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_a_forked_child_is_told_that_the_iteration_is_its_parents(mixed):
     """Also where a thread of the parent held the lock when the process was forked."""
     done = subprocess.run(
@@ -644,6 +645,7 @@ def test_a_batchs_labels_are_its_samples(mixed):
             assert batch.label.tolist() == Beton(mixed).label[batch.samples].tolist()
 
 
+@pytest.mark.slow
 def test_a_daemon_thread_begins_nothing_while_the_process_ends(small_beton: Path) -> None:
     """It would be ended within compiled code, which aborts the process."""
     words = [sys.executable, "-m", "tests.programs.daemon_thread", small_beton]

@@ -14,6 +14,7 @@ from tests.loaders.files import write_beton
 from tests.made import REPOSITORY
 
 
+@pytest.mark.slow
 def test_every_reader_says_so(tmp_path: Path) -> None:
     images = [jpeg(number % 20, 60, 50) for number in range(200)]
     path = write_beton(tmp_path / "cut.beton", images, [(60, 50)] * 200)

@@ -70,6 +70,7 @@ def test_teachers_and_frozen_encoders_are_left_alone():
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_the_plan_knows():
     """More products in the backward pass, by the blocks' own forward ones, and a lower peak."""
     sizes: dict[str, Any] = {"depth": 6, "width": 64}

@@ -156,6 +156,7 @@ def test_a_run_whose_decoder_had_no_class_token(tiny: Config, small_beton: Path,
     assert not (tmp_path / "learnt.png").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_no_report(tiny: Config, tmp_path: Path):
     folder = pretrain(tiny.using(loader="torch", steps=2, save_steps=1, keep=5))
     newest, sound = checkpoints_in(folder)
@@ -170,6 +171,7 @@ def test_a_damaged_newest_checkpoint_costs_no_report(tiny: Config, tmp_path: Pat
     assert "there is no sound checkpoint" in remark
 
 
+@pytest.mark.slow
 def test_a_folder_of_images(tiny: Config, tmp_path: Path):
     images = write_tree(tmp_path / "images", 12)
     folder = pretrain(tiny.using(beton=images, loader="torch", steps=1, batch_size=4))
@@ -253,6 +255,7 @@ def test_results_of_strangers(more: dict, tmp_path: Path):
     assert [result.images for result in results_in(tmp_path)] == [44]
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path):
     paths = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
     done = subprocess.run(

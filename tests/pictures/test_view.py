@@ -52,6 +52,7 @@ def test_what_cannot_be_drawn(small_beton, tmp_path, out, options, said):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_command_line(small_beton, tmp_path):
     paths = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
 

@@ -81,6 +81,7 @@ def test_flops_of_the_forward_pass_are_those_of_the_paper():
     assert set(costs.backward) == {"head", "decoder", "student's encoder"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"preset": "mae"}, {"preset": "sdae"}, {}, {"prototypes_chunk": 4}], ids=str)
 def test_flops_grow_evenly_with_batch_and_blocks(settings: dict[str, Any]):
     settings = {"depth": 3, "decoder_depth": 2, **settings}
@@ -141,6 +142,7 @@ def test_shards_divide_what_is_always_held():
     assert step_costs(config, 8) == step_costs(config.using(shard=False), 8)
 
 
+@pytest.mark.slow
 def test_chunks_of_logits_hold_less():
     config = tiny_config(prototypes=512)
     whole, chunks = (step_costs(config.using(prototypes_chunk=chunk), 64) for chunk in (0, 16))

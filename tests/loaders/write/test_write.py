@@ -278,6 +278,7 @@ def odd_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "odd_images"
 
 
+@pytest.mark.slow
 def test_every_odd_image_is_accounted_for(odd_images: Path, tmp_path: Path) -> None:
     files = sorted(path for path in odd_images.iterdir())
     written = write_beton(odd_images, tmp_path / "odd.beton", workers=2, skip_bad=True)
@@ -318,6 +319,7 @@ def test_the_real_sample_keeps_its_bytes(tmp_path: Path) -> None:
     assert beton.class_names == sorted(path.name for path in (tmp_path / "imagenet_sample" / "train").iterdir())
 
 
+@pytest.mark.slow
 def test_exit_statuses(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.beton"
     done = command(tree, out, "--workers", 1)
@@ -463,6 +465,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, number: int,
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     source = pngs(tmp_path / "many", 60)
@@ -477,6 +480,7 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     assert "60 images" in output
 
 
+@pytest.mark.slow
 def test_a_decoder_that_takes_too_long_is_a_bad_image(tmp_path: Path) -> None:
     folder = write_tree(tmp_path / "tree", 4, classes=1)
     rng = np.random.default_rng(0)
