@@ -64,7 +64,8 @@ def test_every_rate_is_the_papers_formula_and_timms_number(setting: Setting, pre
     schedule = make_schedule(optimizer, config, steps_per_epoch=10)
     places = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     assert len(places) == len(list(model.parameters()))
-    warmup, peak = config.warmup_epochs * 10, config.peak_lr
+    assert config.blr is not None
+    warmup, peak = config.warmup_epochs * 10, config.blr * config.batch_size / 256
     for step in (0, 1, 37, int(warmup) - 1, int(warmup), 150, 199):
         schedule.step_update(step)
         rate = peak * step / warmup
