@@ -35,6 +35,7 @@ ROOMS = {
     "fastpmae_kernels": [
         "backend",
         "builtin_names",
+        "photometric_numbers",
         "cpu",
         "long_rows",
         "traffic",
