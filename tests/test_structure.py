@@ -38,6 +38,7 @@ ROOMS = {
         "backend",
         "builtin_names",
         "locks",
+        "photometric_numbers",
         "cpu",
         "long_rows",
         "traffic",

@@ -111,7 +111,7 @@ def test_messages_of_a_step():
     assert MESSAGES.sent(2) == 480_000_000 + 4 * 32768 + 4
 
 
-def test_messages_of_a_step_in_shards():
+def test_messages_of_a_sharded_step():
     # a teacher of two blocks, and a student of two and one: gathered for both directions, then taken apart
     student, teachers = [(200, 2), (50, 1)], [(200, 2)]
     shards = fsdp_messages(student, teachers, 1)
@@ -121,7 +121,7 @@ def test_messages_of_a_step_in_shards():
     assert messages.sent(4) == 3 / 4 * (4 * (200 + 3 * 250) + 2 * 4)
     # FSDP sends the student's bytes three times where DDP sends them twice
     assert traffic(250, 0, 3, fsdp=fsdp_messages(student, [], 1)).sent(4) == pytest.approx(3 / 4 * (3000 + 8))
-    step = replace(STEP, messages=replace(MESSAGES, shards=fsdp_messages([(120_000_000, 12)], [], 1)))
+    step = replace(STEP, messages=replace(MESSAGES, fsdp=fsdp_messages([(120_000_000, 12)], [], 1)))
     fast, slow = (step_on(8, replace(H100, link=link), step, jitter=0.0).gradients for link in (H100.link, 1e9))
     assert fast == pytest.approx(all_reduce(40e6, 8, H100))
     assert slow > STEP.compute
