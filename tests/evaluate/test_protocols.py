@@ -1,5 +1,6 @@
 """`fastpmae-eval` as a user calls it: what it prints and writes, and what it refuses."""
 
+import contextlib
 import csv
 import io
 import json
@@ -16,6 +17,7 @@ from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from fastpmae import PRESETS, UserError, embed_images, export_encoder, load_encoder, pretrain, write_beton
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate import protocols
 from fastpmae.evaluate.backbone import features, find_backbone
 from fastpmae.evaluate.datasets import open_labelled
@@ -354,3 +356,11 @@ def test_an_exported_folder_is_the_network_that_was_exported(data: Path, tmp_pat
     fresh = make_encoder(config)
     start_encoder(fresh, tmp_path / "exported")
     assert all(torch.equal(t, encoder.state_dict()[name]) for name, t in fresh.state_dict().items())
+
+
+def test_what_one_process_computes_is_refused_on_several(data: Path, tmp_path: Path, monkeypatch, capsys):
+    two = Ranks(0, 2, 2, torch.device("cpu"), None)
+    monkeypatch.setattr(protocols, "join_ranks", lambda device: contextlib.nullcontext(two))
+    assert call(monkeypatch, "knn", data / "run", "--train", data / "train.beton", "--out", tmp_path / "knn") == 2
+    assert "fastpmae-eval knn is computed by one process: start it without torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "knn").exists()

@@ -96,3 +96,8 @@ def test_a_trace_holds_the_steps_after_the_warm_up(tiny: Config, last: int, trac
 def test_a_run_that_ends_in_the_warm_up_leaves_no_trace(tiny: Config):
     folder = pretrain(tiny.using(steps=4, profile=2))
     assert not (folder / "trace.json").exists()
+
+
+def test_a_trace_of_fewer_steps_than_none_is_refused(tiny: Config):
+    with pytest.raises(UserError, match="--profile -1: 0 or more"):
+        pretrain(tiny.using(profile=-1))
