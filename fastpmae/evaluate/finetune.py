@@ -90,9 +90,10 @@ def fitted(setting: Setting, config: FinetuneConfig, ranks: Ranks, progress: Pro
     images = len(setting.train.labels)
     if setting.frozen and (smaller := config.fitted(images, ranks.size)) != config:
         # MAE's batch for its probe is larger than many a set of images.
+        rates = f", and the peak learning rate is {smaller.peak_lr:.3g} instead of {config.peak_lr:.3g}"
         progress.tell(
-            f"--batch-size {config.batch_size} is more than there are images: a step takes {smaller.batch_size}, and "
-            f"the peak learning rate is {smaller.peak_lr:.3g} instead of {config.peak_lr:.3g}"
+            f"--batch-size {config.batch_size} is more than there are images: a step takes {smaller.batch_size}"
+            + (rates if config.lr is None else "")
         )
         config = smaller
     if images < config.batch_size:

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_feed
+from benchmarks import bench_prefetcher
 
 
 def test_rows(small_beton: Path):
-    rows = bench_feed.rows_of(small_beton, batch=4, workers=1, share=0.5, rounds=1, batches=3)
+    rows = bench_prefetcher.rows_of(small_beton, batch=4, workers=1, share=0.5, rounds=1, batches=3)
     assert [(row.case, row.metric, row.unit) for row in rows] == [
-        ("feed", "images_per_second", "images/s"),
-        ("feed", "data_wait", "%"),
+        ("prefetcher", "images_per_second", "images/s"),
+        ("prefetcher", "data_wait", "%"),
         ("consumer of 50%", "data_wait", "%"),
     ]
     assert rows[0].value > 0
@@ -25,8 +25,10 @@ def test_rows(small_beton: Path):
 def test_the_check_is_that_a_consumer_hardly_waits(
     waited: float, passes: bool, small_beton: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(bench_feed, "taken", lambda feed, epoch, batches, pause, _: (100.0, waited if pause else 90.0))
-    rows = bench_feed.rows_of(small_beton, batch=4, workers=1, share=0.5, rounds=3, batches=3)
+    monkeypatch.setattr(
+        bench_prefetcher, "taken", lambda prefetcher, epoch, batches, pause, _: (100.0, waited if pause else 90.0)
+    )
+    rows = bench_prefetcher.rows_of(small_beton, batch=4, workers=1, share=0.5, rounds=3, batches=3)
     assert [row.gate for row in rows] == [True, True, passes]
 
 
@@ -44,24 +46,24 @@ def test_what_is_waited_for_is_counted_and_what_is_computed_is_not():
             waited, self.waited = self.waited, 0.0
             return waited
 
-    feed: Any = Slow()
-    passed, waited = bench_feed.taken(feed, 0, 5, 0.02, bench_feed.Sleeper())
+    prefetcher: Any = Slow()
+    passed, waited = bench_prefetcher.taken(prefetcher, 0, 5, 0.02, bench_prefetcher.Sleeper())
     assert waited == 5
     assert passed >= 5 * 0.03
 
 
 @pytest.mark.parametrize("share", ["0", "1", "-1"])
 def test_a_share_that_makes_no_sense(share: str, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    monkeypatch.setattr("sys.argv", ["bench_feed", "--share", share])
+    monkeypatch.setattr("sys.argv", ["bench_prefetcher", "--share", share])
     with pytest.raises(SystemExit) as ended:
-        bench_feed.main()
+        bench_prefetcher.main()
     assert ended.value.code == 2
     assert "--share" in capsys.readouterr().err
 
 
 def test_a_consumer_that_computes(monkeypatch: pytest.MonkeyPatch):
     """What a GPU does, on the CPU: the work lasts about as long as it is to, and the rest of the time is idle."""
-    consumer = bench_feed.Multiplier(torch.device("cpu"))
+    consumer = bench_prefetcher.Multiplier(torch.device("cpu"))
     start = time.perf_counter()
     consumer.work(0.05)
     consumer.wait()
@@ -74,8 +76,8 @@ def test_a_consumer_that_computes(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_rows_of_a_consumer_that_computes(small_beton: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench_feed, "Sleeper", lambda: bench_feed.Multiplier(torch.device("cpu")))
-    rows = bench_feed.rows_of(small_beton, batch=4, workers=1, share=0.5, rounds=2, batches=3)
+    monkeypatch.setattr(bench_prefetcher, "Sleeper", lambda: bench_prefetcher.Multiplier(torch.device("cpu")))
+    rows = bench_prefetcher.rows_of(small_beton, batch=4, workers=1, share=0.5, rounds=2, batches=3)
     assert [(row.case, row.metric) for row in rows][2:] == [
         ("consumer of 50%", "data_wait"),
         ("consumer of 50%", "idle"),
@@ -85,6 +87,6 @@ def test_rows_of_a_consumer_that_computes(small_beton: Path, monkeypatch: pytest
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_gets_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    monkeypatch.setattr("sys.argv", ["bench_feed", "--device", "cuda"])
-    assert bench_feed.main() == 2
+    monkeypatch.setattr("sys.argv", ["bench_prefetcher", "--device", "cuda"])
+    assert bench_prefetcher.main() == 2
     assert "--device cuda: torch sees no GPU here" in capsys.readouterr().err

@@ -1,11 +1,11 @@
-"""How long whoever takes batches from the trainer's feed waits when a GPU takes most of what the feed can give.
+"""How long the taker of the trainer's batches waits when a GPU takes most of what the prefetcher can give.
 
-`python -m benchmarks.bench_feed [--data DIR_OR_BETON] [--share 0.8] [--workers N] [--quick] [--json F] [--plot F]`. The
-feed's own rate is measured first, on real JPEGs. Then a consumer takes a batch, sleeps as long as a GPU that needs
-`--share` of that rate would compute, and takes the next: what it waits for is the `data_wait` of `metrics.jsonl` (on a
-GPU that is less, since the loop takes a batch while the one before is computed on), and
-its check is that this is less than 2 % of the time. Both take turns in one run. No network is trained: what the
-trainer's own work on the CPU takes from the loader beside a GPU is not in it.
+`python -m benchmarks.bench_prefetcher [--data DIR_OR_BETON] [--share 0.8] [--workers N] [--quick] [--json F]
+[--plot F]`. The prefetcher's own rate is measured first, on real JPEGs. Then a consumer takes a batch, sleeps as long
+as a GPU that needs `--share` of that rate would compute, and takes the next: what it waits for is the `data_wait` of
+`metrics.jsonl` (on a GPU that is less, since the loop takes a batch while the one before is computed on), and its check
+is that this is less than 2 % of the time. Both take turns in one run. No network is trained: what the trainer's own
+work on the CPU takes from the loader beside a GPU is not in it.
 
 With `--device cuda` batches go to the GPU as the trainer's do, with their colours made there, and the consumer
 computes: products that last as long, which the host hands over and does not wait for. `idle` is then the share of the
@@ -85,15 +85,15 @@ class Multiplier:
 
 
 def taken(
-    feed: Prefetcher, epoch: int, batches: int, seconds_each: float, consumer: Sleeper | Multiplier
+    prefetcher: Prefetcher, epoch: int, batches: int, seconds_each: float, consumer: Sleeper | Multiplier
 ) -> tuple[float, float]:
     """Take batches, computing `seconds_each` after every one; the seconds that went by, and those of them waiting."""
-    source = feed.epoch(epoch, 0)
+    source = prefetcher.epoch(epoch, 0)
     for _ in range(WARM_UP):
         next(source)
         consumer.work(seconds_each)
     consumer.wait()
-    feed.take_wait()
+    prefetcher.take_wait()
     consumer.idle(1.0)
     start = time.perf_counter()
     for _ in range(batches):
@@ -102,13 +102,13 @@ def taken(
     consumer.wait()
     passed = time.perf_counter() - start
     source.close()
-    return passed, feed.take_wait()
+    return passed, prefetcher.take_wait()
 
 
 def rows_of(
     beton: Path, batch: int, workers: int, share: float, rounds: int, batches: int, device: torch.device | str = "cpu"
 ) -> list[Row]:
-    """The feed's rate, and the share of the time that the consumer waits."""
+    """The prefetcher's rate, and the share of the time that the consumer waits."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     config = PRESETS["paper"].using(beton=beton, batch_size=batch, workers=workers)
@@ -117,13 +117,13 @@ def rows_of(
     consumer = Multiplier(device) if on_gpu else Sleeper()
     rates, waits, free, idle = [], [], [], []
     with make_loader(open_samples(beton), config, Ranks(0, 1, 1, device, None)) as loader:
-        feed = Prefetcher(loader, config, device)
-        taken(feed, 0, 1, 0.0, consumer)  # compiles
+        prefetcher = Prefetcher(loader, config, device)
+        taken(prefetcher, 0, 1, 0.0, consumer)  # compiles
         for turn in range(rounds):
-            passed, waited = taken(feed, 2 * turn + 1, batches, 0.0, consumer)
+            passed, waited = taken(prefetcher, 2 * turn + 1, batches, 0.0, consumer)
             rates.append(batch * batches / passed)
             free.append(100 * waited / passed)
-            passed, waited = taken(feed, 2 * turn + 2, batches, batch / (share * rates[-1]), consumer)
+            passed, waited = taken(prefetcher, 2 * turn + 2, batches, batch / (share * rates[-1]), consumer)
             waits.append(100 * waited / passed)
             of_consumer = consumer.idle(passed)
             if of_consumer is not None:
@@ -133,8 +133,8 @@ def rows_of(
         where = f"{device_name('cuda')}, {where}"
     name, gate = f"consumer of {share:.0%}", statistics.median(waits) < LIMIT
     rows = [
-        make_row("feed", "images_per_second", "images/s", rates, where, True, more_is_better=True),
-        make_row("feed", "data_wait", "%", free, where, True),
+        make_row("prefetcher", "images_per_second", "images/s", rates, where, True, more_is_better=True),
+        make_row("prefetcher", "data_wait", "%", free, where, True),
         make_row(name, "data_wait", "%", waits, where, gate),
     ]
     return rows + ([make_row(name, "idle", "%", idle, where, gate)] if idle else [])
@@ -161,19 +161,19 @@ def picture(rows: Sequence[Row], title: str, file: Path) -> None:
 
 
 def main() -> int:
-    parser = arguments("bench_feed", (__doc__ or "").split("\n\n")[0])
+    parser = arguments("bench_prefetcher", (__doc__ or "").split("\n\n")[0])
     add_device(parser)
     parser.add_argument("--data", type=Path, metavar="DIR_OR_BETON", help="images to read")
     parser.add_argument("--workers", type=int, default=loader_threads(), help="loader threads")
     parser.add_argument(
         "--batch", type=int, default=0, help=f"images in a batch: {BATCH}, with --quick 16; on a GPU {GPU_BATCH}, or 64"
     )
-    parser.add_argument("--share", type=float, default=0.8, help="of the feed's rate that the consumer takes")
+    parser.add_argument("--share", type=float, default=0.8, help="of the prefetcher's rate that the consumer takes")
     given = parser.parse_args()
     if not 0 < given.share < 1:
         parser.error(f"--share {given.share} is not between 0 and 1")
     rounds, batches = (2, 40) if given.quick else (5, 60)
-    with tempfile.TemporaryDirectory(prefix="bench_feed_") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench_prefetcher_") as folder:
         try:
             device = choose_device(given.device)
             few, many = (64, GPU_BATCH) if device.type == "cuda" else (16, BATCH)
@@ -181,7 +181,7 @@ def main() -> int:
             images = prepare(given.data, Path(folder), batch * (batches + WARM_UP))
             rows = rows_of(images.beton, batch, given.workers, given.share, rounds, batches, device)
         except UserError as error:
-            print(f"bench_feed: error: {error}", file=sys.stderr)
+            print(f"bench_prefetcher: error: {error}", file=sys.stderr)
             return 2
     return finish(rows, f"Waiting for data: {images.words}", given.json, given.plot, picture)
 
