@@ -611,7 +611,7 @@ def test_every_method_trains(tiny: Config, name: str):
     method = PRESETS[name]
     settings = {
         setting: getattr(getattr(method, group), setting)
-        for group in ("teachers", "loss")
+        for group in ("teacher", "loss")
         for setting in type(getattr(method, group)).__dataclass_fields__
     }
     folder = pretrain(tiny.using(**settings, steps=11, warmup_epochs=0.0, blr=0.05))
