@@ -18,10 +18,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fastpmae import Config
-from fastpmae.architecture import shape_of
-from fastpmae.model import Student
-from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD, sincos_positions
-from fastpmae.teachers import Teachers
+from fastpmae.model.build import shape_of
+from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD, sincos_positions
+from fastpmae.model.teachers import Teachers
+from fastpmae.model.vit import Student
 from fastpmae_loaders import Batch
 
 LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)
@@ -58,8 +58,8 @@ def pick(tokens: Float[Tensor, "batch patches dim"], ids: Int[Tensor, "batch cou
 class PlainEncoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        shape, size = shape_of(config.model), config.views.image_size
-        rates = torch.linspace(0, config.model.drop_path, shape.depth).tolist()
+        shape, size = shape_of(config.network), config.views.image_size
+        rates = torch.linspace(0, config.network.drop_path, shape.depth).tolist()
         self.patch_embed = timm.layers.PatchEmbed(size, shape.patch_size, 3, shape.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
         self.pos_embed = positions(size // shape.patch_size, shape.width)
@@ -86,7 +86,7 @@ class PlainDecoder(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        model, shape = config.model, shape_of(config.model)
+        model, shape = config.network, shape_of(config.network)
         dim = model.decoder_width
         self.embed = nn.Linear(shape.width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -127,7 +127,7 @@ class PlainNetwork(nn.Module):
 
     def __init__(self, config: Config, decoder: bool, head: bool):
         super().__init__()
-        model = config.model
+        model = config.network
         self.encoder = PlainEncoder(config)
         self.decoder = PlainDecoder(config) if decoder else None
         sizes = shape_of(model).width, model.head_hidden, model.head_bottleneck, model.prototypes
@@ -184,7 +184,7 @@ class PlainMethod:
             for name, (_, schedule) in zip(self.teachers, teachers.scheduled(), strict=True)
             if schedule.cadence == "step"
         }
-        decay = config.optimiser.weight_decay
+        decay = config.optimizer.weight_decay
         parameters = [(n, p) for n, p in self.student.named_parameters() if p.requires_grad]
         spared = [p for n, p in parameters if p.ndim == 1 or n.endswith("_token")]
         decayed = [p for n, p in parameters if not (p.ndim == 1 or n.endswith("_token"))]
@@ -193,7 +193,7 @@ class PlainMethod:
             {"params": spared, "weight_decay": 0.0},
         ]
         fused = torch.device(device).type == "cuda" or None
-        self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=config.optimiser.betas, fused=fused)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.optimizer.betas, fused=fused)
 
     def folds(self, teacher: PlainNetwork, images: Tensor, batch: PlainBatch) -> tuple[list[Tensor], Tensor]:
         """The teacher's class token of each fold, and its patch tokens of all folds."""
@@ -250,10 +250,10 @@ class PlainMethod:
         """One AdamW step, unless the loss is not finite."""
         if not torch.isfinite(losses.total.detach()):
             raise RuntimeError(f"the loss is {losses.total.item()}")
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def follow(self, step: int) -> None:

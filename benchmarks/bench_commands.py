@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import SHARED, Row, arguments, device_name, finish, make_row, save, unpack
-from fastpmae.errors import exit_with_sentence
+from fastpmae_loaders.cli.exits import exit_with_sentence
 
 DATA = {"camvid": "camvid_240x180.tar", "tiny_imagenet_20": "tiny_imagenet_20.tar"}
 VOID = 11

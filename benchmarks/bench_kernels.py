@@ -270,7 +270,7 @@ FEW = 2
 
 
 def made_views(device: str, count: int = IMAGES) -> tuple[Tensor, Tensor, Tensor]:
-    """Smooth images, and a plan for them: DINO's factors and shares of the coins, an order of its own for each."""
+    """Smooth images, and draws for them: DINO's factors and shares of the coins, an order of its own for each."""
     generator = torch.Generator().manual_seed(2)
     coarse = torch.rand(count, 3, 7, 7, generator=generator) * 255
     images = F.interpolate(coarse, SIDE, mode="bicubic").clamp(0, 255).byte()

@@ -49,16 +49,19 @@ from benchmarks.learning_judge import (
     write,
 )
 from benchmarks.step_cases import release
-from fastpmae.architecture import make_student
-from fastpmae.config import Config, preset, read_config
-from fastpmae.demo import rows_of, thumbnails, whole_images
-from fastpmae.embed import load_encoder
-from fastpmae.errors import UserError, exit_with_sentence
-from fastpmae.files import appearing
+from fastpmae.config import Config
+from fastpmae.config_file import read_config
+from fastpmae.demo.demo import rows_of, thumbnails, whole_images
+from fastpmae.distributed.ranks import choose_device
+from fastpmae.evaluate.features import load_encoder
+from fastpmae.model.build import make_student
+from fastpmae.presets import preset
 from fastpmae.train import pretrain
-from fastpmae.world import choose_device
-from fastpmae.write import write_beton
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.machine import loader_threads
+from fastpmae_loaders.write.write import write_beton
 
 IMAGES = SHARED / "tiny_imagenet_20.tar"
 UNTRAINED = ("random", "thumbnails")
@@ -148,7 +151,7 @@ class Evening:
                 pretrain(config.using(resume="auto", tensorboard=False))
                 seconds.append(float(np.median(seconds_of(run))))
         times = self.times() | {name: float(np.median(np.divide(found[name], found["dual"])))}
-        with appearing(self.results / "step-seconds.json") as beside:
+        with atomic_write(self.results / "step-seconds.json") as beside:
             beside.write_text(json.dumps(times, indent=1) + "\n")
 
     def known_epochs(self) -> dict[str, int]:
@@ -162,7 +165,7 @@ class Evening:
 
     def _epochs(self, timed: str, half: bool) -> int:
         """How many epochs of a timed case the base's time holds, or half of it."""
-        return max(1, round(self.base.optimiser.epochs / (2 if half else 1) / self.times()[timed]))
+        return max(1, round(self.base.optimizer.epochs / (2 if half else 1) / self.times()[timed]))
 
     def times(self) -> dict[str, float]:
         """What a step of each case takes, as a share of the base's, where it has been measured."""
@@ -173,7 +176,7 @@ class Evening:
 def seconds_of(run: Path) -> list[float]:
     """How long each stretch between two rows of a run's log took: images over images a second."""
     seconds, before = [], 0.0
-    batch = read_config(run / "config.json").optimiser.batch_size
+    batch = read_config(run / "config.json").optimizer.batch_size
     for row in rows_of(run):
         seconds.append((row["step"] - before) * batch / row["images_per_second"])
         before = row["step"]
@@ -299,7 +302,7 @@ def for_device(base: Config, device: torch.device, mode: str | None) -> Config:
         if mode is not None:
             raise UserError(f"--compile-mode {mode} is of a GPU: say --device cuda, or leave it out")
         return base
-    graphs = "reduce-overhead" if base.optimiser.accumulate == 1 else "default"
+    graphs = "reduce-overhead" if base.optimizer.accumulate == 1 else "default"
     return base.using(compile="on", compile_mode=mode or graphs)
 
 
@@ -342,20 +345,20 @@ def bench() -> int:
     for seed in given.seeds:
         for name in given.cases:
             in_time = given.equal == "time" and name != "dual"
-            epochs = evening.epochs_in_the_same_time(name) if in_time else base.optimiser.epochs
+            epochs = evening.epochs_in_the_same_time(name) if in_time else base.optimizer.epochs
             evening.trained(name, seed, "time" if in_time else "steps", epochs)
     found: dict[tuple[str, str], list[Judged]] = {}
     same_time = evening.known_epochs()
     for path in sorted(results.glob("*-seed*.json")):
         one = read(path)
-        comparable = same_time.get(one.case) if one.equal == "time" else base.optimiser.epochs
+        comparable = same_time.get(one.case) if one.equal == "time" else base.optimizer.epochs
         if one.case in UNTRAINED or one.epochs == comparable:
             found.setdefault((one.case, one.equal), []).append(one)
     lines = list(lines_of(found, given.compare))
     print("\n".join(lines))
     if given.page is not None:
         write_page(given.page, Path(given.base).stem, lines)
-    title = f"Features after {base.optimiser.epochs} epochs of {len(evening.train.labels)} images"
+    title = f"Features after {base.optimizer.epochs} epochs of {len(evening.train.labels)} images"
     return finish(
         as_rows(found, device.type), title, given.json, given.plot, lambda _, words, file: picture(found, words, file)
     )

@@ -25,13 +25,13 @@ from benchmarks.loader_baselines import Task
 from benchmarks.loader_cases import CASES
 from benchmarks.loader_checks import check
 from benchmarks.loader_turns import Record, Turns, take_turns, watch_memory
-from fastpmae.errors import UserError
-from fastpmae.pages import PageWriter
 from fastpmae.photographs import write_demo_images
-from fastpmae.write import write_beton
 from fastpmae_loaders import Beton
-from fastpmae_loaders.beton import JPG
+from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads, usable_cores
+from fastpmae_loaders.sources.beton import JPG
+from fastpmae_loaders.write.pages import PageWriter
+from fastpmae_loaders.write.write import write_beton
 
 SAMPLE = SHARED / "imagenet_sample_400.tar"
 BATCH, QUICK_BATCH, SIDE = 64, 16, 224

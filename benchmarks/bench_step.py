@@ -47,16 +47,17 @@ from benchmarks.step_cases import (
     most_apart,
     seconds_of_parts,
 )
-from fastpmae.errors import UserError, exit_with_sentence
-from fastpmae.flops import flop_formulas
-from fastpmae.host_memory import tune_allocator
-from fastpmae.world import choose_device
+from fastpmae.distributed.ranks import choose_device
+from fastpmae.plan.flops import flop_formulas
+from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders import Batch
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.errors import UserError
 
 PAIRS = (("dual", "plain-dual"), ("sdae", "plain-sdae"))
 CHUNK = 1024
 """`--prototypes-chunk` of the methods that have prototypes."""
-PARTS = ("data", "teachers", "forward", "backward", "optimiser", "EMA")
+PARTS = ("data", "teachers", "forward", "backward", "optimizer", "EMA")
 
 
 class Apart:

@@ -36,9 +36,9 @@ from benchmarks.step_cases import (
     most_apart,
     seconds_of_parts,
 )
-from fastpmae.errors import exit_with_sentence
-from fastpmae.host_memory import tune_allocator
-from fastpmae.world import choose_device
+from fastpmae.distributed.ranks import choose_device
+from fastpmae.run.malloc import tune_allocator
+from fastpmae_loaders.cli.exits import exit_with_sentence
 
 METHODS = ("sdae", "mae", "single-step", "single-epoch", "dual")
 NAMES = ("SdAE", "MAE", "single teacher, per step", "single teacher, per epoch", "two teachers")

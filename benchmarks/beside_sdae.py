@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from fastpmae import PRESETS
-from fastpmae.architecture import make_networks
-from fastpmae.errors import UserError, exit_with_sentence
-from fastpmae.optimiser import learning_rate, make_optimiser, update
-from fastpmae.patches import IMAGENET_MEAN, IMAGENET_STD
-from fastpmae.step import learn, teach
-from fastpmae.world import World
+from fastpmae.distributed.ranks import Ranks
+from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.optimizer import learning_rate, make_optimizer, update
+from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae_loaders import Batch
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.errors import UserError
 
 STEPS, EPOCH, EPOCHS, IMAGES, RATE = 3, 70, 300, 2, 0.05
 """Three steps of an epoch after the warm-up, at a rate that moves every weight."""
@@ -65,7 +66,7 @@ def their_modules(checkout: Path, timm: Path) -> dict[str, Any]:
     # One process on a CPU: nothing is waited for, gathered, or computed in half.
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.is_available = lambda: False
-    torch.cuda.amp.autocast = contextlib.nullcontext  # type: ignore
+    torch.cuda.amp.autocast = contextlib.nullcontext
     found["engine_pretrain"].misc.all_reduce_mean = lambda value: value
     found["engine_pretrain"].misc.MetricLogger.synchronize_between_processes = lambda self: None
     return found
@@ -90,13 +91,13 @@ def trained_by_theirs(
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     batches = [((part.double() / 255 - mean) / std, None) for part in images]
 
-    def scaler(loss: Tensor, optimiser: Any, **_: Any) -> None:
+    def scaler(loss: Tensor, optimizer: Any, **_: Any) -> None:
         loss.backward()
         found = {our_name(name): p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
         steps.append((float(loss), found))
-        optimiser.step()
+        optimizer.step()
 
-    groups = theirs["optim_factory"].add_weight_decay(student, PRESETS["sdae-code"].optimiser.weight_decay)
+    groups = theirs["optim_factory"].add_weight_decay(student, PRESETS["sdae-code"].optimizer.weight_decay)
     rate = RATE * IMAGES / 256
     numbers = types.SimpleNamespace(accum_iter=1, mask_ratio=0.75, lr=rate, min_lr=0.0, warmup_epochs=60, epochs=EPOCHS)
     torch.manual_seed(seed)  # nothing but the masks is drawn
@@ -117,7 +118,7 @@ def batch_of(images: Tensor, order: Tensor) -> Batch:
         views=(images, images), visible=order[:, :VISIBLE].contiguous(), folds=order[:, VISIBLE:].contiguous(),
         fold_sizes=(fold,) * FOLDS, label=torch.zeros(count, dtype=torch.int64), index=torch.arange(count),
         boxes=torch.zeros(count, 2, 4, dtype=torch.int32), flips=torch.zeros(count, 2, dtype=torch.bool),
-        factors=torch.ones(count, 2, 5), choices=torch.zeros(count, 2, 9, dtype=torch.uint8),
+        factors=torch.ones(count, 2, 5, dtype=torch.float64), choices=torch.zeros(count, 2, 9, dtype=torch.uint8),
         source_size=torch.zeros(count, 2, dtype=torch.int32), samples=np.arange(count), failed=[],
     )  # fmt: skip
 
@@ -135,7 +136,7 @@ def beside(checkout: Path, timm: Path, size: str) -> int:
     Returns:
         1 where anything is further apart than `LIMIT`, else 0.
     """
-    config = PRESETS["sdae-code"].using(model=f"vit_{size}", drop_path=0.0, batch_size=IMAGES, lr=RATE)
+    config = PRESETS["sdae-code"].using(model=f"vit_{size}", drop_path=0.0, batch_size=IMAGES, blr=RATE)
     student, teachers = make_networks(config, 1000, torch.device("cpu"), None)
     teacher = teachers.reconstruction
     assert teacher is not None
@@ -160,11 +161,11 @@ def beside(checkout: Path, timm: Path, size: str) -> int:
     orders = [torch.argsort(torch.rand(IMAGES, PATCHES), dim=1) for _ in images]
     steps = trained_by_theirs(theirs, their_student, their_teacher, images, 5)
 
-    optimiser, world = make_optimiser(student, config), World(0, 1, 1, torch.device("cpu"), None)
+    optimizer, ranks = make_optimizer(student, config), Ranks(0, 1, 1, torch.device("cpu"), None)
     apart: dict[str, float] = {}
     for step, (loss, gradients) in enumerate(steps):
         batch = batch_of(images[step], orders[step])
-        losses = learn(student, batch, None, teach(teachers, batch, config), config)
+        losses = student_loss(student, batch, None, compute_targets(teachers, batch, config), config)
         losses.total.backward()
         ours = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
         apart[f"loss of step {step}"] = abs(float(losses.total) / loss - 1)
@@ -173,8 +174,8 @@ def beside(checkout: Path, timm: Path, size: str) -> int:
         if step == 0:
             token = "encoder.cls_token"
             apart["the class token's"] = float(difference[token].norm() / gradients[token].norm())
-        update(optimiser, losses.total.detach(), learning_rate(config, EPOCH * STEPS + step, STEPS), 0.0, world)
-    teachers.follow(student, "epoch", EPOCH)
+        update(optimizer, losses.total.detach(), learning_rate(config, EPOCH * STEPS + step, STEPS), 0.0, ranks)
+    teachers.update_ema(student, "epoch", EPOCH)
     for what, mine, other in (
         ("weights after three steps", student, {our_name(n): t for n, t in their_student.state_dict().items()}),
         ("the teacher after its epoch", teacher, {f"encoder.{n}": t for n, t in their_teacher.state_dict().items()}),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from fastpmae.errors import UserError
+from fastpmae_loaders.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -80,7 +80,7 @@ CASES: dict[str, LearningCase] = {
             lambda base: {
                 "teachers": "single",
                 "labelling_cadence": "epoch",
-                "labelling_momentum": base.teachers.reconstruction_momentum,
+                "labelling_momentum": base.teacher.reconstruction_momentum,
             },
             74.3,
         ),

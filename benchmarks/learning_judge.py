@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastpmae.demo import first_and_mean
-from fastpmae.files import appearing
-from fastpmae.knn import knn_predict
-from fastpmae.linear import best_c, logistic_regression, standardised
-from fastpmae.model import Encoder
+from fastpmae.demo.demo import first_and_mean
+from fastpmae.evaluate.knn import knn_predict
+from fastpmae.evaluate.linear import best_c, logistic_regression, standardised
+from fastpmae.model.vit import Encoder
+from fastpmae_loaders.files import atomic_write
 
 POOLS = ("class", "mean")
 MEASURES = ("knn_val", "knn_train", "linear_val")
@@ -53,7 +53,7 @@ def write(judged: Judged, path: Path, curve: Sequence[dict[str, float]] = ()) ->
         "case": judged.case, "seed": judged.seed, "equal": judged.equal, "epochs": judged.epochs,
         "seconds": judged.seconds, "figures": figures, "right": bits, "curve": list(curve),
     }  # fmt: skip
-    with appearing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -76,12 +76,12 @@ def judge(
     right, classes = {}, int(train.labels.max()) + 1
     labels, others = train.labels.to(device), val.labels.to(device)
     for pool, of_pool in features.items():
-        learnt, tested = (rows.to(device) for rows in of_pool)
-        near = knn_predict(learnt, labels, tested, NEIGHBOURS)
+        train_rows, val_rows = (rows.to(device) for rows in of_pool)
+        near = knn_predict(train_rows, labels, val_rows, NEIGHBOURS)
         right[f"knn_val/{pool}"] = (near == others).cpu().numpy()
-        near = knn_predict(learnt, labels, learnt, NEIGHBOURS, leave_one_out=True)
+        near = knn_predict(train_rows, labels, train_rows, NEIGHBOURS, leave_one_out=True)
         right[f"knn_train/{pool}"] = (near == labels).cpu().numpy()
-        rows, tests = standardised(learnt, tested)
+        rows, tests = standardised(train_rows, val_rows)
         c = best_c(rows, labels, classes, (0.001, 0.01, 0.1), seed=0)
         weight, bias = logistic_regression(rows, labels, classes, c, most_steps=200)
         found = (tests.double() @ weight.double() + bias.double()).argmax(dim=1)

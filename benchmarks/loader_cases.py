@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.loader_baselines import Task, Views, dali_views, ffcv_views, timm_views, torchvision_views
 from fastpmae_loaders import Beton, PairedViews, View, dino_global, mae_view
-from fastpmae_loaders.jpeg import TURBO_DECOMPRESS, TURBO_FLAGS, TURBO_RGB, TurboDecoders
+from fastpmae_loaders.sources.jpeg import TURBO_DECOMPRESS, TURBO_FLAGS, TURBO_RGB, TurboDecoders
 
 CHECKED = 8
 """So many samples of a case's first batch are compared with an independent computation."""

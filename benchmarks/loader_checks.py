@@ -1,6 +1,6 @@
 """What a case's first batch must be before its speed counts.
 
-Ours is compared, sample by sample, with Pillow's crop and torchvision's colours as the plan orders them. Of the
+Ours is compared, sample by sample, with Pillow's crop and torchvision's colours in the order drawn. Of the
 baselines, whose random numbers are their own, shape, type, range and that rows and views differ is asked.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.loader_baselines import Task
 from benchmarks.loader_cases import CHECKED, Shown, our_views
-from fastpmae_loaders import Beton, View, draw_plans
-from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
+from fastpmae_loaders import Beton, View, draw_samples
+from fastpmae_loaders.sampling import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
 
 FIRST_EPOCHS_SEED = 0
 
@@ -111,14 +111,14 @@ def _check_ours(task: Task, found: Evidence) -> str:
     if len(index) < min(CHECKED, task.batch):
         return "the batch does not say which samples it shows"
     views = our_views(task.side, "geometry" not in task.case)
-    plans = draw_plans(FIRST_EPOCHS_SEED, found.epoch, index, beton.height[index], beton.width[index], views)
+    draws = draw_samples(FIRST_EPOCHS_SEED, found.epoch, index, beton.height[index], beton.width[index], views)
     allowed = OTHER_DECODER if task.case == "ours-dali" else EXACT
     for row, sample in enumerate(found.index):
         pixels = beton.decode(sample)
         for number, view in enumerate(views):
             expected = reference_view(
-                pixels, view, plans.boxes[row, number], bool(plans.flips[row, number]),
-                plans.factors[row, number], plans.choices[row, number],
+                pixels, view, draws.boxes[row, number], bool(draws.flips[row, number]),
+                draws.factors[row, number], draws.choices[row, number],
             )  # fmt: skip
             apart = np.abs(found.samples[number][row].astype(int) - expected)
             farthest, mean = float(apart.max()), float(apart.mean())
@@ -134,7 +134,7 @@ def _check_ours(task: Task, found: Evidence) -> str:
 def reference_view(
     pixels: np.ndarray, view: View, box: np.ndarray, flip: bool, factors: np.ndarray, choices: np.ndarray
 ) -> np.ndarray:
-    """One view by Pillow and torchvision, int [3, S, S], from decoded pixels and one sample's row of a plan."""
+    """One view by Pillow and torchvision, int [3, S, S], from decoded pixels and one sample's row of the draws."""
     from torchvision.transforms.v2 import functional as F
 
     top, left, height, width = (int(number) for number in box)

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.loader_stages [--data DIR_OR_BETON] [--json F] [--quick]`. Every image goes through all stages
 before the next one does, as in the loader, so that each stage finds the caches as the one before left them; a clock of
-the thread's CPU time is read in between. A colour operation that the plan leaves out costs nothing, so each stage is
+the thread's CPU time is read in between. A colour operation that the draws leave out costs nothing, so each stage is
 averaged with its probability. Rounds of the stages and of the engine itself take turns: what the engine takes beyond
 the stages is called "rest". The operations of the jitter run fused; each is timed alone as well, beside the sum.
 """
@@ -21,20 +21,20 @@ import numpy as np
 
 from benchmarks.bench_loader import prepare
 from benchmarks.common import Row, arguments, make_row, save
-from fastpmae.errors import UserError
 from fastpmae_loaders import Beton, ViewSettings
-from fastpmae_loaders import colour as c
-from fastpmae_loaders.engine import Source, make_job
-from fastpmae_loaders.ffcv_engine import FFCVEngine
-from fastpmae_loaders.jpeg import TurboDecoders
-from fastpmae_loaders.plan import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED, Plans, draw_plans
-from fastpmae_loaders.resize import resize
-from fastpmae_loaders.vectors import call_decoder
+from fastpmae_loaders.engines.base import Source, make_job
+from fastpmae_loaders.engines.ffcv_engine import FFCVEngine
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.pixels import colour as c
+from fastpmae_loaders.pixels.resize import resize
+from fastpmae_loaders.sampling import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED, SampleDraws, draw_samples
+from fastpmae_loaders.sources.jpeg import TurboDecoders
+from fastpmae_loaders.sources.turbo import call_decoder
 
 BATCH, SIDE = 64, 224
 STAGES = ("decode", "simple view", "complex view", "jitter and grayscale", "blur", "solarise")
 ALONE = ("brightness", "contrast", "saturation", "hue", "grayscale")
-PLAN, REST, WHOLE = "plan and masks", "rest", "whole"
+DRAWN, REST, WHOLE = "draws and masks", "rest", "whole"
 
 
 def make_timer(library: ctypes.CDLL) -> Callable:
@@ -62,13 +62,13 @@ def make_timer(library: ctypes.CDLL) -> Callable:
             c.grayscale(image)
 
     @numba.njit
-    def run(places, decoder, handle, plans, scratch, views, spent, alone):
+    def run(places, decoder, handle, draws, scratch, views, spent, alone):
         memory = np.zeros(2, np.int64)
         copy = np.empty_like(views[0, 0])
         for row in range(places.shape[0]):
             address, size, height, width = places[row]
             pixels = np.int64(scratch.decoded.ctypes.data)
-            factors, choices = plans.factors[row, 1], plans.choices[row, 1]
+            factors, choices = draws.factors[row, 1], draws.choices[row, 1]
             image = views[row, 1]
             times = spent[row]
             start = now(memory)
@@ -78,7 +78,7 @@ def make_timer(library: ctypes.CDLL) -> Callable:
                 times[view] += stop - start
                 start = stop
                 resize(
-                    pixels, height, width, plans.boxes[row, view], SIDE, SIDE, 0, 0, plans.flips[row, view],
+                    pixels, height, width, draws.boxes[row, view], SIDE, SIDE, 0, 0, draws.flips[row, view],
                     views[row, view], scratch,
                 )  # fmt: skip
             stop = now(memory)
@@ -122,35 +122,35 @@ class Stages:
         self.run = make_timer(ctypes.CDLL(None))
         self.batches = np.arange(images // BATCH * BATCH).reshape(-1, BATCH) % len(beton)
         self.views = np.zeros((BATCH, 2, 3, SIDE, SIDE), np.uint8)
-        self.samples: dict[str, list[float]] = {name: [] for name in (*STAGES, *ALONE, PLAN, REST, WHOLE)}
+        self.samples: dict[str, list[float]] = {name: [] for name in (*STAGES, *ALONE, DRAWN, REST, WHOLE)}
 
-    def plans(self, epoch: int, indices: np.ndarray) -> tuple[Plans, float]:
-        """The plans of a batch and the CPU-seconds that they took."""
+    def draws(self, epoch: int, indices: np.ndarray) -> tuple[SampleDraws, float]:
+        """The draws of a batch and the CPU-seconds that they took."""
         height, width = self.beton.height[indices], self.beton.width[indices]
         start = time.thread_time()
-        plans = draw_plans(7, epoch, indices, height, width, self.settings)
-        return plans, time.thread_time() - start
+        draws = draw_samples(7, epoch, indices, height, width, self.settings)
+        return draws, time.thread_time() - start
 
     def round(self, epoch: int) -> None:
         """All batches: through the engine and through the stages."""
         beton = self.beton
         spent, alone = np.zeros((BATCH, len(STAGES))), np.zeros((BATCH, len(ALONE)))
-        planned = whole = 0.0
+        drawing = whole = 0.0
         for indices in self.batches:
             job = make_job(indices, epoch, self.source)
             start = time.thread_time()
             self.engine.fill(job, self.scratch)
             whole += time.thread_time() - start
-            plans, seconds = self.plans(epoch, indices)
-            planned += seconds
+            draws, seconds = self.draws(epoch, indices)
+            drawing += seconds
             address = beton.data.ctypes.data + beton.pointer[indices].astype(np.int64)
             places = np.stack([address, beton.size[indices], beton.height[indices], beton.width[indices]], 1)
             with self.decoders.lend() as handle:
                 decoder = self.decoders.function, handle
-                self.run(places.astype(np.int64), *decoder, plans, self.scratch, self.views, spent, alone)
+                self.run(places.astype(np.int64), *decoder, draws, self.scratch, self.views, spent, alone)
         count = self.batches.size
         stages: dict[str, float] = dict(zip(STAGES, spent.sum(0) / 1e9 / count, strict=True))
-        stages[PLAN] = planned / count
+        stages[DRAWN] = drawing / count
         stages[REST] = whole / count - sum(stages.values())
         found = {**stages, WHOLE: whole / count} | dict(zip(ALONE, alone.sum(0) / 1e9 / count, strict=True))
         for name, seconds in found.items():
@@ -171,7 +171,7 @@ def stage_table(rows: Sequence[Row]) -> str:
     by_name = {row.case: row for row in rows}
     whole = by_name[WHOLE].value
     lines = ["| stage | CPU-µs an image | 20th to 80th percentile | share |", "|---|---|---|---|"]
-    for name in (*STAGES, PLAN, REST, WHOLE, *ALONE):
+    for name in (*STAGES, DRAWN, REST, WHOLE, *ALONE):
         row = by_name[name]
         share = "" if name in ALONE else f"{row.value / whole:.1%}"
         shown = f"{name}, alone" if name in ALONE else name

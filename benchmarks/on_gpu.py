@@ -27,7 +27,8 @@ from benchmarks.gpu.images import DRAWN, TRAIN, find_images
 from benchmarks.gpu.page import ENDED, STARTED, Results, aims_table, stages_table, write_page
 from benchmarks.gpu.record import Record, now
 from benchmarks.gpu.task import Task
-from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import usable_cores
 
 METHODS = ("dual", "mae", "sdae", "mae-dual", "mae-sdae")

@@ -17,14 +17,23 @@ import torch
 
 from benchmarks.baseline import PlainBatch, PlainMethod, plain_batch
 from fastpmae import PRESETS, Config
-from fastpmae.architecture import make_networks, shape_of
-from fastpmae.attention import use as use_attention
-from fastpmae.costs import flops_of_an_image
-from fastpmae.data import stochastic_depth
-from fastpmae.optimiser import make_optimiser, update
-from fastpmae.passes import CUDA_GRAPHS, make_passes
-from fastpmae.step import Losses, Targets, balance, learn, see, teach
-from fastpmae.world import World
+from fastpmae.config import CUDA_GRAPHS
+from fastpmae.distributed.ranks import Ranks
+from fastpmae.model.attention import use as use_attention
+from fastpmae.model.build import shape_of
+from fastpmae.plan.costs import flops_of_an_image
+from fastpmae.pretraining.compile import compile_step
+from fastpmae.pretraining.data import stochastic_depth
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.optimizer import make_optimizer, update
+from fastpmae.pretraining.step import (
+    Losses,
+    Targets,
+    assign_pseudo_labels,
+    compute_targets,
+    student_loss,
+    teacher_forward,
+)
 from fastpmae_loaders import Batch
 from fastpmae_loaders.transfer import Transfer
 
@@ -52,7 +61,7 @@ def made_batch(config: Config, size: int, seed: int = 0) -> Batch:
     """Random pixels and a random mask for each image: a step's work does not depend on what they show."""
     generator = torch.Generator().manual_seed(seed)
     side = config.views.image_size
-    patches = (side // shape_of(config.model).patch_size) ** 2
+    patches = (side // shape_of(config.network).patch_size) ** 2
     masked = int(patches * config.views.mask_ratio)
     fold, rest = divmod(masked, config.views.folds)
     order = torch.stack([torch.randperm(patches, generator=generator) for _ in range(size)])
@@ -79,7 +88,7 @@ def unmarked(part: str) -> None:
 
 
 class Ours:
-    """The trainer's step as its loop takes it: the same passes, autocast, attention and optimiser.
+    """The trainer's step as its loop takes it: the same passes, autocast, attention and optimizer.
 
     Attributes:
         targets, out: what the last step's teachers gave and the student's losses; None before the first.
@@ -87,12 +96,12 @@ class Ours:
 
     def __init__(self, config: Config, device: torch.device = CPU):
         self.config, self.device = config, device
-        self.world = World(0, 1, 1, device, None)
+        self.ranks = Ranks(0, 1, 1, device, None)
         self.stack = contextlib.ExitStack()
         self.stack.enter_context(use_attention(config.efficiency.attention, device))
         self.student, self.teachers = make_networks(config, STEPS, device, None)
-        self.optimiser = make_optimiser(self.student, config)
-        self.seen, self.learnt = make_passes(see, learn, config, self.world)
+        self.optimizer = make_optimizer(self.student, config)
+        self.teacher_forward, self.student_loss = compile_step(teacher_forward, student_loss, config, self.ranks)
         self.autocast = _autocast(config, device)
         self.transfer = Transfer(device)
         self.targets: Targets | None = None
@@ -116,31 +125,33 @@ class Ours:
 
     def step(self, batch: Any, mark: Mark = unmarked) -> None:
         self.targets = self.out = None
-        keep = self._keep(batch)
+        drop_path_scale = self._keep(batch)
         mark("data")
         with self.autocast:
-            (self.targets,) = balance([self.seen(self.teachers, batch, self.config)], self.config)
+            (self.targets,) = assign_pseudo_labels(
+                [self.teacher_forward(self.teachers, batch, self.config)], self.config
+            )
         mark("teachers")
         with self.autocast:
-            self.out = out = self.learnt(self.student, batch, keep, self.targets, self.config)
+            self.out = out = self.student_loss(self.student, batch, drop_path_scale, self.targets, self.config)
         mark("forward")
         out.total.backward()
         mark("backward")
-        update(self.optimiser, out.total.detach(), RATE, self.config.optimiser.clip_grad, self.world)
-        mark("optimiser")
-        self.teachers.follow(self.student, "step", self.steps)
+        update(self.optimizer, out.total.detach(), RATE, self.config.optimizer.clip_grad, self.ranks)
+        mark("optimizer")
+        self.teachers.update_ema(self.student, "step", self.steps)
         mark("EMA")
         self.steps += 1
 
     def _keep(self, batch: Batch) -> torch.Tensor | None:
         """Stochastic depth's factors, on their way as the trainer sends them."""
-        keep = stochastic_depth(self.config, 0, batch.samples)
-        return None if keep is None else self.transfer.carry(keep)
+        drop_path_scale = stochastic_depth(self.config, 0, batch.samples)
+        return None if drop_path_scale is None else self.transfer.carry(drop_path_scale)
 
     def checked_step(self, batch: Batch) -> float:
         """Take a step, compiled where the passes are; how far its losses are `apart` from those without."""
-        keep = self._keep(batch)
-        expected = self._eager_losses(batch, keep)
+        drop_path_scale = self._keep(batch)
+        expected = self._eager_losses(batch, drop_path_scale)
         self.step(batch)
         assert self.out is not None
         return apart([float(loss.detach()) for loss in self.out[:4]], expected)
@@ -149,10 +160,12 @@ class Ours:
         """Give attention back; another case may be made."""
         self.stack.close()
 
-    def _eager_losses(self, batch: Batch, keep: torch.Tensor | None) -> list[float]:
+    def _eager_losses(self, batch: Batch, drop_path_scale: torch.Tensor | None) -> list[float]:
         with torch.no_grad(), self.autocast:
-            targets = teach(self.teachers, batch, self.config)
-            return [float(loss) for loss in learn(self.student, batch, keep, targets, self.config)[:4]]
+            targets = compute_targets(self.teachers, batch, self.config)
+            return [
+                float(loss) for loss in student_loss(self.student, batch, drop_path_scale, targets, self.config)[:4]
+            ]
 
 
 class Plain:
@@ -196,7 +209,7 @@ class Plain:
         losses.total.backward()
         mark("backward")
         self.method.update(losses, RATE)
-        mark("optimiser")
+        mark("optimizer")
         self.method.follow(self.steps)
         mark("EMA")
         self.steps += 1
@@ -400,7 +413,7 @@ def release() -> None:
 
 def model_flops(config: Config) -> float:
     """FLOPs that a step of the method needs for an image, whoever computes it: without any that is computed anew."""
-    return flops_of_an_image(config.using(prototypes_chunk=0, checkpoint_blocks=0, teacher_precision="auto"))
+    return flops_of_an_image(config.using(prototypes_chunk=0, activation_checkpointing=0, teacher_precision="auto"))
 
 
 def matrix_rate(device: torch.device | str, size: int = 0, repeats: int = 20) -> float:

@@ -21,7 +21,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.beton is None:
-        from fastpmae.demo import write_demo_betons
+        from fastpmae.demo.demo import write_demo_betons
 
         args.beton, _ = write_demo_betons(Path("demo"))
     torch.manual_seed(0)

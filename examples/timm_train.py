@@ -1,4 +1,4 @@
-"""timm's train.py on this loader: its model, optimiser, mixup, loss and loop, and its validation."""
+"""timm's train.py on this loader: its model, optimizer, mixup, loss and loop, and its validation."""
 
 import itertools
 

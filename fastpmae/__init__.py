@@ -9,32 +9,34 @@ Names are imported when they are first used, so that the commands that need no t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastpmae.start import begin
+from fastpmae_loaders.cli.process import begin
 
 if TYPE_CHECKING:
-    from fastpmae.config import PRESETS, Config, preset, read_config
-    from fastpmae.embed import embed_images, load_encoder
-    from fastpmae.errors import RunError, UserError
-    from fastpmae.export import export_encoder
-    from fastpmae.knn import knn_accuracy
+    from fastpmae.config import Config
+    from fastpmae.config_file import read_config
+    from fastpmae.evaluate.features import embed_images, load_encoder
+    from fastpmae.evaluate.knn import knn_accuracy
+    from fastpmae.export.export import export_encoder
+    from fastpmae.presets import PRESETS, preset
     from fastpmae.train import pretrain
-    from fastpmae.write import write_beton
+    from fastpmae_loaders.errors import RunError, UserError
+    from fastpmae_loaders.write.write import write_beton
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PRESETS": "config",
-    "Config": "config",
-    "preset": "config",
-    "read_config": "config",
-    "embed_images": "embed",
-    "load_encoder": "embed",
-    "RunError": "errors",
-    "UserError": "errors",
-    "export_encoder": "export",
-    "knn_accuracy": "knn",
-    "pretrain": "train",
-    "write_beton": "write",
+    "PRESETS": "fastpmae.presets",
+    "Config": "fastpmae.config",
+    "preset": "fastpmae.presets",
+    "read_config": "fastpmae.config_file",
+    "embed_images": "fastpmae.evaluate.features",
+    "load_encoder": "fastpmae.evaluate.features",
+    "RunError": "fastpmae_loaders.errors",
+    "UserError": "fastpmae_loaders.errors",
+    "export_encoder": "fastpmae.export.export",
+    "knn_accuracy": "fastpmae.evaluate.knn",
+    "pretrain": "fastpmae.train",
+    "write_beton": "fastpmae_loaders.write.write",
 }
 
 __all__ = [  # noqa: RUF022
@@ -60,7 +62,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fastpmae' has no attribute {name!r}")
     try:
-        home = import_module(f"fastpmae.{_HOMES[name]}")
+        home = import_module(_HOMES[name])
     except AttributeError as error:  # which `from ... import` would take for a name that is not there
         raise ImportError(f"fastpmae.{name} cannot be imported: {error}") from error
     return getattr(home, name)

@@ -1,18 +1,22 @@
-"""Every setting of a run, as one tree of frozen dataclasses, and the presets that carry the paper's own numbers.
+"""Every setting of a run, as one tree of frozen dataclasses.
 
 Each leaf is a flag of `fastpmae-train` with the same name (`batch_size` is `--batch-size`), so names are unique over
 the whole tree. The docstring under a field is its help text.
 """
 
+import contextlib
 import dataclasses
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from fastpmae.errors import UserError
-from fastpmae_loaders.printable import short
-from fastpmae_loaders.values import Typed, local_path, typed
+from fastpmae_loaders.cli.words import last_value
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import printable
+from fastpmae_loaders.values import Typed, local_path
+
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""The modes of torch.compile that replay a function's kernels as one."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,12 @@ class Data(Typed):
     """The .beton file to pretrain on (`fastpmae-write` makes one); `--loader torch` and `dali` also read folders of
     images and tar shards."""
     loader: Literal["ffcv", "dali", "torch"] = "ffcv"
-    """Engine that reads it: `ffcv` and `torch` give the same bytes; DALI's differ by its decoder and resize."""
+    """Engine that reads the images: `ffcv` and `torch` give the same bytes; those of `dali` differ slightly by its
+    decoder and resize."""
     dali_part: int = 0
-    """Images that DALI gets at a time; 0 takes 32 on the CPU and 64 on a GPU."""
+    """Images in each batch that DALI decodes; 0 means 32 on the CPU and 64 on a GPU."""
     hw_decoder_load: float = 0.0
-    """Share of the images that DALI decodes by a GPU's decoders in hardware, 0 to 1; their pixels differ slightly."""
+    """Share of the images that DALI decodes with a GPU's hardware decoders, 0 to 1; their pixels differ slightly."""
     page_order: Literal["auto", "on", "off"] = "auto"
     """Shuffle page by page, which reads a disk in long stretches; auto does so where the file outgrows the memory."""
     bad_fraction: float = 0.01
@@ -39,51 +44,51 @@ class Views(Typed):
     """What each image is turned into, and which view each teacher sees."""
 
     image_size: int = 224
-    """Side of both views, in pixels."""
+    """Side of both views in pixels."""
     mask_ratio: float = 0.75
     """Share of the patches that the student does not see."""
     folds: int = 3
-    """K: the masked patches are shown to the teachers in this many folds."""
+    """K, the number of folds in which the teachers see the masked patches."""
     simple_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the simple (MAE) view's crop, smallest and largest share of the image."""
+    """Area of the random crop of the simple (MAE) view: smallest and largest share of the image."""
     complex_scale: tuple[float, float] = (0.14, 1.0)
-    """The same for the complex (DINO) view."""
+    """Area of the complex (DINO) view's crop, smallest and largest share of the image."""
     complex_recipe: Literal["coin", "t1", "t2"] = "coin"
     """Blur and solarise of the complex view: DINO's first or second global crop, or either by a coin."""
     reconstruction_view: Literal["simple", "complex"] = "simple"
-    """View that the reconstruction teacher sees (the student always sees the simple one)."""
+    """View that the reconstruction teacher sees (the student always sees the simple view)."""
     labelling_view: Literal["simple", "complex"] = "complex"
     """View that the labelling teacher sees."""
 
 
 @dataclass(frozen=True)
-class Model(Typed):
+class Network(Typed):
     """Sizes of the networks."""
 
     model: str = "vit_base"
-    """vit_tiny, vit_small, vit_base, vit_large, vit_huge, or the timm name of a plain ViT."""
+    """The encoder: vit_tiny, vit_small, vit_base, vit_large, vit_huge, or the timm name of a plain ViT."""
     patch_size: int = 0
-    """Side of a patch in pixels; 0 is the model's own (16, or 14 for vit_huge)."""
+    """Side of a patch in pixels; 0 takes the model's own (16, or 14 for vit_huge)."""
     width: int = 0
-    """Token width; 0 is the model's own."""
+    """Token width of the encoder; 0 takes the model's own."""
     depth: int = 0
-    """Blocks of the encoder; 0 is the model's own."""
+    """Number of blocks in the encoder; 0 takes the model's own."""
     heads: int = 0
-    """Attention heads of the encoder; 0 is the model's own."""
+    """Attention heads of the encoder; 0 takes the model's own."""
     drop_path: float = 0.25
-    """Largest rate of stochastic depth, in the encoder's last block."""
+    """Rate of stochastic depth in the encoder's last block; it grows linearly from 0 in the first."""
     decoder_width: int = 512
     """Token width of the decoder."""
     decoder_depth: int = 8
-    """Its blocks."""
+    """Number of decoder blocks."""
     decoder_heads: int = 16
-    """Its attention heads."""
+    """Attention heads of the decoder."""
     head_hidden: int = 2048
-    """Width of the projection head's two hidden layers."""
+    """Width of the two hidden layers of the projection head."""
     head_bottleneck: int = 256
-    """Width of its output, in which tokens meet prototypes."""
+    """Width of the projection head's output, which is multiplied with the prototypes."""
     prototypes: int = 4096
-    """P: prototypes for class tokens, and as many for patch tokens."""
+    """P, the number of prototypes for class tokens, and the same number for patch tokens."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +96,16 @@ class TeacherSettings(Typed):
     """Which teachers there are and how they follow the student."""
 
     teachers: Literal["dual", "single", "reconstruction", "none"] = "dual"
-    """Two teachers (the paper's), one for both roles, one for reconstruction alone (SdAE), or none (MAE)."""
+    """Two teachers (as in the paper), a single one for both roles, one for reconstruction only (SdAE), or none
+    (MAE)."""
     reconstruction_cadence: Literal["step", "epoch"] = "epoch"
-    """How often the reconstruction teacher follows."""
+    """How often the reconstruction teacher is updated from the student."""
     reconstruction_momentum: tuple[float, float] = (0.96, 0.99)
-    """Its momentum, first and last, on a cosine."""
+    """EMA momentum of the reconstruction teacher at the start and at the end, on a cosine schedule."""
     labelling_cadence: Literal["step", "epoch"] = "step"
-    """How often the labelling teacher (or a single one) follows."""
+    """How often the labelling teacher (or a single teacher) is updated from the student."""
     labelling_momentum: tuple[float, float] = (0.996, 1.0)
-    """Its momentum, first and last, on a cosine."""
+    """EMA momentum of the labelling teacher at the start and at the end, on a cosine schedule."""
     teacher_init: Literal["copy", "random"] = "copy"
     """Teachers start as copies of the student, or from random weights and positions of their own (SdAE's code)."""
 
@@ -117,44 +123,56 @@ class Loss(Typed):
     lambda_p: float = 1.0
     """Weight of the patch pseudo-label loss."""
     cosine_axis: Literal["feature", "token"] = "feature"
-    """Axis of the reconstruction cosine; "token" is what SdAE's released code does, over the tokens of each fold."""
+    """Axis over which the cosine of the reconstruction loss is taken; `token` does as SdAE's released code, over the
+    tokens of each fold."""
     match_metric: Literal["cosine", "l2"] = "cosine"
-    """How near a teacher patch is to a student patch."""
+    """Measure by which the teacher patch nearest to a student patch is found."""
     match_scope: Literal["image", "fold"] = "image"
-    """Match among all masked patches of the image, or within the fold."""
+    """Match each student patch among all masked patches of its image, or among those of its fold."""
     student_temperature: float = 0.1
-    """Divides the student's logits."""
+    """Temperature of the student's softmax over the prototypes."""
     epsilon: float = 0.05
-    """Temperature of the Sinkhorn assignment."""
+    """Temperature of the Sinkhorn assignment that makes the pseudo labels."""
     sinkhorn_iterations: int = 3
-    """How often columns and rows of the assignment are normalised."""
+    """Number of Sinkhorn iterations: column and row normalisations of the assignment."""
 
 
 @dataclass(frozen=True)
-class Optimiser(Typed):
+class Optimizer(Typed):
     """AdamW and its schedule."""
 
     epochs: int = 300
     """Passes over the images; the schedules stretch over them."""
     batch_size: int = 768
-    """Images in one optimiser step, over all ranks and accumulated parts."""
+    """Images in one optimizer step, over all ranks and micro-batches."""
     accumulate: int = 1
-    """Parts that a step's images are computed in, one after the other, on each rank."""
-    balance: Literal["part", "step"] = "part"
-    """Pseudo labels are balanced within a part, or over all parts of a step: then any --accumulate gives the same
-    numbers, and the teachers' logits of all parts are held at once."""
-    lr: float = 2.666e-4
-    """Peak learning rate for 256 images; it grows in proportion with the batch size."""
+    """Gradient accumulation: micro-batches of each step on each rank."""
+    sinkhorn_over: Literal["micro-batch", "step"] = "micro-batch"
+    """Run Sinkhorn within each micro-batch, or over all micro-batches of a step: then any --accumulate gives the same
+    numbers, and the teachers' logits of all micro-batches are in memory at once."""
+    blr: float | None = 2.666e-4
+    """Base learning rate: the peak for a batch of 256 images, which grows in proportion with the batch size."""
+    lr: float | None = None
+    """Peak learning rate itself, whatever the batch size; given instead of --blr."""
     warmup_epochs: float | None = None
-    """Epochs of linear warm-up; by default 20 % of all."""
+    """Epochs of linear learning-rate warm-up; by default 20 % of all."""
     weight_decay: float = 0.05
-    """Not on biases, norms and tokens."""
+    """Weight decay of AdamW; not applied to biases, norms and tokens."""
     decay_tokens: bool = False
-    """On the class token and the mask token too, as MAE's and SdAE's code does."""
+    """Apply weight decay to the class token and the mask token too, as MAE's and SdAE's code does."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's two averaging rates."""
+    """AdamW's beta coefficients."""
     clip_grad: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Clip the gradient to this norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_rate(self.blr, self.lr)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate that the warm-up ends in."""
+        return peak_rate(self.blr, self.lr, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -162,35 +180,37 @@ class Run(Typed):
     """Where the run lives and what it leaves behind."""
 
     out: Path | None = None
-    """Run folder; by default runs/<date>-<name>."""
+    """Folder of the run; by default runs/<date>-<name>."""
     name: str = ""
     """Name of the run; by default the preset's."""
     preset: str = "paper"
     """The named settings that this run started from."""
     seed: int = 0
-    """Decides views, masks, order, weights and stochastic depth."""
+    """Seed of views, masks, order of images, initial weights and stochastic depth."""
     steps: int | None = None
-    """Stop after so many optimiser steps in all; changes no schedule."""
+    """Stop after so many optimizer steps in all; changes no schedule."""
     init: Path | None = None
-    """Start the encoder from these weights (MAE, timm or our own)."""
+    """Start the encoder from the weights in this file (MAE's, timm's or our own)."""
     resume: str | None = None
-    """Go on with the run in --out ("auto", the default when no value follows) or from this checkpoint."""
+    """Resume the run in --out ("auto", the default when no value follows) or from this checkpoint."""
     accept_changes: bool = False
-    """Resume although settings differ from the run's own."""
+    """Resume although settings differ from those that the run was started with."""
     log_every: int = 20
-    """Steps between two rows of metrics.jsonl."""
+    """Optimizer steps between two rows of metrics.jsonl."""
     save_every: float = 10.0
     """Minutes between two checkpoints; 0 saves after every step. The last step and a signal always save."""
     save_steps: int = 0
-    """Also save every so many steps; 0 does not."""
+    """Optimizer steps between further checkpoints, beside those of --save-every; 0 writes none."""
     keep: int = 1
-    """Older checkpoints to keep beside the newest."""
+    """Number of older checkpoints to keep beside the newest."""
     eval_every: int = 0
-    """Every so many epochs, and at the end, k-NN with the student and every teacher; 0 does not."""
+    """Epochs between two k-NN evaluations of the student and every teacher, with one at the end; 0 evaluates never."""
     eval_train: Path | None = None
-    """Labelled images that vote; by default the run's own."""
+    """Labelled images whose features vote in --eval-every; by default the run's own."""
     eval_val: Path | None = None
-    """Labelled images that are tested; by default those that vote, each left out once."""
+    """Labelled images that --eval-every classifies; by default those that vote, each left out once."""
+    profile: int = 0
+    """Write a trace of so many steps, by torch's profiler and after a warm-up, into the run folder; 0 does not."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: bool = False
@@ -209,34 +229,37 @@ class Efficiency(Typed):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is autocast; auto takes it on a GPU that has it, and fp32 elsewhere."""
+    """Precision of the computation: `bf16` is autocast; auto takes it on a GPU that supports it, and fp32 elsewhere."""
     workers: int = 0
     """Loader threads of each rank; 0 takes all cores that the run may use, shared among the ranks of a machine."""
     augment_on: Literal["auto", "cpu", "device"] = "auto"
     """Where the complex view's colours are changed: by the loader's threads, or for whole batches on the device, within
     2/255 of the same result; auto does the latter on a GPU."""
     deterministic: bool = False
-    """On a GPU, too, compute the same bits each time: somewhat slower, and on one GPU alone to the last bit. On the CPU
-    every run does."""
+    """Compute the same bits each time on a GPU too: somewhat slower, and on one GPU alone to the last bit. On the
+    CPU every run does."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the student, the teachers and the losses; auto compiles on a GPU."""
+    """Use torch.compile for the student, the teachers and the losses; auto compiles on a GPU."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """How: with CUDA graphs (not with `--accumulate`), or trying out kernels for minutes at the start, or both."""
+    """Mode of torch.compile: reduce-overhead uses CUDA graphs (not with `--accumulate`), max-autotune-no-cudagraphs
+    benchmarks kernels for minutes at the start, and max-autotune does both."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
-    """torch's own attention, which auto takes, or xformers' (a GPU, and `pip install 'fastpmae[xformers]'`)."""
+    """Attention implementation: torch's own, which auto takes, or xformers' (a GPU, and `pip install
+    'fastpmae[xformers]'`)."""
     teacher_precision: Literal["auto", "fp8"] = "auto"
-    """fp8: the linear layers of the teachers' blocks in 8 bits (compute capability 8.9); auto: as the rest."""
-    checkpoint_blocks: int = 0
-    """Of every so many blocks of the student one keeps its input alone and is computed anew in the backward pass: less
-    memory, more time, the same numbers. 1 is every block, 0 none."""
+    """Precision of the teachers: `fp8` computes the linear layers of their blocks in 8 bits (compute capability
+    8.9); auto computes as the student does."""
+    activation_checkpointing: int = 0
+    """Checkpoint every n-th block of the student: only its input is kept, and it is recomputed in the backward pass.
+    Less memory, more time, the same numbers. 1 checkpoints every block, 0 none."""
     shard: bool = False
-    """Cut weights, gradients, optimiser and teachers in shards, one a rank (FSDP2): for models that fill a GPU."""
+    """Shard weights, gradients, optimizer state and teachers over the ranks (FSDP2): for models that fill a GPU."""
     rank_timeout: float = 10.0
-    """Minutes that a rank waits for the others before all of them end."""
+    """Minutes that a rank waits for the others before all ranks exit."""
     prototypes_chunk: int = 0
-    """Rows that the student's head sees at a time, gradients and all, and of the labelling teacher's patch logits,
-    which are computed anew in each sweep: 9 % less memory for 0.8 % more FLOPs at ViT-B and batch 768, 5 % for 1.6 % at
-    ViT-S and 64 (by the plan); 0 keeps everything."""
+    """Compute the student's head, with its gradients, and the labelling teacher's patch logits for this many rows at a
+    time; the logits are recomputed in each Sinkhorn iteration. 9 % less memory for 0.8 % more FLOPs at ViT-B and batch
+    768, 5 % for 1.6 % at ViT-S and 64 (by the plan); 0 keeps everything."""
 
 
 @dataclass(frozen=True)
@@ -245,22 +268,23 @@ class Config(Typed):
 
     data: Data = field(default_factory=Data)
     views: Views = field(default_factory=Views)
-    model: Model = field(default_factory=Model)
-    teachers: TeacherSettings = field(default_factory=TeacherSettings)
+    network: Network = field(default_factory=Network)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     loss: Loss = field(default_factory=Loss)
-    optimiser: Optimiser = field(default_factory=Optimiser)
+    optimizer: Optimizer = field(default_factory=Optimizer)
     run: Run = field(default_factory=Run)
     efficiency: Efficiency = field(default_factory=Efficiency)
 
     def using(self, **settings: Any) -> "Config":
         """A copy with these settings changed, named as the flags are: `config.using(epochs=100, seed=1)`.
 
-        A value becomes what its setting is where nothing is lost (1.0 the whole number 1, a text a path).
+        A value becomes what its setting is where nothing is lost (1.0 the whole number 1, a text a path). `lr` takes
+        the place of `blr`, and `blr` of `lr`.
 
         Raises:
-            UserError: for a name that is no setting, and a value that is not of its kind.
+            UserError: for a name that is no setting, a value that is not of its kind, and `blr` and `lr` together.
         """
-        groups = settings_by_name()
+        groups, settings = settings_by_name(), with_one_rate(settings)
         changes: dict[str, dict[str, Any]] = {}
         for name, value in settings.items():
             if name not in groups:
@@ -280,154 +304,81 @@ class Config(Typed):
         return {name: value for group in self.groups().values() for name, value in group.items()}
 
 
+def peak_rate(blr: float | None, lr: float | None, batch_size: int) -> float:
+    """The peak learning rate: `lr` where it is set, else the base rate for so many images a step."""
+    if lr is not None:
+        return lr
+    assert blr is not None
+    return blr * batch_size / 256
+
+
+def check_one_rate(blr: float | None, lr: float | None) -> None:
+    """Raise UserError unless exactly one of a base rate and a peak rate is set."""
+    if blr is not None and lr is not None:
+        raise UserError(
+            f"--blr {blr} and --lr {lr} are both set: --blr is the learning rate for 256 images, --lr the peak rate "
+            "whatever the batch size; leave one out"
+        )
+    if blr is None and lr is None:
+        raise UserError("no learning rate is set: name one with --blr (for 256 images) or --lr (the peak rate itself)")
+
+
+def with_one_rate(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that change others, with `blr` taken back where they set `lr` alone, and the reverse."""
+    for name, other in (("lr", "blr"), ("blr", "lr")):
+        if settings.get(name) is not None and other not in settings:
+            return settings | {other: None}
+    return settings
+
+
+def rate_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is different about the learning rate of two records of settings, a phrase or none.
+
+    Nothing is where the peak is the same, whichever setting says so, or the batch size alone makes it another.
+
+    Args:
+        before: may be a stranger's.
+    """
+    names = [name for name in ("blr", "lr") if now[name] is not None]
+    same = all(before.get(name) == now[name] for name in ("blr", "lr"))
+    peak_before, peak = _peak_in(before), _peak_in(now)
+    if same or peak_before == peak:
+        return []
+    for name in names:
+        if before.get(name) is not None:
+            return [f"--{name} was {printable(str(before[name]))} and is now {now[name]}"]
+    return [f"the peak learning rate was {peak_before} and is now {peak}"]
+
+
+def _peak_in(record: dict[str, Any]) -> float | None:
+    """The peak learning rate of a record of settings; None where it tells none."""
+    blr, lr, batch_size = (record.get(name) for name in ("blr", "lr", "batch_size"))
+    if isinstance(lr, int | float):
+        return lr
+    if isinstance(blr, int | float) and isinstance(batch_size, int):
+        return peak_rate(blr, None, batch_size)
+    return None
+
+
+def rate_on(words: list[str]) -> dict[str, float]:
+    """The learning rates on a command line, `--blr` or `--lr`, as settings; what is no number is left to the parser.
+
+    A parser sets one field after the other: the settings that it starts from must have given up the other rate already.
+
+    Args:
+        words: as `with_values` gives them.
+    """
+    found = {}
+    for name in ("blr", "lr"):
+        with contextlib.suppress(ValueError):
+            found[name] = float(last_value(words, f"--{name}") or "none")
+    return found
+
+
 def settings_by_name() -> dict[str, str]:
     """Each setting's name and the group it belongs to."""
     hints = get_type_hints(Config)
     return {leaf.name: group for group, kind in hints.items() for leaf in dataclasses.fields(kind)}
-
-
-def preset(name: str) -> Config:
-    """The settings called `name`. Raises UserError with the names there are."""
-    if name not in PRESETS:
-        raise UserError(f"there is no preset {short(name)!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def _named(name: str, base: Config, **settings: Any) -> Config:
-    return base.using(preset=name, **settings)
-
-
-_PAPER = Config().using(preset="paper", warmup_epochs=60.0)
-_ABLATION = _named("ablation", Config(), model="vit_small", epochs=100)
-_SDAE = _named("sdae", _PAPER, teachers="reconstruction", lambda_c=0.0, lambda_p=0.0)
-
-_DEMO = _named(
-    "demo",
-    Config(),
-    model="vit_tiny",
-    image_size=64,
-    patch_size=8,
-    depth=6,
-    drop_path=0.05,
-    decoder_width=128,
-    decoder_depth=2,
-    decoder_heads=4,
-    head_hidden=512,
-    head_bottleneck=128,
-    prototypes=128,
-    epochs=5,
-    batch_size=64,
-    lr=4e-3,
-    log_every=5,
-)
-
-PRESETS: dict[str, Config] = {
-    # Appendix A of the paper
-    "paper": _PAPER,
-    # section 4 of the paper
-    "paper-800": _named("paper-800", _PAPER, epochs=800),
-    # section 5
-    "ablation": _ABLATION,
-    # SdAE as the paper describes it, and as its authors released it
-    "sdae": _SDAE,
-    "sdae-code": _named(
-        "sdae-code", _SDAE, cosine_axis="token", teacher_init="random", weight_decay=0.04, decay_tokens=True
-    ),
-    # MAE's own settings
-    "mae": _named(
-        "mae",
-        Config(),
-        teachers="none",
-        target="pixels",
-        lambda_c=0.0,
-        lambda_p=0.0,
-        drop_path=0.0,
-        epochs=1600,
-        batch_size=4096,
-        lr=1.5e-4,
-        warmup_epochs=40.0,
-        decay_tokens=True,
-    ),
-    # Table 6: two teachers, or one for both targets
-    "dual": _named("dual", _ABLATION),
-    "single-step": _named("single-step", _ABLATION, teachers="single"),
-    "single-epoch": _named(
-        "single-epoch",
-        _ABLATION,
-        teachers="single",
-        labelling_cadence="epoch",
-        labelling_momentum=(0.96, 0.99),
-    ),
-    # minutes on a laptop
-    "demo": _DEMO,
-    # ten thousand small images: the balance of the losses and the number of steps decide (docs/learning.md)
-    "small-data": _named(
-        "small-data",
-        _DEMO,
-        prototypes=256,
-        lambda_c=0.1,
-        lambda_p=0.1,
-        epochs=30,
-        batch_size=32,
-        lr=8e-3,
-        log_every=40,
-    ),
-}
-
-
-def write_config(config: Config, path: Path) -> None:
-    """Write every setting to a JSON file that `read_config` takes back."""
-    path.write_text(json.dumps(config.groups(), indent=2) + "\n", encoding="utf-8")
-
-
-def read_config(path: Path, *, decoder_matters: bool = True) -> Config:
-    """The settings in a file of `write_config`, or in one written by hand that names only some of them.
-
-    Args:
-        decoder_matters: see `config_from`.
-
-    Raises:
-        UserError: for a file that is not JSON, an unknown setting or a value of the wrong kind.
-    """
-    path = local_path(path)
-    try:
-        groups = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"the config {path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the config {path} is not JSON: {error}") from None
-    return config_from(groups, str(path), decoder_matters=decoder_matters)
-
-
-def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Config:
-    """A Config from nested plain values; `source` names where they come from in the errors.
-
-    Args:
-        decoder_matters: False where it is of no interest what decoder a run had, as its encoder's use and its log are.
-    """
-    hints = get_type_hints(Config)
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise UserError(f"{source} does not hold groups of settings, like {{'optimiser': {{'epochs': 100}}}}")
-    preset_name = groups.get("run", {}).get("preset")
-    config = preset(preset_name) if isinstance(preset_name, str) else Config()
-    for group, settings in groups.items():
-        if group not in hints:
-            raise UserError(f"{source} has a group {short(group)!r}; the groups are {', '.join(hints)}")
-        kinds = get_type_hints(hints[group])
-        for name, value in settings.items():
-            if (group, name) == ("model", "decoder_class_token"):  # in what earlier versions wrote
-                if value is not True and decoder_matters:
-                    raise UserError(
-                        f"{source} asks for a decoder without the class token (model.decoder_class_token), which there "
-                        "is no more, since MAE's and SdAE's keep it: leave that out of a config; a run that was "
-                        "trained so cannot go on, but its encoder can be evaluated, exported and named with --init"
-                    )
-                continue
-            if name not in kinds:
-                raise UserError(f"{source} has a setting {group}.{short(name)}, which does not exist")
-            value = typed(value, kinds[name], f"{group}.{name} in {source}", strict=True)
-            config = config.using(**{name: value})
-    return config
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastpmae.errors import UserError
+from fastpmae_loaders.errors import UserError
 
 # class name: (package, file). Only files of the wheels, nothing that scikit-image would download.
 PHOTOGRAPHS = {

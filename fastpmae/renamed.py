@@ -1,98 +1,92 @@
-"""ViTs under other names than timm's: those of Hugging Face's transformers and of torchvision, brought to timm's."""
+"""What flags, settings and keys were called in earlier versions: whoever uses an old name is told the new one."""
 
-import re
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import short
 
-TRANSFORMERS = (
-    (r"embeddings\.(cls_token)", r"\1"),
-    (r"embeddings\.position_embeddings", "pos_embed"),
-    (r"embeddings\.patch_embeddings\.projection\.(\w+)", r"patch_embed.proj.\1"),
-    (r"layernorm\.(\w+)", r"norm.\1"),
-    (r"encoder\.layer\.(\d+)\.layernorm_before\.(\w+)", r"blocks.\1.norm1.\2"),
-    (r"encoder\.layer\.(\d+)\.layernorm_after\.(\w+)", r"blocks.\1.norm2.\2"),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(\w+)", r"blocks.\1.attn.\2.\3"),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)", r"blocks.\1.attn.proj.\2"),
-    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
-    (r"encoder\.layer\.(\d+)\.output\.dense\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
-)
-"""ViTModel's names (see `fastpmae.hugging_face`), and what timm calls the same."""
-TORCHVISION = (
-    (r"class_token", "cls_token"),
-    (r"encoder\.pos_embedding", "pos_embed"),
-    (r"conv_proj\.(\w+)", r"patch_embed.proj.\1"),
-    (r"encoder\.ln\.(\w+)", r"norm.\1"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.ln_([12])\.(\w+)", r"blocks.\1.norm\2.\3"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_(\w+)", r"blocks.\1.attn.qkv.\2"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.(\w+)", r"blocks.\1.attn.proj.\2"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:0|linear_1)\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:3|linear_2)\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
-)
-"""Those of torchvision's VisionTransformer."""
-BEGINNINGS = {
-    "transformers": ("embeddings.patch_embeddings.projection.weight", TRANSFORMERS, ("pooler.", "classifier.")),
-    "torchvision": ("conv_proj.weight", TORCHVISION, ("heads.",)),
-}
-"""A tensor that tells the project, its names, and what is no part of the encoder."""
-OTHERS = {
-    "rope_embed.periods": "DINOv3's ViT, which turns its tokens by their places and has no positions to add",
-    "visual.conv1.weight": "OpenAI's CLIP, which timm has as timm:NAME",
-    "vision_model.embeddings.patch_embedding.weight": "transformers' CLIP or SigLIP, which timm has as timm:NAME",
-    "layer4.0.conv1.weight": "a ResNet",
-    "layers.0.blocks.0.norm1.weight": "a Swin transformer",
-    "stages.0.0.gamma": "a ConvNeXt",
-}
-"""Networks that are often met and are no plain ViT, by the end of a tensor's name."""
-
-Project = Literal["transformers", "torchvision"]
+GROUPS = {"optimiser": "optimizer", "teachers": "teacher", "model": "network"}
+"""Groups of a run's settings, in its config.json and in its checkpoints."""
+SETTINGS = {"balance": "sinkhorn_over", "checkpoint_blocks": "activation_checkpointing"}
+"""Settings of pretraining, and so the flags of `fastpmae-train` and `fastpmae-plan`."""
+FINETUNE_SETTINGS = {
+    "optimiser": "opt", "rand_augment": "aa", "erase": "reprob", "switch": "mixup_switch_prob",
+    "jitter": "color_jitter", "ema": "model_ema_decay",
+}  # fmt: skip
+"""Settings of fine-tuning and of the probe, and so flags of `fastpmae-eval`."""
+VALUES = {"sinkhorn_over": {"part": "micro-batch"}, "picture": {"learnt": "analysis"}}
+"""Values of settings, and of the flag `--picture` of `fastpmae-view`, by what these are called now."""
+FINETUNE_KEY = {"course": "finetune"}
+"""The settings of a classifier's training, in its checkpoints and in its file."""
 
 
-def project_of(names: Mapping[str, object]) -> tuple[Project, str] | None:
-    """Whose names these are, and what stands before them; None where nobody's that are known here."""
-    for project, (tell, _, _) in BEGINNINGS.items():
-        found = next((name for name in names if name == tell or name.endswith("." + tell)), None)
-        if found is not None:
-            return project, found.removesuffix(tell)  # pyright: ignore[reportReturnType]
-    return None
+def refuse_old_flags(words: Sequence[str], settings: Mapping[str, str]) -> None:
+    """Refuse a command line with a flag or a value of an earlier version.
 
+    Args:
+        words: the command line.
+        settings: new names of the command's settings by the old ones.
 
-def timm_name(name: str, project: Project) -> str | None:
-    """What timm calls a tensor of a project's; None for what is no part of the encoder.
-
-    Query, key and value, which timm keeps as one `qkv`, get a name each (see `joined`). A name that nobody knows stays.
+    Raises:
+        UserError: with what to write instead.
     """
-    _, pairs, outside = BEGINNINGS[project]
-    if name.startswith(outside):
-        return None
-    for pattern, to in pairs:
-        found = re.fullmatch(pattern, name)
-        if found is not None:
-            return found.expand(to)
-    return name
-
-
-def joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With query, key and value as the one tensor `qkv` that timm has; a part without the others keeps its name."""
-    tensors = dict(tensors)
-    for name in list(tensors):
-        found = re.fullmatch(r"(.*\.attn\.)query(\.\w+)", name)
-        if found is None:
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--"):
             continue
-        parts = [f"{found[1]}{part}{found[2]}" for part in ("query", "key", "value")]
-        held = [tensors[part] for part in parts if part in tensors]
-        if len(held) == 3 and len({part.shape for part in held}) == 1 and held[0].ndim:
-            for part in parts:
-                del tensors[part]
-            tensors[f"{found[1]}qkv{found[2]}"] = torch.cat(held)
-    return tensors
+        if not equals:
+            value = next(iter(words[place + 1 : place + 2]), "")
+            value = "" if value.startswith("--") else value
+        name = flag[2:].replace("-", "_")
+        new = settings.get(name, name)
+        new_value = VALUES.get(new, {}).get(value, value)
+        if (new, new_value) != (name, value):
+            before, now = (f"{a} {short(b)}".strip() for a, b in ((flag, value), (_flag(new), new_value)))
+            raise UserError(f"{before} is now {now}")
 
 
-def known_other(names: Mapping[str, object]) -> str:
-    """What a file without a plain ViT seems to hold, in words that follow a comma; empty where nobody knows."""
-    for tell, words in OTHERS.items():
-        if any(name == tell or name.endswith("." + tell) for name in names):
-            return f", but {words}"
-    return ""
+def refuse_old_settings(groups: Mapping[str, Mapping[str, Any]], source: str) -> None:
+    """Refuse a run's settings that an earlier version wrote, or that name something as it did.
+
+    Its `lr` was the rate for 256 images and would be taken for the peak rate itself: an `lr` that has a value is taken
+    only beside `"blr": null`, as this version writes it.
+
+    Args:
+        groups: settings by group and name, as in config.json and in a checkpoint.
+        source: where they come from, for the sentence.
+
+    Raises:
+        UserError: with every old name and the new one.
+    """
+    found = []
+    for group, settings in groups.items():
+        if group in GROUPS:
+            found.append(f"the group {group} is now {GROUPS[group]}")
+        for name, value in settings.items():
+            if name in SETTINGS:
+                new = SETTINGS[name]
+                new_value = VALUES.get(new, {}).get(value, value) if isinstance(value, str) else value
+                changed = f" and its value {value} {new_value}" if new_value != value else ""
+                found.append(f"{group}.{name} is now {new}{changed}")
+            elif name == "lr" and value is not None and "blr" not in settings:
+                found.append("lr, the rate for 256 images, is now blr, and lr the peak rate itself, beside blr: null")
+    if found:
+        raise UserError(
+            f"{source} names settings as earlier versions did: {'; '.join(found)}. Rename them in a config; a run "
+            "that was started so goes on with the version that started it, and its encoder starts a new run by --init"
+        )
+
+
+def refuse_old_classifier(keys: Mapping[str, Any], source: str) -> None:
+    """Refuse what an earlier version has left of a classifier's training. Raises UserError with the new name."""
+    for old, new in FINETUNE_KEY.items():
+        if old in keys:
+            raise UserError(
+                f"{source} is of an earlier version: the settings of its training are called {old!r} in it, now "
+                f"{new!r}, and some of them have other names. Use the version that wrote it, or fine-tune again"
+            )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""Writes three parts of the documentation from the code: fastpmae-train's settings, fastpmae-eval's flags, the map.
+"""Writes parts of the documentation from the code: the flags of every command, and the map.
 
 .venv/bin/python scripts/doc_tables.py      rewrites the parts of docs/*.md between their markers
 """
@@ -6,16 +6,27 @@
 import ast
 import dataclasses
 import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import fastpmae.config
-import fastpmae.course
-import fastpmae.eval_command
-from fastpmae.config import PRESETS, Config
-from fastpmae.course import Course
-from fastpmae.eval_command import Common, Finetune, Knn, Linear, Lowshot, Probe
+import docstring_parser
+import tyro
+
+from fastpmae.config import Config
+from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Probe
+from fastpmae.evaluate.features import embed_command
+from fastpmae.evaluate.recipe import FinetuneConfig
+from fastpmae.export.export import export_command
+from fastpmae.pictures.report import report_command
+from fastpmae.pictures.view import view_command
+from fastpmae.plan.plan import Plan
+from fastpmae.presets import PRESETS
+from fastpmae_loaders.write import cli as write
+from fastpmae_loaders.write.images import ImageSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("fastpmae", "loaders/fastpmae_loaders", "kernels/fastpmae_kernels", "scripts")
@@ -23,44 +34,85 @@ MAPPED = ("fastpmae", "loaders/fastpmae_loaders", "kernels/fastpmae_kernels", "s
 
 def settings() -> str:
     """One table for each group of settings, with the values of the `paper` preset."""
-    texts, lines = _help_texts(fastpmae.config), []
+    lines = []
     for group, kind in get_type_hints(Config).items():
-        lines += [f"**{group}**: {kind.__doc__}", "", *_table(kind, getattr(PRESETS["paper"], group), texts), ""]
+        lines += [f"**{group}**: {kind.__doc__}", "", *_table(kind, getattr(PRESETS["paper"], group)), ""]
     return "\n".join(lines)
 
 
 def evaluation() -> str:
-    """One table for the flags that every evaluation has, for each subcommand's own, and for a course's settings."""
-    texts = _help_texts(fastpmae.eval_command) | _help_texts(fastpmae.course)
-    lines = ["**every subcommand**", "", *_table(Common, None, texts), ""]
+    """One table for the flags that every evaluation has, for each subcommand's own, and for fine-tuning's settings."""
+    lines = ["**every subcommand**", "", *_table(Common), ""]
     for name, kind in (
         ("knn", Knn), ("linear", Linear), ("lowshot", Lowshot), ("probe", Probe), ("finetune", Finetune)
     ):  # fmt: skip
-        lines += [f"**{name}**: {kind.__doc__}", "", *_table(kind, None, texts), ""]
-    lines += ["**probe and finetune**, with the values of `--preset paper`", "", *_table(Course, Course(), texts), ""]
+        lines += [f"**{name}**: {kind.__doc__}", "", *_table(kind), ""]
+    lines += [
+        "**probe and finetune**, with the values of `--preset paper`",
+        "",
+        *_table(FinetuneConfig, FinetuneConfig()),
+        "",
+    ]
     return "\n".join(lines)
 
 
-def _table(kind: type, values: Any, texts: dict[tuple[str, str], str]) -> list[str]:
+def flags(*kinds: Any) -> str:
+    """One table for the flags of some dataclasses and functions."""
+    rows = [row for kind in kinds for row in (_table if isinstance(kind, type) else _table_of_function)(kind)[2:]]
+    return "\n".join([*HEAD, *rows, ""])
+
+
+HEAD = ["| flag | value | meaning |", "| --- | --- | --- |"]
+
+
+def _table(kind: type, values: Any = None) -> list[str]:
     """A row for each flag: those of a dataclass but for its positional arguments and what has tables of its own."""
-    lines, hints = ["| flag | value | meaning |", "| --- | --- | --- |"], get_type_hints(kind)
+    lines, hints, texts = [*HEAD], get_type_hints(kind, include_extras=True), _help_texts(kind)
     for field in dataclasses.fields(kind):
-        hint, text = hints[field.name], texts.get((kind.__name__, field.name), "")
-        if field.name == "weights" or dataclasses.is_dataclass(hint):
+        hint = hints[field.name]
+        inherited = field.name not in kind.__annotations__
+        if inherited or _is_positional(hint) or any(map(dataclasses.is_dataclass, _alternatives(hint))):
             continue
-        if get_origin(hint) is Literal:
-            text = ", ".join(f"`{choice}`" for choice in get_args(hint)) + ". " + text
         value = field.default if values is None else getattr(values, field.name)
-        shown = "" if value is dataclasses.MISSING else _plain(value)
-        lines.append(f"| `--{field.name.replace('_', '-')}` | {shown} | {text.replace('|', '/')} |")
+        lines.append(_row(field.name, hint, value, texts[field.name]))
     return lines
+
+
+def _table_of_function(function: Callable[..., Any]) -> list[str]:
+    """The same for the arguments of a function, with the texts of its docstring."""
+    hints = get_type_hints(function, include_extras=True)
+    texts = {part.arg_name: part.description or "" for part in docstring_parser.parse(function.__doc__ or "").params}
+    arguments = inspect.signature(function).parameters.values()
+    return HEAD + [
+        _row(argument.name, hints[argument.name], argument.default, " ".join(texts[argument.name].split()))
+        for argument in arguments
+        if not _is_positional(hints[argument.name])
+    ]
+
+
+def _is_positional(hint: Any) -> bool:
+    return get_origin(hint) is Annotated and tyro.conf.Positional in hint.__metadata__
+
+
+def _row(name: str, hint: Any, value: Any, text: str) -> str:
+    choices = [choice for part in _alternatives(hint) if get_origin(part) is Literal for choice in get_args(part)]
+    if choices:
+        text = ", ".join(f"`{choice}`" for choice in choices) + ". " + text
+    shown = "" if value is dataclasses.MISSING else _plain(value)
+    return f"| `--{name.replace('_', '-')}` | {shown} | {text.replace('|', '/')} |"
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def modules() -> str:
     """A row for each module, with the first paragraph of its docstring."""
     lines = ["| module | what it is |", "| --- | --- |"]
     for folder in MAPPED:
-        for path in sorted((ROOT / folder).glob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py"), key=lambda path: (path.parent, path.name)):
             text = ast.get_docstring(ast.parse(path.read_text())) or ""
             if path.name != "__init__.py":
                 first = text.split("\n\n")[0].replace("\n", " ").replace("|", "/")
@@ -71,6 +123,12 @@ def modules() -> str:
 PARTS = (
     ("docs/commands.md", "settings", settings),
     ("docs/commands.md", "evaluation", evaluation),
+    ("docs/commands.md", "write", partial(flags, write.Command, ImageSettings, write.Source, write.Writing)),
+    ("docs/commands.md", "plan", partial(flags, Plan)),
+    ("docs/commands.md", "view", partial(flags, view_command)),
+    ("docs/commands.md", "report", partial(flags, report_command)),
+    ("docs/commands.md", "embed", partial(flags, embed_command)),
+    ("docs/commands.md", "export", partial(flags, export_command)),
     ("docs/map.md", "modules", modules),
 )
 
@@ -85,14 +143,14 @@ def rewritten() -> dict[Path, str]:
     return pages
 
 
-def _help_texts(module: ModuleType) -> dict[tuple[str, str], str]:
-    """The docstring under each field of the settings, by class and field."""
+def _help_texts(kind: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass."""
     texts = {}
-    for node in ast.parse(inspect.getsource(module)).body:
-        if isinstance(node, ast.ClassDef):
+    for node in ast.parse(inspect.getsource(sys.modules[kind.__module__])).body:
+        if isinstance(node, ast.ClassDef) and node.name == kind.__name__:
             for field, below in zip(node.body, node.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                    texts[node.name, ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+                    texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
     return texts
 
 

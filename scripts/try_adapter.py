@@ -118,7 +118,7 @@ def _train(codebase: Codebase, arguments: list[str], copy: Path, work: Path, ima
 
 
 def _demo(work: Path) -> Path:
-    from fastpmae.demo import write_demo_betons
+    from fastpmae.demo.demo import write_demo_betons
 
     return write_demo_betons(work / "demo")[0]
 

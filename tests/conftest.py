@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 # Networks in the tests are so small that a second thread costs more than it brings, and tests run side by side.
@@ -14,9 +15,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+import jaxtyping
 import pytest
 import torch
 
+import tests.typed  # noqa: F401 - before any module whose annotations it has checked
 from fastpmae import Config, write_beton
 from tests.made import tiny_settings, write_tree
 
@@ -27,6 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Tests marked `untyped` run without a check of annotations (see tests/typed.py)."""
+    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("untyped") is not None)
+    return (yield)
 
 
 @pytest.fixture(scope="session")

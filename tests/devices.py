@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpmae.hollow import leaves
+from fastpmae.plan.shape_tensor import leaves
 
 FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray}
 """What makes a tensor of Python's numbers on the host; for another device it is then copied, and waited for."""

@@ -19,21 +19,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import fastpmae.health  # noqa: F401  (imported by a run only when it needs it; here once for all)
+import fastpmae.pretraining.collapse  # noqa: F401  (imported by a run only when it needs it; here once for all)
+from fastpmae.distributed.ranks import join_ranks
 from fastpmae.train import main as train
-from fastpmae.world import join_world
-from fastpmae.write import write_beton
 from fastpmae_kernels import sinkhorn_bias
+from fastpmae_loaders.write.write import write_beton
 from tests.made import tiny_settings, write_tree
 from tests.test_train import flags_of
 
 
 def kernels(folder: Path, number: int) -> int:
     """Labels over all ranks in messages of gloo's, the last of them just before the end."""
-    with join_world("cpu") as world:
-        generator = torch.Generator().manual_seed(world.rank)
+    with join_ranks("cpu") as ranks:
+        generator = torch.Generator().manual_seed(ranks.rank)
         for _ in range(5):
-            sinkhorn_bias(torch.rand(20, 30, generator=generator), group=world.group)
+            sinkhorn_bias(torch.rand(20, 30, generator=generator), group=ranks.group)
         # The program's own variable, which lives as long as the interpreter.
         globals()["group"] = dist.group.WORLD if number % 2 else None
     return 0

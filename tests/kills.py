@@ -1,7 +1,7 @@
 """Runs that are killed and resumed again and again, against a run that nothing stopped: `python -m tests.kills`.
 
 Each run is started, gets a signal after a random time (SIGKILL, SIGTERM or SIGINT), is resumed with another number of
-decoding threads, gets another signal, and so on; at last it may end. Weights, teachers, optimiser and log rows have to
+decoding threads, gets another signal, and so on; at last it may end. Weights, teachers, optimizer and log rows have to
 be those of the straight run, bit for bit. Processes that burn the machine's cores run beside it, and some of the runs
 have only 16 prototypes, where a sum that depends on where its numbers lie in memory would show.
 
@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import fastpmae.health  # noqa: F401  (imported by a run only when it needs it; here once for all)
+import fastpmae.pretraining.collapse  # noqa: F401  (imported by a run only when it needs it; here once for all)
 from fastpmae import Config
-from fastpmae.checkpoint import checkpoint_path, read_checkpoint
+from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
 from fastpmae.train import main as train
-from fastpmae.write import write_beton
+from fastpmae_loaders.write.write import write_beton
 from tests.made import tiny_settings, write_tree
 from tests.test_train import flags_of, rows_of
 

@@ -1,6 +1,7 @@
 """Images made for tests, and where things lie."""
 
 import struct
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,16 @@ from fastpmae import PRESETS, Config
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+HOMES = {"fastpmae": REPOSITORY, "fastpmae_kernels": REPOSITORY / "kernels", "fastpmae_loaders": REPOSITORY / "loaders"}
+"""The folder of each distribution, by the package that it holds."""
+PROJECTS = {package: tomllib.loads((home / "pyproject.toml").read_text())["project"] for package, home in HOMES.items()}
+COMMANDS_AT = {name: place for project in PROJECTS.values() for name, place in project.get("scripts", {}).items()}
+"""Where each command begins, as `module:function`."""
+
+
+def module_of(command: str) -> str:
+    """The module behind a command, by its name without `fastpmae-`; `demo` has none of its own."""
+    return "fastpmae.demo.demo" if command == "demo" else COMMANDS_AT[f"fastpmae-{command}"].split(":")[0]
 
 
 def made_image(seed: int, width: int, height: int) -> Image.Image:

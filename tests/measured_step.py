@@ -8,18 +8,20 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastpmae import PRESETS, Config
-from fastpmae.architecture import make_networks, shape_of, view_settings, views_needed
-from fastpmae.optimiser import make_optimiser, update
-from fastpmae.step import learn, teach
-from fastpmae.world import World
+from fastpmae.distributed.ranks import Ranks
+from fastpmae.model.build import shape_of, view_settings, views_needed
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.optimizer import make_optimizer, update
+from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae_loaders import Batch
 
-WORLD = World(0, 1, 1, torch.device("cpu"), None)
+WORLD = Ranks(0, 1, 1, torch.device("cpu"), None)
 
 
 def real_batch(config: Config, count: int) -> Batch:
@@ -35,23 +37,23 @@ def real_batch(config: Config, count: int) -> Batch:
 
 
 class Trainer:
-    """Networks, optimiser and a batch; `step` is the trainer's."""
+    """Networks, optimizer and a batch; `step` is the trainer's."""
 
     def __init__(self, config: Config):
         self.config = config
         self.student, self.teachers = make_networks(config, 1, torch.device("cpu"), None)
-        self.optimiser = make_optimiser(self.student, config)
-        self.batch = real_batch(config, config.optimiser.batch_size)
-        self.keep = None
-        if config.model.drop_path:
-            self.keep = torch.ones(config.optimiser.batch_size, shape_of(config.model).depth, 2)
+        self.optimizer = make_optimizer(self.student, config)
+        self.batch = real_batch(config, config.optimizer.batch_size)
+        self.drop_path_scale = None
+        if config.network.drop_path:
+            self.drop_path_scale = torch.ones(config.optimizer.batch_size, shape_of(config.network).depth, 2)
 
     def step(self) -> None:
-        targets = teach(self.teachers, self.batch, self.config)
-        losses = learn(self.student, self.batch, self.keep, targets, self.config)
+        targets = compute_targets(self.teachers, self.batch, self.config)
+        losses = student_loss(self.student, self.batch, self.drop_path_scale, targets, self.config)
         losses.total.backward()
-        update(self.optimiser, losses.total.detach(), 1e-4, 0.0, WORLD)
-        self.teachers.follow(self.student, "step", 0)
+        update(self.optimizer, losses.total.detach(), 1e-4, 0.0, WORLD)
+        self.teachers.update_ema(self.student, "step", 0)
 
 
 def resident(line: str = "VmRSS") -> int:
@@ -65,7 +67,8 @@ def allocated_peak(trainer: Trainer) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer.step()
     held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+    profiler: Any = profile.profiler
+    for event in sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
@@ -86,7 +89,7 @@ def main() -> None:
     trainer.step()
     found = {"resident": resident("VmHWM") - before}
     lasting = [*trainer.student.parameters(), *trainer.batch.views]
-    lasting += [tensor for state in trainer.optimiser.state.values() for tensor in state.values()]
+    lasting += [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
     lasting += [tensor for teacher in trainer.teachers.modules().values() for tensor in teacher.parameters()]
     found["allocated"] = allocated_peak(trainer) + sum(tensor.nbytes for tensor in lasting)
     print(json.dumps(found))

@@ -77,11 +77,13 @@ def attention(weights: Weights, name: str, tokens: Tokens, heads: int) -> Tokens
     return results
 
 
-def blocks(weights: Weights, tokens: Tokens, heads: int, keep: Tensor | None = None) -> Tokens:
-    """All blocks, then the final norm. keep [depth, 2] scales what the two branches of each block add."""
+def blocks(weights: Weights, tokens: Tokens, heads: int, drop_path_scale: Tensor | None = None) -> Tokens:
+    """All blocks, then the final norm. drop_path_scale [depth, 2] scales what the two branches of each block add."""
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     for b in range(depth):
-        first, second = (1.0, 1.0) if keep is None else (float(keep[b, 0]), float(keep[b, 1]))
+        first, second = (
+            (1.0, 1.0) if drop_path_scale is None else (float(drop_path_scale[b, 0]), float(drop_path_scale[b, 1]))
+        )
         normed = [layer_norm(weights, f"blocks.{b}.norm1", t) for t in tokens]
         added = attention(weights, f"blocks.{b}.attn", normed, heads)
         tokens = [t + first * a for t, a in zip(tokens, added, strict=True)]
@@ -97,7 +99,7 @@ def encode(
     ids: Sequence[int],
     patch_size: int,
     heads: int,
-    keep: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
     fixed: bool = True,
 ) -> Tokens:
     """The class token and the patches `ids` of one image, through the encoder.
@@ -112,7 +114,7 @@ def encode(
         embedded = kernel @ pixels_of(image, patch, patch_size).flatten() + weights["patch_embed.proj.bias"]
         place = position(patch // columns, patch % columns, len(embedded)) if fixed else table[1 + patch]
         tokens.append(embedded + place)
-    return blocks(weights, tokens, heads, keep)
+    return blocks(weights, tokens, heads, drop_path_scale)
 
 
 def encode_folds(
@@ -269,15 +271,15 @@ def step(
     labelling_teacher: Weights | None,
     batch: Any,
     config: Any,
-    keep: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
 ) -> Result:
     """Equation 5 and its parts for a batch; `config` is only read for its numbers.
 
     Teachers' weights are named `encoder.` and `head.`, the student's `decoder.` as well. Without a labelling teacher
     the two label losses are 0.
     """
-    size, heads, loss = config.model.patch_size, config.model.heads, config.loss
-    grid, fixed = config.views.image_size // size, config.teachers.teacher_init == "copy"
+    size, heads, loss = config.network.patch_size, config.network.heads, config.loss
+    grid, fixed = config.views.image_size // size, config.teacher.teacher_init == "copy"
     views = {"simple": batch.simple, "complex": batch.complex}
     encoder, decoder, head = (under(student, f"{part}.") for part in ("encoder", "decoder", "head"))
 
@@ -285,8 +287,10 @@ def step(
     label_tokens, class_logits, patch_logits = [], [], []
     for i in range(len(batch.simple)):
         visible, masked = batch.visible[i].tolist(), batch.folds[i].tolist()
-        encoded = encode(encoder, batch.simple[i], visible, size, heads, None if keep is None else keep[i])
-        token, tokens = decode(decoder, encoded, visible, masked, grid, config.model.decoder_heads)
+        encoded = encode(
+            encoder, batch.simple[i], visible, size, heads, None if drop_path_scale is None else drop_path_scale[i]
+        )
+        token, tokens = decode(decoder, encoded, visible, masked, grid, config.network.decoder_heads)
         predicted.append(tokens)
         with torch.no_grad():
             if loss.target == "pixels":

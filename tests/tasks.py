@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-from fastpmae.errors import UserError
+from fastpmae_loaders.errors import UserError
 
 
 def behaviour(folder: str = ""):

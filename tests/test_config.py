@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from fastpmae import PRESETS, Config, UserError, preset, pretrain, read_config
-from fastpmae.architecture import SHAPES, check, shape_of, view_settings, warmup_epochs
-from fastpmae.command import read_command
-from fastpmae.config import Efficiency, Optimiser, config_from, write_config
-from fastpmae.course import COURSES
+from fastpmae.config import Efficiency, Optimizer, rate_changes
+from fastpmae.config_file import config_from, write_config
+from fastpmae.evaluate.cli import Finetune, Probe
+from fastpmae.evaluate.cli import read_command as read_evaluation
+from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE, FinetuneConfig
+from fastpmae.model.build import SHAPES, check, shape_of, view_settings, warmup_epochs
+from fastpmae.pretraining.cli import read_command
 
 # the paper: section 3.2 (teachers), 3.3 (prototypes), equation 5 (weights), 4 and appendix A (everything else)
 PAPER: dict[str, Any] = {
@@ -35,7 +38,7 @@ PAPER: dict[str, Any] = {
     "lambda_p": 1.0,
     "epochs": 300,
     "batch_size": 768,
-    "lr": 2.666e-4,
+    "blr": 2.666e-4,
     "weight_decay": 0.05,
     "decay_tokens": False,
     "drop_path": 0.25,
@@ -88,7 +91,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
         "drop_path": 0.0,
         "epochs": 1600,
         "batch_size": 4096,
-        "lr": 1.5e-4,
+        "blr": 1.5e-4,
         "decay_tokens": True,
     },
 }
@@ -121,8 +124,8 @@ def test_every_preset_fits_together(name: str) -> None:
 
 def test_the_demo_scales_prototypes_down_to_its_rows() -> None:
     demo = PRESETS["demo"]
-    assert demo.model.prototypes <= demo.optimiser.batch_size * demo.views.folds
-    assert demo.teachers == PRESETS["paper"].teachers
+    assert demo.network.prototypes <= demo.optimizer.batch_size * demo.views.folds
+    assert demo.teacher == PRESETS["paper"].teacher
     assert dataclasses.replace(demo.loss) == PRESETS["paper"].loss
 
 
@@ -152,14 +155,14 @@ def test_fold_sizes_differ_by_at_most_one(folds: int) -> None:
     ],
 )
 def test_model_sizes(model: str, shape: tuple[int, ...]) -> None:
-    found = shape_of(PRESETS["paper"].using(model=model).model)
+    found = shape_of(PRESETS["paper"].using(model=model).network)
     assert (found.patch_size, found.width, found.depth, found.heads) == shape
     assert found.mlp_ratio == 4
     assert set(SHAPES) == {"vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"}
 
 
 def test_timms_names_mean_timms_sizes() -> None:
-    found = shape_of(PRESETS["paper"].using(model="vit_small_patch32_224").model)
+    found = shape_of(PRESETS["paper"].using(model="vit_small_patch32_224").network)
     assert (found.patch_size, found.width, found.depth, found.heads) == (32, 384, 12, 6)
 
 
@@ -198,6 +201,8 @@ def test_timms_names_mean_timms_sizes() -> None:
         {"hw_decoder_load": 1.0},
         {"dali_part": 64},
         {"seed": -1},
+        {"blr": -1.0},
+        {"blr": float("nan")},
         {"lr": -1.0},
         {"lr": float("nan")},
         {"weight_decay": -0.1},
@@ -234,14 +239,14 @@ def test_every_name_is_there_once() -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        PRESETS["paper"].optimiser.epochs = 1  # pyright: ignore[reportAttributeAccessIssue]
+        PRESETS["paper"].optimizer.epochs = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_using_changes_a_copy() -> None:
     config = PRESETS["paper"].using(epochs=100, seed=1, beton=Path("a.beton"), labelling_momentum=(0.9, 1.0))
-    assert (config.optimiser.epochs, config.run.seed, config.data.beton) == (100, 1, Path("a.beton"))
-    assert config.teachers.labelling_momentum == (0.9, 1.0)
-    assert PRESETS["paper"].optimiser.epochs == 300
+    assert (config.optimizer.epochs, config.run.seed, config.data.beton) == (100, 1, Path("a.beton"))
+    assert config.teacher.labelling_momentum == (0.9, 1.0)
+    assert PRESETS["paper"].optimizer.epochs == 300
     changed = {name for name, value in config.flat().items() if value != PRESETS["paper"].flat()[name]}
     assert changed == {"epochs", "seed", "beton", "labelling_momentum"}
     with pytest.raises(UserError, match="epoch_count"):
@@ -250,14 +255,14 @@ def test_using_changes_a_copy() -> None:
 
 def test_using_converts_what_loses_nothing() -> None:
     """What reading a checkpoint would refuse is refused before anything is trained, and what it would take is taken."""
-    settings: dict[str, Any] = {"epochs": 1.0, "batch_size": np.int64(16), "lr": 1, "out": "runs/x",
+    settings: dict[str, Any] = {"epochs": 1.0, "batch_size": np.int64(16), "blr": 1, "out": "runs/x",
                                 "seed": np.uint8(3), "simple_scale": [0.3, 1], "resume": Path("runs/x"),
                                 "steps": None}  # fmt: skip
     config = PRESETS["demo"].using(**settings)
     plain = PRESETS["demo"].using(
         epochs=1,
         batch_size=16,
-        lr=1.0,
+        blr=1.0,
         out=Path("runs/x"),
         seed=3,
         simple_scale=(0.3, 1.0),
@@ -268,7 +273,7 @@ def test_using_converts_what_loses_nothing() -> None:
     kinds = [type(value_of(config, name)) for name in settings]
     assert kinds == [type(value_of(plain, name)) for name in settings]
     assert config_from(json.loads(json.dumps(config.groups())), "it") == config
-    assert Optimiser(epochs=2.0) == Optimiser(epochs=2)  # pyright: ignore[reportArgumentType]
+    assert Optimizer(epochs=2.0) == Optimizer(epochs=2)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +289,7 @@ def test_using_converts_what_loses_nothing() -> None:
         ({"eval_every": False}, "eval_every is False; expected a whole number"),
         ({"epochs": 1.5}, r"epochs is 1\.5; expected a whole number"),
         ({"epochs": "2"}, "epochs is '2'; expected a whole number"),
-        ({"lr": "1e-3"}, "lr is '1e-3'; expected a number"),
+        ({"blr": "1e-3"}, "blr is '1e-3'; expected a number"),
         ({"betas": 0.9}, r"betas is 0\.9; expected 2 values"),
         ({"resume": True}, "resume is True; expected a text or None"),
         ({"beton": 3}, "beton is 3; expected a path or None"),
@@ -302,22 +307,22 @@ def test_a_value_of_another_kind_is_refused_when_it_is_set(settings: dict[str, A
 
 @pytest.mark.parametrize("change", [{"epochs": "2"}, {"compile": False}])
 def test_nor_is_it_taken_by_another_way(change: dict[str, Any]) -> None:
-    group = Optimiser if "epochs" in change else Efficiency
+    group = Optimizer if "epochs" in change else Efficiency
     with pytest.raises(UserError, match=f"{next(iter(change))} is "):
         group(**change)
     with pytest.raises(UserError, match=f"{next(iter(change))} is "):
         dataclasses.replace(group(), **change)
-    with pytest.raises(UserError, match="optimiser is "):
-        Config(optimiser=change)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="optimizer is "):
+        Config(optimizer=change)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_course_is_checked_as_settings_are() -> None:
-    assert dataclasses.replace(COURSES["small"], epochs=30.0, scale=[0.5, 1]) == dataclasses.replace(
-        COURSES["small"], epochs=30, scale=(0.5, 1.0)
+    assert dataclasses.replace(FINETUNE_PRESETS["small"], epochs=30.0, scale=[0.5, 1]) == dataclasses.replace(
+        FINETUNE_PRESETS["small"], epochs=30, scale=(0.5, 1.0)
     )
-    for name, value in (("epochs", "3"), ("pool", True), ("lr", "fast"), ("optimiser", "adam"), ("betas", (0.9,))):
+    for name, value in (("epochs", "3"), ("pool", True), ("blr", "fast"), ("opt", "adam"), ("betas", (0.9,))):
         with pytest.raises(UserError, match=f"{name} is "):
-            dataclasses.replace(COURSES["small"], **{name: value})
+            dataclasses.replace(FINETUNE_PRESETS["small"], **{name: value})
 
 
 @pytest.mark.parametrize("words", [["--out", "s3://b/run"], ["--out=s3://b/run"], ["--resume", "gs://b/run"],
@@ -331,9 +336,127 @@ def test_addresses_on_the_command_line(words: list[str], tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("wrong", [None, {"epochs": 1}, "demo"])
+@pytest.mark.untyped
 def test_only_a_config_is_trained_by(wrong: Any) -> None:
     with pytest.raises(UserError, match="pretrain takes a Config"):
         pretrain(wrong)
+
+
+PAPERS_PEAK = 2.666e-4 * 768 / 256
+
+
+def test_a_peak_rate_takes_the_place_of_the_base_rate_and_the_reverse() -> None:
+    """MAE's `--lr` is the rate itself: a value from its scripts means the same here, whatever the batch size."""
+    paper = PRESETS["paper"]
+    assert (paper.optimizer.lr, paper.optimizer.peak_lr) == (None, PAPERS_PEAK)
+    absolute = paper.using(lr=1e-3)
+    assert (absolute.optimizer.blr, absolute.optimizer.peak_lr) == (None, 1e-3)
+    assert absolute.using(batch_size=64).optimizer.peak_lr == 1e-3
+    back = absolute.using(blr=1e-3)
+    assert (back.optimizer.lr, back.optimizer.peak_lr) == (None, 3e-3)
+    assert absolute.using(lr=None, blr=2.666e-4) == paper == paper.using(lr=None)
+    for name, config in PRESETS.items():
+        assert config.optimizer.lr is None, name
+    tuned = FINETUNE_PRESETS["paper"].using(lr=1e-3)
+    assert (tuned.blr, tuned.peak_lr, tuned.using(batch_size=64).peak_lr) == (None, 1e-3, 1e-3)
+    assert tuned.using(blr=5e-4) == FINETUNE_PRESETS["paper"]
+    assert tuned.fitted(100).peak_lr == 1e-3
+
+
+def test_both_rates_or_none_are_refused() -> None:
+    both, none = r"--blr 0\.001 and --lr 0\.002 are both set", "no learning rate is set"
+    for base in (PRESETS["paper"], PRESETS["paper"].using(lr=1.0), FINETUNE_PRESETS["paper"]):
+        with pytest.raises(UserError, match=both):
+            base.using(blr=1e-3, lr=2e-3)
+        with pytest.raises(UserError, match=none):
+            base.using(blr=None, lr=None)
+    for kind in (Optimizer, FinetuneConfig):
+        with pytest.raises(UserError, match=both):
+            kind(blr=1e-3, lr=2e-3)
+        with pytest.raises(UserError, match=none):
+            kind(blr=None)
+    with pytest.raises(UserError, match=r"--lr 0\.0 must be above 0"):
+        PROBE.using(lr=0.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "blr", "lr"),
+    [
+        ([], 2.666e-4, None),
+        (["--lr", "1e-3"], None, 1e-3),
+        (["--lr=1e-3", "--batch-size", "64"], None, 1e-3),
+        (["--blr", "1e-3"], 1e-3, None),
+        (["--preset", "mae", "--lr", "0"], None, 0.0),
+        (["--config", "recorded.json"], None, 0.5),
+        (["--config", "recorded.json", "--blr", "1e-3"], 1e-3, None),
+        (["--config", "recorded.json", "--lr", "1e-3"], None, 1e-3),
+    ],
+)
+def test_rates_on_the_command_line(words: list[str], blr: Any, lr: Any, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_config(PRESETS["demo"].using(lr=0.5), Path("recorded.json"))
+    optimizer = read_command(words).optimizer
+    assert (optimizer.blr, optimizer.lr) == (blr, lr)
+
+
+@pytest.mark.parametrize("words", [["--lr", "1e-3", "--blr", "1e-3"], ["--blr=1", "--preset", "mae", "--lr=1"]])
+def test_both_rates_on_the_command_line(words: list[str]) -> None:
+    with pytest.raises(UserError, match="are both set"):
+        read_command(words)
+    images = ["--train", "t.beton"]
+    for kind in ("finetune", "probe"):
+        with pytest.raises(UserError, match="are both set"):
+            read_evaluation([kind, "weights", *images, *[word for word in words if word not in ("--preset", "mae")]])
+        for flag in ("--lr", "--blr"):
+            command = read_evaluation([kind, "weights", *images, flag, "0.5", "--batch-size", "512"])
+            assert isinstance(command, Probe | Finetune)
+            assert command.config.peak_lr == (0.5 if flag == "--lr" else 1.0)
+
+
+def test_rates_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    for config in (PRESETS["mae"].using(lr=1e-3), PRESETS["mae"].using(blr=1e-3)):
+        write_config(config, path)
+        assert read_config(path) == config
+    path.write_text('{"run": {"preset": "mae"}, "optimizer": {"blr": null, "lr": 0.5}}')
+    assert read_config(path) == PRESETS["mae"].using(lr=0.5)
+    path.write_text('{"optimizer": {"blr": 0.1, "lr": 0.5}}')
+    with pytest.raises(UserError, match=r"c\.json sets optimizer\.blr and optimizer\.lr: leave one out"):
+        read_config(path)
+    # Alone it may be of an earlier version, whose lr was the rate for 256 images.
+    for text in ('{"optimizer": {"lr": 0.5}}', '{"optimiser": {"lr": 0.5}}', '{"optimizer": {"lr": 1, "epochs": 3}}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"c\.json names .*lr, the rate for 256 images, is now blr"):
+            read_config(path)
+    path.write_text('{"optimizer": {"lr": null}}')
+    assert read_config(path) == Config()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"blr": 1e-3}, {"blr": 1e-3}, []),
+        ({"blr": 1e-3}, {"lr": 3e-3}, []),
+        ({"lr": 3e-3}, {"blr": 1e-3}, []),
+        ({"blr": 1e-3}, {"blr": 2e-3}, ["--blr was 0.001 and is now 0.002"]),
+        ({"lr": 1e-3}, {"lr": 2e-3}, ["--lr was 0.001 and is now 0.002"]),
+        ({"blr": 1.0}, {"lr": 1.0}, ["the peak learning rate was 3.0 and is now 1.0"]),
+        ({"lr": 1.0}, {"blr": 1.0}, ["the peak learning rate was 1.0 and is now 3.0"]),
+        # the batch size is a difference of its own
+        ({"blr": 1e-3}, {"blr": 1e-3, "batch_size": 64}, []),
+        ({"lr": 1e-3}, {"lr": 1e-3, "batch_size": 64}, []),
+    ],
+)
+def test_a_resumed_run_compares_the_peak_rate(before: dict[str, Any], now: dict[str, Any], said: list[str]) -> None:
+    paper = PRESETS["paper"]
+    assert rate_changes(paper.using(**before).flat(), paper.using(**now).flat()) == said
+    tuned = FinetuneConfig(batch_size=768)
+    found = tuned.using(**now).differences(json.loads(json.dumps(dataclasses.asdict(tuned.using(**before)))))
+    assert [phrase for phrase in found if "batch" not in phrase] == said
+    assert rate_changes({"blr": "x", "lr": [], "batch_size": None}, paper.flat()) == [
+        "--blr was x and is now 0.0002666"
+    ]
+    assert rate_changes({}, paper.flat()) == [f"the peak learning rate was None and is now {PAPERS_PEAK}"]
 
 
 def test_a_preset_by_name() -> None:
@@ -352,8 +475,8 @@ def test_settings_come_back_from_their_file(name: str, tmp_path: Path) -> None:
 
 
 def test_a_file_may_name_a_preset_and_a_few_settings(tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_text('{"run": {"preset": "sdae"}, "optimiser": {"epochs": 5, "lr": 1}}')
-    assert read_config(tmp_path / "c.json") == PRESETS["sdae"].using(epochs=5, lr=1.0)
+    (tmp_path / "c.json").write_text('{"run": {"preset": "sdae"}, "optimizer": {"epochs": 5, "blr": 1}}')
+    assert read_config(tmp_path / "c.json") == PRESETS["sdae"].using(epochs=5, blr=1.0)
     (tmp_path / "c.json").write_text("{}")
     assert read_config(tmp_path / "c.json") == Config()
 
@@ -361,30 +484,30 @@ def test_a_file_may_name_a_preset_and_a_few_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("group", "name", "value"),
     [
-        ("optimiser", "epochs", "ten"),
-        ("optimiser", "epochs", 1.5),
-        ("optimiser", "epochs", True),
-        ("optimiser", "epochs", None),
-        ("optimiser", "lr", "1e-3"),
-        ("optimiser", "lr", [1e-3]),
-        ("optimiser", "betas", [0.9]),
-        ("optimiser", "betas", [0.9, 0.95, 0.99]),
-        ("optimiser", "betas", 0.9),
-        ("optimiser", "betas", ["0.9", "0.95"]),
-        ("optimiser", "warmup_epochs", "1"),
-        ("teachers", "teachers", "triple"),
-        ("teachers", "teachers", 1),
-        ("teachers", "teachers", ["dual"]),
-        ("model", "decoder_class_token", 1),
-        ("model", "decoder_class_token", None),
-        ("optimiser", "decay_tokens", 1),
+        ("optimizer", "epochs", "ten"),
+        ("optimizer", "epochs", 1.5),
+        ("optimizer", "epochs", True),
+        ("optimizer", "epochs", None),
+        ("optimizer", "blr", "1e-3"),
+        ("optimizer", "blr", [1e-3]),
+        ("optimizer", "betas", [0.9]),
+        ("optimizer", "betas", [0.9, 0.95, 0.99]),
+        ("optimizer", "betas", 0.9),
+        ("optimizer", "betas", ["0.9", "0.95"]),
+        ("optimizer", "warmup_epochs", "1"),
+        ("teacher", "teachers", "triple"),
+        ("teacher", "teachers", 1),
+        ("teacher", "teachers", ["dual"]),
+        ("network", "decoder_class_token", 1),
+        ("network", "decoder_class_token", None),
+        ("optimizer", "decay_tokens", 1),
         ("data", "beton", 3),
         ("run", "preset", "papre"),
         ("run", "preset", 3),
         ("run", "steps", 1.0),
         ("run", "name", None),
-        ("optimiser", "epoch", 3),
-        ("optimizer", "epochs", 3),
+        ("optimizer", "epoch", 3),
+        ("optimiser", "epochs", 3),
         ("run", "epochs", 3),
     ],
 )
@@ -398,10 +521,12 @@ def test_a_setting_of_the_wrong_kind_is_named(group: str, name: str, value: Any,
 
 def test_a_decoder_without_the_class_token_is_refused_and_one_with_it_is_the_only_one(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
-    path.write_text('{"run": {"preset": "sdae"}, "model": {"decoder_class_token": true}}')
+    path.write_text('{"run": {"preset": "sdae"}, "network": {"decoder_class_token": true}}')
     assert read_config(path) == PRESETS["sdae"]
-    path.write_text('{"model": {"decoder_class_token": false}}')
-    with pytest.raises(UserError, match=r"settings\.json asks for a decoder without the class token \(model\.decoder_"):
+    path.write_text('{"network": {"decoder_class_token": false}}')
+    with pytest.raises(
+        UserError, match=r"settings\.json asks for a decoder without the class token \(network\.decoder_"
+    ):
         read_config(path)
 
 

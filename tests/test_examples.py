@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import fastpmae.demo
+import fastpmae.demo.demo
 from tests.made import REPOSITORY
 
 FOLDER = REPOSITORY / "examples"
@@ -62,7 +62,7 @@ def test_an_example_without_images_takes_the_demos(run, small_beton, monkeypatch
         asked.append(folder)
         return small_beton, small_beton
 
-    monkeypatch.setattr(fastpmae.demo, "write_demo_betons", demo)
+    monkeypatch.setattr(fastpmae.demo.demo, "write_demo_betons", demo)
     assert len(losses(run("mae", "--steps", "1", "--batch-size", "4", "--device", "cpu"))) == 1
     assert asked == [Path("demo")]
 

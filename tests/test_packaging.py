@@ -3,22 +3,28 @@
 import ast
 import importlib
 import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
-import tomllib
+import venv
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.made import write_tree
+from fastpmae import pretrain
+from tests.made import COMMANDS_AT, HOMES, PROJECTS, REPOSITORY, tiny_settings, write_tree
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"fastpmae": "fastpmae", "fastpmae_kernels": "kernels", "fastpmae_loaders": "loaders"}
+ROOT = REPOSITORY
+PROGRAMS = ROOT / "tests/programs"
+LOADED = str(PROGRAMS / "loaded.py")
 # distributions whose import has another name
 IMPORTED_AS = {
     "pillow": "PIL",
@@ -26,22 +32,19 @@ IMPORTED_AS = {
     "scikit-learn": "sklearn",
     "nvidia-dali-cuda130": "nvidia",
 }
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def home(package: str) -> Path:
-    return ROOT / "fastpmae" if package == "fastpmae" else ROOT / PACKAGES[package] / package
+VERSION = importlib.import_module("fastpmae").__version__
 
 
 def modules(package: str) -> set[str]:
-    return {f"{package}/{path.relative_to(home(package))}" for path in home(package).rglob("*.py")}
+    """The modules of a package, and the templates beside them."""
+    files = (path for kind in ("*.py", "*.j2") for path in (HOMES[package] / package).rglob(kind))
+    return {str(path.relative_to(HOMES[package])) for path in files}
 
 
 def checkout(folder: Path) -> Path:
     """A copy of what a clone holds."""
     for name in ("fastpmae", "kernels", "loaders", "benchmarks", "tests"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.nbi", "*.nbc"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.nbi", "*.nbc"))
     for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
     return folder
@@ -59,13 +62,20 @@ def names_in_wheel(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def test_wheel_and_sdist_hold_the_three_packages_and_no_kernels_or_loaders(tmp_path):
-    source = checkout(tmp_path / "source")
-    wheel = names_in_wheel(build(source, "wheel", tmp_path / "wheel"))
-    assert {name.split("/")[0] for name in wheel} == {*PACKAGES, f"fastpmae-{PROJECT['version']}.dist-info"}
-    assert f"fastpmae-{PROJECT['version']}.dist-info/licenses/LICENSE" in wheel
-    for package in PACKAGES:
-        assert modules(package) <= wheel
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheel of each distribution, by its package."""
+    source, made = checkout(tmp_path_factory.mktemp("source") / "checkout"), tmp_path_factory.mktemp("wheels")
+    return {package: build(source / home.relative_to(ROOT), "wheel", made / package) for package, home in HOMES.items()}
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_a_wheel_holds_its_own_package_alone_and_is_built_from_its_sdist_too(package, wheels, tmp_path):
+    wheel = names_in_wheel(wheels[package])
+    information = f"{package}-{VERSION}.dist-info"
+    assert {name.split("/")[0] for name in wheel} == {package, information}
+    assert modules(package) | {f"{package}/py.typed", f"{information}/licenses/LICENSE"} <= wheel
+    source = checkout(tmp_path / "source") / HOMES[package].relative_to(ROOT)
     sdist = build(source, "sdist", tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
@@ -73,64 +83,133 @@ def test_wheel_and_sdist_hold_the_three_packages_and_no_kernels_or_loaders(tmp_p
     assert names_in_wheel(build(unpacked, "wheel", tmp_path / "again")) == wheel
 
 
-def test_the_loaders_alone_are_a_distribution_that_writes_what_it_reads(tmp_path):
-    source = checkout(tmp_path / "source") / "loaders"
-    built = build(source, "wheel", tmp_path / "wheel")
-    wheel = names_in_wheel(built)
-    information = f"fastpmae_loaders-{PROJECT['version']}.dist-info"
-    assert {name.split("/")[0] for name in wheel} == {"fastpmae_loaders", information}
-    assert modules("fastpmae_loaders") <= wheel
-    assert f"{information}/licenses/LICENSE" in wheel
-    sdist = build(source, "sdist", tmp_path / "sdist")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
-    (unpacked,) = (tmp_path / "unpacked").iterdir()
-    assert names_in_wheel(build(unpacked, "wheel", tmp_path / "again")) == wheel
-    with zipfile.ZipFile(built) as archive:
-        archive.extractall(tmp_path / "alone")
-    written = {name for name in wheel if name.startswith("fastpmae_loaders/writer/")}
-    assert "fastpmae_loaders/writer/write.py" in written
-    assert "fastpmae_loaders/writer/train.py" not in written  # which a docstring of a carried module names
-    requirements = tomllib.loads((ROOT / "loaders/pyproject.toml").read_text())["project"]
-    known = declared(requirements["dependencies"] + requirements["optional-dependencies"]["hf"])
-    found = imports_of([tmp_path / "alone" / name for name in written]) - {"fastpmae_loaders"}
-    assert found <= known
-    program = """
-import sys
-from fastpmae_loaders import Beton
-from fastpmae_loaders.writer.write import main
-try:
-    sys.argv[1:] = [sys.argv[1], "images.beton", "--workers", "1"]
-    main()
-finally:
-    assert not {"fastpmae", "ffcv", "timm", "torch"} & set(sys.modules)
-    print(len(Beton("images.beton")), "samples")
-"""
+def environment(folder: Path) -> Path:
+    """A new virtual environment that finds what this one has besides our own distributions; its Python."""
+    venv.create(folder, with_pip=True, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # a .pth in a folder that a .pth names is not followed: editable installs stay out
+    (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+def in_environment(python: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    clean = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(Path.home()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(python), *words], cwd=cwd, env=clean, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def pip(python: Path, *words: str, cwd: Path) -> None:
+    in_environment(python, "-m", "pip", "--disable-pip-version-check", "--no-input", *words, cwd=cwd)
+
+
+@pytest.mark.slow
+def test_the_three_live_together_and_losing_one_leaves_the_others_whole(wheels, tmp_path):
+    python = environment(tmp_path / "together")
+    pip(python, "install", "--no-index", "--no-deps", *map(str, wheels.values()), cwd=tmp_path)
+    in_environment(python, LOADED, "fastpmae.train", "fastpmae_kernels", "fastpmae_loaders.adapters", cwd=tmp_path)
+    for command in COMMANDS_AT:
+        assert (python.parent / command).exists()
+    (site,) = (tmp_path / "together").glob("lib/python*/site-packages")
+    for lost in ("fastpmae", "fastpmae_loaders"):
+        pip(python, "uninstall", "-y", lost.replace("_", "-"), cwd=tmp_path)
+        assert not (site / lost).exists()
+        left = [package for package in HOMES if (site / package).exists()]
+        for package in left:
+            assert {name for name in names_in_wheel(wheels[package]) if not (site / name).exists()} == set()
+            there = {name for name, place in COMMANDS_AT.items() if place.startswith(f"{package}.")}
+            assert all((python.parent / name).exists() for name in there)
+    in_environment(python, LOADED, "fastpmae_kernels", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_loaders_alone_write_what_they_read(wheels, tmp_path):
+    python = environment(tmp_path / "alone")
+    pip(python, "install", "--no-index", "--no-deps", str(wheels["fastpmae_loaders"]), cwd=tmp_path)
     tree = write_tree(tmp_path / "tree", 9)
+    in_environment(
+        python, str(python.parent / "fastpmae-write"), str(tree), "images.beton", "--workers", "1", cwd=tmp_path
+    )
+    program = str(PROGRAMS / "installed_loaders.py")
+    assert in_environment(python, program, "images.beton", cwd=tmp_path).stdout == f"9 {VERSION}\n"
+
+
+@pytest.mark.slow
+def test_the_kernels_alone_compute(wheels, tmp_path):
+    python = environment(tmp_path / "alone")
+    pip(python, "install", "--no-index", "--no-deps", str(wheels["fastpmae_kernels"]), cwd=tmp_path)
+    program = str(PROGRAMS / "installed_kernels.py")
+    assert in_environment(python, program, cwd=tmp_path).stdout == f"{VERSION} [0.5, 0.5]\n"
+
+
+def loaded_by(*imports: str) -> list[set[str]]:
+    """The modules that each of some imports brings where there are the loaders alone."""
+    environment = {"PYTHONPATH": str(ROOT / "loaders"), "PATH": "", "HOME": str(Path.home())}
+    words = [sys.executable, LOADED, *imports]
+    done = subprocess.run(words, check=True, env=environment, capture_output=True, text=True, timeout=120)
+    return [set(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_a_release_is_six_files_that_twine_finds_sound(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tree)], cwd=tmp_path, timeout=300, capture_output=True, text=True,
-        env={"PYTHONPATH": str(tmp_path / "alone"), "HOME": str(Path.home()), "OMP_NUM_THREADS": "1"},
+        [str(ROOT / "scripts/release"), "build", str(tmp_path / "dist")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = ("-py3-none-any.whl", ".tar.gz")
+    expected = {f"{package}-{VERSION}{kind}" for package in HOMES for kind in kinds}
+    assert {path.name for path in (tmp_path / "dist").iterdir()} == expected
+    assert done.stdout.count("PASSED") == 6
+    again = subprocess.run([str(ROOT / "scripts/release"), "build", str(tmp_path / "dist")], capture_output=True)
+    assert again.returncode == 1
+    assert b"is not empty" in again.stderr
+
+
+NO_SCIKITS = """
+import sys
+sys.modules.update(sklearn=None, skimage=None)  # an import of either fails
+from fastpmae.evaluate.protocols import main
+beton, folder, *kinds = sys.argv[1:]
+for kind, *more in map(str.split, kinds):
+    sys.argv[1:] = [kind, f"{folder}/run", "--train", beton, "--val", beton, "--out", f"{folder}/{kind}", *more]
+    assert main() == 0, kind
+"""
+
+
+@pytest.mark.slow
+def test_knn_and_probes_need_neither_scikit_learn_nor_scikit_image(small_beton, tmp_path):
+    pretrain(tiny_settings(small_beton).using(out=tmp_path / "run", steps=1))
+    kinds = [
+        "knn --k 5",
+        "linear --epochs 1",
+        "lowshot --shares 0.5 --draws 1",
+        "probe --epochs 1 --warmup-epochs 0",
+    ]
+    subprocess.run(
+        [sys.executable, "-c", NO_SCIKITS, str(small_beton), str(tmp_path), *kinds],
+        check=True, timeout=300, env={"PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(Path.home())},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "9 samples"
+    assert (tmp_path / "probe").is_dir()
 
 
-def test_loaders_that_are_cut_off_from_the_writer_are_not_built(tmp_path):
-    source = shutil.copytree(ROOT / "loaders", tmp_path / "loaders", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "wheel")]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "build in a whole checkout" in done.stderr
+def test_the_writer_needs_neither_torch_nor_numba_nor_ffcv():
+    (loaded,) = loaded_by("fastpmae_loaders.write.cli")
+    assert {"fastpmae", "fastpmae_kernels", "ffcv", "numba", "timm", "torch"} & loaded == set()
 
 
-def test_every_wheel_holds_the_licence_and_every_package_its_version():
-    assert (ROOT / "loaders/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    for package in PACKAGES:
-        assert importlib.import_module(package).__version__ == PROJECT["version"]
+def test_one_version_and_one_licence():
+    for package, home in HOMES.items():
+        assert (home / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+        assert PROJECTS[package]["dynamic"] == ["version"]
+        assert PROJECTS[package]["urls"] == PROJECTS["fastpmae"]["urls"]
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
+    series = VERSION.rpartition(".")[0]
+    needed = [line for line in PROJECTS["fastpmae"]["dependencies"] if line.startswith("fastpmae-")]
+    assert sorted(needed) == [f"fastpmae-kernels=={series}.*", f"fastpmae-loaders[ffcv]=={series}.*"]
 
 
 def third_party_imports(package: str) -> set[str]:
-    return imports_of(home(package).rglob("*.py")) - {package}
+    return imports_of((HOMES[package] / package).rglob("*.py")) - {package}
 
 
 def imports_of(paths: Iterable[Path]) -> set[str]:
@@ -153,38 +232,31 @@ def declared(requirements: list[str]) -> set[str]:
     return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
 
 
-def test_every_import_is_a_declared_requirement():
-    extras = PROJECT["optional-dependencies"]
-    optional = [line for extra in ("hf", "xformers", "dali-cuda130") for line in extras[extra]]
-    # Triton comes with torch, llvmlite with numba; wandb is used where it happens to be installed
-    known = declared(PROJECT["dependencies"] + optional) | {*PACKAGES, "triton", "llvmlite", "wandb"}
-    for package in PACKAGES:
-        assert third_party_imports(package) <= known
-    loaders = tomllib.loads((ROOT / "loaders/pyproject.toml").read_text())["project"]
-    optional = loaders["optional-dependencies"]
-    known = declared(loaders["dependencies"] + optional["ffcv"] + optional["dali-cuda130"]) | {"llvmlite"}
-    assert third_party_imports("fastpmae_loaders") <= known
-    assert loaders["version"] == PROJECT["version"]
+# Triton comes with torch, llvmlite with numba, markupsafe with jinja2; wandb is used where it happens to be installed
+COMES_ALONG = {"triton", "llvmlite", "markupsafe", "wandb"}
+EXTRAS = ("ffcv", "hf", "heif", "xformers", "dali-cuda130", "demo", "certify")
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_every_import_is_a_declared_requirement(package):
+    project = PROJECTS[package]
+    extras = project.get("optional-dependencies", {})
+    optional = [line for extra in EXTRAS for line in extras.get(extra, [])]
+    assert third_party_imports(package) <= declared(project["dependencies"] + optional) | COMES_ALONG
 
 
 def test_the_loaders_need_neither_the_trainer_nor_triton_nor_ffcv():
-    program = """
-import sys
-import fastpmae_loaders
-from fastpmae_loaders import Beton, PairedViews, PlainViews, ViewSettings
-unwanted = {"fastpmae", "fastpmae_kernels", "xformers", "ffcv", "nvidia.dali", "cv2", "timm"} & set(sys.modules)
-assert not unwanted, unwanted
-# torch itself may look for Triton, but nothing here imports it
-assert "triton" not in sys.modules or "triton" in before, "triton"
-"""
-    program = "import sys, torch\nbefore = set(sys.modules)\n" + program
-    environment = {"PYTHONPATH": str(ROOT / "loaders"), "PATH": "", "HOME": str(Path.home())}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
+    # torch itself may look for Triton, but nothing here imports it
+    first, then = loaded_by("torch", "fastpmae_loaders:Beton,PairedViews,PlainViews,ViewSettings")
+    assert "fastpmae_loaders.paired" in then
+    unwanted = {"fastpmae", "fastpmae_kernels", "xformers", "ffcv", "nvidia.dali", "cv2", "timm"}
+    assert unwanted & (first | then) == set()
+    assert "triton" not in then
 
 
-@pytest.mark.parametrize("command", PROJECT["scripts"])
+@pytest.mark.parametrize("command", COMMANDS_AT)
 def test_every_command_exists(command):
-    module, function = PROJECT["scripts"][command].split(":")
+    module, function = COMMANDS_AT[command].split(":")
     assert callable(getattr(importlib.import_module(module), function))
 
 
@@ -194,26 +266,47 @@ def test_ci_runs_make_test():
     assert lines[-1] == "exec make test"
 
 
+def test_workflows_and_templates_are_sound():
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        flow = yaml.safe_load(path.read_text())
+        assert flow["permissions"] == {"contents": "read"}, path
+        for job in flow["jobs"].values():
+            assert job["timeout-minutes"] <= 120
+            assert all(("run" in step) != ("uses" in step) for step in job["steps"])
+    for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("[bi]*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= set(form)
+        assert len({part["id"] for part in form["body"]}) == len(form["body"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert all(
+        (ROOT / word).exists() for hook in hooks for word in hook["entry"].split() if word.startswith("scripts/")
+    )
+
+
+def test_every_make_target_that_is_named_is_there():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    pages = [ROOT / "CONTRIBUTING.md", ROOT / "README.md", *(ROOT / ".github").rglob("*.*")]
+    for page in pages:
+        text = page.read_text()
+        named = re.findall(r"(?:^|`|run: )make ([a-z]+)", text, flags=re.MULTILINE)
+        assert set(named) <= targets, page
+
+
 FLAG = r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*"
 README = (ROOT / "README.md").read_text()
 COMMANDS = (ROOT / "docs/commands.md").read_text()
 MAP = (ROOT / "docs/map.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-SUBCOMMANDS = """
-import contextlib
-from fastpmae.eval_command import read_command
-for name in ("knn", "linear", "lowshot", "probe", "finetune"):
-    with contextlib.suppress(SystemExit):
-        read_command([name, "--help"])
-"""
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name / "README.md" for name in ("kernels", "loaders", "benchmarks")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def flags_of(command: str) -> set[str]:
     """The flags that a command's --help names, or those of all its subcommands."""
-    module = PROJECT["scripts"][command].split(":")[0]
-    words = ["-c", SUBCOMMANDS] if command == "fastpmae-eval" else ["-m", module, "--help"]
+    module = COMMANDS_AT[command].split(":")[0]
+    words = ["-m", "tests.programs.subcommands_help"] if command == "fastpmae-eval" else ["-m", module, "--help"]
     run = subprocess.run(
         [sys.executable, *words],
         text=True,
@@ -233,7 +326,7 @@ def section_of(command: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", PROJECT["scripts"])
+@pytest.mark.parametrize("command", COMMANDS_AT)
 def test_the_page_of_commands_names_every_flag_and_no_other(command):
     section = "\n".join(line for line in section_of(command).splitlines() if "SBATCH" not in line)
     named = set(re.findall(FLAG, re.sub("--nproc-per-node|--logdir", "", section)))
@@ -255,11 +348,21 @@ def test_generated_tables_are_up_to_date():
         assert page.read_text() == text, f"{page.name}: run .venv/bin/python scripts/doc_tables.py"
 
 
+def test_help_texts_stand_alone():
+    """In a terminal a flag's text is read without the one above it."""
+    rows = re.findall(
+        r"^\| `--([a-z-]+)` \| [^|]* \| (?:(?:`[^`]+`, )*`[^`]+`\. )?(.+) \|$", COMMANDS, flags=re.MULTILINE
+    )
+    assert len(rows) > 150
+    leaning = re.compile(r"(Its?|Their|They|Them|This|These|Not|Of|On|In|And|Also|Or|The same|Divides)\b|How:")
+    assert [(flag, text) for flag, text in rows if leaning.match(text)] == []
+
+
 def test_the_map_names_every_file():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True)
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
-    rows = re.findall(r"^\| (`.+?`) \|", MAP, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (`.+?`) \|", MAP.partition("## Every file")[2], flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     folders = tuple(name for name in named if name.endswith("/"))
     there = {name for name in tracked.stdout.split() if (ROOT / name).exists()}
@@ -269,7 +372,19 @@ def test_the_map_names_every_file():
     assert all((ROOT / folder).is_dir() for folder in folders)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_map_says_what_to_open_and_which_tests_to_run():
+    tables = MAP.partition("## To change something")[2].partition("## Every file")[0]
+    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| .+", tables, flags=re.MULTILINE)]
+    rows = [row for row in rows if row[0] not in ("to change", "---")]
+    assert len(rows) > 40
+    for _, opened, run in rows:
+        assert all((ROOT / path).exists() for path in re.findall(r"\[`([^`]+)`\]", opened)), opened
+        tests = re.findall(r"`(tests/[^`]+)`", run)
+        assert tests
+        assert all((ROOT / path).exists() for path in tests), run
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
@@ -277,4 +392,4 @@ def test_links_lead_somewhere(page):
 
 def test_readme_is_one_page():
     """What a reader needs first; tables of flags and files are in docs/."""
-    assert len(README.splitlines()) < 260
+    assert len(README.splitlines()) <= 120

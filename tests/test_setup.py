@@ -38,7 +38,9 @@ class Machine:
         (self.checkout / "scripts").mkdir(parents=True)
         self.bin.mkdir()
         shutil.copy(ROOT / "scripts/setup", self.checkout / "scripts/setup")
-        (self.checkout / "pyproject.toml").write_text("[project]\n")
+        for home in (".", "kernels", "loaders"):
+            (self.checkout / home).mkdir(exist_ok=True)
+            (self.checkout / home / "pyproject.toml").write_text("[project]\n")
         (self.checkout / "constraints.txt").write_text("torch==9.9.9\n")
         for tool in TOOLS:
             found = shutil.which(tool)
@@ -116,7 +118,9 @@ def test_a_complete_machine_is_set_up_once_without_apt(machine):
     assert not (machine.checkout / "apt-was-asked").exists()
 
 
-@pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
+@pytest.mark.parametrize(
+    "changed", ["pyproject.toml", "kernels/pyproject.toml", "loaders/pyproject.toml", "constraints.txt"]
+)
 def test_other_requirements_install_again_into_the_same_venv(machine, changed):
     machine.complete()
     machine.run()

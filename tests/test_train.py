@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from fastpmae import PRESETS, Config, RunError, UserError, preset, pretrain, write_beton
-from fastpmae import saver as saving
 from fastpmae import train as loop
-from fastpmae.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of, write_checkpoint
-from fastpmae.embed import load_encoder
-from fastpmae.errors import Interrupted
-from fastpmae.log import TIMINGS
+from fastpmae.evaluate.features import load_encoder
+from fastpmae.run import checkpoint_writer as saving
+from fastpmae.run import malloc
+from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of, write_checkpoint
+from fastpmae.run.log import TIMINGS
+from fastpmae_loaders.errors import Interrupted
 from tests.made import REPOSITORY, write_tree
 
 
@@ -32,7 +33,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
-    """Weights, teachers, optimiser and metrics of two runs, bit for bit."""
+    """Weights, teachers, optimizer and metrics of two runs, bit for bit."""
     first, second = (read_checkpoint(checkpoint_path(folder, step)) for folder in (one, other))
     assert first.tensors.keys() == second.tensors.keys()
     different = [name for name, tensor in first.tensors.items() if not torch.equal(tensor, second.tensors[name])]
@@ -120,6 +121,21 @@ def test_same_settings_give_the_same_run(tiny: Config, tmp_path: Path):
     assert_same_run(one, other, 6)
 
 
+@pytest.mark.parametrize("as_a_command", [False, True])
+def test_the_command_alone_changes_its_process_for_good(
+    as_a_command: bool, tiny: Config, monkeypatch: pytest.MonkeyPatch
+):
+    tuned: list[str] = []
+    monkeypatch.setattr(malloc, "tune_allocator", lambda: tuned.append("mallopt"))
+    monkeypatch.setattr(loop, "tune_allocator", lambda: tuned.append("mallopt"))
+    if as_a_command:
+        monkeypatch.setattr(sys, "argv", ["fastpmae-train", *flags_of(tiny.using(steps=1))])
+        assert loop.main() == 0
+    else:
+        pretrain(tiny.using(steps=1))
+    assert tuned == ["mallopt"] * as_a_command
+
+
 def test_another_seed_gives_another_run(tiny: Config, tmp_path: Path):
     one = pretrain(tiny.using(steps=2))
     other = pretrain(tiny.using(steps=2, out=tmp_path / "other", seed=1))
@@ -163,54 +179,13 @@ def test_kill_9_then_resume_is_bit_for_bit(tiny: Config, tmp_path: Path):
     assert_same_run(straight, out, 12)
 
 
-KILL_OFTEN = """
-import os, random, signal, sys, time
-from pathlib import Path
-from fastpmae import pretrain, read_config
-import fastpmae.train, fastpmae.health, torch
-
-out, config, error = Path(sys.argv[1]), read_config(Path(sys.argv[2])), Path(sys.argv[3])
-moments, torn = random.Random(7), 0
-for turn in range(24):
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        try:
-            pretrain(config.using(out=out, resume="auto", steps=None, save_steps=5))
-        except BaseException as reason:
-            error.write_text(repr(reason))
-        os._exit(1)
-
-    def until(happened):
-        limit = time.monotonic() + 60
-        while not happened():
-            assert time.monotonic() < limit
-            if os.waitpid(child, os.WNOHANG)[0]:
-                sys.exit("the run ended by itself: " + (error.read_text() if error.exists() else "done"))
-
-    before = sorted(out.glob("checkpoints/step-*"))
-    if turn % 4 == 0:  # anywhere in its start
-        time.sleep(moments.uniform(0, 0.6))
-    else:
-        until(lambda: sorted(out.glob("checkpoints/step-*")) != before)
-        if turn % 4 == 1:  # anywhere in a step
-            time.sleep(moments.uniform(0, 0.1))
-        else:  # in the middle of writing a checkpoint
-            until(lambda: any(out.glob("checkpoints/.partial-*")))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    torn += any(out.glob("checkpoints/.partial-*"))
-print(torn)
-"""
-
-
 @pytest.mark.slow
 def test_kills_at_random_moments_and_in_the_middle_of_a_checkpoint_lose_nothing(tiny: Config, tmp_path: Path):
     tiny = tiny.using(epochs=60, save_steps=1, head_hidden=512)
     straight = pretrain(tiny.using(steps=150, save_steps=150))
     out = tmp_path / "killed"
     result = subprocess.run(
-        [sys.executable, "-c", KILL_OFTEN, out, straight / "config.json", tmp_path / "error"],
+        [sys.executable, "-m", "tests.programs.killed_often", out, straight / "config.json", tmp_path / "error"],
         env=environment(),
         capture_output=True,
         text=True,
@@ -272,12 +247,12 @@ def test_a_folder_that_holds_a_run_is_refused(tiny: Config):
 
 def test_resume_lists_changed_settings_and_refuses(tiny: Config, small_beton: Path, tmp_path: Path):
     folder = pretrain(tiny.using(steps=2))
-    changed = tiny.using(steps=4, resume="auto", lr=1e-2, folds=3)
-    with pytest.raises(UserError, match=r"--folds was 5 and is now 3; --lr was 0.004 and is now 0.01") as refusal:
+    changed = tiny.using(steps=4, resume="auto", blr=1e-2, folds=3)
+    with pytest.raises(UserError, match=r"--folds was 5 and is now 3; --blr was 0.004 and is now 0.01") as refusal:
         pretrain(changed)
     assert "--accept-changes" in str(refusal.value)
     assert pretrain(changed.using(accept_changes=True)) == folder
-    assert "changed setting: --lr was 0.004" in (folder / "train.log").read_text()
+    assert "changed setting: --blr was 0.004" in (folder / "train.log").read_text()
     # another place, pace and speed are no changes; the same images under another name are the same images
     copy = tmp_path / "copy.beton"
     copy.write_bytes(small_beton.read_bytes())
@@ -300,12 +275,12 @@ def test_resume_with_nothing_to_resume_starts_anew(tiny: Config):
 def test_going_back_to_an_older_checkpoint_keeps_the_new_work(tiny: Config):
     """As after a step that was not finite: back, with a lower rate. What came after is set aside, not resumed."""
     folder = pretrain(tiny.using(steps=6, save_steps=1, keep=9))
-    back = tiny.using(resume=str(checkpoint_path(folder, 2)), lr=1e-4, accept_changes=True, keep=1)
+    back = tiny.using(resume=str(checkpoint_path(folder, 2)), blr=1e-4, accept_changes=True, keep=1)
     pretrain(back.using(steps=4))
     assert [step_of(path) for path in checkpoints_in(folder)] == [4, 2]
     assert len(list(folder.glob("checkpoints/past-step-00000002/step-*"))) == 4
     assert [row["step"] for row in rows_of(folder)] == [1, 2, 3, 4]
-    pretrain(tiny.using(resume="auto", lr=1e-4, steps=5))
+    pretrain(tiny.using(resume="auto", blr=1e-4, steps=5))
     assert [row["step"] for row in rows_of(folder)] == [1, 2, 3, 4, 5]
 
 
@@ -383,7 +358,7 @@ def test_a_checkpoint_from_before_the_accurate_dct_goes_on_with_one_remark(tiny:
     "change",
     [
         lambda tensors, _: tensors.update({n: t.reshape(-1)[:1] for n, t in tensors.items() if ".exp_avg" in n}),
-        lambda tensors, _: [tensors.pop(name) for name in list(tensors) if name.startswith("optimiser.")],
+        lambda tensors, _: [tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")],
         lambda tensors, _: tensors.update({n: t.to(torch.int8) for n, t in tensors.items() if "student." in n}),
         lambda tensors, _: tensors.pop("student.encoder.cls_token"),
         lambda tensors, _: tensors.update({"student.extra": torch.zeros(1)}),
@@ -409,7 +384,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_named(tiny: Config, m
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("fastpmae.checkpoint.save_file", full)
+    monkeypatch.setattr("fastpmae.run.checkpoint.save_file", full)
     with pytest.raises(RunError, match=r"No space left on device. Last checkpoint: .*step-00000001"):
         pretrain(tiny.using(steps=2, resume="auto"))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001.safetensors"]
@@ -437,34 +412,10 @@ def test_a_full_disk_is_told_at_the_next_step(tiny: Config, monkeypatch: pytest.
     pretrain(tiny.using(resume="auto", steps=9))
 
 
-DISK = """
-import os, signal, sys, time
-from pathlib import Path
-import safetensors.torch
-import fastpmae.checkpoint, fastpmae.train
-
-kind, write = sys.argv.pop(1), safetensors.torch.save_file
-
-def disk(tensors, beside, header):
-    step = int(Path(beside).stem[5:])
-    if kind == "slow":
-        time.sleep(1)
-    if kind == "dies" and step == 6:
-        Path(beside).write_bytes(b"half of it")
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "full" and step == 6:
-        raise OSError(28, os.strerror(28))
-    write(tensors, beside, header)
-
-fastpmae.checkpoint.save_file = disk
-sys.exit(fastpmae.train.main())
-"""
-
-
 def on_a_disk(kind: str, config: Config) -> tuple[int, str]:
     """`fastpmae-train` in a process of its own, on a disk that is "slow", "full" at step 6, or "dies" there."""
     done = subprocess.run(
-        [sys.executable, "-c", DISK, kind, *flags_of(config)],
+        [sys.executable, "-m", "tests.programs.train_on_a_disk", kind, *flags_of(config)],
         env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
@@ -496,7 +447,7 @@ def test_disks_that_are_slow_full_or_gone(tiny: Config, tmp_path: Path):
 def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """And each holds the step that it names: the same as of a run that waits for each."""
     tiny = tiny.using(save_steps=4, keep=99, steps=11)
-    steps, seen, write, step, save = [0], [], saving.write_checkpoint, loop.Log.step, loop.Saver.save
+    steps, seen, write, step, save = [0], [], saving.write_checkpoint, loop.Log.step, saving.Saver.save
 
     def counted(log: Any, number: int, *others: Any) -> None:
         steps[0] = number
@@ -520,7 +471,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path,
         save(saver, *arguments)
         saver.wait()
 
-    monkeypatch.setattr(loop.Saver, "save", waits)
+    monkeypatch.setattr(saving.Saver, "save", waits)
     plain = pretrain(tiny.using(out=tmp_path / "plain"))
     for number in (4, 8, 11):
         one, other = (read_checkpoint(checkpoint_path(folder, number)) for folder in (beside, plain))
@@ -530,13 +481,13 @@ def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path,
 
 
 def test_epoch_ends_save_when_it_is_time(tiny: Config, monkeypatch: pytest.MonkeyPatch):
-    saved, save = [], loop.Saver.save
+    saved, save = [], saving.Saver.save
 
     def noted(saver: Any, path: Path, *others: Any) -> None:
         saved.append(step_of(path))
         save(saver, path, *others)
 
-    monkeypatch.setattr(loop.Saver, "save", noted)
+    monkeypatch.setattr(saving.Saver, "save", noted)
     folder = pretrain(tiny.using(steps=11))
     assert saved == [11]
     saved.clear()
@@ -579,8 +530,8 @@ def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_weights(tiny: Co
         losses = LEARN(*arguments)
         return losses._replace(total=losses.total * float("nan")) if calls == 4 else losses
 
-    LEARN = loop.learn
-    monkeypatch.setattr(loop, "learn", learn)
+    LEARN = loop.student_loss
+    monkeypatch.setattr(loop, "student_loss", learn)
     with pytest.raises(RunError, match=r"step 4 is not finite") as stopped:
         pretrain(tiny.using(log_every=3, save_steps=1, keep=9))
     folder = tiny.run.out
@@ -591,7 +542,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_weights(tiny: Co
     samples = str(stopped.value).split("Samples of that step: [")[1].split("]")[0]
     assert len(samples.split(",")) == 8
     # a run that goes on without the bad step is the run that never met it
-    monkeypatch.setattr(loop, "learn", LEARN)
+    monkeypatch.setattr(loop, "student_loss", LEARN)
     pretrain(tiny.using(steps=6, resume="auto", log_every=3))
     assert all(torch.isfinite(t).all() for t in read_checkpoint(checkpoint_path(folder, 6)).part("student").values())
 
@@ -631,8 +582,9 @@ def test_torchrun_passes_a_preemption_on_and_the_run_goes_on_alone(tiny: Config,
 
 
 @pytest.mark.slow
+@pytest.mark.untyped  # torch.compile traces the step whole
 def test_compiled_passes_compute_the_same(tiny: Config, tmp_path: Path):
-    """With torch's code generator, which takes minutes; tests/test_passes.py looks at the graphs."""
+    """With torch's code generator, which takes minutes; tests/pretraining/test_compile.py looks at the graphs."""
     tiny = tiny.using(depth=1, decoder_depth=1, folds=4)
     eager = rows_of(pretrain(tiny.using(steps=4)))
     compiled = rows_of(pretrain(tiny.using(steps=4, compile="on", out=tmp_path / "compiled")))
@@ -659,10 +611,10 @@ def test_every_method_trains(tiny: Config, name: str):
     method = PRESETS[name]
     settings = {
         setting: getattr(getattr(method, group), setting)
-        for group in ("teachers", "loss")
+        for group in ("teacher", "loss")
         for setting in type(getattr(method, group)).__dataclass_fields__
     }
-    folder = pretrain(tiny.using(**settings, steps=11, warmup_epochs=0.0, lr=0.05))
+    folder = pretrain(tiny.using(**settings, steps=11, warmup_epochs=0.0, blr=0.05))
     rows = rows_of(folder)
     assert rows[-1]["loss_m"] < rows[0]["loss_m"]
 
@@ -698,7 +650,10 @@ def test_resume_alone_needs_nothing_but_the_folder(tiny: Config):
             "--compile-mode max-autotune says",
         ),
         (["--preset", "demo", "--epsilon", "1e-300"], "--epsilon and --student-temperature must be at least 1e-06"),
-        (["--preset", "demo", "--checkpoint-blocks", "-2"], "--checkpoint-blocks -2: every so many blocks"),
+        (
+            ["--preset", "demo", "--activation-checkpointing", "-2"],
+            "--activation-checkpointing -2: every so many blocks",
+        ),
         (["--batch-size", "sixty"], "--batch-size"),
         (["--epoch", "3"], "--epochs"),
         (["--preset", "sdae", "--no-decoder-class-token"], "--no-decoder-class-token: every decoder keeps the class"),
@@ -723,8 +678,8 @@ def as_written_before(folder: Path, step: int, **model: bool) -> Path:
     path = checkpoint_path(folder, step)
     found = read_checkpoint(path)
     config = found.progress["config"]
-    config["model"] |= model
-    del config["optimiser"]["decay_tokens"]
+    config["network"] |= model
+    del config["optimizer"]["decay_tokens"]
     write_checkpoint(path, found.tensors, found.progress, keep=0)
     return path
 
@@ -740,12 +695,12 @@ def test_a_run_whose_decoder_had_no_class_token_ends_in_a_sentence(tiny: Config,
             patch.setattr(sys, "argv", ["fastpmae-train", *flags, "--out", str(folder), "--steps", "3"])
             assert loop.main() == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert f"{path} asks for a decoder without the class token (model.decoder_class_token)" in line
+        assert f"{path} asks for a decoder without the class token (network.decoder_class_token)" in line
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     encoder, config = load_encoder(folder)
-    assert config.teachers.teachers == "reconstruction"
+    assert config.teacher.teachers == "reconstruction"
     assert torch.equal(encoder.cls_token, read_checkpoint(path).tensors["student.encoder.cls_token"])
-    began = pretrain(tiny.using(init=path, steps=1, lr=0.0, out=folder.parent / "next"))
+    began = pretrain(tiny.using(init=path, steps=1, blr=0.0, out=folder.parent / "next"))
     assert torch.equal(load_encoder(began)[0].cls_token, encoder.cls_token)
 
 
@@ -753,7 +708,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(tiny: Config, tmp_path:
     """MAE's tokens were not decayed, and are not when such a run goes on."""
     mae = tiny.using(
         preset="mae", teachers="none", target="pixels", lambda_c=0.0, lambda_p=0.0, warmup_epochs=0.0,
-        weight_decay=0.5, lr=0.01,
+        weight_decay=0.5, blr=0.01,
     )  # fmt: skip
     as_written_before(pretrain(mae.using(steps=2)), 2, decoder_class_token=True)
     status, text = command("--resume", "--out", str(mae.run.out), "--steps", "4")
@@ -788,11 +743,11 @@ def test_what_this_machine_cannot_compute_leaves_no_folder(tiny: Config, setting
 
 def test_a_run_in_8_bits_is_another_run(tiny: Config):
     """Teachers in 8 bits and blocks computed anew train; on resuming only the former is a changed setting."""
-    tiny = tiny.using(checkpoint_blocks=1, teacher_precision="fp8", width=64, decoder_width=48)
+    tiny = tiny.using(activation_checkpointing=1, teacher_precision="fp8", width=64, decoder_width=48)
     pretrain(tiny.using(steps=2))
     with pytest.raises(UserError, match="--teacher-precision was fp8 and is now auto"):
         pretrain(tiny.using(steps=3, resume="auto", teacher_precision="auto"))
-    rows = rows_of(pretrain(tiny.using(steps=3, resume="auto", checkpoint_blocks=0)))
+    rows = rows_of(pretrain(tiny.using(steps=3, resume="auto", activation_checkpointing=0)))
     assert [row["step"] for row in rows] == [1, 2, 3]
 
 

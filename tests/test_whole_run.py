@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fastpmae import Config, pretrain
-from fastpmae.checkpoint import checkpoint_path, read_checkpoint
-from fastpmae.data import make_loader, open_images, stochastic_depth
-from fastpmae.world import World
+from fastpmae.distributed.ranks import Ranks
+from fastpmae.pretraining.data import make_loader, stochastic_depth
+from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
+from fastpmae.run.images import open_images
 from tests import reference
 
 EPOCHS, PER_EPOCH = 3, 5
@@ -28,7 +29,7 @@ def test_every_step_of_a_run(method: str, tiny: Config) -> None:
         },
         "random": {"teacher_init": "random", "reconstruction_cadence": "step", "reconstruction_momentum": (0.5, 0.9)},
     }[method]
-    config = tiny.using(save_steps=1, keep=100, warmup_epochs=1.0, lr=0.01, weight_decay=0.5, **settings)
+    config = tiny.using(save_steps=1, keep=100, warmup_epochs=1.0, blr=0.01, weight_decay=0.5, **settings)
     folder = pretrain(config)
     states = {step: read_checkpoint(checkpoint_path(folder, step)).tensors for step in range(1, STEPS + 1)}
     rows = {row["step"]: row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
@@ -59,23 +60,23 @@ def test_every_step_of_a_run(method: str, tiny: Config) -> None:
 
 def check_adamw(before: dict[str, Tensor], after: dict[str, Tensor], step: int, rate: float) -> None:
     """The student's weights from the ones before and the moments after."""
-    names = [name.removesuffix(".exp_avg").removeprefix("optimiser.") for name in after if name.endswith(".exp_avg")]
+    names = [name.removesuffix(".exp_avg").removeprefix("optimizer.") for name in after if name.endswith(".exp_avg")]
     assert len(names) > 50
     for name in names:
         weight, first, second = (t.double() for t in (before[f"student.{name}"], *moments(after, name)))
-        assert float(after[f"optimiser.{name}.step"]) == step
+        assert float(after[f"optimizer.{name}.step"]) == step
         bare = name.endswith("bias") or "norm" in name or "token" in name
         change = first / (1 - 0.9**step) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
         truth = weight - rate * (change + (0.0 if bare else 0.5) * weight)
         torch.testing.assert_close(after[f"student.{name}"].double(), truth, rtol=1e-6, atol=1e-7)
         # both moments took in the same gradient
-        gradient = (first - 0.9 * before[f"optimiser.{name}.exp_avg"].double()) / 0.1
-        truth = 0.95 * before[f"optimiser.{name}.exp_avg_sq"].double() + 0.05 * gradient**2
+        gradient = (first - 0.9 * before[f"optimizer.{name}.exp_avg"].double()) / 0.1
+        truth = 0.95 * before[f"optimizer.{name}.exp_avg_sq"].double() + 0.05 * gradient**2
         torch.testing.assert_close(second, truth, rtol=1e-3, atol=1e-10)
 
 
 def moments(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    return state[f"optimiser.{name}.exp_avg"], state[f"optimiser.{name}.exp_avg_sq"]
+    return state[f"optimizer.{name}.exp_avg"], state[f"optimizer.{name}.exp_avg_sq"]
 
 
 def check_following(before: dict[str, Tensor], after: dict[str, Tensor], role: str, momentum: float) -> None:
@@ -92,20 +93,20 @@ def test_logged_losses_and_gradients_are_the_references(tiny: Config) -> None:
     config = tiny.using(save_steps=1, keep=100)
     folder = pretrain(config)
     rows = {row["step"]: row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
-    alone = World(0, 1, 1, torch.device("cpu"), None)
+    alone = Ranks(0, 1, 1, torch.device("cpu"), None)
     with make_loader(open_images(config), config, alone) as loader:
         for step in (2, PER_EPOCH + 4):
             epoch, place = divmod(step - 1, PER_EPOCH)
             loader.set_epoch(epoch)
             batch = next(batch for number, batch in enumerate(loader) if number == place)
-            keep = stochastic_depth(config, epoch, batch.samples)
-            assert keep is not None
+            drop_path_scale = stochastic_depth(config, epoch, batch.samples)
+            assert drop_path_scale is not None
             before, after = (read_checkpoint(checkpoint_path(folder, number)) for number in (step - 1, step))
             parts = ("student", "reconstruction_teacher", "labelling_teacher")
             weights = [{name: tensor.double() for name, tensor in before.part(part).items()} for part in parts]
             for tensor in weights[0].values():
                 tensor.requires_grad_()
-            truth = reference.step(*weights, batch, config, keep)
+            truth = reference.step(weights[0], weights[1], weights[2], batch, config, drop_path_scale)
             truth.total.backward()
             logged = [rows[step][name] for name in ("loss", "loss_m", "loss_c", "loss_p")]
             assert logged == pytest.approx([float(part.detach()) for part in truth], rel=1e-5)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastpmae import PRESETS, Config
-from fastpmae.architecture import make_networks
-from fastpmae.model import Student
-from fastpmae.teachers import Teachers
+from fastpmae.model.teachers import Teachers
+from fastpmae.model.vit import Student
+from fastpmae.pretraining.networks import make_networks
 from fastpmae_loaders import Batch
 from tests import reference
 
@@ -55,10 +55,10 @@ def made_batch(seed: int = 0, size: int = 3, fold_sizes: tuple[int, ...] = (4, 4
     )
 
 
-def keep_of(config: Config, size: int = 3, seed: int = 5) -> Tensor:
+def drop_path_scale_of(config: Config, size: int = 3, seed: int = 5) -> Tensor:
     """Stochastic depth by hand: some branches dropped, the others scaled up."""
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(size, config.model.depth, 2, generator=generator, dtype=torch.float64) > 0.3
+    kept = torch.rand(size, config.network.depth, 2, generator=generator, dtype=torch.float64) > 0.3
     return kept / 0.7
 
 
@@ -87,7 +87,7 @@ def tiny_networks(config: Config, total_steps: int = 100) -> tuple[Student, Teac
     widen(student)
     disturb(student, 1)
     for number, teacher in enumerate(teachers.modules().values()):
-        if config.teachers.teacher_init == "copy":
+        if config.teacher.teacher_init == "copy":
             widen(teacher)
         teacher.double()  # one that starts at random has positions of its own
         disturb(teacher, 2 + number)

@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import SHARED, unpack
-from fastpmae.errors import UserError
-from fastpmae.files import appearing
-from fastpmae.pages import PageWriter
-from fastpmae.write import write_beton
 from fastpmae_loaders import Beton
-from fastpmae_loaders.beton import JPG
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import atomic_write
+from fastpmae_loaders.sources.beton import JPG
+from fastpmae_loaders.write.pages import PageWriter
+from fastpmae_loaders.write.write import write_beton
 
 ORIGINALS, TRAIN, VAL = "originals.beton", "train.beton", "val.beton"
 """JPEGs as ImageNet has them, and small labelled images to learn from and to judge on."""
@@ -68,7 +68,7 @@ def draw(path: Path, count: int, side: int) -> None:
     """So many JPEGs of a gradient with noise, of two classes that differ in its direction."""
     noise = np.random.default_rng(0)
     ramp = np.linspace(0, 200, side)
-    with appearing(path) as beside, beside.open("wb") as file:
+    with atomic_write(path) as beside, beside.open("wb") as file:
         pages = PageWriter(file, count, PAGE)
         for number in range(count):
             gradient = ramp[:, None] if number % 2 else ramp[None, :]
@@ -82,7 +82,7 @@ def draw(path: Path, count: int, side: int) -> None:
 def repeated(beton: Beton, path: Path, count: int) -> Path:
     """A .beton of at least `count` images: those of another, over and over."""
     copies = -(-count // len(beton))
-    with appearing(path) as beside, beside.open("wb") as file:
+    with atomic_write(path) as beside, beside.open("wb") as file:
         pages = PageWriter(file, copies * len(beton), PAGE)
         for _ in range(copies):
             for sample in range(len(beton)):

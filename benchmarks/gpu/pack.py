@@ -17,7 +17,8 @@ import zipfile
 from pathlib import Path
 
 from benchmarks.gpu.images import write_images
-from fastpmae.errors import UserError, exit_with_sentence
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.errors import UserError
 
 WHEELS = ("tyro", "docstring-parser", "typeguard")
 """What the trainer imports and an image with torch and its usual companions does not have."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.record import figures_in_words, read_results
-from fastpmae.errors import UserError
-from fastpmae.files import appearing
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import atomic_write
 
 MARKED = "decoder_class_token"
 """False in lines of result files from when the decoder of our SdAE had no class token; later files do not name it."""
@@ -144,7 +144,7 @@ def _dali(results: Results) -> tuple[str, bool] | None:
     same = results.figure("dali", "dali: the same crops, flips and masks", "ok")
     if not rates or same is None:
         return None
-    return f"{max(rates):.0f} images/s, {'the same plan' if same else 'ANOTHER PLAN'}", bool(same)
+    return f"{max(rates):.0f} images/s, {'the same draws' if same else 'OTHER DRAWS'}", bool(same)
 
 
 def _plan(results: Results) -> tuple[str, bool] | None:
@@ -273,7 +273,7 @@ def write_page(page: Path, files: Sequence[Path]) -> None:
     lines += ["", "## Aims", "", aims_table(results), "", "## Stages", "", stages_table(results)]
     for stage in results.stages.values():
         lines += ["", f"### {stage.name}", "", figures_table(stage)]
-    with appearing(page) as beside:
+    with atomic_write(page) as beside:
         beside.write_text("\n".join(lines) + "\n")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastpmae.errors import UserError
+from fastpmae_loaders.errors import UserError
 
 
 @dataclass

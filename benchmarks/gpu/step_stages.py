@@ -26,12 +26,12 @@ from benchmarks.step_cases import (
     release,
     settings_of,
 )
-from fastpmae.costs import step_costs
-from fastpmae.figures import bring
-from fastpmae.geometry import geometry_figures
-from fastpmae.gpus import GPUS, Gpu
-from fastpmae.health import health_figures
-from fastpmae.plan import Plan
+from fastpmae.plan.costs import step_costs
+from fastpmae.plan.gpus import GPUS, Gpu
+from fastpmae.plan.plan import Plan
+from fastpmae.pretraining.collapse import collapse_figures
+from fastpmae.pretraining.match_geometry import geometry_figures
+from fastpmae.run.device_metrics import to_host
 
 COMPILING = 60.0
 """Seconds that a compiled case takes about; one that would be cut off is not begun."""
@@ -177,7 +177,7 @@ def time_row(task: Task, case: Ours, batch: Any) -> None:
     def row() -> tuple[float, float]:
         task.wait()
         start = time.perf_counter()
-        rest = bring(health_figures(targets), geometry_figures(batch, match, case.config))
+        rest = to_host(collapse_figures(targets), geometry_figures(batch, match, case.config))
         there = time.perf_counter()
         rest()
         return there - start, time.perf_counter() - there
@@ -226,7 +226,7 @@ def variants(task: Task) -> None:
         ("CUDA graphs, match in fold",
          {"compiled": True, "compile_mode": "reduce-overhead", "match_scope": "fold"}, True),
         ("logits in chunks", {"chunk": 4096 if not task.tiny else 16}, False),
-        ("every block recomputed", {"checkpoint_blocks": 1}, False),
+        ("every block recomputed", {"activation_checkpointing": 1}, False),
         ("fp32", {"precision": "fp32"}, False),
     )  # fmt: skip
     for title, others, needs_gpu in forms:

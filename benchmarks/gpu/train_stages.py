@@ -18,8 +18,9 @@ from benchmarks.common import engine_here
 from benchmarks.gpu.images import ORIGINALS, TRAIN, VAL, repeated
 from benchmarks.gpu.task import Task
 from benchmarks.learning_cases import AFTER_MAE
-from fastpmae.config import PRESETS, write_config
-from fastpmae.demo import rows_of
+from fastpmae.config_file import write_config
+from fastpmae.demo.demo import rows_of
+from fastpmae.presets import PRESETS
 from fastpmae_loaders import Beton
 
 COMPARED = ("loss", "loss_m", "loss_c", "loss_p", "grad_norm")

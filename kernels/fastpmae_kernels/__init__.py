@@ -1,9 +1,11 @@
 """Pseudo labels, the loss that uses them, and the pixels before them, one file an operation.
 
-Each file holds `<op>_ref`, the plain and obvious form that every faster form is held to; the fast form for the CPU;
-the Triton kernel for GPUs; and the public function, which picks by the tensors' device. `backend.use("ref")` makes
-all of them take the plain form.
+Each file holds `<op>_ref`, the plain and obvious form that every faster form is held to; the Triton kernel for GPUs;
+and the public function, which picks by the tensors' device. The fast form for the CPU is the file of the same name in
+`cpu/`. `backend.use("ref")` makes all of them take the plain form.
 """
+
+from importlib.metadata import PackageNotFoundError, version
 
 import fastpmae_kernels.photometric_gpu  # noqa: F401  registers the operator's GPU form
 from fastpmae_kernels import backend
@@ -25,7 +27,10 @@ from fastpmae_kernels.sinkhorn import (
     sinkhorn_ref,
 )
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("fastpmae-kernels")
+except PackageNotFoundError:  # a checkout that is on the path and not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "backend",

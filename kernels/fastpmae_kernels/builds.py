@@ -20,7 +20,6 @@ from triton.compiler import ASTSource
 from fastpmae_kernels import long_rows
 from fastpmae_kernels.match import nearest_kernel, nearest_meta
 from fastpmae_kernels.patch_tokens import tokens_kernel, tokens_meta
-from fastpmae_kernels.photometric import RADIUS
 from fastpmae_kernels.photometric_gpu import (
     COLUMNS,
     LINES,
@@ -30,6 +29,7 @@ from fastpmae_kernels.photometric_gpu import (
     photometric_meta,
     point_kernel,
 )
+from fastpmae_kernels.photometric_numbers import RADIUS
 from fastpmae_kernels.prototype_loss import cross_entropy_kernel, cross_entropy_meta, scale_kernel
 from fastpmae_kernels.sinkhorn import assigned_kernel, assigned_meta, column_kernel
 

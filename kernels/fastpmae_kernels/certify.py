@@ -3,7 +3,6 @@
 No GPU is needed. The tables of builds and of modelled traffic go into `kernels/README.md`, between its two marks.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -75,10 +74,15 @@ def gigabytes(number: int) -> str:
     return f"{number / 1e9:.2f} GB"
 
 
-def main() -> int:
-    arguments = argparse.ArgumentParser(prog="fastpmae_kernels.certify", description=(__doc__ or "").split("\n\n")[0])
-    arguments.add_argument("--dry-run", action="store_true", help="check, and leave kernels/README.md as it is")
-    dry_run = arguments.parse_args().dry_run
+def certify(dry_run: bool = False) -> int:
+    """Build every kernel for every GPU, check the code and write the table; no GPU is needed.
+
+    Args:
+        dry_run: Check, and leave kernels/README.md as it is.
+
+    Returns:
+        The exit status: 1 for a fault, 2 where nothing can be built.
+    """
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("certify: error: Triton interprets here and cannot build; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
@@ -97,6 +101,16 @@ def main() -> int:
         before, rest = README.read_text().split(start)
         README.write_text(before + start + "\n" + "\n".join(tables) + "\n\n" + end + rest.split(end)[1])
     return 1 if wrong else 0
+
+
+def main() -> int:
+    """`python -m fastpmae_kernels.certify`."""
+    try:
+        import tyro
+    except ImportError:
+        print("certify: error: tyro is missing; pip install 'fastpmae-kernels[certify]'", file=sys.stderr)
+        return 2
+    return tyro.cli(certify, prog="python -m fastpmae_kernels.certify")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,13 @@
 
 import functools
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from numpy import float32
 from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton, written_on
-from fastpmae_kernels.rows import compiled, share_out
+from fastpmae_kernels.cpu import patch_tokens as on_cpu
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -79,45 +77,14 @@ def affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float
     return tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
 
 
-# The CPU form.
+# The CPU form, and what torch.compile asks of every form.
 
 
 @operation("patch_tokens")
 def patch_tokens_op(
     images: Tensor, ids: Tensor, patch_size: int, dtype: torch.dtype, mean: list[float], std: list[float]
 ) -> Tensor:  # fmt: skip
-    batch, _, height, width = images.shape
-    count = ids.shape[1]
-    patches = (height // patch_size) * (width // patch_size)
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < patches:
-        raise IndexError(f"ids reach from {int(ids.min())} to {int(ids.max())}, there are {patches} patches")
-    tokens = torch.empty(batch, count, 3 * patch_size**2, dtype=torch.float32, device="cpu")
-    scale, shift = (np.array(numbers, np.float32) for numbers in affine(tuple(mean), tuple(std)))
-    pixels, places, written = images.contiguous().numpy(), ids.long().contiguous().numpy(), tokens.numpy()
-
-    def work(block: int, start: int, stop: int) -> None:
-        _tokens_block(pixels[start:stop], places[start:stop], patch_size, scale, shift, written[start:stop])
-
-    share_out([(start, min(start + 4, batch)) for start in range(0, batch, 4)], work)
-    return tokens if dtype == torch.float32 else tokens.to(dtype)
-
-
-@compiled("contract", "nsz")
-def _tokens_block(images, ids, size, scale, shift, tokens):
-    batch, count = ids.shape
-    columns = images.shape[3] // size
-    for b in range(batch):
-        for p in range(count):
-            top, left = ids[b, p] // columns * size, ids[b, p] % columns * size
-            token = tokens[b, p]
-            for c in range(3):
-                by, plus = scale[c], shift[c]
-                for y in range(size):
-                    line = images[b, c, top + y, left : left + size]
-                    start = (c * size + y) * size
-                    into = token[start : start + size]
-                    for x in range(size):
-                        into[x] = float32(line[x]) * by + plus
+    return on_cpu.patch_tokens(images, ids, patch_size, dtype, *affine(tuple(mean), tuple(std)))
 
 
 @patch_tokens_op.register_fake

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastpmae_kernels.backend import ceil_div, constexpr, tl, triton
 from fastpmae_kernels.patch_tokens import affine
-from fastpmae_kernels.photometric import RADIUS, SIGMA, blur_weights, fp32_numbers, photometric_op
+from fastpmae_kernels.photometric import photometric_op
+from fastpmae_kernels.photometric_numbers import RADIUS, SIGMA, blur_weights, fp32_numbers
 
 PIXELS, LINES, COLUMNS = 2048, 16, 128
 """A program's tile: pixels in a row, or lines and columns of a plane; 16 bytes a thread."""

@@ -34,7 +34,7 @@ def sinkhorn_bias_from_features(
     _check(features, prototypes, prototypes_chunk)
     if iterations < 1:
         raise ValueError(f"Sinkhorn needs at least one iteration, not {iterations}")
-    if features.dtype == torch.float64:
+    if backend.runs_plain(features, prototypes):
         return sinkhorn_bias_ref(features @ prototypes.T, epsilon, iterations, group)
     chunks = features.split(prototypes_chunk)
     ops = torch.ops.fastpmae
@@ -91,12 +91,12 @@ def prototype_cross_entropy_from_features(
     _check(teacher, teacher_prototypes, prototypes_chunk)
     if len(student) == 0:
         raise ValueError("the mean over no rows is not defined")
-    if student.dtype == torch.float64:
+    if backend.runs_plain(student, student_prototypes, teacher, teacher_prototypes):
         logits = student @ student_prototypes.T, teacher @ teacher_prototypes.T
         return prototype_cross_entropy_ref(*logits, logv, index, epsilon, temperature).mean()
     # Detached, so that torch.compile takes it where both sides share a tensor.
     teacher, teacher_prototypes = teacher.detach(), teacher_prototypes.detach()
-    return _FromFeatures.apply(  # pyright: ignore[reportReturnType]
+    return _FromFeatures.apply(
         student, student_prototypes, teacher, teacher_prototypes, logv, index, epsilon, temperature, prototypes_chunk
     )
 
@@ -134,7 +134,7 @@ class _FromFeatures(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *gradients):
         of_student, of_prototypes = ctx.saved_tensors
         gradient = gradients[0]
         if of_student is not None:
@@ -176,7 +176,7 @@ def prototype_cross_entropy_of_product(
         logits = student @ student_prototypes.T
         check(logits, teacher_logits, logv, index, epsilon, temperature)
         return prototype_cross_entropy_ref(logits, teacher_logits, logv, index, epsilon, temperature)
-    return _OfProduct.apply(  # pyright: ignore[reportReturnType]
+    return _OfProduct.apply(
         student, student_prototypes, teacher_logits.detach(), logv, index, epsilon, temperature, expected_gradient
     )
 
@@ -196,7 +196,7 @@ class _OfProduct(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *gradients):
         student, prototypes, slope = ctx.saved_tensors
         factor = (gradients[0].float() / ctx.expected).unsqueeze(1)
         of_student = of_prototypes = None

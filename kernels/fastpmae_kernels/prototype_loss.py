@@ -7,13 +7,12 @@ both, and can write the gradient where the student's logits were.
 
 import torch
 from jaxtyping import Float, Int
-from numpy import empty, float32, log
 from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import constexpr, next_power_of_two, operation, tl, triton
+from fastpmae_kernels.cpu import prototype_loss as on_cpu
 from fastpmae_kernels.long_rows import LONGEST_ROW, long_cross_entropy
-from fastpmae_kernels.rows import added, as_fp32, compiled, exponential, maximum, row_blocks, share_out
 
 
 def prototype_cross_entropy(
@@ -58,7 +57,7 @@ def prototype_cross_entropy(
     if not (torch.is_grad_enabled() and student_logits.requires_grad):
         return torch.ops.fastpmae.prototype_loss(student_logits, teacher_logits, logv, index, epsilon, temperature)
     # Detached, so that torch.compile takes it where both sides are one tensor.
-    return _CrossEntropy.apply(  # pyright: ignore[reportReturnType]
+    return _CrossEntropy.apply(
         student_logits, teacher_logits.detach(), logv, index, epsilon, temperature, overwrite, expected_gradient
     )
 
@@ -118,21 +117,21 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *gradients):
         (gradient,) = ctx.saved_tensors
         factor = gradients[0].float() / ctx.expected
         torch.ops.fastpmae.scale_rows(gradient, factor)
         return gradient, None, None, None, None, None, None, None
 
 
-# The CPU form.
+# The CPU form, and what torch.compile asks of every form.
 
 
 @operation("prototype_loss")
 def prototype_loss(
     student: Tensor, teacher: Tensor, logv: Tensor, index: Tensor, epsilon: float, temperature: float
 ) -> Tensor:  # fmt: skip
-    return _on_cpu(student, teacher, logv, index, epsilon, temperature, 0.0, None)
+    return on_cpu.cross_entropy(student, teacher, logv, index, epsilon, temperature, 0.0, None)
 
 
 @operation("prototype_loss_gradient")
@@ -140,95 +139,20 @@ def prototype_loss_gradient(
     student: Tensor, teacher: Tensor, logv: Tensor, index: Tensor, epsilon: float, temperature: float, expected: float
 ) -> tuple[Tensor, Tensor]:
     gradient = torch.empty(student.shape, dtype=student.dtype, device="cpu")
-    return _on_cpu(student, teacher, logv, index, epsilon, temperature, expected, gradient), gradient
+    return on_cpu.cross_entropy(student, teacher, logv, index, epsilon, temperature, expected, gradient), gradient
 
 
 @operation("prototype_loss_over", mutates=("student",))
 def prototype_loss_over(
     student: Tensor, teacher: Tensor, logv: Tensor, index: Tensor, epsilon: float, temperature: float, expected: float
 ) -> Tensor:
-    return _on_cpu(student, teacher, logv, index, epsilon, temperature, expected, student)
+    return on_cpu.cross_entropy(student, teacher, logv, index, epsilon, temperature, expected, student)
 
 
 @operation("scale_rows", mutates=("rows",))
 def scale_rows(rows: Tensor, factor: Tensor) -> None:
     if not bool((factor == 1).all()):
         rows.mul_(factor.unsqueeze(1))
-
-
-def _on_cpu(
-    student: Tensor, teacher: Tensor, logv: Tensor, index: Tensor, epsilon: float, temperature: float,
-    expected: float, gradient: Tensor | None,
-) -> Tensor:  # fmt: skip
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(teacher):
-        raise IndexError(
-            f"index reaches from {int(index.min())} to {int(index.max())}, there are {len(teacher)} labels"
-        )
-    loss = torch.empty(len(student), dtype=torch.float32, device="cpu")
-    bias, places, losses = as_fp32(logv), index.long().contiguous().numpy(), loss.numpy()
-    whole = as_fp32(teacher) if teacher.dtype == torch.float32 else None
-
-    def work(block: int, start: int, stop: int) -> None:
-        ours = as_fp32(student[start:stop])
-        place = places[start:stop]
-        if whole is not None:
-            theirs = whole
-        else:
-            # 16-bit labels are widened for the block's rows alone, in the order they are read.
-            theirs, place = as_fp32(teacher[index[start:stop]]), empty(0, places.dtype)
-        if gradient is None:
-            written, plain = empty((0, 0), float32), True
-        else:
-            rows = gradient[start:stop]
-            plain = rows.dtype == torch.float32 and rows.is_contiguous()
-            written = rows.numpy() if plain else empty(ours.shape, float32)
-        _cross_entropy_block(
-            ours, theirs, bias, place, float32(1 / epsilon), float32(1 / temperature), float32(expected / temperature),
-            losses[start:stop], written,
-        )  # fmt: skip
-        if gradient is not None and not plain:
-            gradient[start:stop].copy_(torch.from_numpy(written))
-
-    share_out(row_blocks(len(student)), work)
-    return loss
-
-
-@compiled("contract", "nsz")
-def _cross_entropy_block(student, teacher, logv, index, label_scale, scale, expected, loss, gradient):
-    rows, prototypes = student.shape
-    label, value = empty(prototypes, float32), empty(prototypes, float32)
-    for r in range(rows):
-        row = teacher[index[r]] if index.size else teacher[r]
-        for j in range(prototypes):
-            label[j] = row[j] * label_scale + logv[j]
-        peak = maximum(label)
-        for j in range(prototypes):
-            label[j] = exponential(label[j] - peak)
-        mass = added(label)
-        row = student[r]
-        for j in range(prototypes):
-            value[j] = row[j] * scale
-        peak = maximum(value)
-        for j in range(prototypes):
-            value[j] = value[j] - peak
-        dot = _expected(label, value)
-        for j in range(prototypes):
-            value[j] = exponential(value[j])
-        total = added(value)
-        loss[r] = log(total) - dot / mass
-        if gradient.size:
-            row = gradient[r]
-            for j in range(prototypes):
-                row[j] = (value[j] / total - label[j] / mass) * expected
-
-
-@compiled("contract", "reassoc", "nsz")
-def _expected(label, value):
-    """The sum of label x value, where a label of 0 counts as nothing beside a value of minus infinity."""
-    total = float32(0.0)
-    for j in range(label.size):
-        total += label[j] * value[j] if label[j] != float32(0.0) else float32(0.0)
-    return total
 
 
 @prototype_loss.register_fake

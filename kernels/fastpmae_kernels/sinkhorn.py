@@ -12,18 +12,15 @@ import functools
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from numpy import float32
 from torch import Tensor
 
 from fastpmae_kernels import backend
 from fastpmae_kernels.backend import ceil_div, constexpr, next_power_of_two, operation, tl, triton
+from fastpmae_kernels.cpu import sinkhorn as on_cpu
 from fastpmae_kernels.long_rows import LONGEST_ROW, long_assigned_sums
-from fastpmae_kernels.rows import as_fp32, row_blocks, share_out
-from fastpmae_kernels.sinkhorn_blocks import assigned_block, column_block
 
 
 def sinkhorn_bias(
@@ -55,11 +52,11 @@ def sinkhorn_bias(
 
 @torch.no_grad()
 def sinkhorn_biases(
-    logits: Sequence[Float[Tensor, "rows prototypes"] | Sequence[Float[Tensor, "rows prototypes"]]],
+    logits: Sequence[Float[Tensor, "_rows _prototypes"] | Sequence[Float[Tensor, "_rows _prototypes"]]],
     epsilon: float = 0.05,
     iterations: int = 3,
     group: dist.ProcessGroup | None = None,
-) -> list[Float[Tensor, " prototypes"]]:
+) -> list[Float[Tensor, " _prototypes"]]:
     """`sinkhorn_bias` of several matrices, each balanced apart, whose sums travel between the ranks in one message.
 
     On several ranks that is one message of maxima and `iterations` messages of sums, whatever the number of matrices.
@@ -202,37 +199,19 @@ def _logsumexp_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Te
     return (peak + total.log()).masked_fill(empty, 0)
 
 
-# The CPU form.
+# The CPU form, and what torch.compile asks of every form.
 
 
 @operation("column_logsumexp")
 def column_logsumexp(logits: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Of each column of logits / epsilon the maximum, and the sum of exp(value - maximum), in one read."""
-    rows, prototypes = logits.shape
-    blocks = row_blocks(rows)
-    peaks = np.full((len(blocks), prototypes), -np.inf, np.float32)
-    totals = np.zeros((len(blocks), prototypes), np.float32)
-
-    def work(block: int, start: int, stop: int) -> None:
-        column_block(as_fp32(logits[start:stop]), float32(1 / epsilon), peaks[block], totals[block])
-
-    share_out(blocks, work)
-    return _merge(torch.from_numpy(peaks), torch.from_numpy(totals))
+    return _merge(*on_cpu.column_logsumexp(logits, epsilon))
 
 
 @operation("assigned_sums")
 def assigned_sums(logits: Tensor, logv: Tensor, epsilon: float) -> Tensor:
     """softmax(logits / epsilon + logv) over the rows, summed down the columns, in one read."""
-    rows, prototypes = logits.shape
-    blocks = row_blocks(rows)
-    sums = np.zeros((len(blocks), prototypes), np.float32)
-    bias = as_fp32(logv)
-
-    def work(block: int, start: int, stop: int) -> None:
-        assigned_block(as_fp32(logits[start:stop]), float32(1 / epsilon), bias, sums[block])
-
-    share_out(blocks, work)
-    return torch.from_numpy(sums).sum(dim=0)
+    return on_cpu.assigned_sums(logits, logv, epsilon)
 
 
 @column_logsumexp.register_fake

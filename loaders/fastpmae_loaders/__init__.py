@@ -8,19 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batch import Batch
-    from .beton import Beton
-    from .dali_settings import DaliSettings
-    from .engine import Samples
-    from .errors import BetonError, UserError
-    from .folders import ImageFolder, TarShards, open_samples
-    from .paired import PairedViews
-    from .plain import PlainViews
-    from .plan import Plans, draw_plans, epoch_order, uniforms
-    from .recipes import View, dino_global, dino_local, mae_view, plain_view
-    from .settings import ViewSettings
-
-__version__ = "0.1.0"
+    from fastpmae_loaders.batch import Batch
+    from fastpmae_loaders.engines.base import Samples
+    from fastpmae_loaders.engines.dali_settings import DaliSettings
+    from fastpmae_loaders.errors import BetonError, UserError
+    from fastpmae_loaders.folders import ImageFolder, TarShards, open_samples
+    from fastpmae_loaders.paired import PairedViews
+    from fastpmae_loaders.plain import PlainViews
+    from fastpmae_loaders.recipes import View, dino_global, dino_local, mae_view, plain_view
+    from fastpmae_loaders.sampling import SampleDraws, draw_samples, epoch_order, uniforms
+    from fastpmae_loaders.settings import ViewSettings
+    from fastpmae_loaders.sources.beton import Beton
 
 __all__ = [
     "Batch",
@@ -30,7 +28,7 @@ __all__ = [
     "ImageFolder",
     "PairedViews",
     "PlainViews",
-    "Plans",
+    "SampleDraws",
     "Samples",
     "TarShards",
     "UserError",
@@ -38,7 +36,7 @@ __all__ = [
     "ViewSettings",
     "dino_global",
     "dino_local",
-    "draw_plans",
+    "draw_samples",
     "epoch_order",
     "mae_view",
     "open_samples",
@@ -48,30 +46,32 @@ __all__ = [
 
 _HOMES = {
     "Batch": "batch",
-    "Beton": "beton",
+    "Beton": "sources.beton",
     "BetonError": "errors",
-    "DaliSettings": "dali_settings",
+    "DaliSettings": "engines.dali_settings",
     "ImageFolder": "folders",
     "PairedViews": "paired",
     "PlainViews": "plain",
-    "Plans": "plan",
-    "Samples": "engine",
+    "SampleDraws": "sampling",
+    "Samples": "engines.base",
     "TarShards": "folders",
     "UserError": "errors",
     "View": "recipes",
     "ViewSettings": "settings",
     "dino_global": "recipes",
     "dino_local": "recipes",
-    "draw_plans": "plan",
-    "epoch_order": "plan",
+    "draw_samples": "sampling",
+    "epoch_order": "sampling",
     "mae_view": "recipes",
     "open_samples": "folders",
     "plain_view": "recipes",
-    "uniforms": "plan",
+    "uniforms": "sampling",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -79,3 +79,12 @@ def __getattr__(name: str) -> Any:
     except AttributeError as error:  # which `from ... import` would take for a name that is not there
         raise ImportError(f"{__name__}.{name} cannot be imported: {error}") from error
     return getattr(home, name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fastpmae-loaders")
+    except PackageNotFoundError:  # a checkout that is on the path and not installed
+        return "0+unknown"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import Job
+from fastpmae_loaders.engines.base import Job
 
 if TYPE_CHECKING:  # the loaders alone need numpy, numba, torch and Pillow, no more
     from jaxtyping import Bool, Float64, Int32, Int64, UInt8
@@ -26,13 +26,13 @@ class Batch:
         label: -1 where the file has none. index: the sample in the file; `samples` are the same numbers on the
             host, whatever the device.
         boxes: top, left, height, width of each crop in source pixels (before the flip, which `flips` tells).
-        factors, choices: what was drawn for the colours of each view (see `Plans`).
+        factors, choices: what was drawn for the colours of each view (see `SampleDraws`).
         source_size: the source's height and width in pixels.
         failed: samples that were asked for and did not decode; the next good one stands in their place.
         number: which of its epoch's global batches it is, or a part of, from 0.
     """
 
-    views: tuple[UInt8[Tensor, "batch 3 side side"], ...]
+    views: tuple[UInt8[Tensor, "batch 3 _side _side"], ...]
     visible: Int64[Tensor, "batch visible"]
     folds: Int64[Tensor, "batch masked"]
     fold_sizes: tuple[int, ...]

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compiled import kernel
-from .elementary import exponential, round_half_even
-from .errors import UserError
-from .philox import uniform_pair
-from .plan import CALLERS, check_key, draw_permutation
-from .values import Typed
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.jit.compiled import kernel
+from fastpmae_loaders.jit.elementary import exponential, round_half_even
+from fastpmae_loaders.jit.philox import uniform_pair
+from fastpmae_loaders.sampling import CALLERS, check_key, draw_permutation
+from fastpmae_loaders.values import Typed
 
 # half of the purposes below the callers'; the views' own begin far lower
 MASKS: Final = CALLERS // 2

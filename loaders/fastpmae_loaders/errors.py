@@ -1,6 +1,9 @@
 """Errors that carry a sentence for the user instead of a traceback."""
 
-from .printable import printable_lines
+import signal
+from pathlib import Path
+
+from fastpmae_loaders.printable import printable_lines
 
 
 class UserError(Exception):
@@ -15,3 +18,28 @@ class UserError(Exception):
 
 class BetonError(UserError):
     """A .beton file that cannot be used as it is."""
+
+
+class RunError(Exception):
+    """A run that had to stop though nothing in its input was wrong (a loss that is not finite, say)."""
+
+
+class Interrupted(RunError):
+    """A run that a signal ended, after its checkpoint was written. Of several ranks one `speaks`."""
+
+    speaks = True
+
+    def __init__(self, number: int, step: int, last_step: int, folder: Path):
+        super().__init__(
+            f"{signal.Signals(number).name} after step {step} of {last_step}: the checkpoint is written; "
+            f"go on with --resume --out {folder}"
+        )
+        self.number = number
+
+
+class AlreadySaid(RunError):
+    """The end of a rank after another has said why the run ends; `status` is the exit status that goes with it."""
+
+    def __init__(self, status: int):
+        super().__init__("another rank has said why this run ends")
+        self.status = status

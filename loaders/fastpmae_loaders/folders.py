@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .beton import Beton
-from .errors import UserError
-from .listing import Files, Item, Listing, helper_notes, list_folder
-from .pictures import ImageError, look
-from .printable import printable
-from .reading import FILE_LIMIT
-from .shards import list_shards, no_images
-from .splits import choose_split, splits_of_files
-from .values import checked, local_path
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import printable
+from fastpmae_loaders.sources.beton import Beton
+from fastpmae_loaders.sources.listing import Files, Item, Listing, helper_notes, list_folder
+from fastpmae_loaders.sources.pictures import ImageError, look
+from fastpmae_loaders.sources.reading import FILE_LIMIT
+from fastpmae_loaders.sources.splits import choose_split, splits_of_files
+from fastpmae_loaders.sources.tar import list_shards, no_images
+from fastpmae_loaders.values import checked, local_path
 
 if TYPE_CHECKING:  # looking at files needs no torch
-    from .engine import Samples
+    from fastpmae_loaders.engines.base import Samples
 
 _TOGETHER = 64  # files that a thread looks at in one go
 _THREADS = 8
@@ -241,7 +241,7 @@ class _Window(io.RawIOBase):
             raise ValueError("before the file's beginning")
         return self._at
 
-    def readinto(self, buffer: "memoryview") -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:
         count = max(0, min(len(buffer), self._size - self._at))
         self._file.seek(self._start + self._at)
         read = self._file.readinto(memoryview(buffer)[:count]) if count else 0

@@ -10,14 +10,14 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from .blockwise import MASKS
-from .compiled import kernel
-from .elementary import exponential
-from .errors import UserError
-from .philox import uniform_pair
-from .plan import check_key, draw_permutation
-from .recipes import MOST_VIEWS
-from .values import Typed
+from fastpmae_loaders.blockwise import MASKS
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.jit.compiled import kernel
+from fastpmae_loaders.jit.elementary import exponential
+from fastpmae_loaders.jit.philox import uniform_pair
+from fastpmae_loaders.recipes import MOST_VIEWS
+from fastpmae_loaders.sampling import check_key, draw_permutation
+from fastpmae_loaders.values import Typed
 
 # behind the purposes of blockwise.py, 4 for each view
 CAPI: Final = MASKS + 4 * MOST_VIEWS

@@ -1,7 +1,7 @@
 """`PairedViews`: the training loader. One decode, two views or any others, visible patches, folds."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch, batch_of
-from .dali_settings import DaliSettings
-from .engine import (
-    ATTEMPTS,
+from fastpmae_loaders.bad_samples import BadSamples
+from fastpmae_loaders.batch import Batch, batch_of
+from fastpmae_loaders.engines.base import (
     Job,
     Samples,
     Source,
@@ -26,18 +25,16 @@ from .engine import (
     larger_than_memory,
     make_job,
 )
-from .errors import UserError
-from .folders import open_samples
-from .plan import check_key, epoch_order
-from .recipes import MOST_VIEWS, View, with_shared
-from .runner import Runner
-from .settings import ViewSettings
-from .transfer import Sent, Transfer
-from .values import checked, typed
-
-FEW = 4
-"""So many different samples must fail before their share counts: one bad image in a small file stops nothing."""
-
+from fastpmae_loaders.engines.dali_settings import DaliSettings
+from fastpmae_loaders.engines.runner import Runner
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.folders import open_samples
+from fastpmae_loaders.position import position_in
+from fastpmae_loaders.recipes import MOST_VIEWS, View, with_shared
+from fastpmae_loaders.sampling import check_key, epoch_order
+from fastpmae_loaders.settings import ViewSettings
+from fastpmae_loaders.transfer import Sent, Transfer
+from fastpmae_loaders.values import checked
 
 Colour = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -146,12 +143,10 @@ class PairedViews:
                 f"{self.samples.path}: {self.count} samples make no batch of {self.global_batch}; "
                 "lower the batch size or set drop_last=False"
             )
-        self._failed: dict[int, None] = {}
         self._epoch = 0
         self._batch = 0
         self._resumed = False
         self._begun = 0
-        self._tried = np.zeros(len(self.samples), np.bool_)
         self._label = np.array(self.samples.label, np.int64)
         self._order: tuple[tuple[int, bool], np.ndarray] | None = None
         try:
@@ -180,6 +175,7 @@ class PairedViews:
             dali=dali or DaliSettings(),
             following=np.empty(0, np.int64) if self.indices is None else in_a_circle(self.indices, len(self.samples)),
         )
+        self._bad = BadSamples(self.samples, self.count, bad_fraction, self._source.after)
         self._runner = Runner(self._source, engine, ahead)
 
     def __len__(self) -> int:
@@ -195,7 +191,7 @@ class PairedViews:
     @property
     def failed(self) -> list[int]:
         """Samples that did not decode so far, each once, in the order in which they were met."""
-        return list(self._failed)
+        return self._bad.failed
 
     # Digests for the position, made when one is first asked for.
     @cached_property
@@ -246,41 +242,11 @@ class PairedViews:
         Raises:
             UserError: where the state is of other data, another seed or order, or falls within a batch.
         """
-        said = "the loader's saved position"
-        if not isinstance(state, Mapping) or not {"epoch", "batch"} <= state.keys():
-            raise UserError(f"{said} must be what state_dict() gave, with an epoch and a batch")
-        known = self.state_dict().keys() & state.keys()
-        state = {name: typed(state[name], bool | int, f"{said}: {name}") for name in known}
-        if state.get("global_batch", 1) < 1:
-            raise UserError(f"{said} has global_batch {state['global_batch']}")
-        for name, ours in (("seed", self.seed), ("samples", self.count), ("shuffle", int(self.shuffle))):
-            if state.get(name, ours) != ours:
-                raise UserError(f"{said} has {name} {state[name]}, this loader {ours}")
-        by_page = bool(state.get("page_order", self.page_order))
-        for name, ours, other in (
-            ("images", self._images, "of other images than this loader's, though as many: name its own"),
-            ("indices", self._indices, "of other indices= than this loader's, though as many: give those again"),
-            ("pages", self._pages if by_page and self.shuffle else 0, "of a file whose images lie in another order on "
-             "the disk, which page order follows: name the file it was saved with"),
-        ):  # fmt: skip
-            if state.get(name, ours) != ours:
-                raise UserError(f"{said} is {other}; set_epoch() begins an epoch anew")
-        check_key(self.seed, state["epoch"])
-        if state["batch"] < 0:
-            raise UserError(f"{said} is batch {state['batch']}")
-        place = state["batch"] * state.get("global_batch", self.global_batch)
-        batch, rest = divmod(place, self.global_batch)
-        if rest:
-            raise UserError(
-                f"the saved position is sample {place} of its epoch, within a global batch of {self.global_batch}; "
-                "resume with a batch size that divides it"
-            )
-        self._epoch = state["epoch"]
-        self._batch = min(batch, len(self))
+        found = position_in(state, self.state_dict(), lambda: self._pages)
+        self._epoch, self._batch, self.page_order = found.epoch, min(found.batch, len(self)), found.page_order
         self._resumed = True
         # iterations that still run no longer move the position
         self._begun += 1
-        self.page_order = by_page
 
     def __iter__(self) -> "Iteration":
         check_whole(self.samples)
@@ -370,37 +336,6 @@ class PairedViews:
         ]
         return replace(batch, views=tuple(changed))
 
-    def _account(self, job: Job) -> list[int]:
-        """The samples of a job that did not decode; UserError when they are too many."""
-        wanted, shown = job.indices, job.rows.index
-        failed: list[int] = []
-        wrong = np.flatnonzero(wanted != shown)
-        if len(wrong):
-            check_whole(self.samples)
-        for row in wrong:
-            index = int(wanted[row])
-            if shown[row] < 0:
-                check_whole(self.samples, unchanged=True)
-                raise UserError(
-                    f"{self.samples.path}: {min(ATTEMPTS, self.count)} samples in a row, from {index} on, do not "
-                    f"decode; {advice(self.samples)}"
-                )
-            while index != shown[row]:
-                failed.append(index)
-                index = self._source.after(index)
-        for samples in (wanted, shown, failed):
-            self._tried[samples] = True
-        self._failed.update(dict.fromkeys(failed))
-        tried = int(np.count_nonzero(self._tried)) if len(self._failed) >= FEW else 0
-        if tried and len(self._failed) > self.bad_fraction * tried:
-            check_whole(self.samples, unchanged=True)
-            some = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self._failed) > 10 else "")
-            raise UserError(
-                f"{self.samples.path}: {len(self._failed)} of {tried} samples do not decode (samples {some}), "
-                f"above the limit of {self.bad_fraction:.3g}; {advice(self.samples)}, or raise bad_fraction"
-            )
-        return failed
-
 
 class Iteration(Iterator[Batch]):
     """One pass over the rest of an epoch. Its threads end with it: at the end, on `close`, or when dropped."""
@@ -428,7 +363,7 @@ class Iteration(Iterator[Batch]):
             if sent is None or self._stream.closed:
                 raise StopIteration
             job, on_its_way = sent
-            failed = loader._account(job)
+            failed = loader._bad.account(job)
             if loader.transfer.on_gpu:
                 # what is not ready yet is sent when it is asked for: then the GPU has to wait for it anyway
                 self._next = self._sent(wait=False)
@@ -460,6 +395,6 @@ class Iteration(Iterator[Batch]):
 
 
 def _change_colours() -> Colour:
-    from .device_colour import change_colours
+    from fastpmae_loaders.pixels.device_colour import change_colours
 
     return change_colours

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import Samples, Source, advice, check_whole, chosen, make_job
-from .errors import UserError
-from .folders import open_samples
-from .recipes import Interpolation, plain_view
-from .runner import Runner
-from .values import checked
+from fastpmae_loaders.engines.base import Samples, Source, advice, check_whole, chosen, make_job
+from fastpmae_loaders.engines.runner import Runner
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.folders import open_samples
+from fastpmae_loaders.recipes import Interpolation, plain_view
+from fastpmae_loaders.values import checked
 
 
 class PlainViews:

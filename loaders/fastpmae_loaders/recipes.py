@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from .errors import UserError
-from .values import Typed, checked
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.values import Typed, checked
 
 RECIPE = np.dtype(
     [

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import UserError
-from .recipes import View
-from .values import Typed
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.recipes import View
+from fastpmae_loaders.values import Typed
 
 
 @dataclass(frozen=True)

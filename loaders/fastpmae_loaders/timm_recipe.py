@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import UserError
-from .recipes import View, plain_view
-from .values import checked, typed
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.recipes import View, plain_view
+from fastpmae_loaders.values import checked, typed
 
 # what there is nothing for here, and the values under which timm does nothing of it either
 _NOT_HERE: dict[str, tuple[Any, ...]] = {

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from fastpmae_loaders.batch import Batch
 
 Load = TypeVar("Load", Batch, Tensor)
 

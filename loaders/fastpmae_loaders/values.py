@@ -11,8 +11,8 @@ from numbers import Integral, Real
 from pathlib import Path, PurePath
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import UserError
-from .printable import printable, short
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import printable, short
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

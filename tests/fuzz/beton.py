@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastpmae.check import sample_checker
 from fastpmae_loaders import Batch, Beton, DaliSettings, PairedViews, PlainViews, UserError, ViewSettings
-from fastpmae_loaders.jpeg import turbo_available
+from fastpmae_loaders.sources.jpeg import turbo_available
+from fastpmae_loaders.write.check import sample_checker
 from tests.fuzz.case import Case
 from tests.loaders.files import made_pixels, write_beton
 from tests.loaders.mutations import KINDS, File

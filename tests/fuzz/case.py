@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastpmae.errors import RunError, UserError
+from fastpmae_loaders.errors import RunError, UserError
 
 KINDS = ("beton", "tables", "weights", "checkpoints")
 STREAM = 50

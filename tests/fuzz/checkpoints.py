@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fastpmae import PRESETS, Config, export_encoder, load_encoder, pretrain, write_beton
-from fastpmae.checkpoint import checkpoint_path, newest_checkpoint, read_checkpoint, write_checkpoint
-from fastpmae.command import settings_of_run
-from fastpmae.errors import RunError, UserError
-from fastpmae.learnt import networks_of
-from fastpmae.model import Encoder
-from fastpmae.weights import start_encoder, tuned_weights
+from fastpmae.model.vit import Encoder
+from fastpmae.pictures.analysis import networks_of
+from fastpmae.pretraining.cli import settings_of_run
+from fastpmae.run.checkpoint import checkpoint_path, newest_checkpoint, read_checkpoint, write_checkpoint
+from fastpmae.run.init_weights import start_encoder, tuned_weights
+from fastpmae_loaders.errors import RunError, UserError
 from tests.fuzz.case import Case
 from tests.fuzz.weights import bytes_of
 from tests.made import write_tree
@@ -94,7 +94,7 @@ def forged(rng: np.random.Generator, tensors: dict[str, Tensor], progress: dict[
         progress[name] = value
         return f"progress {name} = {value!r:.60}"
     if kind == 4:
-        progress["config"][str(rng.choice(["\x1b]0;name\x07", "course", "run", "model"]))] = value
+        progress["config"][str(rng.choice(["\x1b]0;name\x07", "finetune", "run", "model"]))] = value
         return f"a group {value!r:.60}"
     name = str(rng.choice(sorted(tensors)))
     tensor = tensors[name]
@@ -114,9 +114,9 @@ def forged(rng: np.random.Generator, tensors: dict[str, Tensor], progress: dict[
         "float8": lambda: tensor.to(torch.float8_e4m3fn),
     }
     what = str(rng.choice(sorted(changes)))
-    # random states and the optimiser's counts are what a resume hands to torch
+    # random states and the optimizer's counts are what a resume hands to torch
     if rng.random() < 0.4:
-        name = str(rng.choice([other for other in sorted(tensors) if other.startswith(("rng", "log", "optimiser"))]))
+        name = str(rng.choice([other for other in sorted(tensors) if other.startswith(("rng", "log", "optimizer"))]))
         tensor = tensors[name]
     tensors[name] = changes[what]()
     return f"{name}: {what}"

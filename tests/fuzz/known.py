@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastpmae.errors import RunError, UserError
+from fastpmae_loaders.errors import RunError, UserError
 from tests.fuzz.case import Case
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from fastpmae import UserError, write_beton
-from fastpmae.images import ImageSettings, store
-from fastpmae.sources import SourceSettings, find_images, read_item
-from fastpmae.table_reader import Refusal, Table
-from fastpmae.tables import rows_of
-from fastpmae.workers import Failure, WorkerPool
-from fastpmae_loaders.beton import Beton
 from fastpmae_loaders.folders import TarShards
-from fastpmae_loaders.listing import Item
+from fastpmae_loaders.sources.beton import Beton
+from fastpmae_loaders.sources.listing import Item
+from fastpmae_loaders.write.hf_datasets import rows_of
+from fastpmae_loaders.write.images import ImageSettings, store
+from fastpmae_loaders.write.sources import SourceSettings, find_images, read_item
+from fastpmae_loaders.write.table_reader import Refusal, Table
+from fastpmae_loaders.write.workers import Failure, WorkerPool
 from tests.fuzz.archives import archive
 from tests.fuzz.arrow_files import arrow_file
 from tests.fuzz.case import Case
@@ -98,7 +98,7 @@ def _list(path: Path) -> None:
 def _read(paths: list[Path]) -> Callable[[], None]:
     def run() -> None:
         items: list[Item] = []
-        with WorkerPool("fastpmae.table_reader:lister", (None, None), 1, _SECONDS) as pool:
+        with WorkerPool("fastpmae_loaders.write.table_reader:lister", (None, None), 1, _SECONDS) as pool:
             for place, table in pool.in_order([str(path) for path in paths], group_size=1):
                 if isinstance(table, Table):
                     items += rows_of(str(paths[place]), table)[: _ROWS // len(paths)]
@@ -106,7 +106,7 @@ def _read(paths: list[Path]) -> Callable[[], None]:
                 else:
                     assert isinstance(table, Failure | Refusal)
                     _check_said([table.reason if isinstance(table, Failure) else table.sentence])
-        with WorkerPool("fastpmae.write:converter", (ImageSettings(),), 1, _SECONDS) as pool:
+        with WorkerPool("fastpmae_loaders.write.write:converter", (ImageSettings(),), 1, _SECONDS) as pool:
             for _, row in pool.in_order(items):
                 _check_said([row.reason] if isinstance(row, Failure) else [])
 

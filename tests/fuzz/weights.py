@@ -19,12 +19,12 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fastpmae.backbone import features, find_backbone
-from fastpmae.model import Encoder
-from fastpmae.weights import start_encoder
+from fastpmae.evaluate.backbone import features, find_backbone
+from fastpmae.model.vit import Encoder
+from fastpmae.run.init_weights import start_encoder
 from tests.fuzz.case import Case
 
-SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
 NUMBERS = (0, 1, 2, 3, 7, -1, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1, 10**12, 10**30)
 WORDS = ("", "\x1b[31mred", "blocks.1000000000.norm1.weight", "blocks.x.norm1.weight", "blocks", "blocks.-1.a")
 WORDS += ("blocks.٣.norm1.weight", "patch_embed.proj.weight", "module.patch_embed.proj.weight", "\u202eright")
@@ -292,7 +292,7 @@ def safetensors_file(rng: np.random.Generator, path: Path) -> str:
                 header["__metadata__"] = {"format": str(rng.choice(["pt", "fastpmae-checkpoint-1", "\x1b[31m"])),
                                           "timm": str(rng.choice(["[1]", "{" * 2000, '{"num_heads": 1e400}', "null"])),
                                           "mean": str(rng.choice(["[1, 2, 3]", '"x"', "[]"])), "std": "[0, 0, 0]",
-                                          "course": "{}", "progress": "{}", "digest": ""}  # fmt: skip
+                                          "finetune": "{}", "progress": "{}", "digest": ""}  # fmt: skip
             case 5:
                 entry["shape"], entry["data_offsets"] = [0, number(rng)], [0, 0]
             case _:

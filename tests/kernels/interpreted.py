@@ -11,7 +11,7 @@ from fastpmae_kernels.photometric import photometric_ref
 from fastpmae_kernels.photometric_gpu import photometric_triton
 from fastpmae_kernels.prototype_loss import on_gpu, prototype_cross_entropy_ref, scale_rows_triton
 from fastpmae_kernels.sinkhorn import assigned_sums_triton, column_logsumexp_triton
-from tests.kernels.interpreting import DTYPES, assert_close, made_bytes, made_logits, made_plan, similarity_of
+from tests.kernels.interpreting import DTYPES, assert_close, made_bytes, made_draws, made_logits, similarity_of
 
 # Interpreted, a masked lane's inf - inf makes numpy warn.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -161,7 +161,7 @@ def test_patch_tokens(patch_size: int, dtype: torch.dtype):
 )
 def test_photometric(height: int, width: int):
     images = made_bytes(3, height, width)
-    factors, choices = made_plan([(1, 0, 0, 1), (1, 1, 1, 0), (1, 0, 1, 1)], 0.3)
+    factors, choices = made_draws([(1, 0, 0, 1), (1, 1, 1, 0), (1, 0, 1, 1)], 0.3)
     got = photometric_triton(images, factors, choices, 100, torch.uint8, list(IMAGENET_MEAN), list(IMAGENET_STD))
     assert torch.equal(got, photometric_ref(images, factors, choices, 100))
 
@@ -169,13 +169,13 @@ def test_photometric(height: int, width: int):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_photometric_normalised(dtype: torch.dtype):
     images = made_bytes(4, 13, 12).transpose(2, 3)
-    factors, choices = made_plan([(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 0), (0, 0, 1, 1)], 0.3)
+    factors, choices = made_draws([(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 0), (0, 0, 1, 1)], 0.3)
     got = photometric_triton(images, factors, choices, 100, dtype, list(IMAGENET_MEAN), list(IMAGENET_STD))
     exact = photometric_ref(images, factors, choices, 100, torch.float64)
     assert_close(got, exact, 2e-6 if dtype == torch.float32 else 1e-3)
 
 
 def test_photometric_of_no_images():
-    factors, choices = made_plan([], 1.0)
+    factors, choices = made_draws([], 1.0)
     given = made_bytes(0, 8, 8), factors.view(0, 5), choices.view(0, 9)
     assert photometric_triton(*given, 128, torch.uint8, [0.0] * 3, [1.0] * 3).shape == (0, 3, 8, 8)

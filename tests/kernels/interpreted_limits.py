@@ -20,8 +20,8 @@ from tests.kernels.interpreting import (
     assert_close,
     assert_moved,
     made_bytes,
+    made_draws,
     made_logits,
-    made_plan,
     similarity_of,
     sparse,
 )  # fmt: skip
@@ -165,21 +165,21 @@ def test_every_error_is_within_twice_that_of_plain_torch(dtype: torch.dtype):
     assert_within(on_gpu(student, teacher, bias, index, 0.05, 0.1, 1.0, gradient), found[0], found[2])
     assert_within(gradient, found[1], found[3])
 
-    tokens = [torch.randn(2, 70, 40, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1)]
+    student, teacher = (torch.randn(2, 70, 40, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (0, 1))
     for metric in ("cosine", "l2"):
-        place, similarity = nearest_patch_triton(*tokens, metric == "cosine", [])
-        exact = similarity_of(*tokens, metric).gather(2, place.unsqueeze(2)).squeeze(2)
+        place, similarity = nearest_patch_triton(student, teacher, metric == "cosine", [])
+        exact = similarity_of(student, teacher, metric).gather(2, place.unsqueeze(2)).squeeze(2)
         with backend.use("ref"):
-            assert_within(similarity, nearest_patch_similarity(*tokens, metric)[1], exact)  # pyright: ignore
+            assert_within(similarity, nearest_patch_similarity(student, teacher, metric)[1], exact)
 
     images, affine = made_bytes(3, 16, 24), (list(IMAGENET_MEAN), list(IMAGENET_STD))
     ids = torch.tensor([[5, 0], [1, 4], [2, 3]])
     truth = patch_tokens_ref(images, ids, 8, torch.float64)
     assert_within(patch_tokens_triton(images, ids, 8, dtype, *affine), patch_tokens_ref(images, ids, 8, dtype), truth)
-    plan = made_plan([(1, 0, 1, 0), (0, 1, 0, 1), (1, 0, 0, 0)], 0.5)
-    truth = photometric_ref(images, *plan, dtype=torch.float64)
-    plain = photometric_ref(images, *plan, dtype=dtype)
-    assert_within(photometric_triton(images, *plan, 128, dtype, *affine), plain, truth)
+    drawn = made_draws([(1, 0, 1, 0), (0, 1, 0, 1), (1, 0, 0, 0)], 0.5)
+    truth = photometric_ref(images, *drawn, dtype=torch.float64)
+    plain = photometric_ref(images, *drawn, dtype=dtype)
+    assert_within(photometric_triton(images, *drawn, 128, dtype, *affine), plain, truth)
 
 
 @pytest.mark.parametrize(("rows", "prototypes"), [(5, 17), (70, 300), (40, 2048), (130, 40)])
@@ -220,10 +220,10 @@ def test_the_traffic_model_counts_what_patch_tokens_move(patch_size: int, counte
 
 def test_the_traffic_model_counts_what_photometric_moves(counted: dict[str, int]):
     images = made_bytes(4, 30, 20)
-    factors, choices = made_plan([(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 0), (1, 0, 1, 0)], 2.0)
+    factors, choices = made_draws([(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 0), (1, 0, 1, 0)], 2.0)
     photometric_triton(images, factors, choices, 128, torch.float16, list(IMAGENET_MEAN), list(IMAGENET_STD))
     model = traffic.photometric(4, 30, 20, jittered=2, blurred=1, itemsize=2)
     assert counted["stored"] == model.written
-    # the plan's numbers, for each program of each kernel
+    # the drawn numbers, for each program of each kernel
     programs = 4 * (1 + 1 + 2 * 6)
     assert 0 <= counted["loaded"] - model.read - model.again <= 64 * programs

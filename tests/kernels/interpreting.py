@@ -100,7 +100,7 @@ def similarity_of(student: Tensor, teacher: Tensor, metric: str) -> Tensor:
     return (student @ teacher.mT) / lengths
 
 
-def made_plan(coins: list[tuple[int, ...]], sigma: float) -> tuple[Tensor, Tensor]:
+def made_draws(coins: list[tuple[int, ...]], sigma: float) -> tuple[Tensor, Tensor]:
     """An order of jitters of its own for each image, and these coins: jitter, gray, blur, solarise."""
     orders = [(0, 1, 2, 3), (3, 1, 2, 0), (2, 3, 0, 1), (1, 0, 3, 2)]
     choices = [(*orders[i % 4], *coin, 0) for i, coin in enumerate(coins)]

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from fastpmae import PRESETS, Config
-from fastpmae.architecture import build_student
 from fastpmae.config import Efficiency, Loss
-from fastpmae.costs import _batch
-from fastpmae.step import learn, teach
-from fastpmae.teachers import make_teachers
+from fastpmae.model.build import build_student
+from fastpmae.model.teachers import make_teachers
+from fastpmae.plan.costs import _batch
+from fastpmae.pretraining.step import compute_targets, student_loss
 from fastpmae_kernels import photometric
 from fastpmae_kernels.builds import Build, builds
 from fastpmae_kernels.long_rows import LONGEST_ROW
@@ -56,7 +56,7 @@ class Launch:
 class Launching(TorchDispatchMode):
     """Within it each operation of ours calls what launches its kernels on a GPU."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # pyright: ignore
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastpmae":
             OPDEFS[f"fastpmae::{func._opname}"]._backend_fns["cuda"](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -87,7 +87,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
 
 def _is_aligned(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.storage_offset() * value.itemsize % 16 == 0
+        return bool(value.storage_offset() * value.itemsize % 16 == 0)
     return isinstance(value, int) and value % 16 == 0
 
 
@@ -96,11 +96,13 @@ def take_step(config: Config, images: int) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         with GPU:
             student = build_student(config)
-            teachers = make_teachers(student, config.teachers, 10, 10, torch.Generator())
-            batch, keep = _batch(config, images)
+            teachers = make_teachers(student, config.teacher, 10, 10, torch.Generator())
+            batch, drop_path_scale = _batch(config, images)
         low = config.efficiency.precision == "bf16"
         with Launching(), torch.autocast("cuda", torch.bfloat16, enabled=low):
-            total = learn(student, batch, keep, teach(teachers, batch, config), config).total
+            total = student_loss(
+                student, batch, drop_path_scale, compute_targets(teachers, batch, config), config
+            ).total
             for node in nodes_of(total):
                 if node.name() == "_CrossEntropyBackward":
                     (gradient,) = node.saved_tensors
@@ -140,7 +142,7 @@ def test_what_the_trainer_launches_is_certified(settings: dict[str, Any], launch
     known = builds()
     missing = [launch for launch in launches if not any(launch.is_of(build) for build in known)]
     assert missing == []
-    if config.teachers.teachers in ("dual", "single"):
+    if config.teacher.teachers in ("dual", "single"):
         names = {launch.kernel for launch in launches}
         assert {"column_kernel", "nearest_kernel"} < names
         assert "scale_kernel" in names or config.efficiency.prototypes_chunk > 0

@@ -1,5 +1,7 @@
 """The nearest patch against distances written out, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,8 +107,9 @@ def test_strides_do_not_matter():
         ({"teacher": torch.ones(2, 0, 4)}, "no teacher patch"),
     ],
 )
+@pytest.mark.untyped
 def test_what_does_not_fit_is_refused(change: dict, words: str):
-    arguments = {"student": torch.ones(2, 5, 4), "teacher": torch.ones(2, 5, 4)} | change
+    arguments: dict[str, Any] = {"student": torch.ones(2, 5, 4), "teacher": torch.ones(2, 5, 4)} | change
     for form in (nearest_patch, nearest_patch_ref):
         with pytest.raises(ValueError, match=words):
             form(**arguments)

@@ -1,5 +1,7 @@
 """The operators as torch sees them: registered soundly, compiled whole, and chosen by device or by a test."""
 
+import hashlib
+import inspect
 import threading
 from pathlib import Path
 
@@ -15,17 +17,20 @@ from fastpmae_kernels import (
     nearest_patch_similarity,
     patch_tokens,
     photometric,
+    photometric_numbers,
     prototype_cross_entropy,
     prototype_cross_entropy_from_features,
     prototype_cross_entropy_of_product,
     prototype_cross_entropy_ref,
-    rows,
     sinkhorn,
     sinkhorn_bias,
     sinkhorn_bias_from_features,
     sinkhorn_biases,
-    tiles,
 )
+from fastpmae_kernels.cpu import match, prototype_loss, rows, tiles
+from fastpmae_kernels.cpu import patch_tokens as cpu_patch_tokens
+from fastpmae_kernels.cpu import photometric as cpu_photometric
+from fastpmae_kernels.cpu import sinkhorn as cpu_sinkhorn
 
 ops = torch.ops.fastpmae
 GENERATOR = torch.Generator().manual_seed(0)
@@ -34,7 +39,8 @@ BIAS = torch.zeros(12)
 INDEX = torch.arange(10).flip(0)
 TOKENS = torch.randn(2, 6, 8, generator=GENERATOR)
 IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-PLAN = torch.tensor([[1.2, 0.8, 1.1, 0.1, 1.0]] * 2), torch.tensor([[3, 1, 0, 2, 1, 0, 1, 1, 0]] * 2, dtype=torch.uint8)
+FACTORS = torch.tensor([[1.2, 0.8, 1.1, 0.1, 1.0]] * 2)
+CHOICES = torch.tensor([[3, 1, 0, 2, 1, 0, 1, 1, 0]] * 2, dtype=torch.uint8)
 CALLS = {
     "column_logsumexp": (LOGITS, 0.05),
     "assigned_sums": (LOGITS, BIAS, 0.05),
@@ -44,7 +50,7 @@ CALLS = {
     "scale_rows": (LOGITS.clone(), torch.linspace(0, 1, 10)),
     "nearest_patch": (TOKENS, TOKENS.flip(1), True, [4, 2]),
     "patch_tokens": (IMAGES, torch.tensor([[0, 3], [1, 2]]), 4, torch.bfloat16, [0.5] * 3, [0.5] * 3),
-    "photometric": (IMAGES, *PLAN, 128, torch.uint8, [0.5] * 3, [0.5] * 3),
+    "photometric": (IMAGES, FACTORS, CHOICES, 128, torch.uint8, [0.5] * 3, [0.5] * 3),
 }
 
 
@@ -61,10 +67,11 @@ def step(student: torch.Tensor, teacher: torch.Tensor, images: torch.Tensor, ids
     logv = sinkhorn_bias(teacher)
     match = nearest_patch(student.unsqueeze(0), teacher.unsqueeze(0))[0]
     loss = prototype_cross_entropy(student * 1, teacher, logv, match, overwrite=True, expected_gradient=0.1).mean()
-    return loss + patch_tokens(photometric(images, *PLAN), ids, 4).mean()
+    return loss + patch_tokens(photometric(images, FACTORS, CHOICES), ids, 4).mean()
 
 
 @pytest.mark.slow
+@pytest.mark.untyped
 def test_the_whole_compiles_without_a_break_and_computes_the_same():
     def run(function) -> tuple[torch.Tensor, torch.Tensor]:
         student = LOGITS.flip(1).clone().requires_grad_()
@@ -78,6 +85,7 @@ def test_the_whole_compiles_without_a_break_and_computes_the_same():
 
 
 @pytest.mark.slow
+@pytest.mark.untyped
 def test_compiled_logits_are_one_matrix_that_their_gradient_is_written_over():
     """Of inductor's code: allocations of the logits' shape, and what reads them in the backward pass."""
     rows, prototypes = 300, 130
@@ -115,11 +123,12 @@ PUBLIC = {
         x[:, :4], PROTOTYPES, LOGITS, BIAS, INDEX
     ),
     "patch_tokens": lambda x: patch_tokens(IMAGES, torch.tensor([[0, 3], [1, 2]]), 4) + x.mean(),
-    "photometric": lambda x: photometric(IMAGES, *PLAN, dtype=torch.float32) + x.mean(),
+    "photometric": lambda x: photometric(IMAGES, FACTORS, CHOICES, dtype=torch.float32) + x.mean(),
 }
 
 
 @pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.untyped
 def test_each_public_function_is_traced_without_a_break(name: str):
     """As torch.compile takes it, forward and backward, without the time that its code generator needs."""
     found = []
@@ -139,8 +148,28 @@ def test_every_public_function_is_traced():
     assert set(PUBLIC) == set(fastpmae_kernels.__all__) - plain
 
 
+@pytest.mark.parametrize("name", PUBLIC)
+def test_one_switch_turns_off_all_that_a_cpu_alone_runs(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Nothing in `cpu/` is reached, so neither numba's code nor threads of torch's own; the numbers are the same."""
+    with torch.no_grad():
+        BIAS.zero_()
+        expected = PUBLIC[name](LOGITS)
+
+        def refuse(*_: object) -> None:
+            raise AssertionError("a form of the CPU's own")
+
+        for module in (match, cpu_patch_tokens, cpu_photometric, prototype_loss, cpu_sinkhorn):
+            monkeypatch.setattr(module, "share_out", refuse)
+        BIAS.zero_()
+        with backend.use("ref"):
+            torch.testing.assert_close(PUBLIC[name](LOGITS), expected)
+        if name != "label_bias":  # the running mean is torch's in either form
+            with pytest.raises(AssertionError, match="of the CPU's own"):
+                PUBLIC[name](LOGITS)
+
+
 def test_a_test_can_ask_for_the_plain_form(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fastpmae_kernels.prototype_loss._on_cpu", None)
+    monkeypatch.setattr("fastpmae_kernels.cpu.prototype_loss.cross_entropy", None)
     expected = prototype_cross_entropy_ref(LOGITS, LOGITS, BIAS, INDEX)
     with backend.use("ref"):
         assert torch.equal(prototype_cross_entropy(LOGITS, LOGITS, BIAS, INDEX), expected)
@@ -200,8 +229,7 @@ def test_blocks_are_shared_out_once_each_over_as_many_threads_as_torch_uses(team
 
 def test_kept_machine_code_goes_stale_with_any_of_its_files():
     """A block's code contains the exponential's, which stands in another file than the block."""
-    from fastpmae_kernels import prototype_loss
-
-    _, *of_shared = prototype_loss._cross_entropy_block._cache._cache_file._source_stamp
-    shared = [Path(module.__file__).stat() for module in (rows, tiles)]
-    assert of_shared == [(file.st_mtime, file.st_size) for file in shared]
+    files = sorted(Path(inspect.getfile(fastpmae_kernels)).parent.rglob("*.py"))
+    assert {Path(inspect.getfile(module)) for module in (rows, tiles, photometric_numbers)} <= set(files)
+    whole = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    assert prototype_loss._cross_entropy_block._cache._cache_file._source_stamp == whole

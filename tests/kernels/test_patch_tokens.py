@@ -66,6 +66,7 @@ def test_another_mean_and_spread():
         ({"ids": torch.tensor([[-1], [2]])}, IndexError, "from -1 to 2"),
     ],
 )
+@pytest.mark.untyped
 def test_what_does_not_fit_is_refused(change: dict, error: type[Exception], words: str):
     arguments = {"images": made(2, 8, 8), "ids": torch.tensor([[0], [3]]), "patch_size": 4} | change
     with pytest.raises(error, match=words):

@@ -1,7 +1,6 @@
 """Colours of a batch: the fast form and the plain one against the loaders' torch form, which follows torchvision."""
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from fastpmae_kernels import backend, photometric, photometric_ref
 from fastpmae_kernels.photometric import mirrored
-from fastpmae_loaders.device_colour import change_colours, normalise
+from fastpmae_loaders.pixels.device_colour import change_colours, normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ORDERS = list(itertools.permutations(range(4)))
@@ -22,7 +21,7 @@ def noise(count: int, height: int, width: int) -> Tensor:
     return ((smooth + torch.randint(70, (count, 3, height, width), generator=generator)) % 256).byte()
 
 
-def plan(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def drawn(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Every order in turn, every mixture of coins, factors wider than DINO's."""
     generator = torch.Generator().manual_seed(seed)
     factors = torch.rand(count, 5, generator=generator, dtype=torch.float64) * 2
@@ -35,7 +34,7 @@ def plan(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_every_form_gives_the_loaders_bytes(height: int, width: int):
-    images, (factors, choices) = noise(24, height, width), plan(24, height)
+    images, (factors, choices) = noise(24, height, width), drawn(24, height)
     expected = change_colours(images, factors, choices, 100)
     before = images.clone()
     for run in (photometric, photometric_ref):
@@ -46,7 +45,7 @@ def test_every_form_gives_the_loaders_bytes(height: int, width: int):
 @pytest.mark.parametrize("column", range(5))
 @pytest.mark.parametrize("value", [0.0, 0.05, 0.5, 1.0, 2.0])
 def test_factors_at_the_edge(column: int, value: float):
-    images, (factors, choices) = noise(8, 20, 14), plan(8)
+    images, (factors, choices) = noise(8, 20, 14), drawn(8)
     factors[:, column] = max(value, 0.05) if column == 4 else value
     factors[::2, 3] *= -1
     choices[:, 4] = choices[:, 6] = 1
@@ -55,7 +54,7 @@ def test_factors_at_the_edge(column: int, value: float):
 
 @pytest.mark.parametrize("threshold", [0, 1, 255])
 def test_thresholds(threshold: int):
-    images, (factors, choices) = noise(8, 20, 14), plan(8)
+    images, (factors, choices) = noise(8, 20, 14), drawn(8)
     choices[:, 7] = 1
     expected = change_colours(images, factors, choices, threshold)
     for run in (photometric, photometric_ref):
@@ -64,7 +63,7 @@ def test_thresholds(threshold: int):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_normalised(dtype: torch.dtype):
-    images, (factors, choices) = noise(5, 20, 14), plan(5)
+    images, (factors, choices) = noise(5, 20, 14), drawn(5)
     changed = photometric(images, factors, choices).double() / 255
     exact = (changed - torch.tensor(MEAN).double().view(3, 1, 1)) / torch.tensor(STD).double().view(3, 1, 1)
     for run in (photometric, photometric_ref):
@@ -76,7 +75,7 @@ def test_normalised(dtype: torch.dtype):
 
 
 def test_strides_and_threads_change_nothing():
-    images, (factors, choices) = noise(30, 20, 14), plan(30)
+    images, (factors, choices) = noise(30, 20, 14), drawn(30)
     expected = photometric(images, factors, choices)
     apart = images.repeat_interleave(2, dim=0)[::2].transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.equal(photometric(apart, factors, choices.T.contiguous().T), expected)
@@ -91,7 +90,7 @@ def test_strides_and_threads_change_nothing():
 def test_no_images():
     for dtype in (torch.uint8, torch.bfloat16):
         for run in (photometric, photometric_ref):
-            got = run(noise(0, 8, 6), *plan(0), dtype=dtype)
+            got = run(noise(0, 8, 6), *drawn(0), dtype=dtype)
             assert (got.shape, got.dtype) == ((0, 3, 8, 6), dtype)
 
 
@@ -101,8 +100,8 @@ def test_a_mirror_between_mirrors():
 
 
 def test_the_plain_form_can_be_asked_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys.modules[photometric.__module__], "_change", None)
-    images, (factors, choices) = noise(2, 8, 6), plan(2)
+    monkeypatch.setattr("fastpmae_kernels.cpu.photometric._change", None)
+    images, (factors, choices) = noise(2, 8, 6), drawn(2)
     with backend.use("ref"):
         photometric(images, factors, choices)
     with pytest.raises(TypeError):
@@ -120,8 +119,9 @@ def test_the_plain_form_can_be_asked_for(monkeypatch: pytest.MonkeyPatch):
         ({"threshold": -1}, "is no byte"),
     ],
 )
+@pytest.mark.untyped
 def test_what_does_not_fit_is_refused(change: dict, words: str):
-    factors, choices = plan(2)
+    factors, choices = drawn(2)
     given = {"images": noise(2, 8, 8), "factors": factors, "choices": choices, "threshold": 128} | change
     for run in (photometric, photometric_ref):
         with pytest.raises(ValueError, match=words):

@@ -9,8 +9,8 @@ import torch
 from numpy import float32
 
 from fastpmae_kernels import nearest_patch_similarity, prototype_cross_entropy, sinkhorn_bias
-from fastpmae_kernels.prototype_loss import _cross_entropy_block, _expected
-from fastpmae_kernels.sinkhorn_blocks import _exponentials, assigned_block, column_block
+from fastpmae_kernels.cpu.prototype_loss import _cross_entropy_block, _expected
+from fastpmae_kernels.cpu.sinkhorn import _exponentials, assigned_block, column_block
 
 GAPS = (0, 4, 16, 60, 64, 128, 192, 252, 256, 320, 512, 1024)
 """Bytes between two arrays: by their distance LLVM chooses how a loop runs that reads one and writes the other."""

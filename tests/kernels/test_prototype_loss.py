@@ -1,6 +1,7 @@
 """The prototype loss and its gradients against float64, in all its forms."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -151,11 +152,12 @@ def test_strides_do_not_matter():
         ({"epsilon": -1.0}, ValueError, "must be positive"),
     ],
 )
+@pytest.mark.untyped
 def test_what_does_not_fit_is_refused(change: dict, error: type[Exception], words: str):
     student, teacher, logv, index = made(3, 6, 40, torch.float32)
-    arguments = {"student_logits": student, "teacher_logits": teacher, "logv": logv, "index": index} | change
+    arguments: dict[str, Any] = {"student_logits": student, "teacher_logits": teacher, "logv": logv, "index": index}
     with pytest.raises(error, match=words):
-        prototype_cross_entropy(**arguments)
+        prototype_cross_entropy(**arguments | change)
 
 
 @pytest.mark.parametrize("chunk", [1, 17, 60, 1000])
@@ -231,6 +233,7 @@ def test_of_product_gives_each_side_its_gradient_alone():
     )
 
 
+@pytest.mark.untyped
 def test_of_product_refuses_what_does_not_fit():
     a, b, index, logv = torch.ones(4, 8), torch.ones(6, 8), torch.arange(4), torch.zeros(6)
     with pytest.raises(ValueError, match="do not fit"):
@@ -243,6 +246,7 @@ def test_of_product_refuses_what_does_not_fit():
         prototype_cross_entropy_of_product(a, b, torch.ones(3, 6), logv, index)
 
 
+@pytest.mark.untyped
 def test_from_features_refuses_what_does_not_fit():
     a, b = torch.ones(4, 8), torch.ones(6, 8)
     index, logv = torch.arange(4), torch.zeros(6)

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fastpmae_kernels import nearest_patch_ref, prototype_cross_entropy_ref, sinkhorn_bias_ref, sinkhorn_ref
+from fastpmae_kernels.match import Metric, Scope
 from tests import reference
 
 
@@ -105,7 +106,7 @@ def test_no_iteration_is_refused() -> None:
 
 
 def rank_with_its_rows(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     logits = torch.cat([scores(24, 10), scores(24, 10) + 300]) / 1.0
     own = logits[:7] if rank == 0 else logits[7:]
     labels = sinkhorn_ref(own, 0.05, 3, dist.group.WORLD)
@@ -133,7 +134,7 @@ def tokens(seed: int, batch: int = 3, count: int = 9, dim: int = 6) -> Tensor:
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 @pytest.mark.parametrize("scope", ["image", "fold"])
 @pytest.mark.parametrize("fold_sizes", [(3, 3, 3), (4, 3, 2), (9,), (2, 2, 2, 2, 1)], ids=str)
-def test_the_nearest_patch(metric: str, scope: str, fold_sizes: tuple[int, ...]) -> None:
+def test_the_nearest_patch(metric: Metric, scope: Scope, fold_sizes: tuple[int, ...]) -> None:
     student, teacher = tokens(1), tokens(2) * torch.rand(3, 9, 1, generator=torch.Generator().manual_seed(3)) * 3
     found = nearest_patch_ref(student, teacher, metric, scope, fold_sizes)
     for i in range(3):
@@ -143,7 +144,7 @@ def test_the_nearest_patch(metric: str, scope: str, fold_sizes: tuple[int, ...])
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_autocast_does_not_blur_the_match(metric: str) -> None:
+def test_autocast_does_not_blur_the_match(metric: Metric) -> None:
     """A product in bf16 has 8 bits: near patches would tie, and ties go to the lowest index."""
     student, teacher = tokens(1, 2, 150, 64).float(), (tokens(2, 2, 150, 64) * 0.05 + tokens(3, 2, 1, 64)).float()
     truth = nearest_patch_ref(student, teacher, metric)
@@ -206,6 +207,7 @@ def test_all_patches_alike() -> None:
 @pytest.mark.parametrize(
     ("metric", "scope", "fold_sizes"), [("dot", "image", ()), ("cosine", "batch", ()), ("cosine", "fold", (4, 4))]
 )
+@pytest.mark.untyped
 def test_a_match_that_cannot_be(metric: str, scope: str, fold_sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         nearest_patch_ref(tokens(1), tokens(2), metric, scope, fold_sizes)  # pyright: ignore[reportArgumentType]

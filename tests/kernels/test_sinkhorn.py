@@ -1,6 +1,7 @@
 """The Sinkhorn bias against the iterations written out on the matrix, in float64."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpmae_kernels import backend, label_bias, sinkhorn, sinkhorn_bias, sinkhorn_bias_ref, sinkhorn_biases
+from tests.made import REPOSITORY
 
 SHAPES = [(1, 1), (1, 300), (3, 5), (64, 1000), (65, 257), (700, 33), (1000, 4096)]
 
@@ -126,8 +128,12 @@ def test_softmax_and_centred_labels():
     assert torch.equal(label_bias(logits), sinkhorn_bias(logits))
     with pytest.raises(ValueError, match="running mean"):
         label_bias(logits, "center")
+
+
+@pytest.mark.untyped
+def test_an_unknown_kind_of_labels_is_refused():
     with pytest.raises(ValueError, match="unknown pseudo labels"):
-        label_bias(logits, "sharpen")  # pyright: ignore
+        label_bias(made_logits(40, 30), "sharpen")  # pyright: ignore
 
 
 @pytest.mark.parametrize(
@@ -139,45 +145,11 @@ def test_softmax_and_centred_labels():
         ((torch.ones(3), 0.05, 3), "must be a matrix"),
     ],
 )
+@pytest.mark.untyped
 def test_what_makes_no_sense_is_refused(arguments, words: str):
     for form in (sinkhorn_bias, sinkhorn_bias_ref):
         with pytest.raises(ValueError, match=words):
             form(*arguments)
-
-
-RANKS = """
-import os, sys
-from datetime import timedelta
-import torch, torch.distributed as dist
-from fastpmae_kernels import (label_bias, sinkhorn_bias, sinkhorn_bias_from_features, sinkhorn_bias_ref,
-                              sinkhorn_biases)
-rank, size = int(sys.argv[1]), int(sys.argv[2])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=size,
-                        timeout=timedelta(seconds=120))
-group = dist.group.WORLD
-generator = torch.Generator().manual_seed(0)
-features, prototypes = (torch.nn.functional.normalize(torch.randn(n, 16, generator=generator)) for n in (300, 50))
-some = [features @ prototypes.T, torch.rand(90, 20, generator=generator) * 1e4]
-# uneven shares; the last rank has no row of the second matrix at all
-cuts = [{2: [0, 77, 300], 3: [0, 77, 78, 300]}[size], {2: [0, 90, 90], 3: [0, 13, 90, 90]}[size]]
-own = [matrix[cut[rank]:cut[rank + 1]] for matrix, cut in zip(some, cuts)]
-for got, whole in zip(sinkhorn_biases(own, group=group), some):
-    torch.testing.assert_close(got, sinkhorn_bias(whole), rtol=1e-5, atol=2e-5)
-    everyones = [torch.empty_like(got) for _ in range(size)]
-    dist.all_gather(everyones, got)
-    assert all(torch.equal(got, other) for other in everyones)
-for part, whole in zip(own, some):
-    torch.testing.assert_close(sinkhorn_bias_ref(part, group=group), sinkhorn_bias_ref(whole), rtol=1e-5, atol=2e-5)
-part = features[cuts[0][rank]:cuts[0][rank + 1]]
-got = sinkhorn_bias_from_features(part, prototypes, group=group, prototypes_chunk=40)
-torch.testing.assert_close(got, sinkhorn_bias(some[0]), rtol=1e-5, atol=2e-5)
-center, alone = torch.zeros(50), torch.zeros(50)
-label_bias(own[0], "center", group=group, center=center)
-label_bias(some[0], "center", center=alone)
-torch.testing.assert_close(center, alone)
-del group  # or the group's threads outlive the interpreter, and one that has still to let go of a tensor aborts it
-dist.destroy_process_group()
-"""
 
 
 @pytest.mark.slow
@@ -185,8 +157,8 @@ dist.destroy_process_group()
 def test_ranks_with_uneven_rows_compute_what_one_process_computes(ranks: int, tmp_path: Path):
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{RANKS}", str(rank), str(ranks),
-             str(tmp_path / "meeting")],
+            [sys.executable, "-m", "tests.programs.sinkhorn_ranks", str(rank), str(ranks), str(tmp_path / "store")],
+            cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stderr=subprocess.PIPE, text=True,
         )
         for rank in range(ranks)

@@ -33,8 +33,12 @@ def write_beton(
     payloads = []
     for i, image in enumerate(images):
         raw = isinstance(image, np.ndarray)
-        payload = image.tobytes() if raw else image
-        width, height = (image.shape[1], image.shape[0]) if raw else sizes[i]
+        payload = image.tobytes() if isinstance(image, np.ndarray) else image
+        if isinstance(image, np.ndarray):
+            height, width, _ = image.shape
+        else:
+            assert sizes is not None, "bytes do not tell how large their picture is"
+            width, height = sizes[i]
         if at % page_size + len(payload) > page_size:
             at = -(-at // page_size) * page_size
         records[i] = ((raw, width, height, at), 10 * i)

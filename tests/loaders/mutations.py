@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from fastpmae.check import sample_checker
-from fastpmae_loaders import Beton, PairedViews, UserError, ViewSettings, torch_engine
-from fastpmae_loaders.engine import Source, make_job
-from fastpmae_loaders.ffcv_engine import Images
-from fastpmae_loaders.jpeg import turbo_available
-from fastpmae_loaders.scratch import Scratch
-from fastpmae_loaders.views import Rows
+from fastpmae_loaders import Beton, PairedViews, UserError, ViewSettings
+from fastpmae_loaders.engines import torch_engine
+from fastpmae_loaders.engines.base import Source, make_job
+from fastpmae_loaders.engines.ffcv_engine import Images
+from fastpmae_loaders.engines.scratch import Scratch
+from fastpmae_loaders.engines.views import Rows
+from fastpmae_loaders.sources.jpeg import turbo_available
+from fastpmae_loaders.write.check import sample_checker
 from tests.loaders.guards import guarded
 
 HEADER, DESCRIPTOR, RECORD, ENTRY = 24, 1041, 24, 24
@@ -43,7 +44,8 @@ class File:
             [("", {0: "f8", 1: "i8", 2: "u1,u2,u2,u8", 3: "u8,u8", 5: "u8,u8"}.get(t, "u8")) for t in types], align=True
         )
         self.record = record.itemsize
-        self.image = int((record.fields or {})[f"f{types.index(2)}"][1])
+        fields: Any = record.fields
+        self.image = int(fields[f"f{types.index(2)}"][1])
         self.entries = (len(content) - self.table) // ENTRY
         sizes = {struct.unpack_from("<QQQ", content, place)[1:] for place in range(self.table, len(content), ENTRY)}
         pointers = [struct.unpack_from("<Q", content, self.place(i) + 5)[0] for i in range(self.samples)]
@@ -85,8 +87,10 @@ def header(file: File, rng: np.random.Generator) -> None:
 def descriptors(file: File, rng: np.random.Generator) -> None:
     start = HEADER + DESCRIPTOR * int(rng.integers(file.fields))
     for _ in range(rng.integers(1, 4)):
-        place = start + int(rng.choice([0, rng.integers(1, 17), rng.integers(17, 90), rng.integers(273, 300)]))
-        file.data[place] = int(rng.choice([rng.integers(256), rng.integers(8), 0, 255]))
+        place = start + int(
+            rng.choice([0, int(rng.integers(1, 17)), int(rng.integers(17, 90)), int(rng.integers(273, 300))])
+        )
+        file.data[place] = int(rng.choice([int(rng.integers(256)), int(rng.integers(8)), 0, 255]))
 
 
 def arguments(file: File, rng: np.random.Generator) -> None:
@@ -95,7 +99,7 @@ def arguments(file: File, rng: np.random.Generator) -> None:
     if rng.random() < 0.2:
         file.data[start : start + 1024] = bytes(1024)
         return
-    place = start + int(rng.choice([16, 24, rng.integers(0, 34) * 8, 256]))
+    place = start + int(rng.choice([16, 24, int(rng.integers(0, 34)) * 8, 256]))
     (near,) = struct.unpack_from("<Q", file.data, place)
     file.put("<Q", place, _extreme(file, rng, near))
 
@@ -197,7 +201,7 @@ def frame(file: File, rng: np.random.Generator) -> None:
     at = start + int(rng.choice(frames if frames and rng.random() < 0.7 else markers))
     kind = rng.integers(6)
     if kind == 0:
-        wide, high = (int(rng.choice([0, 1, 7, 65_535, 65_500, rng.integers(1, 3000)])) for _ in range(2))
+        wide, high = (int(rng.choice([0, 1, 7, 65_535, 65_500, int(rng.integers(1, 3000))])) for _ in range(2))
         struct.pack_into(">HH", file.data, at + 5, high, wide)
         if rng.random() < 0.6:  # the record tells the same lie
             struct.pack_into("<HH", file.data, file.place(sample) + 1, wide, high)
@@ -208,7 +212,7 @@ def frame(file: File, rng: np.random.Generator) -> None:
     elif kind == 3:
         file.data[at + 10 + int(rng.integers(9))] = int(rng.integers(256))
     elif kind == 4:
-        struct.pack_into(">H", file.data, at + 2, int(rng.choice([0, 1, 2, 3, 65_535, rng.integers(65_536)])))
+        struct.pack_into(">H", file.data, at + 2, int(rng.choice([0, 1, 2, 3, 65_535, int(rng.integers(65_536))])))
     else:
         file.data[at + 1] = int(rng.choice([*_MARKERS, 0xC1, 0xC3, 0xC5, 0xC9, 0xCA, 0xCB, 0xD8, 0xD9, 0xDC, 0x01]))
 

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fastpmae_loaders.blockwise import DINOv2Masks, IBOTMasks, draw_blocks, draw
 
 # Fixed seeds: each test passes always or never. Were they drawn anew, a sound form would fail one of the statistical
 # tests here once in a million runs.
+ks_2samp: Any = stats.ks_2samp  # scipy hides what it returns
 FALSE_ALARM = 1e-6
 
 Cells = set[tuple[int, int]]
@@ -73,7 +75,7 @@ def assert_alike(ours: np.ndarray, others: np.ndarray) -> None:
         return [count, down, across, high, wide, high * wide - count, centre]
 
     for a, b in zip(measures(ours), measures(others), strict=True):
-        assert stats.ks_2samp(a, b, method="asymp").pvalue > FALSE_ALARM
+        assert ks_2samp(a, b, method="asymp").pvalue > FALSE_ALARM
     # sizes and aspects of single rectangles: masks that fill the box around them; of many rectangles, hardly any does
     rectangles = []
     for masks in (ours, others):
@@ -82,7 +84,7 @@ def assert_alike(ours: np.ndarray, others: np.ndarray) -> None:
         rectangles.append((high[alone], wide[alone], high[alone] / wide[alone]))
     assert abs(len(rectangles[0][0]) - len(rectangles[1][0])) <= 5 * math.sqrt(len(rectangles[1][0])) + 5
     for a, b in zip(*rectangles, strict=True):
-        assert min(len(a), len(b)) < 20 or stats.ks_2samp(a, b, method="asymp").pvalue > FALSE_ALARM
+        assert min(len(a), len(b)) < 20 or ks_2samp(a, b, method="asymp").pvalue > FALSE_ALARM
     # every patch as often masked
     hits = np.array([ours.sum(0).ravel(), others.sum(0).ravel()])
     share = hits.sum(0) / (len(ours) + len(others))
@@ -113,7 +115,7 @@ def test_ten_tries_are_made_for_each_rectangle():
     """Rectangles of one patch on nine: with k masked, ten tries in a row all miss with probability (k / 9)^10."""
     count = 100_000
     masks = draw_blocks(0, 0, np.arange(count), 0, (3, 3), np.full(count, 9), 1, 1, (1.0, 1.0))
-    full = np.prod([1 - (k / 9) ** 10 for k in range(1, 9)])
+    full = math.prod(1 - (k / 9) ** 10 for k in range(1, 9))
     assert stats.binomtest(int((masks.sum((1, 2)) == 9).sum()), count, full).pvalue > FALSE_ALARM
 
 
@@ -211,7 +213,7 @@ def test_dinov2s_batches_are_distributed_as_published(share, ratios):
     # sorted shares of a batch lie each within its own part of the range
     whole = masks.draw(1, 0, np.arange(64), 2, grid).masks.sum(1)
     shares = np.sort(whole[whole > 0]) / 196
-    assert (shares <= np.linspace(*ratios, len(shares) + 1)[1:] + 1e-6).all()
+    assert (shares <= np.linspace(ratios[0], ratios[1], len(shares) + 1)[1:] + 1e-6).all()
 
 
 def test_dinov2s_masks_follow_their_samples_through_a_shuffled_batch():
@@ -238,7 +240,7 @@ def test_no_crop_or_no_sample():
         lambda: IBOTMasks(pred_ratio=0.1, pred_ratio_var=0.2),
         lambda: IBOTMasks(pred_ratio=[]),
         lambda: IBOTMasks(pred_ratio=[0.1, 0.3], pred_ratio_var=[0.0, 0.1, 0.2]),
-        lambda: IBOTMasks(pred_shape="blocks"),
+        lambda: IBOTMasks(pred_shape="blocks"),  # pyright: ignore[reportArgumentType]
         lambda: IBOTMasks(pred_aspect_ratio=(2.0, 1.0)),
         lambda: DINOv2Masks(mask_ratio_min_max=(0.5, 0.1)),
         lambda: DINOv2Masks(mask_sample_probability=1.5),
@@ -247,6 +249,7 @@ def test_no_crop_or_no_sample():
         lambda: IBOTMasks().draw(-1, 0, np.arange(3), 0, (14, 14)),
     ],
 )
+@pytest.mark.untyped
 def test_wrong_numbers_are_refused_in_a_sentence(make):
     with pytest.raises(UserError, match=r"masks: |seed"):
         make()

@@ -2,6 +2,7 @@
 
 import builtins
 import importlib
+import os
 import subprocess
 import sys
 
@@ -11,35 +12,16 @@ import fastpmae
 import fastpmae_loaders
 from fastpmae_loaders.builtin_names import pythons_own
 from tests.made import REPOSITORY
-
-# a function within a function, as in MAE, DINO, iBOT and DINOv2: its module has no such name
-REPLACES = """
-import builtins, sys
-def replace():
-    builtin_print, builtin_abs = builtins.print, builtins.abs
-    def print(*args, **kwargs):
-        builtin_print("theirs:", *args, **kwargs)
-    def abs(number):
-        return builtin_abs(number)
-    builtins.print, builtins.abs = print, abs
-"""
+from tests.programs.print_replaced import CASES
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "replace()\nfrom fastpmae_loaders import PairedViews\nfrom fastpmae_loaders.adapters import MAELoader",
-        "import fastpmae_loaders\nreplace()\nfrom fastpmae_loaders.adapters import MAELoader",
-        "from fastpmae_loaders import Beton\nreplace()\nfrom fastpmae_loaders import draw_plans",
-        "replace()\nfrom fastpmae_loaders.blockwise import IBOTMasks",
-        "replace()\nfrom fastpmae_kernels import sinkhorn",
-    ],
-)
-def test_it_is_imported_where_print_was_replaced(program):
-    program = f"{REPLACES}\n{program}\nprint('numba' in sys.modules)"
-    paths = [str(REPOSITORY / part) for part in ("", "kernels", "loaders")]
-    program = f"import sys\nsys.path[:0] = {paths}\n{program}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_imported_where_print_was_replaced(case: str):
+    paths = os.pathsep.join(str(REPOSITORY / part) for part in ("", "kernels", "loaders"))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.programs.print_replaced", case],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "theirs: True\n", "")
 
 

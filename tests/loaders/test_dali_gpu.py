@@ -1,4 +1,4 @@
-"""The DALI engine on a GPU: the plans and nearly the pixels of the others, and the same bits wherever an image stands.
+"""The DALI engine on a GPU: the draws and nearly the pixels of the others, and the same bits wherever an image stands.
 
 A setting under which an image's bits depend on its place in a batch is one that must not be offered: the second test
 here is what decides.
@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from fastpmae_kernels import photometric
-from fastpmae_loaders import DaliSettings, PairedViews, View, ViewSettings, device_colour, mae_view
-from fastpmae_loaders.plan import SOLARISED
+from fastpmae_loaders import DaliSettings, PairedViews, View, ViewSettings, mae_view
+from fastpmae_loaders.pixels import device_colour
+from fastpmae_loaders.sampling import SOLARISED
 from tests.loaders.files import made_pixels, write_beton
 from tests.made import made_image
 
@@ -71,7 +72,7 @@ def seen(samples: Path, keep: Callable[[torch.Tensor], torch.Tensor] = torch.clo
     return [torch.stack(epochs) for epochs in zip(*pictures, strict=True)], drawn
 
 
-def assert_same_plans(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
+def assert_same_draws(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         for name in DRAWN:
             assert torch.equal(mine[name], other[name]), name
@@ -81,7 +82,7 @@ def assert_same_plans(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str
 def test_crops_flips_and_masks_are_the_torch_engines(many: Path, load: float):
     ours, drawn = seen(many, dali=DaliSettings(hw_decoder_load=load))
     reference, others = seen(many, engine="torch", device=None)
-    assert_same_plans(drawn, others)
+    assert_same_draws(drawn, others)
     # on the CPU 0.2 without colours and 0.5 with them; here the decoder is another one, too
     for mine, other, mean in zip(ours, reference, (0.5, 1.0), strict=True):
         away = (mine.int() - other.int()).abs().double()
@@ -93,10 +94,10 @@ def test_crops_flips_and_masks_are_the_torch_engines(many: Path, load: float):
 @pytest.mark.parametrize("part", [64, 128, 256])
 @pytest.mark.parametrize("load", LOADS)
 def test_an_images_bits_do_not_depend_on_its_place_in_a_batch(many: Path, load: float, part: int):
-    expected, plans = seen(many, batch_size=COUNT, shuffle=False, dali=DaliSettings(hw_decoder_load=load))
+    expected, draws = seen(many, batch_size=COUNT, shuffle=False, dali=DaliSettings(hw_decoder_load=load))
     for batch_size in (COUNT, 150, 37):
         found, again = seen(many, batch_size=batch_size, shuffle=True, dali=DaliSettings(part, load))
-        assert_same_plans(again, plans)
+        assert_same_draws(again, draws)
         for mine, other in zip(found, expected, strict=True):
             differ = (mine != other).flatten(2).any(2)
             assert not differ.any(), f"{int(differ.sum())} of {differ.numel()} pictures, batches of {batch_size}"
@@ -154,23 +155,23 @@ def test_views_of_other_sizes(many: Path):
 def test_colours_on_the_device_are_the_cpus_within_two_levels(many: Path, engine: str, colour):
     if engine == "ffcv":
         pytest.importorskip("ffcv", reason="FFCV is not installed")
-    there, plans = seen(many, engine=engine, augment_on="device", colour=colour)
+    there, draws = seen(many, engine=engine, augment_on="device", colour=colour)
     here, others = seen(many, engine=engine, device=None, augment_on="cpu")
-    assert_same_plans(plans, others)
+    assert_same_draws(draws, others)
     assert torch.equal(there[0], here[0])
     away = (there[1].int() - here[1].int()).abs()
     # a level more or less on the far side of the solarisation's threshold is another colour
-    solarised = np.stack([plan["choices"][:, 1, SOLARISED].numpy() > 0 for plan in plans])
+    solarised = np.stack([drawn["choices"][:, 1, SOLARISED].numpy() > 0 for drawn in draws])
     assert away[torch.from_numpy(~solarised)].max() <= 2
     assert (away > 2).double().mean() < 1e-4
 
 
 def test_dali_changes_colours_as_the_compiled_functions_do(many: Path):
     on_gpu, _ = seen(many, dali=DaliSettings())
-    left, plans = seen(many, augment_on="device", colour=lambda images, *_: images)
-    for epoch, plan in enumerate(plans):
+    left, draws = seen(many, augment_on="device", colour=lambda images, *_: images)
+    for epoch, drawn in enumerate(draws):
         expected = device_colour.change_colours(
-            left[1][epoch], plan["factors"][:, 1].contiguous(), plan["choices"][:, 1].contiguous(), 128
+            left[1][epoch], drawn["factors"][:, 1].contiguous(), drawn["choices"][:, 1].contiguous(), 128
         )
         away = (on_gpu[1][epoch].int() - expected.int()).abs().double()
         assert away.mean() < 0.2

@@ -9,6 +9,7 @@ too: plausible mistakes must fail it by far.
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ import torch
 from scipy import stats
 from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 
-from fastpmae_loaders import View, dino_global, dino_local, draw_plans, mae_view
-from fastpmae_loaders.plan import BLURRED, FIRST_RECIPE, GRAY, JITTER, SIGMA, SOLARISED
+from fastpmae_loaders import View, dino_global, dino_local, draw_samples, mae_view
+from fastpmae_loaders.sampling import BLURRED, FIRST_RECIPE, GRAY, JITTER, SIGMA, SOLARISED
 
 TOTAL = 1e-6
 COUNT = 4000
@@ -26,14 +27,18 @@ SCALES = {"mae": (0.2, 1.0), "dino": (0.14, 1.0), "local": (0.05, 0.4)}
 # tests of this file that may raise a false alarm
 TESTS = len(SHAPES) * len(SCALES) + 5
 
+# scipy hides what they return
+chi2_contingency: Any = stats.chi2_contingency
+ks_2samp: Any = stats.ks_2samp
+
 
 def all_above(values: list[float]) -> None:
     assert min(values) > TOTAL / TESTS / len(values), f"smallest of {len(values)} p-values: {min(values):.2e}"
 
 
-def plans(views: list[View], count: int = COUNT, height: int = 375, width: int = 500, seed: int = 11):
+def draws(views: list[View], count: int = COUNT, height: int = 375, width: int = 500, seed: int = 11):
     index = np.arange(count)
-    return draw_plans(seed, 2, index, np.full(count, height), np.full(count, width), views)
+    return draw_samples(seed, 2, index, np.full(count, height), np.full(count, width), views)
 
 
 def torchvision_crops(height: int, width: int, scale: tuple[float, float], count: int = COUNT) -> np.ndarray:
@@ -50,7 +55,7 @@ def same_shares(a: np.ndarray, b: np.ndarray) -> float:
     rare = counts.sum(0) < 20
     table = np.column_stack([counts[:, ~rare], counts[:, rare].sum(1)]) if rare.any() else counts
     table = table[:, table.sum(0) > 0]
-    return 1.0 if table.shape[1] == 1 else float(stats.chi2_contingency(table).pvalue)
+    return 1.0 if table.shape[1] == 1 else float(chi2_contingency(table).pvalue)
 
 
 def thirds(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -76,7 +81,7 @@ def crop_comparisons(ours: np.ndarray, theirs: np.ndarray, height: int, width: i
         return (top == 0) + 2 * (left == 0) + 4 * (top + h == height) + 8 * (left + w == width)
 
     a, b = measures(ours), measures(theirs)
-    found = [float(stats.ks_2samp(a[name], b[name], method="asymp").pvalue) for name in a]
+    found = [float(ks_2samp(a[name], b[name], method="asymp").pvalue) for name in a]
     found.append(same_shares(touching(ours), touching(theirs)))
     found += [same_shares(touching(ours) & edge, touching(theirs) & edge) for edge in (1, 2, 4, 8)]
     found.append(same_shares(touching(ours) > 0, touching(theirs) > 0))
@@ -93,7 +98,7 @@ def crop_comparisons(ours: np.ndarray, theirs: np.ndarray, height: int, width: i
 def test_crops(height: int, width: int, scale: str) -> None:
     theirs = torchvision_crops(height, width, SCALES[scale])
     views = [mae_view(scale=SCALES[scale]), dino_global(scale=SCALES[scale])]
-    boxes = plans(views, height=height, width=width).boxes
+    boxes = draws(views, height=height, width=width).boxes
     all_above([p for view in (0, 1) for p in crop_comparisons(boxes[:, view], theirs, height, width)])
 
 
@@ -149,7 +154,7 @@ def test_mistakes_would_be_seen(mistake: str) -> None:
 def test_few_crops_touch_an_edge() -> None:
     """The share that a careless loader gets wrong most: torchvision's is about one in fifty on large images."""
     shares = []
-    for boxes in (plans([mae_view()], height=1200, width=1600).boxes[:, 0], torchvision_crops(1200, 1600, (0.2, 1.0))):
+    for boxes in (draws([mae_view()], height=1200, width=1600).boxes[:, 0], torchvision_crops(1200, 1600, (0.2, 1.0))):
         top, left, h, w = boxes.T
         shares.append(float(((top == 0) | (left == 0) | (top + h == 1200) | (left + w == 1600)).mean()))
     assert max(shares) < 0.04
@@ -163,12 +168,12 @@ def test_jitter_factors_and_their_order() -> None:
     factors = np.array([row[1:] for row in theirs], float)
     orders = np.array([np.polyval(row[0].numpy(), 4) for row in theirs])
     # of DINO's global and local crops alike, and of the third as well as the first of a list of views
-    drawn = plans([dino_global(), dino_local(), dino_global("t2")], 2 * COUNT)
+    drawn = draws([dino_global(), dino_local(), dino_global("t2")], 2 * COUNT)
     found = []
     for view in range(3):
         for column, (low, high) in enumerate(limits):
             ours = drawn.factors[:, view, column]
-            found.append(float(stats.ks_2samp(ours, factors[:, column], method="asymp").pvalue))
+            found.append(float(ks_2samp(ours, factors[:, column], method="asymp").pvalue))
             found.append(float(stats.kstest(ours, stats.uniform(low, high - low).cdf).pvalue))
         order = drawn.choices[:, view, :4].astype(int)
         assert (np.sort(order, 1) == np.arange(4)).all()
@@ -182,13 +187,13 @@ def test_jitter_factors_and_their_order() -> None:
 def test_blur_widths() -> None:
     torch.manual_seed(7)
     theirs = np.array([GaussianBlur.get_params(0.1, 2.0) for _ in range(COUNT)])
-    drawn = plans([dino_global("t1"), dino_local()], 2 * COUNT)
+    drawn = draws([dino_global("t1"), dino_local()], 2 * COUNT)
     found = []
     for view in (0, 1):
         # also of those alone that are blurred: the coin and the width come from one draw
         for some in (slice(None), drawn.choices[:, view, BLURRED] == 1):
             ours = drawn.factors[some, view, SIGMA]
-            found.append(float(stats.ks_2samp(ours, theirs, method="asymp").pvalue))
+            found.append(float(ks_2samp(ours, theirs, method="asymp").pvalue))
             found.append(float(stats.kstest(ours, stats.uniform(0.1, 1.9).cdf).pvalue))
     all_above(found)
 
@@ -208,7 +213,7 @@ RATES = {
 def test_rates() -> None:
     """Flips, jitter, grayscale, blur, solarise: DINO's probabilities (binomial); never where 0, always where 1."""
     count = 20_000
-    drawn = plans([view for view, _ in RATES.values()], count)
+    drawn = draws([view for view, _ in RATES.values()], count)
     found = []
     for number, (view, rates) in enumerate(RATES.values()):
         found.append(float(stats.binomtest(int(drawn.flips[:, number].sum()), count, view.flip).pvalue))
@@ -227,7 +232,7 @@ def test_rates() -> None:
 def drawn_numbers(seed: int, epoch: int, count: int) -> dict[tuple[str, str], np.ndarray]:
     """Everything drawn for `count` samples of 400 x 400, by (what it has to do with, name), in units of its spread."""
     index, size = np.arange(count), np.full(count, 400)
-    drawn = draw_plans(seed, epoch, index, size, size, [mae_view(), dino_global(), dino_local()], patches=16)
+    drawn = draw_samples(seed, epoch, index, size, size, [mae_view(), dino_global(), dino_local()], patches=16)
     found = {("mask", "first"): drawn.order[:, 0], ("mask", "eighth"): drawn.order[:, 7]}
     for view in range(3):
         found[f"flip {view}", ""] = drawn.flips[:, view]

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from fastpmae import write_beton
-from fastpmae.images import ImageSettings, store
-from fastpmae.sources import SourceSettings, find_images, read_item
 from fastpmae_loaders import Beton, PairedViews, PlainViews, UserError, ViewSettings
+from fastpmae_loaders.engines.torch_engine import decode
 from fastpmae_loaders.folders import EncodedImages, ImageFolder, TarShards, open_samples
-from fastpmae_loaders.torch_engine import decode
+from fastpmae_loaders.write.images import ImageSettings, store
+from fastpmae_loaders.write.sources import SourceSettings, find_images, read_item
 from tests.made import SHARED_DATA, made_image, write_tree
 
 
@@ -89,12 +89,15 @@ def test_classes_as_the_writer_has_them(tmp_path: Path) -> None:
     beton = Beton(tmp_path / "out.beton")
     assert (beton.label.tolist(), beton.class_names) == (samples.label.tolist(), samples.class_names)
     for index in range(14):
-        assert np.array_equal(pixels(samples, index), beton.decode(index))
+        ours = pixels(samples, index)
+        assert ours is not None
+        assert np.array_equal(ours, beton.decode(index))
 
 
 def test_flat_split_and_single(tmp_path: Path) -> None:
     flat = tree(tmp_path / "flat", {f"{i}.jpg": encoded(i) for i in (10, 2, 1)})
     samples = open_samples(flat)
+    assert isinstance(samples, ImageFolder)
     assert samples.label.tolist() == [-1] * 3
     assert samples.class_names is None
     assert [Path(samples.name(i)).name for i in range(3)] == ["1.jpg", "10.jpg", "2.jpg"]
@@ -103,7 +106,9 @@ def test_flat_split_and_single(tmp_path: Path) -> None:
     names = ("train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/c/4.jpg")
     splits = tree(tmp_path / "splits", {name: encoded(i) for i, name in enumerate(names)})
     for split in (None, "val", "all"):
-        assert_as_written(open_samples(splits, split), splits, split=split)
+        samples = open_samples(splits, split)
+        assert isinstance(samples, ImageFolder)
+        assert_as_written(samples, splits, split=split)
     assert open_samples(splits, "all").label.tolist() == [0, 1, 0, 2]
     with pytest.raises(UserError, match="no split 'test'"):
         open_samples(splits, "test")
@@ -196,9 +201,9 @@ def test_what_open_samples_tells_apart(tmp_path: Path) -> None:
     assert isinstance(open_samples(tmp_path / "a.beton"), Beton)
     (tmp_path / "empty").mkdir()
     tree(tmp_path / "both", {"a.jpg": encoded(), "b.tar": bytes(1024)})
-    tree(tmp_path / "hollow", {"b.tar": bytes(1024)})
+    tree(tmp_path / "bare", {"b.tar": bytes(1024)})
     for path, says in [
-        ("missing", "does not exist"), ("empty", "no images"), ("both", "ImageFolder"), ("hollow", "no images"),
+        ("missing", "does not exist"), ("empty", "no images"), ("both", "ImageFolder"), ("bare", "no images"),
         ("a\0b", "does not exist"), ("tree/class_0/none", "does not exist"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=says) as caught:
@@ -349,7 +354,9 @@ def test_archives_are_read_as_tarfile_reads_them(tmp_path: Path, form: int) -> N
         assert len(samples) == len(members) == 40
         for index, member in enumerate(members):
             assert samples.name(index).endswith(f"({member.name})")
-            assert samples.payload(index).tobytes() == archive.extractfile(member).read()
+            content = archive.extractfile(member)
+            assert content is not None
+            assert samples.payload(index).tobytes() == content.read()
 
 
 def test_mutated_archives_never_crash(tmp_path: Path) -> None:
@@ -367,7 +374,9 @@ def test_mutated_archives_never_crash(tmp_path: Path) -> None:
         data = bytearray(whole)
         for _ in range(rng.integers(1, 5)):
             head = heads[rng.integers(len(heads))]
-            place = head + int(rng.choice([rng.integers(512), rng.integers(124, 136), 156, rng.integers(512, 700)]))
+            place = head + int(
+                rng.choice([int(rng.integers(512)), int(rng.integers(124, 136)), 156, int(rng.integers(512, 700))])
+            )
             data[place] = rng.integers(256)
             if rng.random() < 0.8:  # a fitting checksum, so that the lie is believed
                 data[head + 148 : head + 156] = b" " * 8

@@ -43,7 +43,7 @@ def test_kept_code_needs_no_locks(tmp_path: Path) -> None:
             def refuses(*_):
                 raise OSError(errno.ENOSYS, "no locks")
             fcntl.flock = refuses
-            from fastpmae_loaders.compiled import kernel
+            from fastpmae_loaders.jit.compiled import kernel
             @kernel
             def double(number):
                 return 2 * number

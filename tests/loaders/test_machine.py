@@ -1,5 +1,6 @@
 """What a process may use, read from made-up trees of /proc and /sys/fs/cgroup in the forms that machines have."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from fastpmae_loaders import machine
 from fastpmae_loaders.machine import MOST_THREADS, loader_threads, usable_cores, usable_memory
+from tests.made import REPOSITORY
 
 GIB = 1 << 30
 TOTAL = 512 * GIB
@@ -179,5 +181,7 @@ def test_a_loaders_threads_are_a_share_of_the_cores(monkeypatch):
 
 
 def test_it_needs_neither_torch_nor_numba():
-    code = "import sys, fastpmae_loaders.machine; print({'torch', 'numba', 'numpy'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    words = [sys.executable, REPOSITORY / "tests/programs/loaded.py", "fastpmae_loaders.machine"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "loaders")}
+    loaded = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    assert {"torch", "numba", "numpy"} & set(json.loads(loaded)) == set()

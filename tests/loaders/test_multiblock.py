@@ -10,8 +10,8 @@ from numba import njit
 from scipy import stats
 
 from fastpmae_loaders import UserError
+from fastpmae_loaders.jit.philox import uniform_pair
 from fastpmae_loaders.multiblock import CAPI, PLACES, SIZES, CAPIMasks, IJEPAMasks
-from fastpmae_loaders.philox import uniform_pair
 
 GRIDS = [(16, 16), (14, 14), (9, 20)]
 SAMPLES = np.array([5, 0, 77, 10**7, 3, 4, 1, 2])
@@ -123,6 +123,7 @@ def test_multiblock_sizes_are_spread_as_the_number_that_they_come_from():
         ({"num_pred_masks": "4"}, "num_pred_masks is '4'; expected a whole number"),
     ],
 )
+@pytest.mark.untyped
 def test_impossible_multiblock_masks_are_refused(wrong, said):
     with pytest.raises(UserError, match=said):
         IJEPAMasks(**wrong)
@@ -191,6 +192,7 @@ def test_inverse_blocks_at_their_ends(ratio):
 @pytest.mark.parametrize(
     "wrong", [{"mask_ratio": 1.1}, {"prediction_subsampling": -0.1}, {"min_aspect": 0.0}, {"roll": "no"}]
 )
+@pytest.mark.untyped
 def test_impossible_inverse_blocks_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         CAPIMasks(**wrong)

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpmae.check import check_beton
 from fastpmae_loaders import PairedViews, UserError
-from fastpmae_loaders.beton import DESCRIPTOR, metadata_type
-from fastpmae_loaders.jpeg import jpeg_size, turbo_available, turbo_decode
+from fastpmae_loaders.sources.beton import DESCRIPTOR, metadata_type
+from fastpmae_loaders.sources.jpeg import jpeg_size, turbo_available, turbo_decode
+from fastpmae_loaders.write.check import check_beton
 from tests.loaders.conftest import jpeg
 from tests.loaders.files import made_pixels, write_beton
 from tests.loaders.mutations import VIEWS, mutation
-from tests.loaders.test_beton import with_class_names
+from tests.loaders.sources.test_beton import with_class_names
 from tests.made import REPOSITORY, made_image
 
 SEED = 7
@@ -126,6 +126,7 @@ def blocks(folder: Path, count: int, size: int) -> None:
     assert outcomes["opened, bad samples"] > count * 0.1
 
 
+@pytest.mark.slow
 def test_hostile_files_on_every_engine(sound: Path) -> None:
     blocks(sound, 500, 250)
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,20 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastpmae_loaders import (
-    Batch,
-    Beton,
-    PairedViews,
-    PlainViews,
-    UserError,
-    ViewSettings,
-    draw_plans,
-    engine,
-    epoch_order,
-)
+from fastpmae_loaders import Batch, Beton, PairedViews, PlainViews, UserError, ViewSettings, draw_samples, epoch_order
+from fastpmae_loaders.engines import base
 from fastpmae_loaders.transfer import Sent, Transfer
+from tests.made import REPOSITORY
 
 ENGINES = ["ffcv", "torch"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'loaders'}"}
 TENSORS = ("simple", "complex", "visible", "folds", "label", "index", "simple_box", "complex_box")
 TENSORS += ("simple_flip", "complex_flip", "source_size")
 
@@ -77,12 +71,12 @@ def test_shapes_and_contents(mixed, engine):
         assert (batch.label == batch.index * 10).all()
         assert batch.failed == []
         index = batch.index.numpy()
-        plan = draw_plans(3, 0, index, beton.height[index], beton.width[index], views.settings)
-        assert (batch.simple_box.numpy() == plan.boxes[:, 0]).all()
-        assert (batch.complex_box.numpy() == plan.boxes[:, 1]).all()
-        assert (batch.simple_flip.numpy() == plan.flips[:, 0]).all()
-        assert (batch.complex_flip.numpy() == plan.flips[:, 1]).all()
-        assert (torch.cat([batch.visible, batch.folds], 1).numpy() == plan.order).all()
+        drawn = draw_samples(3, 0, index, beton.height[index], beton.width[index], views.settings)
+        assert (batch.simple_box.numpy() == drawn.boxes[:, 0]).all()
+        assert (batch.complex_box.numpy() == drawn.boxes[:, 1]).all()
+        assert (batch.simple_flip.numpy() == drawn.flips[:, 0]).all()
+        assert (batch.complex_flip.numpy() == drawn.flips[:, 1]).all()
+        assert (torch.cat([batch.visible, batch.folds], 1).numpy() == drawn.order).all()
         assert (batch.source_size.numpy() == np.stack([beton.height, beton.width], 1)[index]).all()
 
 
@@ -228,7 +222,7 @@ def test_page_order(mixed):
 @pytest.mark.parametrize(("times", "by_page"), [(1.0, True), (1.2, True), (1.3, False), (None, False)])
 def test_a_file_that_fills_the_usable_memory_goes_page_by_page(mixed, monkeypatch, times, by_page):
     memory = None if times is None else int(times * Beton(mixed).nbytes)
-    monkeypatch.setattr(engine, "usable_memory", lambda: memory)
+    monkeypatch.setattr(base, "usable_memory", lambda: memory)
     with loader(mixed, 4) as views:
         assert views.page_order == by_page
 
@@ -376,7 +370,7 @@ def test_broken_images_are_replaced_and_named(broken, engine):
         assert index == [0, 1, 2, 3, 4, 8, 8, 8, *range(8, 399), 0]
         simple = torch.cat([batch.simple for batch in batches])
         visible = torch.cat([batch.visible for batch in batches])
-        # the stand-in comes with its own plan
+        # the stand-in comes with draws of its own
         assert torch.equal(simple[5], simple[8])
         assert torch.equal(visible[5], visible[8])
         assert torch.equal(simple[399], simple[0])
@@ -490,37 +484,15 @@ def test_a_worker_exception_reaches_the_consumer(mixed):
         assert threading.active_count() == before
 
 
-FORKED = """
-import os, sys, threading
-from fastpmae_loaders import PairedViews, UserError, mae_view
-views = PairedViews(sys.argv[1], 2, "torch", views=[mae_view(32)], ahead=1)
-taken = iter(views)
-next(taken)
-held, free = threading.Event(), threading.Event()
-def hold():
-    with taken._stream._lock:
-        held.set()
-        free.wait()
-threading.Thread(target=hold).start()
-held.wait()
-child = os.fork()
-if child == 0:
-    try:
-        next(taken)
-    except UserError as error:
-        print(error, flush=True)
-    taken.close()
-    print("batches", sum(1 for _ in views), flush=True)
-    sys.exit(0)
-free.set()
-print("status", os.waitpid(child, 0)[1], "rest", sum(1 for _ in taken), flush=True)
-"""
-
-
+@pytest.mark.slow
 def test_a_forked_child_is_told_that_the_iteration_is_its_parents(mixed):
     """Also where a thread of the parent held the lock when the process was forked."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKED, mixed], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-m", "tests.programs.forked_iteration", mixed],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -673,29 +645,11 @@ def test_a_batchs_labels_are_its_samples(mixed):
             assert batch.label.tolist() == Beton(mixed).label[batch.samples].tolist()
 
 
+@pytest.mark.slow
 def test_a_daemon_thread_begins_nothing_while_the_process_ends(small_beton: Path) -> None:
     """It would be ended within compiled code, which aborts the process."""
-    program = """
-import atexit, sys, threading, time
-going = threading.Event()
-
-@atexit.register
-def last():  # of what is registered first
-    going.set()
-    time.sleep(0.5)
-
-from fastpmae_loaders import PairedViews
-loader = PairedViews(sys.argv[1], 8, "torch", workers=1)
-list(loader)  # compiles
-
-def work():
-    going.wait()
-    for _ in loader:
-        print("a batch", flush=True)
-
-threading.Thread(target=work, daemon=True).start()
-"""
-    done = subprocess.run([sys.executable, "-c", program, small_beton], capture_output=True, text=True, timeout=120)
+    words = [sys.executable, "-m", "tests.programs.daemon_thread", small_beton]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -720,6 +674,7 @@ def test_indices_are_a_tensor_or_an_array_too(mixed: Path, kind: str):
         ({"epoch": 0, "batch": 1, "global_batch": 0}, "has global_batch 0"),
     ],
 )  # fmt: skip
+@pytest.mark.untyped
 def test_a_position_that_no_loader_has_saved_is_a_sentence(mixed: Path, state: object, says: str):
     with loader(mixed, 5) as views:
         before = views.state_dict()

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_made_images_are_torchvisions(tmp_path, engine, side, ratio):
 @pytest.mark.parametrize(("side", "ratio"), [(32, 0.9), (48, 0.95), (64, 0.9), (57, 0.875), (63, 0.97), (32, 1.0)])
 def test_whole_images_are_timms(tmp_path, side, ratio):
     """As its validation makes them, where size / crop_pct is no whole number too (and would round up)."""
-    transform = create_transform(side, interpolation="bicubic", crop_pct=ratio, mean=(0, 0, 0), std=(1, 1, 1))
+    transform: Any = create_transform(side, interpolation="bicubic", crop_pct=ratio, mean=(0, 0, 0), std=(1, 1, 1))
     images = [made_pixels(number, *size) for number, size in enumerate([(91, 64), (64, 110), (300, 201), (40, 40)])]
     file = write_beton(tmp_path / "made.beton", images)
     with PlainViews(file, 4, image_size=side, crop_ratio=ratio, engine="torch") as views:

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from fastpmae_loaders import colour
-from fastpmae_loaders.resize import resize
-from fastpmae_loaders.scratch import make_scratch
+from fastpmae_loaders.engines.scratch import make_scratch
+from fastpmae_loaders.pixels import colour
+from fastpmae_loaders.pixels.resize import resize
 from tests.made import REPOSITORY
 
 
@@ -46,14 +46,10 @@ def colour_all(image: np.ndarray, factors: np.ndarray, choices: np.ndarray, scra
 @pytest.mark.slow
 def test_without_avx2(tmp_path):
     file = tmp_path / "plain.npz"
-    script = (
-        "import sys, numpy as np; from fastpmae_loaders import vectors; from tests.loaders.test_portable import made; "
-        "assert not vectors._AVX2; np.savez(sys.argv[1], *made())"
-    )
     paths = os.pathsep.join(str(REPOSITORY / part) for part in ("", "kernels", "loaders"))
     plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     subprocess.run(
-        [sys.executable, "-c", script, str(file)], check=True, cwd=REPOSITORY, timeout=300,
+        [sys.executable, "-m", "tests.programs.portable_views", file], check=True, cwd=REPOSITORY, timeout=300,
         env={**os.environ, **plain, "PYTHONPATH": paths},
     )  # fmt: skip
     with np.load(file) as saved:

@@ -88,7 +88,7 @@ def test_the_hosts_memory_is_kept_until_it_is_copied(gpu: GPU):
 
 def test_one_stream_serves_all(gpu: GPU):
     made: list[TimedStream] = []
-    make, gpu.Stream = gpu.Stream, lambda device: made.append(make(device)) or made[-1]  # pyright: ignore
+    make, gpu.Stream = gpu.Stream, lambda device: made.append(make(device)) or made[-1]
     transfer = Transfer(CUDA, gpu)
     assert not made
     for _ in range(3):
@@ -136,6 +136,7 @@ def ready(taken: Any, batches: int = 1) -> None:
         stream._changed.wait_for(lambda: all(is_made(stream._taken + ahead) for ahead in range(batches)))
 
 
+@pytest.mark.untyped
 def test_the_next_batch_is_copied_while_the_one_before_is_computed_on(mixed: Any, gpu: GPU):
     with on_gpu(mixed, gpu) as loader:
         taken = iter(loader)
@@ -157,6 +158,7 @@ def test_the_next_batch_is_copied_while_the_one_before_is_computed_on(mixed: Any
         assert next(taken, None) is None
 
 
+@pytest.mark.untyped
 def test_the_same_batches_as_without_a_gpu(mixed: Any, gpu: GPU):
     with on_gpu(mixed, gpu, drop_last=False) as loader:
         there = list(loader)
@@ -169,6 +171,7 @@ def test_the_same_batches_as_without_a_gpu(mixed: Any, gpu: GPU):
         assert torch.equal(a.label, b.label)
 
 
+@pytest.mark.untyped
 def test_a_bad_batch_is_told_of_when_it_is_asked_for(tmp_path: Any, gpu: GPU):
     """Its copy is on its way by then, with rows for which there is no sample."""
     images = [np.zeros((20, 20, 3), np.uint8)] * 4 + [b"\xff\xd8 no picture"] * 70
@@ -182,6 +185,7 @@ def test_a_bad_batch_is_told_of_when_it_is_asked_for(tmp_path: Any, gpu: GPU):
             next(taken)
 
 
+@pytest.mark.untyped
 def test_nothing_comes_after_the_end(mixed: Any, gpu: GPU):
     with on_gpu(mixed, gpu) as loader:
         taken = iter(loader)

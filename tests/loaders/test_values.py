@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from fastpmae.checkpoint import find_checkpoint, read_checkpoint
-from fastpmae.config import read_config
-from fastpmae.layouts import read_foreign, read_tensors
+from fastpmae.config_file import read_config
+from fastpmae.run.checkpoint import find_checkpoint, read_checkpoint
+from fastpmae.weights.foreign import read_foreign, read_tensors
 from fastpmae_loaders import Beton, DaliSettings, ImageFolder, PairedViews, PlainViews, View, ViewSettings, open_samples
 from fastpmae_loaders.blockwise import IBOTMasks
 from fastpmae_loaders.errors import UserError
@@ -183,11 +183,13 @@ def test_a_folder_that_is_called_like_an_address(tmp_path: Path, monkeypatch):
     assert local_path("data:/x") == Path("data:/x")
 
 
+@pytest.mark.untyped
 def test_the_loaders_arguments(small_beton: Path):
     """What was a TypeError, or was taken for something else, is a sentence; NumPy's numbers are numbers."""
     with PairedViews(str(small_beton), np.int64(4), "torch", seed=np.int64(3), workers=1.0) as views:  # pyright: ignore
         assert type(views.batch_size) is int
         assert type(views.state_dict()["seed"]) is int
+    right: dict[str, Any] = {"samples": small_beton, "batch_size": 4, "engine": "torch"}
     for wrong, said in (
         ({"batch_size": "4"}, "batch_size is '4'; expected a whole number"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
@@ -203,7 +205,7 @@ def test_the_loaders_arguments(small_beton: Path):
         ({"engine": None}, "engine is None"),
     ):
         with pytest.raises(UserError, match=said):
-            PairedViews(**({"samples": small_beton, "batch_size": 4, "engine": "torch"} | wrong))
+            PairedViews(**{**right, **wrong})
     with pytest.raises(UserError, match="image_size is '64'"):
         PlainViews(small_beton, 4, image_size="64")  # pyright: ignore[reportArgumentType]
     with PairedViews(small_beton, 4, "torch") as views, pytest.raises(UserError, match="epoch is '1'"):
@@ -230,11 +232,13 @@ def test_a_path_with_a_nul_is_a_sentence(read):
         (IBOTMasks, {"pred_ratio": "0.3"}),
     ],
 )
+@pytest.mark.untyped
 def test_the_loaders_settings(kind: Any, wrong: dict[str, Any]):
     with pytest.raises(UserError, match=f"{next(iter(wrong))} is "):
         kind(**wrong)
 
 
+@pytest.mark.untyped
 def test_lists_are_as_good_as_tuples():
     assert View(scale=[0.2, 1]) == View(scale=(0.2, 1.0))  # pyright: ignore[reportArgumentType]
     assert hash(IBOTMasks(pred_ratio=[0, 0.3], pred_ratio_var=[0, 0.2]))

@@ -1,0 +1,162 @@
+"""A classifier's networks and optimizer, a whole ViT or MAE's linear probe of a frozen one, and its file at the end."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import Lars, param_groups_layer_decay
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch import Tensor, nn
+
+from fastpmae.evaluate.augment import START, drawn_from
+from fastpmae.evaluate.backbone import features
+from fastpmae.evaluate.finetune_state import Setting
+from fastpmae.evaluate.recipe import FinetuneConfig
+from fastpmae.weights.tensor_file import save_tensors
+from fastpmae_loaders.files import atomic_write
+
+
+class Probe(nn.Module):
+    """MAE's linear probe: features scaled by a BatchNorm without parameters, and a linear layer.
+
+    Attributes:
+        group: the ranks over whose images the BatchNorm takes its means. The features have no gradient, so neither
+            have those.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+        self.head = nn.Linear(dim, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, rows: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
+        over_ranks = self.training and self.group is not None
+        return self.head(self._normalised_over_ranks(rows) if over_ranks else self.norm(rows))
+
+    @torch.no_grad()
+    def _normalised_over_ranks(self, rows: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        """As `norm` does with the rows of all ranks, which are as many on each. (torch's SyncBatchNorm needs a GPU.)"""
+        assert self.group is not None
+        norm, count = self.norm, len(rows) * self.group.size()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        assert norm.momentum is not None
+        mean = rows.float().sum(dim=0)
+        dist.all_reduce(mean, group=self.group)
+        mean /= count
+        squares = (rows.float() - mean).square().sum(dim=0)
+        dist.all_reduce(squares, group=self.group)
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(squares / max(1, count - 1), norm.momentum)
+        norm.num_batches_tracked += 1
+        return (rows.float() - mean) / (squares / count + norm.eps).sqrt()
+
+
+def make_classifier(
+    setting: Setting, config: FinetuneConfig
+) -> tuple[nn.Module, Callable[[Float[Tensor, "batch 3 side side"]], Tensor]]:
+    """What is trained, and what it is given of normalised images: the images themselves, or frozen features."""
+    classes = len(setting.train.names)
+    with drawn_from(START, config.seed):
+        if not setting.frozen:
+            model = setting.backbone.build(classes, config.pool, config.drop_path)
+            return model.to(setting.device), lambda images: images
+        frozen: Any = setting.backbone.build().to(setting.device).eval()
+        probe = Probe(frozen.num_features, classes)
+
+    def encode(images: Float[Tensor, "batch 3 side side"]) -> Tensor:
+        with torch.no_grad():
+            return features(frozen, images, (config.pool,))[0].float()
+
+    return probe.to(setting.device), encode
+
+
+def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """The optimizer of `config`, with timm's groups for layer-wise decay of the rate."""
+    if config.opt == "adamw" and not isinstance(model, Probe):
+        vit: Any = model
+        groups = param_groups_layer_decay(
+            model, config.weight_decay, vit.no_weight_decay(), layer_decay=config.layer_decay
+        )
+        return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas)
+    # As MAE's LARS: biases and norms take the plain rate, without decay.
+    wide = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay}
+    thin = {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+    if config.opt == "adamw":
+        return torch.optim.AdamW([wide, thin], lr=config.peak_lr, betas=config.betas)
+    if config.opt == "sgd":
+        return torch.optim.SGD([wide, thin], lr=config.peak_lr, momentum=0.9)
+    momentum: Any = 0.9  # timm says int
+    return Lars([wide | {"always_adapt": True}, thin | {"always_adapt": False}], lr=config.peak_lr, momentum=momentum)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, steps_per_epoch: int) -> CosineLRScheduler:
+    """timm's schedule by the step: linear from 0 over the warm-up, then a cosine to the lowest rate."""
+    total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, total - warmup),
+        lr_min=config.min_lr,
+        warmup_t=warmup,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+
+
+def write_classifier(setting: Setting, model: nn.Module, config: FinetuneConfig) -> None:
+    """The trained weights, under timm's names where it is a whole network, and in the header what they need besides."""
+    backbone = setting.backbone
+    header = {
+        "format": "pt",
+        **({"timm": json.dumps(timm_arguments_of(model))} if isinstance(model, VisionTransformer) else {}),
+        "classes": json.dumps(setting.train.names),
+        "finetune": json.dumps(dataclasses.asdict(config)),
+        "backbone": backbone.source,
+        "mean": json.dumps(backbone.mean),
+        "std": json.dumps(backbone.std),
+        "crop_ratio": json.dumps(setting.crop_ratio),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_write(setting.folder / "classifier.safetensors") as beside:
+        save_tensors(tensors, beside, header)
+
+
+def timm_arguments_of(model: VisionTransformer) -> dict[str, Any]:
+    """What `timm.create_model` needs to build a ViT of these sizes with its classifier."""
+    vit: Any = model
+    # What timm made by a name may have parts that no size tells (another activation, a norm before the blocks).
+    made = getattr(vit, "pretrained_cfg", None) or {}
+    parts: dict[str, Any] = {}
+    if not isinstance(vit.blocks[0].ls1, nn.Identity):
+        parts["init_values"] = 1e-5  # that there is a LayerScale; its values are among the weights
+    if not isinstance(vit.blocks[0].attn.q_norm, nn.Identity):
+        parts["qk_norm"] = True
+    if vit.no_embed_class:
+        parts["no_embed_class"] = True
+    if vit.num_reg_tokens:
+        parts["reg_tokens"] = vit.num_reg_tokens
+    if not vit.has_class_token:
+        parts["class_token"] = False
+    return {
+        "model_name": made.get("architecture") or "vit_base_patch16_224",
+        "img_size": vit.patch_embed.img_size[0],
+        "patch_size": vit.patch_embed.patch_size[0],
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": vit.blocks[0].attn.num_heads,
+        "mlp_ratio": vit.blocks[0].mlp.fc1.out_features / vit.embed_dim,
+        "global_pool": vit.global_pool,
+        "fc_norm": isinstance(vit.fc_norm, nn.LayerNorm),
+        "num_classes": vit.num_classes,
+        **parts,
+    }

@@ -1,0 +1,185 @@
+"""The command line of `fastpmae-eval`: five kinds of evaluation, and what each can be told."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+
+from fastpmae.config import rate_on
+from fastpmae.evaluate.backbone import Which
+from fastpmae.evaluate.datasets import Engine
+from fastpmae.evaluate.features import Pool
+from fastpmae.evaluate.linear import RATES
+from fastpmae.evaluate.recipe import PROBE, FinetuneConfig, finetune_preset
+from fastpmae.renamed import FINETUNE_SETTINGS, refuse_old_flags
+from fastpmae_loaders.cli.words import last_value, with_values
+
+NEIGHBOURS = (10, 20)
+"""How many neighbours vote where nobody says."""
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every evaluation is told."""
+
+    weights: Annotated[str, tyro.conf.Positional]
+    """A run folder or checkpoint of ours, the folder of a fine-tuning or an export, a safetensors file, a .pth of MAE,
+    SdAE, DINO, iBOT, MoCo v3, BEiT and many others, or timm:NAME for a model that timm fetches."""
+    train: Path
+    """Labelled images to train on: a .beton file, a folder of images, or tar shards. A folder with a train and a val
+    folder in it holds both sets."""
+    val: Path | None = None
+    """Labelled images to test on; by default those of a val folder in --train."""
+    network: Which = "auto"
+    """Whose encoder, where the file holds several; auto takes our student, and of others what they evaluate."""
+    out: Path | None = None
+    """Folder for the result; by default `eval` in the run's folder, and NAME-eval beside a file."""
+    image_size: int = 0
+    """Side of the images in pixels, with positions interpolated; 0 takes the network's own."""
+    crop_ratio: float = 0.875
+    """The shorter side is resized to the image size over this ratio, rounded down, and the centre cut out."""
+    heads: int = 0
+    """Attention heads, where the weights do not tell and the width is unusual."""
+    engine: Engine = "auto"
+    """What decodes the images: auto, ffcv (.beton only), dali or torch."""
+    feature_batch: int = 64
+    """Images at a time through a frozen network, and in every test."""
+    workers: int = 0
+    """Loader threads; 0 takes all cores that may be used."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True)
+class Knn:
+    """k nearest neighbours by cosine, each voting with exp(similarity / temperature), as DINO does."""
+
+    common: Annotated[Common, tyro.conf.arg(name="")]
+    k: tuple[int, ...] = NEIGHBOURS
+    """How many neighbours vote; each is tried. Without this flag only as many as there are images."""
+    temperature: float = 0.07
+    """Temperature of the neighbours' votes; 0 gives every neighbour one vote."""
+    pool: Literal["class", "mean", "both"] = "both"
+    """Features to compare: the class token, the mean of the patch tokens, or both, one after the other."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear classifier of frozen features, computed once: a sweep of learning rates, or logistic regression."""
+
+    common: Annotated[Common, tyro.conf.arg(name="")]
+    method: Literal["sgd", "adamw", "logistic"] = "sgd"
+    """How the classifier is trained; logistic solves the regression with an L2 penalty instead."""
+    rates: tuple[float, ...] = RATES
+    """Base learning rates, each for 256 images as `--blr` is elsewhere; all are trained at once."""
+    c: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    """Inverse strengths of the L2 penalty that --method logistic tries."""
+    epochs: int = 100
+    """Passes over the features."""
+    step_images: int = 256
+    """Features in one optimizer step."""
+    weight_decay: float = 0.0
+    """Weight decay of the optimizer (sgd and adamw)."""
+    pool: Pool = "class"
+    """Features to classify: the class token, or the mean of the patch tokens."""
+    choose_on: Literal["held-out", "val"] = "held-out"
+    """Rate or penalty is chosen on a tenth of the training images that is held out for it, or on the validation set
+    (as DINOv2 reports it, which flatters)."""
+    seed: int = 0
+    """Seed of the order of the features and of what is held out."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """MAE's linear probe: random crops, a BatchNorm without parameters, LARS; the network stays frozen."""
+
+    common: Annotated[Common, tyro.conf.arg(name="")]
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = PROBE
+    resume: bool = False
+    """Resume the training in --out."""
+    steps: int | None = None
+    """Stop after so many optimizer steps in all; changes no schedule."""
+    deterministic: bool = False
+    """Compute the same bits each time on a GPU too, somewhat slower."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases too, where it is installed."""
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """The whole network with a classifier, by a preset whose settings are flags."""
+
+    common: Annotated[Common, tyro.conf.arg(name="")]
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    preset: str = "paper"
+    """Settings to start from: paper (section 4.1), paper-a and paper-a-large (appendix A), small and small-1000 (small
+    data sets), or deit."""
+    resume: bool = False
+    """Resume the training in --out."""
+    steps: int | None = None
+    """Stop after so many optimizer steps in all; changes no schedule."""
+    deterministic: bool = False
+    """Compute the same bits each time on a GPU too, somewhat slower."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases too, where it is installed."""
+
+
+@dataclass(frozen=True)
+class Lowshot:
+    """Logistic regression and k-NN on frozen features with few labels, drawn class by class."""
+
+    common: Annotated[Common, tyro.conf.arg(name="")]
+    shares: tuple[float, ...] = (0.01, 0.1)
+    """Shares of the labels to draw, each evaluated on its own."""
+    draws: int = 3
+    """How often each share is drawn; the figures are means over the draws."""
+    c: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    """Inverse strengths of the L2 penalty to try; one is chosen within the drawn images."""
+    pool: Pool = "class"
+    """Features to classify: the class token, or the mean of the patch tokens."""
+    seed: int = 0
+    """Seed of the first draw; the others take the seeds after it."""
+
+
+Command = Knn | Linear | Probe | Lowshot | Finetune
+
+DESCRIPTION = """How good a network's features are. Prints top-1 and top-5, and writes a JSON result, a row for each
+class and the confusion matrix beside the checkpoint.
+Example: fastpmae-eval knn runs/photos --train train.beton --val val.beton"""
+
+
+def read_command(arguments: Sequence[str]) -> Command:
+    """What stands on the command line; the settings of `finetune` start from its preset.
+
+    Raises:
+        UserError: for a preset that does not exist, settings that do not fit together, or a flag of an earlier version.
+    """
+    words = with_values(arguments)
+    refuse_old_flags(words, FINETUNE_SETTINGS)
+    rate = rate_on(words)
+    config = finetune_preset(last_value(words, "--preset") or "paper").using(**rate)
+    probe = PROBE.using(**rate)
+    unknown = Common(weights=tyro.MISSING, train=tyro.MISSING)
+    defaults: dict[str, Command] = {
+        "knn": Knn(unknown),
+        "linear": Linear(unknown),
+        "probe": Probe(unknown, probe),
+        "lowshot": Lowshot(unknown),
+        "finetune": Finetune(unknown, config),
+    }
+    kinds = tuple(
+        Annotated[type(default), tyro.conf.subcommand(name, default=default)] for name, default in defaults.items()
+    )
+    wanted: Any = Union[kinds]  # noqa: UP007 - of a tuple that is made here
+    return tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(wanted),
+        prog="fastpmae-eval",
+        description=DESCRIPTION,
+        args=list(arguments),
+    )

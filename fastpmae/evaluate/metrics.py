@@ -1,0 +1,146 @@
+"""How well predictions fit labels, and the files that say so: figures, a row for each class, the confusion matrix."""
+
+import csv
+import datetime
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastpmae_loaders.files import atomic_write
+from fastpmae_loaders.printable import printable
+
+MOST_NAMED = 40
+"""Classes whose names fit beside the picture of a confusion matrix."""
+MOST_DRAWN = 1000
+"""Rows and columns of that picture."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Predictions for labelled images.
+
+    Attributes:
+        labels: the class of each image.
+        ranked: the predicted classes, the likeliest first; at least one column, at most five. Behind the first, -1
+            stands for none.
+    """
+
+    labels: Int[Tensor, " images"]
+    ranked: Int[Tensor, "images best"]
+
+    @property
+    def top1(self) -> float:
+        """Share of the images whose likeliest class is right, in percent."""
+        return self.top(1)
+
+    @property
+    def top5(self) -> float:
+        """Share of the images whose class is among the five likeliest (or all, where there are fewer), in percent."""
+        return self.top(5)
+
+    def top(self, count: int) -> float:
+        """Share of the images whose class is among the `count` likeliest, in percent."""
+        return 100 * (self.ranked[:, :count] == self.labels[:, None]).any(dim=1).double().mean().item()
+
+    def figures(self) -> dict[str, float]:
+        """Both shares, and how far chance alone would move the first: a standard error, in percentage points."""
+        share = self.top1 / 100
+        error = 100 * math.sqrt(share * (1 - share) / len(self.labels))
+        return {"top1": round(self.top1, 4), "top5": round(self.top5, 4), "standard_error": round(error, 4)}
+
+    def confusion(self, classes: int) -> Int[Tensor, "classes classes"]:
+        """Images of each class (rows) by the class that they were taken for (columns)."""
+        pairs = self.labels * classes + self.ranked[:, 0]
+        return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+
+
+def rank(scores: Float[Tensor, "images classes"]) -> Int[Tensor, "images best"]:
+    """The up to five classes of the highest scores; of equal scores the smaller class comes first."""
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
+
+
+def files_of(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    """The files of a result: its classes, its picture, and last its figures."""
+    return folder / f"{name}-classes.csv", folder / f"{name}-confusion.png", folder / f"{name}.json"
+
+
+def write_scores(folder: Path, name: str, scores: Scores, names: list[str], record: dict[str, Any]) -> Path:
+    """Write NAME.json, NAME-classes.csv and NAME-confusion.png into a folder, and return the first.
+
+    Args:
+        record: what the JSON says besides the figures.
+
+    Raises:
+        UserError: when they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    table, picture, figures = files_of(folder, name)
+    with atomic_write(table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "name", "images", "top1", "top5", "predicted", "precision", "most_taken_for"])
+        rows.writerows(_class_rows(scores, names))
+    with atomic_write(picture) as beside:
+        _draw(scores, names, f"{name}: {scores.top1:.1f} % of {len(scores.labels):,} images", beside)
+    record = record | scores.figures() | {"images": len(scores.labels), "classes": len(names)}
+    record["date"] = datetime.datetime.now().isoformat(timespec="seconds")
+    with atomic_write(figures) as beside:
+        beside.write_text(json.dumps(record, indent=1) + "\n")
+    return figures
+
+
+def _class_rows(scores: Scores, names: list[str]) -> list[list[Any]]:
+    """A row for each class, in memory for the images and the classes but not for the pairs of classes."""
+    count = len(names)
+    labels, first = scores.labels.numpy(), scores.ranked[:, 0].numpy()
+    right = (scores.ranked == scores.labels[:, None]).numpy()
+    images, predicted = np.bincount(labels, minlength=count), np.bincount(first, minlength=count)
+    top1 = np.bincount(labels[right[:, 0]], minlength=count)
+    top5 = np.bincount(labels[right[:, :5].any(axis=1)], minlength=count)
+    pairs, times = np.unique(np.stack([labels, first], axis=1)[labels != first], axis=0, return_counts=True)
+    taken: dict[int, tuple[int, int]] = {}
+    for (own, other), often in zip(pairs.tolist(), times.tolist(), strict=True):
+        if often > taken.get(own, (0, 0))[0]:  # the smallest of those that are equally often
+            taken[own] = often, other
+    rows = []
+    for number, name in enumerate(names):
+        of_class = int(images[number])
+        shares = [f"{100 * hits[number] / of_class:.2f}" if of_class else "" for hits in (top1, top5)]
+        precision = f"{100 * top1[number] / predicted[number]:.2f}" if predicted[number] else ""
+        most = names[taken[number][1]] if number in taken else ""
+        rows.append([number, name, of_class, *shares, int(predicted[number]), precision, most])
+    return rows
+
+
+def _draw(scores: Scores, names: list[str], title: str, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from fastpmae.plotting import drawable, save_picture
+
+    # Of many classes some share a pixel: a picture has no more of them anyway, and pairs of classes may be many.
+    side = min(len(names), MOST_DRAWN)
+    places = [classes * side // len(names) for classes in (scores.labels, scores.ranked[:, :1])]
+    drawn = Scores(*places).confusion(side).numpy()
+    share = drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="taken for", ylabel="class", title=title)
+    if len(names) <= MOST_NAMED:
+        plain = [drawable(printable(name)) for name in names]
+        short = [name if len(name) <= 18 else name[:17] + "…" for name in plain]
+        axes.set_xticks(range(len(names)), short, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), short, fontsize=7)
+    figure.colorbar(shown, label="share of the class's images", shrink=0.8)
+    # The name, like a class's, is text and no formula.
+    for text in (axes.title, *axes.get_xticklabels(), *axes.get_yticklabels()):
+        text.set_parse_math(False)
+    save_picture(figure, path, dpi=120)

@@ -1,0 +1,1 @@
+"""An encoder as others load it, and the model card beside it."""

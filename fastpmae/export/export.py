@@ -1,0 +1,204 @@
+"""The encoder as others load it: for timm, for Hugging Face's transformers, or as plain tensors."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from torch import Tensor
+
+from fastpmae.evaluate.features import Network
+from fastpmae.export.model_card import loading_lines, model_card, portable
+from fastpmae.export.network import Export, at_size, read_export
+from fastpmae.export.transformers import image_config, model_config, transformers_names
+from fastpmae.weights.tensor_file import save_tensors
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.cli.outputs import check_no_run_file, check_output
+from fastpmae_loaders.cli.terminal import tell
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import atomic_write
+from fastpmae_loaders.values import checked
+
+Format = Literal["timm", "huggingface", "plain"]
+
+MODEL = "model.safetensors"
+
+
+@checked
+def export_encoder(
+    checkpoint: Path | str,
+    out: Path | str,
+    network: Network = "student",
+    *,
+    format: Format = "timm",
+    image_size: int = 0,
+    with_head: bool = False,
+    force: bool = True,
+) -> dict[str, Any]:
+    """Write an encoder to a .safetensors file, or to a folder with settings and a model card.
+
+    Args:
+        checkpoint: a checkpoint or a run folder; or what `fastpmae-eval finetune` left, which has a classifier.
+        out: a name that ends in .safetensors makes a file, any other a folder.
+        network: whose encoder.
+        format: timm's names (a folder opens with `timm.create_model("local-dir:FOLDER")`); a folder that
+            transformers' `from_pretrained` opens; or the checkpoint's own tensors under `encoder.`.
+        image_size: interpolate the positions for images of this side; 0 keeps the run's own.
+        with_head: with "plain", the projection head and the prototypes too, under `head.`.
+        force: replace files that are there; the checkpoint itself and files of a run never are. The command does so
+            where it is told to.
+
+    The same network gives the same bytes.
+
+    Returns:
+        The arguments for `timm.create_model`, which are also in the file's header as JSON under "timm", as is under
+        "mean" and "std" what images are normalised with: ImageNet's, or what a classifier's first weights wanted; and
+        under "crop_ratio" what whole images are cut to: 0.875, or what a classifier was tested with.
+
+    Raises:
+        UserError: when the checkpoint cannot be used, the format cannot hold it, or the file not be written.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    export = at_size(read_export(checkpoint, network, with_head), image_size)
+    if with_head and format != "plain":
+        raise UserError(f"the projection head fits only into --format plain, not into {format}")
+    tensors = {name: tensor.contiguous() for name, tensor in export.tensors.items()}
+    header = {
+        "format": "pt",
+        "timm": json.dumps(export.arguments),
+        "mean": json.dumps(export.mean),
+        "std": json.dumps(export.std),
+        "crop_ratio": json.dumps(export.crop_ratio),
+    }
+    if out.suffix == ".safetensors":
+        if format == "huggingface":
+            raise UserError(f"{out}: what transformers opens is a folder; leave .safetensors out of the name")
+        check_output(out, force=force, inputs=[export.source])
+        with atomic_write(out, force) as beside:
+            save_tensors(_plain(export) if format == "plain" else tensors, beside, header)
+        return export.arguments
+    files: dict[str, Any] = {}
+    size = export.arguments["img_size"]
+    if format == "huggingface":
+        tensors = _for_transformers(export)
+        files = {
+            "config.json": model_config(export.shape, size, export.classes),
+            "preprocessor_config.json": image_config(size, export.mean, export.std, export.crop_ratio),
+        }
+    elif format == "timm":
+        files = {"config.json": _timm_config(export)}
+    else:
+        tensors = _plain(export)
+        files = {"config.json": export.arguments | {"run": None if export.config is None else portable(export.config)}}
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+    texts["README.md"] = model_card(out.name, format, export)
+    for name in (MODEL, *texts):
+        if out.is_dir():
+            check_output(out / name, force=force, inputs=[export.source])
+        else:
+            check_no_run_file(out / name)
+    with _folder(out), contextlib.ExitStack() as stack:
+        # All of them are written before the first takes its name.
+        places = {name: stack.enter_context(atomic_write(out / name, force)) for name in (*texts, MODEL)}
+        save_tensors(tensors, places[MODEL], header)
+        for name, text in texts.items():
+            places[name].write_text(text, encoding="utf-8", errors="backslashreplace")
+    return export.arguments
+
+
+@contextlib.contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """A folder to write in, which goes again where it is new and nothing comes to lie in it."""
+    new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
+
+
+def _for_transformers(export: Export) -> dict[str, Tensor]:
+    """ViTModel's tensors, or those of ViTForImageClassification where there is a classifier."""
+    encoder = {name: tensor for name, tensor in export.tensors.items() if not name.startswith("head.")}
+    if export.classes is None:
+        return transformers_names(encoder)
+    if export.arguments["global_pool"] != "token":
+        raise UserError(
+            "transformers' ViTForImageClassification reads the class token, and this classifier the mean of the "
+            "patches: fine-tune with --pool class, or use --format timm"
+        )
+    named = {f"vit.{name}": tensor for name, tensor in transformers_names(encoder).items()}
+    return named | {f"classifier.{kind}": export.tensors[f"head.{kind}"].contiguous() for kind in ("weight", "bias")}
+
+
+def _timm_config(export: Export) -> dict[str, Any]:
+    """config.json as timm reads it from a folder."""
+    arguments = {key: value for key, value in export.arguments.items() if key not in ("model_name", "num_classes")}
+    size = arguments["img_size"]
+    return {
+        "architecture": export.arguments["model_name"],
+        "num_classes": export.arguments["num_classes"],
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "label_names": export.classes,
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": export.crop_ratio,
+            "mean": list(export.mean),
+            "std": list(export.std),
+            "num_classes": export.arguments["num_classes"],
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def _plain(export: Export) -> dict[str, Tensor]:
+    tensors = {f"encoder.{name}": tensor.contiguous() for name, tensor in export.tensors.items()}
+    return tensors | {f"head.{name}": tensor.contiguous() for name, tensor in export.more.items()}
+
+
+def export_command(
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    network: Network = "student",
+    format: Format = "timm",
+    image_size: int = 0,
+    with_head: bool = False,
+    force: bool = False,
+) -> None:
+    """Write the encoder of a run for other programs, and print the lines that load it.
+
+    Args:
+        checkpoint: A checkpoint or a run folder, or the folder of a fine-tuning, whose classifier goes along.
+        out: A name that ends in .safetensors makes a file; any other a folder with settings and a model card.
+        network: The network whose encoder is written.
+        format: Layout of the export: for timm, for transformers (a folder), or plain, the checkpoint's own tensors.
+        image_size: Interpolate the positions for images of this side; 0 keeps the run's own.
+        with_head: Write the projection head and the prototypes too (with --format plain).
+        force: Replace files that are there, but for CKPT itself and files of a run.
+    """
+    arguments = export_encoder(
+        checkpoint, out, network, format=format, image_size=image_size, with_head=with_head, force=force
+    )
+    tell("\n".join(loading_lines(out, format, arguments)))
+
+
+def main() -> int:
+    """`fastpmae-export`."""
+    return exit_with_sentence("fastpmae-export", lambda: tyro.cli(export_command, prog="fastpmae-export"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

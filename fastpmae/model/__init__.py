@@ -1,0 +1,1 @@
+"""The networks: ViT encoder, decoder, head, teachers."""

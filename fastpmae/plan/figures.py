@@ -1,0 +1,77 @@
+"""All that a plan says, as numbers."""
+
+from dataclasses import dataclass
+
+from fastpmae.config import Config
+from fastpmae.plan.costs import Costs
+from fastpmae.plan.gpus import Gpu
+from fastpmae.plan.loader_rate import LoaderRate
+from fastpmae.plan.scaling import (
+    Point,
+    Traffic,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of Table 6."""
+
+    name: str
+    costs: Costs
+    seconds: float
+    days: float
+    """Of the whole run with the plan's own epochs."""
+
+
+@dataclass(frozen=True)
+class ModelNeeds:
+    """What one model asks of the loader."""
+
+    model: str
+    flops: float
+    """An image."""
+    images_per_second: dict[str, float]
+    """By GPU, for each."""
+    cores: dict[str, float]
+    """By GPU, for each: with fewer the loader is the bottleneck."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a plan says. Bytes, seconds, FLOPs, unless a name says otherwise."""
+
+    config: Config
+    gpu_name: str
+    gpu: Gpu
+    gpus: int
+    epoch_images: int
+    efficiency_of_peak: float
+    jitter: float
+    costs: Costs
+    """Of one GPU's share of a step."""
+    largest_batch: int
+    """Images on each GPU at a time that fit."""
+    fitting_accumulate: int | None
+    """The fewest micro-batches that fit; 1 where the plan fits as it is, None where none does."""
+    step: Point
+    """On the GPUs of the plan."""
+    peak_seconds: float
+    """The step's products at the data sheet's rate."""
+    traffic_seconds: float
+    """The step's memory traffic when nothing is fused, at the data sheet's rate."""
+    steps: int
+    hours: float
+    loader: LoaderRate
+    busy: float | None
+    needed_rate: float
+    """Images/s of all GPUs."""
+    needed_cores: float
+    """For each GPU."""
+    cores: float
+    """For each GPU, that there are."""
+    methods: list[Method]
+    """The rows of Table 6; where the plan has its logits whole, then those of methods with logits in chunks."""
+    models: list[ModelNeeds]
+    messages: Traffic
+    weak: list[Point]
+    strong: list[Point]

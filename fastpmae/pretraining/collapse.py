@@ -1,0 +1,115 @@
+"""Figures that make a collapse visible while the Sinkhorn assignment still hides it."""
+
+import math
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from fastpmae.pretraining.losses import PseudoLabels
+from fastpmae.pretraining.step import Targets
+from fastpmae.run.device_metrics import Figures, to_host
+
+MOST_TOKENS = 8192
+AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Logits that are looked at together, two fp32 numbers for each: what a CPU's cache and what a GPU's cores ask for."""
+
+
+def collapse_metrics(targets: Targets) -> dict[str, float]:
+    """Prototypes in use, label entropy, spread and rank of the teachers' features, for one batch.
+
+    Prototypes in use are counted by the largest raw logit of each row, before the assignment is balanced; entropies
+    are in nats, to be read against `entropy_limit` = log P.
+    """
+    return to_host(collapse_figures(targets))()
+
+
+@torch.no_grad()
+def collapse_figures(targets: Targets) -> Figures:
+    """The figures of `collapse_metrics`, without waiting for the device."""
+    numbers: list[Tensor] = []
+    names: list[str] = []
+    limits: dict[str, float] = {}
+    for name, labels in (("class", targets.class_labels), ("patch", targets.patch_labels)):
+        if labels is not None:
+            numbers += _labels(labels)
+            names += [f"{name}_prototypes_used", f"{name}_label_entropy"]
+            limits["entropy_limit"] = math.log(len(labels.logv))
+    matrices: list[Tensor] = []
+    ranks: list[str] = []
+    for name, tokens in (("reconstruction", targets.tokens), ("labelling", targets.label_tokens)):
+        if tokens is not None:
+            # Some thousand tokens, evenly spread, tell as much as all of them.
+            rows = tokens.flatten(0, 1)
+            std, covariance = _token_std(rows[:: 1 + len(rows) // MOST_TOKENS])
+            numbers.append(std)
+            names.append(f"{name}_std")
+            matrices.append(covariance)
+            ranks.append(f"{name}_rank")
+
+    def named(found: list[float], covariances: list[Tensor]) -> dict[str, float]:
+        entries = dict(zip(names, found, strict=True)) | limits
+        return entries | {name: effective_rank(each) for name, each in zip(ranks, covariances, strict=True)}
+
+    device = targets.reconstruction.device
+    whole = torch.stack(numbers) if numbers else torch.zeros(0, dtype=torch.float64, device=device)
+    return Figures(whole, named, tuple(matrices))
+
+
+def label_entropy(labels: PseudoLabels) -> float:
+    """Mean entropy of the pseudo labels, in nats."""
+    return _labels(labels)[1].item()
+
+
+def token_std(tokens: Float[Tensor, "tokens dim"]) -> tuple[float, float]:
+    """How far features differ from one another.
+
+    Returns:
+        The mean over the features of their standard deviation across tokens, for unit vectors scaled by sqrt(dim):
+        1 where they point anywhere, 0 where all are the same. And their effective rank.
+    """
+    std, covariance = _token_std(tokens)
+    return std.item(), effective_rank(covariance.cpu())
+
+
+def effective_rank(covariance: Float64[Tensor, "dim dim"]) -> float:
+    """The exponential of the entropy of the eigenvalues, between 1 and dim."""
+    eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
+    total = eigenvalues.sum()
+    if not total > 0:
+        return 1.0
+    share = eigenvalues / total
+    return math.exp(-torch.xlogy(share, share).sum().item())
+
+
+def _labels(labels: PseudoLabels) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
+    """How many prototypes are in use, and the mean entropy of the labels."""
+    logv = labels.logv
+    used = torch.zeros(len(logv), dtype=torch.bool, device=logv.device)
+    entropy = torch.zeros((), dtype=torch.float64, device=logv.device)
+    count = max(1, AT_ONCE.get(logv.device.type, AT_ONCE["cpu"]) // len(logv))
+    total = 0
+    # The same memory for all parts: fresh pages cost a CPU more than the sums in them.
+    logits, weights = torch.empty(2, count, len(logv), dtype=torch.float32, device=logv.device)
+    for rows in labels.logits.split(count):
+        total += len(rows)
+        used.index_fill_(0, rows.max(dim=1).indices, True)
+        logit = torch.add(logv, rows, alpha=1 / labels.epsilon, out=logits[: len(rows)])
+        logit -= logit.amax(dim=1, keepdim=True)
+        weight = torch.exp(logit, out=weights[: len(rows)])
+        norm = weight.sum(dim=1)
+        entropy += (norm.log() - logit.mul_(weight).sum(dim=1) / norm).sum(dtype=torch.float64)
+    return used.sum(dtype=torch.float64), entropy / total
+
+
+def _token_std(tokens: Float[Tensor, "tokens dim"]) -> tuple[Float64[Tensor, ""], Float64[Tensor, "dim dim"]]:
+    """`token_std`'s first figure, and the covariance whose eigenvalues tell its second, times some number."""
+    centred = torch.nn.functional.normalize(tokens.float(), dim=1) * tokens.shape[1] ** 0.5
+    # Features that hardly differ are taken from one another before any sum rounds their difference away.
+    centred = centred - centred[0]
+    centred -= centred.mean(dim=0)
+    std = centred.square().mean(dim=0, dtype=torch.float64).sqrt().mean()
+    centred /= centred.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    # The sums alone need fp64: in fp32 their rounding would count as directions where there is but one.
+    exact = centred.double()
+    return std, exact.mT @ exact

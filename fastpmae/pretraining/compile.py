@@ -1,0 +1,63 @@
+"""The two functions that do a step's work, `teacher_forward` and `student_loss`: compiled, or as they are."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpmae.config import CUDA_GRAPHS, Config
+from fastpmae.distributed.ranks import Ranks
+from fastpmae.model.vit import Blocks
+
+StepFunction = Callable[..., Any]
+
+
+def compile_step(
+    teacher_forward: StepFunction,
+    student_loss: StepFunction,
+    config: Config,
+    ranks: Ranks,
+    networks: Iterable[nn.Module] = (),
+    backend: str = "inductor",
+) -> tuple[StepFunction, StepFunction]:
+    """The step's two functions as the loop calls them, each as one graph where they are compiled.
+
+    Across ranks the student is inside a module of torch's that is not to be compiled: dynamo makes one graph of what
+    stands before it, of the student and of the losses each. With --shard the blocks alone are compiled, each between
+    FSDP2's hooks, which put it together and take it apart and are not to be traced.
+
+    Args:
+        networks: those of the step, whose blocks are changed in place where they are sharded.
+        backend: torch.compile's; tests take one that needs no C++ compiler.
+    """
+    efficiency = config.efficiency
+    on_gpu = ranks.device.type == "cuda"
+    if efficiency.compile == "off" or (efficiency.compile == "auto" and not on_gpu):
+        return teacher_forward, student_loss
+    mode = None if efficiency.compile_mode == "default" else efficiency.compile_mode
+    # xformers' operators have no form that a graph could hold.
+    whole = efficiency.attention != "xformers"
+    if efficiency.shard and ranks.group is not None:
+        for network in networks:
+            _compile_blocks(network, backend=backend, mode=mode, fullgraph=whole)
+        return teacher_forward, student_loss
+    compiled_teacher = torch.compile(teacher_forward, backend=backend, mode=mode, fullgraph=whole)
+    compiled_student = torch.compile(student_loss, backend=backend, mode=mode, fullgraph=whole and ranks.group is None)
+    if efficiency.compile_mode not in CUDA_GRAPHS or not on_gpu:
+        return compiled_teacher, compiled_student
+
+    def first_of_a_step(*arguments: Any) -> Any:
+        # What the graphs of the step before have left may be written over from here on, and not before.
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled_teacher(*arguments)
+
+    return first_of_a_step, compiled_student
+
+
+def _compile_blocks(network: nn.Module, **how: Any) -> None:
+    """Compile each transformer block's own work. Blocks of one shape share a graph, and each shape has its own."""
+    for blocks in network.modules():
+        if isinstance(blocks, Blocks):
+            for block in blocks:
+                block.forward = torch.compile(block.forward, dynamic=False, **how)

@@ -1,0 +1,144 @@
+"""The work of one training step as functions of networks and a batch: no state, no host syncs, no logging."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fastpmae.config import Config
+from fastpmae.model.head import PrototypeLogits
+from fastpmae.model.teachers import Teacher, Teachers
+from fastpmae.pretraining.losses import (
+    PseudoLabels,
+    class_loss,
+    patch_loss,
+    pixel_loss,
+    pixel_target,
+    pseudo_labels,
+    reconstruction_loss,
+    reconstruction_target,
+)
+from fastpmae_kernels import nearest_patch
+from fastpmae_loaders import Batch
+
+
+class Targets(NamedTuple):
+    """What the teachers give: nothing here carries a gradient."""
+
+    reconstruction: Float[Tensor, "batch masked values"]
+    tokens: Float[Tensor, "batch masked dim"] | None
+    """The reconstruction teacher's tokens before they are normalised; the log reads their std."""
+    label_tokens: Float[Tensor, "batch masked dim"] | None
+    class_labels: PseudoLabels | None
+    patch_labels: PseudoLabels | None
+
+
+class Losses(NamedTuple):
+    """The sum of equation 5 and its three parts, unweighted; and what the match was."""
+
+    total: Float[Tensor, ""]
+    reconstruction: Float[Tensor, ""]
+    class_label: Float[Tensor, ""]
+    patch_label: Float[Tensor, ""]
+    match: Int[Tensor, "batch masked"] | None = None
+    """The teacher patch that each masked patch was matched with; the log holds it against geometry."""
+
+
+class TeacherOutputs(NamedTuple):
+    """What the teachers make of a batch, before its pseudo labels are balanced."""
+
+    targets: Targets
+    """Without labels."""
+    logits: tuple[PrototypeLogits, PrototypeLogits] | None
+    """Of class and patch tokens, where there is a labelling teacher."""
+
+
+def compute_targets(
+    teachers: Teachers, batch: Batch, config: Config, group: dist.ProcessGroup | None = None
+) -> Targets:
+    """Both teachers' targets for a batch: target tokens of one view, pseudo labels of the other (section 3.2)."""
+    return assign_pseudo_labels([teacher_forward(teachers, batch, config)], config, group)[0]
+
+
+@torch.no_grad()
+def teacher_forward(teachers: Teachers, batch: Batch, config: Config) -> TeacherOutputs:
+    """The teachers' part of `compute_targets`."""
+    if config.loss.target == "pixels":
+        # Every patch is visible or masked, so a batch tells their size; a graph cannot ask what a model's name means.
+        side = math.isqrt(batch.visible.shape[1] + batch.folds.shape[1])
+        target = pixel_target(batch.simple, batch.folds, batch.simple.shape[-1] // side)
+        return TeacherOutputs(Targets(target, None, None, None, None), None)
+    assert teachers.reconstruction is not None
+    view = getattr(batch, config.views.reconstruction_view)
+    _, tokens = teachers.reconstruction.encoder.encode_folds(view, batch.folds, batch.fold_sizes)
+    target = reconstruction_target(tokens)
+    if teachers.labelling is None:
+        return TeacherOutputs(Targets(target, tokens, None, None, None), None)
+    label_tokens, logits = labelling_forward(teachers.labelling, batch, config)
+    return TeacherOutputs(Targets(target, tokens, label_tokens, None, None), logits)
+
+
+def labelling_forward(
+    teacher: Teacher, batch: Batch, config: Config
+) -> tuple[
+    Float[Tensor, "batch masked dim"],
+    tuple[PrototypeLogits, PrototypeLogits],
+]:
+    """The labelling teacher's tokens, and the logits of its class and patch tokens."""
+    view = getattr(batch, config.views.labelling_view)
+    class_tokens, patch_tokens = teacher.encoder.encode_folds(view, batch.folds, batch.fold_sizes)
+    assert teacher.head is not None
+    # Where the rest is in bf16 the head is in fp16: as fast, and its logits are eight times as fine.
+    kind = view.device.type
+    with torch.autocast(kind, torch.float16, enabled=torch.is_autocast_enabled(kind)):
+        logits = teacher.head(
+            class_tokens.flatten(0, 1), patch_tokens.flatten(0, 1), config.efficiency.prototypes_chunk
+        )
+    return patch_tokens, logits
+
+
+@torch.no_grad()
+def assign_pseudo_labels(
+    micro_batches: Sequence[TeacherOutputs], config: Config, group: dist.ProcessGroup | None = None
+) -> list[Targets]:
+    """The targets of each micro-batch, class and patch labels balanced apart over all micro-batches and all ranks."""
+    logits = [micro_batch.logits for micro_batch in micro_batches if micro_batch.logits is not None]
+    if not logits:
+        return [micro_batch.targets for micro_batch in micro_batches]
+    labels = pseudo_labels(logits, config.loss.epsilon, config.loss.sinkhorn_iterations, group)
+    return [
+        micro_batch.targets._replace(class_labels=of_class, patch_labels=of_patch)
+        for micro_batch, (of_class, of_patch) in zip(micro_batches, labels, strict=True)
+    ]
+
+
+def student_loss(
+    student: nn.Module,
+    batch: Batch,
+    drop_path_scale: Float[Tensor, "batch depth 2"] | None,
+    targets: Targets,
+    config: Config,
+) -> Losses:
+    """The student's predictions and the three losses (equations 1 to 5)."""
+    loss = config.loss
+    predicted, class_logits, patch_logits = student(
+        batch.simple, batch.visible, batch.folds, drop_path_scale, config.efficiency.prototypes_chunk
+    )
+    if loss.target == "pixels":
+        reconstruction = pixel_loss(predicted, targets.reconstruction)
+    else:
+        reconstruction = reconstruction_loss(predicted, targets.reconstruction, loss.cosine_axis, batch.fold_sizes)
+    if targets.class_labels is None or targets.patch_labels is None or targets.label_tokens is None:
+        nothing = torch.zeros_like(reconstruction)
+        return Losses(loss.lambda_m * reconstruction, reconstruction, nothing, nothing)
+    match = nearest_patch(
+        predicted.detach(), targets.label_tokens, loss.match_metric, loss.match_scope, batch.fold_sizes
+    )
+    of_class = class_loss(class_logits, targets.class_labels, len(batch.fold_sizes), loss.student_temperature)
+    of_patch = patch_loss(patch_logits, targets.patch_labels, match, loss.student_temperature)
+    total = loss.lambda_m * reconstruction + loss.lambda_c * of_class + loss.lambda_p * of_patch
+    return Losses(total, reconstruction, of_class, of_patch, match)

@@ -1,0 +1,286 @@
+"""Checkpoints: one safetensors file with everything a run needs to go on, written whole or not at all.
+
+Tensors are named by whose they are (`student.`, `reconstruction_teacher.`, `labelling_teacher.`, `optimizer.`, `rng.`,
+`log.`); numbers, the loader's position and the config are JSON in the header. A digest over every tensor's name, shape
+and bytes, and over that JSON, tells a damaged file from a sound one.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from fastpmae.config import Config
+from fastpmae.config_file import config_from
+from fastpmae.distributed.dtensor import distribute_like
+from fastpmae.model.build import build_student
+from fastpmae.model.teachers import Teachers
+from fastpmae.weights.file_kind import is_safetensors, other_file, unsound
+from fastpmae.weights.tensor_file import save_file
+from fastpmae_loaders.errors import RunError, UserError
+from fastpmae_loaders.files import atomic_write
+from fastpmae_loaders.printable import on_one_line, short
+from fastpmae_loaders.values import local_path
+
+FORMAT = "fastpmae-checkpoint-1"
+NAME = re.compile(r"step-\d{8,15}\.safetensors")
+PROGRESS = {"step": int, "steps_per_epoch": int, "bad_images": int, "fingerprint": str, "config": dict}
+"""What every checkpoint's progress holds."""
+
+
+ODD = (ValueError, TypeError, KeyError, AttributeError)
+"""What safetensors end in, besides errors of their own, where torch has no such type or size."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read: tensors by name, on the CPU, and the run's progress as plain values."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    progress: dict[str, Any]
+
+    @property
+    def config(self) -> Config:
+        """The settings of the run that wrote it."""
+        return settings_in(self.progress, self.path)
+
+    @property
+    def config_of_encoder(self) -> Config:
+        """The same where the encoder alone is of interest, whatever decoder the run had."""
+        return settings_in(self.progress, self.path, decoder_matters=False)
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under `prefix.`, by the rest of their names."""
+        return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
+
+
+def settings_in(progress: dict[str, Any], path: Path, *, decoder_matters: bool = True) -> Config:
+    """The settings in a checkpoint's progress, which holds all that its version had: what it lacks was not there yet.
+
+    Raises:
+        UserError: for settings that make no Config (see `config_from`).
+    """
+    settings = progress["config"]
+    config = config_from(settings, str(path), decoder_matters=decoder_matters)
+    # The presets of MAE and SdAE decay tokens by now; the run did not, and goes on as it began.
+    return config if "decay_tokens" in settings.get("optimizer", {}) else config.using(decay_tokens=False)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies in a run folder."""
+    return folder / "checkpoints" / f"step-{step:08d}.safetensors"
+
+
+def collect_state(student: nn.Module, teachers: Teachers, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor that the rest of a run depends on, by its name in a checkpoint: the run's own, not copies."""
+    tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
+    for role, teacher in teachers.modules().items():
+        tensors |= {f"{role}.{name}": tensor for name, tensor in teacher.state_dict().items()}
+    for name, parameter in student.named_parameters():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_initialized():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def restore_state(
+    checkpoint: Checkpoint, student: nn.Module, teachers: Teachers, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put a checkpoint's tensors back where `gather` found them.
+
+    Raises:
+        CheckpointError: when it belongs to a model of other sizes or another method, or lacks a part.
+    """
+    restore_networks(checkpoint, student, teachers)
+    if not checkpoint.part("optimizer"):
+        raise CheckpointError(f"{checkpoint.path} lacks the optimizer's state")
+    for name, parameter in student.named_parameters():
+        state = checkpoint.part(f"optimizer.{name}")
+        if not state:  # a parameter that no loss has reached yet
+            continue
+        like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        require(checkpoint, f"optimizer.{name}", like)
+        optimizer.state[parameter] = {key: distribute_like(value, parameter).clone() for key, value in state.items()}
+    require(checkpoint, "rng", {"cpu": torch.get_rng_state()}, others=("cuda",))
+    try:
+        torch.set_rng_state(checkpoint.tensors["rng.cpu"])
+        if "rng.cuda" in checkpoint.tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"])
+    except (RuntimeError, TypeError):
+        raise CheckpointError(f"{checkpoint.path} holds no state of a random generator of torch's") from None
+
+
+def restore_networks(checkpoint: Checkpoint, student: nn.Module, teachers: Teachers) -> None:
+    """The student's and the teachers' part of `restore_state`. Raises CheckpointError as it does."""
+    modules: dict[str, nn.Module] = {"student": student, **teachers.modules()}
+    for role, module in modules.items():
+        own = module.state_dict()
+        require(checkpoint, role, own)
+        module.load_state_dict({name: distribute_like(t, own[name]) for name, t in checkpoint.part(role).items()})
+
+
+def check_fits(checkpoint: Checkpoint, config: Config) -> None:
+    """Whether a checkpoint holds a student of these settings' sizes, before any of it is made: raises CheckpointError
+    where it does not, since what a stranger's settings speak of may fill the memory."""
+    with torch.device("meta"):
+        require(checkpoint, "student", build_student(config).state_dict())
+
+
+def require(checkpoint: Checkpoint, prefix: str, like: dict[str, Tensor], others: tuple[str, ...] = ()) -> None:
+    """Raise CheckpointError unless the tensors under a prefix have the names, shapes and types of `like`.
+
+    Compiled code takes sizes as given, so nothing from a file may reach it unchecked.
+    """
+    found = checkpoint.part(prefix)
+    for name in sorted(like.keys() | found.keys() - set(others)):
+        ours, theirs = (
+            (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else None for tensors in (like, found)
+        )
+        if ours != theirs:
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit this run: {prefix}.{short(name)} is {_described(theirs)} in it "
+                f"and {_described(ours)} here"
+            )
+
+
+def _described(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "missing" if tensor is None else f"{str(tensor[1]).removeprefix('torch.')} {list(tensor[0])}"
+
+
+def write_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any], keep: int) -> None:
+    """Write beside, flush to the disk, rename, and remove all but `keep` of the other checkpoints.
+
+    Raises:
+        RunError: when the disk is full or the folder gone.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    told = json.dumps(progress)
+    header = {"format": FORMAT, "digest": digest(tensors, told), "progress": told}
+    others = checkpoints_in(path.parent.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as beside:
+            save_file(tensors, beside, header)
+    except (UserError, OSError) as error:
+        raise RunError(f"{error}. Last checkpoint: {next(iter(others), 'none yet')}") from None
+    for old in [other for other in others if other != path][keep:]:
+        old.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint; nothing in it is ever executed.
+
+    Raises:
+        CheckpointError: when it is missing, no checkpoint of ours, truncated or altered.
+    """
+    header, progress = _header(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        sound = digest(tensors, header["progress"]) == header["digest"]
+    except (safetensors.SafetensorError, OSError, RuntimeError, *ODD) as error:
+        raise CheckpointError(f"{path} is damaged: {on_one_line(str(error))}") from None
+    if not sound:
+        raise CheckpointError(f"{path} is damaged: its contents do not match its digest")
+    return Checkpoint(path, tensors, progress)
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """The progress in a checkpoint's header, without reading its tensors.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`.
+    """
+    return _header(path)[1]
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest sound checkpoint of a run folder, and a sentence for each damaged one that was passed over."""
+    complaints = []
+    for path in checkpoints_in(folder):
+        try:
+            return read_checkpoint(path), complaints
+        except CheckpointError as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint by its own path, or the newest sound one of a run folder.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    if not path.is_dir():
+        return read_checkpoint(path)
+    checkpoint, complaints = newest_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError("; ".join([f"there is no sound checkpoint in {path}/checkpoints", *complaints]))
+    return checkpoint
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, newest first."""
+    found = (path for path in (folder / "checkpoints").glob("step-*") if NAME.fullmatch(path.name))
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def _header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """A checkpoint's header, and the progress in it with the kinds of values that a run relies on."""
+    path = local_path(path)
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path} is no regular file and no checkpoint")
+        with path.open("rb") as file:
+            beginning, size = file.read(512), os.fstat(file.fileno()).st_size
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {error.strerror or error}") from None
+    except (safetensors.SafetensorError, *ODD) as error:
+        odd = other_file(beginning, size)
+        if not odd and is_safetensors(beginning):
+            odd = unsound(path, beginning, str(error))
+        words = f"it {odd}" if odd else on_one_line(str(error))
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {words}") from None
+    if header.get("format") != FORMAT or not {"digest", "progress"} <= header.keys():
+        raise CheckpointError(f"{path} is a safetensors file but no fastpmae checkpoint")
+    try:
+        progress = json.loads(header["progress"])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {on_one_line(str(error))}") from None
+    for name, kind in PROGRESS.items():
+        value = progress.get(name) if isinstance(progress, dict) else None
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63):
+            raise CheckpointError(f"{path} is damaged: its progress holds no sound {name!r}")
+    return header, progress
+
+
+def digest(tensors: dict[str, Tensor], progress: str) -> str:
+    """SHA-256 over the progress and every tensor's name, type, shape and bytes."""
+    total = hashlib.sha256(progress.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()

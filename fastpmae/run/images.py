@@ -1,0 +1,36 @@
+"""The images of a run: opened, identified, and what a user should know of them."""
+
+import hashlib
+
+import numpy as np
+
+from fastpmae.config import Config
+from fastpmae_loaders import Samples, open_samples
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.folders import EncodedImages
+
+
+def open_images(config: Config) -> Samples:
+    """The run's images. Raises UserError without --beton, or when what it names is not sound."""
+    if config.data.beton is None:
+        raise UserError("--beton FILE is missing: name the images to train on (fastpmae-write makes the file)")
+    return open_samples(config.data.beton)
+
+
+def source_notes(images: Samples) -> list[str]:
+    """What a user should know of how a folder or tar shards were understood; of a .beton nothing."""
+    if not isinstance(images, EncodedImages):
+        return []
+    notes, left_out = list(images.notes), images.left_out
+    if left_out:
+        name, reason = left_out[0]
+        notes.append(f"warning: {len(left_out):,} images are left out (the first: {name}: {reason})")
+    return notes
+
+
+def fingerprint(images: Samples) -> str:
+    """A digest that tells one set of images from another wherever they lie."""
+    total = hashlib.sha256()
+    for column in (images.width, images.height, images.mode, images.size, images.label):
+        total.update(np.ascontiguousarray(column).tobytes())
+    return total.hexdigest()[:16]

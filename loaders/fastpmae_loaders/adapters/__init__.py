@@ -1,0 +1,35 @@
+"""The loader as other codebases expect one: MAE and SdAE, DINO, iBOT, timm's `train.py`, lightly, DINOv2.
+
+Each class is a thin view of a `PairedViews`: it normalises the bytes (on the device, where the loader was given one),
+puts them in the codebase's order and types, and draws that codebase's masks. Ranks, seed, engine, threads and device
+are the loader's, and so is the position that `state_dict` and `load_state_dict` speak of.
+
+As with a `DataLoader` every pass begins anew and shows new views, also where `set_epoch` is never called (MAE and timm
+call it in distributed runs alone, lightly never) and where the pass before was broken off. Only the pass after
+`load_state_dict` goes on in the middle of an epoch, as with torchdata's StatefulDataLoader.
+"""
+
+from fastpmae_loaders.adapters.base import IMAGENET_MEAN, IMAGENET_STD, Adapter, EpochAdapter
+from fastpmae_loaders.adapters.codebases import (
+    DINOLoader,
+    DINOv2Loader,
+    IBOTLoader,
+    LightlyLoader,
+    MAELoader,
+    TimmLoader,
+)
+from fastpmae_loaders.adapters.dataset import AdapterDataset
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Adapter",
+    "AdapterDataset",
+    "DINOLoader",
+    "DINOv2Loader",
+    "EpochAdapter",
+    "IBOTLoader",
+    "LightlyLoader",
+    "MAELoader",
+    "TimmLoader",
+]

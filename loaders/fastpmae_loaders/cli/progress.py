@@ -1,0 +1,133 @@
+"""How far work has come: a bar in a terminal, lines elsewhere, or silence."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+from fastpmae_loaders.cli.terminal import say, stderr
+from fastpmae_loaders.printable import printable_lines
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_UPDATES = 0.1
+
+
+class Bar:
+    """A bar on stderr, where that is a terminal: what is done, how much of it, a note, and how long it takes.
+
+    Elsewhere nothing is drawn. A context manager; it can be told of things before and after as well.
+
+    Args:
+        total: what `done` counts up to.
+        words: what is being done, in front of the bar.
+        done: how much of it has been done already.
+        stays: the bar is left where it is at the end.
+        shown: whether anything is to be drawn at all.
+    """
+
+    def __init__(self, total: int, words: str = "", *, done: int = 0, stays: bool = False, shown: bool = True):
+        self._bar: Any = None
+        if not (shown and stderr().isatty()):
+            return
+        # elsewhere nobody needs it
+        from rich import progress
+        from rich.console import Console
+
+        self._bar = progress.Progress(
+            *([progress.TextColumn("{task.description}", style="bold", markup=False)] if words else []),
+            progress.BarColumn(bar_width=None if stays else 40),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[note]}", markup=False),
+            *([progress.TimeElapsedColumn()] if stays else []),
+            progress.TimeRemainingColumn(),
+            console=Console(file=cast(IO[str], stderr())),
+            transient=not stays,
+        )
+        self._task = self._bar.add_task(words, total=total, completed=done, note="")
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a bar that somebody looks at."""
+        return self._bar is not None
+
+    def __enter__(self) -> "Bar":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Nothing moves any more; a second time changes nothing."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int | None = None, *, words: str | None = None, note: str | None = None) -> None:
+        """Move the bar, change what stands before it, or behind it; None leaves each as it is."""
+        if self._bar is not None:
+            fields = {} if note is None else {"note": note}
+            self._bar.update(self._task, completed=done, description=words, **fields)
+
+    def tell(self, sentence: str) -> None:
+        """A line for the user, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(printable_lines(sentence), markup=False, highlight=False)
+        else:
+            say(sentence)
+
+
+class Progress:
+    """Counts things done. With `live` it shows them on stderr; without, it is silent."""
+
+    def __init__(self, live: bool = False):
+        self._live = live
+        self._done = self._total = self._first = 0
+        self._unit = "images"
+        self._started = self._told = self._ended = 0.0
+        self._bar: Bar | None = None
+        self._pause = _SECONDS_BETWEEN_LINES
+
+    def phase(self, text: str) -> None:
+        """Says what is being done, in a terminal: elsewhere the first line of progress is soon enough."""
+        if self._live and stderr().isatty():
+            say(f"{text} ...")
+
+    def tell(self, sentence: str) -> None:
+        """A line for the user that must not break the bar."""
+        if not self._live:
+            return
+        (self._bar.tell if self._bar is not None else say)(sentence)
+
+    @contextlib.contextmanager
+    def count(self, total: int, unit: str) -> Iterator[None]:
+        """Within it, `advance` counts up to `total`."""
+        self._done, self._first, self._total, self._unit = 0, 0, total, unit
+        self._started = self._told = time.monotonic()
+        try:
+            with Bar(total, shown=self._live) as self._bar:
+                self._pause = _SECONDS_BETWEEN_UPDATES if self._bar.live else _SECONDS_BETWEEN_LINES
+                yield
+        finally:
+            self._bar = None
+            self._ended = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        """One more is done, or `count` more."""
+        if not self._done:  # the rate leaves out the time that worker processes take to start
+            self._started = self._told = time.monotonic()
+            self._first = count
+        self._done += count
+        if not self._live or time.monotonic() < self._told + self._pause:
+            return
+        self._told = time.monotonic()
+        if self._bar is not None and self._bar.live:
+            self._bar.update(self._done, note=self.rate())
+        else:
+            say(f"{self._done:,} of {self._total:,} {self._unit}, {self.rate()}")
+
+    def rate(self) -> str:
+        """Done per second, since the first was; of what takes seconds, how many each takes."""
+        end = self._ended if self._ended > self._started else time.monotonic()
+        rate = max(self._done - self._first, 0) / max(end - self._started, 1e-9)
+        return f"{1 / rate:,.1f} s each" if 0 < rate < 1 else f"{rate:,.0f} {self._unit}/s"

@@ -1,0 +1,1 @@
+"""What decodes: FFCV's decoder, DALI or Pillow, on threads that make batches ahead."""

@@ -1,0 +1,219 @@
+"""What the loaders ask of an engine, and what an engine is given to fill."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from fastpmae_loaders.engines.dali_settings import DaliSettings
+from fastpmae_loaders.engines.scratch import Scratch, make_scratch
+from fastpmae_loaders.engines.views import Rows
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.machine import usable_memory
+from fastpmae_loaders.recipes import View, recipes_of
+from fastpmae_loaders.sampling import CHOICES, FACTORS
+
+ATTEMPTS = 64
+"""How many samples in a row are tried before a row is given up."""
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Images that an engine can read: a Beton, an ImageFolder, TarShards.
+
+    `height`, `width` int64 [n], pixels; `size` [n], stored bytes; `mode` uint8 [n], 0 JPEG, 1 raw RGB, 2 any other
+    encoded image; `label` int64 [n], -1 where there is none; `page_of` int64 [n], what lies near to what on the
+    disk; `nbytes` of all.
+    """
+
+    path: Path
+    height: np.ndarray
+    width: np.ndarray
+    size: np.ndarray
+    mode: np.ndarray
+    label: np.ndarray
+    page_of: np.ndarray
+    class_names: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def payload(self, index: int) -> np.ndarray:
+        """The stored bytes of one image, uint8."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the rows are made from: images, the views of each, its masks (none where patches is 0), the seed.
+
+    With `colours` false the views' colours are left for the device to change. `workers` is how many threads the
+    loader was given, for engines that bring their own; `device` is where batches are handed over (None: the host's
+    memory), for engines that can make them there; where one does, `made_on_device` says so and it brings the memory of
+    the views. With `pin_memory` what is made on the host lies where the system leaves it, so that a GPU's copy of it
+    need not be waited for. `following` says which sample stands in for one that does not decode, where that is not the
+    next of the file: int64 [n] (see `in_a_circle`), or empty.
+    """
+
+    samples: Samples
+    views: tuple[View, ...]
+    seed: int
+    patches: int = 0
+    visible: int = 0
+    colours: bool = True
+    workers: int = 1
+    device: torch.device | None = None
+    made_on_device: bool = False
+    pin_memory: bool = False
+    dali: DaliSettings = field(default_factory=DaliSettings)
+    following: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def after(self, index: int) -> int:
+        """The sample that stands in for one that does not decode."""
+        return int(self.following[index]) if len(self.following) else (index + 1) % len(self.samples)
+
+    def recipes(self) -> np.ndarray:
+        """The views as compiled code takes them."""
+        return recipes_of(self.views)
+
+    def scratch(self) -> Scratch:
+        """Memory for one thread, enough for the largest image."""
+        samples = self.samples
+        sides = [view.size for view in self.views]
+        largest = int((samples.width * samples.height).max())
+        height, width = int(samples.height.max()), int(samples.width.max())
+        # of other sources Python reads the files
+        stored = int(samples.size.max()) if hasattr(samples, "descriptor") else 0
+        return make_scratch(height, width, max(sides), self.patches, 3 * largest, min(sides), stored)
+
+
+@dataclass
+class Job:
+    """One batch in the making. Threads take its rows one by one from `counter` until none is left.
+
+    `rows` are views of the tensors. `left` counts the rows that are not yet done; the stream keeps it. `ready` is
+    recorded where views are made on a device and a row that is done may still be under way there.
+    """
+
+    epoch: int
+    indices: np.ndarray
+    views: list[torch.Tensor]
+    tensors: dict[str, torch.Tensor]
+    rows: Rows
+    counter: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    left: int = 0
+    ready: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Let the caller's stream wait for views that are still under way, and keep their memory until it is done."""
+        if self.ready is None:
+            return
+        stream = torch.cuda.current_stream(self.views[0].device)
+        stream.wait_event(self.ready)
+        for view in self.views:
+            view.record_stream(stream)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Turns jobs into batches. `fill` is called by several threads at once, each with its own scratch.
+
+    An engine that brings its own threads says so by `threads` = 1: then one thread alone calls it.
+    """
+
+    @property
+    def threads(self) -> int | None: ...
+
+    def fill(self, job: Job, scratch: Scratch) -> int:
+        """Do rows of the job until none is left to take; how many this call did."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        ...
+
+
+def make_job(indices: np.ndarray, epoch: int, source: Source) -> Job:
+    """A job with memory of its own, so that a batch belongs to who takes it."""
+    count, views = len(indices), source.views
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=source.pin_memory and 0 not in shape)
+
+    # of no rows nothing is made: such a job is done as it is
+    in_host = () if source.made_on_device and count else views
+    pictures = [empty(count, 3, view.size, view.size, dtype=torch.uint8) for view in in_host]
+    tensors = {
+        "visible": empty(count, source.visible, dtype=torch.int64),
+        "folds": empty(count, source.patches - source.visible, dtype=torch.int64),
+        "boxes": empty(count, len(views), 4, dtype=torch.int32),
+        "flips": empty(count, len(views), dtype=torch.bool),
+        "factors": empty(count, len(views), FACTORS, dtype=torch.float64),
+        "choices": empty(count, len(views), CHOICES, dtype=torch.uint8),
+        "size": empty(count, 2, dtype=torch.int32),
+        "index": empty(count, dtype=torch.int64),
+    }
+    addresses = np.array([picture.data_ptr() for picture in pictures], np.int64)
+    rows = Rows(addresses, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    return Job(epoch, np.ascontiguousarray(indices, np.int64), pictures, tensors, rows, left=count)
+
+
+def larger_than_memory(samples: Samples) -> bool:
+    """Whether images leave too little of the memory that this process may use to be kept in it."""
+    memory = usable_memory()
+    return memory is not None and samples.nbytes > 0.8 * memory
+
+
+def check_whole(samples: Samples, unchanged: bool = False) -> None:
+    """Raise UserError when a .beton file has become shorter under its reader (see `Beton.check_whole`)."""
+    check = getattr(samples, "check_whole", None)
+    if check is not None:
+        check(unchanged)
+
+
+def advice(samples: Samples) -> str:
+    """How a user finds out what is wrong with images that do not decode."""
+    if samples.path.suffix == ".beton":
+        return f"look at the file with fastpmae-write --check {samples.path}"
+    return "look at those files"
+
+
+def chosen(samples: Samples, indices: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
+    """The numbers of some samples: int64 [m].
+
+    Raises:
+        UserError: for none at all, what is no list of whole numbers, and samples that are not there.
+    """
+    found = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices)
+    if found.shape == (0,):
+        raise UserError("indices names no sample: give whole numbers, or leave it out to have all of them")
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise UserError(f"indices must be a list of whole numbers, not {found.dtype.name} {list(found.shape)}")
+    for index in found[(found < 0) | (found >= len(samples))]:
+        raise UserError(f"{samples.path} has no sample {index}: it holds {len(samples)}, counted from 0")
+    return found.astype(np.int64)
+
+
+def digest(*columns: np.ndarray) -> int:
+    """A number of 48 bits that tells columns of whole numbers from others."""
+    total = hashlib.blake2b(digest_size=6)
+    for column in columns:
+        total.update(np.ascontiguousarray(column, np.int64).tobytes())
+    return int.from_bytes(total.digest(), "big")
+
+
+def in_a_circle(indices: np.ndarray, count: int) -> np.ndarray:
+    """For each of some of `count` samples the next one of them, after the last the first: int64 [count].
+
+    What stands in for a broken image then is one of them too, and never, say, one that was kept for validation.
+    """
+    members = np.unique(indices)
+    following = np.full(count, members[0], np.int64)
+    following[members] = np.roll(members, -1)
+    return following

@@ -1,0 +1,1 @@
+"""What is compiled by numba, and what compiled code is made of."""

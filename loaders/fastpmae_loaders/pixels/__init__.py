@@ -1,0 +1,1 @@
+"""Crops, resizing and colours of decoded images."""

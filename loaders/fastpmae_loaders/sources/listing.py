@@ -1,0 +1,283 @@
+"""What a folder or a tar shard holds: its images in the order of their names, with labels from folders or files.
+
+Nothing is decoded here. A source is listed in full, in an order that depends on names alone, so that the same
+source is always the same samples.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import printable, short
+from fastpmae_loaders.sources.splits import EVERYTHING, below_splits, doubtful_classes, within_classes
+
+# fmt: off
+IMAGE_SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif",
+    ".hif", ".jxl",
+))
+# files of other suffixes than these two sets are looked into
+_OTHER_SUFFIXES = frozenset((
+    ".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md", ".html", ".yaml", ".yml", ".py", ".log", ".pdf",
+    ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".npy", ".npz", ".pt", ".pth", ".mat", ".h5", ".beton", ".cls",
+    ".lock", ".idx", ".index",
+))
+# fmt: on
+_TAR_SUFFIXES = (".tar",)
+_PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+ARCHIVE_SUFFIXES = (*_TAR_SUFFIXES, *_PACKED_SUFFIXES)
+_TABLE_SUFFIXES = (".parquet", ".arrow")
+_SIGNATURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|....ftypavif"
+    rb"|....ftyp(?:hei[cxms]|hev[cxms]|heif|mif1|msf1)|\0\0\0\x0cjP  |\0\0\0\x0cJXL ",
+    re.DOTALL,
+)
+# Folders that programs keep beside a user's own, in lower case; so are all whose names begin with a dot
+_HELPERS = frozenset((
+    "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
+    "system volume information", "__macosx", "__pycache__", "thumbnails", "_thumbnails", "thumbs", "_thumbs",
+))  # fmt: skip
+
+
+class Item(NamedTuple):
+    """One image of a source: in a file, at `where` within it; label −1 where it has none of several classes.
+
+    kind: "file"; "tar" with where = (offset, size); "parquet" with (row group, row, column); "arrow" with
+    (row, column); "bad", with the reason in `where`: found to be unusable while listing.
+    """
+
+    kind: str
+    path: str
+    where: tuple
+    label: int
+
+    @property
+    def name(self) -> str:
+        """How the image is called in messages; always printable, and of a longer name in a tar 1,000 signs."""
+        inner = {"tar": lambda: f" ({short(self.where[2], 1000)})", "parquet": lambda: f" (row {self.where[3]})"}
+        suffix = inner[self.kind]() if self.kind in inner else ""
+        if self.kind == "arrow":
+            suffix = f" (row {self.where[0]})"
+        return printable(self.path + suffix)
+
+
+@dataclass
+class Listing:
+    """What a source holds. `notes` are sentences for the user about how it was understood.
+
+    nested: names of archives within tar shards, which are not looked into.
+    """
+
+    items: list[Item]
+    class_names: list[str] | None = None
+    passed_over: int = 0
+    notes: list[str] = field(default_factory=list)
+    nested: list[str] = field(default_factory=list)
+
+
+class Files:
+    """Every file below a path, by what it is; names relative to the path, in the order of their names."""
+
+    def __init__(self, root: Path):
+        self.images: list[str] = []
+        self.tars: list[str] = []
+        self.tables: list[str] = []
+        self.others = 0
+        self.packed: list[str] = []
+        self.bad: list[Item] = []
+        self.helpers: Counter[str] = Counter()
+        self._twice: list[list[str]] = []
+        if root.is_dir():
+            self._walk(str(root))
+        elif root.is_file():
+            self._add("", root.name, str(root))
+        else:
+            raise UserError(f"{printable(str(root))} is neither a file nor a folder")
+
+    def _walk(self, root: str) -> None:
+        names: dict[tuple[int, int], list[str]] = {}
+        linked: set[tuple[int, int]] = set()
+        pending = [("", _identity(root), (), False)]
+        while pending:
+            folder, identity, above, in_link = pending.pop()
+            above = (*above, identity)
+            names.setdefault(identity, []).append(folder)
+            try:
+                with os.scandir(f"{root}/{folder}") as scan:
+                    entries = sorted(scan, key=lambda entry: entry.name)
+            except OSError as error:
+                if not folder:
+                    raise UserError(f"{printable(root)} cannot be read: {error.strerror}") from None
+                self._unusable(f"{root}/{folder}", f"the folder cannot be read: {error.strerror}")
+                continue
+            below = []
+            for entry in entries:
+                relative = f"{folder}/{entry.name}" if folder else entry.name
+                if not _is_folder(entry):
+                    self._add(folder, entry.name, entry.path, entry)
+                    continue
+                if is_helper(entry.name):
+                    self.helpers[entry.name] += _known_files(entry.path)
+                    continue
+                identity, is_link = _identity(entry.path), entry.is_symlink()
+                if is_link:
+                    # a link upwards would never end, and links within linked folders could fan out without limit
+                    if identity in above or (in_link and identity in linked):
+                        self.others += 1
+                        continue
+                    linked.add(identity)
+                below.append((relative, identity, above, in_link or is_link))
+            pending += reversed(below)
+        self._twice = [names[identity] for identity in linked if len(names.get(identity, ())) > 1]
+
+    def notes(self) -> list[str]:
+        """What a user should know of how the folders were understood."""
+        found = []
+        for first, *again in sorted(self._twice)[:1]:
+            if any(image.startswith(f"{first}/") for image in self.images):
+                more = f", and so for {len(self._twice) - 1:,} more" if len(self._twice) > 1 else ""
+                found.append(
+                    f"{printable(first)} and {printable(again[0])} are one folder by two names: "
+                    f"its images are there under each{more}."
+                )
+        return found + helper_notes(self.helpers)
+
+    def _add(self, folder: str, name: str, path: str, entry: os.DirEntry | None = None) -> None:
+        relative = f"{folder}/{name}" if folder else name
+        suffix = "." + name.lower().rpartition(".")[2]
+        known = suffix in IMAGE_SUFFIXES
+        try:
+            regular = entry.is_file() if entry else True
+        except OSError:
+            regular = False
+        if not regular:
+            if known:
+                self._unusable(path, "a link to nothing" if Path(path).is_symlink() else "not a regular file")
+            else:
+                self.others += 1
+        elif name.startswith("._"):  # macOS keeps a file's attributes under the file's own suffix
+            self.others += 1
+        elif known or (suffix not in _OTHER_SUFFIXES and not _is_container(suffix) and _looks_like_image(path)):
+            self.images.append(relative)
+        elif suffix in _TAR_SUFFIXES:
+            self.tars.append(relative)
+        elif suffix in _TABLE_SUFFIXES:
+            self.tables.append(relative)
+        else:
+            self.others += 1
+            if name.lower().endswith(_PACKED_SUFFIXES):
+                self.packed.append(relative)
+
+    def _unusable(self, path: str, reason: str) -> None:
+        self.bad.append(Item("bad", path, (reason,), -1))
+
+
+def is_helper(folder: str) -> bool:
+    """Whether a folder of this name is a program's own: hidden, or of thumbnails, deleted files and the like."""
+    return folder.lower() in _HELPERS or (folder.startswith(".") and folder not in (".", ".."))
+
+
+def helper_notes(helpers: Mapping[str, int]) -> list[str]:
+    """A note on images in folders for which `is_helper` holds; `helpers`: how many are in those of each name."""
+    found = [f"{short(name)} ({count:,})" for name, count in sorted(helpers.items()) if count]
+    if not found:
+        return []
+    shown = ", ".join(found[:5]) + (f" and {len(found) - 5:,} more" if len(found) > 5 else "")
+    return [f"Passed over: files in folders that are hidden or hold thumbnails and the like: {shown}."]
+
+
+def _known_files(folder: str) -> int:
+    """How many images, shards and tables lie below a folder, by their names; links are not followed."""
+    suffixes = (*IMAGE_SUFFIXES, *_TAR_SUFFIXES, *_TABLE_SUFFIXES)
+    return sum(name.lower().endswith(suffixes) for _, _, files in os.walk(folder) for name in files)
+
+
+def _is_container(suffix: str) -> bool:
+    return suffix in _TAR_SUFFIXES or suffix in _TABLE_SUFFIXES
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _identity(path: str) -> tuple[int, int]:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return (-1, -1)
+    return status.st_dev, status.st_ino
+
+
+def _looks_like_image(path: str) -> bool:
+    try:
+        with Path(path).open("rb") as file:
+            return _SIGNATURES.match(file.read(32)) is not None
+    except OSError:
+        return False
+
+
+def list_folder(root: Path, files: Files, wanted: str | None = None, flat: bool = False) -> tuple[Listing, list[str]]:
+    """Labels from folder names: below what all images share, and below split folders, a folder is a class."""
+    images = [(relative, tuple(relative.split("/"))) for relative in files.images]
+    notes: list[str] = []
+    split_seen = False
+    while images and not flat:
+        tops = {parts[0] for _, parts in images if len(parts) > 1}
+        chosen = None if split_seen else below_splits(images, tops, wanted, root)
+        if chosen is not None:
+            split_seen = True
+            images = chosen[0]
+            notes += chosen[1]
+        elif len(tops) != 1 or any(len(parts) < 3 for _, parts in images):
+            break
+        images = [(relative, parts[1:]) for relative, parts in images]
+    if not split_seen and not flat:
+        every = images
+        images, more = within_classes(images, wanted, root)
+        split_seen = len(images) < len(every)
+        notes += more
+    if wanted not in (None, *EVERYTHING) and not split_seen:
+        raise UserError(f"{printable(str(root))} has no split {printable(wanted)!r}: it has no split folders")
+    classes = sorted({parts[0] for _, parts in images if len(parts) > 1})
+    loose = sum(len(parts) == 1 for _, parts in images)
+    if classes and loose and not flat:
+        raise UserError(
+            f"{printable(str(root))} holds {loose:,} images beside {len(classes):,} folders of images, so it is "
+            "neither one folder a class nor a flat folder: move them, or take all images without labels: --flat"
+        )
+    base = root if root.is_dir() else root.parent
+    number = {} if flat else {name: label for label, name in enumerate(classes)}
+    items = [
+        Item("file", f"{base}/{relative}", (), number.get(parts[0], -1) if len(parts) > 1 else -1)
+        for relative, parts in images
+    ]
+    listing = Listing(items, [printable(name) for name in classes] if number else None)
+    listing.passed_over = files.others + len(files.tars) + len(files.tables)
+    if number and wanted is None:
+        listing.notes += doubtful_classes(classes)
+    if items and not number:
+        listing.notes.append("The images have no labels: all of them get label -1.")
+    return listing, files.notes() + notes
+
+
+def labels_from(values: Iterable[int | str | None]) -> tuple[list[int], list[str] | None, list[str]]:
+    """(labels, class names or None, notes) from labels as a data set gives them, numbers or words."""
+    values = list(values)
+    missing = sum(value is None for value in values)
+    if missing == len(values):
+        return [-1] * len(values), None, ["The images have no labels: all of them get label -1."]
+    notes = [f"{missing:,} images have no label and get -1."] if missing else []
+    if all(value is None or (isinstance(value, int) and -(2**63) <= value < 2**63) for value in values):
+        return [-1 if value is None else int(value) for value in values], None, notes
+    names = sorted({str(value) for value in values if value is not None})
+    number = {name: label for label, name in enumerate(names)}
+    return [-1 if v is None else number[str(v)] for v in values], [printable(n) for n in names], notes

@@ -1,0 +1,48 @@
+"""Bytes of files that came from strangers: regular files alone, and never more than a limit."""
+
+import os
+import stat
+from pathlib import Path
+
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import printable, short
+
+FILE_LIMIT = 1 << 30
+"""Larger image files are not taken: one is read as a whole."""
+
+
+def read_file(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> bytes:
+    """The bytes of a file, or `size` of them from `offset` on.
+
+    Raises:
+        UserError: where it is no regular file (a pipe or device may never end), shorter, or larger than FILE_LIMIT.
+        OSError: where it cannot be read.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe without a writer opens at once
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError("not a regular file")
+        wanted = max(0, status.st_size - offset) if size is None else size
+        if wanted > FILE_LIMIT:
+            raise UserError(f"the file has {wanted:,} bytes, more than the {FILE_LIMIT:,} that are read")
+        if offset + wanted > status.st_size:
+            raise UserError("the file has become shorter")
+        file.seek(offset)
+        return file.read(wanted)
+
+
+def read_below(folder: Path, name: str) -> bytes:
+    """The bytes of a file that a stranger's file names, which must lie below a folder: links are followed before.
+
+    Raises:
+        UserError: for a file elsewhere, and as `read_file`.
+        OSError: where it cannot be read.
+    """
+    try:
+        base = folder.resolve()
+        target = (base / name).resolve()
+    except (ValueError, RuntimeError):  # a NUL in the name, links in a circle
+        raise UserError(f"the file {short(name)} cannot be read: that is no path") from None
+    if not target.is_relative_to(base):
+        raise UserError(f"the file {short(name)} lies outside {printable(str(folder))}, where alone files are read")
+    return read_file(target)

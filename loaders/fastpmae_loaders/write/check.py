@@ -1,0 +1,81 @@
+"""Reads a .beton file back: its tables, and every image in it, decoded by both decoders there are."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fastpmae_loaders.cli.progress import Progress
+from fastpmae_loaders.errors import BetonError
+from fastpmae_loaders.printable import printable
+from fastpmae_loaders.sources.beton import JPG, RAW, Beton
+from fastpmae_loaders.sources.jpeg import turbo_available, turbo_decode
+from fastpmae_loaders.write.workers import Failure, WorkerPool
+
+
+@dataclass
+class Checked:
+    """What is in a file, and (sample index, reason) of each image that is not as it should be."""
+
+    path: Path
+    samples: int
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """A few lines for a person."""
+        return "\n".join([f"{printable(str(self.path))}: {self.samples:,} samples", *self.lines])
+
+
+def check_beton(
+    path: str | os.PathLike[str], workers: int = 1, timeout: float = 60.0, progress: Progress | None = None
+) -> Checked:
+    """Decodes every image of a file, whatever is in it. BetonError when its header or tables are unsound."""
+    beton = Beton(path)
+    checked = Checked(Path(path), len(beton), lines=_describe(beton))
+    progress = progress or Progress()
+    setup = ("fastpmae_loaders.write.check:sample_checker", (str(path),), max(1, min(workers, len(beton))), timeout)
+    with WorkerPool(*setup, tell=progress.tell) as pool, progress.count(len(beton), "images"):
+        for index, result in pool.in_order(range(len(beton)), group_size=32):
+            if isinstance(result, Failure):
+                checked.bad.append((index, result.reason))
+            progress.advance()
+    return checked
+
+
+def sample_checker(path: str):
+    """What a worker process calls for each index: None for a sound sample, UserError otherwise."""
+    beton = Beton(path)
+    prefix = f"{beton.path}: "
+
+    def check(place: int, index: int) -> None:
+        try:
+            beton.decode(index)
+        except BetonError as error:
+            reason = str(error).removeprefix(prefix).removeprefix(f"sample {index}: ")
+            raise BetonError(reason) from None
+        if beton.mode[index] == JPG and turbo_available():
+            size = int(beton.width[index]), int(beton.height[index])
+            if turbo_decode(beton.payload(index), *size) is None:
+                raise BetonError("libjpeg-turbo, FFCV's decoder, reports damage in the JPEG")
+
+    return check
+
+
+def _describe(beton: Beton) -> list[str]:
+    modes = Counter(beton.mode.tolist())
+    longer = np.maximum(beton.width, beton.height)
+    smallest, largest = int(np.argmin(longer)), int(np.argmax(longer))
+    if beton.class_names is not None:
+        count = len(beton.class_names)
+        labels = f"{count:,} named {'class' if count == 1 else 'classes'}"
+    else:
+        labels = f"labels {beton.label.min()} to {beton.label.max()}, no class names"
+    shapes = ", ".join(f"{beton.width[i]}x{beton.height[i]}" for i in (smallest, largest))
+    return [
+        f"  {labels}; {modes[JPG]:,} JPEG, {modes[RAW]:,} raw",
+        f"  smallest and largest image: {shapes}; median of the longer side {int(np.median(longer))}",
+        f"  {beton.data.size:,} bytes, {int(beton.size.sum()):,} of them images; pages of {beton.page_size:,} bytes",
+    ]

@@ -1,0 +1,201 @@
+"""The command line of `fastpmae-write`."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Annotated, Literal
+
+import tyro
+
+from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.cli.progress import Progress
+from fastpmae_loaders.cli.terminal import say, tell
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.machine import usable_cores
+from fastpmae_loaders.printable import printable, short
+from fastpmae_loaders.write.check import check_beton
+from fastpmae_loaders.write.images import ImageSettings
+from fastpmae_loaders.write.sources import SourceSettings
+from fastpmae_loaders.write.write import (
+    MOST_WORKERS,
+    PAGE_SIZE,
+    TIMEOUT,
+    BadImages,
+    bad_list_path,
+    check_numbers,
+    write_beton,
+)
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which images of SRC are taken."""
+
+    limit: int | None = None
+    """Take so many images, spread evenly over the source."""
+    split: str | None = None
+    """Which split to take, 'all' or 'none' (names mean no splits); by default train where there are several."""
+    flat: bool = False
+    """Take every image below SRC, without labels."""
+    source: Literal["folder", "tar", "hf"] | None = None
+    """What SRC is, where it could be several."""
+    image_column: str | None = None
+    """Column of a Hugging Face data set that holds the images, where the types do not tell; of shards, the one field of
+    each sample to take, such as jpg."""
+    label_column: str | None = None
+    """Column of a Hugging Face data set that holds the labels, where the types do not tell."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the file is written."""
+
+    workers: int | None = None
+    """Processes that convert or check images; by default one for each CPU core."""
+    skip_bad: bool = False
+    """Leave bad images out and list them in OUT.beton.bad.txt."""
+    force: bool = False
+    """Replace OUT.beton, and the list of bad images beside it, if they exist."""
+    page_size: int = PAGE_SIZE
+    """Size of the file's pages in bytes, a power of two."""
+    timeout: float = TIMEOUT
+    """Give up on an image after so many seconds."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What stands on the command line."""
+
+    src: Annotated[str | None, Positional, tyro.conf.arg(metavar="SRC")] = None
+    """Where the images are."""
+    out: Annotated[str | None, Positional, tyro.conf.arg(metavar="OUT.beton")] = None
+    """The file to write."""
+    check: Annotated[str | None, tyro.conf.arg(metavar="F.beton")] = None
+    """Read a .beton file back and decode every image in it, instead of writing one."""
+    images: Annotated[ImageSettings, tyro.conf.arg(name="")] = field(default_factory=ImageSettings)
+    listing: Annotated[Source, tyro.conf.arg(name="")] = field(default_factory=Source)
+    writing: Annotated[Writing, tyro.conf.arg(name="")] = field(default_factory=Writing)
+
+
+DESCRIPTION = """Write images into one .beton file for training (fastpmae-write SRC OUT.beton), or check such a file
+(fastpmae-write --check F.beton).
+
+SRC is a folder with a folder for each class (split folders such as train and val may lie above them), a folder of
+images, a .tar file or a folder of them in WebDataset's layout, or the folder of a Hugging Face data set (parquet,
+arrow; needs pip install 'fastpmae[hf]'). Plain RGB JPEGs keep their bytes; everything else is turned upright, made
+8-bit RGB (transparency on white, first frame of animations, colour profiles not applied) and encoded anew."""
+
+
+def read_command(arguments: Sequence[str] | None = None) -> Command:
+    """What a command line asks for; tyro ends the process with status 2 for flags it does not know.
+
+    Raises:
+        UserError: for settings out of their range, and where it is not told what to write or to check.
+    """
+    command = tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Command),
+        prog="fastpmae-write",
+        description=DESCRIPTION,
+        args=arguments,
+    )
+    if command.check is not None and command.src is not None:
+        raise UserError("--check takes a .beton file and nothing else")
+    if command.check is None and (command.src is None or command.out is None):
+        raise UserError("SRC and OUT.beton are needed (or --check F.beton)")
+    return command
+
+
+def _write(source: str, out: str, command: Command) -> int:
+    told, writing = command.listing, command.writing
+    listing = SourceSettings(told.source, told.split, told.flat, told.image_column, told.label_column)
+    progress = Progress(live=True)
+    try:
+        written = write_beton(
+            source,
+            out,
+            images=command.images,
+            listing=listing,
+            workers=writing.workers,
+            limit=told.limit,
+            skip_bad=writing.skip_bad,
+            force=writing.force,
+            page_size=writing.page_size,
+            timeout=writing.timeout,
+            progress=progress,
+        )
+    except BadImages as error:
+        _print_bad(error.bad)
+        raise
+    _print_bad(written.bad)
+    tell(f"{printable(str(written.path))}: {written.samples:,} images, {_bytes(written.file_size)}")
+    tell(f"  {written.kept:,} with their own bytes, {written.converted:,} converted; {progress.rate()}")
+    classes = written.class_names
+    if classes is not None:
+        shown = ", ".join(map(short, classes[:5])) + (", ..." if len(classes) > 5 else "")
+        tell(f"  {len(classes):,} {'class' if len(classes) == 1 else 'classes'}: {shown}")
+    if written.passed_over:
+        other = "other file was" if written.passed_over == 1 else "other files were"
+        tell(f"  {written.passed_over:,} {other} passed over")
+    if written.bad:
+        bad = "bad image was" if len(written.bad) == 1 else "bad images were"
+        tell(f"  {len(written.bad):,} {bad} left out, listed in {printable(str(bad_list_path(written.path)))}")
+    return 0
+
+
+def _print_bad(bad: list[tuple[str, str]]) -> None:
+    for name, reason in bad:
+        say(f"bad: {name}: {printable(reason)}")
+
+
+def _check(file: str, options: Writing) -> int:
+    count = options.workers if options.workers is not None else min(usable_cores(), MOST_WORKERS)
+    check_numbers(count, None, PAGE_SIZE, options.timeout)
+    progress = Progress(live=True)
+    checked = check_beton(file, workers=count, timeout=options.timeout, progress=progress)
+    for index, reason in checked.bad:
+        say(f"bad: sample {index}: {printable(reason)}")
+    tell(checked.describe())
+    if checked.bad:
+        raise UserError(f"{printable(file)}: {len(checked.bad):,} of {checked.samples:,} samples are bad")
+    tell(f"  every image decodes; {progress.rate()}")
+    return 0
+
+
+def _bytes(size: int) -> str:
+    number = float(size)
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}" if unit != "bytes" else f"{size} bytes"
+        number /= 1000
+    return f"{number:.4g} TB"
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    # an ordinary way out, so that every `finally` on it runs: processes end, the temporary file goes
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def _command() -> int:
+    command = read_command()
+    if command.check is not None:
+        return _check(command.check, command.writing)
+    assert command.src is not None
+    assert command.out is not None
+    return _write(command.src, command.out, command)
+
+
+def main() -> int:
+    """The command line. Exit status: 0, 2 for bad input (one sentence), 130 or 143 when interrupted."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _terminate)
+    return exit_with_sentence("fastpmae-write", _command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

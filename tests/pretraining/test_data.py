@@ -1,0 +1,97 @@
+"""What the trainer asks of its loader: the views that are looked at, colours where they are wanted."""
+
+import json
+
+import pytest
+import torch
+
+from fastpmae import PRESETS, Config
+from fastpmae.distributed.ranks import Ranks
+from fastpmae.model.build import views_needed
+from fastpmae.pretraining.data import batches_ahead, make_loader
+from fastpmae.run.folder import resolve
+from fastpmae.train import pretrain
+from fastpmae_loaders import Beton, DaliSettings, machine
+from fastpmae_loaders.engines import runner
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "count"),
+    [
+        ("paper", {}, 2),
+        ("ablation", {}, 2),
+        ("single-step", {}, 2),
+        ("single-epoch", {}, 2),
+        ("demo", {}, 2),
+        ("mae", {}, 1),
+        ("sdae", {}, 1),
+        ("sdae", {"reconstruction_view": "complex"}, 2),
+        ("paper", {"labelling_view": "simple"}, 1),
+        ("paper", {"labelling_view": "simple", "reconstruction_view": "complex"}, 2),
+    ],
+)
+def test_only_views_that_are_looked_at_are_made(preset: str, changes: dict[str, str], count: int) -> None:
+    assert len(views_needed(PRESETS[preset].using(**changes))) == count
+
+
+def losses(config: Config) -> list[float]:
+    rows = (pretrain(config) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["loss"] for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["mae", "sdae"])
+def test_a_run_with_one_view(tiny: Config, preset: str) -> None:
+    teachers, loss = PRESETS[preset].teacher, PRESETS[preset].loss
+    config = tiny.using(teachers=teachers.teachers, target=loss.target, lambda_c=0.0, lambda_p=0.0, steps=3)
+    assert len(views_needed(config)) == 1
+    assert len(losses(config)) == 3
+
+
+@pytest.mark.slow
+def test_colours_on_the_device_train_alike(tiny: Config, tmp_path) -> None:
+    """Within 2 of 255 the same views, so the first steps' losses are nearly the same."""
+    here = losses(tiny.using(steps=3, out=tmp_path / "here"))
+    there = losses(tiny.using(steps=3, out=tmp_path / "there", augment_on="device"))
+    assert here == pytest.approx(there, rel=5e-3)
+
+
+@pytest.mark.parametrize(("size", "ahead"), [(1, 64), (16, 32), (64, 8), (100, 6), (768, 2)])
+def test_small_batches_are_made_further_ahead(size: int, ahead: int) -> None:
+    assert batches_ahead(size, Config()) == ahead
+    assert batches_ahead(size, Config().using(loader="dali")) == 2
+
+
+def test_auto_is_decided_by_the_device(tiny: Config, small_beton) -> None:
+    for device, place in (("cpu", "cpu"), ("cuda", "device")):
+        settled = resolve(tiny.using(precision="fp32"), torch.device(device), Beton(small_beton))
+        assert settled.efficiency.augment_on == place
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "asked", "threads"),
+    [(1, 1, 0, 1), (16, 1, 0, 16), (16, 8, 0, 2), (4, 8, 0, 1), (384, 1, 0, 256), (384, 4, 0, 96), (64, 4, 5, 5)],
+)
+def test_ranks_share_the_cores_that_may_be_used(
+    tiny: Config, small_beton, monkeypatch, cores: int, ranks: int, asked: int, threads: int
+) -> None:
+    seen = threads_of_loaders(monkeypatch, cores)
+    several = Ranks(0, ranks, ranks, torch.device("cpu"), None)
+    with make_loader(Beton(small_beton), tiny.using(workers=asked), several):
+        assert seen == [threads]
+
+
+def test_dalis_settings_reach_its_engine(tiny: Config, small_beton) -> None:
+    pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
+    ranks = Ranks(0, 1, 1, torch.device("cpu"), None)
+    config = tiny.using(loader="dali", dali_part=5, hw_decoder_load=0.25)
+    with make_loader(Beton(small_beton), config, ranks) as loader:
+        assert loader._source.dali == DaliSettings(part=5, hw_decoder_load=0.25)
+
+
+def threads_of_loaders(monkeypatch: pytest.MonkeyPatch, cores: int) -> list[int]:
+    """On a machine of so many cores: the threads of every loader that is opened from now on."""
+    seen, make = [], runner.make_engine
+    monkeypatch.setattr(machine, "usable_cores", lambda: cores)
+    monkeypatch.setattr(runner, "make_engine", lambda name, source: seen.append(source.workers) or make(name, source))
+    return seen
