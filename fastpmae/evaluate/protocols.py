@@ -269,7 +269,7 @@ def run_lowshot(command: Lowshot, ranks: Ranks) -> None:
     )
 
 
-def run_course(command: Probe | Finetune, ranks: Ranks) -> None:
+def run_training(command: Probe | Finetune, ranks: Ranks) -> None:
     """`fastpmae-eval probe` and `finetune`."""
     common = command.common
     evaluation = Evaluation(common, ranks)
@@ -321,7 +321,7 @@ def run_command(command: Command) -> None:
             case Lowshot():
                 run_lowshot(command, ranks)
             case Probe() | Finetune():
-                run_course(command, ranks)
+                run_training(command, ranks)
 
 
 def main() -> int:
