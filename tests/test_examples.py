@@ -42,6 +42,7 @@ def test_there_is_one_for_each_adapter():
     assert EXAMPLES == ["dinov2", "ibot", "lightly_simclr", "mae", "sdae", "timm_train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_trains(name, run, small_beton):
     """Seven steps are more than an epoch of the 44 images. The same seed, the same losses."""

@@ -15,6 +15,7 @@ SECONDS = 10.0
 SEED = 20261128
 
 
+@pytest.mark.slow
 def test_every_end_of_a_case_is_counted_kept_and_found_again(tmp_path: Path):
     report = fuzz("known", 5, 4.0, tmp_path / "made", tmp_path / "kept", limit=2.0)
     failed = ("crash", "hang", "traceback", "unprintable", "memory")

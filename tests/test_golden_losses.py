@@ -6,6 +6,7 @@ from fastpmae import PRESETS
 from tests.golden.losses import CASES, FOLDER, LOSSES, STEPS, differences, kept, path_of, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_that_were_kept(case: str):
     """Other processors round otherwise; `python -m tests.golden` compares to the bit."""

@@ -245,6 +245,7 @@ def test_every_import_is_a_declared_requirement(package):
     assert third_party_imports(package) <= declared(project["dependencies"] + optional) | COMES_ALONG
 
 
+@pytest.mark.slow
 def test_the_loaders_need_neither_the_trainer_nor_triton_nor_ffcv():
     # torch itself may look for Triton, but nothing here imports it
     first, then = loaded_by("torch", "fastpmae_loaders:Beton,PairedViews,PlainViews,ViewSettings")

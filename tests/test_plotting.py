@@ -56,6 +56,7 @@ def test_results_with_any_names(tmp_path: Path):
         assert picture.size == (960, 840)
 
 
+@pytest.mark.slow
 def test_views_of_any_names(tmp_path: Path, monkeypatch):
     """A class's name and a file's are text, also with a dollar in them."""
     tree = write_tree(tmp_path / "tree", 3)
@@ -68,6 +69,7 @@ def test_views_of_any_names(tmp_path: Path, monkeypatch):
         assert out.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_the_letters(tmp_path: Path):
     """An ASCII locale: the work is done, and what is said of it is escaped, on the terminal and in every file read."""
     tree = write_tree(tmp_path / "tree", 30)

@@ -141,6 +141,7 @@ def test_an_old_setting_in_a_file(text: str, words: str, tmp_path: Path, capsys:
         assert words in said
 
 
+@pytest.mark.slow
 def test_an_old_run(tiny: Config, small_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing of it is touched; its encoder still starts a new run, since weights have kept their names."""
     folder = pretrain(tiny.using(steps=2, loader="torch"))
@@ -174,6 +175,7 @@ def test_an_old_run(tiny: Config, small_beton: Path, tmp_path: Path, capsys: pyt
     assert torch.equal(load_encoder(began)[0].cls_token, load_file(path)["student.encoder.cls_token"])
 
 
+@pytest.mark.slow
 def test_a_run_with_a_peak_rate_goes_on_with_it(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     """And with the base rate that gives the same peak; the report names the peak."""
     folder = pretrain(tiny.using(lr=1e-3, steps=2, loader="torch"))
@@ -195,6 +197,7 @@ def old_finetune(settings: dict[str, Any]) -> dict[str, Any]:
     return {OLD_FINETUNE.get(name, name): value for name, value in settings.items() if name != "lr"}
 
 
+@pytest.mark.slow
 def test_an_old_classifier(tiny: Config, small_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = pretrain(tiny.using(steps=1))
     tuned = tmp_path / "tuned"

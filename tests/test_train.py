@@ -80,6 +80,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_run_folder_holds_what_a_user_looks_for(tiny: Config):
     folder = pretrain(tiny.using(steps=7, log_every=2, tensorboard=True, keep=0))
 
@@ -115,12 +116,14 @@ def test_a_run_on_a_folder_says_what_of_it_is_trained_on(tiny: Config, tmp_path:
     assert "1 images are left out (the first: " in log
 
 
+@pytest.mark.slow
 def test_same_settings_give_the_same_run(tiny: Config, tmp_path: Path):
     one = pretrain(tiny.using(steps=6))
     other = pretrain(tiny.using(steps=6, out=tmp_path / "other", workers=3))
     assert_same_run(one, other, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_a_command", [False, True])
 def test_the_command_alone_changes_its_process_for_good(
     as_a_command: bool, tiny: Config, monkeypatch: pytest.MonkeyPatch
@@ -136,12 +139,14 @@ def test_the_command_alone_changes_its_process_for_good(
     assert tuned == ["mallopt"] * as_a_command
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_run(tiny: Config, tmp_path: Path):
     one = pretrain(tiny.using(steps=2))
     other = pretrain(tiny.using(steps=2, out=tmp_path / "other", seed=1))
     assert rows_of(one)[0]["loss"] != rows_of(other)[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 5, 7], ids=["first step", "end of an epoch", "mid-epoch"])
 @pytest.mark.parametrize("log_every", [1, 3])
 def test_a_run_stopped_and_resumed_is_the_run_never_stopped(tiny: Config, tmp_path: Path, cut: int, log_every: int):
@@ -152,6 +157,7 @@ def test_a_run_stopped_and_resumed_is_the_run_never_stopped(tiny: Config, tmp_pa
     assert_same_run(straight, parted, 12)
 
 
+@pytest.mark.slow
 def test_saving_at_an_epoch_end_includes_the_epoch_update(tiny: Config, tmp_path: Path):
     """The reconstruction teacher follows at the epoch's end; a checkpoint of that very step must hold the update."""
     straight = pretrain(tiny.using(steps=10))
@@ -218,6 +224,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tiny: Config, tm
     assert f"resumed from {newest.path}" in text
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_passed_over_for_the_one_before(tiny: Config, tmp_path: Path):
     straight = pretrain(tiny.using(steps=9))
     parted = pretrain(tiny.using(steps=8, out=tmp_path / "parted", save_steps=1, keep=3))
@@ -233,6 +240,7 @@ def test_damaged_checkpoints_are_passed_over_for_the_one_before(tiny: Config, tm
     assert_same_run(straight, parted, 9)
 
 
+@pytest.mark.slow
 def test_keep_older_checkpoints(tiny: Config):
     folder = pretrain(tiny.using(steps=7, save_steps=1, keep=2))
     assert [int(path.stem[5:]) for path in checkpoints_in(folder)] == [7, 6, 5]
@@ -245,6 +253,7 @@ def test_a_folder_that_holds_a_run_is_refused(tiny: Config):
     assert len(rows_of(folder)) == 1
 
 
+@pytest.mark.slow
 def test_resume_lists_changed_settings_and_refuses(tiny: Config, small_beton: Path, tmp_path: Path):
     folder = pretrain(tiny.using(steps=2))
     changed = tiny.using(steps=4, resume="auto", blr=1e-2, folds=3)
@@ -259,6 +268,7 @@ def test_resume_lists_changed_settings_and_refuses(tiny: Config, small_beton: Pa
     pretrain(changed.using(steps=5, beton=copy, workers=2, log_every=2, save_steps=1, keep=5, save_every=1.0))
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_images(tiny: Config, tmp_path: Path):
     pretrain(tiny.using(steps=1))
     other = tmp_path / "other.beton"
@@ -272,6 +282,7 @@ def test_resume_with_nothing_to_resume_starts_anew(tiny: Config):
     assert "nothing to resume" in (folder / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_going_back_to_an_older_checkpoint_keeps_the_new_work(tiny: Config):
     """As after a step that was not finite: back, with a lower rate. What came after is set aside, not resumed."""
     folder = pretrain(tiny.using(steps=6, save_steps=1, keep=9))
@@ -284,6 +295,7 @@ def test_going_back_to_an_older_checkpoint_keeps_the_new_work(tiny: Config):
     assert [row["step"] for row in rows_of(folder)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_the_folder_free(tiny: Config, tmp_path: Path):
     with pytest.raises(UserError, match="there is no such file"):
         pretrain(tiny.using(init=tmp_path / "nothing.pth"))
@@ -294,6 +306,7 @@ def test_a_start_that_fails_leaves_the_folder_free(tiny: Config, tmp_path: Path)
     assert len(rows_of(folder)) == 3
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_in_a_folder(tiny: Config):
     folder = pretrain(tiny.using(steps=1))
     with (folder / ".lock").open("w") as other:
@@ -303,6 +316,7 @@ def test_one_process_at_a_time_in_a_folder(tiny: Config):
     pretrain(tiny.using(steps=2, resume="auto"))
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_locks(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     """Lustre mounted without flock: one remark, and nothing that says that the folder is another's."""
 
@@ -315,12 +329,14 @@ def test_a_run_needs_no_locks(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     assert (folder / "train.log").read_text().count("keeps no locks") == 1
 
 
+@pytest.mark.slow
 def test_a_batch_that_moves_the_epochs_is_refused_whatever_is_accepted(tiny: Config):
     pretrain(tiny.using(steps=1))
     with pytest.raises(UserError, match="counts 5 steps an epoch, and these images and --batch-size give 11"):
         pretrain(tiny.using(steps=2, resume="auto", batch_size=4, accept_changes=True))
 
 
+@pytest.mark.slow
 def test_the_ffcv_and_the_torch_loader_are_one_run(tiny: Config, tmp_path: Path):
     """Their pixels are the same, so a run may change from one to the other, and nothing needs to be said."""
     straight = pretrain(tiny.using(steps=4, out=tmp_path / "straight"))
@@ -344,6 +360,7 @@ def forge(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]]
     write_checkpoint(path, checkpoint.tensors, checkpoint.progress, keep=9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["ffcv", "torch"])
 def test_a_checkpoint_from_before_the_accurate_dct_goes_on_with_one_remark(tiny: Config, loader: str):
     """Of the FFCV engine's; the others decode as they did."""
@@ -354,6 +371,7 @@ def test_a_checkpoint_from_before_the_accurate_dct_goes_on_with_one_remark(tiny:
     assert (folder / "train.log").read_text().count("0.8/255 darker") == (loader == "ffcv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -378,6 +396,7 @@ def test_a_forged_checkpoint_gets_a_sentence(tiny: Config, change: Callable[...,
         pretrain(tiny.using(steps=2, resume="auto"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_named(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     folder = pretrain(tiny.using(steps=1))
 
@@ -390,6 +409,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_named(tiny: Config, m
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_at_the_next_step(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     """The checkpoint is written beside the steps, which go on for the moment that the disk takes to refuse it."""
     tiny = tiny.using(epochs=1000)
@@ -444,6 +464,7 @@ def test_disks_that_are_slow_full_or_gone(tiny: Config, tmp_path: Path):
     assert_same_run(straight, folder, 12)
 
 
+@pytest.mark.slow
 def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """And each holds the step that it names: the same as of a run that waits for each."""
     tiny = tiny.using(save_steps=4, keep=99, steps=11)
@@ -480,6 +501,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(tiny: Config, tmp_path: Path,
         assert [name for name in one.tensors if not torch.equal(one.tensors[name], other.tensors[name])] == []
 
 
+@pytest.mark.slow
 def test_epoch_ends_save_when_it_is_time(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     saved, save = [], saving.Saver.save
 
@@ -496,6 +518,7 @@ def test_epoch_ends_save_when_it_is_time(tiny: Config, monkeypatch: pytest.Monke
     assert [step_of(path) for path in checkpoints_in(folder)] == [13, 12]
 
 
+@pytest.mark.slow
 def test_a_signal_waits_for_the_write(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     write = saving.write_checkpoint
 
@@ -514,6 +537,7 @@ def test_a_signal_waits_for_the_write(tiny: Config, monkeypatch: pytest.MonkeyPa
     assert read_checkpoint(checkpoint_path(tiny.run.out, newest)).progress["step"] == newest
 
 
+@pytest.mark.slow
 def test_resume_from_a_checkpoint_by_its_path(tiny: Config, tmp_path: Path):
     folder = pretrain(tiny.using(steps=6, save_steps=3, keep=5))
     branch = pretrain(tiny.using(steps=6, out=tmp_path / "branch", resume=str(checkpoint_path(folder, 3))))
@@ -521,6 +545,7 @@ def test_resume_from_a_checkpoint_by_its_path(tiny: Config, tmp_path: Path):
     assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_weights(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     calls = 0
 
@@ -547,6 +572,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_weights(tiny: Co
     assert all(torch.isfinite(t).all() for t in read_checkpoint(checkpoint_path(folder, 6)).part("student").values())
 
 
+@pytest.mark.slow
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch(tiny: Config, tmp_path: Path):
     """Without pseudo labels, which are balanced within a part, parts add up to the batch."""
     sdae = tiny.using(teachers="reconstruction", lambda_c=0.0, lambda_p=0.0, steps=3, warmup_epochs=0.0)
@@ -592,12 +618,14 @@ def test_compiled_passes_compute_the_same(tiny: Config, tmp_path: Path):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_teachers_without_a_loss_for_labels_are_one(tiny: Config, tmp_path: Path):
     dual = pretrain(tiny.using(lambda_c=0.0, lambda_p=0.0, steps=3))
     one = pretrain(tiny.using(lambda_c=0.0, lambda_p=0.0, steps=3, teachers="reconstruction", out=tmp_path / "one"))
     assert_same_run(dual, one, 3)
 
 
+@pytest.mark.slow
 def test_bf16_trains_close_to_fp32(tiny: Config, tmp_path: Path):
     full = rows_of(pretrain(tiny.using(steps=4)))
     half = rows_of(pretrain(tiny.using(steps=4, precision="bf16", out=tmp_path / "half")))
@@ -606,6 +634,7 @@ def test_bf16_trains_close_to_fp32(tiny: Config, tmp_path: Path):
         assert one["loss"] != other["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper", "sdae", "sdae-code", "mae", "single-step", "single-epoch"])
 def test_every_method_trains(tiny: Config, name: str):
     method = PRESETS[name]
@@ -619,6 +648,7 @@ def test_every_method_trains(tiny: Config, name: str):
     assert rows[-1]["loss_m"] < rows[0]["loss_m"]
 
 
+@pytest.mark.slow
 def test_config_file_of_a_run_gives_the_run_again(tiny: Config, tmp_path: Path):
     one = pretrain(tiny.using(steps=2))
     status, text = command("--config", str(one / "config.json"), "--out", str(tmp_path / "again"))
@@ -626,6 +656,7 @@ def test_config_file_of_a_run_gives_the_run_again(tiny: Config, tmp_path: Path):
     assert_same_run(one, tmp_path / "again", 2)
 
 
+@pytest.mark.slow
 def test_resume_alone_needs_nothing_but_the_folder(tiny: Config):
     one = pretrain(tiny.using(steps=2))
     status, text = command("--resume", "--out", str(one), "--steps", "3")
@@ -684,6 +715,7 @@ def as_written_before(folder: Path, step: int, **model: bool) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_whose_decoder_had_no_class_token_ends_in_a_sentence(tiny: Config, capsys: pytest.CaptureFixture[str]):
     """It cannot go on; its encoder is read as ever."""
     folder = pretrain(tiny.using(teachers="reconstruction", lambda_c=0.0, lambda_p=0.0, steps=2))
@@ -704,6 +736,7 @@ def test_a_run_whose_decoder_had_no_class_token_ends_in_a_sentence(tiny: Config,
     assert torch.equal(load_encoder(began)[0].cls_token, encoder.cls_token)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_on_as_it_began(tiny: Config, tmp_path: Path):
     """MAE's tokens were not decayed, and are not when such a run goes on."""
     mae = tiny.using(
@@ -741,6 +774,7 @@ def test_what_this_machine_cannot_compute_leaves_no_folder(tiny: Config, setting
     assert not tiny.run.out.exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_8_bits_is_another_run(tiny: Config):
     """Teachers in 8 bits and blocks computed anew train; on resuming only the former is a changed setting."""
     tiny = tiny.using(activation_checkpointing=1, teacher_precision="fp8", width=64, decoder_width=48)

@@ -234,6 +234,7 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_checkout_is_edited_in_a_copy_and_trained(checkout, small_beton, tmp_path):
     before = (checkout / "main_pretrain.py").read_text()
     done = run("mae", checkout, small_beton, "--steps", 3, "--keep", tmp_path / "kept")

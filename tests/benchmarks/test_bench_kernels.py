@@ -22,6 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bench_kernels, name, number)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_rows_have_their_names_and_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
     monkeypatch.setattr(bench_kernels, "_measured", lambda name, device: json.dumps({"peak": 2**20, "loss": 1.0}))

@@ -39,6 +39,7 @@ def test_every_case_is_a_run_that_differs_in_what_its_row_is_about(name):
     assert {"blr", "batch_size", "epochs", "seed", "mask_ratio", "image_size"}.isdisjoint(differing)
 
 
+@pytest.mark.slow
 def test_what_comes_after_mae_begins_with_its_encoder(small_beton, tmp_path, monkeypatch):
     """Half of the time is the first case's: its run comes first, and the second starts from it."""
     given = []

@@ -212,6 +212,7 @@ def turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[loader_tu
         yield turns
 
 
+@pytest.mark.slow
 def test_a_round_counts_images_time_and_the_memory_held(task: Task, turns: loader_turns.Turns):
     task = replace(task, case="counting", batch=2)
     turns.start(task)

@@ -101,6 +101,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_step, "Apart", Here)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_rows_have_their_names_and_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any):
     peaks = {"dual": 2**20, "plain-dual": 2**21, "sdae": 2**20, "plain-sdae": 2**22}
@@ -125,6 +126,7 @@ def test_rows_have_their_names_and_keys(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "plain-dual" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_nothing_is_claimed_of_other_losses(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Plain, "losses", lambda self, batch: [0.0] * 4)
@@ -252,6 +254,7 @@ def test_the_peak_is_that_of_memory_held():
     assert much - little == pytest.approx(2**26, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_table_6_has_every_method_beside_the_papers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any):
     def measured(name: str, *rest: Any) -> str:

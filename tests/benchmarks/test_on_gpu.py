@@ -92,6 +92,7 @@ def test_a_stage_that_fails_makes_the_status_1_and_ends_nothing_else(tmp_path: P
     assert "| works | passed |" in table
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_in_a_sentence(tmp_path: Path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -300,6 +301,7 @@ def test_rows_apart_is_the_worst_of_all_figures():
         train_stages.rows_apart([row], [row, row])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_run_that_is_stopped_leaves_its_rows(deaf: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     trainer = tmp_path / "trainer"
@@ -353,6 +355,7 @@ def test_machine_code_of_other_gpus_becomes_zeros():
     assert gone == 2 * (40 + 56)
 
 
+@pytest.mark.slow
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path):
     (tmp_path / "mine").write_text("mine")
     done = command(tmp_path, module="benchmarks.gpu.pack")

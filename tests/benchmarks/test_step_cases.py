@@ -214,6 +214,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, trained: list[nn.Module]) -> Itera
     assert mixed.found == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["dual", "plain-dual", "sdae", "plain-sdae", "mae", "single-epoch"])
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")

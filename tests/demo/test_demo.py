@@ -89,6 +89,7 @@ def few(monkeypatch):
     monkeypatch.setattr(fastpmae.demo.demo, "write_demo_images", lambda folder: write_demo_images(folder, 8, 3))
 
 
+@pytest.mark.slow
 def test_betons_are_written_once_and_labelled(few, tmp_path):
     train, validation = write_demo_betons(tmp_path)
     for path, count in ((train, 8), (validation, 3)):

@@ -68,6 +68,7 @@ def test_no_thread_of_gloos_outlives_the_interpreter(kind: str, small_beton: Pat
         assert all("threads left: 0" in said for said, *_ in ended), ended
 
 
+@pytest.mark.slow
 def test_the_exit_waits_for_threads_that_still_run(monkeypatch: pytest.MonkeyPatch):
     """Two that run, sleep for a look, run again, then sleep."""
     looks = iter(["RR", "SS", "SR", "SS", "SS", "SS"])

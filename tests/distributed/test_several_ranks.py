@@ -155,6 +155,7 @@ def rank_of(launcher: int, rank: int) -> int:
     raise AssertionError(f"torchrun has no rank {rank}")
 
 
+@pytest.mark.slow
 def test_labels_balanced_over_the_step_make_parts_the_whole_batch(tiny: Config, tmp_path: Path):
     whole = rows_of(pretrain(tiny.using(steps=3, warmup_epochs=0.0)))
     parts, apart = (
@@ -167,6 +168,7 @@ def test_labels_balanced_over_the_step_make_parts_the_whole_batch(tiny: Config, 
     assert whole[0]["loss_p"] != pytest.approx(apart[0]["loss_p"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_parts_that_balance_over_the_step_are_no_changed_setting(tiny: Config):
     tiny = tiny.using(sinkhorn_over="step")
     pretrain(tiny.using(steps=1))

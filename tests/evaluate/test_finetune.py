@@ -210,6 +210,7 @@ def test_lars_is_maes():
     assert torch.allclose(model.head.bias, bias, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_in_the_same_bits(setting: Setting, tmp_path: Path):
     whole = dataclasses.replace(setting, folder=tmp_path / "whole")
     scores = train_classifier(whole, CONFIG)
@@ -239,6 +240,7 @@ class Signals(Progress):
                 signal.raise_signal(signal.SIGUSR1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 6])
 def test_a_signal_in_an_epochs_last_step_loses_no_row(setting: Setting, tmp_path: Path, step: int):
     whole = dataclasses.replace(setting, folder=tmp_path / "whole")
@@ -252,6 +254,7 @@ def test_a_signal_in_an_epochs_last_step_loses_no_row(setting: Setting, tmp_path
     assert torch.equal(scores.ranked, resumed.ranked)
 
 
+@pytest.mark.slow
 def test_epoch_ends_save_when_it_is_time(setting: Setting, monkeypatch: pytest.MonkeyPatch):
     saved, save = [], Saver.save
 
@@ -279,6 +282,7 @@ class SignalsInATest(Progress):
                 signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_test_ends_it_and_leaves_its_row_to_the_resumed_training(setting: Setting, tmp_path: Path):
     setting = dataclasses.replace(setting, feature_batch=10)
     whole = dataclasses.replace(setting, folder=tmp_path / "whole")
@@ -294,6 +298,7 @@ def test_a_signal_in_a_test_ends_it_and_leaves_its_row_to_the_resumed_training(s
     assert torch.equal(scores.ranked, resumed.ranked)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_training(setting: Setting, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -304,6 +309,7 @@ def test_a_full_disk_ends_the_training(setting: Setting, monkeypatch: pytest.Mon
     assert not (setting.folder / "classifier.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_come_with_time_and_an_older_one_serves_where_the_newest_is_damaged(
     setting: Setting, tmp_path: Path, capsys
 ):
@@ -324,6 +330,7 @@ def test_checkpoints_come_with_time_and_an_older_one_serves_where_the_newest_is_
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_with_the_same_weights_elsewhere_and_with_no_others(setting: Setting, tmp_path: Path):
     short = dataclasses.replace(CONFIG, epochs=1, accumulate=1, aa="")
     train_classifier(setting, short, steps=1)
@@ -340,6 +347,7 @@ def test_a_training_goes_on_with_the_same_weights_elsewhere_and_with_no_others(s
             train_classifier(other, short, resume=True)
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_and_changed_settings_are_refused(setting: Setting):
     short = dataclasses.replace(CONFIG, epochs=1, accumulate=1, aa="")
     train_classifier(setting, short, steps=1)
@@ -368,11 +376,13 @@ PLAIN = FinetuneConfig(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_the_training_images(setting: Setting):
     """Three classes, whose images differ: fitting them well says that labels and images belong together."""
     assert train_classifier(setting, PLAIN).top1 > 60
 
 
+@pytest.mark.slow
 def test_the_average_that_deit_tests_has_learnt_after_few_steps(setting: Setting):
     """60 steps with its decay of 0.99996, of which a plain average would keep 99.8 % of the first."""
     assert FINETUNE_PRESETS["deit"].model_ema_decay == 0.99996
@@ -384,6 +394,7 @@ def test_the_average_that_deit_tests_has_learnt_after_few_steps(setting: Setting
     )
 
 
+@pytest.mark.slow
 def test_the_probe_shrinks_its_batch_to_the_images_and_says_so(setting: Setting, monkeypatch, capsys):
     setting = dataclasses.replace(setting, frozen=True, feature_batch=10)
     largest = 0

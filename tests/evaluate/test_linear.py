@@ -40,6 +40,7 @@ def test_logistic_regression_is_scikit_learns(c: float, classes: int):
     np.testing.assert_allclose(ours.numpy(), reference.predict_proba(features.double().numpy()), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_logistic_method_is_scikit_learns_on_an_encoders_features(tmp_path: Path, monkeypatch):
     torch.manual_seed(3)
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)

@@ -63,6 +63,7 @@ def test_a_folder_that_cannot_be_read_is_a_sentence(tmp_path: Path, monkeypatch:
         open_labelled(tmp_path, None)
 
 
+@pytest.mark.slow
 def test_images_are_decoded_with_all_cores(data: Path, tmp_path: Path, monkeypatch):
     seen = threads_of_loaders(monkeypatch, 3)
     words = ["knn", data / "run", "--train", data / "train.beton", "--val", data / "val.beton", "--out", tmp_path]
@@ -74,6 +75,7 @@ def test_images_are_decoded_with_all_cores(data: Path, tmp_path: Path, monkeypat
     assert set(seen) == {3}
 
 
+@pytest.mark.slow
 def test_knn_is_scikit_learns_on_the_same_features(data: Path, tmp_path: Path, monkeypatch, capsys):
     words = ["knn", data / "run", "--train", data / "train.beton", "--val", data / "val.beton", "--k", 4, 9]
     assert call(monkeypatch, *words, "--out", tmp_path, "--network", "labelling_teacher") == 0
@@ -113,6 +115,7 @@ def test_results_lie_beside_the_run_and_folders_hold_both_splits(data: Path, mon
     assert found["table"] != named["table"]
 
 
+@pytest.mark.slow
 def test_a_second_data_set_keeps_the_figures_of_the_first(data: Path, tmp_path: Path, monkeypatch):
     write_tree(tmp_path / "birds", 30)
     write_beton(tmp_path / "birds", tmp_path / "birds.beton")
@@ -154,6 +157,7 @@ def test_lowshot_means_over_its_draws(data: Path, tmp_path: Path, monkeypatch):
         assert row["top1"] == pytest.approx(np.mean([draw["top1"] for draw in row["draws"]]))
 
 
+@pytest.mark.slow
 def test_finetune_and_probe_go_on_where_they_stopped(data: Path, tmp_path: Path, monkeypatch, capsys):
     for name, more in (
         ("finetune", ["--preset", "small", "--model-ema-decay", 0.5, "--batch-size", 16]),
@@ -308,6 +312,7 @@ def test_names_of_classes_are_printable(tmp_path: Path):
     assert val_set.labels.tolist() == [0]
 
 
+@pytest.mark.slow
 def test_numbers_of_classes_of_any_size(data: Path, tmp_path: Path, monkeypatch, capsys):
     train = labelled_beton(tmp_path / "train.beton", [0, 10**9] * 12)
     val = labelled_beton(tmp_path / "val.beton", [10**9, 10**9, 0])

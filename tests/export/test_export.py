@@ -146,6 +146,7 @@ def test_the_card_tells_settings_figures_and_lines_that_run(run: Path, tmp_path:
     assert said["model"].embed_dim == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["class", "mean"])
 def test_a_fine_tuned_classifier_goes_along(run: Path, small_beton: Path, tmp_path: Path, pool):
     train, _ = open_labelled(small_beton, None)
@@ -196,6 +197,7 @@ def tuned_from(backbone: Backbone, beton: Path, folder: Path, crop_ratio: float 
     return folder
 
 
+@pytest.mark.slow
 def test_a_classifier_of_other_weights_keeps_its_parts_and_normalisation(small_beton: Path, tmp_path: Path):
     sizes: dict[str, Any] = {
         "img_size": 32,
@@ -232,6 +234,7 @@ def test_a_classifier_of_other_weights_keeps_its_parts_and_normalisation(small_b
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_what_others_are_told_of_the_images_is_the_classifiers_own(run: Path, small_beton: Path, tmp_path: Path):
     backbone = dataclasses.replace(find_backbone(str(run)), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
     tuned = tuned_from(backbone, small_beton, tmp_path / "tuned", crop_ratio=0.9)
@@ -253,6 +256,7 @@ def test_what_others_are_told_of_the_images_is_the_classifiers_own(run: Path, sm
     assert said["size"] == {"shortest_edge": 36}  # of 36.6
 
 
+@pytest.mark.slow
 def test_trainings_that_hold_no_classifier_are_told_by_a_sentence(run: Path, small_beton: Path, tmp_path: Path):
     sizes: dict[str, Any] = {
         "img_size": 32,

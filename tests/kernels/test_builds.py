@@ -132,6 +132,7 @@ def settings_of_a_gpu() -> list[dict[str, Any]]:
     return [{"precision": precision} | way for precision in precisions for way in ways]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", settings_of_a_gpu(), ids=str)
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_what_the_trainer_launches_is_certified(settings: dict[str, Any], launches: set[Launch]):

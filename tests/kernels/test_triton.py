@@ -50,6 +50,7 @@ def test_every_kernel_builds_for_every_gpu_and_its_code_passes_the_checks():
     assert "| cross_entropy fp16 | sm_90 |" in result.stdout
 
 
+@pytest.mark.slow
 def test_certify_refuses_a_process_that_interprets():
     result = run("-m", "fastpmae_kernels.certify", "--dry-run", TRITON_INTERPRET="1")
     assert result.returncode == 2

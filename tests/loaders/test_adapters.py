@@ -275,6 +275,7 @@ def test_a_dataloader_with_processes_is_refused(mixed):
         next(iter(DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="fork")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mae", "ibot", "timm", "lightly"])
 def test_ranks_share_an_epoch(name, mixed):
     def labels(batch):

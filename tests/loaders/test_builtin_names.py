@@ -15,6 +15,7 @@ from tests.made import REPOSITORY
 from tests.programs.print_replaced import CASES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_imported_where_print_was_replaced(case: str):
     paths = os.pathsep.join(str(REPOSITORY / part) for part in ("", "kernels", "loaders"))

@@ -120,6 +120,7 @@ def test_a_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_killed_writer_of_a_beton_leaves_nothing_for_ever(tmp_path: Path) -> None:
     from tests.loaders.write.test_write import in_the_midst, pngs, write_beton
     from tests.made import write_tree

@@ -177,6 +177,7 @@ def test_shards_as_the_writer_has_them(tmp_path: Path) -> None:
     assert TarShards([tmp_path / "1.tar", tmp_path / "0.tar"]).label.tolist() == [0, 1, 2, 0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["odd_images", "camvid_240x180", "bccd"])
 def test_real_files_as_the_writer_has_them(tmp_path: Path, name: str) -> None:
     """486 of Pillow's hard cases, and ordinary data sets, out of a shard and out of a folder."""
@@ -359,6 +360,7 @@ def test_archives_are_read_as_tarfile_reads_them(tmp_path: Path, form: int) -> N
             assert samples.payload(index).tobytes() == content.read()
 
 
+@pytest.mark.slow
 def test_mutated_archives_never_crash(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         for number in range(6):

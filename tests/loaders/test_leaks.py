@@ -69,6 +69,7 @@ def test_a_hundred_epochs_of_a_thousand_samples(thousand: Path, engine: str) -> 
     assert found["before"] == found["after"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_threads_that_end_leave_no_decoder(tmp_path: Path, engine: str) -> None:
     """An epoch's threads end with it: of eight threads and 200 epochs 4 kB each would be more than 6 MB."""
@@ -81,6 +82,7 @@ def test_threads_that_end_leave_no_decoder(tmp_path: Path, engine: str) -> None:
     assert found[1] <= found[0] + 3e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES[:2])
 def test_loaders_that_come_and_go(thousand: Path, engine: str) -> None:
     found = told(
@@ -93,6 +95,7 @@ def test_loaders_that_come_and_go(thousand: Path, engine: str) -> None:
     assert counts == [tasks, files]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_thread_stays_behind(thousand: Path, engine: str) -> None:
     """An epoch left early, two at once, an iteration that is dropped, one that is never finished."""
@@ -104,6 +107,7 @@ def test_no_thread_stays_behind(thousand: Path, engine: str) -> None:
     assert found == {"early": True, "closed": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ctrl_c(thousand: Path, engine: str) -> None:
     """A real SIGINT while the program waits for a batch, or works on one."""

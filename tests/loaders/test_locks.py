@@ -34,6 +34,7 @@ def test_where_nothing_can_be_locked_nobody_is_busy(number: int, tmp_path: Path,
         assert lock(file, wait=True) is None
 
 
+@pytest.mark.slow
 def test_kept_code_needs_no_locks(tmp_path: Path) -> None:
     """Without them each process names its files for itself, and takes those that another has kept."""
     module = tmp_path / "made.py"

@@ -187,6 +187,7 @@ def test_no_image_is_decoded_with_the_tables_of_another(tmp_path: Path, progress
     assert 1 in shown[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not turbo_available(), reason="ffcv is not installed")
 def test_the_engines_agree_on_what_is_bad(tmp_path: Path) -> None:
     """Hundreds of damaged JPEGs, many of which libjpeg decodes with a warning: shown, or bad, on both engines alike."""

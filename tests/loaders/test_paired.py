@@ -579,6 +579,7 @@ def test_samples_by_name(mixed):
     assert same(rows([batch]), {i: everything[i] for i in (7, 2)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_leaving_at_any_moment(mixed, engine):
     """Two hundred iterations left after some batches, now and then with a pause for the threads to run ahead."""

@@ -71,6 +71,7 @@ def test_a_copy_runs_beside_what_is_computed(gpu: GPU):
     assert gpu.main.free == 3 * STEP + COPY
 
 
+@pytest.mark.slow
 def test_the_hosts_memory_is_kept_until_it_is_copied(gpu: GPU):
     transfer = Transfer(CUDA, gpu)
     host = torch.arange(3)

@@ -115,6 +115,7 @@ def tensors_of(targets: Targets) -> list[Tensor]:
     ]
 
 
+@pytest.mark.slow
 def test_the_plan_counts_8_bit_products():
     plain, low = (step_costs(tiny_config(width=64, teacher_precision=kind), 4) for kind in ("auto", "fp8"))
     assert plain.forward == low.forward

@@ -28,6 +28,7 @@ def run(small_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pretrain(tiny_settings(small_beton).using(out=tmp_path_factory.mktemp("analysis") / "run", epochs=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["image", "fold"])
 def test_similarity_and_match_are_those_of_the_step(run: Path, small_beton: Path, tmp_path: Path, scope: str):
     if scope == "fold":
@@ -47,6 +48,7 @@ def test_similarity_and_match_are_those_of_the_step(run: Path, small_beton: Path
     assert analysis.step == 5
 
 
+@pytest.mark.slow
 def test_a_run_with_teachers_in_8_bits_is_looked_at_on_any_cpu(
     small_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -115,6 +117,7 @@ def test_prototypes_come_with_their_nearest_patches(run: Path, small_beton: Path
         assert torch.equal(pictures[0, :, 8:16, 8:16], batch.complex[image, :, top : top + 8, left : left + 8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("picture", ["analysis", "prototypes"])
 def test_pictures(run: Path, small_beton: Path, tmp_path: Path, picture):
     out = draw_run(run, small_beton, tmp_path / "out.png", picture=picture, samples=3)
@@ -127,6 +130,7 @@ def test_pictures(run: Path, small_beton: Path, tmp_path: Path, picture):
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
+@pytest.mark.slow
 def test_a_run_without_labels(tiny: Config, small_beton: Path, tmp_path: Path):
     mae = {"teachers": "none", "target": "pixels", "lambda_c": 0.0, "lambda_p": 0.0}
     folder = pretrain(tiny.using(**mae, steps=1))

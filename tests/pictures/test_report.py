@@ -74,6 +74,7 @@ def test_in_a_browser(tiny: Config, small_beton: Path, tmp_path: Path):
     assert (picture.max(-1) - picture.min(-1) > 40).mean() > 0.05
 
 
+@pytest.mark.slow
 def test_evaluations_can_be_told_apart(tiny: Config, tmp_path: Path):
     folder = pretrain(tiny.using(steps=1))
     record = {"network": "student", "top1": 50.0, "top5": 90.0, "images": 44, "image_size": 32}
@@ -122,6 +123,7 @@ def test_a_run_that_has_just_begun(tiny: Config, tmp_path: Path):
     assert "Fewer than two rows" in text
 
 
+@pytest.mark.slow
 def test_images_that_have_gone(tiny: Config, small_beton: Path, tmp_path: Path):
     beton = tmp_path / "moved.beton"
     shutil.copy(small_beton, beton)
@@ -133,6 +135,7 @@ def test_images_that_have_gone(tiny: Config, small_beton: Path, tmp_path: Path):
     assert not (tmp_path / "other.html").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_decoder_had_no_class_token(tiny: Config, small_beton: Path, tmp_path: Path):
     """Its curves and settings are shown as ever; its networks are none that this version has."""
     sdae = tiny.using(teachers="reconstruction", lambda_c=0.0, lambda_p=0.0, loader="torch", steps=2, log_every=1)

@@ -12,6 +12,7 @@ from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY
 
 
+@pytest.mark.slow
 def test_draws_samples(small_beton, tmp_path):
     settings = ViewSettings(image_size=64, patch_size=16, folds=5)
     out = draw_views(small_beton, tmp_path / "views.png", samples=3, settings=settings)
@@ -26,6 +27,7 @@ def test_draws_samples(small_beton, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["views.png"]
 
 
+@pytest.mark.slow
 def test_epochs_differ_and_repeat(small_beton, tmp_path):
     settings = ViewSettings(image_size=64, patch_size=16)
 

@@ -16,6 +16,7 @@ from tests.made import REPOSITORY
 from tests.tiny import tiny_config
 
 
+@pytest.mark.slow
 def test_memory_is_counted_from_first_to_last_use():
     with Counting() as counting:
         counting.part, counting.kind = "one", "a"
@@ -57,6 +58,7 @@ def blocks_flops(rows: int, tokens: int, width: int, depth: int, ratio: int = 4)
     return depth * (linear + attention)
 
 
+@pytest.mark.slow
 def test_flops_of_the_forward_pass_are_those_of_the_paper():
     config = PRESETS["paper"].using(model="vit_small")
     images, width, prototypes = 4, 384, 4096
@@ -92,6 +94,7 @@ def test_flops_grow_evenly_with_batch_and_blocks(settings: dict[str, Any]):
     assert few.peak < many.peak < 3 * few.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["mae", "paper"])
 def test_counts_do_not_depend_on_what_was_counted_before(preset: str):
     Counting._known.clear()
@@ -99,6 +102,7 @@ def test_counts_do_not_depend_on_what_was_counted_before(preset: str):
     assert first == second
 
 
+@pytest.mark.slow
 def test_what_methods_cost():
     costs = {name: step_costs(tiny_config(name), 8) for name in ("mae", "sdae", "single-step", "paper")}
     assert costs["mae"].flops < costs["sdae"].flops < costs["paper"].flops
@@ -109,6 +113,7 @@ def test_what_methods_cost():
     assert costs["mae"].memory["images"] < costs["paper"].memory["images"]
 
 
+@pytest.mark.slow
 def test_what_is_held_between_parts_and_for_other_ranks():
     alone, ranks = (step_costs(tiny_config(), 8, ranks=ranks) for ranks in (1, 2))
     assert alone.memory.get("gradients", 0) < 4 * alone.trained
@@ -118,6 +123,7 @@ def test_what_is_held_between_parts_and_for_other_ranks():
     assert parts.peak == ranks.peak
 
 
+@pytest.mark.slow
 def test_labels_balanced_over_the_step_hold_the_targets_of_all_parts():
     config = tiny_config(prototypes=512)
     part, step, whole = (
@@ -130,6 +136,7 @@ def test_labels_balanced_over_the_step_hold_the_targets_of_all_parts():
     assert step.memory["logits"] - part.memory["logits"] > rows * 512 * 2
 
 
+@pytest.mark.slow
 def test_shards_divide_what_is_always_held():
     config = tiny_config(precision="fp32", shard=True)
     whole, shards = (step_costs(config.using(shard=shard), 8, ranks=4) for shard in (False, True))
@@ -151,6 +158,7 @@ def test_chunks_of_logits_hold_less():
     assert chunks.peak < whole.peak
 
 
+@pytest.mark.slow
 def test_precision_follows_the_target():
     config = tiny_config(prototypes=512)
     on_gpu, on_cpu = (step_costs(config, 64, target=target) for target in ("cuda", "cpu"))

@@ -92,6 +92,7 @@ def test_what_makes_no_plan(words: list[str], said: str):
         make_plan(parse(Plan, "fastpmae-plan", "", [*TINY, *words]))
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_sentence():
     done = planned("--gpu", "h1000")
     assert (done.returncode, done.stdout) == (2, "")
@@ -99,6 +100,7 @@ def test_bad_input_is_one_sentence():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_no_larger_one():
     config = tiny_config(batch_size=64, depth=1)
     report = make_plan(Plan(config, gpu="a10", loader_rate=100.0))
@@ -115,6 +117,7 @@ def test_parts_that_fit():
     assert fitting_accumulate(768, 0) is None
 
 
+@pytest.mark.slow
 def test_a_faster_loader_needs_fewer_cores_and_more_parts_take_as_long():
     config = SMALL
     slow, fast = (make_plan(Plan(config, loader_rate=rate)) for rate in (100.0, 400.0))
@@ -127,6 +130,7 @@ def test_a_faster_loader_needs_fewer_cores_and_more_parts_take_as_long():
     assert parts.costs.peak < slow.costs.peak
 
 
+@pytest.mark.slow
 def test_fp32_needs_fewer_cores_than_bf16():
     low, full = (make_plan(Plan(SMALL.using(precision=kind), loader_rate=100.0)) for kind in ("bf16", "fp32"))
     slower = GPUS["h100"].bf16 / GPUS["h100"].fp32
@@ -142,6 +146,7 @@ def shown(report: Report) -> str:
     return console.export_text(styles=True)
 
 
+@pytest.mark.slow
 def test_the_loaders_sentence_is_of_the_cores_there_are():
     usual, few = (make_plan(Plan(SMALL, loader_rate=5000.0, cores=cores)) for cores in (None, 1))
     assert "the usual machine has, 14 for the h100's" in shown(usual)
@@ -155,6 +160,7 @@ def test_the_loaders_sentence_is_of_the_cores_there_are():
         assert few_row.count("\x1b[1m") > usual_row.count("\x1b[1m"), needs.model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 4])
 @pytest.mark.untyped
 def test_sinkhorns_messages_are_those_that_are_sent(chunk: int, monkeypatch: pytest.MonkeyPatch):
@@ -170,6 +176,7 @@ def test_sinkhorns_messages_are_those_that_are_sent(chunk: int, monkeypatch: pyt
     assert list(report.messages.assignments) == sent
 
 
+@pytest.mark.slow
 def test_each_method_waits_for_its_own_messages():
     """MAE and SdAE have no pseudo labels to agree on, and smaller gradients."""
     config = tiny_config(batch_size=64, prototypes=4096)
@@ -183,6 +190,7 @@ def test_each_method_waits_for_its_own_messages():
         assert rows[name].seconds == pytest.approx(alone.step.seconds)
 
 
+@pytest.mark.slow
 def test_what_a_short_run_tells_of_the_peak():
     report = make_plan(Plan(tiny_config(batch_size=64), loader_rate=100.0))
     said = " ".join(shown(report).split())

@@ -31,6 +31,7 @@ def test_every_gpu_has_a_name_of_its_driver():
     assert set(DEVICES.values()) == set(GPUS)
 
 
+@pytest.mark.slow
 def test_a_cpu_has_no_utilisation_and_a_gpu_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch):
     config: Config = tiny_config("paper").using(precision="bf16", activation_checkpointing=1, prototypes_chunk=7)
     assert images_at_peak(config, Ranks(0, 1, 1, torch.device("cpu"), None)) is None

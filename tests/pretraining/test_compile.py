@@ -149,6 +149,7 @@ def graphs_of(function: Any, *arguments: Any) -> tuple[torch.fx.Graph, torch.fx.
     return forward, backward
 
 
+@pytest.mark.slow
 def test_the_compiled_step_copies_no_gradient_of_logits():
     """Of the student's patch logits one matrix is made, and none in the backward pass."""
     config = tiny_config(prototypes=1000, depth=1, drop_path=0.0)
@@ -279,6 +280,7 @@ PLACES = {preset: {"preset": preset} for preset in PRESETS} | {
 """Settings that change which operations a step has."""
 
 
+@pytest.mark.slow
 def test_no_step_between_two_rows_waits(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     """The loop itself, on the CPU: from the start of a step to its last figure."""
     waits = Waits(anywhere=True)
@@ -337,6 +339,7 @@ def test_forward_and_backward_neither_wait_nor_carry_anything(case: str, meta_as
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PLACES)
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_nothing_is_carried_between_a_gpu_and_the_host(case: str, monkeypatch: pytest.MonkeyPatch):

@@ -50,6 +50,7 @@ def test_the_usual_code_has_the_same_losses(device: torch.device, name: str, pre
 
 
 # torch's compiler warns of much that is not ours: TF32 that is off, what it does not fuse
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def test_a_compiled_step_computes_what_an_eager_one_does(device: torch.device, h
     case.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_are_those_of_the_cpu(device: torch.device, name: str):
     """In fp32: the losses of four steps, each with the weights that the steps before have left."""
@@ -126,6 +128,7 @@ def losses(config: Config) -> list[dict[str, float]]:
     return [{key: row[key] for key in keys} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_it_had_not_been_stopped(device: torch.device, tiny: Config, tmp_path: Path):
     # the engine that is everywhere: machines with a GPU may lack FFCV
     config = tiny.using(device=device.type, precision="fp32", compile="off", steps=12, loader="torch")

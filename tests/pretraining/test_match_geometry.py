@@ -126,6 +126,7 @@ def test_random_matches_are_as_good_as_chance():
     assert np.mean([figures["match_overlap"] for figures in hits]) == pytest.approx(hits[0]["match_chance"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_every_row_of_a_run_tells_and_a_run_without_matches_does_not(tiny: Config, tmp_path: Path):
     rows = (pretrain(tiny.using(steps=2)) / "metrics.jsonl").read_text().splitlines()
     for row in map(json.loads, rows):

@@ -27,6 +27,7 @@ def rows_of(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_checkpoint(tiny: Config, small_beton: Path, capsys):
     folder = pretrain(tiny.using(eval_every=2, keep=10, save_steps=5))
     found = [row for row in rows_of(folder) if "knn_student" in row]
@@ -42,6 +43,7 @@ def test_figures_are_those_of_the_checkpoint(tiny: Config, small_beton: Path, ca
     assert "k-NN after epoch 2: student " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_decodes_with_all_cores(tiny: Config, small_beton: Path, monkeypatch):
     seen = threads_of_loaders(monkeypatch, 3)
     folder = pretrain(tiny.using(eval_every=3, workers=0))
@@ -51,6 +53,7 @@ def test_it_decodes_with_all_cores(tiny: Config, small_beton: Path, monkeypatch)
     assert seen == [3, 3, 3]
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_and_without(tiny: Config, tmp_path: Path):
     watched = pretrain(tiny.using(eval_every=1, out=tmp_path / "watched"))
     plain = pretrain(tiny.using(out=tmp_path / "plain"))
@@ -62,6 +65,7 @@ def test_a_run_is_the_same_with_and_without(tiny: Config, tmp_path: Path):
     assert kept == [{k: v for k, v in row.items() if k not in timings} for row in rows_of(plain)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_steps", [5, 0], ids=["saved before", "saved after"])
 def test_a_run_that_is_evaluated_is_saved_and_a_signal_stops_that_soon(tiny: Config, monkeypatch, save_steps: int):
     folder, figures = tiny.run.out, []
@@ -92,6 +96,7 @@ def test_a_run_that_is_evaluated_is_saved_and_a_signal_stops_that_soon(tiny: Con
     assert found == [row for row in rows_of(straight) if "knn_student" in row]
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_evaluation_that_is_made_up_for_loses_nothing(tiny: Config, monkeypatch):
     folder = pretrain(tiny.using(steps=5))
     before, embed = read_checkpoint(checkpoint_path(folder, 5)), online_knn.features
@@ -135,12 +140,14 @@ def test_two_ranks_evaluate_what_they_have_learnt_together(tiny: Config, small_b
     assert row["knn_student"] == pytest.approx(Scores(labels, ranked).top1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_each_evaluation_once(tiny: Config):
     pretrain(tiny.using(eval_every=1, steps=12))
     folder = pretrain(tiny.using(eval_every=1, resume="auto"))
     assert [row["step"] for row in rows_of(folder) if "knn_student" in row] == [5, 10, 15]
 
 
+@pytest.mark.slow
 def test_a_validation_set_and_one_teacher(tiny: Config, small_beton: Path):
     settings = {"teachers": "single", "epochs": 1, "eval_every": 1, "eval_train": small_beton, "eval_val": small_beton}
     (row,) = [row for row in rows_of(pretrain(tiny.using(**settings))) if "knn_student" in row]

@@ -110,6 +110,7 @@ def test_a_run_folder_stands_for_its_newest_sound_checkpoint(written: Path):
         find_checkpoint(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rng.cpu", "log.sums"])
 def test_states_that_are_none_are_a_sentence(name: str, tmp_path: Path, small_beton: Path):
     config = tiny_settings(small_beton).using(out=tmp_path / "run", steps=2)
@@ -123,6 +124,7 @@ def test_states_that_are_none_are_a_sentence(name: str, tmp_path: Path, small_be
             pretrain(config.using(resume="auto", steps=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "name", "value", "sentence"),
     [
@@ -158,6 +160,7 @@ def test_forged_settings_are_a_sentence_before_anything_is_made(group, name, val
         assert re.search(sentence, str(raised.value)), raised.value
 
 
+@pytest.mark.slow
 def test_a_step_past_the_end_is_a_sentence(tmp_path: Path, small_beton: Path):
     config = tiny_settings(small_beton).using(out=tmp_path / "run", steps=1)
     path = checkpoint_path(pretrain(config), 1)

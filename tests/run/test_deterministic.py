@@ -94,11 +94,13 @@ def test_cublas_that_has_started_otherwise_gets_a_sentence(monkeypatch: pytest.M
     assert switches() == before
 
 
+@pytest.mark.slow
 def test_on_the_cpu_it_is_the_same_run(tiny: Config, tmp_path: Path):
     plain = pretrain(tiny.using(steps=3))
     assert_same_run(plain, pretrain(tiny.using(steps=3, out=tmp_path / "flag", deterministic=True)), 3)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_decides_its_last_bit(tiny: Config):
     pretrain(tiny.using(steps=1, deterministic=True))
     resumed = tiny.using(steps=2, resume="auto", deterministic=True)

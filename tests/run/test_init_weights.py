@@ -51,6 +51,7 @@ def test_exported_weights_give_timm_our_features(run: Path, tmp_path: Path, netw
     assert (embed_module.features(encoder, images, "mean") - tokens[:, 1:].mean(dim=1)).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_networks_of_a_run_differ_and_random_is_where_it_started(run: Path, tiny: Config, tmp_path: Path):
     weights = {
         network: load_encoder(run, network)[0].state_dict()["blocks.0.mlp.fc1.weight"]
@@ -83,6 +84,7 @@ def test_embed_equals_timm_on_pil_crops(run: Path, small_beton: Path, tmp_path: 
     assert (nearest == np.arange(44)).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_what_takes_long_counts_its_images(run: Path, small_beton: Path, tiny: Config, monkeypatch):
     counted: list[tuple[int, str, int]] = []
 

@@ -19,6 +19,7 @@ def faults(argument: str, **variables: str) -> tuple[int, int]:
     return medium, large
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_kept_for_the_next_tensors():
     kept, given_back = faults("with"), faults("without")

@@ -34,6 +34,7 @@ def opened() -> contextlib.AbstractContextManager[Session]:
     return open_session(contextlib.nullcontext(ALONE), False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "due"), [({}, [9]), ({"save_steps": 4}, [4, 8, 9]), ({"save_every": 0.0}, list(range(1, 10)))]
 )

@@ -57,6 +57,7 @@ def test_a_run_leaves_the_process_as_it_was_also_where_it_ends_by_an_error(tiny:
     assert (gc.isenabled(), gc.get_freeze_count()) == before
 
 
+@pytest.mark.slow
 def test_peak_memory_is_what_the_process_holds_and_stands_in_every_row(tiny: Config):
     before = peak_memory(torch.device("cpu"))
     large = torch.ones(int((before + 0.1) * 2**28))  # of four bytes each: more than has been held so far
@@ -78,6 +79,7 @@ def test_utilisation_is_the_rate_over_that_of_the_peak(tmp_path: Path):
     assert "% of peak FLOPs" in (tmp_path / "train.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("last", "traced"), [(8, 2), (5, 1)])
 def test_a_trace_holds_the_steps_after_the_warm_up(tiny: Config, last: int, traced: int):
     folder = pretrain(tiny.using(steps=last, profile=2))

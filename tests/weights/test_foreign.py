@@ -348,6 +348,7 @@ TRAINERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_trainers_own_checkpoint_gives_its_network(trainer: str, tmp_path: Path):
     """With the optimizer's numpy numbers, options and settings as the trainer keeps them."""

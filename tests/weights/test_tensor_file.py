@@ -40,6 +40,7 @@ def test_what_cannot_be_written_is_an_error_of_the_system(tmp_path: Path, save):
         save({"a": torch.ones(3)}, tmp_path / "no" / "file.safetensors", {"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["timm", "huggingface", "plain"])
 def test_exports(tiny: Config, tmp_path: Path, kind):
     run = pretrain(tiny.using(steps=1))

@@ -134,6 +134,7 @@ def test_a_whole_network_and_other_contents_are_no_tensors_by_name(tmp_path: Pat
         held_by_name([1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[3]], ids=str)
 def test_cut_off_at_any_place_is_a_sentence(form: dict[str, Any], tmp_path: Path):
     torch.save({"model": TENSORS}, tmp_path / "a.pth", **form)

@@ -28,6 +28,7 @@ def test_torchvisions_vit(tmp_path: Path):
         assert torch.allclose(features(model, IMAGES)[0], theirs(IMAGES), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("classes", [False, True])
 def test_transformers_vit_in_a_folder(name: str, classes: bool, tmp_path: Path):

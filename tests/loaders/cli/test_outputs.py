@@ -99,6 +99,7 @@ def test_a_runs_own_files(own: Path, tmp_path: Path, name: str):
     check_output(tmp_path / "plain" / Path(name).name)
 
 
+@pytest.mark.slow
 def test_an_export_leaves_the_run_and_others_files_alone(own: Path, tmp_path: Path):
     (checkpoint,), before = checkpoints_in(own), contents(own)
     project = tmp_path / "project"
@@ -137,6 +138,7 @@ def test_an_export_that_fails_half_way_leaves_nothing(own: Path, tmp_path: Path,
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_report(own: Path, tmp_path: Path, small_beton: Path):
     write_report(own, samples=1)
     write_report(own, samples=1)  # its own page is renewed
@@ -191,6 +193,7 @@ def test_a_beton(own: Path, tmp_path: Path):
         write_beton(tree, tree / "inside.beton", force=True)  # no image: renewed
 
 
+@pytest.mark.slow
 def test_embed_and_plan(own: Path, tmp_path: Path, small_beton: Path):
     """As the commands do it: the sentence comes before any work."""
     data = tmp_path / "d.beton"
@@ -217,6 +220,7 @@ def test_embed_and_plan(own: Path, tmp_path: Path, small_beton: Path):
     assert "both name" in command("fastpmae.plan.plan", *flags, "--json", "x.png", "--plot", "x.png").stderr
 
 
+@pytest.mark.slow
 def test_a_run_begins_on_nobodys_files(tiny: Config, tmp_path: Path):
     project = tmp_path / "project"
     project.mkdir()

@@ -47,6 +47,7 @@ def test_a_program_that_imports_us_keeps_its_signals() -> None:
     assert done.stdout == "default_int_handler\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", [0, 60, 700])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_ctrl_c_while_a_command_starts_is_a_sentence(name: str, later: int) -> None:

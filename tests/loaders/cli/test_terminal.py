@@ -174,6 +174,7 @@ def test_a_file_is_written_whoever_listens(where: str, status: int, tmp_path: Pa
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.slow
 def test_bad_input_is_bad_input_whoever_listens(tmp_path: Path) -> None:
     source = write_tree(tmp_path / "tree", 4)
     (source / "class_0" / "bad.jpg").write_text("no image")

@@ -176,6 +176,7 @@ def test_without_colours_a_view_is_only_cropped():
         assert (a == b).all()
 
 
+@pytest.mark.slow
 def test_the_graph_for_a_gpu_decodes_there_and_takes_all_its_numbers_from_the_host():
     views = [mae_view(), dino_global(), dino_local(), plain_view()]
     graphs = {}

@@ -33,6 +33,7 @@ def fresh_loader(case: str, *words: Path, **environment: str) -> str:
     return run_python("tests.programs.fresh_loader", case, *words, **environment)
 
 
+@pytest.mark.slow
 def test_importing_the_loaders_imports_none_of_the_rest():
     names = "PairedViews,PlainViews,Batch,ViewSettings,Beton,draw_samples"
     loaded = json.loads(run_python("tests.programs.loaded", f"fastpmae_loaders:{names}"))
@@ -48,11 +49,13 @@ def test_ffcv_leaves_what_was_compiled_before_it_usable(mixed, tmp_path):
     assert int(said) >= 2
 
 
+@pytest.mark.slow
 def test_a_fresh_process_keeps_its_thread_counts_and_warns_of_nothing(mixed):
     """With warnings as errors from the first import on."""
     fresh_loader("thread_counts", mixed)
 
 
+@pytest.mark.slow
 def test_leaving_in_mid_epoch_ends_the_process_at_once(mixed):
     """No thread may hold the interpreter back, nor crash it on the way out."""
     fresh_loader("left_in_mid_epoch", mixed)
@@ -181,11 +184,13 @@ def test_damaged_payloads_never_crash(tmp_path):
     assert sum(len(batch) for batch in batches) == 600
 
 
+@pytest.mark.slow
 def test_compiled_code_is_kept_where_the_user_says(tmp_path: Path):
     fresh_loader("draw", NUMBA_CACHE_DIR=str(tmp_path / "cache"))
     assert list((tmp_path / "cache").rglob("*.nbi"))
 
 
+@pytest.mark.slow
 def test_without_a_folder_to_write_to_all_works(tmp_path: Path):
     """The package's folder, the user's cache and NUMBA_CACHE_DIR all closed: compiled anew, no error."""
     fresh_loader("draw_without_a_folder", NUMBA_CACHE_DIR=str(tmp_path / "none"))

@@ -40,6 +40,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_within_one_of_torchvision(name):
     ours, theirs, factors = OPERATIONS[name]

@@ -479,6 +479,7 @@ def test_hugging_face_data_sets(tmp_path: Path, form: str) -> None:
     assert "test" in source.notes[0]
 
 
+@pytest.mark.slow
 def test_parquet_of_other_shapes(tmp_path: Path) -> None:
     pa, rows = table(["dog", "cat", "dog"], "jpg", struct=False)
     pa.parquet.write_table(rows, tmp_path / "a.parquet")

@@ -80,6 +80,7 @@ def test_a_label_without_end(tmp_path: Path) -> None:
     assert "one of its labels has 1,000,000 bytes" in reason
 
 
+@pytest.mark.slow
 def test_labels_of_other_types(tmp_path: Path) -> None:
     table = pa.table({"image": [picture()] * 3, "label": [[1], [2], [3]], "\x1b[31m": [1, 2, 3]})
     pa.parquet.write_table(table, tmp_path / "a.parquet")

@@ -58,6 +58,7 @@ def test_a_worker_that_was_killed_once_is_tried_again(tmp_path: Path) -> None:
     assert answers(items, folder=tmp_path)[9] == (9, "second try")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deed", ["hang", "spin"])
 def test_a_worker_that_hangs_is_replaced(deed: str) -> None:
     began = time.monotonic()
@@ -67,6 +68,7 @@ def test_a_worker_that_hangs_is_replaced(deed: str) -> None:
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_a_slow_consumer_is_no_hanging_worker() -> None:
     with WorkerPool("tests.tasks:behaviour", (), 1, 1.0) as pool:
         for place, result in pool.in_order(["large"] * 6):
@@ -75,6 +77,7 @@ def test_a_slow_consumer_is_no_hanging_worker() -> None:
             assert not isinstance(result, Failure)
 
 
+@pytest.mark.slow
 def test_processes_that_only_die_end_in_a_sentence() -> None:
     with pytest.raises(UserError, match="keep dying"):
         answers(["crash"] * 200)
@@ -104,6 +107,7 @@ def test_no_process_is_left() -> None:
     assert not any(alive(pid) for pid in pids)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel to end workers with their parent")
 def test_workers_die_with_a_parent_that_was_killed() -> None:
     paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), str(REPOSITORY / "loaders")]

@@ -97,6 +97,7 @@ def test_stock_ffcv_reads_it(tmp_path: Path, mode: str, cache: str) -> None:
     assert np.array_equal(errors == 0, Beton(out).mode == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"mode": "proportion", "max_size": 70, "limit": 13}])
 def test_the_same_bytes_whatever_the_workers(tree: Path, tmp_path: Path, settings: dict) -> None:
     (tree / "class_1" / "bad.jpg").write_bytes(b"\xff\xd8 not a picture")
@@ -115,6 +116,7 @@ def test_limit_is_spread_over_the_source(tree: Path, tmp_path: Path) -> None:
     assert write_beton(tree, tmp_path / "out.beton", limit=999, force=True, workers=1).samples == 14
 
 
+@pytest.mark.slow
 def test_a_page_grows_for_a_large_image(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     sizes = [(300, 200), (1800, 1500), (50, 40), (700, 700), (1000, 900), (60, 60)]
@@ -127,6 +129,7 @@ def test_a_page_grows_for_a_large_image(tmp_path: Path) -> None:
         assert np.array_equal(beton.decode(number), np.asarray(made_image(number, *size)))
 
 
+@pytest.mark.slow
 def test_shards_and_tables(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet  # noqa: F401 - loads the submodule
@@ -306,6 +309,7 @@ def test_every_odd_image_is_accounted_for(odd_images: Path, tmp_path: Path) -> N
         assert np.abs(beton.decode(index) - picture_of(path)).max() <= 1, path.name
 
 
+@pytest.mark.slow
 def test_the_real_sample_keeps_its_bytes(tmp_path: Path) -> None:
     if not (SHARED_DATA / "imagenet_sample_400.tar").exists():
         pytest.skip("the shared real images are not here")
@@ -353,6 +357,7 @@ def test_exit_statuses(tree: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "b.beton.bad.txt").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_check_names_bad_samples(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.beton"
     write_beton(tree, out, workers=1)
@@ -373,6 +378,7 @@ def test_check_names_bad_samples(tree: Path, tmp_path: Path) -> None:
     assert (cut.returncode, "truncated" in cut.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_check_survives_hundreds_of_damaged_payloads(tmp_path: Path) -> None:
     folder = write_tree(tmp_path / "tree", 300, classes=1)
     out = tmp_path / "out.beton"
@@ -419,6 +425,7 @@ def check_hostile(out: Path, folder: Path, seed: int, count: int) -> None:
         path.unlink()
 
 
+@pytest.mark.slow
 def test_check_of_hostile_tables(tree: Path, tmp_path: Path) -> None:
     write_beton(tree, tmp_path / "out.beton", workers=1)
     check_hostile(tmp_path / "out.beton", tmp_path, 0, 40)
@@ -494,6 +501,7 @@ def test_a_decoder_that_takes_too_long_is_a_bad_image(tmp_path: Path) -> None:
     assert written.samples == 4
 
 
+@pytest.mark.slow
 def test_decompression_bombs(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     head = struct.pack(">IIBBBBB", 50000, 50000, 1, 0, 0, 0, 0)
@@ -520,6 +528,7 @@ def test_a_large_picture_that_is_allowed_and_scaled(tmp_path: Path) -> None:
     assert np.abs(beton.decode(0).astype(int) - 77).max() <= 2
 
 
+@pytest.mark.slow
 def test_gray_of_12_bits_in_files_of_16(tmp_path: Path) -> None:
     """Nearly black, which is said, with the flag that helps; with it, as bright as it is."""
     folder = tmp_path / "gray"
@@ -536,6 +545,7 @@ def test_gray_of_12_bits_in_files_of_16(tmp_path: Path) -> None:
         assert Beton(tmp_path / "out.beton").decode(0).max() == brightest
 
 
+@pytest.mark.slow
 def test_names_with_odd_bytes(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"tree\xff") / os.fsdecode(b"cl\xe9\n")
     write_tree(folder, 2, classes=1)
