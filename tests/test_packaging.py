@@ -69,6 +69,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {package: build(source / home.relative_to(ROOT), "wheel", made / package) for package, home in HOMES.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", HOMES)
 def test_a_wheel_holds_its_own_package_alone_and_is_built_from_its_sdist_too(package, wheels, tmp_path):
     wheel = names_in_wheel(wheels[package])

@@ -105,6 +105,7 @@ def test_run_folder_holds_what_a_user_looks_for(tiny: Config):
     assert {path.name for path in folder.iterdir()} >= {"config.json", "machine.jsonl", "train.log"}
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_says_what_of_it_is_trained_on(tiny: Config, tmp_path: Path):
     images = write_tree(tmp_path / "images" / "train", 12)
     write_tree(tmp_path / "images" / "val2017", 3)
@@ -246,6 +247,7 @@ def test_keep_older_checkpoints(tiny: Config):
     assert [int(path.stem[5:]) for path in checkpoints_in(folder)] == [7, 6, 5]
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_a_run_is_refused(tiny: Config):
     folder = pretrain(tiny.using(steps=1))
     with pytest.raises(UserError, match=r"already holds a run: add --resume"):
@@ -277,6 +279,7 @@ def test_resume_refuses_other_images(tiny: Config, tmp_path: Path):
         pretrain(tiny.using(steps=2, resume="auto", beton=other))
 
 
+@pytest.mark.slow
 def test_resume_with_nothing_to_resume_starts_anew(tiny: Config):
     folder = pretrain(tiny.using(steps=1, resume="auto"))
     assert "nothing to resume" in (folder / "train.log").read_text()
@@ -346,6 +349,7 @@ def test_the_ffcv_and_the_torch_loader_are_one_run(tiny: Config, tmp_path: Path)
     assert "changed" not in (folder / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_another_decoder_is_a_changed_setting(tiny: Config):
     pytest.importorskip("nvidia.dali")
     pretrain(tiny.using(steps=1))

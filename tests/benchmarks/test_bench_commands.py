@@ -41,6 +41,7 @@ def test_a_command_that_fails_leaves_nothing_or_shows_nothing_fails_its_check(tm
     assert gates == {f"camvid: {name}": name == "bar" for name, _, _ in steps}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
 def test_camvid_by_the_class_that_covers_most(tmp_path: Path):
     images = labelled_folders("camvid", tmp_path)

@@ -76,6 +76,7 @@ def test_rows_of_table_8_take_the_base_s_own_weights():
     assert BASE.using(**CASES["weights-1-0-0"].changes(BASE)).teacher.teachers == "reconstruction"
 
 
+@pytest.mark.slow
 def test_what_is_judged_equals_scikit_learn():
     draw = torch.Generator().manual_seed(0)
     labels = torch.arange(300) % 5
@@ -113,6 +114,7 @@ def test_results_are_kept_to_the_bit(tmp_path):
     assert (again.case, again.seed, again.epochs) == ("dual", 3, 2)
 
 
+@pytest.mark.slow
 def test_the_interval_is_paired_and_covers():
     """Two sorters that fail on the same images differ by little and are told apart; by chance alone, seldom."""
     draw = np.random.default_rng(1)

@@ -60,6 +60,7 @@ BOXES_OF_CAT = [(641, 355, 762, 475), (74, 65, 177, 186)]
 BOXES_OF_MOON = [(146, 11, 248, 126), (396, 131, 503, 234)]
 
 
+@pytest.mark.slow
 def test_images_are_labelled_jpegs_and_the_same_each_time(tmp_path):
     write_demo_images(tmp_path / "one", train=3, validation=2)
     write_demo_images(tmp_path / "two", train=3, validation=2)

@@ -31,6 +31,7 @@ def test_every_attempt_has_a_part_of_its_own(sizes):
         assert attempt(store, size) == {" ".join(f"{number} of {size}" for number in range(size))}
 
 
+@pytest.mark.slow
 def test_an_attempt_in_which_ranks_never_came_leaves_no_trace():
     store = dist.HashStore()
     for alone in (0, 2):

@@ -363,6 +363,7 @@ def test_a_folder_in_use_and_changed_settings_are_refused(setting: Setting):
         )
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_training_before_it_is_saved(setting: Setting):
     wild = dataclasses.replace(CONFIG, blr=1e30, accumulate=1, aa="", warmup_epochs=0.0)
     with pytest.raises(RunError, match="is not finite"):
@@ -431,6 +432,7 @@ def test_a_batch_is_fitted_to_the_images(change: dict, images: int, size: int):
     assert config.fitted(images) == dataclasses.replace(config, batch_size=size)
 
 
+@pytest.mark.slow
 def test_the_probe_leaves_the_network_alone_and_learns(setting: Setting):
     config = dataclasses.replace(PROBE, epochs=4, batch_size=22, warmup_epochs=1.0, blr=1.0, opt="sgd")
     scores = train_classifier(dataclasses.replace(setting, frozen=True), config)

@@ -105,6 +105,7 @@ def test_knn_is_scikit_learns_on_the_same_features(data: Path, tmp_path: Path, m
         assert picture.size[0] > 500
 
 
+@pytest.mark.slow
 def test_results_lie_beside_the_run_and_folders_hold_both_splits(data: Path, monkeypatch):
     tree = data / "tree"
     assert call(monkeypatch, "knn", data / "run", "--train", tree, "--pool", "class", "--temperature", 0) == 0
@@ -137,6 +138,7 @@ def test_without_a_validation_set_each_image_is_left_out_once(data: Path, tmp_pa
     assert result["top1"] < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sgd", "logistic"])
 def test_linear_chooses_on_what_is_held_out_and_tests_on_the_rest(data: Path, tmp_path: Path, monkeypatch, method):
     words = ["linear", data / "run", "--train", data / "tree", "--method", method, "--epochs", 5, "--out", tmp_path]
@@ -148,6 +150,7 @@ def test_linear_chooses_on_what_is_held_out_and_tests_on_the_rest(data: Path, tm
     assert len(result["table"]) == (4 if method == "logistic" else 8)
 
 
+@pytest.mark.slow
 def test_lowshot_means_over_its_draws(data: Path, tmp_path: Path, monkeypatch):
     words = ["lowshot", data / "run", "--train", data / "tree", "--shares", 0.1, 0.4, "--draws", 2, "--out", tmp_path]
     assert call(monkeypatch, *words) == 0
@@ -262,6 +265,7 @@ def test_scores_are_scikit_learns(tmp_path: Path):
     assert sorted(file.name for file in path.parent.iterdir()) == ["odd-classes.csv", "odd-confusion.png", "odd.json"]
 
 
+@pytest.mark.slow
 def test_the_files_of_many_classes_are_made_without_their_pairs(tmp_path: Path, monkeypatch):
     """ImageNet-21k has 21,841 classes, whose pairs are 477 million."""
     generator = np.random.default_rng(1)
@@ -334,6 +338,7 @@ def test_classes_with_and_without_names_are_matched_by_their_numbers(data: Path,
     assert val.labels.tolist() == [2, 0]
 
 
+@pytest.mark.slow
 def test_few_images_have_fewer_neighbours_and_other_words(data: Path, tmp_path: Path, monkeypatch, capsys):
     few = labelled_beton(tmp_path / "few.beton", [0, 1] * 8)
     words = ["--train", few, "--out", tmp_path / "o"]

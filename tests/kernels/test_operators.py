@@ -127,6 +127,7 @@ PUBLIC = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.untyped
 def test_each_public_function_is_traced_without_a_break(name: str):

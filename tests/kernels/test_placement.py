@@ -80,6 +80,7 @@ def test_a_sweeps_bits_do_not_depend_on_the_distance_of_its_arrays(of: Callable[
     assert len({of(*copies) for copies in placed(arrays)}) == 1
 
 
+@pytest.mark.slow
 def test_an_operators_bits_do_not_depend_on_the_heap():
     """Each call finds the heap in another state: what it allocates itself lies elsewhere each time."""
     generator = torch.Generator().manual_seed(0)

@@ -189,6 +189,7 @@ def plain_dinov2(crops: int, grid: tuple[int, int], masks: DINOv2Masks) -> tuple
     return np.array([as_array(cells, grid) for cells in drawn]), bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "ratios"), [(0.5, (0.1, 0.5)), (0.3, (0.2, 0.7)), (1.0, (0.5, 0.5))])
 def test_dinov2s_batches_are_distributed_as_published(share, ratios):
     grid, batch, rounds = (14, 14), 12, 120

@@ -93,6 +93,7 @@ def crop_comparisons(ours: np.ndarray, theirs: np.ndarray, height: int, width: i
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_crops(height: int, width: int, scale: str) -> None:
@@ -131,6 +132,7 @@ def wrong_crops(mistake: str, height: int, width: int) -> np.ndarray:
     return boxes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -248,6 +250,7 @@ def drawn_numbers(seed: int, epoch: int, count: int) -> dict[tuple[str, str], np
     return {name: (values - values.mean()) / values.std() for name, values in found.items()}
 
 
+@pytest.mark.slow
 def test_what_is_drawn_is_independent() -> None:
     """No correlation between any two numbers of a sample, between its views, its neighbours, its epochs, two seeds."""
     count = 20_000

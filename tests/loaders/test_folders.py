@@ -422,6 +422,7 @@ def test_payloads_from_several_threads(tmp_path: Path) -> None:
         assert open_files() == before
 
 
+@pytest.mark.slow
 def test_a_folder_trains_as_its_beton_does(tmp_path: Path) -> None:
     """The same bits, since the same bytes are decoded; the order and the labels are the same too."""
     folder = write_tree(tmp_path / "tree", 12)

@@ -99,6 +99,7 @@ def test_multiblock_masks_of_a_sample_do_not_depend_on_its_batch_mates():
     assert whole.contexts[0][2].tolist() == alone.contexts[0][0][: whole.contexts[0].shape[1]].tolist()
 
 
+@pytest.mark.slow
 def test_multiblock_sizes_are_spread_as_the_number_that_they_come_from():
     masks, grid = IJEPAMasks(), (1024, 1024)  # so fine that sizes are all but continuous
     sizes = np.array([masks.sizes(1, 0, batch, grid) for batch in range(4000)])

@@ -136,6 +136,7 @@ def test_five_thousand_hostile_files_on_every_engine(sound: Path) -> None:
     blocks(sound, 5000, 2500)
 
 
+@pytest.mark.slow
 def test_the_check_itself_survives(sound: Path, tmp_path: Path) -> None:
     """`fastpmae-write --check` with its worker processes; the blocks call what those processes run."""
     contents = [path.read_bytes() for path in sorted(sound.glob("*.beton"))]

@@ -166,6 +166,7 @@ def test_a_subset_by_pages_and_with_repetitions(mixed):
         assert next(iter(views)).index.tolist() == [2, 2, 1, 2, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [*ENGINES, "dali"])
 def test_only_a_subsets_own_samples_stand_in_for_broken_ones(broken, engine):
     """8 is sound and the next of the file; it may be an image that was kept for validation."""
@@ -358,6 +359,7 @@ def test_batches_belong_to_the_taker(mixed):
         assert len({batch.simple.data_ptr() for batch in [first, *others]}) == len(others) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_broken_images_are_replaced_and_named(broken, engine):
     kept = None
@@ -553,6 +555,7 @@ def test_moving_a_batch(mixed):
     assert len(moved) == 4
 
 
+@pytest.mark.slow
 def test_repeated_epochs_keep_the_memory_flat(mixed):
     psutil = pytest.importorskip("psutil")
     process = psutil.Process()

@@ -47,6 +47,7 @@ def torchvision_crops(count, height, width, scale):
     return np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(count)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (64, 64), (500, 120), (33, 400), (11, 7)])
 @pytest.mark.parametrize("scale", [(0.2, 1.0), (0.14, 1.0), (0.7, 0.9)])
 def test_crops_are_distributed_as_torchvisions(height, width, scale):

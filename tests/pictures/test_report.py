@@ -108,6 +108,7 @@ def test_evaluations_can_be_told_apart(tiny: Config, tmp_path: Path):
     assert rows[0][-1] == "2026-02-01 10:00"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [0, -1, 65])
 def test_a_number_of_samples_that_makes_no_picture(tiny: Config, samples: int):
     folder = pretrain(tiny.using(steps=1))
@@ -115,6 +116,7 @@ def test_a_number_of_samples_that_makes_no_picture(tiny: Config, samples: int):
         write_report(folder, samples=samples)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_just_begun(tiny: Config, tmp_path: Path):
     folder = pretrain(tiny.using(steps=1))
     shutil.rmtree(folder / "checkpoints")

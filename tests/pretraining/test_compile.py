@@ -175,6 +175,7 @@ def test_a_copy_of_logits_would_have_been_noticed():
     assert made_in(graphs_of(loss)[1], 8 * 40) != []
 
 
+@pytest.mark.slow
 def test_another_shape_would_have_been_noticed():
     """What the test above relies on."""
     config = tiny_config("mae", compile="on")
@@ -323,6 +324,7 @@ def meta_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("meta")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PLACES)
 def test_forward_and_backward_neither_wait_nor_carry_anything(case: str, meta_as_a_gpu: torch.device):
     """Tensors without memory, on a device that is not the host: what needs a number of one, or brings one, is seen."""

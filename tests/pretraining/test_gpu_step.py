@@ -38,6 +38,7 @@ def made(name: str, device: torch.device, **how: Any) -> Ours:
     return case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dual", "sdae"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_usual_code_has_the_same_losses(device: torch.device, name: str, precision: Any):
@@ -109,6 +110,7 @@ def test_the_host_waits_nowhere_in_a_step(how: dict[str, Any]):
     case.close()
 
 
+@pytest.mark.slow
 def test_time_and_memory_are_the_device_s(device: torch.device):
     few, more = (
         take_steps(case, [case.given(made_batch(case.config, size))], 3, 2)

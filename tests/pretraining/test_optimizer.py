@@ -17,6 +17,7 @@ from tests.tiny import tiny_config, tiny_networks
 ALONE = Ranks(0, 1, 1, torch.device("cpu"), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "settings", "peak", "warmup", "epochs"),
     [

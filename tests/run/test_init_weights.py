@@ -145,12 +145,14 @@ def test_commands_say_what_is_missing(program: str, words: list[str], sentence: 
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_without_a_teacher_says_so(tiny: Config):
     run = pretrain(tiny.using(teachers="reconstruction", lambda_c=0.0, lambda_p=0.0, steps=1))
     with pytest.raises(UserError, match="holds no labelling_teacher: its run used --teachers reconstruction"):
         load_encoder(run, "labelling_teacher")
 
 
+@pytest.mark.slow
 def test_init_starts_student_and_teachers_from_our_own_run(run: Path, tiny: Config, tmp_path: Path):
     began = pretrain(tiny.using(init=run, steps=1, blr=0.0, out=tmp_path / "next"))
     before, after = read_checkpoint(checkpoint_path(run, 5)), read_checkpoint(checkpoint_path(began, 1))

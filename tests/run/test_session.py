@@ -57,6 +57,7 @@ def test_checkpoints_are_due_by_steps_by_the_clock_and_at_the_end(tmp_path: Path
         assert checkpoint.tensors["model.weight"].tolist() == [step] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_step", [None, 0])
 def test_a_signal_saves_what_is_not_saved_and_ends_the_training(tmp_path: Path, saved_step: int | None):
     def train(session: Session) -> None:
@@ -73,6 +74,7 @@ def test_a_signal_saves_what_is_not_saved_and_ends_the_training(tmp_path: Path, 
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_step_makes_it_the_last_and_due(tmp_path: Path):
     with opened() as session:
         begin(session, tmp_path)

@@ -21,6 +21,7 @@ class Circle:
         self.itself = self
 
 
+@pytest.mark.slow
 def test_garbage_is_collected_after_fixed_steps_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(telemetry, "COLLECT_EVERY", 3)
     before = gc.isenabled(), gc.get_freeze_count()
@@ -49,6 +50,7 @@ def test_what_a_caller_has_frozen_and_switched_off_stays_so():
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_process_as_it_was_also_where_it_ends_by_an_error(tiny: Config):
     before = gc.isenabled(), gc.get_freeze_count()
     pretrain(tiny.using(steps=1))
@@ -95,6 +97,7 @@ def test_a_trace_holds_the_steps_after_the_warm_up(tiny: Config, last: int, trac
     assert read_config(folder / "config.json").run.profile == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_the_warm_up_leaves_no_trace(tiny: Config):
     folder = pretrain(tiny.using(steps=4, profile=2))
     assert not (folder / "trace.json").exists()

@@ -176,6 +176,7 @@ def test_pictures(own: Path, tmp_path: Path, small_beton: Path):
     assert out.read_bytes() != before
 
 
+@pytest.mark.slow
 def test_a_beton(own: Path, tmp_path: Path):
     tree = write_tree(tmp_path / "tree", 4)
     image = next(tree.rglob("*.jpg"))
@@ -240,6 +241,7 @@ def test_a_run_begins_on_nobodys_files(tiny: Config, tmp_path: Path):
     pretrain(tiny.using(steps=1))
 
 
+@pytest.mark.slow
 def test_a_training_begins_on_nobodys_files(run: Path, small_beton: Path, tmp_path: Path):
     train, _ = open_labelled(small_beton, None)
     folder = tmp_path / "tuned"

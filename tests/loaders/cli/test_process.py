@@ -72,6 +72,7 @@ def test_ctrl_c_while_a_command_starts_is_a_sentence(name: str, later: int) -> N
         assert said.endswith(f"fastpmae-{name}: interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stuck", ["compiled", "ending", "sleeping"])
 def test_a_second_ctrl_c_ends_the_process_at_once(stuck: str, tmp_path: Path) -> None:
     shutil.copy(REPOSITORY / "tests/programs/stuck_command.py", tmp_path / "fastpmae-made")

@@ -77,6 +77,7 @@ def loader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("fastpmae-loader")]
 
 
+@pytest.mark.slow
 def test_the_pair_is_that_of_the_other_engines(mixed):
     """JPEGs and raw pixels in one batch."""
     assert_alike(shown(mixed, seed=3, epoch=2), shown(mixed, "torch", seed=3, epoch=2))
@@ -292,6 +293,7 @@ def test_evaluation_views(mixed):
     assert (images.int() - expected.int()).abs().double().mean() < 0.5
 
 
+@pytest.mark.slow
 def test_two_iterations_at_once_and_an_early_end(mixed):
     with loader(mixed, 4, seed=2) as views:
         expected = [batch.index.tolist() for batch in views]
@@ -362,6 +364,7 @@ def test_samples_for_the_hardware_are_chosen_by_their_number(share):
     assert abs(within - 100 * share).max() <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [0.4, 1.0])
 def test_the_graph_that_shares_decoders_gives_every_sample_its_views(mixed, broken, monkeypatch, capfd, load):
     """On the CPU both decoders are one, so that all pixels must be those of the graph without."""

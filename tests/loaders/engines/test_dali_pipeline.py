@@ -84,6 +84,7 @@ def recoloured(image: np.ndarray, factors: np.ndarray, choices: np.ndarray, thre
     return changed
 
 
+@pytest.mark.slow
 def test_each_colour_operation_is_the_compiled_one_within_a_level():
     factors = np.tile(np.array([1.0, 1.0, 1.0, 0.0, 1.0]), (40, 1))
     choices = np.zeros((40, 9), np.uint8)

@@ -156,6 +156,7 @@ def test_a_jpeg_larger_than_its_record_writes_nowhere(broken):
         assert next(iter(views)).failed == [5, 6, 7, 6, 7, 7]
 
 
+@pytest.mark.slow
 def test_damaged_payloads_never_crash(tmp_path):
     """Bytes changed, cut out and doubled all over JPEGs: each sample comes out as some picture or as failed."""
     import io

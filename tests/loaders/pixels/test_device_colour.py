@@ -161,6 +161,7 @@ def test_sizes(height: int, width: int):
     assert_same(noise(16, height, width), *drawn(16, 2))
 
 
+@pytest.mark.slow
 def test_real_images_with_everything():
     assert_same(photographs_in_square(32, 224), *drawn(32, 3))
 

@@ -73,6 +73,7 @@ def any_box(longest):
     return decorator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["imagenet_sample_400", "tiny_imagenet_20"])
 def test_photographs_are_pillows_within_two(name):
     rng = np.random.default_rng(0)

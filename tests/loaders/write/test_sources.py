@@ -496,6 +496,7 @@ def test_parquet_of_other_shapes(tmp_path: Path) -> None:
         find_images(tmp_path)
 
 
+@pytest.mark.slow
 def test_rows_without_an_image_and_damaged_tables(tmp_path: Path) -> None:
     pa, rows = table([0, 1], features=FEATURES)
     kind = rows.schema.field("image").type

@@ -146,6 +146,7 @@ def test_memory_of_a_small_file_is_limited(tmp_path: Path) -> None:
     assert "memory" in result.reason
 
 
+@pytest.mark.slow
 def test_memory_follows_the_pixels_that_are_asked_for(tmp_path: Path) -> None:
     """An image of 2^28 pixels more than are taken by default may have 4 GiB more; memory is asked for, not filled."""
     pa.parquet.write_table(pa.table({"image": [b"x"]}), tmp_path / "a.parquet")

@@ -159,6 +159,7 @@ def test_shards_and_tables(tmp_path: Path) -> None:
         assert all(beton.payload(i).tobytes() == buffer.getvalue() for i, buffer in enumerate(pictures))
 
 
+@pytest.mark.slow
 def test_bad_images_stop_or_are_left_out(tree: Path, tmp_path: Path) -> None:
     (tree / "class_0" / "cut.jpg").write_bytes((tree / "class_0" / "0000.jpg").read_bytes()[:400])
     (tree / "class_2" / "empty.png").touch()
@@ -230,6 +231,7 @@ def test_a_list_of_bad_images_that_could_not_be_written_is_told_before_any_work(
     assert (tmp_path / "a.tar.bad.txt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_one_is_counted_as_one(tree: Path, tmp_path: Path) -> None:
     assert len([path for path in tree.rglob("*") if path.suffix == ".txt"]) == 1
     next(tree.glob("*/*.jpg")).write_bytes(b"no")
@@ -457,6 +459,7 @@ def in_the_midst(source: Path, out: Path, *options: str) -> tuple[subprocess.Pop
     raise AssertionError(f"it never began to write: {process.communicate()}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, number: int, status: int) -> None:
@@ -516,6 +519,7 @@ def test_decompression_bombs(tmp_path: Path) -> None:
     assert "decompression bomb" in caught.value.bad[0][1]
 
 
+@pytest.mark.slow
 def test_a_large_picture_that_is_allowed_and_scaled(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     Image.new("L", (70000, 30), 77).save(tmp_path / "tree" / "long.png")
@@ -560,6 +564,7 @@ def test_names_with_odd_bytes(tmp_path: Path) -> None:
     assert command("--check", tmp_path / os.fsdecode(b"o\xff.beton"), "--workers", 1).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"\x1b]0;owned\x07\x1b[31mred.jpg"])
 def test_a_shard_that_ends_within_a_name_of_odd_bytes(tmp_path: Path, name: bytes) -> None:
     """--skip-bad still writes the file and the list, and no escape sequence reaches the terminal."""
