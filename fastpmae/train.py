@@ -1,7 +1,6 @@
 """Pretraining, from a .beton file to checkpoints: the whole loop on one page."""
 
 import contextlib
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +137,7 @@ def set_up(config: Config, session: Session) -> Pretraining:
     total_steps = steps_per_epoch * config.optimizer.epochs
     last_step = total_steps if config.run.steps is None else min(total_steps, config.run.steps)
 
-    about = dataclasses.replace(about_run(config), images_at_peak=images_at_peak(config, ranks))
+    about = about_run(config, images_at_peak(config, ranks))
     init = config.run.init if run.checkpoint is None else None
     torch.manual_seed(config.run.seed)
     shard = config.efficiency.shard and ranks.group is not None

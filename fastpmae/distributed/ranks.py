@@ -79,6 +79,15 @@ class Ranks:
         return torch.cat(values)
 
 
+def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """A copy of the values, each the mean over the ranks of the group."""
+    values = values.clone()
+    if group is not None:
+        dist.all_reduce(values, group=group)
+        values /= group.size()
+    return values
+
+
 class _OfFirst(Exception):
     """The cause of an error that the first rank raises at the same place, and tells of."""
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int, UInt8
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from fastpmae.distributed.data_parallel import no_sync
-from fastpmae.distributed.ranks import Ranks, to_device
+from fastpmae.distributed.ranks import Ranks, mean_over_ranks, to_device
 from fastpmae.evaluate.augment import STEP, DropPath, Mixing, RandAugment, drawn_from, erase_keys, set_drop_path
 from fastpmae.evaluate.datasets import engine_for, half
 from fastpmae.evaluate.finetune_state import Setting, collect_state
@@ -81,11 +80,7 @@ class ClassifierTraining:
 
     def _over_ranks(self) -> Float[Tensor, " 2"]:
         """The sums, as the mean over all ranks: a training that is resumed on any number of them goes on with it."""
-        sums = self.sums.clone()
-        if self.ranks.group is not None:
-            dist.all_reduce(sums, group=self.ranks.group)
-            sums /= self.ranks.size
-        return sums
+        return mean_over_ranks(self.sums, self.ranks.group)
 
     def state(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint holds (see `Session.save`). Raises RunError as `mean_loss`: the one before stays."""

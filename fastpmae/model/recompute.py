@@ -79,28 +79,28 @@ def _linear_backward(gradient: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, scale: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
+        ctx: Any, tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(tokens, scale, norm_bias, weight)
+        ctx.save_for_backward(tokens, norm_weight, norm_bias, weight)
         ctx.eps, ctx.autocast = eps, _autocast(tokens)
-        return F.linear(F.layer_norm(tokens, scale.shape, scale, norm_bias, eps), weight, bias)
+        return F.linear(F.layer_norm(tokens, norm_weight.shape, norm_weight, norm_bias, eps), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        tokens, scale, norm_bias, weight = ctx.saved_tensors
+        tokens, norm_weight, norm_bias, weight = ctx.saved_tensors
         (gradient,) = gradients
-        shape = list(scale.shape)
+        shape = list(norm_weight.shape)
         # Autocast's norm is in the weights' precision.
-        tokens = tokens.to(scale.dtype)
+        tokens = tokens.to(norm_weight.dtype)
         with ctx.autocast:
-            normed, mean, rstd = torch.native_layer_norm(tokens, shape, scale, norm_bias, ctx.eps)
+            normed, mean, rstd = torch.native_layer_norm(tokens, shape, norm_weight, norm_bias, ctx.eps)
             of_weight, of_bias = _linear_backward(gradient, normed)
             del normed
-            of_normed = (gradient @ weight).to(scale.dtype)
-        of_tokens, of_scale, of_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            of_normed, tokens, shape, mean, rstd, scale, norm_bias, [True, True, True]
+            of_normed = (gradient @ weight).to(norm_weight.dtype)
+        of_tokens, of_norm_weight, of_norm_bias = torch.ops.aten.native_layer_norm_backward(
+            of_normed, tokens, shape, mean, rstd, norm_weight, norm_bias, [True, True, True]
         )
-        return of_tokens, of_scale, of_norm_bias, None, of_weight, of_bias
+        return of_tokens, of_norm_weight, of_norm_bias, None, of_weight, of_bias
 
 
 class _GeluLinear(torch.autograd.Function):

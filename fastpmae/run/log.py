@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastpmae.config import Config
+from fastpmae.distributed.ranks import mean_over_ranks
 from fastpmae.run.checkpoint import CheckpointError
 from fastpmae.run.device_metrics import Figures
 from fastpmae.run.trackers import TensorBoard, WandB
@@ -67,24 +68,16 @@ class Meter:
 
     def means(self, group: dist.ProcessGroup | None = None, *, anew: bool = True) -> Figures:
         """The mean of each figure since it last started anew, over all ranks."""
-        means = self._over(group) / self.count
+        means = mean_over_ranks(self.sums, group) / self.count
         if anew:
             self.sums.zero_()
             self.count.zero_()
         return Figures(means, lambda found, _: dict(zip(self.names, found, strict=True)))
 
-    def _over(self, group: dist.ProcessGroup | None) -> Float[Tensor, " 5"]:
-        """The sums, as the mean over all ranks."""
-        sums = self.sums.clone()
-        if group is not None:
-            dist.all_reduce(sums, group=group)
-            sums /= group.size()
-        return sums
-
     def state(self, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
         """The sums, as a checkpoint holds them: a run that is resumed between two rows writes the same row, on any
         number of ranks."""
-        return {"log.sums": self._over(group), "log.count": self.count}
+        return {"log.sums": mean_over_ranks(self.sums, group), "log.count": self.count}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take the sums of a checkpoint. Raises CheckpointError where it holds none."""
@@ -118,12 +111,13 @@ class About:
     images_at_peak: float | None = None
 
 
-def about_run(config: Config) -> About:
+def about_run(config: Config, images_at_peak: float | None = None) -> About:
     """What the log of a pretraining is told."""
     optimizer, run = config.optimizer, config.run
     return About(
-        str(config.data.beton), optimizer.batch_size, optimizer.epochs, config.flat(), run.tensorboard, run.wandb
-    )
+        str(config.data.beton), optimizer.batch_size, optimizer.epochs, config.flat(), run.tensorboard, run.wandb,
+        images_at_peak=images_at_peak,
+    )  # fmt: skip
 
 
 class Log:
@@ -131,15 +125,14 @@ class Log:
 
     Args:
         folder: the run's.
-        about: the training, or the settings of a pretraining.
+        about: the training.
         first_step: steps that are done already; rows past it are dropped.
         last_step: where this start of the run ends.
         is_main: whether this is the first rank.
     """
 
-    def __init__(self, folder: Path, about: About | Config, first_step: int, last_step: int, *, is_main: bool = True):
-        self.about = about_run(about) if isinstance(about, Config) else about
-        self.folder, self.speaks = folder, is_main
+    def __init__(self, folder: Path, about: About, first_step: int, last_step: int, *, is_main: bool = True):
+        self.folder, self.about, self.speaks = folder, about, is_main
         shown = is_main and self.about.tell is None
         self.bar = Bar(last_step, "training", done=first_step, stays=True, shown=shown)
         self.writers: list[Any] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastpmae import Config
-from fastpmae.run.log import Log
+from fastpmae.run.log import Log, about_run
 
 LOSSES = {"loss": 1.0, "loss_m": 1.0, "loss_c": 0.0, "loss_p": 0.0}
 LATER: dict[str, Callable[[Log], object]] = {
@@ -25,7 +25,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("what", LATER)
 def test_a_row_is_written_before(what: str, tmp_path: Path):
-    with Log(tmp_path, Config(), 0, 10) as log:
+    with Log(tmp_path, about_run(Config()), 0, 10) as log:
         log.start_clock(0)
         log.row({"step": 1, "epoch": 0.1}, lambda: LOSSES, 0.0, partial=False)
         assert rows(tmp_path) == []
@@ -39,7 +39,7 @@ def test_a_row_is_written_before(what: str, tmp_path: Path):
 
 def test_a_run_that_breaks_off_writes_its_last_row(tmp_path: Path):
     def breaks() -> None:
-        with Log(tmp_path, Config(), 0, 10) as log:
+        with Log(tmp_path, about_run(Config()), 0, 10) as log:
             log.start_clock(0)
             log.row({"step": 1, "epoch": 0.1}, lambda: LOSSES, 0.0, partial=True)
             raise ZeroDivisionError
@@ -58,7 +58,7 @@ def test_a_tensorboard_that_fails_costs_no_row(tmp_path: Path):
 
         close = row
 
-    with Log(tmp_path, Config().using(tensorboard=False), 0, 10) as log:
+    with Log(tmp_path, about_run(Config().using(tensorboard=False)), 0, 10) as log:
         log.writers.append(Full())
         log.start_clock(0)
         for step in (1, 2):

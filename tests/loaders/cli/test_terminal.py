@@ -14,7 +14,7 @@ import pytest
 from fastpmae import Config
 from fastpmae.pretraining.cli import read_command
 from fastpmae.run.checkpoint import checkpoints_in, step_of
-from fastpmae.run.log import Log
+from fastpmae.run.log import Log, about_run
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import Outlet, say, tell
@@ -90,7 +90,7 @@ def test_names_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFi
     say(f"of {HOSTILE}\nand on")
     tell(f"of {HOSTILE}\nand on")
     Progress(live=True).tell(f"of {HOSTILE}")
-    with Log(tmp_path, Config().using(tensorboard=False), 0, 1) as log:
+    with Log(tmp_path, about_run(Config().using(tensorboard=False)), 0, 1) as log:
         log.say(f"of {HOSTILE}")
     for sentence in (
         str(UserError(f"of {HOSTILE}\nand on")),
@@ -113,7 +113,7 @@ def test_names_are_shown_and_not_obeyed_beside_a_bar(tmp_path: Path, monkeypatch
     progress = Progress(live=True)
     with progress.count(1, "images"):
         progress.tell(f"a progress of {HOSTILE}")
-    with Log(tmp_path, Config().using(tensorboard=False), 0, 1) as log:
+    with Log(tmp_path, about_run(Config().using(tensorboard=False)), 0, 1) as log:
         log.say(f"a log of {HOSTILE}")
     said = terminal.getvalue()
     assert "a progress of \\x1b]0;owned" in said
