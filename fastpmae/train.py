@@ -228,8 +228,9 @@ def main() -> int:
 
     def run() -> None:
         config = read_command()
-        if config.efficiency.device == "cpu" or not torch.cuda.is_available():
-            tune_allocator()
+        # a --device that is not there is refused in `pretrain`, once for all ranks
+        on_gpu = config.efficiency.device != "cpu" and torch.cuda.is_available()
+        tune_allocator(torch.device("cuda" if on_gpu else "cpu"))
         pretrain(config)
 
     return exit_with_sentence("fastpmae-train", run)

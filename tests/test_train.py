@@ -130,8 +130,8 @@ def test_the_command_alone_changes_its_process_for_good(
     as_a_command: bool, tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
     tuned: list[str] = []
-    monkeypatch.setattr(malloc, "tune_allocator", lambda: tuned.append("mallopt"))
-    monkeypatch.setattr(loop, "tune_allocator", lambda: tuned.append("mallopt"))
+    monkeypatch.setattr(malloc, "tune_allocator", lambda device: tuned.append("mallopt"))
+    monkeypatch.setattr(loop, "tune_allocator", lambda device: tuned.append("mallopt"))
     if as_a_command:
         monkeypatch.setattr(sys, "argv", ["fastpmae-train", *flags_of(tiny.using(steps=1))])
         assert loop.main() == 0

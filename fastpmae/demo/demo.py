@@ -84,8 +84,7 @@ def demo(
     train, validation = write_demo_betons(folder)
     config = settings.using(beton=train)
     run = folder_of(config)
-    if choose_device(config.efficiency.device).type == "cpu":
-        tune_allocator()
+    tune_allocator(choose_device(config.efficiency.device))
     with _TimeLimit(minutes) as limit:
         try:
             pretrain(config.using(out=run))

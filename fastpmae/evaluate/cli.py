@@ -14,6 +14,7 @@ from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.linear import RATES
 from fastpmae.evaluate.recipe import PROBE, FinetuneConfig, finetune_preset
 from fastpmae.renamed import FINETUNE_SETTINGS, refuse_old_flags
+from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.words import last_value, with_values
 
 NEIGHBOURS = (10, 20)
@@ -182,4 +183,5 @@ def read_command(arguments: Sequence[str]) -> Command:
         prog="fastpmae-eval",
         description=DESCRIPTION,
         args=list(arguments),
+        registry=HELP_TEXTS,
     )

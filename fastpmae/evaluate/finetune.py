@@ -203,7 +203,7 @@ def evaluate_classifier(training: ClassifierTraining, progress: Progress, stop: 
     setting, ranks, model = training.setting, training.ranks, training.tested
     model.eval()
     count = len(setting.val.labels)
-    first, end = (count * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+    first, end = _shares(count, ranks)[ranks.rank : ranks.rank + 2]
     ranked, stopped = [torch.empty(0, min(5, len(setting.train.names)), dtype=torch.int64)], False
     views = PlainViews(
         setting.val.samples,
@@ -228,6 +228,11 @@ def evaluate_classifier(training: ClassifierTraining, progress: Progress, stop: 
     return Scores(setting.val.labels, _joined(torch.cat(ranked), ranks, count))
 
 
+def _shares(count: int, ranks: Ranks) -> list[int]:
+    """Where each rank's share of `count` images begins, and where the last one ends."""
+    return [count * rank // ranks.size for rank in range(ranks.size + 1)]
+
+
 def _joined(mine: Int[Tensor, "share best"], ranks: Ranks, count: int) -> Int[Tensor, "images best"]:
     """The ranks' shares of `count` rows, one after the other."""
     if ranks.group is None:
@@ -235,7 +240,7 @@ def _joined(mine: Int[Tensor, "share best"], ranks: Ranks, count: int) -> Int[Te
     most = -(-count // ranks.size)
     padded = torch.cat([mine, mine.new_zeros(most - len(mine), mine.shape[1])])
     parts = ranks.all_gather(padded).split(most)
-    ends = [count * rank // ranks.size for rank in range(ranks.size + 1)]
+    ends = _shares(count, ranks)
     return torch.cat([part[: end - first] for part, first, end in zip(parts, ends[:-1], ends[1:], strict=True)])
 
 

@@ -273,8 +273,7 @@ def run_training(command: Probe | Finetune, ranks: Ranks) -> None:
     """`fastpmae-eval probe` and `finetune`."""
     common = command.common
     evaluation = Evaluation(common, ranks)
-    if evaluation.device.type == "cpu":
-        tune_allocator()
+    tune_allocator(evaluation.device)
     name = "probe" if isinstance(command, Probe) else "finetune"
     val = needed(evaluation.val, evaluation.train)
     folder = common.out or evaluation.folder / "-".join(filter(None, [name, evaluation.backbone.network]))

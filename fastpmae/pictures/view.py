@@ -278,8 +278,8 @@ def view_command(
         complex_recipe: Blur and solarise of the complex view: DINO's first or second, or either by a coin.
         engine: Loader engine that decodes the images.
         run: Run folder or checkpoint: draw what it has learnt of the images.
-        picture: What to draw with --run: "analysis" (the default) is predictions, matches, attention and features;
-            "prototypes" the patches nearest to the most used prototypes.
+        picture: What to draw with --run: "analysis" (the default) is predictions, matches, attention and features,
+            and "prototypes" the patches nearest to the most used prototypes.
         force: Replace OUT.png if it exists, but no file of a run and nothing that is read here.
     """
     if run is not None and picture != "views":

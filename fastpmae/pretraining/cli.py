@@ -15,6 +15,7 @@ from fastpmae.presets import PRESETS, preset
 from fastpmae.renamed import SETTINGS, refuse_old_flags
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, read_progress, settings_in
 from fastpmae.run.folder import run_of
+from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.words import last_value, with_values
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
@@ -64,6 +65,7 @@ def parse(kind: type[Given], program: str, description: str, arguments: Sequence
         description=description,
         args=words,
         default=kind(base),
+        registry=HELP_TEXTS,
     )
 
 

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     # A huge page is one fault or 512, as the kernel has one free or not: here every page is a small one.
     ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     if sys.argv[1] == "with":
-        tune_allocator()
+        tune_allocator(torch.device("cpu"))
     small = [torch.ones(1) for _ in range(1000)]
     del small  # what is small finds room here, and never lies at the heap's end, where it would keep all below it
     faults(10, 5)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import say, tell
 from fastpmae_loaders.errors import UserError
@@ -101,6 +102,7 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
         prog="fastpmae-write",
         description=DESCRIPTION,
         args=arguments,
+        registry=HELP_TEXTS,
     )
     if command.check is not None and command.src is not None:
         raise UserError("--check takes a .beton file and nothing else")
