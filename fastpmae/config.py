@@ -89,6 +89,9 @@ class Network(Typed):
     """Width of the projection head's output, which is multiplied with the prototypes."""
     prototypes: int = 4096
     """P, the number of prototypes for class tokens, and the same number for patch tokens."""
+    prototype_init: Literal["normal", "uniform"] = "normal"
+    """How prototypes start: normal with a std of 0.02, or uniform as torch's linear layers, which is how DINO, iBOT and
+    MC-SSL start them (a norm of 0.58, and so slower to turn)."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,10 @@ class TeacherSettings(Typed):
     """EMA momentum of the labelling teacher at the start and at the end, on a cosine schedule."""
     teacher_init: Literal["copy", "random"] = "copy"
     """Teachers start as copies of the student, or from random weights and positions of their own (SdAE's code)."""
+    momentum_for: int | None = None
+    """Take the momenta as those of the paper's length (300 epochs of 500,000 steps in all) and raise them to a power
+    that forgets as much in a run of so many epochs; without a number, in this run. An end of 1 stays 1. By default
+    they are taken as they are."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,16 @@ class Loss(Typed):
     """Temperature of the student's softmax over the prototypes."""
     epsilon: float = 0.05
     """Temperature of the Sinkhorn assignment that makes the pseudo labels."""
+    class_epsilon: float | None = None
+    """The same for the class tokens' labels alone; by default --epsilon."""
+    warmup_epsilon: float | None = None
+    """Value of --epsilon in the first epoch, from which it goes to its own linearly over --warmup-epsilon-epochs, as
+    DINO's warmup_teacher_temp; --class-epsilon goes in proportion. By default there is no schedule."""
+    warmup_epsilon_epochs: int = 0
+    """Epochs over which --warmup-epsilon goes to --epsilon."""
+    center_bottleneck: bool = False
+    """Subtract from the labelling teacher's features, which the prototypes are compared with, their mean over the batch
+    before they are normalised; those of class and patch tokens apart."""
     sinkhorn_iterations: int = 3
     """Number of Sinkhorn iterations: column and row normalisations of the assignment."""
 
@@ -156,12 +173,18 @@ class Optimizer(Typed):
     """Peak learning rate itself, whatever the batch size; given instead of --blr."""
     warmup_epochs: float | None = None
     """Epochs of linear learning-rate warm-up; by default 20 % of all."""
+    pixel_epochs: float = 0.0
+    """Epochs at the start, of those of --epochs, in which the student learns to reconstruct pixels without a teacher,
+    as in MAE; below 1 a share of them. Teachers, decoder, head and optimizer then begin anew with its encoder, and all
+    schedules with them."""
     weight_decay: float = 0.05
     """Weight decay of AdamW; not applied to biases, norms and tokens."""
     decay_tokens: bool = False
     """Apply weight decay to the class token and the mask token too, as MAE's and SdAE's code does."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's beta coefficients."""
+    freeze_prototypes: int = 0
+    """Epochs at the start in which the prototypes are not trained, as with DINO's freeze_last_layer."""
     clip_grad: float = 0.0
     """Clip the gradient to this norm; 0 does not clip."""
 

@@ -14,11 +14,12 @@ from fastpmae.distributed.ranks import join_ranks
 from fastpmae.model.attention import use as use_attention
 from fastpmae.model.build import check
 from fastpmae.model.fp8 import check_fp8_device
+from fastpmae.model.phases import Phase, describe_phase, phase_after, phases_of
 from fastpmae.plan.utilization import images_at_peak
 from fastpmae.pretraining.cli import read_command
 from fastpmae.pretraining.collapse import collapse_figures
 from fastpmae.pretraining.compile import compile_step
-from fastpmae.pretraining.data import Prefetcher, make_loader
+from fastpmae.pretraining.data import Prefetcher, make_loader, steps_in_epoch
 from fastpmae.pretraining.match_geometry import geometry_figures
 from fastpmae.pretraining.networks import make_networks
 from fastpmae.pretraining.online_knn import OnlineKNN
@@ -26,15 +27,15 @@ from fastpmae.pretraining.optimizer import learning_rate, make_optimizer
 from fastpmae.pretraining.parallel import wrap_parallel
 from fastpmae.pretraining.step import student_loss, teacher_forward
 from fastpmae.pretraining.train_step import Done, Training, train_step
-from fastpmae.run.checkpoint import checkpoints_in, collect_state, read_checkpoint, restore_state
+from fastpmae.run.checkpoint import checkpoints_in, collect_state, read_checkpoint, read_progress, restore_state
 from fastpmae.run.device_metrics import to_host
-from fastpmae.run.folder import DECODER, describe_run, lock_run, open_run, recorded, resolve, write_machine
+from fastpmae.run.folder import DECODER, OpenRun, describe_run, lock_run, open_run, recorded, resolve, write_machine
 from fastpmae.run.images import fingerprint, open_images
 from fastpmae.run.log import Log, Meter, about_run
 from fastpmae.run.malloc import tune_allocator
 from fastpmae.run.session import Session, open_session
 from fastpmae.run.telemetry import peak_memory
-from fastpmae_loaders import PairedViews
+from fastpmae_loaders import PairedViews, Samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.errors import RunError, UserError
 
@@ -52,162 +53,242 @@ def pretrain(config: Config) -> Path:
     check(config)
     ranks = join_ranks(config.efficiency.device, config.efficiency.rank_timeout)
     with open_session(ranks, config.efficiency.deterministic) as session:
-        run = set_up(config, session)
-        training, meter, steps_per_epoch = run.training, run.meter, run.steps_per_epoch
-        if run.online_knn.is_owed(session.step, steps_per_epoch, session.folder):
-            make_up_for_evaluation(run, session)
-        batches = session.enter(contextlib.closing(run.prefetcher.batches(session.step, steps_per_epoch)))
-        while session.step < session.last_step:
-            step, epoch = session.step, session.step // steps_per_epoch
-            lr = learning_rate(run.config, step, steps_per_epoch)
-            done = train_step(training, batches, step, lr, session.saver.before_update)
-            meter.add(step, done.losses, done.grad_norm, done.skipped, done.index)
-            ends_epoch = (step + 1) % steps_per_epoch == 0
-            if ends_epoch:
-                training.teachers.update_ema(training.student, "epoch", epoch)
-
-            session.advance(epoch, run.prefetcher.take_failed())
-            on_grid = session.step % config.run.log_every == 0 or session.step == run.total_steps
-            if on_grid or session.ends:
-                write_row(run, session, done, lr, partial=not on_grid)
-            del done  # its logits would stay beside those of the next step
-            # After a step that was not finite nothing is saved: the last good checkpoint stays the newest.
-            if session.is_due and not meter.is_bad():
-                session.save(run.state)
-            if ends_epoch and run.online_knn.is_due(epoch + 1) and not session.signal:
-                # A signal ends it soon; the resumed run makes up for it.
-                run.online_knn.report(
-                    session.log, session.step, epoch + 1, training.student, training.teachers, session.stop
-                )
-                if session.poll():
-                    stop_if_bad(meter, session)
-            session.stop_if_signalled(run.state)
+        run = open_pretraining(config, session)
+        for phase in run.phases_left():
+            with contextlib.ExitStack() as stack:
+                stage = set_up(run, phase, session, stack)
+                begin(run, stage, session)
+                train(run, stage, session)
         session.wait()
         session.log.say(f"done: {session.step} of {run.total_steps} steps, in {session.folder}")
     return session.folder
 
 
+def train(run: "Pretraining", stage: "Stage", session: Session) -> None:
+    """The loop: from where the run stands to the last step of a phase, or of this start."""
+    training, meter, steps_per_epoch = stage.training, stage.meter, run.steps_per_epoch
+    if run.online_knn.is_owed(session.step, steps_per_epoch, session.folder):
+        make_up_for_evaluation(run, stage, session)
+    with contextlib.closing(stage.prefetcher.batches(session.step, steps_per_epoch)) as batches:
+        while session.step < stage.last_step:
+            epoch = session.step // steps_per_epoch
+            # schedules count from the phase's start
+            step, phase_epoch = session.step - stage.first_step, epoch - stage.phase.first_epoch
+            lr = learning_rate(stage.phase.config, step, steps_per_epoch)
+            done = train_step(training, batches, step, phase_epoch, lr, session.saver.before_update)
+            meter.add(session.step, done.losses, done.grad_norm, done.skipped, done.index)
+            ends_epoch = (step + 1) % steps_per_epoch == 0
+            if ends_epoch:
+                training.teachers.update_ema(training.student, "epoch", phase_epoch)
+
+            session.advance(epoch, stage.prefetcher.take_failed())
+            ends_phase = session.step == stage.end_step
+            on_grid = session.step % run.config.run.log_every == 0 or ends_phase
+            if on_grid or session.ends:
+                write_row(stage, session, done, lr, partial=not on_grid)
+            del done  # its logits would stay beside those of the next step
+            # After a step that was not finite nothing is saved: the last good checkpoint stays the newest.
+            if (session.is_due or ends_phase) and not meter.is_bad():
+                session.save(stage.state)
+            if ends_epoch and run.online_knn.is_due(epoch + 1) and not session.signal:
+                # A signal ends it soon; the resumed run makes up for it.
+                evaluate(run, stage, session, epoch + 1)
+                if session.poll():
+                    stop_if_bad(meter, session)
+            session.stop_if_signalled(stage.state)
+
+
 @dataclass(frozen=True)
 class Pretraining:
-    """A run that is set up.
+    """A run whose images and folder are open.
 
     Attributes:
         config: the settings with everything decided that was left to us.
         fingerprint: of the images.
-        total_steps: of the whole run, whose schedules stretch over them.
+        total_steps: of the whole run.
+        opened: its folder, and the checkpoint that this start goes on from.
+        step: that the checkpoint stands after.
+        last_step: where this start ends.
     """
 
     config: Config
+    images: Samples
+    fingerprint: str
+    online_knn: OnlineKNN
+    steps_per_epoch: int
+    total_steps: int
+    opened: OpenRun
+    step: int
+    last_step: int
+
+    def phases_left(self) -> list[Phase]:
+        """The phases of this start: the one whose networks its checkpoint holds, even where it ends there, and on."""
+        current = phase_after(self.config, self.step, self.steps_per_epoch)
+        return [
+            phase
+            for phase in phases_of(self.config)
+            if phase == current or current.first_epoch < phase.first_epoch < self.last_step / self.steps_per_epoch
+        ]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A phase of a run that is set up.
+
+    Attributes:
+        first_step: of the run, at which the phase begins.
+        end_step: before which it ends.
+        last_step: where this start leaves it.
+    """
+
+    run: Pretraining
+    phase: Phase
     training: Training
     loader: PairedViews
     prefetcher: Prefetcher
     meter: Meter
-    online_knn: OnlineKNN
-    fingerprint: str
-    steps_per_epoch: int
-    total_steps: int
+    first_step: int
+    end_step: int
+    last_step: int
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint of the run holds (see `Session.save`)."""
         training = self.training
         tensors = collect_state(training.student, training.teachers, training.optimizer)
         return tensors | self.meter.state(training.ranks.group), {
-            "steps_per_epoch": self.steps_per_epoch,
+            "steps_per_epoch": self.run.steps_per_epoch,
             "bad_images": self.prefetcher.bad_images,
             "loader": self.loader.state_dict(),
             "decoder": DECODER,
-            "fingerprint": self.fingerprint,
-            "config": recorded(self.config).groups(),
+            "fingerprint": self.run.fingerprint,
+            "config": recorded(self.run.config).groups(),
         }
 
 
-def set_up(config: Config, session: Session) -> Pretraining:
-    """Images, networks and folder of a run, from the start or from where its checkpoint stands."""
+def open_pretraining(config: Config, session: Session) -> Pretraining:
+    """Images and folder of a run; nothing is written yet."""
     ranks = session.ranks
     if config.efficiency.teacher_precision == "fp8":
         check_fp8_device(ranks.device)
     images = open_images(config)
     config = resolve(config, ranks.device, images)
-    loader = session.enter(make_loader(images, config, ranks))
+    steps_per_epoch = steps_in_epoch(images, config, ranks)
     online_knn = OnlineKNN(config, ranks)
     identity = fingerprint(images)
-    accumulate = config.optimizer.accumulate
-    steps_per_epoch = len(loader) // accumulate
-    run = ranks.broadcast_from_main(lambda: open_run(config, identity, steps_per_epoch))
+    opened = ranks.broadcast_from_main(lambda: open_run(config, identity, steps_per_epoch))
+    step = 0 if opened.checkpoint is None else read_progress(opened.checkpoint)["step"]
     total_steps = steps_per_epoch * config.optimizer.epochs
     last_step = total_steps if config.run.steps is None else min(total_steps, config.run.steps)
+    return Pretraining(config, images, identity, online_knn, steps_per_epoch, total_steps, opened, step, last_step)
 
-    about = about_run(config, images_at_peak(config, ranks))
-    init = config.run.init if run.checkpoint is None else None
+
+def set_up(run: Pretraining, phase: Phase, session: Session, stack: contextlib.ExitStack) -> Stage:
+    """Loader and networks of a phase: from the run's checkpoint where it is of this phase, else from their start.
+
+    Args:
+        stack: what is to be left at the phase's end.
+    """
+    config, ranks = phase.config, session.ranks
+    first_step, end_step = (run.steps_per_epoch * epoch for epoch in (phase.first_epoch, phase.last_epoch))
+    newest, is_first = run.opened.checkpoint, phase == run.phases_left()[0]
+    if not is_first:  # the phase before has ended with a checkpoint, in this start or an earlier one
+        session.wait()
+        newest = session.newest or newest
+    resumed = newest if is_first else None
+    init = newest if phase.first_epoch > 0 else config.run.init
+    loader = stack.enter_context(make_loader(run.images, config, ranks))
     torch.manual_seed(config.run.seed)
     shard = config.efficiency.shard and ranks.group is not None
     # What is cut in shards is never whole on a GPU.
-    student, teachers = make_networks(config, total_steps, torch.device("cpu") if shard else ranks.device, init)
-    parallel = wrap_parallel(student, teachers, ranks, shard=shard, accumulate=accumulate)
+    device = torch.device("cpu") if shard else ranks.device
+    student, teachers = make_networks(config, end_step - first_step, device, None if resumed else init)
+    parallel = wrap_parallel(student, teachers, ranks, shard=shard, accumulate=config.optimizer.accumulate)
     optimizer = make_optimizer(student, config)
-    meter = Meter(ranks.device, loader.batch_size * accumulate)
+    meter = Meter(ranks.device, loader.batch_size * config.optimizer.accumulate)
     prefetcher = Prefetcher(loader, config, ranks.device)
-    step = 0
-    if run.checkpoint is not None:
-        checkpoint = read_checkpoint(run.checkpoint)
+    if newest is not None:
+        prefetcher.bad_images = read_progress(newest)["bad_images"]
+    if resumed is not None:
+        checkpoint = read_checkpoint(resumed)
         restore_state(checkpoint, student, teachers, optimizer)
         meter.load(checkpoint.part("log"))
-        step, prefetcher.bad_images = checkpoint.progress["step"], checkpoint.progress["bad_images"]
 
-    session.enter(use_attention(config.efficiency.attention, ranks.device))
+    stack.enter_context(use_attention(config.efficiency.attention, ranks.device))
     passes = compile_step(teacher_forward, student_loss, config, ranks, (student, *teachers.modules().values()))
     # Autocast would keep the 16-bit copies of weights that are whole for a moment only.
     low = config.efficiency.precision == "bf16"
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=low, cache_enabled=not shard)
     training = Training(config, ranks, student, teachers, parallel, optimizer, *passes, autocast)
+    last_step = min(end_step, run.last_step)
+    return Stage(run, phase, training, loader, prefetcher, meter, first_step, end_step, last_step)
 
-    remarks = run.remarks + session.lock(lock_run(run, config))
+
+def begin(run: Pretraining, stage: Stage, session: Session) -> None:
+    """Before the first step of a start the folder becomes this process's own and the log begins; before a later phase
+    the log is told of it."""
+    config, ranks, phase = run.config, session.ranks, stage.phase
+    at_peak = images_at_peak(phase.config, ranks)
+    if phase != run.phases_left()[0]:
+        session.log.start_clock(session.step, at_peak)
+        session.log.say(describe_phase(phase))
+        return
+    remarks = run.opened.remarks + session.lock(lock_run(run.opened, config))
     session.begin(
-        run.folder,
-        Log(run.folder, about, step, last_step, is_main=ranks.is_main),
-        step=step,
-        last_step=last_step,
+        run.opened.folder,
+        Log(run.opened.folder, about_run(config, at_peak), run.step, run.last_step, is_main=ranks.is_main),
+        step=run.step,
+        last_step=run.last_step,
         keep=config.run.keep,
         save_every=config.run.save_every,
         save_steps=config.run.save_steps,
         traced=config.run.profile,
-        sentences=remarks + describe_run(config, images, ranks, student, steps_per_epoch, run.folder),
+        sentences=remarks
+        + describe_run(config, run.images, ranks, stage.training.student, run.steps_per_epoch, run.opened.folder),
     )
+    if phase.name is not None:
+        session.log.say(describe_phase(phase))
     if ranks.is_main:
-        write_machine(run.folder)
-    return Pretraining(config, training, loader, prefetcher, meter, online_knn, identity, steps_per_epoch, total_steps)
+        write_machine(run.opened.folder)
 
 
-def make_up_for_evaluation(run: Pretraining, session: Session) -> None:
+def evaluate(run: Pretraining, stage: Stage, session: Session, epochs: int) -> None:
+    """The k-NN figures after so many epochs."""
+    training = stage.training
+    run.online_knn.report(session.log, session.step, epochs, training.student, training.teachers, session.stop)
+
+
+def make_up_for_evaluation(run: Pretraining, stage: Stage, session: Session) -> None:
     """The evaluation that a signal has kept the run from before it was resumed. Raises Interrupted after another."""
-    training, step, steps_per_epoch = run.training, session.step, run.steps_per_epoch
-    epoch = step // steps_per_epoch
-    run.online_knn.report(session.log, step, epoch, training.student, training.teachers, session.stop)
+    epoch = session.step // run.steps_per_epoch
+    evaluate(run, stage, session, epoch)
     if session.poll():
         # Not one step more: the next start would no longer know that it owes one.
-        done = {"epoch": epoch - 1, "batch": steps_per_epoch * run.config.optimizer.accumulate}
-        run.loader.load_state_dict(run.loader.state_dict() | done)
-    session.stop_if_signalled(run.state)
+        done = {"epoch": epoch - 1, "batch": run.steps_per_epoch * run.config.optimizer.accumulate}
+        stage.loader.load_state_dict(stage.loader.state_dict() | done)
+    session.stop_if_signalled(stage.state)
 
 
-def write_row(run: Pretraining, session: Session, done: Done, lr: float, *, partial: bool) -> None:
+def write_row(stage: Stage, session: Session, done: Done, lr: float, *, partial: bool) -> None:
     """The row of the last step. Raises RunError where a step since the start was not finite."""
-    config, ranks, teachers = run.config, session.ranks, run.training.teachers
+    config, ranks, teachers = stage.phase.config, session.ranks, stage.training.teachers
+    step = session.step - 1 - stage.first_step
     figures = {
         "step": session.step,
-        "epoch": session.step / run.steps_per_epoch,
+        "epoch": session.step / stage.run.steps_per_epoch,
         "lr": lr,
-        "bad_images": run.prefetcher.bad_images,
+        "bad_images": stage.prefetcher.bad_images,
         "peak_memory_gib": round(peak_memory(ranks.device), 3),
-    } | teachers.momenta(session.step - 1, (session.step - 1) // run.steps_per_epoch)
-    on_device = [run.meter.means(ranks.group, anew=not partial)]
+    } | teachers.momenta(step, step // stage.run.steps_per_epoch)
+    if stage.phase.number is not None:
+        figures["phase"] = stage.phase.number
+    on_device = [stage.meter.means(ranks.group, anew=not partial)]
     if ranks.is_main:
         on_device.append(collapse_figures(done.targets))
         if done.match is not None:
             on_device.append(geometry_figures(done.batch, done.match, config))
     rest = to_host(*on_device)
-    stop_if_bad(run.meter, session)
-    session.log.row(figures, rest, run.prefetcher.take_wait(), partial=partial)
+    stop_if_bad(stage.meter, session)
+    session.log.row(figures, rest, stage.prefetcher.take_wait(), partial=partial)
 
 
 def stop_if_bad(meter: Meter, session: Session) -> None:

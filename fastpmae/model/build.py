@@ -138,8 +138,11 @@ def check(config: Config) -> None:
          f"--target pixels leaves the teachers idle: set --teachers none, not {teachers.teachers}"),
         (max(loss.lambda_m, loss.lambda_c, loss.lambda_p) > 0, "all three loss weights are 0"),
         (min(loss.lambda_m, loss.lambda_c, loss.lambda_p) >= 0, "a loss weight is negative"),
-        (min(loss.epsilon, loss.student_temperature) >= SHARPEST,
-         f"--epsilon and --student-temperature must be at least {SHARPEST:g}: logits are divided by them in float32"),
+        *((temperature is None or temperature >= SHARPEST,
+           f"--{name} must be at least {SHARPEST:g}: logits are divided by it in float32")
+          for name, temperature in (("epsilon", loss.epsilon), ("class-epsilon", loss.class_epsilon),
+                                    ("warmup-epsilon", loss.warmup_epsilon),
+                                    ("student-temperature", loss.student_temperature))),
         (loss.sinkhorn_iterations >= 1, "--sinkhorn-iterations must be at least 1"),
         *((rate is None or rate >= 0, f"--{name} {rate} is negative")
           for name, rate in (("blr", optimizer.blr), ("lr", optimizer.lr))),
@@ -151,6 +154,20 @@ def check(config: Config) -> None:
         (optimizer.accumulate >= 1, f"--accumulate {optimizer.accumulate}: at least 1"),
         (0 <= warmup_epochs(config) <= optimizer.epochs,
          f"--warmup-epochs {optimizer.warmup_epochs} is not between 0 and --epochs {optimizer.epochs}"),
+        (optimizer.pixel_epochs < 1 or optimizer.pixel_epochs == pixel_epochs(config),
+         f"--pixel-epochs {optimizer.pixel_epochs}: a whole number of epochs, or a share of them below 1"),
+        (optimizer.pixel_epochs == 0 or 1 <= pixel_epochs(config) < optimizer.epochs,
+         f"--pixel-epochs {optimizer.pixel_epochs} leaves less than an epoch before or after it: there are "
+         f"{optimizer.epochs} (--epochs)"),
+        (optimizer.pixel_epochs == 0 or loss.target == "tokens",
+         "--pixel-epochs says nothing beside --target pixels: leave one out"),
+        (0 <= optimizer.freeze_prototypes <= optimizer.epochs,
+         f"--freeze-prototypes {optimizer.freeze_prototypes} is not between 0 and --epochs {optimizer.epochs}"),
+        (teachers.momentum_for is None or teachers.momentum_for >= 0,
+         f"--momentum-for {teachers.momentum_for}: epochs, or 0 for the run's own"),
+        (loss.warmup_epsilon_epochs >= 0, f"--warmup-epsilon-epochs {loss.warmup_epsilon_epochs} is negative"),
+        ((loss.warmup_epsilon is None) == (loss.warmup_epsilon_epochs == 0),
+         "--warmup-epsilon and --warmup-epsilon-epochs go together: leave both out, or neither"),
         (config.run.log_every >= 1, f"--log-every {config.run.log_every}: at least 1"),
         (config.run.keep >= 0, f"--keep {config.run.keep}: 0 or more"),
         (config.run.eval_every >= 0, f"--eval-every {config.run.eval_every}: epochs, 0 or more"),
@@ -241,6 +258,13 @@ def warmup_epochs(config: Config) -> float:
     return 0.2 * config.optimizer.epochs if set_to is None else set_to
 
 
+def pixel_epochs(config: Config) -> int:
+    """Epochs of pixels before those of the run's own targets; 0 where there are none."""
+    optimizer = config.optimizer
+    share = optimizer.pixel_epochs < 1
+    return round(optimizer.pixel_epochs * (optimizer.epochs if share else 1))
+
+
 def make_encoder(config: Config) -> Encoder:
     """The encoder of these settings, with weights as torch leaves them."""
     shape = shape_of(config.network)
@@ -271,7 +295,8 @@ def build_student(config: Config) -> Student:
     )
     head = None
     if config.teacher.teachers in ("dual", "single"):
-        head = Head(output, model.head_hidden, model.head_bottleneck, model.prototypes)
+        uniform = model.prototype_init == "uniform"
+        head = Head(output, model.head_hidden, model.head_bottleneck, model.prototypes, uniform_prototypes=uniform)
     return Student(make_encoder(config), decoder, head)
 
 

@@ -131,7 +131,7 @@ class PrototypeLogits(NamedTuple):
 
 def sinkhorn_biases(
     logits: Sequence[Sequence[PrototypeLogits]],
-    epsilon: float,
+    epsilons: Sequence[float],
     iterations: int,
     group: dist.ProcessGroup | None = None,
 ) -> list[Float[Tensor, " _prototypes"]]:
@@ -140,14 +140,41 @@ def sinkhorn_biases(
 
     Args:
         logits: each as the blocks of rows that it consists of, all of one form; matrices are read where they lie.
+        epsilons: of each.
     """
     matrices = [[block.matrix for block in blocks if block.matrix is not None] for blocks in logits]
     whole = [blocks for blocks in matrices if blocks]
-    together = iter(kernels.sinkhorn_biases(whole, epsilon, iterations, group) if whole else ())
+    theirs = [epsilon for blocks, epsilon in zip(matrices, epsilons, strict=True) if blocks]
+    together = iter(kernels.sinkhorn_biases(whole, theirs, iterations, group) if whole else ())
     return [
         next(together) if matrix else _joined(blocks).sinkhorn_bias(epsilon, iterations, group)
-        for matrix, blocks in zip(matrices, logits, strict=True)
+        for matrix, blocks, epsilon in zip(matrices, logits, epsilons, strict=True)
     ]
+
+
+def centred(
+    blocks: Sequence[PrototypeLogits], group: dist.ProcessGroup | None = None, chunk: int = 0
+) -> list[PrototypeLogits]:
+    """Logits of features from which their mean has been taken, over the rows of all blocks and of every rank.
+
+    Args:
+        blocks: as `Head.uncentred` gives them, all of class or all of patch tokens.
+        chunk: leaves them as factors, to be multiplied out for so many rows at a time; 0 multiplies them out here.
+    """
+    features = [block.features.float() for block in blocks if block.features is not None]
+    prototypes = blocks[0].prototypes
+    assert prototypes is not None
+    sums = torch.stack([rows.sum(dim=0, dtype=torch.float64) for rows in features]).sum(dim=0)
+    sums = torch.cat([sums, sums.new_full((1,), sum(map(len, features)))])
+    if group is not None:
+        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    mean = (sums[:-1] / sums[-1]).float()
+    units = [F.normalize(rows - mean, dim=-1) for rows in features]
+    if chunk == 0:
+        return [PrototypeLogits(F.linear(rows, prototypes)) for rows in units]
+    kind = mean.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else mean.dtype
+    return [PrototypeLogits(features=rows.to(dtype), prototypes=prototypes.to(dtype), chunk=chunk) for rows in units]
 
 
 def _joined(blocks: Sequence[PrototypeLogits]) -> PrototypeLogits:
@@ -163,10 +190,14 @@ class Head(nn.Module):
 
     The prototypes are the rows of two weight-normed layers without bias whose gain is frozen at 1, one layer for
     class tokens and one for patch tokens.
+
+    Args:
+        uniform_prototypes: how `initialise` starts them.
     """
 
-    def __init__(self, dim: int, hidden: int, bottleneck: int, prototypes: int):
+    def __init__(self, dim: int, hidden: int, bottleneck: int, prototypes: int, *, uniform_prototypes: bool = False):
         super().__init__()
+        self.uniform_prototypes = uniform_prototypes
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, bottleneck)
@@ -191,6 +222,15 @@ class Head(nn.Module):
             return class_logits, PrototypeLogits(tokens=patch_tokens, head=self, chunk=chunk)
         return class_logits, self.patch_factors(patch_tokens, chunk)
 
+    def uncentred(
+        self, class_tokens: Float[Tensor, "classes dim"], patch_tokens: Float[Tensor, "patches dim"]
+    ) -> tuple[PrototypeLogits, PrototypeLogits]:
+        """Features of class and patch tokens before they are centred and made unit vectors, with their prototypes."""
+        return (
+            PrototypeLogits(features=self.mlp(class_tokens), prototypes=F.normalize(self.class_prototypes, dim=-1)),
+            PrototypeLogits(features=self.mlp(patch_tokens), prototypes=F.normalize(self.patch_prototypes, dim=-1)),
+        )
+
     def patch_factors(self, tokens: Float[Tensor, "patches dim"], chunk: int) -> PrototypeLogits:
         """The logits of patch tokens as factors, in the precision that their product would have here."""
         features, prototypes = self.factors(tokens, self.patch_prototypes)
@@ -202,5 +242,8 @@ class Head(nn.Module):
         self, tokens: Float[Tensor, "rows dim"], prototypes: Float[Tensor, "prototypes bottleneck"]
     ) -> tuple[Float[Tensor, "rows bottleneck"], Float[Tensor, "prototypes bottleneck"]]:
         """Unit vectors whose products are the logits of tokens over `prototypes`."""
-        features = gelu_linear(gelu_linear(self.fc1(tokens), self.fc2), self.fc3)
-        return F.normalize(features, dim=-1), F.normalize(prototypes, dim=-1)
+        return F.normalize(self.mlp(tokens), dim=-1), F.normalize(prototypes, dim=-1)
+
+    def mlp(self, tokens: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows bottleneck"]:
+        """Features as they are before they become unit vectors."""
+        return gelu_linear(gelu_linear(self.fc1(tokens), self.fc2), self.fc3)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from fastpmae.model.head import Head
 from fastpmae.model.vit import Encoder
 
 
@@ -24,7 +25,11 @@ def initialise_as_timm(encoder: Encoder, generator: torch.Generator) -> None:
 
 
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
-    """Weights as MAE starts them (xavier-uniform products, normal .02 tokens), and the head as DINO (truncated .02)."""
+    """Weights as MAE starts them (xavier-uniform products, normal .02 tokens), and the head as DINO (truncated .02).
+
+    A head's prototypes are truncated .02 too, or uniform as torch starts a linear layer where it says so.
+    """
+    uniform = any(isinstance(module, Head) and module.uniform_prototypes for module in network.modules())
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             # MAE takes the patch embedding for the product it is.
@@ -40,5 +45,8 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
     for name, parameter in network.named_parameters():
         if name.endswith(("cls_token", "mask_token")):
             nn.init.normal_(parameter, std=0.02, generator=generator)
+        elif name.endswith("_prototypes") and uniform:
+            reach = parameter.shape[1] ** -0.5
+            nn.init.uniform_(parameter, -reach, reach, generator=generator)
         elif name.endswith("_prototypes"):
             nn.init.trunc_normal_(parameter, std=0.02, generator=generator)

@@ -15,6 +15,8 @@ from fastpmae.model.initialization import initialise, initialise_as_timm
 from fastpmae.model.vit import Encoder, Student
 
 Cadence = Literal["step", "epoch"]
+PAPER_LENGTH: dict[Cadence, int] = {"step": 500_000, "epoch": 300}
+"""Updates of a teacher in the paper's run on ImageNet-1k (1.28 million images in batches of 768)."""
 
 
 class Teacher(nn.Module):
@@ -110,26 +112,37 @@ def make_teachers(
         steps, epochs: of the whole run, which the momentum schedules stretch over.
         generator: draws the weights of teachers that start at random.
     """
-    which, total = settings.teachers, {"step": steps, "epoch": epochs}
+    which = settings.teachers
     labelling = Teacher.of(student, labels=True) if which in ("dual", "single") else None
     reconstruction = labelling if which == "single" else None
     if which in ("dual", "reconstruction"):
         reconstruction = Teacher.of(student, labels=False)
-    teachers = Teachers(
-        reconstruction,
-        labelling,
-        Schedule(
-            settings.reconstruction_cadence,
-            *settings.reconstruction_momentum,
-            total[settings.reconstruction_cadence],
-        ),
-        Schedule(settings.labelling_cadence, *settings.labelling_momentum, total[settings.labelling_cadence]),
+    schedules = (
+        make_schedule(settings.reconstruction_cadence, settings.reconstruction_momentum, settings, steps, epochs),
+        make_schedule(settings.labelling_cadence, settings.labelling_momentum, settings, steps, epochs),
     )
+    teachers = Teachers(reconstruction, labelling, *schedules)
     if settings.teacher_init == "random":
         for teacher in teachers.modules().values():
             initialise(teacher, generator)
             initialise_as_timm(teacher.encoder, generator)
     return teachers
+
+
+def make_schedule(
+    cadence: Cadence, momentum: tuple[float, float], settings: TeacherSettings, steps: int, epochs: int
+) -> Schedule:
+    """A teacher's schedule over so many steps and epochs, its momenta fitted to a length where the settings ask for it.
+
+    A teacher that keeps m of itself at each of n updates is left with m^n of its start: m^(N/n) leaves as much after n
+    updates as m after the paper's N.
+    """
+    total = {"step": steps, "epoch": epochs}[cadence]
+    power = 1.0
+    if settings.momentum_for is not None:
+        power = PAPER_LENGTH[cadence] / (total * (settings.momentum_for or epochs) / epochs)
+    start, end = momentum
+    return Schedule(cadence, start**power, end**power, total)
 
 
 def _pairs(teacher: Teacher, student: Student) -> tuple[list[Tensor], list[Tensor]]:

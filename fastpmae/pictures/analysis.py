@@ -12,6 +12,7 @@ from torch import Tensor
 from fastpmae.config import Config
 from fastpmae.evaluate.features import whole_tokens
 from fastpmae.model.build import check, view_settings
+from fastpmae.model.head import centred
 from fastpmae.model.teachers import Teachers
 from fastpmae.model.vit import Block, Encoder, Student
 from fastpmae.pretraining.match_geometry import masked_overlaps
@@ -67,8 +68,8 @@ def networks_of(checkpoint: Checkpoint) -> tuple[Student, Teachers]:
     Raises:
         UserError: when the checkpoint holds other networks than its settings say.
     """
-    config = checkpoint.config
-    check(config)
+    check(checkpoint.config)
+    config = checkpoint.phase.config
     check_fits(checkpoint, config)
     student, teachers = make_networks(config, 1, torch.device("cpu"), None)
     restore_networks(checkpoint, student, teachers)
@@ -92,8 +93,8 @@ def analyse(checkpoint: Checkpoint, images: Samples, samples: int = 6, index: tu
     Raises:
         UserError: when the checkpoint or the images cannot be used.
     """
-    config = checkpoint.config
     student, teachers = networks_of(checkpoint)
+    config = checkpoint.phase.config
     batch = batch_of(config, images, samples, index)
     predicted, _, _ = student(batch.simple, batch.visible, batch.folds)
     targets = teacher_forward(teachers, batch, config).targets
@@ -160,13 +161,15 @@ def prototype_use(
     Raises:
         UserError: when the checkpoint or the images cannot be used, or when the run has no pseudo labels.
     """
-    config = checkpoint.config
     _, teachers = networks_of(checkpoint)
+    config = checkpoint.phase.config
     if teachers.labelling is None:
         raise UserError(f"{checkpoint.path} holds no prototypes: its run used --teachers {config.teacher.teachers}")
     batch = batch_of(config, images, min(samples, len(images)))
     plain = config.using(prototypes_chunk=0)
     _, (_, patch_logits) = labelling_forward(teachers.labelling, batch, plain)
+    if config.loss.center_bottleneck:
+        (patch_logits,) = centred([patch_logits])
     logits = patch_logits.matrix
     assert logits is not None
     labels = sinkhorn(logits, config.loss.epsilon, config.loss.sinkhorn_iterations).argmax(dim=1)

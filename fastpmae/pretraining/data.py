@@ -43,18 +43,20 @@ def batches_ahead(size: int, config: Config) -> int:
     return 2 if config.data.loader == "dali" else min(max(2, -(-IMAGES_AHEAD // size)), 64)
 
 
-def make_loader(images: Samples, config: Config, ranks: Ranks) -> PairedViews:
-    """This rank's loader: micro-batches of the views that are needed, masks and folds.
-
-    Raises:
-        UserError: when there is less than one batch.
-    """
-    size = micro_batch_size(config, ranks)
+def steps_in_epoch(images: Samples, config: Config, ranks: Ranks) -> int:
+    """Steps of an epoch. Raises UserError when there is less than one batch, or it cannot be shared out evenly."""
+    micro_batch_size(config, ranks)
     if len(images) < config.optimizer.batch_size:
         raise UserError(
             f"{images.path} holds {len(images)} images, less than one batch of {config.optimizer.batch_size}: "
             "choose a smaller --batch-size"
         )
+    return len(images) // config.optimizer.batch_size
+
+
+def make_loader(images: Samples, config: Config, ranks: Ranks) -> PairedViews:
+    """This rank's loader: micro-batches of the views that are needed, masks and folds."""
+    size = micro_batch_size(config, ranks)
     return PairedViews(
         images,
         size,

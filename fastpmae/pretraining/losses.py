@@ -69,7 +69,7 @@ def pixel_loss(
 
 def pseudo_labels(
     micro_batches: Sequence[Sequence[PrototypeLogits]],
-    epsilon: float,
+    epsilons: Sequence[float],
     iterations: int,
     group: dist.ProcessGroup | None = None,
 ) -> list[list[PseudoLabels]]:
@@ -78,9 +78,12 @@ def pseudo_labels(
 
     Args:
         micro_batches: for each its logits, of each kind of token.
+        epsilons: of each kind of token.
     """
-    biases = sinkhorn_biases(list(zip(*micro_batches, strict=True)), epsilon, iterations, group)
-    return [[PseudoLabels(*labels, epsilon) for labels in zip(logits, biases, strict=True)] for logits in micro_batches]
+    biases = sinkhorn_biases(list(zip(*micro_batches, strict=True)), epsilons, iterations, group)
+    return [
+        [PseudoLabels(*labels) for labels in zip(logits, biases, epsilons, strict=True)] for logits in micro_batches
+    ]
 
 
 def class_loss(

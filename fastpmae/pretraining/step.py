@@ -9,8 +9,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fastpmae.config import Config
-from fastpmae.model.head import PrototypeLogits
+from fastpmae.config import Config, Loss
+from fastpmae.model.head import PrototypeLogits, centred
 from fastpmae.model.teachers import Teacher, Teachers
 from fastpmae.pretraining.losses import (
     PseudoLabels,
@@ -54,7 +54,7 @@ class TeacherOutputs(NamedTuple):
     targets: Targets
     """Without labels."""
     logits: tuple[PrototypeLogits, PrototypeLogits] | None
-    """Of class and patch tokens, where there is a labelling teacher."""
+    """Of class and patch tokens, where there is a labelling teacher; with `center_bottleneck` yet to be centred."""
 
 
 def compute_targets(
@@ -92,28 +92,54 @@ def labelling_forward(
     view = getattr(batch, config.views.labelling_view)
     class_tokens, patch_tokens = teacher.encoder.encode_folds(view, batch.folds, batch.fold_sizes)
     assert teacher.head is not None
-    # Where the rest is in bf16 the head is in fp16: as fast, and its logits are eight times as fine.
-    kind = view.device.type
-    with torch.autocast(kind, torch.float16, enabled=torch.is_autocast_enabled(kind)):
-        logits = teacher.head(
-            class_tokens.flatten(0, 1), patch_tokens.flatten(0, 1), config.efficiency.prototypes_chunk
-        )
-    return patch_tokens, logits
+    tokens = class_tokens.flatten(0, 1), patch_tokens.flatten(0, 1)
+    with _finer(view):
+        if config.loss.center_bottleneck:
+            return patch_tokens, teacher.head.uncentred(*tokens)
+        return patch_tokens, teacher.head(*tokens, config.efficiency.prototypes_chunk)
+
+
+def _finer(tensor: Tensor) -> torch.autocast:
+    """Where the rest is in bf16 the labelling head is in fp16: as fast, and its logits are eight times as fine."""
+    kind = tensor.device.type
+    return torch.autocast(kind, torch.float16, enabled=torch.is_autocast_enabled(kind))
 
 
 @torch.no_grad()
 def assign_pseudo_labels(
-    micro_batches: Sequence[TeacherOutputs], config: Config, group: dist.ProcessGroup | None = None
+    micro_batches: Sequence[TeacherOutputs], config: Config, group: dist.ProcessGroup | None = None, epoch: int = 0
 ) -> list[Targets]:
-    """The targets of each micro-batch, class and patch labels balanced apart over all micro-batches and all ranks."""
+    """The targets of each micro-batch, class and patch labels balanced apart over all micro-batches and all ranks.
+
+    Args:
+        epoch: from 0, in which the temperatures are what their schedule says.
+    """
     logits = [micro_batch.logits for micro_batch in micro_batches if micro_batch.logits is not None]
     if not logits:
         return [micro_batch.targets for micro_batch in micro_batches]
-    labels = pseudo_labels(logits, config.loss.epsilon, config.loss.sinkhorn_iterations, group)
+    if config.loss.center_bottleneck:
+        of_class, of_patch = zip(*logits, strict=True)
+        with _finer(micro_batches[0].targets.reconstruction):
+            classes, patches = centred(of_class, group), centred(of_patch, group, config.efficiency.prototypes_chunk)
+        logits = list(zip(classes, patches, strict=True))
+    labels = pseudo_labels(logits, epsilons(config.loss, epoch), config.loss.sinkhorn_iterations, group)
     return [
         micro_batch.targets._replace(class_labels=of_class, patch_labels=of_patch)
         for micro_batch, (of_class, of_patch) in zip(micro_batches, labels, strict=True)
     ]
+
+
+def epsilons(loss: Loss, epoch: int) -> tuple[float, float]:
+    """The temperatures of the assignment of class and of patch labels in an epoch, counted from 0.
+
+    They warm up in even steps from one epoch to the next, as the temperature of DINO's teacher does.
+    """
+    share, last = 1.0, loss.warmup_epsilon_epochs - 1
+    if loss.warmup_epsilon is not None and epoch <= last:
+        start = loss.warmup_epsilon / loss.epsilon
+        share = start + (1 - start) * (epoch / last if last else 0.0)
+    of_class = loss.epsilon if loss.class_epsilon is None else loss.class_epsilon
+    return share * of_class, share * loss.epsilon
 
 
 def student_loss(

@@ -61,18 +61,24 @@ class Done(NamedTuple):
 
 
 def train_step(
-    training: Training, batches: Iterator[MicroBatch], step: int, lr: float, before_update: Callable[[], None]
+    training: Training,
+    batches: Iterator[MicroBatch],
+    step: int,
+    epoch: int,
+    lr: float,
+    before_update: Callable[[], None],
 ) -> Done:
     """Train on the next micro-batches, `accumulate` of them.
 
     Args:
-        step: its number, from 0.
+        step: its number, from 0 at the phase's start.
+        epoch: likewise.
         lr: its learning rate.
         before_update: called before anything is changed in place.
     """
     config, accumulate = training.config, training.config.optimizer.accumulate
     losses, index = [], []
-    for number, (batch, drop_path_scale, targets) in enumerate(_with_targets(training, batches), 1):
+    for number, (batch, drop_path_scale, targets) in enumerate(_with_targets(training, batches, epoch), 1):
         # Gradients travel between the ranks with the last micro-batch alone.
         with contextlib.nullcontext() if number == accumulate else no_sync(training.parallel):
             with training.autocast:
@@ -82,13 +88,21 @@ def train_step(
         index.append(batch.index)
     mean_losses = torch.stack(losses).mean(dim=0)
     before_update()
+    if epoch < config.optimizer.freeze_prototypes:
+        freeze_prototypes(training.student)
     norm, skipped = update(training.optimizer, mean_losses[0], lr, config.optimizer.clip_grad, training.ranks)
     training.teachers.update_ema(training.student, "step", step)
     return Done(mean_losses, norm, skipped, torch.cat(index), batch, targets, found.match)
 
 
+def freeze_prototypes(student: Student) -> None:
+    """Leave the prototypes out of the next update, weight decay and moments included."""
+    if student.head is not None:
+        student.head.class_prototypes.grad = student.head.patch_prototypes.grad = None
+
+
 def _with_targets(
-    training: Training, batches: Iterator[MicroBatch]
+    training: Training, batches: Iterator[MicroBatch], epoch: int
 ) -> Iterator[tuple[Batch, Float[Tensor, "batch depth 2"] | None, Targets]]:
     """A step's micro-batches; those whose pseudo labels are balanced together pass the teachers together."""
     config, accumulate = training.config, training.config.optimizer.accumulate
@@ -97,7 +111,7 @@ def _with_targets(
         ahead = [next(batches) for _ in range(together)]
         with training.autocast:
             outputs = [training.teacher_forward(training.teachers, batch, config) for batch, _ in ahead]
-            targets = assign_pseudo_labels(outputs, config, training.ranks.group)
+            targets = assign_pseudo_labels(outputs, config, training.ranks.group, epoch)
             del outputs
         while ahead:
             # Nothing here holds what its taker has let go of.

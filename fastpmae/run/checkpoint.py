@@ -21,6 +21,7 @@ from fastpmae.config import Config
 from fastpmae.config_file import config_from
 from fastpmae.distributed.dtensor import distribute_like
 from fastpmae.model.build import build_student
+from fastpmae.model.phases import Phase, phase_after
 from fastpmae.model.teachers import Teachers
 from fastpmae.weights.file_kind import is_safetensors, other_file, unsound
 from fastpmae.weights.tensor_file import save_file
@@ -55,6 +56,11 @@ class Checkpoint:
     def config(self) -> Config:
         """The settings of the run that wrote it."""
         return settings_in(self.progress, self.path)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the run that its networks are of."""
+        return phase_after(self.config, self.progress["step"], self.progress["steps_per_epoch"])
 
     @property
     def config_of_encoder(self) -> Config:

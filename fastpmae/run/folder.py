@@ -16,7 +16,8 @@ from torch import nn
 from fastpmae.config import Config, rate_changes, settings_by_name
 from fastpmae.config_file import read_config, write_config
 from fastpmae.distributed.ranks import Ranks, has_bf16
-from fastpmae.model.build import warmup_epochs
+from fastpmae.model.build import pixel_epochs, warmup_epochs
+from fastpmae.model.phases import phase_after
 from fastpmae.run.checkpoint import (
     Checkpoint,
     check_fits,
@@ -80,6 +81,7 @@ def resolve(config: Config, device: torch.device, images: Samples) -> Config:
         page_order=page_order,
         augment_on=augment_on,
         warmup_epochs=float(warmup_epochs(config)),
+        pixel_epochs=float(pixel_epochs(config)),
     )
 
 
@@ -130,7 +132,7 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
     total, step = steps_per_epoch * config.optimizer.epochs, checkpoint.progress["step"]
     if step > total:
         raise UserError(f"{checkpoint.path} stands after step {step:,}, and these settings end after {total:,}")
-    check_fits(checkpoint, config)
+    check_fits(checkpoint, phase_after(config, step, steps_per_epoch).config)
     remarks += [f"resumed with a changed setting: {change}" for change in changes]
     if checkpoint.config.data.loader == "ffcv" and checkpoint.progress.get("decoder") != DECODER:
         remarks.append(

@@ -132,7 +132,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, about: About, first_step: int, last_step: int, *, is_main: bool = True):
-        self.folder, self.about, self.speaks = folder, about, is_main
+        self.folder, self.about, self.speaks, self.images_at_peak = folder, about, is_main, about.images_at_peak
         shown = is_main and self.about.tell is None
         self.bar = Bar(last_step, "training", done=first_step, stays=True, shown=shown)
         self.writers: list[Any] = []
@@ -179,9 +179,14 @@ class Log:
             file.write(sentence + "\n")
         (self.about.tell or self.bar.tell)(sentence)
 
-    def start_clock(self, step: int) -> None:
-        """Rates in the next row count from now and from this step."""
+    def start_clock(self, step: int, images_at_peak: float | None = None) -> None:
+        """Rates in the next row count from now and from this step.
+
+        Args:
+            images_at_peak: as in `About`, where that is another from here on.
+        """
         self.clock, self.clock_step = time.perf_counter(), step
+        self.images_at_peak = images_at_peak or self.images_at_peak
 
     def step(self, step: int, epoch: int, failed: list[int]) -> None:
         """Move the progress bar, write the row that is owed, and report the samples that did not decode."""
@@ -211,8 +216,8 @@ class Log:
         seconds = time.perf_counter() - self.clock
         images = (row["step"] - self.clock_step) * self.about.batch_size
         rates = {"images_per_second": images / seconds, "data_wait": waited / seconds}
-        if self.about.images_at_peak is not None:
-            rates["mfu"] = images / seconds / self.about.images_at_peak
+        if self.images_at_peak is not None:
+            rates["mfu"] = images / seconds / self.images_at_peak
         self.start_clock(int(row["step"]))
         if self.speaks:
             self._owed = lambda: self._write(row | rest() | rates | ({"partial": True} if partial else {}))

@@ -38,6 +38,8 @@ class Session:
     folder: Path
     log: Log
     saver: Saver
+    newest: Path | None = None
+    """The checkpoint that was saved last."""
 
     def __init__(self, stack: contextlib.ExitStack, stop: Stop, ranks: Ranks):
         self.stack, self.stop, self.ranks = stack, stop, ranks
@@ -126,7 +128,8 @@ class Session:
         self.log.settle()
         self.wait()
         tensors, values = state()
-        self.saver.save(checkpoint_path(self.folder, self.step), tensors, {"step": self.step} | values)
+        self.newest = checkpoint_path(self.folder, self.step)
+        self.saver.save(self.newest, tensors, {"step": self.step} | values)
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def wait(self) -> None:

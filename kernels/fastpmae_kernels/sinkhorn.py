@@ -53,7 +53,7 @@ def sinkhorn_bias(
 @torch.no_grad()
 def sinkhorn_biases(
     logits: Sequence[Float[Tensor, "_rows _prototypes"] | Sequence[Float[Tensor, "_rows _prototypes"]]],
-    epsilon: float = 0.05,
+    epsilon: float | Sequence[float] = 0.05,
     iterations: int = 3,
     group: dist.ProcessGroup | None = None,
 ) -> list[Float[Tensor, " _prototypes"]]:
@@ -63,15 +63,25 @@ def sinkhorn_biases(
 
     Args:
         logits: each a matrix, or the blocks of rows that one consists of, which are read where they lie.
+        epsilon: of all of them, or one for each.
     """
     matrices = [[matrix] if isinstance(matrix, Tensor) else matrix for matrix in logits]
+    epsilons = list(epsilon) if isinstance(epsilon, Sequence) else [epsilon] * len(matrices)
+    if len(epsilons) != len(matrices):
+        raise ValueError(f"{len(epsilons)} values of epsilon for {len(matrices)} matrices of logits")
     every = [block for blocks in matrices for block in blocks]
-    _check(every, epsilon, iterations)
+    for each in epsilons:
+        _check(every, each, iterations)
     if backend.runs_plain(*every):
-        return [sinkhorn_bias_ref(torch.cat(list(blocks)), epsilon, iterations, group) for blocks in matrices]
+        return [
+            sinkhorn_bias_ref(torch.cat(list(blocks)), each, iterations, group)
+            for blocks, each in zip(matrices, epsilons, strict=True)
+        ]
     sizes = [blocks[0].shape[1] for blocks in matrices]
     logsumexp, assigned = torch.ops.fastpmae.column_logsumexp, torch.ops.fastpmae.assigned_sums
-    first = [_merged([logsumexp(block, epsilon) for block in blocks]) for blocks in matrices]
+    first = [
+        _merged([logsumexp(block, each) for block in blocks]) for blocks, each in zip(matrices, epsilons, strict=True)
+    ]
     own_peak, total = (torch.cat([pair[k] for pair in first]) for k in (0, 1))
     peak = own_peak
     if group is not None:
@@ -82,8 +92,8 @@ def sinkhorn_biases(
     logv = torch.where(peak == -torch.inf, 0.0, -(peak + total.log()))
     for _ in range(iterations - 1):
         sums = [
-            functools.reduce(torch.add, [assigned(block, bias, epsilon) for block in blocks])
-            for blocks, bias in zip(matrices, logv.split(sizes), strict=True)
+            functools.reduce(torch.add, [assigned(block, bias, each) for block in blocks])
+            for blocks, bias, each in zip(matrices, logv.split(sizes), epsilons, strict=True)
         ]
         sums = torch.cat(sums)
         if group is not None:
