@@ -17,7 +17,7 @@ from fastpmae.model.fp8 import check_fp8_device
 from fastpmae.model.phases import Phase, describe_phase, phase_after, phases_of
 from fastpmae.plan.utilization import images_at_peak
 from fastpmae.pretraining.cli import read_command
-from fastpmae.pretraining.collapse import collapse_figures
+from fastpmae.pretraining.collapse import FlatLabels, collapse_figures
 from fastpmae.pretraining.compile import compile_step
 from fastpmae.pretraining.data import Prefetcher, make_loader, steps_in_epoch
 from fastpmae.pretraining.match_geometry import geometry_figures
@@ -147,6 +147,7 @@ class Stage:
     loader: PairedViews
     prefetcher: Prefetcher
     meter: Meter
+    flat_labels: FlatLabels
     first_step: int
     end_step: int
     last_step: int
@@ -204,7 +205,8 @@ def set_up(run: Pretraining, phase: Phase, session: Session, stack: contextlib.E
     student, teachers = make_networks(config, end_step - first_step, device, None if resumed else init)
     parallel = wrap_parallel(student, teachers, ranks, shard=shard, accumulate=config.optimizer.accumulate)
     optimizer = make_optimizer(student, config)
-    meter = Meter(ranks.device, loader.batch_size * config.optimizer.accumulate)
+    labels = config.teacher.teachers in ("dual", "single")
+    meter = Meter(ranks.device, loader.batch_size * config.optimizer.accumulate, labels=labels)
     prefetcher = Prefetcher(loader, config, ranks.device)
     if newest is not None:
         prefetcher.bad_images = read_progress(newest)["bad_images"]
@@ -220,7 +222,9 @@ def set_up(run: Pretraining, phase: Phase, session: Session, stack: contextlib.E
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=low, cache_enabled=not shard)
     training = Training(config, ranks, student, teachers, parallel, optimizer, *passes, autocast)
     last_step = min(end_step, run.last_step)
-    return Stage(run, phase, training, loader, prefetcher, meter, first_step, end_step, last_step)
+    late = (first_step + end_step) // 2 if config.loss.lambda_c > 0 else end_step + 1
+    flat_labels = FlatLabels(late, lambda words: session.log.say(words))
+    return Stage(run, phase, training, loader, prefetcher, meter, flat_labels, first_step, end_step, last_step)
 
 
 def begin(run: Pretraining, stage: Stage, session: Session) -> None:
@@ -283,12 +287,18 @@ def write_row(stage: Stage, session: Session, done: Done, lr: float, *, partial:
         figures["phase"] = stage.phase.number
     on_device = [stage.meter.means(ranks.group, anew=not partial)]
     if ranks.is_main:
-        on_device.append(collapse_figures(done.targets))
+        on_device.append(collapse_figures(done.targets, done.label_losses, done.match))
         if done.match is not None:
             on_device.append(geometry_figures(done.batch, done.match, config))
     rest = to_host(*on_device)
     stop_if_bad(stage.meter, session)
-    session.log.row(figures, rest, stage.prefetcher.take_wait(), partial=partial)
+
+    def on_host() -> dict[str, float]:
+        found = rest()
+        stage.flat_labels.look(figures | found)
+        return found
+
+    session.log.row(figures, on_host, stage.prefetcher.take_wait(), partial=partial)
 
 
 def stop_if_bad(meter: Meter, session: Session) -> None:

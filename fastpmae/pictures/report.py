@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,11 +39,12 @@ CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("loss", {"loss": "total", "loss_m": "L_m, reconstruction", "loss_c": "L_c, class labels",
               "loss_p": "L_p, patch labels"}),
     ("matches", {"match_overlap": "match shows the same place", "match_chance": "a match by chance",
-                 "match_reachable": "patches that have one"}),
+                 "match_same_place": "the same place of the view", "match_reachable": "patches that have one"}),
     ("prototypes used in a batch", {"class_prototypes_used": "by class tokens",
                                     "patch_prototypes_used": "by patch tokens"}),
     ("label entropy, nats", {"class_label_entropy": "class", "patch_label_entropy": "patch",
                              "entropy_limit": "the most there can be"}),
+    ("what the labels could still teach, nats", {"class_divergence": "class", "patch_divergence": "patch"}),
     ("rank of the teachers' tokens", {"reconstruction_rank": "reconstruction", "labelling_rank": "labelling"}),
     ("k-NN during training, %", {"knn_student": "student", "knn_reconstruction_teacher": "reconstruction teacher",
                                  "knn_labelling_teacher": "labelling teacher"}),
@@ -224,11 +226,18 @@ def _curves(rows: Sequence[dict[str, float]]) -> Figure:
     height = -(-len(plots) // columns)
     figure = Figure((12.5, 3.1 * height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
+    # the last step of pixels alone, where the run has two phases
+    boundary = max((row["step"] for row in rows if row.get("phase") == 1), default=None)
     for place, (title, curves) in enumerate(plots):
         axes = figure.add_subplot(height, columns, place + 1)
         for name, words in curves.items():
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot(*zip(*points, strict=True), lw=1.4, label=words, marker="." if len(points) < 10 else "")
+            points = [(row["step"], row[name], row.get("phase", 0)) for row in rows if name in row]
+            (line,) = axes.plot([], [], lw=1.4, label=words)
+            for _, stretch in itertools.groupby(points, key=lambda point: point[2]):
+                steps, values, _ = zip(*stretch, strict=True)
+                axes.plot(steps, values, lw=1.4, color=line.get_color(), marker="." if len(steps) < 10 else "")
+        if boundary is not None:
+            axes.axvline(boundary, color="0.5", lw=0.8, ls=":")
         axes.set_title(title, size=10)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)

@@ -1,9 +1,10 @@
-"""Figures that make a collapse visible while the Sinkhorn assignment still hides it."""
+"""Figures that tell whether the labels teach, and that show a collapse while the Sinkhorn assignment hides it."""
 
 import math
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from fastpmae.pretraining.losses import PseudoLabels
@@ -11,30 +12,54 @@ from fastpmae.pretraining.step import Targets
 from fastpmae.run.device_metrics import Figures, to_host
 
 MOST_TOKENS = 8192
+FLAT = 0.2
+"""Nats of class divergence below which the labels teach nothing that could be measured (docs/learning.md)."""
+ENOUGH_ROWS = 5
 AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Logits that are looked at together, two fp32 numbers for each: what a CPU's cache and what a GPU's cores ask for."""
 
 
-def collapse_metrics(targets: Targets) -> dict[str, float]:
-    """Prototypes in use, label entropy, spread and rank of the teachers' features, for one batch.
+def collapse_metrics(
+    targets: Targets,
+    label_losses: tuple[Float[Tensor, ""], Float[Tensor, ""]] | None = None,
+    match: Int[Tensor, "batch masked"] | None = None,
+) -> dict[str, float]:
+    """Prototypes in use, label entropy, divergence, spread and rank of the teachers' features, for one micro-batch.
 
     Prototypes in use are counted by the largest raw logit of each row, before the assignment is balanced; entropies
-    are in nats, to be read against `entropy_limit` = log P.
+    are in nats, to be read against `entropy_limit` = log P. A divergence is what of a label loss the student could
+    still learn, in nats: the loss is the entropy of the labels, which nothing lowers, and their divergence from what
+    the student says. Where it is near 0 from the start, there is nothing in the labels that the student does not know.
+
+    Args:
+        label_losses: of class and patch tokens, for this micro-batch; without them no divergence is told.
+        match: that the patch loss has used.
     """
-    return to_host(collapse_figures(targets))()
+    return to_host(collapse_figures(targets, label_losses, match))()
 
 
 @torch.no_grad()
-def collapse_figures(targets: Targets) -> Figures:
+def collapse_figures(
+    targets: Targets,
+    label_losses: tuple[Float[Tensor, ""], Float[Tensor, ""]] | None = None,
+    match: Int[Tensor, "batch masked"] | None = None,
+) -> Figures:
     """The figures of `collapse_metrics`, without waiting for the device."""
     numbers: list[Tensor] = []
     names: list[str] = []
     limits: dict[str, float] = {}
     for name, labels in (("class", targets.class_labels), ("patch", targets.patch_labels)):
         if labels is not None:
-            numbers += _labels(labels)
+            used, entropy = _labels(labels)
+            numbers += [used, entropy.mean(dtype=torch.float64)]
             names += [f"{name}_prototypes_used", f"{name}_label_entropy"]
             limits["entropy_limit"] = math.log(len(labels.logv))
+            if label_losses is not None:
+                of_patches = name == "patch"
+                if of_patches and match is not None:  # the loss reads the labels of the matched patches
+                    entropy = entropy.view(match.shape).gather(1, match)
+                numbers.append(label_losses[of_patches].double() - entropy.mean(dtype=torch.float64))
+                names.append(f"{name}_divergence")
     matrices: list[Tensor] = []
     ranks: list[str] = []
     for name, tokens in (("reconstruction", targets.tokens), ("labelling", targets.label_tokens)):
@@ -56,9 +81,36 @@ def collapse_figures(targets: Targets) -> Figures:
     return Figures(whole, named, tuple(matrices))
 
 
+class FlatLabels:
+    """Warns, once, of class labels that late in a run still hold nothing that the student does not say already.
+
+    Args:
+        late: step from which on it looks.
+        say: takes the warning.
+    """
+
+    def __init__(self, late: int, say: Callable[[str], None]):
+        self.late, self.say = late, say
+        self.seen = 0
+
+    def look(self, figures: dict[str, float]) -> None:
+        """Take in a row's figures."""
+        divergence = figures.get("class_divergence")
+        if divergence is None or figures["step"] < self.late or self.seen < 0:
+            return
+        self.seen = self.seen + 1 if divergence < FLAT else -1
+        if self.seen == ENOUGH_ROWS:
+            self.seen = -1
+            self.say(
+                f"warning: the class labels are nearly flat (class_divergence {divergence:.2f} nats, and under {FLAT} "
+                f"in {ENOUGH_ROWS} rows): they teach the class token little. --class-epsilon 0.025 with "
+                "--labelling-momentum 0.99 1 makes them form sooner; --lambda-c 0 does without them"
+            )
+
+
 def label_entropy(labels: PseudoLabels) -> float:
     """Mean entropy of the pseudo labels, in nats."""
-    return _labels(labels)[1].item()
+    return _labels(labels)[1].mean(dtype=torch.float64).item()
 
 
 def token_std(tokens: Float[Tensor, "tokens dim"]) -> tuple[float, float]:
@@ -82,24 +134,22 @@ def effective_rank(covariance: Float64[Tensor, "dim dim"]) -> float:
     return math.exp(-torch.xlogy(share, share).sum().item())
 
 
-def _labels(labels: PseudoLabels) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
-    """How many prototypes are in use, and the mean entropy of the labels."""
+def _labels(labels: PseudoLabels) -> tuple[Float64[Tensor, ""], Float[Tensor, " rows"]]:
+    """How many prototypes are in use, and the entropy of each label."""
     logv = labels.logv
     used = torch.zeros(len(logv), dtype=torch.bool, device=logv.device)
-    entropy = torch.zeros((), dtype=torch.float64, device=logv.device)
+    entropies = []
     count = max(1, AT_ONCE.get(logv.device.type, AT_ONCE["cpu"]) // len(logv))
-    total = 0
     # The same memory for all parts: fresh pages cost a CPU more than the sums in them.
     logits, weights = torch.empty(2, count, len(logv), dtype=torch.float32, device=logv.device)
     for rows in labels.logits.split(count):
-        total += len(rows)
         used.index_fill_(0, rows.max(dim=1).indices, True)
         logit = torch.add(logv, rows, alpha=1 / labels.epsilon, out=logits[: len(rows)])
         logit -= logit.amax(dim=1, keepdim=True)
         weight = torch.exp(logit, out=weights[: len(rows)])
         norm = weight.sum(dim=1)
-        entropy += (norm.log() - logit.mul_(weight).sum(dim=1) / norm).sum(dtype=torch.float64)
-    return used.sum(dtype=torch.float64), entropy / total
+        entropies.append(norm.log() - logit.mul_(weight).sum(dim=1) / norm)
+    return used.sum(dtype=torch.float64), torch.cat(entropies)
 
 
 def _token_std(tokens: Float[Tensor, "tokens dim"]) -> tuple[Float64[Tensor, ""], Float64[Tensor, "dim dim"]]:

@@ -30,8 +30,9 @@ def match_geometry(batch: Batch, match: Int[Tensor, "batch masked"], config: Con
 
     Returns:
         `match_reachable`: the share of the masked patches that are reachable. Of those, `match_overlap`: the share
-        whose match overlaps them, and `match_chance`: the same for a match drawn at random, which is the mean share
-        of the candidates that overlap. The latter two are left out where nothing is reachable.
+        whose match overlaps them, and what two matches without a network would have: `match_chance`, one drawn at
+        random, which is the mean share of the candidates that overlap, and `match_same_place`, the patch at the same
+        place of the other view. The latter three are left out where nothing is reachable.
     """
     return to_host(geometry_figures(batch, match, config))()
 
@@ -43,14 +44,18 @@ def geometry_figures(batch: Batch, match: Int[Tensor, "batch masked"], config: C
     share = (hits & candidates).sum(dim=2) / candidates.sum(dim=1)
     reachable = share > 0
     matched = hits.gather(2, match.unsqueeze(2)).squeeze(2)
+    same_place = hits.diagonal(dim1=1, dim2=2)
     every = reachable.numel()
 
     def named(found: list[float], _: object) -> dict[str, float]:
-        count, right, chance = found
-        figures = {"match_reachable": count / every}
-        return figures | ({"match_overlap": right / count, "match_chance": chance / count} if count else {})
+        count, *rest = found
+        shares = dict(zip(("match_overlap", "match_chance", "match_same_place"), rest, strict=True))
+        return {"match_reachable": count / every} | (
+            {name: total / count for name, total in shares.items()} if count else {}
+        )
 
-    sums = [reachable.sum().double(), (matched & reachable).sum().double(), share.double().sum()]
+    sums = [reachable.sum(), (matched & reachable).sum(), share.sum(dtype=torch.float64), same_place.sum()]
+    sums = [each.double() for each in sums]
     return Figures(torch.stack(sums), named)
 
 

@@ -58,6 +58,8 @@ class Done(NamedTuple):
     """The last micro-batch, with its targets and its match."""
     targets: Targets
     match: Int[Tensor, "batch masked"] | None
+    label_losses: tuple[Float[Tensor, ""], Float[Tensor, ""]]
+    """Of the last micro-batch's class and patch tokens, on this rank."""
 
 
 def train_step(
@@ -92,7 +94,8 @@ def train_step(
         freeze_prototypes(training.student)
     norm, skipped = update(training.optimizer, mean_losses[0], lr, config.optimizer.clip_grad, training.ranks)
     training.teachers.update_ema(training.student, "step", step)
-    return Done(mean_losses, norm, skipped, torch.cat(index), batch, targets, found.match)
+    of_class, of_patch = (losses[-1][place] for place in (2, 3))
+    return Done(mean_losses, norm, skipped, torch.cat(index), batch, targets, found.match, (of_class, of_patch))
 
 
 def freeze_prototypes(student: Student) -> None:

@@ -37,11 +37,16 @@ class Meter:
     """Running sums of a step's figures, kept on the device so that no step waits for the host.
 
     It also remembers the first step whose update was skipped, and that step's samples.
+
+    Args:
+        batch_size: this rank's samples in a step.
+        labels: whether there are label losses; else the rows leave them out.
     """
 
     names = ("loss", "loss_m", "loss_c", "loss_p", "grad_norm")
 
-    def __init__(self, device: torch.device, batch_size: int):
+    def __init__(self, device: torch.device, batch_size: int, *, labels: bool = True):
+        self.left_out = () if labels else ("loss_c", "loss_p")
         self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -72,7 +77,11 @@ class Meter:
         if anew:
             self.sums.zero_()
             self.count.zero_()
-        return Figures(means, lambda found, _: dict(zip(self.names, found, strict=True)))
+
+        def named(found: list[float], _: object) -> dict[str, float]:
+            return {name: value for name, value in zip(self.names, found, strict=True) if name not in self.left_out}
+
+        return Figures(means, named)
 
     def state(self, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
         """The sums, as a checkpoint holds them: a run that is resumed between two rows writes the same row, on any
@@ -230,10 +239,9 @@ class Log:
 
     def _write(self, row: dict[str, float]) -> None:
         self._keep(row)
-        figures = (
-            f"loss {row['loss']:.3f} (m {row['loss_m']:.3f} c {row['loss_c']:.3f} p {row['loss_p']:.3f})  "
-            f"{row['images_per_second']:.0f} images/s"
-        )
+        parts = "".join(f" {part} {row[f'loss_{part}']:.3f}" for part in "cp" if f"loss_{part}" in row)
+        parts = f" (m {row['loss_m']:.3f}{parts})" if parts else ""
+        figures = f"loss {row['loss']:.3f}{parts}  {row['images_per_second']:.0f} images/s"
         self.bar.update(note=figures)
         if not self.bar.live:
             used = f", {row['mfu']:.0%} of peak FLOPs" if "mfu" in row else ""

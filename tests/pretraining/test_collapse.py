@@ -93,7 +93,7 @@ def test_figures_do_not_depend_on_how_many_logits_are_looked_at_at_once(
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(33, 24, generator=generator).to(dtype)
     features, prototypes = torch.randn(33, 6, generator=generator), torch.randn(24, 6, generator=generator)
-    ((labels,),) = pseudo_labels([[PrototypeLogits(logits)]], 0.05, 3)
+    ((labels,),) = pseudo_labels([[PrototypeLogits(logits)]], (0.05,), 3)
     factors = PseudoLabels(PrototypeLogits(features=features, prototypes=prototypes, chunk=5), labels.logv, 0.05)
     tokens = torch.randn(3, 11, 6, generator=generator)
     figures = collapse_metrics(Targets(tokens, tokens, None, labels, factors))
@@ -116,7 +116,7 @@ def test_all_figures_of_a_row_come_at_once():
             return func(*args, **(kwargs or {}))
 
     tokens = torch.randn(3, 11, 6)
-    ((labels,),) = pseudo_labels([[PrototypeLogits(torch.randn(33, 24))]], 0.05, 3)
+    ((labels,),) = pseudo_labels([[PrototypeLogits(torch.randn(33, 24))]], (0.05,), 3)
     batch, match = made_batch(0, 3), torch.zeros(3, 12, dtype=torch.int64)
     targets = Targets(tokens, tokens, tokens, labels, labels)
     with Waits(anywhere=True) as waits, Told():
@@ -144,7 +144,7 @@ def test_sinkhorn_hides_a_collapse_that_raw_logits_show():
     """All rows alike: balanced labels look healthy, the count of prototypes in use does not."""
     logits = torch.linspace(-1, 1, 8).expand(64, 8)
     tokens = torch.ones(4, 16, 6)
-    ((labels,),) = pseudo_labels([[PrototypeLogits(logits)]], 0.05, 3)
+    ((labels,),) = pseudo_labels([[PrototypeLogits(logits)]], (0.05,), 3)
     figures = collapse_metrics(Targets(tokens, tokens, tokens, labels, labels))
     assert figures["patch_label_entropy"] == pytest.approx(math.log(8), abs=1e-3)
     assert figures["patch_prototypes_used"] == 1

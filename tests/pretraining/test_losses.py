@@ -109,7 +109,7 @@ def test_class_loss(batch: int, folds: int, dtype: torch.dtype, tolerance: float
     ).mean()
     torch.testing.assert_close(truth, each, rtol=1e-12, atol=0)
     (true_gradient,) = torch.autograd.grad(truth, student)
-    ((labels,),) = losses.pseudo_labels([[PrototypeLogits(teacher.to(dtype))]], 0.05, 3)
+    ((labels,),) = losses.pseudo_labels([[PrototypeLogits(teacher.to(dtype))]], (0.05,), 3)
     ours = student.detach().to(dtype).requires_grad_()
     value = losses.class_loss(PrototypeLogits(ours), labels, folds, 0.1)
     (gradient,) = torch.autograd.grad(value, ours)
@@ -130,7 +130,7 @@ def test_patch_loss(batch: int, masked: int, dtype: torch.dtype, tolerance: floa
     ]
     truth = torch.stack(terms).mean()
     (true_gradient,) = torch.autograd.grad(truth, student)
-    ((labels,),) = losses.pseudo_labels([[PrototypeLogits(teacher.to(dtype))]], 0.05, 3)
+    ((labels,),) = losses.pseudo_labels([[PrototypeLogits(teacher.to(dtype))]], (0.05,), 3)
     ours = student.detach().to(dtype).requires_grad_()
     value = losses.patch_loss(PrototypeLogits(ours), labels, match, 0.1)
     (gradient,) = torch.autograd.grad(value, ours)

@@ -113,7 +113,8 @@ def test_the_same_crop_matched_with_itself_is_always_right_and_a_crop_apart_is_n
     same = batch_with([[[3, 5, 17, 23], [3, 5, 17, 23]]], [[True, True]])
     own = torch.arange(12).expand(1, 12)
     figures = match_geometry(same, own, tiny_config())
-    assert figures == {"match_reachable": 1.0, "match_overlap": 1.0, "match_chance": pytest.approx(1 / 12)}
+    shares = {"match_overlap": 1.0, "match_chance": pytest.approx(1 / 12), "match_same_place": 1.0}
+    assert figures == {"match_reachable": 1.0} | shares
     apart = batch_with([[[0, 0, 10, 10], [20, 20, 10, 10]]], [[False, False]])
     assert match_geometry(apart, own, tiny_config()) == {"match_reachable": 0.0}
 
