@@ -1,0 +1,159 @@
+"""Runs of two phases: pixels first, then teachers, in one run that is the same whenever it is stopped."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastpmae import Config, UserError, pretrain
+from fastpmae.config_file import read_config
+from fastpmae.distributed.ranks import Ranks
+from fastpmae.model.build import check
+from fastpmae.model.phases import describe_phase, phase_after, phases_of
+from fastpmae.pretraining.data import Prefetcher, make_loader
+from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.optimizer import learning_rate, make_optimizer
+from fastpmae.pretraining.step import student_loss, teacher_forward
+from fastpmae.pretraining.train_step import Training, train_step
+from fastpmae.run.checkpoint import checkpoint_path, collect_state, read_checkpoint
+from fastpmae.run.images import open_images
+from tests.test_train import assert_same_run, rows_of
+
+PIXELS = {"teachers": "none", "target": "pixels", "lambda_c": 0.0, "lambda_p": 0.0, "drop_path": 0.0}
+
+
+def test_a_run_without_pixel_epochs_is_one_phase():
+    config = Config().using(epochs=10)
+    (phase,) = phases_of(config)
+    assert (phase.config, phase.first_epoch, phase.last_epoch, phase.number) == (config, 0, 10, None)
+
+
+@pytest.mark.parametrize("given", [15, 0.6])
+def test_phases_share_the_epochs_and_the_schedule(given: float):
+    config = Config().using(epochs=25, warmup_epochs=5.0, drop_path=0.2, pixel_epochs=given)
+    pixels, tokens = phases_of(config)
+    assert (pixels.first_epoch, pixels.last_epoch, pixels.number) == (0, 15, 1)
+    assert (tokens.first_epoch, tokens.last_epoch, tokens.number) == (15, 25, 2)
+    assert pixels.config == config.using(pixel_epochs=0.0, epochs=15, warmup_epochs=3.0, **PIXELS)
+    assert tokens.config == config.using(pixel_epochs=0.0, epochs=10, warmup_epochs=2.0)
+    for phase in (pixels, tokens):
+        check(phase.config)
+        rates = [learning_rate(phase.config, step, 10) for step in range(10 * phase.config.optimizer.epochs)]
+        assert rates[0] == 0
+        assert max(rates) == pytest.approx(config.optimizer.peak_lr)
+        assert rates[-1] < 0.01 * config.optimizer.peak_lr
+    assert "epochs 1 to 15" in describe_phase(pixels)
+    assert "epochs 16 to 25" in describe_phase(tokens)
+
+
+def test_after_its_last_step_a_phases_networks_are_its_own():
+    config = Config().using(epochs=5, pixel_epochs=2)
+    numbers = [phase_after(config, step, 10).number for step in (0, 1, 20, 21, 50)]
+    assert numbers == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"pixel_epochs": 2.5}, "--pixel-epochs 2.5: a whole number of epochs"),
+        ({"pixel_epochs": 10}, "leaves less than an epoch"),
+        ({"pixel_epochs": 0.01}, "leaves less than an epoch"),
+        ({"pixel_epochs": 0.99}, "leaves less than an epoch"),
+        ({"pixel_epochs": -1}, "leaves less than an epoch"),
+        ({"pixel_epochs": 5, **PIXELS}, "--pixel-epochs says nothing beside --target pixels"),
+    ],
+)
+def test_phases_that_are_none_are_refused(settings: dict[str, Any], sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        check(Config().using(epochs=10, **settings))
+
+
+@pytest.fixture
+def phased(tiny: Config) -> Config:
+    """Two epochs of pixels and two of teachers."""
+    return tiny.using(epochs=4, pixel_epochs=2, log_every=2, warmup_epochs=1.0)
+
+
+@pytest.mark.slow
+def test_each_phase_is_the_run_that_its_settings_make_alone(phased: Config, tmp_path: Path):
+    whole = pretrain(phased)
+    rows = rows_of(whole)
+    steps = max(int(row["step"]) for row in rows)
+    half = steps // 2
+
+    alone = pretrain(phased.using(**PIXELS, epochs=2, warmup_epochs=0.5, pixel_epochs=0, out=tmp_path / "alone"))
+    assert [{k: v for k, v in row.items() if k != "phase"} for row in rows if row["step"] <= half] == rows_of(alone)
+    first, last = (read_checkpoint(checkpoint_path(whole, step)) for step in (half, steps))
+    assert first.phase.name == "pixels"
+    assert last.phase.name == "tokens"
+    theirs = read_checkpoint(checkpoint_path(alone, half)).tensors
+    assert first.tensors.keys() == theirs.keys()
+    assert all(torch.equal(first.tensors[name], theirs[name]) for name in theirs)
+
+    assert all("loss_c" not in row for row in rows if row["step"] <= half)
+    second = [row for row in rows if row["step"] > half]
+    assert [row["phase"] for row in rows] == [1 if row["step"] <= half else 2 for row in rows]
+    assert all(row["loss"] == row["loss"] and "class_divergence" in row for row in second)
+    assert second[0]["labelling_momentum"] == pytest.approx(phased.teacher.labelling_momentum[0], abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [(1,), (3, 5), "boundary", "before and after"])
+def test_a_stop_in_any_phase_changes_nothing(phased: Config, tmp_path: Path, stops: Any):
+    whole = pretrain(phased)
+    steps = max(int(row["step"]) for row in rows_of(whole))
+    half = steps // 2
+    stops = {"boundary": (half,), "before and after": (half - 1, half + 1)}.get(stops, stops)
+    part = phased.using(out=tmp_path / "part", resume="auto")
+    for stop in stops:
+        pretrain(part.using(steps=stop))
+    pretrain(part)
+    assert_same_run(whole, tmp_path / "part", steps)
+
+
+@pytest.mark.slow
+def test_the_second_phase_by_hand(phased: Config):
+    """New networks around the encoder of the first, epochs of images that go on, and schedules that begin anew."""
+    whole = pretrain(phased.using(keep=9))
+    settings, rows = read_config(whole / "config.json"), rows_of(whole)
+    steps = max(int(row["step"]) for row in rows)
+    half, ranks = steps // 2, Ranks(0, 1, 1, torch.device("cpu"), None)
+    config = phases_of(settings)[1].config
+    start = checkpoint_path(whole, half)
+    student, teachers = make_networks(config, half, ranks.device, start)
+    for name, tensor in student.encoder.state_dict().items():
+        assert torch.equal(tensor, read_checkpoint(start).tensors[f"student.encoder.{name}"])
+    training = Training(
+        config, ranks, student, teachers, student, make_optimizer(student, config), teacher_forward, student_loss,
+        torch.autocast("cpu", enabled=False),
+    )  # fmt: skip
+    with make_loader(open_images(config), config, ranks) as loader:
+        prefetcher = Prefetcher(loader, config, ranks.device)
+        for epoch in (0, 1):
+            batches = prefetcher.epoch(2 + epoch, 0)
+            for place in range(half // 2):
+                step = epoch * half // 2 + place
+                train_step(training, batches, step, epoch, learning_rate(config, step, half // 2), lambda: None)
+            teachers.update_ema(student, "epoch", epoch)
+    last = read_checkpoint(checkpoint_path(whole, steps))
+    found = collect_state(student, teachers, training.optimizer)
+    assert all(torch.equal(last.tensors[name], tensor) for name, tensor in found.items() if "rng" not in name)
+    assert teachers.momenta(half - 1, 1).items() <= rows[-1].items()
+
+
+@pytest.mark.slow
+def test_other_pixel_epochs_are_another_run(phased: Config):
+    pretrain(phased.using(steps=1))
+    with pytest.raises(UserError, match=r"--pixel-epochs was 2\.0 and is now 1\.0"):
+        pretrain(phased.using(pixel_epochs=1, resume="auto"))
+
+
+def test_settings_of_phases_are_those_of_the_run_but_for_what_differs():
+    config = Config().using(epochs=10, pixel_epochs=3)
+    pixels, tokens = phases_of(config)
+    for phase in (pixels, tokens):
+        for group in dataclasses.fields(config):
+            if group.name not in ("optimizer", "teacher", "loss", "network"):
+                assert getattr(phase.config, group.name) == getattr(config, group.name)
