@@ -112,9 +112,9 @@ class TeacherSettings(Typed):
     teacher_init: Literal["copy", "random"] = "copy"
     """Teachers start as copies of the student, or from random weights and positions of their own (SdAE's code)."""
     momentum_for: int | None = None
-    """Take the momenta as those of the paper's length (300 epochs of 500,000 steps in all) and raise them to a power
-    that forgets as much in a run of so many epochs; without a number, in this run. An end of 1 stays 1. By default
-    they are taken as they are."""
+    """Take the momenta as meant for the paper's 300 epochs (500,000 steps), and raise them to the power with which as
+    much is forgotten in so many epochs; 0, or no number, for this run's own. An end of 1 stays 1. By default the
+    momenta hold as they are."""
 
 
 @dataclass(frozen=True)

@@ -162,10 +162,27 @@ def decode(
 
 def logits(weights: Weights, token: Tensor, prototypes: str) -> Tensor:
     """One token's cosine with every prototype after the MLP; `prototypes` names the layer."""
+    return cosines(weights[prototypes], bottleneck(weights, token))
+
+
+def bottleneck(weights: Weights, token: Tensor) -> Tensor:
+    """What the MLP makes of one token."""
     hidden = gelu(linear(weights, "fc1", token))
     hidden = gelu(linear(weights, "fc2", hidden))
-    bottom = linear(weights, "fc3", hidden)
-    rows = weights[prototypes]
+    return linear(weights, "fc3", hidden)
+
+
+def teacher_logits(weights: Weights, tokens: Tokens, prototypes: str, centre: bool) -> Tensor:
+    """The logits of all tokens of a batch, one after the other; their features may be centred first."""
+    features = [bottleneck(weights, token) for token in tokens]
+    if centre:
+        mean = torch.stack(features).mean(0)
+        features = [feature - mean for feature in features]
+    return torch.stack([cosines(weights[prototypes], feature) for feature in features])
+
+
+def cosines(rows: Tensor, bottom: Tensor) -> Tensor:
+    """The cosine of a feature with every row."""
     return rows @ bottom / torch.sqrt((rows**2).sum(1) * (bottom**2).sum())
 
 
@@ -284,7 +301,7 @@ def step(
     encoder, decoder, head = (under(student, f"{part}.") for part in ("encoder", "decoder", "head"))
 
     predicted, targets, student_classes, student_patches = [], [], [], []
-    label_tokens, class_logits, patch_logits = [], [], []
+    label_tokens, class_tokens = [], []
     for i in range(len(batch.simple)):
         visible, masked = batch.visible[i].tolist(), batch.folds[i].tolist()
         encoded = encode(
@@ -307,11 +324,10 @@ def step(
         student_patches.append([logits(head, patch, "patch_prototypes") for patch in tokens])
         with torch.no_grad():
             image = views[config.views.labelling_view][i]
-            teacher, teacher_head = under(labelling_teacher, "encoder."), under(labelling_teacher, "head.")
+            teacher = under(labelling_teacher, "encoder.")
             classes, patches = encode_folds(teacher, image, masked, batch.fold_sizes, size, heads, fixed)
             label_tokens.append(patches)
-            class_logits += [logits(teacher_head, one, "class_prototypes") for one in classes]
-            patch_logits += [logits(teacher_head, one, "patch_prototypes") for one in patches]
+            class_tokens += classes
 
     if loss.target == "pixels":
         l_m = pixel_loss(predicted, targets)
@@ -322,8 +338,14 @@ def step(
     l_c = l_p = torch.zeros((), dtype=torch.float64)
     if labelling_teacher is not None:
         folds, count = len(batch.fold_sizes), len(batch.folds[0])
-        class_labels = sinkhorn(torch.stack(class_logits), loss.epsilon, loss.sinkhorn_iterations)
-        patch_labels = sinkhorn(torch.stack(patch_logits), loss.epsilon, loss.sinkhorn_iterations)
+        with torch.no_grad():
+            all_patches = [patch for patches in label_tokens for patch in patches]
+            teacher_head, centre = under(labelling_teacher, "head."), loss.center_bottleneck
+            class_logits = teacher_logits(teacher_head, class_tokens, "class_prototypes", centre)
+            patch_logits = teacher_logits(teacher_head, all_patches, "patch_prototypes", centre)
+        class_epsilon = loss.epsilon if loss.class_epsilon is None else loss.class_epsilon
+        class_labels = sinkhorn(class_logits, class_epsilon, loss.sinkhorn_iterations)
+        patch_labels = sinkhorn(patch_logits, loss.epsilon, loss.sinkhorn_iterations)
         class_terms, patch_terms = [], []
         for i in range(len(batch.simple)):
             mean_label = class_labels[i * folds : (i + 1) * folds].mean(0)

@@ -161,14 +161,15 @@ def centred(
         blocks: as `Head.uncentred` gives them, all of class or all of patch tokens.
         chunk: leaves them as factors, to be multiplied out for so many rows at a time; 0 multiplies them out here.
     """
-    features = [block.features.float() for block in blocks if block.features is not None]
-    prototypes = blocks[0].prototypes
+    features, prototypes = [block.features for block in blocks if block.features is not None], blocks[0].prototypes
     assert prototypes is not None
+    finer = torch.promote_types(features[0].dtype, torch.float32)
+    features = [rows.to(finer) for rows in features]
     sums = torch.stack([rows.sum(dim=0, dtype=torch.float64) for rows in features]).sum(dim=0)
     sums = torch.cat([sums, sums.new_full((1,), sum(map(len, features)))])
     if group is not None:
         dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-    mean = (sums[:-1] / sums[-1]).float()
+    mean = (sums[:-1] / sums[-1]).to(finer)
     units = [F.normalize(rows - mean, dim=-1) for rows in features]
     if chunk == 0:
         return [PrototypeLogits(F.linear(rows, prototypes)) for rows in units]

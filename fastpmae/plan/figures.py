@@ -37,10 +37,23 @@ class ModelNeeds:
 
 
 @dataclass(frozen=True)
+class PixelPhase:
+    """The first phase of a run with `--pixel-epochs`."""
+
+    epochs: int
+    steps: int
+    costs: Costs
+    seconds: float
+    """A step's."""
+    hours: float
+
+
+@dataclass(frozen=True)
 class Report:
     """All that a plan says. Bytes, seconds, FLOPs, unless a name says otherwise."""
 
     config: Config
+    """Of the phase that the figures are of: the last one, where there are two."""
     gpu_name: str
     gpu: Gpu
     gpus: int
@@ -61,6 +74,8 @@ class Report:
     """The step's memory traffic when nothing is fused, at the data sheet's rate."""
     steps: int
     hours: float
+    """Of all phases."""
+    pixels: PixelPhase | None
     loader: LoaderRate
     busy: float | None
     needed_rate: float

@@ -17,8 +17,9 @@ from rich.console import Console
 from fastpmae.config import Config
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import SHAPES, check, shape_of
+from fastpmae.model.phases import phases_of
 from fastpmae.plan.costs import Costs, flops_of_an_image, step_costs
-from fastpmae.plan.figures import Method, ModelNeeds, Report
+from fastpmae.plan.figures import Method, ModelNeeds, PixelPhase, Report
 from fastpmae.plan.gpus import GPUS, Gpu, gpu_named
 from fastpmae.plan.loader_rate import LoaderRate, busy, measure
 from fastpmae.plan.report import CHUNK, draw, show
@@ -97,8 +98,10 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
     Raises:
         UserError: for settings that make no run, a GPU nobody knows, images that cannot be read.
     """
-    config = options.settings
-    check(config)
+    check(options.settings)
+    # the last phase needs most: with its teachers the plan is made, and the time of a first one is added
+    *before, phase = phases_of(options.settings)
+    config = phase.config
     gpu = _gpu(options)
     ranks = Ranks(0, options.gpus, options.gpus, torch.device("cpu"), None)
     accumulate = config.optimizer.accumulate
@@ -119,6 +122,14 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
     step = _step(config, costs, rate)
     planned = step_on(options.gpus, gpu, step, options.jitter)
     steps = epoch_images // config.optimizer.batch_size * config.optimizer.epochs
+    pixels = None
+    for first in before:
+        tell("a step of pixels alone")
+        found = step_costs(first.config, share, ranks=options.gpus)
+        seconds = step_on(options.gpus, gpu, _step(first.config, found, rate), options.jitter).seconds
+        epochs = first.config.optimizer.epochs
+        count = epoch_images // config.optimizer.batch_size * epochs
+        pixels = PixelPhase(epochs, count, found, seconds, seconds * count / 3600)
     needed_rate = config.optimizer.batch_size / planned.seconds
 
     methods: list[Method] = []
@@ -156,7 +167,8 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
         peak_seconds=costs.flops / peak,
         traffic_seconds=costs.traffic / gpu.bandwidth,
         steps=steps,
-        hours=planned.seconds * steps / 3600,
+        hours=planned.seconds * steps / 3600 + (pixels.hours if pixels else 0.0),
+        pixels=pixels,
         loader=loader,
         busy=busy(),
         needed_rate=needed_rate,
@@ -267,9 +279,11 @@ def _sized(config: Config, model: str) -> Config:
 def as_json(report: Report) -> dict[str, Any]:
     """Every figure as plain values."""
     plain = dataclasses.asdict(dataclasses.replace(report, config=None))
-    for found, costs in [(plain["costs"], report.costs)] + [
-        (row["costs"], method.costs) for row, method in zip(plain["methods"], report.methods, strict=True)
-    ]:
+    counted = [(plain, report), *zip(plain["methods"], report.methods, strict=True)]
+    if report.pixels is not None:
+        counted.append((plain["pixels"], report.pixels))
+    for row, counts in counted:
+        found, costs = row["costs"], counts.costs
         found |= {"flops": costs.flops, "peak": costs.peak}
     for name in ("weak", "strong"):
         for row, point in zip(plain[name], getattr(report, name), strict=True):
@@ -289,7 +303,7 @@ def plan(options: Plan) -> None:
             check_output(out, force=options.force, inputs=given)
     if options.json is not None and options.json == options.plot:
         raise UserError(f"--json and --plot both name {options.json}: give each a file of its own")
-    with _progress() as tell:
+    with _progress(len(phases_of(options.settings))) as tell:
         report = make_plan(options, tell)
     if options.json is not None:
         with atomic_write(options.json, options.force) as beside:
@@ -301,9 +315,9 @@ def plan(options: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
+def _progress(phases: int) -> Iterator[Callable[[str], None]]:
     """A bar in a terminal, nothing elsewhere: a plan takes seconds."""
-    counted, total = itertools.count(1), 3 + len(METHODS) + len(CHUNKED) + len(SHAPES)
+    counted, total = itertools.count(1), 2 + phases + len(METHODS) + len(CHUNKED) + len(SHAPES)
     with Bar(total, "counting") as bar:
         yield lambda words: bar.update(next(counted), words=f"counting {words}")
 

@@ -155,7 +155,11 @@ def _time(report: Report) -> Table:
         table.add_row("sent by each GPU in a step", f"{report.messages.sent(report.gpus) / 1e6:,.1f} MB")
     table.add_row("images/s", f"{report.needed_rate:,.0f}")
     table.add_row("steps", f"{report.steps:,}")
-    table.add_row("hours", f"{report.hours:,.2f}")
+    pixels = report.pixels
+    if pixels is not None:
+        table.add_row(f"hours of {pixels.epochs} epochs of pixels before ({_ms(pixels.seconds)} a step)",
+                      f"{pixels.hours:,.2f}")  # fmt: skip
+    table.add_row("hours" if pixels is None else "hours of both phases", f"{report.hours:,.2f}")
     table.add_row("days", f"{report.hours / 24:,.2f}")
     table.add_row("hours of all GPUs", f"{report.hours * report.gpus:,.2f}")
     return table

@@ -50,7 +50,7 @@ def read_command(arguments: Sequence[str] | None = None) -> Config:
 
 def parse(kind: type[Given], program: str, description: str, arguments: Sequence[str] | None = None) -> Given:
     """A command line of every setting and of the flags that `kind` adds to them, read as `read_command` does."""
-    words = _with_resume(with_values(sys.argv[1:] if arguments is None else arguments))
+    words = _with_defaults(with_values(sys.argv[1:] if arguments is None else arguments))
     for word in words:
         if word.replace("_", "-") in ("--decoder-class-token", "--no-decoder-class-token"):
             raise UserError(f"{word}: every decoder keeps the class token now, as MAE's and SdAE's do; leave it out")
@@ -108,12 +108,16 @@ def _printable(config: Config) -> Config:
     return config.using(**{name: printable(text) for name, text in odd.items()})
 
 
-def _with_resume(words: list[str]) -> list[str]:
-    """The words with `--resume` alone as `--resume auto`."""
+ALONE = {"--resume": "auto", "--momentum-for": "0"}
+"""Flags that may stand without a value, and the value that this means."""
+
+
+def _with_defaults(words: list[str]) -> list[str]:
+    """The words with a value behind every flag that may stand alone."""
     spread = []
     for position, word in enumerate(words):
         spread.append(word)
         follows = words[position + 1 : position + 2]
-        if word == "--resume" and (not follows or follows[0].startswith("-")):
-            spread.append("auto")
+        if word in ALONE and (not follows or follows[0].startswith("-")):
+            spread.append(ALONE[word])
     return spread

@@ -109,6 +109,16 @@ def test_several_matrices_are_balanced_apart():
         assert torch.equal(together, alone)
 
 
+def test_each_matrix_may_have_its_own_epsilon():
+    some, epsilons = [made_logits(40, 30), made_logits(7, 50)], [0.05, 0.02]
+    for together, matrix, epsilon in zip(sinkhorn_biases(some, epsilons), some, epsilons, strict=True):
+        assert torch.equal(together, sinkhorn_bias(matrix, epsilon))
+    with pytest.raises(ValueError, match="3 values of epsilon for 2 matrices"):
+        sinkhorn_biases(some, [0.05] * 3)
+    with pytest.raises(ValueError, match="must be positive, not 0"):
+        sinkhorn_biases(some, [0.05, 0.0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_blocks_of_rows_are_one_matrix(dtype: torch.dtype):
     first, second = made_logits(90, 30).to(dtype), made_logits(41, 20).to(dtype)

@@ -119,6 +119,27 @@ def test_momenta_stretch_over_the_whole_run() -> None:
         assert momenta == pytest.approx(truth, abs=1e-15)
 
 
+@pytest.mark.parametrize(("given", "epochs"), [(0, 25), (25, 25), (100, 25), (300, 300), (0, 1)])
+def test_momenta_that_know_the_length_leave_as_much_of_the_start(given: int, epochs: int) -> None:
+    """As much after a share of the run's updates as the paper's momentum after the same share of its own."""
+    steps = 40 * epochs
+    _, teachers = fresh(steps, epochs=epochs, momentum_for=given)
+    length = given or epochs
+    for schedule, count, updates, (start, end) in (
+        (teachers.reconstruction_schedule, epochs, 300, (0.96, 0.99)),
+        (teachers.labelling_schedule, steps, 500_000, (0.996, 1.0)),
+    ):
+        mine = count * length / epochs
+        assert schedule.start**mine == pytest.approx(start**updates, rel=1e-9)
+        assert schedule.end == (1.0 if end == 1 else pytest.approx(end ** (updates / mine), rel=1e-12))
+        assert schedule.total == count
+
+
+def test_momenta_are_taken_as_they_are_by_default() -> None:
+    _, teachers = fresh(500, epochs=50)
+    assert (teachers.labelling_schedule.start, teachers.reconstruction_schedule.start) == (0.996, 0.96)
+
+
 @pytest.mark.parametrize(
     ("preset", "cadence", "momentum"), [("single-step", "step", (0.996, 1.0)), ("single-epoch", "epoch", (0.96, 0.99))]
 )

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpmae.model.head import PrototypeLogits
 from fastpmae.pretraining import collapse as collapse_module
-from fastpmae.pretraining.collapse import collapse_figures, collapse_metrics, label_entropy, token_std
-from fastpmae.pretraining.losses import PseudoLabels, pseudo_labels
+from fastpmae.pretraining.collapse import FlatLabels, collapse_figures, collapse_metrics, label_entropy, token_std
+from fastpmae.pretraining.losses import PseudoLabels, class_loss, patch_loss, pseudo_labels
 from fastpmae.pretraining.match_geometry import geometry_figures, match_geometry
 from fastpmae.pretraining.step import Targets
 from fastpmae.run.device_metrics import to_host
@@ -150,3 +150,51 @@ def test_sinkhorn_hides_a_collapse_that_raw_logits_show():
     assert figures["patch_prototypes_used"] == 1
     assert figures["labelling_rank"] == pytest.approx(1)
     assert figures["entropy_limit"] == pytest.approx(math.log(8))
+
+
+def test_a_divergence_is_the_loss_without_the_entropy_of_its_labels():
+    """Of class labels, folds side by side, and of the labels of the matched patches: KL by hand in double precision."""
+    generator = torch.Generator().manual_seed(4)
+    batch, folds, masked, temperature = 3, 2, 5, 0.1
+    student_class, student_patch = torch.randn(batch, 7, generator=generator), torch.randn(15, 7, generator=generator)
+    teacher_class, teacher_patch = (torch.randn(rows, 7, generator=generator) for rows in (batch * folds, 15))
+    ((of_class, of_patch),) = pseudo_labels(
+        [[PrototypeLogits(teacher_class), PrototypeLogits(teacher_patch)]], (0.3, 0.5), 3
+    )
+    match = torch.randint(0, masked, (batch, masked), generator=generator)
+    losses = (
+        class_loss(PrototypeLogits(student_class), of_class, folds, temperature),
+        patch_loss(PrototypeLogits(student_patch.clone()), of_patch, match, temperature),
+    )
+    tokens = torch.randn(batch, masked, 6, generator=generator)
+    figures = collapse_metrics(Targets(tokens, tokens, tokens, of_class, of_patch), losses, match)
+
+    def divergence(labels: PseudoLabels, teacher: torch.Tensor, student: torch.Tensor) -> float:
+        label = torch.softmax(teacher.double() / labels.epsilon + labels.logv.double(), dim=1)
+        return (
+            (label * (label.log() - torch.log_softmax(student.double() / temperature, dim=1))).sum(dim=1).mean().item()
+        )
+
+    rows = (match + masked * torch.arange(batch)[:, None]).flatten()
+    matched = PseudoLabels(of_patch.logits, of_patch.logv, of_patch.epsilon)
+    assert figures["class_divergence"] == pytest.approx(
+        divergence(of_class, teacher_class, student_class.repeat_interleave(folds, 0)), rel=1e-5
+    )
+    assert figures["patch_divergence"] == pytest.approx(
+        divergence(matched, teacher_patch[rows], student_patch), rel=1e-5
+    )
+    assert "class_divergence" not in collapse_metrics(Targets(tokens, tokens, tokens, of_class, of_patch))
+
+
+def test_labels_that_stay_flat_are_told_once_and_those_that_form_never():
+    told: list[str] = []
+    watch = FlatLabels(100, told.append)
+    for step in range(0, 200, 10):
+        watch.look({"step": step, "class_divergence": 0.05})
+    assert len(told) == 1
+    assert "class_divergence 0.05 nats" in told[0]
+    formed = FlatLabels(100, told.append)
+    for step in range(0, 300, 10):
+        formed.look({"step": step, "class_divergence": 0.3 if step == 120 else 0.05})
+    FlatLabels(0, told.append).look({"step": 5})
+    assert len(told) == 1

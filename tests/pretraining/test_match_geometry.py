@@ -64,7 +64,7 @@ def test_figures_are_those_counted_one_pair_at_a_time(scope: str, view: int):
         batch = random_batch(seed)
         match = torch.randint(0, 12, (6, 12), generator=torch.Generator().manual_seed(seed))
         fold = [0] * 4 + [1] * 4 + [2] * 4
-        reachable = right = 0
+        reachable = right = same = 0
         chance = Fraction(0)
         for image in range(6):
             ids, boxes, flips = batch.folds[image].tolist(), batch.boxes[image].tolist(), batch.flips[image].tolist()
@@ -74,6 +74,7 @@ def test_figures_are_those_counted_one_pair_at_a_time(scope: str, view: int):
                 could = [hit for other, hit in enumerate(hits) if scope == "image" or fold[other] == fold[place]]
                 if any(could):
                     reachable += 1
+                    same += hits[place]
                     right += hits[int(match[image, place])]
                     chance += Fraction(sum(could), len(could))
         figures = match_geometry(batch, match, config)
@@ -81,6 +82,7 @@ def test_figures_are_those_counted_one_pair_at_a_time(scope: str, view: int):
         assert figures["match_reachable"] == pytest.approx(reachable / 72)
         assert figures["match_overlap"] == pytest.approx(right / reachable)
         assert figures["match_chance"] == pytest.approx(float(chance / reachable))
+        assert figures["match_same_place"] == pytest.approx(same / reachable)
 
 
 def test_rectangles_are_what_the_loader_cuts_out(small_beton: Path):

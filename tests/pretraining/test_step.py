@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpmae import Config
-from fastpmae.pretraining.step import Losses, compute_targets, student_loss
+from fastpmae.config import Loss
+from fastpmae.model.head import PrototypeLogits, centred
+from fastpmae.pretraining.step import Losses, compute_targets, epsilons, student_loss
 from tests import reference
 from tests.tiny import drop_path_scale_of, made_batch, tiny_config, tiny_networks
 
@@ -38,6 +41,10 @@ CASES: dict[str, dict[str, Any]] = {
     "lambda 1 0 1": {"lambda_c": 0.0},
     "lambda 0 1 1": {"lambda_m": 0.0},
     "lambda 0.3 2 0.7": {"lambda_m": 0.3, "lambda_c": 2.0, "lambda_p": 0.7},
+    "class epsilon": {"class_epsilon": 0.02},
+    "centred bottleneck": {"center_bottleneck": True, "class_epsilon": 0.1},
+    "centred bottleneck, single": {"preset": "single-step", "center_bottleneck": True},
+    "prototypes in chunks, centred": {"prototypes_chunk": 5, "center_bottleneck": True},
     "temperatures": {"student_temperature": 0.07, "epsilon": 0.2, "sinkhorn_iterations": 5},
 }
 
@@ -223,3 +230,27 @@ def test_the_order_of_the_visible_patches_does_not_matter() -> None:
     again, same_gradients = computed(config, student, teachers, batch, None)
     torch.testing.assert_close(again.total, losses.total, rtol=1e-12, atol=0)
     torch.testing.assert_close(same_gradients, gradients, rtol=1e-8, atol=1e-12)
+
+
+def test_temperatures_warm_up_as_dinos_do() -> None:
+    """np.linspace(0.04, 0.07, 30), then 0.07: main_dino.py's --warmup_teacher_temp; class labels in proportion."""
+    loss = Loss(epsilon=0.07, warmup_epsilon=0.04, warmup_epsilon_epochs=30, class_epsilon=0.14)
+    truth = [*np.linspace(0.04, 0.07, 30), 0.07, 0.07]
+    assert [epsilons(loss, epoch)[1] for epoch in range(32)] == pytest.approx(truth, rel=1e-12)
+    assert [epsilons(loss, epoch)[0] for epoch in range(32)] == pytest.approx([2 * each for each in truth], rel=1e-12)
+    assert epsilons(Loss(epsilon=0.07, warmup_epsilon=0.04, warmup_epsilon_epochs=1), 0)[1] == pytest.approx(0.04)
+    assert epsilons(Loss(epsilon=0.07), 5) == (0.07, 0.07)
+
+
+def test_features_are_centred_over_all_micro_batches() -> None:
+    """Of blocks of rows by the mean of all of them; as factors as well as multiplied out."""
+    features, prototypes = torch.randn(7, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
+    features, prototypes = features.float() + 3, torch.nn.functional.normalize(prototypes.float(), dim=1)
+    truth = reference.cosines
+    rows = [truth(prototypes.double(), feature - features.double().mean(0)) for feature in features.double()]
+    for sizes in ((7,), (1, 6), (3, 4)):
+        blocks = [PrototypeLogits(features=part, prototypes=prototypes) for part in features.split(list(sizes))]
+        found = [block.matrix for block in centred(blocks)]
+        factors = [block.features @ block.prototypes.T for block in centred(blocks, chunk=2)]
+        for parts in (found, factors):
+            torch.testing.assert_close(torch.cat(parts).double(), torch.stack(rows), rtol=1e-5, atol=1e-6)
