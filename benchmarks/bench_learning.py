@@ -14,9 +14,9 @@ With `--device cuda` runs, features and judges are on the GPU; passes are compil
 says otherwise, since steps of small images are short.
 """
 
+import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,46 +25,45 @@ from torch import Tensor
 
 from benchmarks.common import (
     SHARED,
-    Row,
     add_device,
     arguments,
-    device_name,
     engine_here,
     finish,
-    make_row,
-    save,
     unpack,
 )
-from benchmarks.learning_cases import AFTER_MAE, CASES, TABLES
+from benchmarks.learning_cases import CASES, TABLES
 from benchmarks.learning_judge import (
-    MEASURES,
     POOLS,
     Images,
     Judged,
-    best_pool,
     features_of,
-    interval,
     judge,
     read,
     write,
 )
+from benchmarks.learning_tables import UNTRAINED, as_rows, lines_of, picture, write_page
 from benchmarks.step_cases import release
 from fastpmae.config import Config
 from fastpmae.config_file import read_config
 from fastpmae.demo.demo import rows_of, thumbnails, whole_images
 from fastpmae.distributed.ranks import choose_device
+from fastpmae.evaluate.backbone import find_backbone
+from fastpmae.evaluate.datasets import needed, open_labelled
 from fastpmae.evaluate.features import load_encoder
+from fastpmae.evaluate.finetune import train_classifier
+from fastpmae.evaluate.finetune_state import Setting
+from fastpmae.evaluate.recipe import finetune_preset
 from fastpmae.model.build import make_student
 from fastpmae.presets import preset
 from fastpmae.train import pretrain
 from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.write.write import write_beton
 
 IMAGES = SHARED / "tiny_imagenet_20.tar"
-UNTRAINED = ("random", "thumbnails")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CURVE = ("step", "epoch", "loss", "loss_m", "loss_c", "loss_p")
 
@@ -83,6 +82,7 @@ class Evening:
         device: torch.device | str = "cpu",
     ):
         self.device = torch.device(device)
+        self.betons = train, val
         self.base = base.using(beton=train, workers=workers, device=self.device.type)
         self.out, self.results = out, results
         for folder in (out, results):
@@ -122,10 +122,30 @@ class Evening:
             write(Judged(name, seed, equal, epochs, seconds, right), path, curve_of(runs[-1]))
         return read(path)
 
+    def fine_tuned(self, one: Judged, epochs: int) -> Judged:
+        """The same with the validation images that its network gets right after fine-tuning for so many epochs."""
+        path = self.results / f"{one.case}-{one.equal}-{one.epochs}-seed{one.seed}.json"
+        if "finetune_val" not in one.right:
+            run = self.out / path.stem
+            train, val = open_labelled(self.betons[0], self.betons[1])
+            setting = Setting(
+                find_backbone(str(run), "student"), train, needed(val, train), run / f"finetune-{epochs}", self.device,
+                self.base.data.loader, self.base.efficiency.workers,
+            )  # fmt: skip
+            config = finetune_preset("small").using(epochs=epochs, seed=one.seed, eval_every=epochs)
+            print(f"{path.stem}: fine-tuning", flush=True)
+            scores = train_classifier(setting, config, resume=True, progress=Progress())
+            right = (scores.ranked[:, 0] == scores.labels).numpy()
+            curve = json.loads(path.read_text())["curve"]
+            write(dataclasses.replace(one, right=one.right | {"finetune_val": right}), path, curve)
+        return read(path)
+
     def _pretrained(self, name: str, seed: int, equal: str, epochs: int, init: Path | None = None) -> Path:
         """A case's run, gone on with where it was stopped."""
         run = self.out / f"{name}-{equal}-{epochs}-seed{seed}"
         changes = CASES[name].changes(self.base) | {"epochs": epochs, "seed": seed, "init": init}
+        if CASES[name].pixels_first:
+            changes["pixel_epochs"] = self._epochs("mae", half=True)
         print(f"{run.name}:", flush=True)
         release()  # what was compiled for another run is of no use, and there is a limit to it
         return pretrain(self.base.using(**changes, out=run, name=run.name, resume="auto"))
@@ -133,7 +153,8 @@ class Evening:
     def epochs_in_the_same_time(self, name: str) -> int:
         """As many epochs as the case gets done while the base does its own; measured in turns, and kept."""
         case = CASES[name]
-        for one in (case.timed(), *([case.after] if case.after else [])):
+        before = "mae" if case.pixels_first else case.after
+        for one in (case.timed(), *([before] if before else [])):
             if one not in self.times():
                 self._time(one)
         return self.known_epochs()[name]
@@ -156,12 +177,13 @@ class Evening:
 
     def known_epochs(self) -> dict[str, int]:
         """The same of every case whose time has been measured."""
-        times = self.times()
-        return {
-            name: self._epochs(case.timed(), half=case.after is not None)
-            for name, case in CASES.items()
-            if case.timed() in times
-        }
+        times, found = self.times(), {}
+        for name, case in CASES.items():
+            if case.timed() in times and (not case.pixels_first or "mae" in times):
+                found[name] = self._epochs(case.timed(), half=case.after is not None or case.pixels_first)
+                if case.pixels_first:
+                    found[name] += self._epochs("mae", half=True)
+        return found
 
     def _epochs(self, timed: str, half: bool) -> int:
         """How many epochs of a timed case the base's time holds, or half of it."""
@@ -191,80 +213,6 @@ def curve_of(run: Path) -> list[dict[str, float]]:
     ]
 
 
-def lines_of(found: dict[tuple[str, str], list[Judged]], compared: str = "dual") -> Iterator[str]:
-    """Markdown: a table for each of the paper's, for equal steps and for equal time; how far the case is ahead."""
-    for equal in ("steps", "time"):
-        known = {name: runs for (name, kind), runs in found.items() if kind == equal or name in UNTRAINED}
-        if equal == "time" and "dual" not in known:
-            known["dual"] = found.get(("dual", "steps"), [])
-        for number, names in TABLES.items():
-            more = AFTER_MAE if (number, equal) == (6, "time") else ()
-            there = [name for name in (*names, *more) if name in known]
-            if not set(there) - {"dual"} or not known.get(compared):
-                continue
-            yield from ("", f"**Table {number}, equal {equal}**", "")
-            yield "| case | seeds | epochs | 10-NN, val | 10-NN, train (leave one out) | linear, val | paper |"
-            yield "|---|---|---|---|---|---|---|"
-            for name in [*(UNTRAINED if number == 6 else ()), *there]:
-                runs, case = known.get(name, []), CASES.get(name)
-                if runs:
-                    yield _line(name, case.title if case else name, case.paper if case else None, runs, known[compared])
-
-
-def _line(name: str, title: str, paper: float | None, runs: list[Judged], compared: list[Judged]) -> str:
-    """A case's shares, each with its half range over seeds, and below it what another has more, with its interval."""
-    cells = []
-    for measure in MEASURES:
-        shares = [100 * one.share(best_pool([one], measure)) for one in runs]
-        spread = f" ± {(max(shares) - min(shares)) / 2:.1f}" if len(shares) > 1 else ""
-        gap = ""
-        if name != compared[0].case:
-            # one pooling for both sides: the one that its own training images chose
-            middle, low, high = (100 * value for value in interval(compared, runs, best_pool(compared, measure)))
-            gap = f"<br>{middle:+.1f} ({low:+.1f} to {high:+.1f})"
-        cells.append(f"{np.mean(shares):.1f}{spread}{gap}")
-    paper_shown = "" if paper is None else f"{paper:g}"
-    return f"| {title} | {len(runs)} | {runs[0].epochs} | {' | '.join(cells)} | {paper_shown} |"
-
-
-def picture(found: dict[tuple[str, str], list[Judged]], title: str, file: Path) -> None:
-    """Each case's 10-NN on the training images, a dot for each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [name for name in (*UNTRAINED, *CASES) if any(name == key for key, _ in found)]
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(names)))
-    for equal, colour in (("steps", "tab:blue"), ("time", "tab:orange")):
-        dots = [
-            (100 * one.share(best_pool([one], "knn_train")), place)
-            for place, name in enumerate(names)
-            for one in found.get((name, equal), [])
-        ]
-        if dots:
-            axes.scatter(*zip(*dots, strict=True), color=colour, label=f"equal {equal}", alpha=0.7)
-    axes.set_yticks(range(len(names)), [CASES[name].title if name in CASES else name for name in names])
-    axes.set(xlabel="10-NN on the training images, leave one out, %", title=title)
-    axes.grid(axis="x", alpha=0.3)
-    axes.invert_yaxis()
-    axes.legend(fontsize="small")
-    save(figure, file)
-
-
-def as_rows(found: dict[tuple[str, str], list[Judged]], device: str = "cpu") -> list[Row]:
-    """The rows that every benchmark writes; the baseline is the random start."""
-    rows, where = [], device_name(device)
-    for (name, equal), runs in found.items():
-        for measure in MEASURES:
-            shares = [one.share(best_pool([one], measure)) for one in runs]
-            start = [one.share(best_pool([one], measure)) for one in found[("random", "steps")]]
-            metric = measure if name in UNTRAINED else f"{measure}, equal {equal}"
-            baseline = None if name == "random" else ("random", start)
-            rows.append(make_row(name, metric, "share", shares, where, True, baseline, more_is_better=True))
-    return rows
-
-
 def default_betons(folder: Path) -> tuple[Path, Path]:
     """`tiny_imagenet_20` as two .beton files."""
     if not IMAGES.exists():
@@ -276,20 +224,6 @@ def default_betons(folder: Path) -> tuple[Path, Path]:
         for file in files:
             write_beton(folder / "tiny_imagenet_20" / file.stem, file, force=True)
     return files
-
-
-def write_page(page: Path, base: str, lines: Sequence[str]) -> None:
-    """Replace the tables of a base's runs in a page, between the markers that name it.
-
-    Raises:
-        UserError: for a page without them.
-    """
-    begin, end = f"<!-- {base}: written by benchmarks/bench_learning.py -->", f"<!-- end of {base} -->"
-    before, found, rest = page.read_text().partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise UserError(f"{page} has no place for these tables: put the lines {begin} and {end} where they belong")
-    page.write_text("\n".join([f"{before}{begin}", *lines, "", f"{end}{after}"]))
 
 
 def for_device(base: Config, device: torch.device, mode: str | None) -> Config:
@@ -319,6 +253,8 @@ def bench() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the runs (0)")
     parser.add_argument("--epochs", type=int, default=10, help="of the base's schedule (10)")
     parser.add_argument("--equal", choices=("steps", "time"), default="steps", help="what the cases have in common")
+    parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS",
+                        help="fine-tune every run too, with the preset `small` and so many epochs (not)")  # fmt: skip
     parser.add_argument("--base", metavar="PRESET_OR_FILE", default="small-data", help="settings of dual (small-data)")
     parser.add_argument("--workers", type=int, default=0, help="loader threads (1; on a GPU all cores')")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="where the runs lie (runs/learning)")
@@ -346,7 +282,9 @@ def bench() -> int:
         for name in given.cases:
             in_time = given.equal == "time" and name != "dual"
             epochs = evening.epochs_in_the_same_time(name) if in_time else base.optimizer.epochs
-            evening.trained(name, seed, "time" if in_time else "steps", epochs)
+            one = evening.trained(name, seed, "time" if in_time else "steps", epochs)
+            if given.finetune:
+                evening.fine_tuned(one, given.finetune)
     found: dict[tuple[str, str], list[Judged]] = {}
     same_time = evening.known_epochs()
     for path in sorted(results.glob("*-seed*.json")):

@@ -25,6 +25,8 @@ class LearningCase:
     """The case that has the first half of the time, and whose encoder this one starts from."""
     as_long_as: str | None = None
     """The case whose steps take as long, where that is another's."""
+    pixels_first: bool = False
+    """Half of the time goes to pixels without a teacher, in the same run (`--pixel-epochs`)."""
 
     def timed(self) -> str:
         """The case whose step is timed for it."""
@@ -52,6 +54,17 @@ def _after_mae(case: str, title: str, changes: dict[str, Any]) -> LearningCase:
     return LearningCase(f"mae-{case}", f"MAE, then {title}", lambda _: soon, after="mae", as_long_as=case)
 
 
+def _pixels_first(case: str, title: str, changes: dict[str, Any]) -> LearningCase:
+    """The same in one run."""
+    soon = {"reconstruction_momentum": (0.7, 0.99)} | changes
+    return LearningCase(
+        f"pixels-{case}", f"pixels, then {title}", lambda _: soon, as_long_as=_LIKE.get(case, case), pixels_first=True
+    )
+
+
+_LIKE = {"dual-formed": "dual", "dual-formed-centred": "dual", "no-class": "dual"}
+"""A sharper label takes no longer, nor does one that no loss reads."""
+_FORMED: dict[str, Any] = {"class_epsilon": 0.025, "labelling_momentum": (0.99, 1.0)}
 _SDAE: dict[str, Any] = {
     "teachers": "reconstruction",
     "lambda_c": 0.0,
@@ -93,11 +106,16 @@ CASES: dict[str, LearningCase] = {
         LearningCase("weights-0-1-1", "no reconstruction (0, 1, 1)", _weights(1, 1, 0), 74.09),
         _after_mae("sdae", "the reconstruction teacher alone", _SDAE),
         _after_mae("dual", "two teachers", {}),
+        LearningCase("dual-formed", "two teachers, labels that form", lambda _: _FORMED, as_long_as="dual"),
+        _pixels_first("sdae", "the reconstruction teacher alone", _SDAE),
+        _pixels_first("dual", "two teachers", {}),
+        _pixels_first("dual-formed", "two teachers, labels that form", _FORMED),
+        _pixels_first("no-class", "two teachers, no class labels", {"lambda_c": 0.0}),
         LearningCase("one-fold", "one fold for the teachers", lambda _: {"folds": 1}),
         LearningCase("simple-view", "simple view for the labelling teacher", lambda _: {"labelling_view": "simple"}),
     )
 }
-AFTER_MAE = tuple(name for name, case in CASES.items() if case.after)
+AFTER_MAE = ("dual-formed", *(name for name, case in CASES.items() if case.after or case.pixels_first))
 """Not in the paper: shown beside Table 6, at equal time."""
 TABLES: dict[int, tuple[str, ...]] = {
     6: ("mae", "sdae", "single-step", "single-epoch", "dual"),
