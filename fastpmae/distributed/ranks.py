@@ -229,7 +229,7 @@ def _one_voice(patience: float) -> Iterator[_Voice]:
     try:
         yield voice
     except Interrupted as stopped:  # all ranks stop in good order, and know the same of it
-        stopped.speaks = os.environ["RANK"] == "0"
+        stopped.is_main = os.environ["RANK"] == "0"
         raise
     except UserError as error:
         if isinstance(error.__cause__, _OfFirst) or not voice.is_mine():

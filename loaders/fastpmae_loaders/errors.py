@@ -25,9 +25,10 @@ class RunError(Exception):
 
 
 class Interrupted(RunError):
-    """A run that a signal ended, after its checkpoint was written. Of several ranks one `speaks`."""
+    """A run that a signal ended, after its checkpoint was written."""
 
-    speaks = True
+    is_main = True
+    """Whether this is the main rank, which says so for all."""
 
     def __init__(self, number: int, step: int, last_step: int, folder: Path):
         super().__init__(
