@@ -33,7 +33,7 @@ class Interrupted(RunError):
     def __init__(self, number: int, step: int, last_step: int, folder: Path):
         super().__init__(
             f"{signal.Signals(number).name} after step {step} of {last_step}: the checkpoint is written; "
-            f"go on with --resume --out {folder}"
+            f"continue with --resume --out {folder}"
         )
         self.number = number
 
