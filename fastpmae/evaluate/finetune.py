@@ -159,7 +159,7 @@ def set_up(
         keep=1,
         save_every=config.save_every,
         saved_step=step or None,
-        sentences=[f"{complaint}; going on after step {step}" for complaint in complaints],
+        sentences=[f"{complaint}; continuing after step {step}" for complaint in complaints],
     )
     return training
 

@@ -323,7 +323,7 @@ def test_checkpoints_come_with_time_and_an_older_one_serves_where_the_newest_is_
     paths[0].write_bytes(content)
     train_classifier(setting, CONFIG, resume=True, progress=Progress(live=True))
     said = capsys.readouterr().err
-    assert f"{paths[0]} is damaged: its contents do not match its digest; going on after step 3" in said
+    assert f"{paths[0]} is damaged: its contents do not match its digest; continuing after step 3" in said
     one, other = (load_file(folder / "classifier.safetensors") for folder in (whole.folder, setting.folder))
     assert all(torch.equal(one[name], other[name]) for name in one)
     rows = [(folder / "metrics.jsonl").read_text() for folder in (whole.folder, setting.folder)]
