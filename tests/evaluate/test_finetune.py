@@ -502,11 +502,23 @@ def test_rand_augment_in_processes_gives_what_it_gives_here():
         ({"warmup_epochs": 200.0}, r"--warmup-epochs 200.0 must be in \[0, 100\]"),
         ({"layer_decay": 1.5}, "--layer-decay 1.5 must be at most 1"),
         ({"drop_path": 1.0}, r"--drop-path 1.0 must be in \[0, 1\)"),
+        ({"betas": (0.9, 2.0)}, r"--betas 0.9 2.0 must be in \[0, 1\)"),
+        ({"betas": (float("nan"), 0.9)}, "--betas nan 0.9 must be finite"),
+        ({"blr": None, "lr": float("inf")}, "--lr inf must be finite"),
+        ({"mixup": float("inf")}, "--mixup inf must be finite"),
+        ({"scale": (1.0, 0.5)}, "--scale 1.0 0.5 must be two shares"),
+        ({"seed": -1}, "--seed -1 must be between 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(change: dict, sentence: str):
     with pytest.raises(UserError, match=sentence):
         FinetuneConfig(**change)
+
+
+def test_a_negative_number_of_steps_is_refused_before_anything_is_written(setting: Setting):
+    with pytest.raises(UserError, match="--steps -5: 0 or more"):
+        train_classifier(setting, CONFIG, steps=-5)
+    assert not setting.folder.exists()
 
 
 def test_an_unknown_rand_augment_is_refused():
