@@ -479,6 +479,15 @@ def test_draws_depend_on_the_key_alone_and_leave_no_trace():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("recipe", ["rand-m10-n8-inc1", "rand-m0-n8-inc0"])
+def test_rand_augment_reaches_the_end_of_its_magnitudes(recipe: str):
+    images = np.full((16, 3, 32, 32), 200, dtype=np.uint8)
+    with RandAugment(recipe, 32, (0.5, 0.5, 0.5), seed=1) as augment:
+        changed = augment.collect(augment.submit(images, 0, np.arange(16)))
+    # posterized to no bits at all, as by every Pillow before 13
+    assert any(not image.any() for image in changed)
+
+
 @pytest.mark.slow
 def test_rand_augment_in_processes_gives_what_it_gives_here():
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
