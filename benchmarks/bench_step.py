@@ -83,7 +83,7 @@ class Apart:
 def serve(connection: Connection, name: str, model: str, batch_size: int, chunk: int) -> None:
     """The other end of `Apart`: the losses, then the seconds of a step whenever one is asked for."""
     if not name.startswith("plain-"):
-        tune_allocator()  # as the trainer does on the CPU
+        tune_allocator(torch.device("cpu"))  # as the trainer does
     case = make_case(name, model, batch_size, chunk=chunk)
     given = case.given(made_batch(case.config, batch_size))
     connection.send(case.losses(given))
@@ -359,7 +359,7 @@ def bench() -> int:
     chunk = CHUNK if given.prototypes_chunk is None else given.prototypes_chunk
     if given.measure:
         if not given.measure.startswith("plain-"):
-            tune_allocator()  # as the trainer does on the CPU
+            tune_allocator(torch.device("cpu"))  # as the trainer does
         before = resident("RssAnon")
         case = make_case(given.measure, given.model, batch_size, chunk=chunk)
         batch, few = (made_batch(case.config, size) for size in (batch_size, 2))

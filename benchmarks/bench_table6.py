@@ -211,7 +211,7 @@ def bench() -> int:
         )
         title = f"Table 6 at {given.model}: time and memory with {batch_size} images a step"
     else:
-        tune_allocator()  # as the trainer does on the CPU
+        tune_allocator(torch.device("cpu"))  # as the trainer does
         batch_size = given.batch_size or (4 if given.quick else 32)
         memory_batch_size = given.memory_batch_size or (4 if given.quick else 96)
         rows = rows_of(given.model, batch_size, given.rounds or (2 if given.quick else 6), memory_batch_size)

@@ -38,7 +38,7 @@ def lines_of(found: dict[tuple[str, str], list[Judged]], compared: str = "dual")
 
 
 def columns_of(runs: Sequence[Judged]) -> list[str]:
-    """What a table shows: the most exact measures that all runs have, of both poolings, and fine-tuning if one has it."""
+    """The most exact measures that all runs of a table have, of both poolings, and fine-tuning if any has it."""
     linear = "linear_cv" if all("linear_cv/class" in run.right for run in runs) else "linear_val"
     shown = [f"{measure}/{pool}" for measure in ("knn_train", linear) for pool in POOLS]
     return shown + [key for key in ("finetune_val",) if any(key in run.right for run in runs)]

@@ -57,8 +57,9 @@ def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Co
                 if value is not True and decoder_matters:
                     raise UserError(
                         f"{source} asks for a decoder without the class token (network.decoder_class_token), which "
-                        "there is no more, since MAE's and SdAE's keep it: leave that out of a config; a run that was "
-                        "trained so cannot go on, but its encoder can be evaluated, exported and named with --init"
+                        "there is no more, since MAE's and SdAE's keep it: leave that out of a config; a run that "
+                        "was trained so cannot be continued, but its encoder can be evaluated, exported and named "
+                        "with --init"
                     )
                 continue
             if name not in kinds:

@@ -74,7 +74,7 @@ def refuse_old_settings(groups: Mapping[str, Mapping[str, Any]], source: str) ->
     if found:
         raise UserError(
             f"{source} names settings as earlier versions did: {'; '.join(found)}. Rename them in a config; a run "
-            "that was started so goes on with the version that started it, and its encoder starts a new run by --init"
+            "that was started so continues with the version that started it, and its encoder starts a new run by --init"
         )
 
 

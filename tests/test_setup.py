@@ -71,6 +71,7 @@ if [ "$1 $2" = "-m venv" ]; then
 #!/bin/bash
 if [ "$1 $2" = "-m pip" ]; then
   echo pip >>"{self.checkout}/done"
+  echo "$3" >>"{self.checkout}/asked-of-pip"
   if [ -e "{self.checkout}/no-network" ]; then echo "no route to the package index"; exit 1; fi
   exit 0
 fi
@@ -127,6 +128,15 @@ def test_other_requirements_install_again_into_the_same_venv(machine, changed):
     (machine.checkout / changed).write_text("[project]\nname = 'other'\n")
     assert machine.run().returncode == 0
     assert machine.done() == ["venv", "pip", "pip"]
+
+
+def test_what_is_installed_is_uninstalled_before_files_move_between_distributions(machine):
+    machine.complete()
+    machine.run()
+    (machine.checkout / ".venv/lib/python3.11/site-packages/fastpmae-0.0.9.dist-info").mkdir(parents=True)
+    (machine.checkout / "pyproject.toml").write_text("[project]\nname = 'other'\n")
+    assert machine.run().returncode == 0
+    assert (machine.checkout / "asked-of-pip").read_text().split() == ["install", "uninstall", "install"]
 
 
 def test_a_failed_step_is_named_with_its_log_and_taken_up_again(machine):

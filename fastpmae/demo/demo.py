@@ -91,7 +91,7 @@ def demo(
         except Interrupted:
             if not limit.passed:
                 raise
-            tell(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` goes on")
+            tell(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` continues it")
     tell("demo: comparing the features with those of a random start")
     show_summary(run, rows_of(run), accuracies(run, train, validation), train)
 

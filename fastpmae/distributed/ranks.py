@@ -229,7 +229,7 @@ def _one_voice(patience: float) -> Iterator[_Voice]:
     try:
         yield voice
     except Interrupted as stopped:  # all ranks stop in good order, and know the same of it
-        stopped.speaks = os.environ["RANK"] == "0"
+        stopped.is_main = os.environ["RANK"] == "0"
         raise
     except UserError as error:
         if isinstance(error.__cause__, _OfFirst) or not voice.is_mine():
@@ -245,7 +245,7 @@ def _one_voice(patience: float) -> Iterator[_Voice]:
         raise RunError(
             f"another rank ended without a word or has not answered for {patience:g} minutes, so rank "
             f"{os.environ['RANK']} ends too ({_reason(error)}). Killed? Out of memory? torchrun names it "
-            "below. --resume goes on from the newest checkpoint"
+            "below. --resume continues from the newest checkpoint"
         ) from None
     except Exception as error:
         if isinstance(error.__cause__, _OfFirst) or (not voice.is_mine() and isinstance(error, RunError)):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from fastpmae.distributed.ranks import to_device
@@ -198,7 +198,21 @@ def _transform(recipe: str, side: int, mean: tuple[float, ...]) -> Any:
         raise ValueError(recipe)
     fill = tuple(min(255, round(255 * value)) for value in mean)
     hints = {"translate_const": int(side * 0.45), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
-    return rand_augment_transform(recipe, hints)
+    transform = rand_augment_transform(recipe, hints)
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's operation, with the black image that Pillow made of 0 bits before its version 13 refused them.
+
+    timm asks for 0 bits at its full magnitude, which the usual recipe draws for 2 % of its operations.
+    """
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
 def _changed(

@@ -150,7 +150,7 @@ class Lowshot:
 
 Command = Knn | Linear | Probe | Lowshot | Finetune
 
-DESCRIPTION = """How good a network's features are. Prints top-1 and top-5, and writes a JSON result, a row for each
+DESCRIPTION = """Evaluate the features of a network. Prints top-1 and top-5, and writes a JSON result, a row for each
 class and the confusion matrix beside the checkpoint.
 Example: fastpmae-eval knn runs/photos --train train.beton --val val.beton"""
 

@@ -54,10 +54,13 @@ def train_classifier(
         ranks: that train together (see `join_ranks`); without them this process alone.
 
     Raises:
-        UserError: for images that make no batch, a folder that holds a training, or a resume with other settings.
+        UserError: for negative `steps`, images that make no batch, a folder that holds a training, or a resume with
+            other settings.
         RunError: when the loss is no longer finite, or a checkpoint cannot be written.
         Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP, once the checkpoint is written.
     """
+    if steps is not None and steps < 0:
+        raise UserError(f"--steps {steps}: 0 or more")
     ranks = ranks or Ranks(0, 1, 1, setting.device, None)
     progress = progress if progress is not None and ranks.is_main else Progress()
     config = fitted(setting, config, ranks, progress)
@@ -159,7 +162,7 @@ def set_up(
         keep=1,
         save_every=config.save_every,
         saved_step=step or None,
-        sentences=[f"{complaint}; going on after step {step}" for complaint in complaints],
+        sentences=[f"{complaint}; continuing after step {step}" for complaint in complaints],
     )
     return training
 

@@ -104,7 +104,7 @@ def take_up(
         _check_no_others_files(setting.folder)
     if not resume:
         if checkpoint is not None or complaints:
-            raise UserError(f"{setting.folder} already holds a training: add --resume to go on with it")
+            raise UserError(f"{setting.folder} already holds a training: add --resume to continue it")
         return 0, sums, []
     if checkpoint is None:
         if complaints:

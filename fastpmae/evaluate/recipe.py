@@ -1,6 +1,7 @@
 """How a classifier is trained on augmented images: fine-tuning's settings, MAE's linear probe, and their presets."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -70,6 +71,10 @@ class FinetuneConfig(Typed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, value in vars(self).items():
+            numbers = value if isinstance(value, tuple) else [value]
+            finite = not any(isinstance(number, float) and not math.isfinite(number) for number in numbers)
+            _require(finite, name, self, "finite")
         for name in ("epochs", "batch_size", "accumulate", "eval_every"):
             _require(getattr(self, name) >= 1, name, self, "at least 1")
         _require(self.batch_size % self.accumulate == 0, "accumulate", self, f"a divisor of {self.batch_size}")
@@ -83,6 +88,9 @@ class FinetuneConfig(Typed):
             _require(0 <= getattr(self, name) < 1, name, self, "in [0, 1)")
         for name in ("mixup_switch_prob", "reprob", "color_jitter"):
             _require(0 <= getattr(self, name) <= 1, name, self, "in [0, 1]")
+        _require(all(0 <= beta < 1 for beta in self.betas), "betas", self, "in [0, 1)")
+        _require(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self, "two shares, 0 < smallest <= largest <= 1")
+        _require(0 <= self.seed < 2**63, "seed", self, "between 0 and 2**63 - 1")
         _require(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", self, f"in [0, {self.epochs}]")
         # timm mixes an image with its mirror place in the batch.
         _require(
@@ -140,7 +148,9 @@ class FinetuneConfig(Typed):
 
 def _require(holds: bool, name: str, config: FinetuneConfig, must: str) -> None:
     if not holds:
-        raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be {must}")
+        value = getattr(config, name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        raise UserError(f"--{name.replace('_', '-')} {shown} must be {must}")
 
 
 BASE = FinetuneConfig(batch_size=2048, warmup_epochs=10.0)

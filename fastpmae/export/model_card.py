@@ -1,4 +1,4 @@
-"""The model card beside exported weights: what the network is, how to load it, how good it was found to be."""
+"""The model card beside exported weights: what the network is, how to load it, its evaluations."""
 
 import json
 from pathlib import Path

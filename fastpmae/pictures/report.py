@@ -259,7 +259,7 @@ def report_command(
     """Write what a run did and learnt as one HTML file: figures, curves, evaluations, pictures, settings.
 
     Args:
-        run: The run's folder; it may still be going on.
+        run: The run's folder; it may still be running.
         out: The .html file to write; by default RUN/report.html.
         beton: Images for the pictures; by default the run's own.
         samples: How many images the pictures show, 1 to 64.

@@ -44,7 +44,7 @@ from fastpmae_loaders.files import atomic_write
 
 IMAGENET = 1_281_167
 
-DESCRIPTION = f"""Say what a run will take: FLOPs, memory, hours, what its loader must deliver, how it grows over GPUs.
+DESCRIPTION = f"""Predict what a run will take: FLOPs, memory, hours, CPU cores of its loader, and scaling over GPUs.
 
 Takes every flag of fastpmae-train, and runs its step on tensors without memory: no GPU is needed. GPUs known:
 {", ".join(GPUS)}. Example: fastpmae-plan --preset paper --model vit_base --batch-size 768 --gpu h100"""

@@ -47,6 +47,10 @@ class Losses(NamedTuple):
     match: Int[Tensor, "batch masked"] | None = None
     """The teacher patch that each masked patch was matched with; the log holds it against geometry."""
 
+    def stack(self) -> Float[Tensor, " losses"]:
+        """The losses without the match, in the order of the fields, which is that of `Meter.names`."""
+        return torch.stack(self[:-1])
+
 
 class TeacherOutputs(NamedTuple):
     """What the teachers make of a batch, before its pseudo labels are balanced."""

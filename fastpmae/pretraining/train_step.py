@@ -47,7 +47,7 @@ class Training:
 class Done(NamedTuple):
     """What is known of a step that is done, all of it still on the device."""
 
-    losses: Float[Tensor, " 4"]
+    losses: Float[Tensor, " losses"]
     """Means over the micro-batches, in the order of `Losses`."""
     grad_norm: Float[Tensor, ""]
     skipped: Float[Tensor, ""]
@@ -86,7 +86,7 @@ def train_step(
             with training.autocast:
                 found = training.student_loss(training.parallel, batch, drop_path_scale, targets, config)
             (found.total / accumulate).backward()
-        losses.append(torch.stack(found[:4]).detach())
+        losses.append(found.stack().detach())
         index.append(batch.index)
     mean_losses = torch.stack(losses).mean(dim=0)
     before_update()

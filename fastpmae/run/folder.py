@@ -101,7 +101,7 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
     if resume is None and holds_run(folder):
-        raise UserError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
+        raise UserError(f"{folder} already holds a run: add --resume to continue it, or choose another --out")
     _check_no_others_files(folder)
     if resume is None:
         return OpenRun(folder, None, [])

@@ -55,7 +55,7 @@ class Meter:
     def add(
         self,
         step: int,
-        losses: Float[Tensor, " 4"],
+        losses: Float[Tensor, " losses"],
         norm: Float[Tensor, ""],
         skipped: Float[Tensor, ""],
         index: Int[Tensor, " batch"],
@@ -141,7 +141,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, about: About, first_step: int, last_step: int, *, is_main: bool = True):
-        self.folder, self.about, self.speaks, self.images_at_peak = folder, about, is_main, about.images_at_peak
+        self.folder, self.about, self.is_main, self.images_at_peak = folder, about, is_main, about.images_at_peak
         shown = is_main and self.about.tell is None
         self.bar = Bar(last_step, "training", done=first_step, stays=True, shown=shown)
         self.writers: list[Any] = []
@@ -169,7 +169,7 @@ class Log:
 
     def _end(self) -> None:
         self.bar.stop()
-        if self.speaks:
+        if self.is_main:
             self.metrics.close()
             for writer in self.writers:
                 with contextlib.suppress(Exception):  # nothing of the run hangs on it
@@ -178,7 +178,7 @@ class Log:
     def say(self, sentence: str) -> None:
         """A line for the user and for train.log. Where it cannot be written, the run goes on without it."""
         self.settle()
-        if not self.speaks:
+        if not self.is_main:
             return
         sentence = printable_lines(sentence)  # a log is looked at in a terminal
         with (
@@ -203,7 +203,7 @@ class Log:
         for index in sorted(set(failed) - self.reported):
             self.reported.add(index)
             sentence = f"warning: image {index} of {self.about.images} does not decode; the next good one stands in"
-            if self.speaks:
+            if self.is_main:
                 self.say(sentence)
             else:  # each rank sees other images
                 say(sentence)
@@ -228,7 +228,7 @@ class Log:
         if self.images_at_peak is not None:
             rates["mfu"] = images / seconds / self.images_at_peak
         self.start_clock(int(row["step"]))
-        if self.speaks:
+        if self.is_main:
             self._owed = lambda: self._write(row | rest() | rates | ({"partial": True} if partial else {}))
 
     def settle(self) -> None:
@@ -271,7 +271,7 @@ class Log:
     def row_of_epoch(self, row: dict[str, float], sentence: str) -> None:
         """A row whose figures are known already, and the sentence that tells it."""
         self.settle()
-        if self.speaks:
+        if self.is_main:
             self._keep(row)
             self.say(sentence)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
 
 COLLECT_EVERY = 100
@@ -58,11 +59,13 @@ def garbage_between_steps() -> Iterator[Callable[[int], None]]:
 class StepTrace:
     """A trace of `steps` steps by torch's profiler, as a file in Chrome's format; `step` is called after each step.
 
-    Nothing is written where a training ends before the first of them.
+    Nothing is written where a training ends before the first of them, or where the disk does not take it; the log then
+    says so, and the training goes on.
     """
 
     def __init__(self, path: Path, steps: int, tell: Callable[[str], None]):
         self.path, self.steps, self.tell = path, steps, tell
+        self.begun = False
         # not until it is asked for: it is no small import
         from torch.profiler import profile, schedule
 
@@ -76,6 +79,10 @@ class StepTrace:
 
     def __exit__(self, *error: object) -> None:
         self.profile.__exit__(None, None, None)
+        if not self.begun:
+            done = self.profile.step_num
+            steps = f"{done} step{'s' * (done != 1)}"
+            self.tell(f"no trace is written: it begins after {WARM_UP} steps, and this start ends after {steps}")
 
     def step(self) -> None:
         """A step is done."""
@@ -85,7 +92,15 @@ class StepTrace:
         done = min(self.steps, profile.step_num - WARM_UP)
         if done < 1:
             return
-        with atomic_write(self.path) as beside:
-            profile.export_chrome_trace(str(beside))
+        self.begun = True
+        try:
+            with atomic_write(self.path) as beside:
+                profile.export_chrome_trace(str(beside))
+                if not beside.exists():  # the library tells its reason on stderr alone
+                    raise UserError(f"{self.path} cannot be written: is the disk full?")
+        except UserError as error:
+            # steps are worth more than what is told of them
+            self.tell(f"no trace is written: {error}")
+            return
         steps = f"{done} step{'s' * (done != 1)}"
         self.tell(f"a trace of {steps} lies in {self.path}: https://ui.perfetto.dev or chrome://tracing shows it")

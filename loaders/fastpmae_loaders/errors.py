@@ -25,14 +25,15 @@ class RunError(Exception):
 
 
 class Interrupted(RunError):
-    """A run that a signal ended, after its checkpoint was written. Of several ranks one `speaks`."""
+    """A run that a signal ended, after its checkpoint was written."""
 
-    speaks = True
+    is_main = True
+    """Whether this is the main rank, which says so for all."""
 
     def __init__(self, number: int, step: int, last_step: int, folder: Path):
         super().__init__(
             f"{signal.Signals(number).name} after step {step} of {last_step}: the checkpoint is written; "
-            f"go on with --resume --out {folder}"
+            f"continue with --resume --out {folder}"
         )
         self.number = number
 

@@ -16,9 +16,12 @@ from benchmarks.bench_learning import Evening, for_device, main
 from benchmarks.learning_cases import CASES, TABLES
 from benchmarks.learning_judge import POOLS, Images, Judged, interval, judge, read, write
 from benchmarks.learning_tables import lines_of, write_page
+from fastpmae import Config
+from fastpmae.config_file import read_config
 from fastpmae.model.build import check
 from fastpmae.presets import PRESETS
 from fastpmae_loaders.errors import UserError
+from tests.made import REPOSITORY
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = PRESETS["small-data"]
@@ -217,3 +220,8 @@ def test_a_run_that_is_done_is_not_done_again(small_beton, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     cases = {row["case"] for row in json.loads((tmp_path / "rows.json").read_text())}
     assert cases == {"dual", "mae", "random", "thumbnails"}
+
+
+@pytest.mark.parametrize("base", sorted((REPOSITORY / "docs/learning").glob("*.json")), ids=lambda path: path.stem)
+def test_the_bases_of_the_pages_tables_are_read(base: Path) -> None:
+    assert read_config(base) != Config()

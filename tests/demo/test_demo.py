@@ -129,5 +129,5 @@ def test_the_demo_ends_in_time_and_still_sums_up(few, tmp_path, monkeypatch, cap
     demo(out=Path("run"), minutes=0.05)
     assert time.monotonic() - began < 240
     printed = capfd.readouterr().out
-    assert "stopped after 0.05 minutes; `fastpmae-train --resume run` goes on" in printed
+    assert "stopped after 0.05 minutes; `fastpmae-train --resume run` continues it" in printed
     assert "pretrained, class token" in printed

@@ -323,7 +323,7 @@ def test_checkpoints_come_with_time_and_an_older_one_serves_where_the_newest_is_
     paths[0].write_bytes(content)
     train_classifier(setting, CONFIG, resume=True, progress=Progress(live=True))
     said = capsys.readouterr().err
-    assert f"{paths[0]} is damaged: its contents do not match its digest; going on after step 3" in said
+    assert f"{paths[0]} is damaged: its contents do not match its digest; continuing after step 3" in said
     one, other = (load_file(folder / "classifier.safetensors") for folder in (whole.folder, setting.folder))
     assert all(torch.equal(one[name], other[name]) for name in one)
     rows = [(folder / "metrics.jsonl").read_text() for folder in (whole.folder, setting.folder)]
@@ -479,6 +479,15 @@ def test_draws_depend_on_the_key_alone_and_leave_no_trace():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("recipe", ["rand-m10-n8-inc1", "rand-m0-n8-inc0"])
+def test_rand_augment_reaches_the_end_of_its_magnitudes(recipe: str):
+    images = np.full((16, 3, 32, 32), 200, dtype=np.uint8)
+    with RandAugment(recipe, 32, (0.5, 0.5, 0.5), seed=1) as augment:
+        changed = augment.collect(augment.submit(images, 0, np.arange(16)))
+    # posterized to no bits at all, as by every Pillow before 13
+    assert any(not image.any() for image in changed)
+
+
 @pytest.mark.slow
 def test_rand_augment_in_processes_gives_what_it_gives_here():
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
@@ -502,11 +511,23 @@ def test_rand_augment_in_processes_gives_what_it_gives_here():
         ({"warmup_epochs": 200.0}, r"--warmup-epochs 200.0 must be in \[0, 100\]"),
         ({"layer_decay": 1.5}, "--layer-decay 1.5 must be at most 1"),
         ({"drop_path": 1.0}, r"--drop-path 1.0 must be in \[0, 1\)"),
+        ({"betas": (0.9, 2.0)}, r"--betas 0.9 2.0 must be in \[0, 1\)"),
+        ({"betas": (float("nan"), 0.9)}, "--betas nan 0.9 must be finite"),
+        ({"blr": None, "lr": float("inf")}, "--lr inf must be finite"),
+        ({"mixup": float("inf")}, "--mixup inf must be finite"),
+        ({"scale": (1.0, 0.5)}, "--scale 1.0 0.5 must be two shares"),
+        ({"seed": -1}, "--seed -1 must be between 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(change: dict, sentence: str):
     with pytest.raises(UserError, match=sentence):
         FinetuneConfig(**change)
+
+
+def test_a_negative_number_of_steps_is_refused_before_anything_is_written(setting: Setting):
+    with pytest.raises(UserError, match="--steps -5: 0 or more"):
+        train_classifier(setting, CONFIG, steps=-5)
+    assert not setting.folder.exists()
 
 
 def test_an_unknown_rand_augment_is_refused():

@@ -104,7 +104,7 @@ def test_words_of_a_stranger_stay_words(weights, tmp_path: Path, kind, monkeypat
     # as another reader of Markdown sees it
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(body)
     headings = [tokens[at + 1].content for at, token in enumerate(tokens) if token.type == "heading_open"]
-    assert headings == [kind, "How good it was found to be", "Classes", "How it was trained"]
+    assert headings == [kind, "Evaluation", "Classes", "Fine-tuning"]
     assert "html_block" not in {token.type for token in tokens}
     inside = [child for token in tokens for child in token.children or []]
     assert {child.type for child in inside} <= {"text", "softbreak", "code_inline"}

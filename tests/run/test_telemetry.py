@@ -101,6 +101,31 @@ def test_a_trace_holds_the_steps_after_the_warm_up(tiny: Config, last: int, trac
 def test_a_run_that_ends_in_the_warm_up_leaves_no_trace(tiny: Config):
     folder = pretrain(tiny.using(steps=4, profile=2))
     assert not (folder / "trace.json").exists()
+    said = (folder / "train.log").read_text()
+    assert "no trace is written: it begins after 4 steps, and this start ends after 4 steps" in said
+
+
+def full_disk(profile: torch.profiler.profile, path: str) -> None:
+    """What the profiler does on a full disk: it complains on stderr and leaves no file."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disk_full", [True, False])
+def test_a_trace_that_cannot_be_written_does_not_end_the_training(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_full: bool
+):
+    out = tmp_path / "run"
+    if disk_full:
+        monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full_disk)
+        reason = "cannot be written: is the disk full?"
+    else:
+        (out / "trace.json").mkdir(parents=True)
+        reason = "is a folder; name the file to write"
+    folder = pretrain(tiny.using(out=out, steps=8, profile=2))
+    said = (folder / "train.log").read_text()
+    assert f"no trace is written: {out / 'trace.json'} {reason}" in said
+    assert "done: 8 of " in said
+    assert not list(folder.glob(".partial-*"))
 
 
 def test_a_trace_of_fewer_steps_than_none_is_refused(tiny: Config):

@@ -35,7 +35,7 @@ def _status_of(name: str, function: Callable[[], int | None]) -> int:
         say(f"{name}: error: {error}")
         return 2
     except Interrupted as stopped:
-        if stopped.speaks:
+        if stopped.is_main:
             say(f"{name}: {stopped}")
         return 128 + stopped.number
     except AlreadySaid as ended:

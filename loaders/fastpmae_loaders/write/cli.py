@@ -88,7 +88,7 @@ DESCRIPTION = """Write images into one .beton file for training (fastpmae-write 
 SRC is a folder with a folder for each class (split folders such as train and val may lie above them), a folder of
 images, a .tar file or a folder of them in WebDataset's layout, or the folder of a Hugging Face data set (parquet,
 arrow; needs pip install 'fastpmae[hf]'). Plain RGB JPEGs keep their bytes; everything else is turned upright, made
-8-bit RGB (transparency on white, first frame of animations, colour profiles not applied) and encoded anew."""
+8-bit RGB (transparency on white, first frame of animations, colour profiles not applied) and re-encoded."""
 
 
 def read_command(arguments: Sequence[str] | None = None) -> Command:
