@@ -94,7 +94,7 @@ def train_step(
         freeze_prototypes(training.student)
     norm, skipped = update(training.optimizer, mean_losses[0], lr, config.optimizer.clip_grad, training.ranks)
     training.teachers.update_ema(training.student, "step", step)
-    of_class, of_patch = (losses[-1][place] for place in (2, 3))
+    of_class, of_patch = found.class_label.detach(), found.patch_label.detach()
     return Done(mean_losses, norm, skipped, torch.cat(index), batch, targets, found.match, (of_class, of_patch))
 
 
