@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -80,20 +81,27 @@ def demo(
         steps: Stop after so many steps.
         minutes: Stop the training after so long, wherever it is.
     """
-    settings = PRESETS["demo"].using(out=out, steps=steps)
     train, validation = write_demo_betons(folder)
-    config = settings.using(beton=train)
+    config = PRESETS["demo"].using(out=out, beton=train)
     run = folder_of(config)
     tune_allocator(choose_device(config.efficiency.device))
+    first_epoch = len(Beton(train)) // config.optimizer.batch_size
+    early: list[Accuracy] = []
     with _TimeLimit(minutes) as limit:
         try:
-            pretrain(config.using(out=run))
+            pretrain(config.using(out=run, steps=min(first_epoch, first_epoch if steps is None else steps)))
+            if steps is None or steps > first_epoch:
+                tell("demo: looking at the features after the first epoch")
+                early = accuracies(train, validation, {"after the first epoch": network_of(run)})
+                pretrain(config.using(out=run, steps=steps, resume="auto"))
         except Interrupted:
             if not limit.passed:
                 raise
-            tell(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` continues it")
+            tell(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` continues")
     tell("demo: comparing the features with those of a random start")
-    show_summary(run, rows_of(run), accuracies(run, train, validation), train)
+    networks = {"pretrained": network_of(run), "random start": network_of(run, "random")}
+    found = accuracies(train, validation, networks)
+    show_summary(run, rows_of(run), found[:2] + early + found[2:] + baselines(train, validation), train)
 
 
 class _TimeLimit:
@@ -129,24 +137,34 @@ def rows_of(run: Path) -> list[dict[str, float]]:
     return [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
 
 
-def accuracies(run: Path, train: Path, validation: Path) -> list[Accuracy]:
-    """How well k-NN sorts the validation crops, by the run's features and by what they must be compared with."""
-    side = PRESETS["demo"].views.image_size
-    (images, labels), (test_images, test_labels) = (whole_images(beton, side) for beton in (train, validation))
+def network_of(run: Path, network: Network = "student") -> Encoder:
+    """A run's encoder as it is now, or one of its kind from a random start."""
+    return load_encoder(run, network)[0]
 
-    def accuracy(rows: Tensor, test_rows: Tensor) -> float:
-        return knn_accuracy(rows, labels, test_rows, test_labels, k=NEIGHBOURS)
 
+def accuracies(train: Path, validation: Path, encoders: dict[str, Encoder]) -> list[Accuracy]:
+    """How well k-NN sorts the validation crops by the features of each network, of both kinds."""
+    (images, labels), (test_images, test_labels) = crops(train), crops(validation)
     found = []
-    networks: list[tuple[str, Network]] = [("pretrained", "student"), ("random start", "random")]
-    for name, network in networks:
-        encoder, _ = load_encoder(run, network)
+    for name, encoder in encoders.items():
         tokens, test_tokens = (first_and_mean(encoder, part) for part in (images, test_images))
         for words, rows, test_rows in zip(("class token", "mean of patch tokens"), tokens, test_tokens, strict=True):
-            found.append(Accuracy(f"{name}, {words}", accuracy(rows, test_rows)))
-    found.append(Accuracy("8 x 8 pixel thumbnails", accuracy(*thumbnails(images, test_images))))
-    found.append(Accuracy("chance", 1 / len(labels.unique())))
+            share = knn_accuracy(rows, labels, test_rows, test_labels, k=NEIGHBOURS)
+            found.append(Accuracy(f"{name}, {words}", share))
     return found
+
+
+def baselines(train: Path, validation: Path) -> list[Accuracy]:
+    """The same of what needs no network."""
+    (images, labels), (test_images, test_labels) = crops(train), crops(validation)
+    small, test_small = thumbnails(images, test_images)
+    share = knn_accuracy(small, labels, test_small, test_labels, k=NEIGHBOURS)
+    return [Accuracy("8 x 8 pixel thumbnails", share), Accuracy("chance", 1 / len(labels.unique()))]
+
+
+def crops(beton: Path) -> tuple[UInt8[Tensor, "images 3 side side"], Int[Tensor, " images"]]:
+    """The demo's images as its networks see them, and their labels."""
+    return whole_images(beton, PRESETS["demo"].views.image_size)
 
 
 def whole_images(
@@ -183,28 +201,56 @@ def first_and_mean(
     return torch.cat(first), torch.cat(mean)
 
 
+def loss_rows(rows: list[dict[str, float]]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+    """Each loss that was logged, in words, with its steps and values; apart for the phases, whose targets differ."""
+    names = {
+        "loss_m": "L_m, reconstruction",
+        "loss_c": "L_c, class pseudo labels",
+        "loss_p": "L_p, patch pseudo labels",
+    }
+    phases = {None: "", 1: " of pixels", 2: " of tokens"}
+    for name, words in names.items():
+        for phase, of_phase in phases.items():
+            logged = [(row["step"], row[name]) for row in rows if row.get("phase") == phase and name in row]
+            if logged:
+                yield words + of_phase, logged
+
+
+def verdict(found: list[Accuracy]) -> str:
+    """How far the pretrained features are ahead of the others, by the better pooling of each."""
+    best: dict[str, float] = {}
+    for row in found:
+        name = row.features.partition(",")[0]
+        best[name] = max(best.get(name, 0.0), row.accuracy)
+    ahead = [
+        f"{100 * (best['pretrained'] - share):+.1f} points on {words}"
+        for name, words in (
+            ("random start", "a random start"),
+            ("8 x 8 pixel thumbnails", "thumbnails"),
+            ("after the first epoch", "themselves after the first epoch"),
+        )
+        if (share := best.get(name)) is not None
+    ]
+    return f"The pretrained features: {', '.join(ahead)} (the better pooling of each)."
+
+
 def show_summary(run: Path, rows: list[dict[str, float]], found: list[Accuracy], train: Path) -> None:
     """Print what the run did: losses, k-NN, speed, where it lies and what to do next."""
     console = Console(width=None if sys.stdout.isatty() else 100)
-    first, last = rows[0], rows[-1]
-    losses = Table("loss", f"at step {first['step']:.0f}", f"at step {last['step']:.0f}", title="Losses")
-    for name, words in (
-        ("loss", "sum"),
-        ("loss_m", "L_m, reconstruction"),
-        ("loss_c", "L_c, class pseudo labels"),
-        ("loss_p", "L_p, patch pseudo labels"),
-    ):
-        losses.add_row(words, f"{first[name]:.3f}", f"{last[name]:.3f}")
+    losses = Table("loss", "at its first step", "at its last step", title="Losses")
+    for words, logged in loss_rows(rows):
+        losses.add_row(words, *(f"{value:.3f} (step {step:.0f})" for step, value in (logged[0], logged[-1])))
     knn = Table("features", "accuracy", title=f"{NEIGHBOURS}-NN on validation crops, frozen features")
     for row in found:
         knn.add_row(row.features, f"{row.accuracy:.1%}")
     console.print(losses)
     console.print(knn)
+    console.print(verdict(found), highlight=False, markup=False, soft_wrap=True)
     speed = sorted(row["images_per_second"] for row in rows)[len(rows) // 2]
     waited = sorted(row["data_wait"] for row in rows)[len(rows) // 2]
     console.print(
         f"{speed:.0f} images/s (median), {waited:.0%} of the time waiting for data. The run lies in {run}\n"
-        "A run this short shows that everything works; it does not show how good the method is.\n\n"
+        "A run this short shows that everything works and learns; it does not show how good the method is.\n\n"
         "Next:\n"
         f"  .venv/bin/fastpmae-view {train} views.png\n"
         f"  .venv/bin/fastpmae-report {run}\n"
