@@ -97,7 +97,7 @@ def demo(
         except Interrupted:
             if not limit.passed:
                 raise
-            tell(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` continues")
+            tell(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` continues it")
     tell("demo: comparing the features with those of a random start")
     networks = {"pretrained": network_of(run), "random start": network_of(run, "random")}
     found = accuracies(train, validation, networks)
@@ -203,11 +203,7 @@ def first_and_mean(
 
 def loss_rows(rows: list[dict[str, float]]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
     """Each loss that was logged, in words, with its steps and values; apart for the phases, whose targets differ."""
-    names = {
-        "loss_m": "L_m, reconstruction",
-        "loss_c": "L_c, class pseudo labels",
-        "loss_p": "L_p, patch pseudo labels",
-    }
+    names = {"loss_m": "L_m, reconstruction", "loss_c": "L_c, class labels", "loss_p": "L_p, patch labels"}
     phases = {None: "", 1: " of pixels", 2: " of tokens"}
     for name, words in names.items():
         for phase, of_phase in phases.items():
