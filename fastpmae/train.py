@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpmae.config import Config
-from fastpmae.distributed.ranks import join_ranks
+from fastpmae.distributed.ranks import choose_device, join_ranks
 from fastpmae.model.attention import use as use_attention
 from fastpmae.model.build import check
 from fastpmae.model.fp8 import check_fp8_device
@@ -320,8 +320,7 @@ def main() -> int:
     def run() -> None:
         config = read_command()
         # a --device that is not there is refused in `pretrain`, once for all ranks
-        on_gpu = config.efficiency.device != "cpu" and torch.cuda.is_available()
-        tune_allocator(torch.device("cuda" if on_gpu else "cpu"))
+        tune_allocator(choose_device("cpu" if config.efficiency.device == "cpu" else "auto"))
         pretrain(config)
 
     return exit_with_sentence("fastpmae-train", run)

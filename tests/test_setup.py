@@ -14,7 +14,9 @@ TOOLS = [
     "cat",
     "cksum",
     "cut",
+    "df",
     "dirname",
+    "du",
     "env",
     "flock",
     "grep",
@@ -152,6 +154,41 @@ def test_a_failed_step_is_named_with_its_log_and_taken_up_again(machine):
     (machine.checkout / "no-network").unlink()
     assert machine.run().returncode == 0
     assert machine.done() == ["venv", "pip", "pip"]
+
+
+def test_a_disk_without_room_is_told_before_anything_is_installed(machine):
+    machine.complete()
+    (machine.bin / "g++").unlink()  # apt would bring it, and is not asked either
+    machine.put("df", "echo Filesystem 1024-blocks Used Available; echo /dev/vda   252000000 246000000 6000000 98% /")
+    full = machine.run()
+    assert full.returncode == 1
+    assert "6000 MB free, and .venv will take 8000 MB (torch with its CUDA libraries)" in full.stderr
+    assert "another disk" in full.stderr
+    assert machine.done() == []
+    assert not (machine.checkout / "apt-was-asked").exists()
+    # what is there already counts: a set-up that is renewed needs no second 8 GB
+    machine.put("g++", "exit 0")
+    machine.put("du", r"printf '2500000\t.venv/\n'")
+    assert machine.run().returncode == 0
+
+
+@pytest.mark.parametrize("df", ["exit 1", "echo all is well on this disk"])
+def test_a_df_that_tells_nothing_holds_nothing_up(machine, df):
+    machine.complete()
+    machine.put("df", df)
+    assert machine.run().returncode == 0
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told(machine):
+    machine.complete()
+    machine.put("df", "echo /dev/vda 252000000 240000000 12000000 95% /")
+    (machine.checkout / "no-network").touch()
+    assert "a disk is full" not in machine.run().stderr
+    python = machine.checkout / ".venv/bin/python"
+    python.write_text(python.read_text().replace("no route to the package index", "[Errno 28] No space left on device"))
+    full = machine.run(TMPDIR="/elsewhere")
+    assert full.returncode == 1
+    assert "a disk is full: .venv takes 8 GB here, and pip's downloads 4 GB more in /elsewhere" in full.stderr
 
 
 def test_a_venv_that_was_cut_off_or_moved_is_made_anew(machine):

@@ -1,5 +1,6 @@
 """The loop: what it leaves behind, and that no stop of any kind changes what it computes."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ def flags_of(config: Config) -> list[str]:
         else:
             flags += [flag, *map(str, value if isinstance(value, list) else [value])]
     return flags
+
+
+@contextlib.contextmanager
+def killed_at_end(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """A test that fails leaves no run behind that would go on for hours, beside every later test."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -176,10 +187,8 @@ def test_saving_at_an_epoch_end_includes_the_epoch_update(tiny: Config, tmp_path
 def test_kill_9_then_resume_is_bit_for_bit(tiny: Config, tmp_path: Path):
     straight = pretrain(tiny.using(steps=12))
     out = tmp_path / "killed"
-    process = start(*flags_of(tiny.using(out=out, save_steps=5)))
-    wait_for(checkpoint_path(out, 5), process)
-    process.kill()
-    process.communicate()
+    with killed_at_end(start(*flags_of(tiny.using(out=out, save_steps=5)))) as process:
+        wait_for(checkpoint_path(out, 5), process)
     status, text = command(*flags_of(tiny.using(out=out, steps=12, workers=2)), "--resume")
     assert status == 0, text
     assert "resumed from" in text
@@ -211,10 +220,10 @@ def test_kills_at_random_moments_and_in_the_middle_of_a_checkpoint_lose_nothing(
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tiny: Config, tmp_path: Path, number: signal.Signals):
     out = tmp_path / "signalled"
     flags = flags_of(tiny.using(out=out, epochs=1000, save_steps=3))
-    process = start(*flags)
-    wait_for(checkpoint_path(out, 3), process)
-    process.send_signal(number)
-    _, text = process.communicate(timeout=60)
+    with killed_at_end(start(*flags)) as process:
+        wait_for(checkpoint_path(out, 3), process)
+        process.send_signal(number)
+        _, text = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert number.name in text
     assert f"--resume --out {out}" in text
@@ -599,9 +608,10 @@ def test_torchrun_passes_a_preemption_on_and_the_run_goes_on_alone(tiny: Config,
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(checkpoint_path(out, 3), process)
-    process.terminate()
-    _, text = process.communicate(timeout=60)
+    with killed_at_end(process):
+        wait_for(checkpoint_path(out, 3), process)
+        process.terminate()
+        _, text = process.communicate(timeout=60)
     assert process.returncode != 0
     newest = read_checkpoint(checkpoints_in(out)[0])
     step = newest.progress["step"]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from fastpmae.distributed.ranks import to_device
@@ -210,9 +210,9 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
     timm asks for 0 bits at its full magnitude, which the usual recipe draws for 2 % of its operations.
     """
-    if bits < 1:
-        return Image.new(image.mode, image.size)
-    return image if bits >= 8 else ImageOps.posterize(image, bits)
+    from timm.data.auto_augment import posterize
+
+    return posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
 
 
 def _changed(

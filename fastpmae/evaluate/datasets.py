@@ -19,7 +19,7 @@ from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.printable import printable, short
-from fastpmae_loaders.sources.splits import are_splits, split_of_folder
+from fastpmae_loaders.sources.splits import TRAIN_SPLITS, are_splits, split_of_folder
 from fastpmae_loaders.values import checked
 
 Engine = Literal["auto", "ffcv", "dali", "torch"]
@@ -62,8 +62,10 @@ def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | N
             raise UserError(f"{printable(str(train))} cannot be read: {error.strerror or error}") from None
         # with a split to train on and another there is no doubt that these are splits; of several others, by this order
         named = {split_of_folder(name): name.lower() for name in sorted(folders)} if are_splits(folders) else {}
-        samples = open_samples(train)
         split = next((named[word] for word in _VAL_SPLITS if word in named), None)
+        # by its name, or the loader would say that the other split is not taken
+        own = [name.lower() for name in folders if split_of_folder(name) in TRAIN_SPLITS]
+        samples = open_samples(train, own[0] if split is not None and len(own) == 1 else None)
         rest = None if split is None else open_samples(train, split)
     else:
         samples = open_samples(train)

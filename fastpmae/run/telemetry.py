@@ -65,7 +65,6 @@ class StepTrace:
 
     def __init__(self, path: Path, steps: int, tell: Callable[[str], None]):
         self.path, self.steps, self.tell = path, steps, tell
-        self.begun = False
         # not until it is asked for: it is no small import
         from torch.profiler import profile, schedule
 
@@ -79,8 +78,8 @@ class StepTrace:
 
     def __exit__(self, *error: object) -> None:
         self.profile.__exit__(None, None, None)
-        if not self.begun:
-            done = self.profile.step_num
+        done = self.profile.step_num
+        if done <= WARM_UP:
             steps = f"{done} step{'s' * (done != 1)}"
             self.tell(f"no trace is written: it begins after {WARM_UP} steps, and this start ends after {steps}")
 
@@ -92,7 +91,6 @@ class StepTrace:
         done = min(self.steps, profile.step_num - WARM_UP)
         if done < 1:
             return
-        self.begun = True
         try:
             with atomic_write(self.path) as beside:
                 profile.export_chrome_trace(str(beside))

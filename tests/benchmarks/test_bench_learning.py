@@ -23,7 +23,6 @@ from fastpmae.presets import PRESETS
 from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE = PRESETS["small-data"]
 
 
@@ -203,9 +202,9 @@ def test_a_run_that_is_done_is_not_done_again(small_beton, tmp_path):
         "--results", str(tmp_path / "results"),
         "--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "rows.json"),
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'loaders'}"}
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}:{REPOSITORY / 'loaders'}"}
     outputs = [
-        subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
+        subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=300)
         for _ in range(2)
     ]
     assert [output.returncode for output in outputs] == [0, 0], outputs[0].stderr[-2000:]

@@ -19,7 +19,7 @@ from fastpmae import Config, pretrain
 from fastpmae.config_file import write_config
 from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of
 from tests.made import REPOSITORY, tiny_settings
-from tests.test_train import environment, flags_of, rows_of, wait_for
+from tests.test_train import environment, flags_of, killed_at_end, rows_of, wait_for
 
 LOSSES = ("loss", "loss_m", "loss_c", "loss_p")
 
@@ -134,9 +134,10 @@ def test_a_killed_rank_ends_all_and_torchrun_takes_the_run_up_again(rank: int, s
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(checkpoint_path(out, 4), process)
-    os.kill(rank_of(process.pid, rank), signal.SIGKILL)
-    _, text = process.communicate(timeout=200)
+    with killed_at_end(process):
+        wait_for(checkpoint_path(out, 4), process)
+        os.kill(rank_of(process.pid, rank), signal.SIGKILL)
+        _, text = process.communicate(timeout=200)
     assert process.returncode == 0, text
     assert text.count("another rank ended without a word") == 1
     assert "resumed from" in text

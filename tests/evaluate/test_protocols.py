@@ -246,6 +246,8 @@ def test_a_validation_split_by_another_name(tmp_path: Path, other: str):
     assert isinstance(val.samples, ImageFolder)
     assert [Path(train.samples.name(0)).stem, Path(val.samples.name(0)).stem] == ["train", other]
     assert len(train.labels) == len(val.labels) == 1
+    # both are taken, and no flag of this command would choose another
+    assert not any("not taken" in note for samples in (train.samples, val.samples) for note in samples.notes)
 
 
 def test_scores_are_scikit_learns(tmp_path: Path):

@@ -1,9 +1,11 @@
+import functools
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from fastpmae import PRESETS
+from fastpmae.plan import plan as plan_module
 from fastpmae.plan.costs import step_costs
 from fastpmae.plan.figures import Report
 from fastpmae.plan.gpus import GPUS
@@ -35,6 +38,15 @@ def planned(*words: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=400,
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def counted_once() -> Iterator[None]:
+    """Plans of the same settings count the same: with annotations checked that takes ten seconds each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for function in ("step_costs", "flops_of_an_image"):
+            patch.setattr(plan_module, function, functools.cache(getattr(plan_module, function)))
+        yield
 
 
 SMALL = PRESETS["demo"].using(depth=2, decoder_depth=1, batch_size=64)

@@ -13,7 +13,7 @@ from typing import TypeVar
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
 
-_TRAIN = frozenset(("train", "training", "trn"))
+TRAIN_SPLITS = frozenset(("train", "training", "trn"))
 _OTHERS = frozenset((
     "val", "valid", "validation", "validate", "dev", "devel", "test", "testing", "tst", "eval", "evaluation",
     "evaluate", "holdout", "heldout", "unlabeled", "unlabelled",
@@ -23,7 +23,7 @@ _BESIDE = frozenset((
     "set", "split", "data", "dataset", "images", "image", "imgs", "img", "pictures", "photos", "jpg", "jpeg", "png",
     "x", "px", "v", "ilsvrc", "coco", "part", "fold", "new", "old", "final", "full", "small", "mini",
 ))  # fmt: skip
-_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_TRAIN | _OTHERS, key=len, reverse=True))})(?![a-z])")
+_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(TRAIN_SPLITS | _OTHERS, key=len, reverse=True))})(?![a-z])")
 _PIECES = re.compile(r"[a-z]+|[0-9]+")
 _JOINED = re.compile(r"(hold|held)[-_ ]?out")
 
@@ -35,10 +35,10 @@ EVERYTHING = ("all", "none")
 def split_of_folder(name: str) -> str | None:
     """The split that a folder's whole name says: "val" of val2017, nothing of train_station."""
     pieces = _PIECES.findall(_JOINED.sub(r"\1out", name.lower()))
-    words = [piece for piece in pieces if piece in _TRAIN or piece in _OTHERS]
+    words = [piece for piece in pieces if piece in TRAIN_SPLITS or piece in _OTHERS]
     for piece in pieces:
         for end in ("set", "images", "data"):  # testset
-            if piece.removesuffix(end) in _TRAIN | _OTHERS and piece not in words:
+            if piece.removesuffix(end) in TRAIN_SPLITS | _OTHERS and piece not in words:
                 words.append(piece.removesuffix(end))
                 break
         else:
@@ -50,7 +50,7 @@ def split_of_folder(name: str) -> str | None:
 def are_splits(names: Iterable[str]) -> bool:
     """Whether these folders leave no doubt: one to train on, and another split beside it."""
     found = {split_of_folder(name) for name in names} - {None}
-    return bool(found & _TRAIN) and bool(found - _TRAIN)
+    return bool(found & TRAIN_SPLITS) and bool(found - TRAIN_SPLITS)
 
 
 def splits_of_files(paths: Sequence[str]) -> Callable[[str], str | None]:
@@ -91,7 +91,7 @@ def choose_split(
     if wanted is None:
         if None in splits and not are_splits(names):  # a word like "test" in some names may mean nothing
             return list(entries), [f"Taking every file, those named {shown} too; --split {names[0]} takes them alone."]
-        train = [name for name in names if split_of_folder(name) in _TRAIN]
+        train = [name for name in names if split_of_folder(name) in TRAIN_SPLITS]
         if len(train) != 1:
             raise UserError(f"{printable(str(root))} has the splits {shown}: choose with --split NAME (or all)")
         left = [f"{printable(name)} ({len(splits[name]):,} files)" for name in names if name not in train]

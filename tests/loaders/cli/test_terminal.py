@@ -14,13 +14,13 @@ import pytest
 from fastpmae import Config
 from fastpmae.pretraining.cli import read_command
 from fastpmae.run.checkpoint import checkpoints_in, step_of
-from fastpmae.run.log import Log, about_run
+from fastpmae.run.log import Log, about_run, read_rows
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import Outlet, say, tell
 from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY, write_tree
-from tests.test_train import environment, flags_of, rows_of, wait_for
+from tests.test_train import environment, flags_of, killed_at_end, rows_of, wait_for
 
 FULL = Path("/dev/full")
 
@@ -185,6 +185,11 @@ def test_bad_input_is_bad_input_whoever_listens(tmp_path: Path) -> None:
     assert not (tmp_path / "out.beton").exists()
 
 
+def rows_so_far(folder: Path) -> int:
+    """The rows of a run that goes on: of one that is being written, a reader may see a part."""
+    return len(read_rows(folder / "metrics.jsonl"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_run_whose_reader_has_gone_saves_what_it_has_done(number: signal.Signals, tiny: Config) -> None:
@@ -196,15 +201,16 @@ def test_a_run_whose_reader_has_gone_saves_what_it_has_done(number: signal.Signa
         [sys.executable, "-m", "fastpmae.train", *flags_of(config)],
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    assert process.stdout is not None
-    while "step 2 " not in process.stdout.readline():
-        assert process.poll() is None
-    process.stdout.close()
-    wait = len(rows_of(folder)) + 3
-    while len(rows_of(folder)) < wait:
-        assert process.poll() is None, "a run ends because nobody reads what it says"
-    process.send_signal(number)
-    assert process.wait(timeout=120) == 128 + number
+    with killed_at_end(process):
+        assert process.stdout is not None
+        while "step 2 " not in process.stdout.readline():
+            assert process.poll() is None
+        process.stdout.close()
+        wait = rows_so_far(folder) + 3
+        while rows_so_far(folder) < wait:
+            assert process.poll() is None, "a run ends because nobody reads what it says"
+        process.send_signal(number)
+        assert process.wait(timeout=120) == 128 + number
     assert step_of(checkpoints_in(folder)[0]) == rows_of(folder)[-1]["step"] >= wait
 
 
@@ -228,10 +234,11 @@ def test_nohup_is_heard(tiny: Config) -> None:
         ["nohup", sys.executable, "-m", "fastpmae.train", *flags_of(config)],
         env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    wait_for(config.run.out / "metrics.jsonl", process)
-    process.send_signal(signal.SIGHUP)
-    seen = len(rows_of(config.run.out))
-    while len(rows_of(config.run.out)) < seen + 3:
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    with killed_at_end(process):
+        wait_for(config.run.out / "metrics.jsonl", process)
+        process.send_signal(signal.SIGHUP)
+        seen = rows_so_far(config.run.out)
+        while rows_so_far(config.run.out) < seen + 3:
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 128 + signal.SIGTERM
