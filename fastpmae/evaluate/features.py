@@ -58,7 +58,7 @@ def encoder_of(checkpoint: Checkpoint, network: Network) -> tuple[Encoder, Confi
     role = "labelling_teacher" if single and network != "student" else network
     weights = checkpoint.part(f"{role}.encoder")
     if not weights:
-        raise UserError(f"{checkpoint.path} holds no {network}: its run used --teachers {config.teacher.teachers}")
+        raise UserError(f"{checkpoint.path} holds no {network}: {checkpoint.why_without}")
     with torch.device("meta"):
         like = make_encoder(config).state_dict()
     require(checkpoint, f"{role}.encoder", like)

@@ -164,7 +164,7 @@ def prototype_use(
     _, teachers = networks_of(checkpoint)
     config = checkpoint.phase.config
     if teachers.labelling is None:
-        raise UserError(f"{checkpoint.path} holds no prototypes: its run used --teachers {config.teacher.teachers}")
+        raise UserError(f"{checkpoint.path} holds no prototypes: {checkpoint.why_without}")
     batch = batch_of(config, images, min(samples, len(images)))
     plain = config.using(prototypes_chunk=0)
     _, (_, patch_logits) = labelling_forward(teachers.labelling, batch, plain)

@@ -20,7 +20,7 @@ from fastpmae.pictures.analysis import analyse, prototype_use
 from fastpmae.pictures.figures import draw_analysis, draw_prototypes
 from fastpmae.plotting import save_picture
 from fastpmae.presets import PRESETS
-from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, find_checkpoint, read_progress, settings_in
+from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, find_checkpoint, read_progress
 from fastpmae.run.log import read_rows
 from fastpmae.run.results import Result, results_in
 from fastpmae.templating import html_page
@@ -112,7 +112,7 @@ def _pictures(
         )
     try:
         checkpoint = find_checkpoint(run)
-        settings_in(checkpoint.progress, checkpoint.path)
+        phase = checkpoint.phase
     except UserError as refused:
         # damaged files, networks that this version does not have: what was logged is shown all the same
         return {}, f"There are no pictures of what was learnt: {refused}."
@@ -124,7 +124,7 @@ def _pictures(
         )
     }
     progress.advance()
-    if config.teacher.teachers in ("dual", "single"):
+    if phase.config.teacher.teachers in ("dual", "single"):
         pictures["Patches nearest to the most used prototypes"] = _png(
             draw_prototypes(prototype_use(checkpoint, images), title)
         )

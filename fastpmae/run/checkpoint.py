@@ -60,12 +60,23 @@ class Checkpoint:
     @property
     def phase(self) -> Phase:
         """The phase of the run that its networks are of."""
-        return phase_after(self.config, self.progress["step"], self.progress["steps_per_epoch"])
+        return self._phase_of(self.config)
 
     @property
     def config_of_encoder(self) -> Config:
-        """The same where the encoder alone is of interest, whatever decoder the run had."""
-        return settings_in(self.progress, self.path, decoder_matters=False)
+        """The settings of that phase where the encoder alone is of interest, whatever decoder the run had."""
+        return self._phase_of(settings_in(self.progress, self.path, decoder_matters=False)).config
+
+    @property
+    def why_without(self) -> str:
+        """Why a teacher may be missing, as part of a sentence."""
+        phase = self.phase
+        if phase.name == "pixels":
+            return "its run was still learning pixels without a teacher (--pixel-epochs)"
+        return f"its run used --teachers {phase.config.teacher.teachers}"
+
+    def _phase_of(self, config: Config) -> Phase:
+        return phase_after(config, self.progress["step"], self.progress["steps_per_epoch"])
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under `prefix.`, by the rest of their names."""

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastpmae import Config, UserError, pretrain
+from fastpmae import Config, UserError, embed_images, load_encoder, pretrain
 from fastpmae.config_file import read_config
 from fastpmae.distributed.ranks import Ranks
+from fastpmae.export.network import read_export
 from fastpmae.model.build import check
 from fastpmae.model.phases import describe_phase, phase_after, phases_of
+from fastpmae.pictures.analysis import analyse, prototype_use
+from fastpmae.pictures.report import write_report
 from fastpmae.pretraining.data import Prefetcher, make_loader
 from fastpmae.pretraining.networks import make_networks
 from fastpmae.pretraining.optimizer import learning_rate, make_optimizer
@@ -141,6 +144,37 @@ def test_the_second_phase_by_hand(phased: Config):
     found = collect_state(student, teachers, training.optimizer)
     assert all(torch.equal(last.tensors[name], tensor) for name, tensor in found.items() if "rng" not in name)
     assert teachers.momenta(half - 1, 1).items() <= rows[-1].items()
+
+
+@pytest.mark.slow
+def test_every_reader_takes_a_checkpoint_of_either_phase(phased: Config, tmp_path: Path):
+    run = pretrain(phased.using(keep=9))
+    steps = max(int(row["step"]) for row in rows_of(run))
+    images = open_images(phased)
+    for step in (steps // 2, steps):
+        path = checkpoint_path(run, step)
+        encoder, config = load_encoder(path)
+        assert config == read_checkpoint(path).phase.config
+        weights = read_checkpoint(path).part("student.encoder")
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.state_dict().items())
+        assert len(embed_images(path, images.path)[0]) == len(images)
+        assert read_export(path, "student").shape == read_export(run, "student").shape
+        assert (analyse(read_checkpoint(path), images, 2).match is None) == (step == steps // 2)
+        pretrain(phased.using(init=path, out=tmp_path / f"from-{step}", steps=1))
+    early = checkpoint_path(run, steps // 2)
+    learning_pixels = r"its run was still learning pixels without a teacher \(--pixel-epochs\)"
+    with pytest.raises(UserError, match=f"holds no labelling_teacher: {learning_pixels}"):
+        load_encoder(early, "labelling_teacher")
+    with pytest.raises(UserError, match=f"holds no prototypes: {learning_pixels}"):
+        prototype_use(read_checkpoint(early), images)
+
+
+@pytest.mark.slow
+def test_the_report_of_a_run_in_its_first_phase(phased: Config):
+    run = pretrain(phased.using(steps=2))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "What was learnt of a few images" in page
+    assert "Patches nearest" not in page
 
 
 @pytest.mark.slow
