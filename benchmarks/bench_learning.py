@@ -31,7 +31,7 @@ from benchmarks.common import (
     finish,
     unpack,
 )
-from benchmarks.learning_cases import CASES, TABLES
+from benchmarks.learning_cases import BASE, CASES, TABLES
 from benchmarks.learning_judge import (
     POOLS,
     Images,
@@ -255,7 +255,7 @@ def bench() -> int:
     parser.add_argument("--equal", choices=("steps", "time"), default="steps", help="what the cases have in common")
     parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS",
                         help="fine-tune every run too, with the preset `small` and so many epochs (not)")  # fmt: skip
-    parser.add_argument("--base", metavar="PRESET_OR_FILE", default="small-data", help="settings of dual (small-data)")
+    parser.add_argument("--base", metavar="PRESET_OR_FILE", default=str(BASE), help="settings of dual")
     parser.add_argument("--workers", type=int, default=0, help="loader threads (1; on a GPU all cores')")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="where the runs lie (runs/learning)")
     parser.add_argument("--results", type=Path, metavar="DIR", help="where what they are worth is kept (--out)")
@@ -269,6 +269,8 @@ def bench() -> int:
         raise UserError(f"{', '.join(halves)} shares its time with another case: say --equal time")
     data = (given.train, given.val) if given.train else default_betons(given.out / "data")
     base = read_config(Path(given.base)) if Path(given.base).is_file() else preset(given.base)
+    if base.optimizer.pixel_epochs:
+        raise UserError(f"--base {given.base} begins with pixels already: take one without --pixel-epochs")
     if base.data.loader == "ffcv":
         base = base.using(loader=engine_here())
     base = for_device(base.using(epochs=1 if given.quick else given.epochs), device, given.compile_mode)

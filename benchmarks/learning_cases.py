@@ -6,9 +6,13 @@ images, views, learning rate and number of steps are the same.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastpmae.config import Config
+
+BASE = Path(__file__).parents[1] / "docs" / "learning" / "small-data.json"
+"""The settings that the cases share where nobody says; not the preset, which goes with what the tables show."""
 
 
 @dataclass(frozen=True)

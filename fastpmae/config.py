@@ -4,13 +4,11 @@ Each leaf is a flag of `fastpmae-train` with the same name (`batch_size` is `--b
 the whole tree. The docstring under a field is its help text.
 """
 
-import contextlib
 import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from fastpmae_loaders.cli.words import last_value
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import Typed, local_path
@@ -141,7 +139,7 @@ class Loss(Typed):
     epsilon: float = 0.05
     """Temperature of the Sinkhorn assignment that makes the pseudo labels."""
     class_epsilon: float | None = None
-    """The same for the class tokens' labels alone; by default --epsilon."""
+    """Temperature of the Sinkhorn assignment of class tokens alone; by default --epsilon."""
     warmup_epsilon: float | None = None
     """Value of --epsilon in the first epoch, from which it goes to its own linearly over --warmup-epsilon-epochs, as
     DINO's warmup_teacher_temp; --class-epsilon goes in proportion. By default there is no schedule."""
@@ -175,8 +173,8 @@ class Optimizer(Typed):
     """Epochs of linear learning-rate warm-up; by default 20 % of all."""
     pixel_epochs: float = 0.0
     """Epochs at the start, of those of --epochs, in which the student learns to reconstruct pixels without a teacher,
-    as in MAE; below 1 a share of them. Teachers, decoder, head and optimizer then begin anew with its encoder, and all
-    schedules with them."""
+    as in MAE; below 1 a share of them, with an epoch at least on either side. Teachers, decoder, head and optimizer
+    then begin anew with its encoder, and all schedules with them."""
     weight_decay: float = 0.05
     """Weight decay of AdamW; not applied to biases, norms and tokens."""
     decay_tokens: bool = False
@@ -381,21 +379,6 @@ def _peak_in(record: dict[str, Any]) -> float | None:
     if isinstance(blr, int | float) and isinstance(batch_size, int):
         return peak_rate(blr, None, batch_size)
     return None
-
-
-def rate_on(words: list[str]) -> dict[str, float]:
-    """The learning rates on a command line, `--blr` or `--lr`, as settings; what is no number is left to the parser.
-
-    A parser sets one field after the other: the settings that it starts from must have given up the other rate already.
-
-    Args:
-        words: as `with_values` gives them.
-    """
-    found = {}
-    for name in ("blr", "lr"):
-        with contextlib.suppress(ValueError):
-            found[name] = float(last_value(words, f"--{name}") or "none")
-    return found
 
 
 def settings_by_name() -> dict[str, str]:

@@ -15,6 +15,7 @@ from fastpmae.evaluate.cli import Finetune, Probe
 from fastpmae.evaluate.cli import read_command as read_evaluation
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE, FinetuneConfig
 from fastpmae.model.build import SHAPES, check, shape_of, view_settings, warmup_epochs
+from fastpmae.model.phases import phases_of
 from fastpmae.pretraining.cli import read_command
 
 # the paper: section 3.2 (teachers), 3.3 (prototypes), equation 5 (weights), 4 and appendix A (everything else)
@@ -96,7 +97,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     },
 }
 WARMUP = {"paper": 60, "paper-800": 60, "ablation": 20, "dual": 20, "sdae": 60, "sdae-code": 60, "single-step": 20,
-          "single-epoch": 20, "mae": 40, "demo": 1, "small-data": 6}  # fmt: skip
+          "single-epoch": 20, "mae": 40, "demo": 8, "small-data": 5}  # fmt: skip
 
 
 def value_of(config: Config, name: str) -> Any:
@@ -122,11 +123,15 @@ def test_every_preset_fits_together(name: str) -> None:
     assert warmup_epochs(PRESETS[name]) == pytest.approx(WARMUP[name])
 
 
-def test_the_demo_scales_prototypes_down_to_its_rows() -> None:
-    demo = PRESETS["demo"]
-    assert demo.network.prototypes <= demo.optimizer.batch_size * demo.views.folds
-    assert demo.teacher == PRESETS["paper"].teacher
-    assert dataclasses.replace(demo.loss) == PRESETS["paper"].loss
+@pytest.mark.parametrize(("name", "epochs"), [("demo", (30, 10)), ("small-data", (15, 10))])
+def test_small_presets_learn_pixels_first_and_have_momenta_of_their_own_length(
+    name: str, epochs: tuple[int, int]
+) -> None:
+    pixels, tokens = phases_of(PRESETS[name])
+    assert (pixels.config.optimizer.epochs, tokens.config.optimizer.epochs) == epochs
+    assert (pixels.config.loss.target, tokens.config.loss.target) == ("pixels", "tokens")
+    paper = PRESETS["paper"].teacher
+    assert PRESETS[name].teacher == dataclasses.replace(paper, momentum_for=0)
 
 
 def test_the_papers_patches() -> None:

@@ -17,10 +17,9 @@ from typing import Any
 from benchmarks.common import engine_here
 from benchmarks.gpu.images import ORIGINALS, TRAIN, VAL, repeated
 from benchmarks.gpu.task import Task
-from benchmarks.learning_cases import AFTER_MAE
-from fastpmae.config_file import write_config
+from benchmarks.learning_cases import AFTER_MAE, BASE
+from fastpmae.config_file import read_config, write_config
 from fastpmae.demo.demo import rows_of
-from fastpmae.presets import PRESETS
 from fastpmae_loaders import Beton
 
 COMPARED = ("loss", "loss_m", "loss_c", "loss_p", "grad_norm")
@@ -233,7 +232,7 @@ def learning(task: Task) -> None:
 def base_of(task: Task) -> Path:
     """The settings that the methods have in common."""
     path = task.folder / "base.json"
-    base = PRESETS["small-data"]
+    base = read_config(BASE)
     if task.tiny:
         base = base.using(**task.sizes.network, model=task.sizes.models[0], batch_size=8, patch_size=8)
     write_config(base, path)

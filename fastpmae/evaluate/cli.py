@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from fastpmae.config import rate_on
 from fastpmae.evaluate.backbone import Which
 from fastpmae.evaluate.datasets import Engine
 from fastpmae.evaluate.features import Pool
@@ -15,7 +14,7 @@ from fastpmae.evaluate.linear import RATES
 from fastpmae.evaluate.recipe import PROBE, FinetuneConfig, finetune_preset
 from fastpmae.renamed import FINETUNE_SETTINGS, refuse_old_flags
 from fastpmae_loaders.cli.help_texts import HELP_TEXTS
-from fastpmae_loaders.cli.words import last_value, with_values
+from fastpmae_loaders.cli.words import last_value, numbers_on, with_values
 
 NEIGHBOURS = (10, 20)
 """How many neighbours vote where nobody says."""
@@ -163,7 +162,7 @@ def read_command(arguments: Sequence[str]) -> Command:
     """
     words = with_values(arguments)
     refuse_old_flags(words, FINETUNE_SETTINGS)
-    rate = rate_on(words)
+    rate = numbers_on(words, ("blr", "lr"))
     config = finetune_preset(last_value(words, "--preset") or "paper").using(**rate)
     probe = PROBE.using(**rate)
     unknown = Common(weights=tyro.MISSING, train=tyro.MISSING)

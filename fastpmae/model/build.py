@@ -156,7 +156,7 @@ def check(config: Config) -> None:
          f"--warmup-epochs {optimizer.warmup_epochs} is not between 0 and --epochs {optimizer.epochs}"),
         (optimizer.pixel_epochs < 1 or optimizer.pixel_epochs == pixel_epochs(config),
          f"--pixel-epochs {optimizer.pixel_epochs}: a whole number of epochs, or a share of them below 1"),
-        (optimizer.pixel_epochs == 0 or 1 <= pixel_epochs(config) < optimizer.epochs,
+        (0 <= optimizer.pixel_epochs < max(1, optimizer.epochs),
          f"--pixel-epochs {optimizer.pixel_epochs} leaves less than an epoch before or after it: there are "
          f"{optimizer.epochs} (--epochs)"),
         (optimizer.pixel_epochs == 0 or loss.target == "tokens",
@@ -259,10 +259,14 @@ def warmup_epochs(config: Config) -> float:
 
 
 def pixel_epochs(config: Config) -> int:
-    """Epochs of pixels before those of the run's own targets; 0 where there are none."""
-    optimizer = config.optimizer
-    share = optimizer.pixel_epochs < 1
-    return round(optimizer.pixel_epochs * (optimizer.epochs if share else 1))
+    """Epochs of pixels before those of the run's own targets; 0 where there are none.
+
+    A share leaves an epoch on either side, and a run of a single epoch has no room for two phases.
+    """
+    given, epochs = config.optimizer.pixel_epochs, config.optimizer.epochs
+    if 0 < given < 1:
+        return min(max(1, round(given * epochs)), epochs - 1)
+    return round(given)
 
 
 def make_encoder(config: Config) -> Encoder:

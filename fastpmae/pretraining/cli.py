@@ -9,14 +9,14 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from fastpmae.config import Config, rate_on
+from fastpmae.config import Config
 from fastpmae.config_file import read_config
 from fastpmae.presets import PRESETS, preset
 from fastpmae.renamed import SETTINGS, refuse_old_flags
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, read_progress, settings_in
 from fastpmae.run.folder import run_of
 from fastpmae_loaders.cli.help_texts import HELP_TEXTS
-from fastpmae_loaders.cli.words import last_value, with_values
+from fastpmae_loaders.cli.words import last_value, numbers_on, with_values
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import Typed, local_path
@@ -56,7 +56,7 @@ def parse(kind: type[Given], program: str, description: str, arguments: Sequence
             raise UserError(f"{word}: every decoder keeps the class token now, as MAE's and SdAE's do; leave it out")
     refuse_old_flags(words, SETTINGS)
     base = _base(words)
-    base = base.using(**rate_on(words))
+    base = base.using(**numbers_on(words, ("blr", "lr")))
     if not {"-h", "--help"}.isdisjoint(words):
         base = _printable(base)
     return tyro.cli(

@@ -13,17 +13,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from benchmarks.bench_learning import Evening, for_device, main
+from benchmarks.learning_cases import BASE as BASE_FILE
 from benchmarks.learning_cases import CASES, TABLES
 from benchmarks.learning_judge import POOLS, Images, Judged, interval, judge, read, write
 from benchmarks.learning_tables import lines_of, write_page
 from fastpmae import Config
 from fastpmae.config_file import read_config
 from fastpmae.model.build import check
-from fastpmae.presets import PRESETS
 from fastpmae_loaders.errors import UserError
 from tests.made import REPOSITORY
 
-BASE = PRESETS["small-data"]
+BASE = read_config(BASE_FILE)
 
 
 def judged(case: str, seed: int, right: np.ndarray, equal: str = "steps") -> Judged:
@@ -149,11 +149,11 @@ def test_tables_and_page(tmp_path):
     }
     lines = list(lines_of(found))
     (row,) = [line for line in lines if line.startswith("| SdAE")]
-    assert row.count("+10.0 (") == 3
+    assert row.count("+10.0 (") == 4
     assert row.endswith("| 74.19 |")
     others = list(lines_of(found, "sdae"))
     (row_of_dual,) = [line for line in others if line.startswith("| Pseudo-MAE")]
-    assert row_of_dual.count("-10.0 (") == 3
+    assert row_of_dual.count("-10.0 (") == 4
     assert not any("(" in line.removeprefix("| SdAE") for line in others if line.startswith("| SdAE"))
     page = tmp_path / "page.md"
     marker = "<!-- {}: written by benchmarks/bench_learning.py -->\n{}\n<!-- end of {} -->\n"

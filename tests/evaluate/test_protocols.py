@@ -42,8 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pretrain(
         PRESETS["demo"].using(
             beton=root / "train.beton", out=root / "run", image_size=32, width=32, heads=2, depth=2, decoder_width=32,
-            decoder_depth=1, decoder_heads=2, head_hidden=32, head_bottleneck=16, prototypes=24, epochs=1, steps=2,
-            batch_size=16, workers=1, device="cpu", tensorboard=False,
+            decoder_depth=1, decoder_heads=2, head_hidden=32, head_bottleneck=16, prototypes=24, epochs=1,
+            pixel_epochs=0, steps=2, batch_size=16, workers=1, device="cpu", tensorboard=False,
         )
     )  # fmt: skip
     return root

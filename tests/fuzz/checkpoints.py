@@ -35,8 +35,8 @@ def settings(beton: Path) -> Config:
     """As small as a run can be."""
     return PRESETS["demo"].using(
         beton=beton, image_size=16, patch_size=8, width=16, heads=2, depth=1, decoder_width=16, decoder_depth=1,
-        decoder_heads=2, head_hidden=16, head_bottleneck=8, prototypes=8, folds=3, epochs=2, batch_size=4, log_every=1,
-        workers=1, device="cpu", tensorboard=False, loader="torch",
+        decoder_heads=2, head_hidden=16, head_bottleneck=8, prototypes=8, folds=3, epochs=2, pixel_epochs=0,
+        batch_size=4, log_every=1, workers=1, device="cpu", tensorboard=False, loader="torch",
     )  # fmt: skip
 
 

@@ -62,8 +62,7 @@ def test_after_its_last_step_a_phases_networks_are_its_own():
     [
         ({"pixel_epochs": 2.5}, "--pixel-epochs 2.5: a whole number of epochs"),
         ({"pixel_epochs": 10}, "leaves less than an epoch"),
-        ({"pixel_epochs": 0.01}, "leaves less than an epoch"),
-        ({"pixel_epochs": 0.99}, "leaves less than an epoch"),
+        ({"pixel_epochs": 11}, "leaves less than an epoch"),
         ({"pixel_epochs": -1}, "leaves less than an epoch"),
         ({"pixel_epochs": 5, **PIXELS}, "--pixel-epochs says nothing beside --target pixels"),
     ],
@@ -71,6 +70,16 @@ def test_after_its_last_step_a_phases_networks_are_its_own():
 def test_phases_that_are_none_are_refused(settings: dict[str, Any], sentence: str):
     with pytest.raises(UserError, match=sentence):
         check(Config().using(epochs=10, **settings))
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "first"), [(0.6, 25, 15), (0.01, 10, 1), (0.99, 10, 9), (0.6, 2, 1), (0.6, 1, 0)]
+)
+def test_a_share_leaves_an_epoch_on_either_side(share: float, epochs: int, first: int):
+    config = Config().using(epochs=epochs, pixel_epochs=share)
+    check(config)
+    assert phases_of(config)[-1].first_epoch == first
+    assert len(phases_of(config)) == (2 if first else 1)
 
 
 @pytest.fixture

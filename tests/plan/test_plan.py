@@ -49,9 +49,10 @@ def counted_once() -> Iterator[None]:
         yield
 
 
-SMALL = PRESETS["demo"].using(depth=2, decoder_depth=1, batch_size=64)
+SMALL = PRESETS["demo"].using(depth=2, decoder_depth=1, batch_size=64, pixel_epochs=0)
 """Images that the patches of every known model fit."""
-TINY = ["--preset", "demo", "--depth", "2", "--decoder-depth", "1", "--loader-rate", "250"]
+TINY = ["--preset", "demo", "--depth", "2", "--decoder-depth", "1", "--pixel-epochs", "0",
+        "--loader-rate", "250"]  # fmt: skip
 
 
 @pytest.mark.slow
