@@ -203,13 +203,16 @@ def first_and_mean(
 
 def loss_rows(rows: list[dict[str, float]]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
     """Each loss that was logged, in words, with its steps and values; apart for the phases, whose targets differ."""
-    names = {"loss_m": "L_m, reconstruction", "loss_c": "L_c, class labels", "loss_p": "L_p, patch labels"}
-    phases = {None: "", 1: " of pixels", 2: " of tokens"}
-    for name, words in names.items():
-        for phase, of_phase in phases.items():
-            logged = [(row["step"], row[name]) for row in rows if row.get("phase") == phase and name in row]
-            if logged:
-                yield words + of_phase, logged
+    names = {
+        ("loss_m", 1): "L_m, reconstruction of pixels",
+        ("loss_m", 2): "L_m, reconstruction of tokens",
+        ("loss_c", 2): "L_c, class labels",
+        ("loss_p", 2): "L_p, patch labels",
+    }
+    for (name, phase), words in names.items():
+        logged = [(row["step"], row[name]) for row in rows if row.get("phase", 2) == phase and name in row]
+        if logged:
+            yield words, logged
 
 
 def verdict(found: list[Accuracy]) -> str:

@@ -154,13 +154,11 @@ def check(config: Config) -> None:
         (optimizer.accumulate >= 1, f"--accumulate {optimizer.accumulate}: at least 1"),
         (0 <= warmup_epochs(config) <= optimizer.epochs,
          f"--warmup-epochs {optimizer.warmup_epochs} is not between 0 and --epochs {optimizer.epochs}"),
-        (optimizer.pixel_epochs < 1 or optimizer.pixel_epochs == pixel_epochs(config),
+        (optimizer.pixel_epochs < 1 or optimizer.pixel_epochs.is_integer(),
          f"--pixel-epochs {optimizer.pixel_epochs}: a whole number of epochs, or a share of them below 1"),
         (0 <= optimizer.pixel_epochs < max(1, optimizer.epochs),
          f"--pixel-epochs {optimizer.pixel_epochs} leaves less than an epoch before or after it: there are "
          f"{optimizer.epochs} (--epochs)"),
-        (optimizer.pixel_epochs == 0 or loss.target == "tokens",
-         "--pixel-epochs says nothing beside --target pixels: leave one out"),
         (0 <= optimizer.freeze_prototypes <= optimizer.epochs,
          f"--freeze-prototypes {optimizer.freeze_prototypes} is not between 0 and --epochs {optimizer.epochs}"),
         (teachers.momentum_for is None or teachers.momentum_for >= 0,
@@ -259,11 +257,13 @@ def warmup_epochs(config: Config) -> float:
 
 
 def pixel_epochs(config: Config) -> int:
-    """Epochs of pixels before those of the run's own targets; 0 where there are none.
+    """Epochs of pixels before those of the run's own method; 0 where there are none, or where it has no teacher.
 
     A share leaves an epoch on either side, and a run of a single epoch has no room for two phases.
     """
     given, epochs = config.optimizer.pixel_epochs, config.optimizer.epochs
+    if config.teacher.teachers == "none":
+        return 0
     if 0 < given < 1:
         return min(max(1, round(given * epochs)), epochs - 1)
     return round(given)

@@ -15,6 +15,7 @@ import fastpmae.demo.demo
 import fastpmae.photographs as photographs
 from fastpmae.demo.demo import demo, write_demo_betons
 from fastpmae.photographs import PHOTOGRAPHS, crop_boxes, open_photograph, validation_cells, write_demo_images
+from fastpmae.presets import PRESETS
 from fastpmae_loaders import Beton
 from fastpmae_loaders.errors import UserError
 
@@ -107,9 +108,13 @@ def test_betons_are_written_once_and_labelled(few, tmp_path):
 @pytest.mark.slow
 def test_the_whole_demo_and_a_second_one(few, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "demo", PRESETS["demo"].using(epochs=2, pixel_epochs=1, batch_size=64))
     demo(steps=4)
     printed = capfd.readouterr().out
-    for words in ("L_m, reconstruction", "L_c, class", "L_p, patch", "pretrained, class token", "random start"):
+    for words in (
+        "L_m, reconstruction of pixels", "L_m, reconstruction of tokens", "L_c, class labels",
+        "L_p, patch labels", "pretrained, class token", "after the first epoch, class token", "random start",
+    ):  # fmt: skip
         assert words in printed
     assert re.search(r"chance\s*│\s*6\.2%", printed)
     assert re.search(r"\d+ images/s", printed)
@@ -123,8 +128,7 @@ def test_the_whole_demo_and_a_second_one(few, tmp_path, monkeypatch, capfd):
 @pytest.mark.slow
 def test_the_demo_ends_in_time_and_still_sums_up(few, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    preset = fastpmae.demo.demo.PRESETS["demo"].using(epochs=10_000)
-    monkeypatch.setitem(fastpmae.demo.demo.PRESETS, "demo", preset)
+    monkeypatch.setitem(PRESETS, "demo", PRESETS["demo"].using(epochs=10_000, batch_size=64))
     began = time.monotonic()
     demo(out=Path("run"), minutes=0.05)
     assert time.monotonic() - began < 240

@@ -12,7 +12,7 @@ from fastpmae.config_file import read_config
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.export.network import read_export
 from fastpmae.model.build import check
-from fastpmae.model.phases import describe_phase, phase_after, phases_of
+from fastpmae.model.phases import Phase, describe_phase, phase_after, phases_of
 from fastpmae.pictures.analysis import analyse, prototype_use
 from fastpmae.pictures.report import write_report
 from fastpmae.pretraining.data import Prefetcher, make_loader
@@ -51,6 +51,12 @@ def test_phases_share_the_epochs_and_the_schedule(given: float):
     assert "epochs 16 to 25" in describe_phase(tokens)
 
 
+def test_a_run_without_teachers_is_one_phase():
+    config = Config().using(epochs=10, pixel_epochs=5, **PIXELS)
+    check(config)
+    assert phases_of(config) == (Phase(None, config),)
+
+
 def test_after_its_last_step_a_phases_networks_are_its_own():
     config = Config().using(epochs=5, pixel_epochs=2)
     numbers = [phase_after(config, step, 10).number for step in (0, 1, 20, 21, 50)]
@@ -64,7 +70,6 @@ def test_after_its_last_step_a_phases_networks_are_its_own():
         ({"pixel_epochs": 10}, "leaves less than an epoch"),
         ({"pixel_epochs": 11}, "leaves less than an epoch"),
         ({"pixel_epochs": -1}, "leaves less than an epoch"),
-        ({"pixel_epochs": 5, **PIXELS}, "--pixel-epochs says nothing beside --target pixels"),
     ],
 )
 def test_phases_that_are_none_are_refused(settings: dict[str, Any], sentence: str):

@@ -51,8 +51,8 @@ def counted_once() -> Iterator[None]:
 
 SMALL = PRESETS["demo"].using(depth=2, decoder_depth=1, batch_size=64, pixel_epochs=0)
 """Images that the patches of every known model fit."""
-TINY = ["--preset", "demo", "--depth", "2", "--decoder-depth", "1", "--pixel-epochs", "0",
-        "--loader-rate", "250"]  # fmt: skip
+TINY = ["--preset", "demo", "--depth", "2", "--decoder-depth", "1", "--pixel-epochs", "0", "--batch-size", "64",
+        "--epochs", "5",        "--loader-rate", "250"]  # fmt: skip
 
 
 @pytest.mark.slow
