@@ -14,6 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from fastpmae import PRESETS
+from fastpmae.model.phases import phases_of
 from fastpmae.plan import plan as plan_module
 from fastpmae.plan.costs import step_costs
 from fastpmae.plan.figures import Report
@@ -52,7 +53,7 @@ def counted_once() -> Iterator[None]:
 SMALL = PRESETS["demo"].using(depth=2, decoder_depth=1, batch_size=64, pixel_epochs=0)
 """Images that the patches of every known model fit."""
 TINY = ["--preset", "demo", "--depth", "2", "--decoder-depth", "1", "--pixel-epochs", "0", "--batch-size", "64",
-        "--epochs", "5",        "--loader-rate", "250"]  # fmt: skip
+        "--epochs", "5", "--loader-rate", "250"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -84,6 +85,21 @@ def test_command_line(tmp_path: Path):
     assert [row["gpus"] for row in found["weak"]] == [2**power for power in range(11)]
     assert found["config"]["network"]["depth"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.png"]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_phases_takes_the_time_of_both():
+    config = SMALL.using(epochs=10, pixel_epochs=4)
+    whole = make_plan(Plan(config, images=6400, loader_rate=1e6))
+    pixels, tokens = (make_plan(Plan(phase.config, images=6400, loader_rate=1e6)) for phase in phases_of(config))
+    assert whole.pixels is not None
+    assert (whole.pixels.epochs, whole.pixels.steps, whole.steps) == (4, 400, 600)
+    assert whole.pixels.costs == pixels.costs
+    assert whole.costs == tokens.costs
+    assert whole.pixels.hours == pytest.approx(pixels.hours)
+    assert whole.hours == pytest.approx(pixels.hours + tokens.hours)
+    assert "hours of 4 epochs of pixels before" in shown(whole)
+    assert "of pixels before" not in shown(tokens)
 
 
 @pytest.mark.parametrize(
