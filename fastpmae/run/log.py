@@ -239,8 +239,9 @@ class Log:
 
     def _write(self, row: dict[str, float]) -> None:
         self._keep(row)
-        parts = "".join(f" {part} {row[f'loss_{part}']:.3f}" for part in "cp" if f"loss_{part}" in row)
-        parts = f" (m {row['loss_m']:.3f}{parts})" if parts else ""
+        parts = _of_labels(row, {"c": "loss_c", "p": "loss_p"})
+        taught = _of_labels(row, {"c": "class_divergence", "p": "patch_divergence"})
+        parts = f" (m {row['loss_m']:.3f}{parts}{', KL' if taught else ''}{taught})" if parts else ""
         figures = f"loss {row['loss']:.3f}{parts}  {row['images_per_second']:.0f} images/s"
         self.bar.update(note=figures)
         if not self.bar.live:
@@ -331,3 +332,8 @@ def _parsed(line: str) -> dict[str, Any] | None:
 def _is_figure(value: Any) -> bool:
     """Whether a value can be counted with, drawn and shown: the file may be a stranger's. A loss may be infinite."""
     return isinstance(value, int | float) and (abs(value) < _BOUND or value in (math.inf, -math.inf) or value != value)
+
+
+def _of_labels(row: dict[str, float], names: dict[str, str]) -> str:
+    """The figures of a row that it has, each behind its letter."""
+    return "".join(f" {letter} {row[name]:.3f}" for letter, name in names.items() if name in row)

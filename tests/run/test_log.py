@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,27 @@ def test_a_row_is_written_before(what: str, tmp_path: Path):
         assert set(found[0]) == {"step", "epoch", *LOSSES, "images_per_second", "data_wait"}
         assert len(found) == (2 if what == "an evaluation" else 1)
     assert len(rows(tmp_path)) == (2 if what in ("an evaluation", "the next row") else 1)
+
+
+@pytest.mark.parametrize(
+    ("figures", "told"),
+    [
+        ({"loss": 0.5, "loss_m": 0.5}, "loss 0.500  "),
+        (
+            {"loss": 5.5, "loss_m": 0.5, "loss_p": 5.0, "patch_divergence": 1.25},
+            "loss 5.500 (m 0.500 p 5.000, KL p 1.250)  ",
+        ),
+        (
+            LOSSES | {"class_divergence": 0.75, "patch_divergence": 1.25},
+            "loss 1.000 (m 1.000 c 0.000 p 0.000, KL c 0.750 p 1.250)  ",
+        ),
+    ],
+)
+def test_the_log_tells_what_a_run_has(figures: dict[str, float], told: str, tmp_path: Path, capfd: Any):
+    with Log(tmp_path, about_run(Config()), 0, 10) as log:
+        log.start_clock(0)
+        log.row({"step": 1, "epoch": 0.1}, lambda: figures, 0.0, partial=False)
+    assert f"step 1  epoch 0.10  {told}" in capfd.readouterr().err
 
 
 def test_a_run_that_breaks_off_writes_its_last_row(tmp_path: Path):
