@@ -27,8 +27,7 @@ _ABLATION = _named("ablation", Config(), model="vit_small", epochs=100)
 _SDAE = _named("sdae", _PAPER, teachers="reconstruction", lambda_c=0.0, lambda_p=0.0)
 
 
-# Few images and few steps: pixels teach from the first step, and teachers begin where that has led. Their momenta
-# forget as much as the paper's do in 300 epochs.
+# Few images and few steps: pixels teach from the first step, and teachers begin where that has led.
 _SMALL = _named(
     "small-data",
     Config(),
@@ -43,7 +42,6 @@ _SMALL = _named(
     head_hidden=512,
     head_bottleneck=128,
     prototypes=256,
-    momentum_for=0,
     lambda_c=0.1,
     lambda_p=0.1,
     epochs=25,
@@ -65,8 +63,8 @@ _DEMO = _named(
     head_hidden=256,
     head_bottleneck=64,
     prototypes=128,
-    epochs=40,
-    pixel_epochs=0.75,
+    epochs=50,
+    pixel_epochs=0.8,
     log_every=10,
 )
 

@@ -63,7 +63,6 @@ def tiny_settings(beton: Path) -> Config:
         folds=5,
         lambda_c=1.0,
         lambda_p=1.0,
-        momentum_for=None,
         pixel_epochs=0,
         epochs=3,
         batch_size=8,

@@ -97,7 +97,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     },
 }
 WARMUP = {"paper": 60, "paper-800": 60, "ablation": 20, "dual": 20, "sdae": 60, "sdae-code": 60, "single-step": 20,
-          "single-epoch": 20, "mae": 40, "demo": 8, "small-data": 5}  # fmt: skip
+          "single-epoch": 20, "mae": 40, "demo": 10, "small-data": 5}  # fmt: skip
 
 
 def value_of(config: Config, name: str) -> Any:
@@ -123,15 +123,13 @@ def test_every_preset_fits_together(name: str) -> None:
     assert warmup_epochs(PRESETS[name]) == pytest.approx(WARMUP[name])
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("demo", (30, 10)), ("small-data", (15, 10))])
-def test_small_presets_learn_pixels_first_and_have_momenta_of_their_own_length(
-    name: str, epochs: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize(("name", "epochs"), [("demo", (40, 10)), ("small-data", (15, 10))])
+def test_small_presets_learn_pixels_first(name: str, epochs: tuple[int, int]) -> None:
     pixels, tokens = phases_of(PRESETS[name])
     assert (pixels.config.optimizer.epochs, tokens.config.optimizer.epochs) == epochs
     assert (pixels.config.loss.target, tokens.config.loss.target) == ("pixels", "tokens")
-    paper = PRESETS["paper"].teacher
-    assert PRESETS[name].teacher == dataclasses.replace(paper, momentum_for=0)
+    # momenta of the run's own length let labels follow the student at once, and lose more than they gain
+    assert PRESETS[name].teacher == PRESETS["paper"].teacher
 
 
 def test_the_papers_patches() -> None:

@@ -68,7 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dual": ("dual", {}),
     "single-step": ("single-step", {}),
     "single-epoch": ("single-epoch", {}),
-    "small-data": ("small-data", {"pixel_epochs": 0, "momentum_for": None}),
+    "small-data": ("small-data", {"pixel_epochs": 0}),
     "uneven-parts": (
         "dual",
         {
