@@ -66,6 +66,8 @@ from fastpmae_loaders.write.write import write_beton
 IMAGES = SHARED / "tiny_imagenet_20.tar"
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CURVE = ("step", "epoch", "loss", "loss_m", "loss_c", "loss_p")
+LONGEST_CURVE = 300
+"""Rows of a curve that is kept with what a run is worth."""
 
 
 class Evening:
@@ -206,11 +208,20 @@ def seconds_of(run: Path) -> list[float]:
 
 
 def curve_of(run: Path) -> list[dict[str, float]]:
-    """Of each row of a run's log: step, epoch, the losses, and how long it took."""
-    return [
+    """Step, epoch, the losses, and how long it took, over a run: its log's rows, or means of several for a long one."""
+    rows = [
         {key: value for key, value in row.items() if key in CURVE} | {"seconds": seconds}
         for row, seconds in zip(rows_of(run), seconds_of(run), strict=True)
     ]
+    together = -(-len(rows) // LONGEST_CURVE)
+    return [_as_one(rows[first : first + together]) for first in range(0, len(rows), together or 1)]
+
+
+def _as_one(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Rows that follow each other as one: up to where, their mean losses, the sum of their seconds."""
+    last = rows[-1]
+    losses = {key: float(np.mean([row[key] for row in rows if key in row])) for key in last if key.startswith("loss")}
+    return {"step": last["step"], "epoch": last["epoch"], "seconds": sum(row["seconds"] for row in rows)} | losses
 
 
 def default_betons(folder: Path) -> tuple[Path, Path]:

@@ -12,7 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from benchmarks.bench_learning import Evening, for_device, main
+from benchmarks.bench_learning import Evening, curve_of, for_device, main
 from benchmarks.learning_cases import BASE as BASE_FILE
 from benchmarks.learning_cases import CASES, TABLES
 from benchmarks.learning_judge import POOLS, Images, Judged, interval, judge, read, write
@@ -224,3 +224,17 @@ def test_a_run_that_is_done_is_not_done_again(small_beton, tmp_path):
 @pytest.mark.parametrize("base", sorted((REPOSITORY / "docs/learning").glob("*.json")), ids=lambda path: path.stem)
 def test_the_bases_of_the_pages_tables_are_read(base: Path) -> None:
     assert read_config(base) != Config()
+
+
+def test_a_long_runs_curve_is_of_means(monkeypatch):
+    rows = [{"step": step, "epoch": step / 10, "loss": float(step), "lr": 0.1} for step in range(1, 8)]
+    monkeypatch.setattr("benchmarks.bench_learning.rows_of", lambda _: rows)
+    monkeypatch.setattr("benchmarks.bench_learning.seconds_of", lambda _: [2.0] * 7)
+    monkeypatch.setattr("benchmarks.bench_learning.LONGEST_CURVE", 3)
+    found = curve_of(Path("run"))
+    assert [point["step"] for point in found] == [3, 6, 7]
+    assert [point["loss"] for point in found] == [2.0, 5.0, 7.0]
+    assert [point["seconds"] for point in found] == [6.0, 6.0, 2.0]
+    assert all(set(point) == {"step", "epoch", "loss", "seconds"} for point in found)
+    monkeypatch.setattr("benchmarks.bench_learning.LONGEST_CURVE", 7)
+    assert [point["loss"] for point in curve_of(Path("run"))] == [1, 2, 3, 4, 5, 6, 7]
