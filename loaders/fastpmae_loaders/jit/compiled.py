@@ -35,6 +35,12 @@ _SOURCES = (
     "sources/jpeg",
     "sources/markers",
     "sources/turbo",
+    "native/headers",
+    "native/huffman",
+    "native/data",
+    "native/idct",
+    "native/colours",
+    "native/decoder",
 )
 
 
