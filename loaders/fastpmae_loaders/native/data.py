@@ -27,7 +27,7 @@ def _copy_and_find(typingctx, target, source):
     return types.int64(types.int64, types.int64), code
 
 
-@helper
+@helper(_nrt=False)
 def copy_segment(data, at, target):
     """Copy a scan's data from `at` on up to the next marker: (bytes copied, the marker or -1 for none, where it ends).
 

@@ -101,7 +101,7 @@ def planes_size(height, width):
     return 3 * ((height + 15) // 16 * 16) * ((width + 31) // 32 * 32 + 2 * MARGIN)
 
 
-@helper
+@helper(_nrt=False)
 def _lay_out(header, work):
     """Where everything of a JPEG lies: (blocks of an MCU, MCUs across, MCUs down).
 
@@ -138,7 +138,7 @@ def _lay_out(header, work):
     return count, mcus, rows
 
 
-@helper
+@helper(_nrt=False)
 def _entropy(data, header, count, mcus, position, work):
     """A row of MCUs to coefficients; a Position of length -1 where the data are not sound."""
     at, bits, good, length, marker, following, left, number = position
@@ -170,7 +170,7 @@ def _entropy(data, header, count, mcus, position, work):
     return Position(at, bits, good, length, marker, following, left, number)
 
 
-@helper
+@helper(_nrt=False)
 def _ends_soundly(data, position, work):
     """Whether a scan that was decoded up to here had the bytes for it, and ends with the picture's end."""
     if np.int64(position.at) * 8 - np.int64(position.count) > 8 * position.length:
@@ -181,7 +181,7 @@ def _ends_soundly(data, position, work):
     return marker == EOI
 
 
-@helper
+@helper(_nrt=False)
 def _transform(header, row, work):
     """A row of MCUs from coefficients to samples, as far as they are wanted."""
     coefficients, planes = np.int64(work.coefficients.ctypes.data), np.int64(work.planes.ctypes.data)
@@ -207,7 +207,7 @@ def _transform(header, row, work):
                 work.planes[at + last + 1] = work.planes[at + last]
 
 
-@helper
+@helper(_nrt=False)
 def _chroma_rows(header, y, work):
     """Addresses of the rows of Cb and of Cr that pixel row y is made from: the nearer one and the other."""
     planes = np.int64(work.planes.ctypes.data) + MARGIN
@@ -219,7 +219,7 @@ def _chroma_rows(header, y, work):
     return blue + near * stride, blue + far * stride, red + near * stride, red + far * stride
 
 
-@helper
+@helper(_nrt=False)
 def _colour(header, y, begin, end, target, work):
     """Pixels `begin` to `end` (or a few more) of row y."""
     luma = np.int64(work.planes.ctypes.data) + MARGIN + y * work.parts[0, 4]
@@ -252,7 +252,7 @@ def _colour(header, y, begin, end, target, work):
             copy_bytes(target + 3 * (y * width + x), spare, 3 * (width - x))
 
 
-@helper
+@helper(_nrt=False)
 def _span(boxes, top, bottom):
     """The columns, begin and end, that any of the boxes which touch rows `top` to `bottom` covers; (0, 0) for none."""
     begin, end = 1 << 30, 0
@@ -263,7 +263,7 @@ def _span(boxes, top, bottom):
     return (begin, end) if end else (0, 0)
 
 
-@helper
+@helper(_nrt=False)
 def _set_windows(header, begin, end, mcus, work):
     """The blocks of each component that pixels `begin` to `end` are made from."""
     for part in range(header.components):
@@ -273,7 +273,7 @@ def _set_windows(header, begin, end, mcus, work):
         work.windows[part, 1] = min((end + 2 + size - 1) // size, across) if end else 0
 
 
-@kernel
+@kernel(_nrt=False)
 def decode(data, height, width, boxes, target, work):
     """Decode the JPEG in `data` uint8 [n] to uint8 [height, width, 3] at the address `target`: whether it was done.
 

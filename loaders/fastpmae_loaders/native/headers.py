@@ -56,12 +56,12 @@ def make_tables() -> Tables:
     return Tables(np.zeros((TABLES, BLOCK), np.uint16), np.zeros(2 * TABLES, np.int64), np.zeros((3, 3), np.int64))
 
 
-@helper
+@helper(_nrt=False)
 def _word(data, at):
     return np.int64(data[at]) * 256 + np.int64(data[at + 1])
 
 
-@helper
+@helper(_nrt=False)
 def _quantisation(data, at, end, tables):
     """A DQT segment's content: bits of the tables that it defines; -1 where it is not 8 bits wide or makes no sense."""
     found = 0
@@ -76,7 +76,7 @@ def _quantisation(data, at, end, tables):
     return found
 
 
-@helper
+@helper(_nrt=False)
 def _huffman(data, at, end, tables):
     """A DHT segment's content: whether it makes sense."""
     while at < end:
@@ -93,7 +93,7 @@ def _huffman(data, at, end, tables):
     return True
 
 
-@helper
+@helper(_nrt=False)
 def _sampling(data, frame, components):
     """(across, down) of a frame header's components; (0, 0) for what is not decoded here."""
     if components == 1:
@@ -106,14 +106,14 @@ def _sampling(data, frame, components):
     return across, down
 
 
-@helper
+@helper(_nrt=False)
 def _starts_with(data, at, end, a, b, c, d, e):
     if at + 5 > end:
         return False
     return data[at] == a and data[at + 1] == b and data[at + 2] == c and data[at + 3] == d and data[at + 4] == e
 
 
-@helper
+@helper(_nrt=False)
 def _ycbcr(data, frame, jfif, adobe):
     """Whether libjpeg takes three components for YCbCr."""
     if jfif:
@@ -123,7 +123,7 @@ def _ycbcr(data, frame, jfif, adobe):
     return not (data[frame + 6] == 0x52 and data[frame + 9] == 0x47 and data[frame + 12] == 0x42)
 
 
-@helper
+@helper(_nrt=False)
 def _scan(data, at, frame, components, defined, tables):
     """A scan header's content: is it the only scan that a picture of these components has, with tables for all?"""
     if data[at] != components:
@@ -146,7 +146,7 @@ def _scan(data, at, frame, components, defined, tables):
     return data[end] == 0 and data[end + 1] == 63 and data[end + 2] == 0
 
 
-@kernel
+@kernel(_nrt=False)
 def read_header(data, height, width, tables):
     """The Header of the JPEG in `data` uint8 [n], of height x width pixels; one of height 0 for what is not taken here.
 

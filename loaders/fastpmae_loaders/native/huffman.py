@@ -80,7 +80,7 @@ def make_codes() -> Codes:
     )
 
 
-@helper
+@helper(_nrt=False)
 def _as_before(data, at, which, codes):
     """Whether a definition is the one that the tables were last made from; it is kept."""
     kept, same, total = codes.kept[which], codes.made[which], 0
@@ -89,18 +89,18 @@ def _as_before(data, at, which, codes):
         total += np.int64(data[at + place])
     for place in range(COUNTS, COUNTS + total):
         same = same and kept[place] == data[at + place]
-    if not same:
-        kept[: COUNTS + total] = data[at : at + COUNTS + total]
+    for place in range(COUNTS + total):
+        kept[place] = data[at + place]
     return same
 
 
-@helper
+@helper(_nrt=False)
 def _signed(bits, size):
     """The value that `size` bits stand for."""
     return bits if size == 0 or bits >> (size - 1) else bits - (1 << size) + 1
 
 
-@kernel
+@kernel(_nrt=False)
 def build_codes(data, at, which, codes):
     """Make the tables of the definition at `at` (see `Tables.codes`); False where it makes no sense."""
     if _as_before(data, at, which, codes):
@@ -138,14 +138,14 @@ def build_codes(data, at, which, codes):
     return True
 
 
-@helper
+@helper(_nrt=False)
 def _parts(symbol):
     """Of 256 times a code's length and its symbol: the length, the zeros before its coefficient, the value's bits."""
     number = np.int64(symbol)
     return number >> 8, number >> 4 & 15, number & 15
 
 
-@helper
+@helper(_nrt=False)
 def _build_pairs(symbols, pairs):
     for index in range(ENTRIES):
         length, run, size = _parts(symbols[index])
@@ -170,7 +170,7 @@ def _build_pairs(symbols, pairs):
         pairs[index] = entry | np.uint64(value & 0xFFFF) << _LOW_VALUE | np.uint64(other & 0xFFFF) << _TOP_VALUE
 
 
-@helper
+@helper(_nrt=False)
 def _window(data, at):
     """Eight bytes as a number of 64 bits, the first the highest."""
     found = _NOTHING
@@ -179,7 +179,7 @@ def _window(data, at):
     return found
 
 
-@helper
+@helper(_nrt=False)
 def _long_code(bits, which, codes):
     """256 times the length of a code at the window's head, and its symbol; 0 where it is no code."""
     head = np.int64(bits >> _TOP_VALUE)
@@ -190,13 +190,13 @@ def _long_code(bits, which, codes):
     return 0
 
 
-@helper
+@helper(_nrt=False)
 def _symbol(bits, which, codes):
     found = np.int64(codes.symbols[which, np.int64(bits >> _INDEX)])
     return found if found else _long_code(bits, which, codes)
 
 
-@helper(inline="always")
+@helper(inline="always", _nrt=False)
 def decode_block(data, at, bits, count, direct, alternating, before, coefficients, place, codes, places):
     """One block: (at, bits, count) afterwards, its DC value, and its last coefficient's number; -1 where it is none.
 
