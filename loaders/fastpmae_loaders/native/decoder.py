@@ -14,7 +14,7 @@ from fastpmae_loaders.native import colours, idct
 from fastpmae_loaders.native.colours import PIXELS
 from fastpmae_loaders.native.data import STEP, copy_segment
 from fastpmae_loaders.native.headers import BLOCK, EOI, Tables, make_tables, read_header
-from fastpmae_loaders.native.huffman import PLACES, SLACK, Codes, build_codes, decode_block, make_codes
+from fastpmae_loaders.native.huffman import ENTRIES, PLACES, SLACK, Codes, build_codes, decode_block, make_codes
 
 MARGIN: Final = 32
 """Bytes before and behind each row of a plane."""
@@ -39,7 +39,7 @@ class Workspace(NamedTuple):
     pairs of blocks; the first pair is for blocks that nobody wants. ends uint8: each block's last coefficient.
     quantisation uint16 [3, 128]: the components' tables, as pairs of blocks lie. planes uint8: the components.
     spare: pixels that do not fit. before int64 [3]: each component's last DC value. windows int64 [3, 2]: the blocks
-    across that are wanted. blocks int64 [6, 4]: an MCU's blocks (see `_lay_out`). parts int64 [3, 5]: the components
+    across that are wanted. blocks int64 [6, 6]: an MCU's blocks (see `_lay_out`). parts int64 [3, 5]: the components
     (likewise).
     """
 
@@ -88,7 +88,7 @@ def make_workspace(height: int, width: int, stored: int, planes: int | None = No
         spare=np.empty(3 * PIXELS, np.uint8),
         before=np.zeros(3, np.int64),
         windows=np.zeros((3, 2), np.int64),
-        blocks=np.zeros((6, 4), np.int64),
+        blocks=np.zeros((6, 6), np.int64),
         parts=np.zeros((3, 5), np.int64),
         tables=make_tables(),
         codes=make_codes(),
@@ -105,8 +105,8 @@ def planes_size(height, width):
 def _lay_out(header, work):
     """Where everything of a JPEG lies: (blocks of an MCU, MCUs across, MCUs down).
 
-    Of each block: its component, its first coefficient's place in an MCU row's first column, how many blocks across the
-    component has in an MCU, and which of these it is. Of each component: its first block row's place, the pairs of such
+    Of each block, its component, the place of its row of blocks, in pairs; how many blocks across the component has in
+    an MCU, and which of these it is; the places of its tables' first entries, DC and AC. Of each component: its first block row's place, the pairs of such
     a row, the rows in an MCU row, the plane's place and its row's length.
     """
     across, down = header.across, header.down
@@ -125,10 +125,10 @@ def _lay_out(header, work):
         plane += stride * 8 * high * rows
         for row in range(high):
             for column in range(wide):
-                work.blocks[count, 0] = part
-                work.blocks[count, 1] = place + row * pairs * PAIR
-                work.blocks[count, 2] = wide
-                work.blocks[count, 3] = column
+                block = work.blocks[count]
+                block[0], block[1], block[2], block[3] = part, place // PAIR + row * pairs, wide, column
+                block[4] = work.tables.chosen[part, 1] * ENTRIES
+                block[5] = work.tables.chosen[part, 2] * ENTRIES
                 count += 1
         place += high * pairs * PAIR
         table = work.tables.quantisation[work.tables.chosen[part, 0]]
@@ -142,7 +142,7 @@ def _lay_out(header, work):
 def _entropy(data, header, count, mcus, position, work):
     """A row of MCUs to coefficients; a Position of length -1 where the data are not sound."""
     at, bits, good, length, marker, following, left, number = position
-    chosen, before, codes, blocks = work.tables.chosen, work.before, work.codes, work.blocks
+    before, codes, blocks = work.before, work.codes, work.blocks
     wrong = Position(at, bits, good, -1, marker, following, left, number)
     for x in range(mcus):
         if left == 0:
@@ -158,9 +158,10 @@ def _entropy(data, header, count, mcus, position, work):
             column = x * blocks[block, 2] + blocks[block, 3]
             place = column & 1
             if work.windows[part, 0] <= column < work.windows[part, 1]:
-                place += 2 * (blocks[block, 1] // PAIR + (column >> 1))
+                place += 2 * (blocks[block, 1] + (column >> 1))
             at, bits, good, value, last = decode_block(
-                work.data, at, bits, good, chosen[part, 1], chosen[part, 2], before[part], work.coefficients,
+                work.data, at, bits, good, np.uint64(blocks[block, 4]), np.uint64(blocks[block, 5]), before[part],
+                work.coefficients,
                 np.uint64((place >> 1) * PAIR + (place & 1) * 8), codes, work.places,
             )  # fmt: skip
             if last < 0 or at > np.uint64(length) + _AHEAD or abs(value) > 32767:

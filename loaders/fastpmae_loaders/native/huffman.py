@@ -19,7 +19,9 @@ LOOKUP: Final = 11
 """Bits of the window that index the tables."""
 ENTRIES: Final = 1 << LOOKUP
 LEAVE: Final = 128
-"""The advance of an entry that holds no coefficient: the end of a block, or (LEAVE + 1) what goes the slow way."""
+"""What is added to the advance of an entry that ends its block."""
+SLOW: Final = 255
+"""The advance of an entry that holds nothing: what follows goes the slow way."""
 SLACK: Final = 512
 """Zero bytes behind a segment's data: more than one block can use up."""
 
@@ -44,6 +46,9 @@ _ONE: Final = np.uint64(1)
 _THREE: Final = np.uint64(3)
 _FULL: Final = np.uint64(63)
 _FILLED: Final = np.uint64(56)
+_LEFT: Final = np.uint64(64)
+_LEAVING: Final = np.uint64(LEAVE)
+_SLOWLY: Final = np.uint64(SLOW)
 _NOTHING: Final = np.uint64(0)
 
 
@@ -52,7 +57,8 @@ class Codes(NamedTuple):
 
     symbols uint16 [8, ENTRIES]: 256 times a code's length, and its symbol; 0 where the code is longer. pairs uint64
     [8 x ENTRIES]: from the lowest bits on eight each for the bits used, the advance, the first coefficient's place and
-    the second's, sixteen each for their values. limits int64 [8, 17]: the first 16-bit number behind the codes of each
+    the second's, sixteen each for their values; of DC tables the bits used (0 where it goes the slow way) and the
+    value. limits int64 [8, 17]: the first 16-bit number behind the codes of each
     length. offsets int64 [8, 17]: what turns a code into its symbol's place. values uint8 [8, 256]. kept uint8 [8,
     272]: the definitions that these were made from. made bool [8].
     """
@@ -132,8 +138,11 @@ def build_codes(data, at, which, codes):
         code += count
         limits[length] = code << (COUNTS - length)
         code <<= 1
-    if which >= TABLES:
-        _build_pairs(symbols, codes.pairs[which * ENTRIES : (which + 1) * ENTRIES])
+    entries = codes.pairs[which * ENTRIES : (which + 1) * ENTRIES]
+    if which < TABLES:
+        _build_direct(symbols, entries)
+    else:
+        _build_pairs(symbols, entries)
     codes.made[which] = True
     return True
 
@@ -146,26 +155,40 @@ def _parts(symbol):
 
 
 @helper(_nrt=False)
+def _build_direct(symbols, entries):
+    for index in range(ENTRIES):
+        length, _, size = _parts(symbols[index])
+        used = length + size
+        if length == 0 or used > LOOKUP:
+            entries[index] = 0
+        else:
+            value = _signed(index >> (LOOKUP - used) & ((1 << size) - 1), size)
+            entries[index] = np.uint64(used) | np.uint64(value & 0xFFFF) << _LOW_VALUE
+
+
+@helper(_nrt=False)
 def _build_pairs(symbols, pairs):
     for index in range(ENTRIES):
         length, run, size = _parts(symbols[index])
         used = length + size
-        advance = run + 1
-        if length == 0 or used > LOOKUP:
-            advance, used = LEAVE + 1, 0
-        elif size == 0 and run < 15:
-            advance = LEAVE if run == 0 else LEAVE + 1
-        if advance >= LEAVE:
-            pairs[index] = np.uint64(used | advance << 8)
+        if length == 0 or used > LOOKUP or (size == 0 and 0 < run < 15):
+            pairs[index] = np.uint64(SLOW << 8)
+            continue
+        if size == 0 and run == 0:
+            pairs[index] = np.uint64(used | LEAVE << 8)
             continue
         value = _signed(index >> (LOOKUP - used) & ((1 << size) - 1), size)
-        second, other = advance, 0
+        advance, second, other = run + 1, run + 1, 0
         length, zeros, size = _parts(symbols[index << used & (ENTRIES - 1)])
-        if length > 0 and used + length + size <= LOOKUP and (size > 0 or zeros == 15):
-            used += length + size
-            other = _signed(index >> (LOOKUP - used) & ((1 << size) - 1), size)
-            second += zeros
-            advance = second + 1
+        if length > 0 and used + length + size <= LOOKUP:
+            if size > 0 or zeros == 15:
+                used += length + size
+                other = _signed(index >> (LOOKUP - used) & ((1 << size) - 1), size)
+                second += zeros
+                advance = second + 1
+            elif zeros == 0:
+                used += length
+                advance += LEAVE
         entry = np.uint64(used | advance << 8 | run << 16 | second << 24)
         pairs[index] = entry | np.uint64(value & 0xFFFF) << _LOW_VALUE | np.uint64(other & 0xFFFF) << _TOP_VALUE
 
@@ -183,7 +206,7 @@ def _window(data, at):
 def _long_code(bits, which, codes):
     """256 times the length of a code at the window's head, and its symbol; 0 where it is no code."""
     head = np.int64(bits >> _TOP_VALUE)
-    for length in range(1, COUNTS + 1):
+    for length in range(LOOKUP + 1, COUNTS + 1):
         if head < codes.limits[which, length]:
             place = codes.offsets[which, length] + (head >> (COUNTS - length))
             return length << 8 | np.int64(codes.values[which, place & 255])
@@ -191,7 +214,8 @@ def _long_code(bits, which, codes):
 
 
 @helper(_nrt=False)
-def _symbol(bits, which, codes):
+def _symbol(bits, table, codes):
+    which = np.int64(table >> np.uint64(LOOKUP))
     found = np.int64(codes.symbols[which, np.int64(bits >> _INDEX)])
     return found if found else _long_code(bits, which, codes)
 
@@ -200,72 +224,86 @@ def _symbol(bits, which, codes):
 def decode_block(data, at, bits, count, direct, alternating, before, coefficients, place, codes, places):
     """One block: (at, bits, count) afterwards, its DC value, and its last coefficient's number; -1 where it is none.
 
-    `bits` is the window, of which `count` bits are good, and `at` the next byte. `before`: the DC value of the block
-    before. The coefficients that are not 0 are stored from `place` on.
+    `bits` is the window, of which `count` bits are good, and `at` the next byte; `direct` and `alternating` are the
+    places of the tables' first entries. `before`: the DC value of the block before. The coefficients that are not 0 are
+    stored from `place` on, and so may be zeros where there is none.
     """
     bits |= _window(data, at) >> count
     at += (_FULL - count) >> _THREE
     count |= _FILLED
-    found = _symbol(bits, direct, codes)
     last = -1
-    if found:
+    k = _ONE
+    entry = codes.pairs[direct + (bits >> _INDEX)]
+    if entry:
+        before += np.int64(np.int16(entry >> _LOW_VALUE))
+        bits <<= entry & _BYTE
+        count -= entry & _BYTE
+    else:
+        found = _symbol(bits, direct, codes)
+        if found == 0:
+            k = _LEFT
         size = found & 15
         bits <<= np.uint64(found >> 8)
         if size:
             before += _signed(np.int64(bits >> np.uint64(64 - size)), size)
         bits <<= np.uint64(size)
         count -= np.uint64((found >> 8) + size)
-        coefficients[place] = np.int16(before)
-        last = 0
-        table = np.uint64(alternating) << np.uint64(LOOKUP)
-        k = _ONE
-        while True:
+        bits |= _window(data, at) >> count
+        at += (_FULL - count) >> _THREE
+        count |= _FILLED
+    coefficients[place] = np.int16(before)
+    # there are bits for four entries: after a first look-up, and wherever the window is filled up
+    while k <= _FULL:
+        for _ in range(4):
+            entry = codes.pairs[alternating + (bits >> _INDEX)]
+            advance = entry >> _EIGHT & _BYTE
+            if k + advance > _FULL:
+                break
+            first = k + (entry >> _SIXTEEN & _BYTE)
+            second = k + (entry >> _SECOND & _BYTE)
+            coefficients[place + np.uint64(places[first])] = np.int16(entry >> _LOW_VALUE)
+            coefficients[place + np.uint64(places[second])] = np.int16(entry >> _TOP_VALUE)
+            bits <<= entry & _BYTE
+            count -= entry & _BYTE
+            k += advance
+        else:
             bits |= _window(data, at) >> count
             at += (_FULL - count) >> _THREE
             count |= _FILLED
-            advance = _NOTHING
-            for _ in range(4):
-                entry = codes.pairs[table | bits >> _INDEX]
-                advance = entry >> _EIGHT & _BYTE
-                if k + advance > _FULL:
-                    break
-                first = k + (entry >> _SIXTEEN & _BYTE)
-                second = k + (entry >> _SECOND & _BYTE)
-                coefficients[place + np.uint64(places[first])] = np.int16(entry >> _LOW_VALUE)
-                coefficients[place + np.uint64(places[second])] = np.int16(entry >> _TOP_VALUE)
-                bits <<= entry & _BYTE
-                count -= entry & _BYTE
-                k += advance
-            else:
-                continue
-            entry = codes.pairs[table | bits >> _INDEX]
-            last = np.int64(k) - 1
-            if entry >> _EIGHT & _BYTE == np.uint64(LEAVE):
-                bits <<= entry & _BYTE
-                count -= entry & _BYTE
-                break
-            bits |= _window(data, at) >> count
-            at += (_FULL - count) >> _THREE
-            count |= _FILLED
-            found = _symbol(bits, alternating, codes)
-            run, size = found >> 4 & 15, found & 15
-            bits <<= np.uint64(found >> 8)
-            count -= np.uint64(found >> 8)
-            if found == 0 or (size == 0 and run < 15):
-                if found == 0 or run:
-                    last = -1
-                break
-            k += np.uint64(run)
-            if k > _FULL:
-                last = -1
-                break
-            if size:
-                value = _signed(np.int64(bits >> np.uint64(64 - size)), size)
-                coefficients[place + np.uint64(places[k])] = np.int16(value)
-                bits <<= np.uint64(size)
-                count -= np.uint64(size)
-            last = np.int64(k)
-            k += _ONE
-            if k > _FULL:
-                break
+            continue
+        end = k + advance - _LEAVING
+        # a block's last place is followed by no end
+        if _LEAVING <= advance < _SLOWLY and end <= _FULL:
+            if end > k:
+                coefficients[place + np.uint64(places[end - _ONE])] = np.int16(entry >> _LOW_VALUE)
+            bits <<= entry & _BYTE
+            count -= entry & _BYTE
+            last = np.int64(end) - 1
+            break
+        bits |= _window(data, at) >> count
+        at += (_FULL - count) >> _THREE
+        count |= _FILLED
+        found = _symbol(bits, alternating, codes)
+        run, size = found >> 4 & 15, found & 15
+        bits <<= np.uint64(found >> 8)
+        count -= np.uint64(found >> 8)
+        if found == 0 or (size == 0 and run < 15):
+            if found and run == 0:
+                last = np.int64(k) - 1
+            break
+        k += np.uint64(run)
+        if k > _FULL:
+            break
+        if size:
+            value = _signed(np.int64(bits >> np.uint64(64 - size)), size)
+            coefficients[place + np.uint64(places[k])] = np.int16(value)
+            bits <<= np.uint64(size)
+            count -= np.uint64(size)
+        if k == _FULL:
+            last = 63
+            break
+        k += _ONE
+        bits |= _window(data, at) >> count
+        at += (_FULL - count) >> _THREE
+        count |= _FILLED
     return at, bits, count, before, last
