@@ -105,9 +105,9 @@ def planes_size(height, width):
 def _lay_out(header, work):
     """Where everything of a JPEG lies: (blocks of an MCU, MCUs across, MCUs down).
 
-    Of each block, its component, the place of its row of blocks, in pairs; how many blocks across the component has in
-    an MCU, and which of these it is; the places of its tables' first entries, DC and AC. Of each component: its first block row's place, the pairs of such
-    a row, the rows in an MCU row, the plane's place and its row's length.
+    Of each block: its component, the place of its row of blocks, in pairs; how many blocks across the component has in
+    an MCU, and which of these it is; the places of its tables' first entries, DC and AC. Of each component: its first
+    block row's place, the pairs of such a row, the rows in an MCU row, the plane's place and its row's length.
     """
     across, down = header.across, header.down
     mcus = (header.width + 8 * across - 1) // (8 * across)
@@ -320,3 +320,20 @@ def decode(data, height, width, boxes, target, work):
             _colour(header, y, begin, end, target, work)
         shown = ready
     return _ends_soundly(data, position, work)
+
+
+def decode_jpeg(
+    payload: bytes | np.ndarray, height: int, width: int, boxes: np.ndarray | None = None
+) -> np.ndarray | None:
+    """An ordinary JPEG of height x width pixels as uint8 [height, width, 3]; None for what is left to Pillow.
+
+    Of pixels outside the `boxes` int [m, 4] (see `decode`), where there are any, nothing is promised.
+    """
+    data = np.frombuffer(payload, np.uint8) if isinstance(payload, bytes) else payload
+    if boxes is None:
+        boxes = np.array([[0, 0, height, width]], np.int32)
+    pixels = np.empty((height, width, 3), np.uint8)
+    work = make_workspace(height, width, len(data))
+    # an array that may not be written to is another type to numba
+    done = decode(np.require(data, requirements="W"), height, width, boxes, pixels.ctypes.data, work)
+    return pixels if done else None
