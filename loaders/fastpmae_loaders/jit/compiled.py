@@ -41,6 +41,7 @@ _SOURCES = (
     "native/idct",
     "native/colours",
     "native/decoder",
+    "native/coefficients",
 )
 
 

@@ -13,7 +13,7 @@ from fastpmae_loaders.jit.memory import copy_bytes
 from fastpmae_loaders.native import colours, idct
 from fastpmae_loaders.native.colours import PIXELS
 from fastpmae_loaders.native.data import STEP, copy_segment
-from fastpmae_loaders.native.headers import BLOCK, EOI, Tables, make_tables, read_header
+from fastpmae_loaders.native.headers import BLOCK, EOI, Header, Tables, make_tables, read_header
 from fastpmae_loaders.native.huffman import ENTRIES, PLACES, SLACK, Codes, build_codes, decode_block, make_codes
 
 MARGIN: Final = 32
@@ -39,7 +39,7 @@ class Workspace(NamedTuple):
     pairs of blocks; the first pair is for blocks that nobody wants. ends uint8: each block's last coefficient.
     quantisation uint16 [3, 128]: the components' tables, as pairs of blocks lie. planes uint8: the components.
     spare: pixels that do not fit. before int64 [3]: each component's last DC value. windows int64 [3, 2]: the blocks
-    across that are wanted. blocks int64 [6, 6]: an MCU's blocks (see `_lay_out`). parts int64 [3, 5]: the components
+    across that are wanted. blocks int64 [6, 6]: an MCU's blocks (see `lay_out`). parts int64 [3, 5]: the components
     (likewise).
     """
 
@@ -102,7 +102,7 @@ def planes_size(height, width):
 
 
 @helper(_nrt=False)
-def _lay_out(header, work):
+def lay_out(header, work):
     """Where everything of a JPEG lies: (blocks of an MCU, MCUs across, MCUs down).
 
     Of each block: its component, the place of its row of blocks, in pairs; how many blocks across the component has in
@@ -139,7 +139,7 @@ def _lay_out(header, work):
 
 
 @helper(_nrt=False)
-def _entropy(data, header, count, mcus, position, work):
+def decode_row(data, header, count, mcus, position, work):
     """A row of MCUs to coefficients; a Position of length -1 where the data are not sound."""
     at, bits, good, length, marker, following, left, number = position
     before, codes, blocks = work.before, work.codes, work.blocks
@@ -172,7 +172,7 @@ def _entropy(data, header, count, mcus, position, work):
 
 
 @helper(_nrt=False)
-def _ends_soundly(data, position, work):
+def ends_soundly(data, position, work):
     """Whether a scan that was decoded up to here had the bytes for it, and ends with the picture's end."""
     if np.int64(position.at) * 8 - np.int64(position.count) > 8 * position.length:
         return False
@@ -265,13 +265,64 @@ def _span(boxes, top, bottom):
 
 
 @helper(_nrt=False)
-def _set_windows(header, begin, end, mcus, work):
-    """The blocks of each component that pixels `begin` to `end` are made from."""
+def last_row(boxes):
+    """The row of pixels from which on nothing is wanted, and nothing is needed for what is."""
+    last = 0
+    for box in range(boxes.shape[0]):
+        last = max(last, np.int64(boxes[box, 0]) + np.int64(boxes[box, 2]))
+    return last + 2
+
+
+@helper(_nrt=False)
+def choose_blocks(header, row, boxes, mcus, work):
+    """Set the windows of a row of MCUs and clear its coefficients; False where none of it is wanted."""
+    step = 8 * header.down
+    begin, end = _span(boxes, row * step - 2, (row + 1) * step + 2)
     for part in range(header.components):
         across = mcus * header.across if part == 0 else mcus
         size = 8 if part == 0 else 8 * header.across
         work.windows[part, 0] = max(begin - 2, 0) // size
         work.windows[part, 1] = min((end + 2 + size - 1) // size, across) if end else 0
+    if end:
+        last = header.components - 1
+        used = work.parts[last, 0] // PAIR + work.parts[last, 1] * work.parts[last, 2]
+        work.coefficients[: used * PAIR] = 0
+        work.ends[: 2 * used] = 0
+    return end > 0
+
+
+@helper(_nrt=False)
+def show_row(header, row, is_last, wanted, shown, boxes, target, work):
+    """Make a row of MCUs pixels where it is wanted; `shown` rows were made before, and so many are afterwards."""
+    if wanted:
+        _transform(header, row, work)
+    # the last row of pixels may wait for the next row of chroma
+    ready = header.height if is_last else (row + 1) * 8 * header.down - header.down + 1
+    begin, end = _span(boxes, shown, ready)
+    for y in range(shown, ready):
+        _colour(header, y, begin, end, target, work)
+    return ready
+
+
+@helper(_nrt=False)
+def begin_scan(data, header, mcus, work):
+    """The Position at a scan's first byte."""
+    length, marker, following = copy_segment(data, header.scan, work.data)
+    work.before[:] = 0
+    left = header.interval if header.interval else mcus
+    return Position(_NOTHING, _NOTHING, _NOTHING, length, marker, following, left, 0)
+
+
+@helper(_nrt=False)
+def read_jpeg(data, height, width, work):
+    """The Header of a JPEG (of height 0 where it is not taken), its tables made."""
+    header = read_header(data, height, width, work.tables)
+    sound = header.height > 0 and (header.across == 1 or width >= NARROWEST)
+    for part in range(header.components):
+        for kind in range(1, 3):
+            which = work.tables.chosen[part, kind]
+            sound = sound and build_codes(data, work.tables.codes[which], which, work.codes)
+    return header if sound else Header(0, 0, 0, 0, 0, 0, 0)
 
 
 @kernel(_nrt=False)
@@ -283,43 +334,21 @@ def decode(data, height, width, boxes, target, work):
     no more than these need is left out. No byte is read outside `data`. `work` is a Workspace made for pictures of this
     size and data of this length.
     """
-    header = read_header(data, height, width, work.tables)
-    if header.height == 0 or (header.across == 2 and width < NARROWEST):
+    header = read_jpeg(data, height, width, work)
+    if header.height == 0:
         return False
-    for part in range(header.components):
-        for kind in range(1, 3):
-            which = work.tables.chosen[part, kind]
-            if not build_codes(data, work.tables.codes[which], which, work.codes):
-                return False
-    count, mcus, rows = _lay_out(header, work)
-    length, marker, following = copy_segment(data, header.scan, work.data)
-    work.before[:] = 0
-    left = header.interval if header.interval else mcus * rows
-    position = Position(_NOTHING, _NOTHING, _NOTHING, length, marker, following, left, 0)
-    used = (work.parts[header.components - 1, 0] // PAIR) + work.parts[header.components - 1, 1]
-    step, last, shown = 8 * header.down, 0, 0
-    for box in range(boxes.shape[0]):
-        last = max(last, np.int64(boxes[box, 0]) + np.int64(boxes[box, 2]))
+    count, mcus, rows = lay_out(header, work)
+    position = begin_scan(data, header, mcus * rows, work)
+    last, shown = last_row(boxes), 0
     for row in range(rows):
-        if row * step >= last + 2:
+        if row * 8 * header.down >= last:
             break
-        begin, end = _span(boxes, row * step - 2, (row + 1) * step + 2)
-        _set_windows(header, begin, end, mcus, work)
-        if end:
-            work.coefficients[: used * PAIR] = 0
-            work.ends[: 2 * used] = 0
-        position = _entropy(data, header, count, mcus, position, work)
+        wanted = choose_blocks(header, row, boxes, mcus, work)
+        position = decode_row(data, header, count, mcus, position, work)
         if position.length < 0:
             return False
-        if end:
-            _transform(header, row, work)
-        # the last row of pixels may wait for the next row of chroma
-        ready = height if row + 1 == rows else (row + 1) * step - header.down + 1
-        begin, end = _span(boxes, shown, ready)
-        for y in range(shown, ready):
-            _colour(header, y, begin, end, target, work)
-        shown = ready
-    return _ends_soundly(data, position, work)
+        shown = show_row(header, row, row + 1 == rows, wanted, shown, boxes, target, work)
+    return ends_soundly(data, position, work)
 
 
 def decode_jpeg(
