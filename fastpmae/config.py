@@ -26,8 +26,8 @@ class Data(Typed):
     beton: Path | None = None
     """The .beton file to pretrain on (`fastpmae-write` makes one); `--loader torch` and `dali` also read folders of
     images and tar shards."""
-    loader: Literal["ffcv", "dali", "torch"] = "ffcv"
-    """Engine that reads the images: `ffcv` and `torch` give the same bytes; those of `dali` differ slightly by its
+    loader: Literal["native", "ffcv", "dali", "torch"] = "ffcv"
+    """Engine that reads the images: `native`, `ffcv` and `torch` give the same bytes; those of `dali` differ slightly by its
     decoder and resize."""
     dali_part: int = 0
     """Images in each batch that DALI decodes; 0 means 32 on the CPU and 64 on a GPU."""

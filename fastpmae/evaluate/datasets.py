@@ -22,7 +22,7 @@ from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sources.splits import TRAIN_SPLITS, are_splits, split_of_folder
 from fastpmae_loaders.values import checked
 
-Engine = Literal["auto", "ffcv", "dali", "torch"]
+Engine = Literal["auto", "native", "ffcv", "dali", "torch"]
 _VAL_SPLITS = ("val", "valid", "validation", "holdout", "heldout", "dev", "eval", "evaluation", "test", "testing")
 
 

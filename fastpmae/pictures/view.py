@@ -255,7 +255,7 @@ def view_command(
     mask_ratio: float = 0.75,
     folds: int = 3,
     complex_recipe: Literal["coin", "t1", "t2"] = "coin",
-    engine: Literal["ffcv", "dali", "torch"] = "ffcv",
+    engine: Literal["native", "ffcv", "dali", "torch"] = "ffcv",
     run: Path | None = None,
     picture: Literal["views", "analysis", "prototypes"] | None = None,
     force: bool = False,

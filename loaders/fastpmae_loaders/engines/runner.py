@@ -9,11 +9,15 @@ from fastpmae_loaders.engines.stream import Stream
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import MOST_THREADS
 
-ENGINES = ("ffcv", "dali", "torch")
+ENGINES = ("native", "ffcv", "dali", "torch")
 
 
 def make_engine(name: str, source: Source) -> Engine:
     """The engine of that name. UserError where there is none, or its package is missing."""
+    if name == "native":
+        from fastpmae_loaders.engines.native_engine import NativeEngine
+
+        return NativeEngine(source)
     if name == "ffcv":
         from fastpmae_loaders.engines.ffcv_engine import FFCVEngine
 

@@ -48,7 +48,7 @@ _SOURCES = (
 def _stamp() -> str:
     package = Path(__file__).parents[1]
     total = hashlib.sha256()
-    for name in (*_SOURCES, "engines/ffcv_engine"):
+    for name in (*_SOURCES, "engines/ffcv_engine", "engines/native_engine"):
         total.update((package / f"{name}.py").read_bytes())
     return total.hexdigest()
 

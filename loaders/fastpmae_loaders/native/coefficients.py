@@ -23,7 +23,6 @@ import numpy as np
 from fastpmae_loaders.jit.compiled import helper, kernel
 from fastpmae_loaders.native.decoder import (
     NARROWEST,
-    Workspace,
     begin_scan,
     choose_blocks,
     decode_row,
@@ -317,10 +316,12 @@ def is_whole(payload: bytes) -> bool:
     return payload[: len(MAGIC)] == MAGIC and payload[len(MAGIC) : begin] == _digest(payload[begin:])
 
 
-def unpack_pixels(payload: bytes, height: int, width: int, boxes: np.ndarray | None = None) -> np.ndarray | None:
+def unpack_pixels(
+    payload: bytes | np.ndarray, height: int, width: int, boxes: np.ndarray | None = None
+) -> np.ndarray | None:
     """A code's picture as uint8 [height, width, 3]; None where it is not sound. `boxes`: see `decode_jpeg`."""
-    data = np.frombuffer(payload, np.uint8).copy()
-    work: Workspace = make_workspace(height, width, 0)
+    data = np.array(np.frombuffer(payload, np.uint8))
+    work = make_workspace(height, width, 0)
     pixels = np.empty((height, width, 3), np.uint8)
     wanted = _whole(height, width) if boxes is None else boxes
     return pixels if unpack(data, height, width, wanted, pixels.ctypes.data, work) else None

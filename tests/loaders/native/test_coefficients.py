@@ -1,4 +1,4 @@
-"""Coefficients in a code of our own: the JPEG's picture to the bit, in fewer than twice its bytes, from sound data only."""
+"""Coefficients in a code of our own: the JPEG's picture to the bit, under twice its bytes, from sound data only."""
 
 import numpy as np
 import pytest
