@@ -27,8 +27,8 @@ class Data(Typed):
     """The .beton file to pretrain on (`fastpmae-write` makes one); `--loader torch` and `dali` also read folders of
     images and tar shards."""
     loader: Literal["native", "ffcv", "dali", "torch"] = "ffcv"
-    """Engine that reads the images: `native`, `ffcv` and `torch` give the same bytes; those of `dali` differ slightly by its
-    decoder and resize."""
+    """Engine that reads the images: `native`, `ffcv` and `torch` give the same bytes; those of `dali` differ slightly
+    by its decoder and resize."""
     dali_part: int = 0
     """Images in each batch that DALI decodes; 0 means 32 on the CPU and 64 on a GPU."""
     hw_decoder_load: float = 0.0

@@ -73,8 +73,8 @@ class ImageSettings(Typed):
 class StoredImage:
     """What goes into the file.
 
-    `kept`: the bytes are the source's own, or their coefficients. `better_white`: of gray of more than 8 bits that comes
-    out nearly black.
+    `kept`: the bytes are the source's own, or their coefficients. `better_white`: of gray of more than 8 bits that
+    comes out nearly black.
     """
 
     mode: int
