@@ -42,6 +42,7 @@ _SOURCES = (
     "native/colours",
     "native/decoder",
     "native/coefficients",
+    "native/jpeg_writer",
 )
 
 

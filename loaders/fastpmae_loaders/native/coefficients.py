@@ -47,6 +47,7 @@ SKIP: Final = 1
 """The code that passes over sixteen coefficients."""
 _MOST_EXCEPTIONS: Final = 7
 _LARGEST_BLOCK: Final = 3 + 2 * (BLOCK - 1)
+_LARGEST_VALUE: Final = 1023
 # how large a value may be after so many zeros to have a code: what covers most coefficients of photographs (98.4 %)
 _LIMITS: Final = (84, 14, 6, 3, 2, 2, 2, *(14 * (1,)))
 
@@ -92,12 +93,19 @@ def _word(data, at):
 
 @helper(_nrt=False)
 def _put_block(coefficients, place, last, out, at, line):
-    """Write a block, whose last coefficient is number `last`, at `at`; where it ends. `line`: room for its codes."""
+    """Write a block, whose last coefficient is number `last`, at `at`; where it ends. `line`: room for its codes.
+
+    Below 0 for values that no baseline JPEG may have, and that to_jpeg could not write.
+    """
     codes, exceptions, before = 0, 0, 0
+    if abs(np.int64(coefficients[place])) > _LARGEST_VALUE + 1:
+        return -1
     for k in range(1, last + 1):
         value = np.int64(coefficients[place + np.int64(UNFOLDED[k])])
         if value == 0:
             continue
+        if abs(value) > _LARGEST_VALUE:
+            return -1
         run = k - before - 1
         while run >= len(LIMITS):
             line[codes] = SKIP
@@ -165,7 +173,7 @@ def pack(data, height, width, boxes, out, line, work):
     for row in range(rows):
         choose_blocks(header, row, boxes, mcus, work)
         for part in range(header.components):
-            work.windows[part, 0], work.windows[part, 1] = 0, mcus * header.across
+            work.windows[part, 0], work.windows[part, 1] = 0, mcus * (header.across if part == 0 else 1)
         position = decode_row(data, header, count, mcus, position, work)
         if position.length < 0:
             return 0
@@ -176,7 +184,10 @@ def pack(data, height, width, boxes, out, line, work):
                 for column in range(mcus * header.across if part == 0 else mcus):
                     pair = first // (2 * BLOCK) + line_of_blocks * pairs + (column >> 1)
                     last = np.int64(work.ends[2 * pair + (column & 1)])
-                    at = _put_block(work.coefficients, pair * 2 * BLOCK + (column & 1) * 8, last, out, at, line)
+                    place = pair * 2 * BLOCK + (column & 1) * 8
+                    at = _put_block(work.coefficients, place, last, out, at, line)
+                    if at < 0:
+                        return 0
     _put_index(out, index, at - start)
     return at if ends_soundly(data, position, work) else 0
 
@@ -188,8 +199,8 @@ def _put_index(out, at, value):
     return at + 4
 
 
-@helper(_nrt=False)
-def _read_packed(data, height, width, tables):
+@kernel(_nrt=False)
+def read_packed(data, height, width, tables):
     """The Header of a code of a picture of height x width pixels; of height 0 where it makes no sense."""
     nothing = Header(0, 0, 0, 0, 0, 0, 0)
     if len(data) < FIXED:
@@ -255,31 +266,37 @@ def _unpack_row(data, at, stop, part, pair, work):
     return True
 
 
+@helper(_nrt=False)
+def unpack_next(data, header, row, rows, wanted, work):
+    """A row of MCUs to coefficients, where they are wanted: whether it is sound."""
+    lines = header.down + 2 if header.components == 3 else 1
+    index, start = header.scan + 4 * lines * row, header.scan + 4 * (lines * rows + 1)
+    if start > len(data):
+        return False
+    for part in range(header.components):
+        pair, pairs, high = work.parts[part, 0] // (2 * BLOCK), work.parts[part, 1], work.parts[part, 2]
+        for line in range(high):
+            at, stop = start + _word(data, index), start + _word(data, index + 4)
+            index += 4
+            if stop > len(data) or (wanted and not _unpack_row(data, at, stop, part, pair + line * pairs, work)):
+                return False
+    return True
+
+
 @kernel(_nrt=False)
 def unpack(data, height, width, boxes, target, work):
     """Decode a code as `decode` does a JPEG: whether it was sound as far as it was looked at."""
-    header = _read_packed(data, height, width, work.tables)
+    header = read_packed(data, height, width, work.tables)
     if header.height == 0:
         return False
     _, mcus, rows = lay_out(header, work)
-    index, lines = header.scan, header.down + 2 if header.components == 3 else 1
-    start = index + 4 * (lines * rows + 1)
-    if start > len(data):
-        return False
     last, shown = last_row(boxes), 0
     for row in range(rows):
         if row * 8 * header.down >= last:
             break
         wanted = choose_blocks(header, row, boxes, mcus, work)
-        for part in range(header.components):
-            pair, pairs, high = work.parts[part, 0] // (2 * BLOCK), work.parts[part, 1], work.parts[part, 2]
-            for line in range(high):
-                at, stop = start + _word(data, index), start + _word(data, index + 4)
-                index += 4
-                if stop > len(data):
-                    return False
-                if wanted and not _unpack_row(data, at, stop, part, pair + line * pairs, work):
-                    return False
+        if not unpack_next(data, header, row, rows, wanted, work):
+            return False
         shown = show_row(header, row, row + 1 == rows, wanted, shown, boxes, target, work)
     return True
 
