@@ -54,8 +54,7 @@ class PairedViews:
 
     Args:
         samples: a .beton file, or for the other engines also a folder of images or tar shards; or its path.
-        engine: "ffcv", "native" (compiled code of our own decodes, nothing else is needed), "dali", or "torch" (Pillow
-            decodes).
+        engine: "ffcv", "native" (no C library is needed), "dali", or "torch" (Pillow decodes).
         settings: the pair of views, and the masks.
         views: these views instead of the pair, as many as wanted, still with one decode a sample. The masks are
             those of the first; there are none where its size is no multiple of 16 and no settings say otherwise.
