@@ -165,7 +165,7 @@ def rows_of(images: Sequence[Image], rounds: int) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arguments("bench_decoder", __doc__.split("\n", 1)[0])
+    parser = arguments("bench_decoder", (__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--data", type=Path, help="a folder of images or a .beton of JPEGs")
     given = parser.parse_args(argv)
     count, rounds = (40, 3) if given.quick else (400, 7)

@@ -209,7 +209,8 @@ def read_packed(data, height, width, tables):
         if data[place] != MAGIC[place]:
             return nothing
     at = len(MAGIC) + DIGEST
-    components, across, down = np.int64(data[at + 4]), np.int64(data[at + 5]), np.int64(data[at + 6])
+    components, across = int(np.int64(data[at + 4])), int(np.int64(data[at + 5]))
+    down = int(np.int64(data[at + 6]))
     sound = np.int64(data[at]) | np.int64(data[at + 1]) << 8 == height
     sound = sound and np.int64(data[at + 2]) | np.int64(data[at + 3]) << 8 == width
     sound = sound and height > 0 and width > 0 and components in (1, 3)

@@ -182,7 +182,7 @@ def read_header(data, height, width, tables):
         elif code in (_BASELINE, _EXTENDED):
             if frame or end < at + 6 or data[at] != 8 or _word(data, at + 1) != height or _word(data, at + 3) != width:
                 return nothing
-            components = np.int64(data[at + 5])
+            components = int(np.int64(data[at + 5]))
             if components not in (1, 3) or end != at + 6 + 3 * components:
                 return nothing
             across, down = _sampling(data, at, components)

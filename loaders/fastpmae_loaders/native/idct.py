@@ -137,7 +137,8 @@ def _zero_halves(builder, numbers):
 
 def _two_blocks(rows: int):
     def code(context, builder, signature, args):
-        _transform(builder, *args, rows)
+        coefficients, quantisation, out, stride = args
+        _transform(builder, coefficients, quantisation, out, stride, rows)
         return context.get_dummy_value()
 
     return types.none(types.int64, types.int64, types.int64, types.int64), code
