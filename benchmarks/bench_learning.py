@@ -29,7 +29,6 @@ from benchmarks.common import (
     add_device,
     arguments,
     device_name,
-    engine_here,
     finish,
     make_row,
     save,
@@ -333,8 +332,6 @@ def bench() -> int:
         raise UserError(f"{', '.join(halves)} shares its time with another case: say --equal time")
     data = (given.train, given.val) if given.train else default_betons(given.out / "data")
     base = read_config(Path(given.base)) if Path(given.base).is_file() else preset(given.base)
-    if base.data.loader == "ffcv":
-        base = base.using(loader=engine_here())
     base = for_device(base.using(epochs=1 if given.quick else given.epochs), device, given.compile_mode)
     results = given.results or given.out
     workers = given.workers or (loader_threads() if device.type == "cuda" else 1)

@@ -350,11 +350,13 @@ def test_a_batch_that_moves_the_epochs_is_refused_whatever_is_accepted(tiny: Con
 
 
 @pytest.mark.slow
-def test_the_native_and_the_torch_loader_are_one_run(tiny: Config, tmp_path: Path):
+@pytest.mark.parametrize("other", ["torch", FFCV])
+def test_the_native_and_the_other_loaders_are_one_run(tiny: Config, tmp_path: Path, other: Any):
     """Their pixels are the same, so a run may change from one to the other, and nothing needs to be said."""
     straight = pretrain(tiny.using(steps=4, out=tmp_path / "straight"))
-    pretrain(tiny.using(steps=2, loader="torch"))
-    folder = pretrain(tiny.using(steps=4, resume="auto"))
+    pretrain(tiny.using(steps=1, loader=other))
+    pretrain(tiny.using(steps=3, resume="auto", loader="native"))
+    folder = pretrain(tiny.using(steps=4, resume="auto", loader=other))
     assert_same_run(straight, folder, 4)
     assert "changed" not in (folder / "train.log").read_text()
 
