@@ -27,7 +27,6 @@ from benchmarks.common import (
     SHARED,
     add_device,
     arguments,
-    engine_here,
     finish,
     unpack,
 )
@@ -282,8 +281,6 @@ def bench() -> int:
     base = read_config(Path(given.base)) if Path(given.base).is_file() else preset(given.base)
     if base.optimizer.pixel_epochs:
         raise UserError(f"--base {given.base} begins with pixels already: take one without --pixel-epochs")
-    if base.data.loader == "ffcv":
-        base = base.using(loader=engine_here())
     base = for_device(base.using(epochs=1 if given.quick else given.epochs), device, given.compile_mode)
     results = given.results or given.out
     workers = given.workers or (loader_threads() if device.type == "cuda" else 1)

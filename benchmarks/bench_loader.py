@@ -1,6 +1,7 @@
 """Two views of every image, by our loaders and by others: images a second, CPU-seconds an image, peak memory.
 
-`python -m benchmarks.bench_loader [--data DIR_OR_BETON] [--workers N] [--json F] [--quick] [--scale]`. All cases read
+`python -m benchmarks.bench_loader [--data DIR_OR_BETON] [--workers N] [--json F] [--quick] [--scale]
+[--kinds]`. All cases read
 the same JPEG bytes and give the same uint8 tensors; what a baseline leaves out stands in `loader_baselines.py`. They
 take turns in one run, each in processes of its own (`loader_turns.py`), after their output was checked
 (`loader_checks.py`). "decode-only" is the ceiling: the same JPEGs decoded by FFCV's decoder, and nothing else.
@@ -24,12 +25,15 @@ from benchmarks.common import SHARED, Row, arguments, device_name, finish, make_
 from benchmarks.loader_baselines import Task
 from benchmarks.loader_cases import CASES
 from benchmarks.loader_checks import check
+from benchmarks.loader_kinds import KINDS, LARGE, write_kind
+from benchmarks.loader_peers import GEOMETRY_PEERS, PEERS
 from benchmarks.loader_turns import Record, Turns, take_turns, watch_memory
 from fastpmae.photographs import write_demo_images
 from fastpmae_loaders import Beton
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads, usable_cores
 from fastpmae_loaders.sources.beton import JPG
+from fastpmae_loaders.write.images import ImageSettings, StoredImage, store
 from fastpmae_loaders.write.pages import PageWriter
 from fastpmae_loaders.write.write import write_beton
 
@@ -37,13 +41,18 @@ SAMPLE = SHARED / "imagenet_sample_400.tar"
 BATCH, QUICK_BATCH, SIDE = 64, 16, 224
 CEILING = "decode-only"
 
-FULL = ("ours-ffcv", "ours-ffcv-device-colour", "ours-torch", "ours-dali")
-FULL_BASELINES = ("ffcv-stock", "dali-stock", "torchvision", "torchvision-tensor", "timm")
-GEOMETRY = ("ours-ffcv-geometry",)
-GEOMETRY_BASELINES = ("torchvision-geometry", "torchvision-tensor-geometry")
-QUICK = tuple(name for name in CASES if "tensor" not in name)
-SCALED = ("ours-ffcv", "ffcv-stock", "dali-stock", "torchvision")
+FULL = ("ours-native", "ours-native-coefficients", "ours-ffcv", "ours-ffcv-device-colour", "ours-torch", "ours-dali")
+FULL_BASELINES = ("ffcv-stock", "dali-stock", "torchvision", "torchvision-tensor", "timm", *PEERS)
+GEOMETRY = ("ours-native-geometry", "ours-native-coefficients-geometry", "ours-ffcv-geometry")
+GEOMETRY_BASELINES = ("torchvision-geometry", "torchvision-tensor-geometry", *GEOMETRY_PEERS)
+OURS = {"ours-native": "ours-ffcv", "ours-native-coefficients": "ours-native"}
+"""What of ours a case of ours is compared with as well."""
+_QUICK_BASELINES = ("ffcv-stock", "dali-stock", "torchvision", "timm")
+QUICK = (*FULL, *_QUICK_BASELINES, "ours-ffcv-geometry", "torchvision-geometry", CEILING)
+SCALED = ("ours-native", "ours-native-coefficients", "ours-ffcv", "ffcv-stock", "dali-stock", "torchvision")
 """The cases of --scale."""
+OF_KINDS = ("ours-native", "ours-native-coefficients", "ours-ffcv", "torchvision", CEILING)
+"""The cases of --kinds."""
 SIDES, WORKERS = (128, 224, 320), (1, 2, 4)
 
 
@@ -90,6 +99,22 @@ def prepare(data: Path | None, into: Path, least: int) -> Images:
                 pages.add(JPG, width, height, label, beton.payload(index).tobytes())
         pages.finish(None)
     return Images(repeated, folder, f"{words}: {len(chosen):,} images, {copies} times over")
+
+
+def write_coefficients(task: Task) -> None:
+    """Beside a task's .beton of JPEGs one of their coefficients, sample by sample; JPEGs that have none as they are."""
+    beton = Beton(task.beton)
+    coded: dict[bytes, StoredImage] = {}
+    settings = ImageSettings(mode="coefficients")
+    with task.coefficients.open("wb") as file:
+        pages = PageWriter(file, len(beton), 8 << 20)
+        for index in range(len(beton)):
+            payload = beton.payload(index).tobytes()
+            if payload not in coded:
+                coded[payload] = store(payload, settings)
+            image = coded[payload]
+            pages.add(image.mode, image.width, image.height, int(beton.label[index]), image.data)
+        pages.finish(None)
 
 
 def open_all(turns: Turns, tasks: Sequence[Task], at_once: int, say: Callable[[str], None]) -> list[Record]:
@@ -157,9 +182,10 @@ def rows_of(records: Sequence[Record], device: str, suffix: str = "") -> list[Ro
 def baselines_of(case: str, found: Iterable[str]) -> list[str]:
     """The cases that a case is compared with, of those there are."""
     if case in FULL:
-        wanted = (*FULL_BASELINES, CEILING)
+        wanted = (*([OURS[case]] if case in OURS else ()), *FULL_BASELINES, CEILING)
     elif case in GEOMETRY:
-        wanted = (*GEOMETRY_BASELINES, CEILING)
+        plain = case.removesuffix("-geometry")
+        wanted = (*([f"{OURS[plain]}-geometry"] if plain in OURS else ()), *GEOMETRY_BASELINES, CEILING)
     else:
         wanted = ()
     return [name for name in wanted if name in found]
@@ -248,6 +274,25 @@ def scale_rows(given: argparse.Namespace, task: Task, logs: Path, say: Callable[
     return rows
 
 
+def kind_rows(given: argparse.Namespace, task: Task, into: Path, say: Callable[[str], None]) -> list[Row]:
+    """Each of OF_KINDS with images of every kind, made from the task's own."""
+    count, least = (16, 64) if given.quick else (64, 512)
+    rows: list[Row] = []
+    for number, kind in enumerate(KINDS):
+        place = into / f"kind-{number}"
+        write_kind(kind, task.folder, place / "made", count)
+        # so few of the large ones that they are no more bytes
+        images = prepare(place / "made", place, least // 8 if kind == LARGE else least)
+        cases = [replace(task, case=case, beton=images.beton, folder=images.folder) for case in given.cases or OF_KINDS]
+        write_coefficients(cases[0])
+        with Turns(into, forked=True) as turns:
+            records = open_all(turns, cases, usable_cores(), say)
+            take_turns(turns, records, 1 if given.quick else 5, 0.4 if given.quick else 1.0, not given.quick)
+        where = f"{processor_name()}, {task.workers} workers, batches of {task.batch}"
+        rows += rows_of(records, where, f" kind={kind}")
+    return rows
+
+
 def bench(given: argparse.Namespace, into: Path) -> int:
     """Everything after the command line. Returns the exit status."""
     left_out = []
@@ -267,7 +312,13 @@ def bench(given: argparse.Namespace, into: Path) -> int:
         rows = scale_rows(given, task, into, say)
         plot = given.plot.with_name(f"{given.plot.stem}_scale{given.plot.suffix}")
         return finish(rows, "Two views, by size and workers", given.json, plot, draw_scale)
+    if given.kinds:
+        rows = kind_rows(given, task, into, say)
+        plot = given.plot.with_name(f"{given.plot.stem}_kinds{given.plot.suffix}")
+        return finish(rows, "Two views, by kind of image", given.json, plot)
     names = given.cases or (QUICK if given.quick else tuple(CASES))
+    if any("coefficients" in name for name in names):
+        write_coefficients(task)
     with Turns(into, forked=given.quick) as turns:
         tasks = [replace(task, case=case) for case in CASES if case in names]
         records = open_all(turns, tasks, usable_cores() if given.quick else 1, say)
@@ -293,6 +344,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of DALI, and of colour on the device")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--scale", action="store_true", help="sweep workers and sides of the views instead")
+    parser.add_argument("--kinds", action="store_true", help="sweep kinds of images instead: " + ", ".join(KINDS))
     given = parser.parse_args()
     if not Path("/proc/self/smaps_rollup").exists():
         print("bench_loader: error: it measures with what Linux alone has in /proc", file=sys.stderr)

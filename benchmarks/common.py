@@ -7,7 +7,6 @@ comparison run in one process and take turns, so that a machine that is busy or 
 import argparse
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import statistics
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -143,11 +142,6 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{processor_name()}, {torch.get_num_threads()} threads"
-
-
-def engine_here() -> Literal["ffcv", "torch"]:
-    """The fastest engine that this machine has for a CPU's decoding."""
-    return "ffcv" if importlib.util.find_spec("ffcv") else "torch"
 
 
 def processor_name() -> str:

@@ -39,6 +39,11 @@ class Task:
     device: str = "cpu"
 
     @property
+    def coefficients(self) -> Path:
+        """The .beton's JPEGs as coefficients, sample by sample; `bench_loader` writes it where a case wants it."""
+        return self.beton.with_name("coefficients.beton")
+
+    @property
     def files(self) -> list[str]:
         return sorted(str(file) for file in self.folder.iterdir())
 
@@ -106,14 +111,8 @@ class PillowBlur:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(*SIGMA)))
 
 
-def torchvision_views(task: Task, tensors: bool, colour: bool) -> Iterator[Views]:
-    """transforms.v2 in a DataLoader.
-
-    Without `tensors`: Pillow images to the end, as the published code of MAE, DINO and iBOT has it. With `tensors`:
-    what v2's documentation advises for speed, uint8 tensors from its own decoder, here in channels-last memory, which
-    its resize likes best; colours are slower so (hue above all), and the blur is v2's with DINOv2's 9 taps, since with
-    23 taps it takes four times as long.
-    """
+def vision_transforms(task: Task, tensors: bool, colour: bool) -> tuple[Callable, Callable]:
+    """Both views by torchvision's transforms.v2, of Pillow images or of `tensors`; the second with `colour`."""
     from torchvision.transforms import InterpolationMode, v2
 
     def crop(area: tuple[float, float]) -> list[Any]:
@@ -130,10 +129,19 @@ def torchvision_views(task: Task, tensors: bool, colour: bool) -> Iterator[Views
     )
     colours = [v2.RandomApply([v2.ColorJitter(*JITTER)], JITTER_SHARE), v2.RandomGrayscale(GRAY_SHARE), recipes]
     last = [] if tensors else [v2.PILToTensor()]
-    simple = v2.Compose(crop(SIMPLE_AREA) + last)
-    complex = v2.Compose(crop(COMPLEX_AREA) + (colours if colour else []) + last)
-    data = TwoViews(task.files, load_tensor if tensors else load_pillow, simple, complex)
-    for views in worker_batches(data, task):
+    return v2.Compose(crop(SIMPLE_AREA) + last), v2.Compose(crop(COMPLEX_AREA) + (colours if colour else []) + last)
+
+
+def torchvision_views(task: Task, tensors: bool, colour: bool) -> Iterator[Views]:
+    """transforms.v2 in a DataLoader.
+
+    Without `tensors`: Pillow images to the end, as the published code of MAE, DINO and iBOT has it. With `tensors`:
+    what v2's documentation advises for speed, uint8 tensors from its own decoder, here in channels-last memory, which
+    its resize likes best; colours are slower so (hue above all), and the blur is v2's with DINOv2's 9 taps, since with
+    23 taps it takes four times as long.
+    """
+    load = load_tensor if tensors else load_pillow
+    for views in worker_batches(TwoViews(task.files, load, *vision_transforms(task, tensors, colour)), task):
         yield tuple(views)
 
 

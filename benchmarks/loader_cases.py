@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.loader_baselines import Task, Views, dali_views, ffcv_views, timm_views, torchvision_views
+from benchmarks.loader_peers import slipstream_views, spdl_views, torchcodec_views, webdataset_views
 from fastpmae_loaders import Beton, PairedViews, View, dino_global, mae_view
-from fastpmae_loaders.sources.jpeg import TURBO_DECOMPRESS, TURBO_FLAGS, TURBO_RGB, TurboDecoders
+from fastpmae_loaders.sources.jpeg import TURBO_DECOMPRESS, TURBO_RGB, TurboDecoders
 
+TURBO_FAST = 2048 | 32768  # TJFLAG_FASTDCT, TJFLAG_LIMITSCANS
 CHECKED = 8
 """So many samples of a case's first batch are compared with an independent computation."""
 
@@ -58,11 +60,14 @@ def our_views(side: int, colour: bool) -> tuple[View, View]:
     return mae_view(side), complex
 
 
-def ours(task: Task, engine: str, colour: bool = True, on_device: bool = False) -> Iterator[Shown]:
+def ours(
+    task: Task, engine: str, colour: bool = True, on_device: bool = False, coefficients: bool = False
+) -> Iterator[Shown]:
     """PairedViews, masks and folds included. The DALI engine works on the device, as does on_device's colour."""
     device = task.device if on_device or engine == "dali" else "cpu"
     loader = PairedViews(
-        task.beton, task.batch, engine=engine, views=our_views(task.side, colour), workers=task.workers,
+        task.coefficients if coefficients else task.beton, task.batch,
+        engine=engine, views=our_views(task.side, colour), workers=task.workers,
         augment_on="device" if on_device else "cpu", device=None if device == "cpu" else device,
     )  # fmt: skip
     epoch = 0
@@ -75,7 +80,10 @@ def ours(task: Task, engine: str, colour: bool = True, on_device: bool = False) 
 
 
 def decode_only(task: Task) -> Iterator[Shown]:
-    """libjpeg-turbo called by `workers` threads into memory that each keeps: what no loader that decodes can pass."""
+    """libjpeg-turbo called by `workers` threads into memory that each keeps: the most that it leaves to a loader.
+
+    With its fast DCT, which no case of ours uses.
+    """
     beton = Beton(task.beton)
     decoders = TurboDecoders()
     decode = TURBO_DECOMPRESS(decoders.function)
@@ -91,7 +99,7 @@ def decode_only(task: Task) -> Iterator[Shown]:
 
     def decoded(handle: int, index: int, target: int) -> None:
         place = data + pointer[index], size[index], target
-        decode(handle, *place, width[index], 0, height[index], TURBO_RGB, TURBO_FLAGS)
+        decode(handle, *place, width[index], 0, height[index], TURBO_RGB, TURBO_FAST)
 
     # for the check, into memory of their own
     some = list(range(min(CHECKED, len(beton))))
@@ -154,7 +162,11 @@ def of_others(views: Callable[..., Iterator[Views]], **options: Any) -> Callable
 
 _VISION = ("torchvision",)
 _DALI = ("nvidia.dali",)
+_SPDL = ("spdl.pipeline", *_VISION)
+_SLIPSTREAM = ("slipstream", *_VISION)
 CASES: dict[str, Case] = {
+    "ours-native": Case(partial(ours, engine="native")),
+    "ours-native-coefficients": Case(partial(ours, engine="native", coefficients=True)),
     "ours-ffcv": Case(partial(ours, engine="ffcv"), ("ffcv",)),
     "ours-ffcv-device-colour": Case(partial(ours, engine="ffcv", on_device=True), ("ffcv",)),
     "ours-torch": Case(partial(ours, engine="torch")),
@@ -164,9 +176,18 @@ CASES: dict[str, Case] = {
     "torchvision": Case(of_others(torchvision_views, tensors=False, colour=True), _VISION),
     "torchvision-tensor": Case(of_others(torchvision_views, tensors=True, colour=True), _VISION),
     "timm": Case(of_others(timm_views), ("timm", *_VISION)),
+    "slipstream": Case(of_others(slipstream_views, colour=True), _SLIPSTREAM),
+    "spdl": Case(of_others(spdl_views, colour=True), _SPDL),
+    "torchcodec": Case(of_others(torchcodec_views), ("torchcodec", *_VISION)),
+    "webdataset": Case(of_others(webdataset_views), ("webdataset", *_VISION)),
+    "ours-native-geometry": Case(partial(ours, engine="native", colour=False)),
+    "ours-native-coefficients-geometry": Case(partial(ours, engine="native", colour=False, coefficients=True)),
     "ours-ffcv-geometry": Case(partial(ours, engine="ffcv", colour=False), ("ffcv",)),
     "torchvision-geometry": Case(of_others(torchvision_views, tensors=False, colour=False), _VISION),
     "torchvision-tensor-geometry": Case(of_others(torchvision_views, tensors=True, colour=False), _VISION),
+    "slipstream-geometry": Case(of_others(slipstream_views, colour=False), _SLIPSTREAM),
+    "slipstream-yuv-geometry": Case(of_others(slipstream_views, colour=False, yuv=True), _SLIPSTREAM),
+    "spdl-geometry": Case(of_others(spdl_views, colour=False), _SPDL),
     "decode-only": Case(decode_only, ("ffcv",)),
 }
 """In the order in which they take turns."""

@@ -66,6 +66,9 @@ EXACT = Tolerance(2, 0.25, 6, 0.75)
 OTHER_DECODER = Tolerance(80, 3.0, 100, 6.0)
 """DALI's decoder upsamples colours otherwise, and its hue is linear."""
 
+FAST_DCT = 2.0
+"""How far libjpeg-turbo's fast DCT lies from Pillow's accurate one on average, at most."""
+
 
 def check(task: Task, found: Evidence) -> str:
     """What is wrong with a case's first batch; nothing where it passes."""
@@ -100,8 +103,9 @@ def _check_decoded(task: Task, found: Evidence) -> str:
         expected = beton.decode(index)
         if image.shape != expected.shape:
             return f"sample {index} is {image.shape}, not {expected.shape}"
-        if not np.array_equal(image, expected):
-            return f"sample {index} differs from Pillow's"
+        mean = float(np.abs(image.astype(int) - expected).mean())
+        if mean > FAST_DCT:
+            return f"sample {index} lies {mean:.2f} from Pillow's on average"
     return "" if found.index else "no image was decoded"
 
 

@@ -38,7 +38,7 @@ def main() -> int:
     """See the module. 1 where a warm start takes more than 8 seconds or the peak is above 1.2 GB."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader_start", description=__doc__)
     parser.add_argument("beton", type=Path, metavar="F.beton")
-    parser.add_argument("--engine", nargs="+", default=["ffcv", "torch"])
+    parser.add_argument("--engine", nargs="+", default=["native", "torch"])
     parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
     failed = False

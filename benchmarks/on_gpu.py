@@ -183,8 +183,8 @@ def _end(process: subprocess.Popen) -> int:
 def _compile_views(data: Path) -> subprocess.Popen:
     """numba's compilation of the views, beside the first stages: the GPU does not wait for it."""
     program = (
-        "import sys; from fastpmae_loaders import PairedViews; from benchmarks.common import engine_here\n"
-        "with PairedViews(sys.argv[1], 16, engine=engine_here()) as views: next(iter(views))"
+        "import sys; from fastpmae_loaders import PairedViews\n"
+        "with PairedViews(sys.argv[1], 16) as views: next(iter(views))"
     )
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(data / TRAIN)])
 

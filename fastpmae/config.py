@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import Typed, local_path
@@ -24,9 +25,9 @@ class Data(Typed):
     beton: Path | None = None
     """The .beton file to pretrain on (`fastpmae-write` makes one); `--loader torch` and `dali` also read folders of
     images and tar shards."""
-    loader: Literal["ffcv", "dali", "torch"] = "ffcv"
-    """Engine that reads the images: `ffcv` and `torch` give the same bytes; those of `dali` differ slightly by its
-    decoder and resize."""
+    loader: Literal["native", "ffcv", "dali", "torch"] = DEFAULT_ENGINE
+    """Engine that reads the images: `native`, `ffcv` and `torch` give the same bytes; those of `dali` differ slightly
+    by its decoder and resize."""
     dali_part: int = 0
     """Images in each batch that DALI decodes; 0 means 32 on the CPU and 64 on a GPU."""
     hw_decoder_load: float = 0.0

@@ -62,6 +62,7 @@ ROOMS = {
         "cli",
         "files",
         "jit",
+        "native",
         "sources",
         "recipes",
         "settings",

@@ -60,8 +60,7 @@ def loaders(task: Task) -> None:
     beton, cores = originals(task), usable_cores()
     cases = [
         (engine, on, workers)
-        for engine in ("ffcv", "torch")
-        if engine == "torch" or importlib.util.find_spec("ffcv")
+        for engine in ("native", "torch")
         for on, workers in (("device", cores), ("cpu", cores), ("device", 1))
     ]
     for engine, on, workers in cases:

@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import engine_here
 from benchmarks.gpu.images import ORIGINALS, TRAIN, VAL, repeated
 from benchmarks.gpu.task import Task
 from benchmarks.learning_cases import AFTER_MAE, BASE
 from fastpmae.config_file import read_config, write_config
 from fastpmae.demo.demo import rows_of
 from fastpmae_loaders import Beton
+from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 
 COMPARED = ("loss", "loss_m", "loss_c", "loss_p", "grad_norm")
 STEPS = 12
@@ -107,7 +107,7 @@ def train(task: Task) -> None:
                     task.folder / f"train-{model}", "--beton", beton, "--preset", "ablation", "--model", model,
                     "--batch-size", sizes.batch, "--steps", sizes.train_steps,
                     "--log-every", max(1, sizes.train_steps // 8),
-                    "--loader", engine_here(), "--device", task.device.type, *network_flags(task),
+                    "--device", task.device.type, *network_flags(task),
                     seconds=task.deadline - time.monotonic() - STOPPING - 2, whole=False,
                 )  # fmt: skip
             if len(rows) < min(FEWEST, sizes.train_steps):
@@ -115,7 +115,7 @@ def train(task: Task) -> None:
             late = rows[len(rows) // 2 :]  # compiled, and the loader is ahead
             task.record.note(
                 f"train {model}",
-                engine=engine_here(),
+                engine=DEFAULT_ENGINE,
                 batch=sizes.batch,
                 images_per_second=statistics.median(row["images_per_second"] for row in late),
                 data_wait=statistics.median(row["data_wait"] for row in late),

@@ -43,7 +43,7 @@ class Common:
     heads: int = 0
     """Attention heads, where the weights do not tell and the width is unusual."""
     engine: Engine = "auto"
-    """What decodes the images: auto, ffcv (.beton only), dali or torch."""
+    """What decodes the images: auto, native (.beton only), ffcv (.beton only), dali or torch."""
     feature_batch: int = 64
     """Images at a time through a frozen network, and in every test."""
     workers: int = 0

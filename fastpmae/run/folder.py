@@ -41,7 +41,7 @@ COMPARED_SETTINGS = (
     "seed", "precision", "teacher_precision", "page_order", "loader", "hw_decoder_load", "augment_on", "deterministic",
 )  # fmt: skip
 # These decode to the same bits.
-ALIKE_LOADERS = ("ffcv", "torch")
+ALIKE_LOADERS = ("native", "ffcv", "torch")
 DECODER = "accurate DCT"
 """Of how the FFCV engine decodes. Checkpoints of before do not say; it was the fast DCT, by FFCV's own call."""
 # And to the last bit, which --deterministic is about.

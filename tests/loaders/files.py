@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastpmae_loaders.native.coefficients import MAGIC
+from fastpmae_loaders.sources.beton import COEFFICIENTS
 from tests.made import SHARED_DATA
 
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
@@ -21,7 +23,10 @@ def write_beton(
     sizes: Sequence[tuple[int, int]] | None = None,
     page_size: int = 1 << 21,
 ) -> Path:
-    """A .beton of JPEG bytes (with `sizes`, width and height, of each) and raw uint8 [H, W, 3]; label i is 10 i."""
+    """A .beton of JPEG bytes or their coefficients (with `sizes`, width and height, of each) and raw uint8 [H, W, 3].
+
+    Label i is 10 i.
+    """
     fields = np.zeros(2, np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)]))
     fields["type"] = (2, 1)
     for field, name in zip(fields, (b"image", b"label"), strict=True):
@@ -33,6 +38,7 @@ def write_beton(
     payloads = []
     for i, image in enumerate(images):
         raw = isinstance(image, np.ndarray)
+        mode = COEFFICIENTS if not raw and image.startswith(MAGIC) else int(raw)
         payload = image.tobytes() if isinstance(image, np.ndarray) else image
         if isinstance(image, np.ndarray):
             height, width, _ = image.shape
@@ -41,7 +47,7 @@ def write_beton(
             width, height = sizes[i]
         if at % page_size + len(payload) > page_size:
             at = -(-at // page_size) * page_size
-        records[i] = ((raw, width, height, at), 10 * i)
+        records[i] = ((mode, width, height, at), 10 * i)
         table[i] = (i, at, len(payload))
         payloads.append((at, payload))
         at += len(payload)

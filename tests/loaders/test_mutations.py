@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from fastpmae_loaders import PairedViews, UserError
+from fastpmae_loaders.native.coefficients import pack_jpeg
 from fastpmae_loaders.sources.beton import DESCRIPTOR, metadata_type
 from fastpmae_loaders.sources.jpeg import jpeg_size, turbo_available, turbo_decode
 from fastpmae_loaders.write.check import check_beton
@@ -80,7 +81,7 @@ def with_every_field(path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four sound files: ordinary ones with class names, hard JPEGs, one tiny raw image, every kind of field."""
+    """Sound files: ordinary ones with class names, hard JPEGs, a tiny raw image, every kind of field, coefficients."""
     folder = tmp_path_factory.mktemp("sound")
     stored = [jpeg(i, 40 + 3 * i, 30 + 5 * i) if i < 5 else made_pixels(i, 30 + 5 * i, 40 + 3 * i) for i in range(8)]
     write_beton(folder / "a.beton", stored, [(40 + 3 * i, 30 + 5 * i) for i in range(8)], 1 << 14)
@@ -92,6 +93,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_beton(folder / "b.beton", hard, [(61, 47)] * 5, 1 << 15)
     write_beton(folder / "c.beton", [made_pixels(0, 3, 5)], page_size=1 << 12)
     with_every_field(folder / "d.beton")
+    codes = [pack_jpeg(coded(i, 61, 47, subsampling=i % 3), 47, 61) for i in range(6)]
+    write_beton(folder / "e.beton", [code for code in codes if code is not None], [(61, 47)] * 6, 1 << 15)
     return folder
 
 

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from fastpmae_loaders.engines.scratch import make_scratch
+from fastpmae_loaders.native.decoder import decode_jpeg
 from fastpmae_loaders.pixels import colour
 from fastpmae_loaders.pixels.resize import resize
-from tests.made import REPOSITORY
+from tests.loaders.native.jpegs import encoded, noise, with_quantisation
+from tests.made import REPOSITORY, made_image
 
 
 def made() -> list[np.ndarray]:
-    """Crops of noise and of hard edges, upright, wide and tall, and every colour operation."""
+    """Crops of noise and of hard edges, upright, wide and tall, every colour operation, and JPEGs of every sampling."""
     rng = np.random.default_rng(8)
     found = []
     for height, width, side in ((90, 130, 64), (300, 70, 40), (40, 50, 56), (1, 7, 9)):
@@ -33,6 +35,13 @@ def made() -> list[np.ndarray]:
                 changed = out.copy()
                 colour_all(changed, factors, choices, scratch)
                 found.append(changed)
+    for subsampling in (0, 1, 2, "gray"):
+        for quality, image in ((90, made_image(3, 67, 53)), (100, noise(3, 67, 53))):
+            data = encoded(image, subsampling, quality)
+            for payload in (data, with_quantisation(data, 255)):
+                pixels = decode_jpeg(payload, 53, 67)
+                assert pixels is not None
+                found.append(pixels)
     return found
 
 

@@ -8,5 +8,5 @@ from fastpmae_loaders.jit import vectors
 from tests.loaders.test_portable import made
 
 if __name__ == "__main__":
-    assert not vectors._AVX2
+    assert not vectors.AVX2
     np.savez(sys.argv[1], *made())

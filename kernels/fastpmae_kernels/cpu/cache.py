@@ -22,6 +22,8 @@ def keep(compiled: Any, stamp: str) -> Any:
     The code lies beside the function's module, or where NUMBA_CACHE_DIR says, or in the user's own cache folder where
     the module's may not be written to. Where nothing may be written, each process compiles anew.
     """
+    if not hasattr(compiled, "enable_caching"):  # NUMBA_DISABLE_JIT leaves a function as it is
+        return compiled
     try:
         compiled.enable_caching()
     except RuntimeError:  # no folder may be written to

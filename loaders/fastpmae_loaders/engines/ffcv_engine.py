@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numba.typed
@@ -27,46 +27,22 @@ import torch
 
 from fastpmae_loaders.engines.base import ATTEMPTS, Job, Source, make_job
 from fastpmae_loaders.engines.scratch import Scratch
+from fastpmae_loaders.engines.second_opinion import images_of, second_opinion
 from fastpmae_loaders.engines.views import Rows, fill_row
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.jit.compiled import kernel
 from fastpmae_loaders.jit.memory import fetch_add, read_into
 from fastpmae_loaders.sampling import CHOICES, FACTORS
-from fastpmae_loaders.sources.beton import RAW, Beton
-from fastpmae_loaders.sources.jpeg import TURBO_DECOMPRESS, TurboDecoders, turbo_available
+from fastpmae_loaders.sources.beton import JPG, RAW, Beton
+from fastpmae_loaders.sources.jpeg import TurboDecoders, turbo_available
 from fastpmae_loaders.sources.markers import stands_alone
-from fastpmae_loaders.sources.pictures import decode_jpeg, one_line
+from fastpmae_loaders.sources.pictures import one_line
 from fastpmae_loaders.sources.turbo import call_decoder
 
 _MISSING = (
     "the FFCV loader needs the package ffcv, which is not installed here: pip install ffcv (on Linux, with "
     "libturbojpeg and OpenCV's headers), or use engine='torch'"
 )
-
-
-class Images(NamedTuple):
-    """Where each image of a file lies and what it is, as compiled code reads it."""
-
-    pointer: np.ndarray
-    size: np.ndarray
-    height: np.ndarray
-    width: np.ndarray
-    mode: np.ndarray
-
-
-def _ask_pillow(
-    _: int | None, source: int, size: int, target: int, width: int, pitch: int, height: int, *__: int
-) -> int:
-    """`tjDecompress2` by Pillow: called from compiled code, by address, with the same arguments."""
-    try:
-        pixels = decode_jpeg(ctypes.string_at(source, size), height, width)
-        ctypes.memmove(target, pixels.ctypes.data, pixels.nbytes)
-    except Exception:  # nothing may escape into compiled code
-        return 1
-    return 0
-
-
-_second_opinion = TURBO_DECOMPRESS(_ask_pillow)
 
 
 @kernel
@@ -100,7 +76,8 @@ def _fill(
                 pixels = source
             elif readable and (
                 (
-                    stands_alone(source, size, height, width)
+                    images.mode[index] == JPG
+                    and stands_alone(source, size, height, width)
                     and call_decoder(decoder, handle, source, size, height, width, target) == 0
                 )
                 or call_decoder(second, 0, source, size, height, width, target) == 0
@@ -222,11 +199,10 @@ def _operation_class(ffcv: Any) -> Any:
             self._source = source
             self._recipes = source.recipes()
             beton: Any = source.samples
-            # copies: arrays that may not be written to are another type to numba
-            self._images = Images(*(np.array(getattr(beton, name)) for name in Images._fields))
+            self._images = images_of(beton)
             self._data = -1 - beton.descriptor
             self._decoders = TurboDecoders()
-            self._second = int(ctypes.cast(_second_opinion, ctypes.c_void_p).value or 0)
+            self._second = int(ctypes.cast(second_opinion, ctypes.c_void_p).value or 0)
             self._thread = threading.local()
 
         def work_on(self, job: Job, scratch: Scratch) -> None:

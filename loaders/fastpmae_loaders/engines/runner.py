@@ -4,16 +4,19 @@ import weakref
 from collections.abc import Callable
 
 from fastpmae_loaders.engines.base import Engine, Job, Source
+from fastpmae_loaders.engines.names import ENGINES
 from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.engines.stream import Stream
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import MOST_THREADS
 
-ENGINES = ("ffcv", "dali", "torch")
-
 
 def make_engine(name: str, source: Source) -> Engine:
     """The engine of that name. UserError where there is none, or its package is missing."""
+    if name == "native":
+        from fastpmae_loaders.engines.native_engine import NativeEngine
+
+        return NativeEngine(source)
     if name == "ffcv":
         from fastpmae_loaders.engines.ffcv_engine import FFCVEngine
 

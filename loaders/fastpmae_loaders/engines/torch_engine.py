@@ -8,7 +8,8 @@ from fastpmae_loaders.engines.base import ATTEMPTS, Job, Samples, Source
 from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.engines.views import fill_row
 from fastpmae_loaders.jit.memory import fetch_add
-from fastpmae_loaders.sources.beton import JPG, RAW
+from fastpmae_loaders.native.coefficients import unpack_pixels
+from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, RAW
 from fastpmae_loaders.sources.pictures import decode_jpeg, decode_upright
 
 
@@ -55,6 +56,8 @@ def decode(samples: Samples, index: int) -> np.ndarray | None:
         payload = samples.payload(index)
         if samples.mode[index] == RAW:
             return payload.reshape(height, width, 3)
+        if samples.mode[index] == COEFFICIENTS:
+            return unpack_pixels(payload, height, width)
         if samples.mode[index] == JPG:
             return decode_jpeg(payload.tobytes(), height, width)
         return decode_upright(io.BytesIO(payload.tobytes()), height, width)

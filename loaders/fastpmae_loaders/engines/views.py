@@ -40,12 +40,8 @@ def _centre(size, side):
 
 
 @kernel
-def fill_row(row, index, pixels, height, width, seed, epoch, recipes, colours, scratch, out):
-    """Sample `index`, whose uint8 [height, width, 3] lie at address `pixels`, as one row of a batch.
-
-    Every view of `recipes`, its draws, and the masks. With `colours` false colours are left as they are, for the
-    device to change.
-    """
+def draw_row(row, index, height, width, seed, epoch, recipes, scratch, out):
+    """All of a sample's row but the pictures: its draws and masks, of an image of height x width pixels."""
     out.index[row] = index
     out.size[row, 0] = height
     out.size[row, 1] = width
@@ -56,6 +52,12 @@ def fill_row(row, index, pixels, height, width, seed, epoch, recipes, colours, s
         visible[i] = order[i]
     for i in range(folds.shape[0]):
         folds[i] = order[visible.shape[0] + i]
+
+
+@kernel
+def show_row(row, pixels, height, width, recipes, colours, scratch, out):
+    """The views of a row that `draw_row` has drawn; of the pixels only what its boxes cover is looked at."""
+    boxes, flips, factors, choices = out.boxes[row], out.flips[row], out.factors[row], out.choices[row]
     for view in range(recipes.shape[0]):
         recipe = recipes[view]
         side = recipe.side
@@ -72,3 +74,14 @@ def fill_row(row, index, pixels, height, width, seed, epoch, recipes, colours, s
             resize(pixels, height, width, box, full_height, full_width, down, across, flip, target, scratch)
         if colours:
             change_colours(target, factors[view], choices[view], recipe.solarise_threshold, scratch)
+
+
+@kernel
+def fill_row(row, index, pixels, height, width, seed, epoch, recipes, colours, scratch, out):
+    """Sample `index`, whose uint8 [height, width, 3] lie at address `pixels`, as one row of a batch.
+
+    Every view of `recipes`, its draws, and the masks. With `colours` false colours are left as they are, for the
+    device to change.
+    """
+    draw_row(row, index, height, width, seed, epoch, recipes, scratch, out)
+    show_row(row, pixels, height, width, recipes, colours, scratch, out)

@@ -35,13 +35,21 @@ _SOURCES = (
     "sources/jpeg",
     "sources/markers",
     "sources/turbo",
+    "native/headers",
+    "native/huffman",
+    "native/data",
+    "native/idct",
+    "native/colours",
+    "native/decoder",
+    "native/coefficients",
+    "native/jpeg_writer",
 )
 
 
 def _stamp() -> str:
     package = Path(__file__).parents[1]
     total = hashlib.sha256()
-    for name in (*_SOURCES, "engines/ffcv_engine"):
+    for name in (*_SOURCES, "engines/ffcv_engine", "engines/native_engine"):
         total.update((package / f"{name}.py").read_bytes())
     return total.hexdigest()
 

@@ -20,7 +20,7 @@ WEIGHT_BITS = 14
 """Fraction bits of the fixed-point weights: 1.0 is 16384, so every bicubic weight fits 16 bits."""
 
 _FEATURES: str | None = getattr(numba.config, "CPU_FEATURES", None)
-_AVX2 = "+avx2" in (get_host_cpu_features() if _FEATURES is None else _FEATURES)
+AVX2 = "+avx2" in (get_host_cpu_features() if _FEATURES is None else _FEATURES)
 """Whether to pack by AVX2's own instructions: LLVM's portable form crosses the register's halves twice for nothing."""
 
 
@@ -36,38 +36,62 @@ class Vector(types.Type):
 @register_model(Vector)
 class _VectorModel(PrimitiveModel):
     def __init__(self, manager, kind) -> None:
-        super().__init__(manager, kind, _llvm(kind.bits, kind.lanes))
+        super().__init__(manager, kind, vector_of(kind.bits, kind.lanes))
 
 
-_BYTES = Vector(8, 16)
-_TWICE = Vector(8, 32)
-_SHORTS = Vector(16, 16)
-_INTS = Vector(32, 8)
+BYTES = Vector(8, 16)
+TWICE = Vector(8, 32)
+SHORTS = Vector(16, 16)
+INTS = Vector(32, 8)
 
 
-def _llvm(bits: int, lanes: int) -> ir.VectorType:
+def vector_of(bits: int, lanes: int) -> ir.VectorType:
     return ir.VectorType(ir.IntType(bits), lanes)
 
 
-def _shuffle(builder, first, second, places):
-    mask = ir.Constant(_llvm(32, len(places)), places)
+def shuffle(builder, first, second, places):
+    mask = ir.Constant(vector_of(32, len(places)), places)
     return builder.shuffle_vector(first, second, mask)
 
 
-def _zeros(bits: int, lanes: int):
-    return ir.Constant(_llvm(bits, lanes), [0] * lanes)
+def zeros(bits: int, lanes: int):
+    return ir.Constant(vector_of(bits, lanes), [0] * lanes)
 
 
-def _splat(bits: int, lanes: int, value: int):
-    return ir.Constant(_llvm(bits, lanes), [value] * lanes)
+def splat(bits: int, lanes: int, value: int):
+    return ir.Constant(vector_of(bits, lanes), [value] * lanes)
 
 
 def _to_byte(builder, sums, lanes: int):
     """Weighted sums (with the rounding half already in) to int32 lanes between 0 and 255."""
-    shifted = builder.ashr(sums, _splat(32, lanes, WEIGHT_BITS))
-    low = builder.select(builder.icmp_signed(">", shifted, _zeros(32, lanes)), shifted, _zeros(32, lanes))
-    top = _splat(32, lanes, 255)
+    shifted = builder.ashr(sums, splat(32, lanes, WEIGHT_BITS))
+    low = builder.select(builder.icmp_signed(">", shifted, zeros(32, lanes)), shifted, zeros(32, lanes))
+    top = splat(32, lanes, 255)
     return builder.select(builder.icmp_signed("<", low, top), low, top)
+
+
+def interleaved(builder, first, second, size: int):
+    """The lower lanes of each half of two vectors by turns, and the upper ones; `size` lanes to a half."""
+    low = [half * size + lane + which * 2 * size for half in (0, 1) for lane in range(size // 2) for which in (0, 1)]
+    return tuple(shuffle(builder, first, second, [place + start for place in low]) for start in (0, size // 2))
+
+
+def weighted_pairs(builder, pairs, weights):
+    """a * weights[0] + b * weights[1] of each pair a, b of 16 bits, in 32 bits."""
+    constant = ir.Constant(vector_of(16, 16), list(weights) * 8)
+    if AVX2:
+        return call_library(builder, "llvm.x86.avx2.pmadd.wd", vector_of(32, 8), pairs, constant)
+    products = builder.mul(builder.sext(pairs, vector_of(32, 16)), builder.sext(constant, vector_of(32, 16)))
+    even, odd = (shuffle(builder, products, products, list(range(start, 16, 2))) for start in (0, 1))
+    return builder.add(even, odd)
+
+
+def saturated_shorts(builder, low, high):
+    """Eight sums of 32 bits each to 16 bits: of each half the first ones, then the second ones."""
+    if AVX2:
+        return call_library(builder, "llvm.x86.avx2.packssdw", vector_of(16, 16), low, high)
+    both = clamp(builder, shuffle(builder, low, high, _HALVES), -(1 << 15), (1 << 15) - 1)
+    return builder.trunc(both, vector_of(16, 16))
 
 
 @operation
@@ -75,9 +99,9 @@ def load_shorts(typingctx, address):
     """16 numbers of 16 bits."""
 
     def code(context, builder, signature, args):
-        return builder.load(pointer_to(builder, args[0], _llvm(16, 16)), align=2)
+        return builder.load(pointer_to(builder, args[0], vector_of(16, 16)), align=2)
 
-    return _SHORTS(types.int64), code
+    return SHORTS(types.int64), code
 
 
 @operation
@@ -86,10 +110,10 @@ def load_pair(typingctx, address):
 
     def code(context, builder, signature, args):
         pair = builder.load(pointer_to(builder, args[0], ir.IntType(32)), align=2)
-        one = builder.insert_element(ir.Constant(_llvm(32, 8), ir.Undefined), pair, ir.IntType(32)(0))
-        return builder.bitcast(_shuffle(builder, one, one, [0] * 8), _llvm(16, 16))
+        one = builder.insert_element(ir.Constant(vector_of(32, 8), ir.Undefined), pair, ir.IntType(32)(0))
+        return builder.bitcast(shuffle(builder, one, one, [0] * 8), vector_of(16, 16))
 
-    return _SHORTS(types.int64), code
+    return SHORTS(types.int64), code
 
 
 @operation
@@ -97,9 +121,9 @@ def rounding(typingctx):
     """Eight sums, begun at one half."""
 
     def code(context, builder, signature, args):
-        return _splat(32, 8, 1 << (WEIGHT_BITS - 1))
+        return splat(32, 8, 1 << (WEIGHT_BITS - 1))
 
-    return _INTS(), code
+    return INTS(), code
 
 
 @operation
@@ -107,10 +131,10 @@ def two_rows(typingctx, first, second):
     """16 bytes of each of two rows."""
 
     def code(context, builder, signature, args):
-        first, second = (builder.load(pointer_to(builder, address, _llvm(8, 16)), align=1) for address in args)
-        return _shuffle(builder, first, second, list(range(32)))
+        first, second = (builder.load(pointer_to(builder, address, vector_of(8, 16)), align=1) for address in args)
+        return shuffle(builder, first, second, list(range(32)))
 
-    return _TWICE(types.int64, types.int64), code
+    return TWICE(types.int64, types.int64), code
 
 
 def _pixel_pair(start: int):
@@ -122,10 +146,10 @@ def _pixel_pair(start: int):
                 at = row + start + channel
                 places += [at, zero, at + 3, zero]
             places += [zero] * 4
-        spread = _shuffle(builder, args[0], _zeros(8, 32), places)
-        return builder.bitcast(spread, _llvm(16, 16))
+        spread = shuffle(builder, args[0], zeros(8, 32), places)
+        return builder.bitcast(spread, vector_of(16, 16))
 
-    return _SHORTS(_TWICE), code
+    return SHORTS(TWICE), code
 
 
 @operation
@@ -142,19 +166,19 @@ def next_pixels(typingctx, rows):
 
 def _turned(builder, rows):
     """Four registers of 2 x 4 pairs to the first, the second, the third and the fourth pairs of all of them."""
-    a, b, c, d = (builder.bitcast(row, _llvm(32, 8)) for row in rows)
+    a, b, c, d = (builder.bitcast(row, vector_of(32, 8)) for row in rows)
     low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
     first, last = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
     for half in (low, high):
-        ab, cd = _shuffle(builder, a, b, half), _shuffle(builder, c, d, half)
-        yield _shuffle(builder, ab, cd, first)
-        yield _shuffle(builder, ab, cd, last)
+        ab, cd = shuffle(builder, a, b, half), shuffle(builder, c, d, half)
+        yield shuffle(builder, ab, cd, first)
+        yield shuffle(builder, ab, cd, last)
 
 
 def _store_turned(builder, address, step: int, rows, count: int) -> None:
     for place, pairs in enumerate(list(_turned(builder, rows))[:count]):
         target = builder.add(address, ir.IntType(64)(step * place))
-        builder.store(pairs, pointer_to(builder, target, _llvm(32, 8)), align=4)
+        builder.store(pairs, pointer_to(builder, target, vector_of(32, 8)), align=4)
 
 
 @operation
@@ -165,7 +189,7 @@ def store_columns(typingctx, address, first, second, third, fourth):
         _store_turned(builder, args[0], 32, args[1:], 3)
         return context.get_dummy_value()
 
-    return types.none(types.int64, _SHORTS, _SHORTS, _SHORTS, _SHORTS), code
+    return types.none(types.int64, SHORTS, SHORTS, SHORTS, SHORTS), code
 
 
 @operation
@@ -176,7 +200,7 @@ def store_plane_columns(typingctx, address, first, second, third, fourth):
         _store_turned(builder, args[0], 96, args[1:], 4)
         return context.get_dummy_value()
 
-    return types.none(types.int64, _SHORTS, _SHORTS, _SHORTS, _SHORTS), code
+    return types.none(types.int64, SHORTS, SHORTS, SHORTS, SHORTS), code
 
 
 @operation
@@ -188,48 +212,48 @@ def store_row_pairs(typingctx, address, stride, first, second, third, fourth):
 
     def code(context, builder, signature, args):
         address, stride, *columns = args
-        a, b, c, d = (builder.ashr(sums, _splat(32, 8, WEIGHT_BITS)) for sums in columns)
+        a, b, c, d = (builder.ashr(sums, splat(32, 8, WEIGHT_BITS)) for sums in columns)
         # rows 0 to 3 of both columns, then rows 4 to 7
-        left = builder.bitcast(_clamped_shorts(builder, a, b), _llvm(32, 8))
-        right = builder.bitcast(_clamped_shorts(builder, c, d), _llvm(32, 8))
-        first = _shuffle(builder, left, right, [0, 2, 8, 10, 4, 6, 12, 14])
-        second = _shuffle(builder, left, right, [1, 3, 9, 11, 5, 7, 13, 15])
+        left = builder.bitcast(_clamped_shorts(builder, a, b), vector_of(32, 8))
+        right = builder.bitcast(_clamped_shorts(builder, c, d), vector_of(32, 8))
+        first = shuffle(builder, left, right, [0, 2, 8, 10, 4, 6, 12, 14])
+        second = shuffle(builder, left, right, [1, 3, 9, 11, 5, 7, 13, 15])
         for place in range(4):
             rows = (first, second)[place % 2]
             half = [0, 1, 2, 3] if place < 2 else [4, 5, 6, 7]
             target = builder.add(address, builder.mul(stride, ir.IntType(64)(place)))
-            builder.store(_shuffle(builder, rows, rows, half), pointer_to(builder, target, _llvm(32, 4)), align=4)
+            builder.store(shuffle(builder, rows, rows, half), pointer_to(builder, target, vector_of(32, 4)), align=4)
         return context.get_dummy_value()
 
-    return types.none(types.int64, types.int64, _INTS, _INTS, _INTS, _INTS), code
+    return types.none(types.int64, types.int64, INTS, INTS, INTS, INTS), code
 
 
 _HALVES = [*range(4), *range(8, 12), *range(4, 8), *range(12, 16)]
 """The order in which AVX2 packs two registers of eight: half by half."""
 
 
-def _clamp(builder, numbers, low: int, high: int):
+def clamp(builder, numbers, low: int, high: int):
     kind = numbers.type
     bits, lanes = kind.element.width, kind.count
     for limit, order in ((low, ">"), (high, "<")):
-        bound = _splat(bits, lanes, limit)
+        bound = splat(bits, lanes, limit)
         numbers = builder.select(builder.icmp_signed(order, numbers, bound), numbers, bound)
     return numbers
 
 
 def _clamped_shorts(builder, first, second):
     """Eight ints each to sixteen shorts between 0 and 255, in the order _HALVES."""
-    if _AVX2:
-        packed = call_library(builder, "llvm.x86.avx2.packusdw", _llvm(16, 16), first, second)
-        top = _splat(16, 16, 255)
+    if AVX2:
+        packed = call_library(builder, "llvm.x86.avx2.packusdw", vector_of(16, 16), first, second)
+        top = splat(16, 16, 255)
         return builder.select(builder.icmp_unsigned("<", packed, top), packed, top)
-    return builder.trunc(_clamp(builder, _shuffle(builder, first, second, _HALVES), 0, 255), _llvm(16, 16))
+    return builder.trunc(clamp(builder, shuffle(builder, first, second, _HALVES), 0, 255), vector_of(16, 16))
 
 
 def _interleave_halves(builder, first, second, start: int):
     """Of each half of 16 bytes of both, the eight from `start` on, by turns."""
     places = [half + start + lane + 32 * which for half in (0, 16) for lane in range(8) for which in (0, 1)]
-    return _shuffle(builder, first, second, places)
+    return shuffle(builder, first, second, places)
 
 
 @operation
@@ -237,18 +261,18 @@ def interleave_rows(typingctx, upper, lower):
     """32 bytes of each of two rows, by turns: those that stand first in their half of 16, and those that stand last."""
 
     def code(context, builder, signature, args):
-        a, b = (builder.load(pointer_to(builder, address, _llvm(8, 32)), align=1) for address in args)
+        a, b = (builder.load(pointer_to(builder, address, vector_of(8, 32)), align=1) for address in args)
         both = [_interleave_halves(builder, a, b, start) for start in (0, 8)]
         return context.make_tuple(builder, signature.return_type, both)
 
-    return types.UniTuple(_TWICE, 2)(types.int64, types.int64), code
+    return types.UniTuple(TWICE, 2)(types.int64, types.int64), code
 
 
 def _widen(start: int):
     def code(context, builder, signature, args):
-        return builder.bitcast(_interleave_halves(builder, args[0], _zeros(8, 32), start), _llvm(16, 16))
+        return builder.bitcast(_interleave_halves(builder, args[0], zeros(8, 32), start), vector_of(16, 16))
 
-    return _SHORTS(_TWICE), code
+    return SHORTS(TWICE), code
 
 
 @operation
@@ -269,21 +293,21 @@ def store_halves(typingctx, address, first, second, third, fourth):
 
     def code(context, builder, signature, args):
         address, *sums = args
-        a, b, c, d = (builder.ashr(sum, _splat(32, 8, WEIGHT_BITS)) for sum in sums)
-        if _AVX2:
-            low = call_library(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), a, b)
-            high = call_library(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), c, d)
-            clamped = call_library(builder, "llvm.x86.avx2.packuswb", _llvm(8, 32), low, high)
+        a, b, c, d = (builder.ashr(sum, splat(32, 8, WEIGHT_BITS)) for sum in sums)
+        if AVX2:
+            low = call_library(builder, "llvm.x86.avx2.packssdw", vector_of(16, 16), a, b)
+            high = call_library(builder, "llvm.x86.avx2.packssdw", vector_of(16, 16), c, d)
+            clamped = call_library(builder, "llvm.x86.avx2.packuswb", vector_of(8, 32), low, high)
         else:
             # halves of four: 0 4 of each sum belong side by side
-            low = _shuffle(builder, a, b, list(range(16)))
-            high = _shuffle(builder, c, d, list(range(16)))
+            low = shuffle(builder, a, b, list(range(16)))
+            high = shuffle(builder, c, d, list(range(16)))
             places = [half + part * 8 + lane for half in (0, 4) for part in range(4) for lane in range(4)]
-            clamped = builder.trunc(_clamp(builder, _shuffle(builder, low, high, places), 0, 255), _llvm(8, 32))
-        builder.store(clamped, pointer_to(builder, address, _llvm(8, 32)), align=1)
+            clamped = builder.trunc(clamp(builder, shuffle(builder, low, high, places), 0, 255), vector_of(8, 32))
+        builder.store(clamped, pointer_to(builder, address, vector_of(8, 32)), align=1)
         return context.get_dummy_value()
 
-    return types.none(types.int64, _INTS, _INTS, _INTS, _INTS), code
+    return types.none(types.int64, INTS, INTS, INTS, INTS), code
 
 
 @operation
@@ -292,23 +316,23 @@ def store_clamped(typingctx, address, first, second, third, fourth):
 
     def code(context, builder, signature, args):
         address, *sums = args
-        a, b, c, d = (builder.ashr(sum, _splat(32, 8, WEIGHT_BITS)) for sum in sums)
-        if _AVX2:
-            low = call_library(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), a, b)
-            high = call_library(builder, "llvm.x86.avx2.packssdw", _llvm(16, 16), c, d)
+        a, b, c, d = (builder.ashr(sum, splat(32, 8, WEIGHT_BITS)) for sum in sums)
+        if AVX2:
+            low = call_library(builder, "llvm.x86.avx2.packssdw", vector_of(16, 16), a, b)
+            high = call_library(builder, "llvm.x86.avx2.packssdw", vector_of(16, 16), c, d)
             mixed = builder.bitcast(
-                call_library(builder, "llvm.x86.avx2.packuswb", _llvm(8, 32), low, high), _llvm(32, 8)
+                call_library(builder, "llvm.x86.avx2.packuswb", vector_of(8, 32), low, high), vector_of(32, 8)
             )
-            clamped = builder.bitcast(_shuffle(builder, mixed, mixed, [0, 4, 1, 5, 2, 6, 3, 7]), _llvm(8, 32))
+            clamped = builder.bitcast(shuffle(builder, mixed, mixed, [0, 4, 1, 5, 2, 6, 3, 7]), vector_of(8, 32))
         else:
-            low = _shuffle(builder, a, b, list(range(16)))
-            high = _shuffle(builder, c, d, list(range(16)))
-            both = _shuffle(builder, low, high, list(range(32)))
-            clamped = builder.trunc(_clamp(builder, both, 0, 255), _llvm(8, 32))
-        builder.store(clamped, pointer_to(builder, address, _llvm(8, 32)), align=1)
+            low = shuffle(builder, a, b, list(range(16)))
+            high = shuffle(builder, c, d, list(range(16)))
+            both = shuffle(builder, low, high, list(range(32)))
+            clamped = builder.trunc(clamp(builder, both, 0, 255), vector_of(8, 32))
+        builder.store(clamped, pointer_to(builder, address, vector_of(8, 32)), align=1)
         return context.get_dummy_value()
 
-    return types.none(types.int64, _INTS, _INTS, _INTS, _INTS), code
+    return types.none(types.int64, INTS, INTS, INTS, INTS), code
 
 
 @operation
@@ -316,13 +340,13 @@ def add_products(typingctx, sums, numbers, weights):
     """sums[i] + numbers[2i] * weights[2i] + numbers[2i+1] * weights[2i+1]."""
 
     def code(context, builder, signature, args):
-        wide = _llvm(32, 16)
+        wide = vector_of(32, 16)
         product = builder.mul(builder.sext(args[1], wide), builder.sext(args[2], wide))
-        even = _shuffle(builder, product, product, list(range(0, 16, 2)))
-        odd = _shuffle(builder, product, product, list(range(1, 16, 2)))
+        even = shuffle(builder, product, product, list(range(0, 16, 2)))
+        odd = shuffle(builder, product, product, list(range(1, 16, 2)))
         return builder.add(args[0], builder.add(even, odd))
 
-    return _INTS(_INTS, _SHORTS, _SHORTS), code
+    return INTS(INTS, SHORTS, SHORTS), code
 
 
 @operation
@@ -330,7 +354,7 @@ def pack(typingctx, low, high):
     """Sixteen sums to sixteen bytes: shifted and clamped."""
 
     def code(context, builder, signature, args):
-        both = _shuffle(builder, args[0], args[1], list(range(16)))
-        return builder.trunc(_to_byte(builder, both, 16), _llvm(8, 16))
+        both = shuffle(builder, args[0], args[1], list(range(16)))
+        return builder.trunc(_to_byte(builder, both, 16), vector_of(8, 16))
 
-    return _BYTES(_INTS, _INTS), code
+    return BYTES(INTS, INTS), code

@@ -15,14 +15,18 @@ import zlib
 import numpy as np
 
 from fastpmae_loaders.errors import BetonError
+from fastpmae_loaders.native.coefficients import unpack_pixels
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.jpeg import check_scans, jpeg_size
 from fastpmae_loaders.values import local_path
 
-__all__ = ["JPG", "PIXEL_LIMIT", "RAW", "Beton", "jpeg_size"]
+__all__ = ["COEFFICIENTS", "JPG", "PIXEL_LIMIT", "RAW", "Beton", "jpeg_size"]
 
 VERSION = 2
 JPG, RAW = 0, 1
+COEFFICIENTS = 3
+"""Storage mode of an image in the code of `native/coefficients.py`, which FFCV's own reader does not know."""
+_MODES = (JPG, RAW, COEFFICIENTS)
 # Decode buffers are sized from the metadata, so a few bytes of it must not be able to ask for the whole
 # memory. The figure is the one above which Pillow refuses to open an image.
 PIXEL_LIMIT = 178_956_970
@@ -58,7 +62,8 @@ def metadata_type(type_ids: list[int]) -> np.dtype:
 class Beton:
     """A .beton file opened, mapped and checked. Everything is read-only; n is the number of samples.
 
-    Attributes: `width`, `height` int64 [n] in pixels; `mode` uint8 [n] (0 JPEG, 1 raw); `label` int64 [n]
+    Attributes: `width`, `height` int64 [n] in pixels; `mode` uint8 [n] (0 JPEG, 1 raw,
+    3 coefficients); `label` int64 [n]
     (−1 where the file has no int field); `pointer`, `size` uint64 [n], the byte range of each image, inside
     the file and outside its tables; `page_of` int64 [n]; `page_size`; `class_names` (list of str, or None);
     `data` uint8 memory map of the whole file; `descriptor`, the open file; `path`.
@@ -142,6 +147,11 @@ class Beton:
         if self.mode[index] == RAW:
             return payload.reshape(height, width, 3).copy()
         try:
+            if self.mode[index] == COEFFICIENTS:
+                pixels = unpack_pixels(payload, height, width)
+                if pixels is None:
+                    raise BetonError("its coefficients are damaged")
+                return pixels
             size = jpeg_size(payload)
             if size != (width, height):
                 raise BetonError(f"the JPEG is {size[0]}x{size[1]} pixels, its metadata say {width}x{height}")
@@ -227,7 +237,10 @@ class Beton:
         return type_ids
 
     def _check_images(self) -> None:
-        self._check(self.mode <= RAW, lambda i: f"has storage mode {self.mode[i]}; 0 is JPEG, 1 raw pixels")
+        self._check(
+            np.isin(self.mode, _MODES),
+            lambda i: f"has storage mode {self.mode[i]}; 0 is JPEG, 1 raw pixels, 3 coefficients",
+        )
         pixels = self.width * self.height
 
         def shape(i: int) -> str:

@@ -1,4 +1,4 @@
-"""Reads a .beton file back: its tables, and every image in it, decoded by both decoders there are."""
+"""Reads a .beton file back: its tables, and every image in it, decoded by all decoders there are."""
 
 import os
 from collections import Counter
@@ -9,8 +9,9 @@ import numpy as np
 
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import BetonError
+from fastpmae_loaders.native.coefficients import is_whole
 from fastpmae_loaders.printable import printable
-from fastpmae_loaders.sources.beton import JPG, RAW, Beton
+from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, RAW, Beton
 from fastpmae_loaders.sources.jpeg import turbo_available, turbo_decode
 from fastpmae_loaders.write.workers import Failure, WorkerPool
 
@@ -56,6 +57,8 @@ def sample_checker(path: str):
         except BetonError as error:
             reason = str(error).removeprefix(prefix).removeprefix(f"sample {index}: ")
             raise BetonError(reason) from None
+        if beton.mode[index] == COEFFICIENTS and not is_whole(beton.payload(index).tobytes()):
+            raise BetonError("its coefficients are not those that were written: the digest says otherwise")
         if beton.mode[index] == JPG and turbo_available():
             size = int(beton.width[index]), int(beton.height[index])
             if turbo_decode(beton.payload(index), *size) is None:
@@ -74,8 +77,9 @@ def _describe(beton: Beton) -> list[str]:
     else:
         labels = f"labels {beton.label.min()} to {beton.label.max()}, no class names"
     shapes = ", ".join(f"{beton.width[i]}x{beton.height[i]}" for i in (smallest, largest))
+    coded = f", {modes[COEFFICIENTS]:,} coefficients" if modes[COEFFICIENTS] else ""
     return [
-        f"  {labels}; {modes[JPG]:,} JPEG, {modes[RAW]:,} raw",
+        f"  {labels}; {modes[JPG]:,} JPEG, {modes[RAW]:,} raw{coded}",
         f"  smallest and largest image: {shapes}; median of the longer side {int(np.median(longer))}",
         f"  {beton.data.size:,} bytes, {int(beton.size.sum()):,} of them images; pages of {beton.page_size:,} bytes",
     ]

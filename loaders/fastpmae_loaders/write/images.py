@@ -8,13 +8,14 @@ does, and an image that is encoded anew loses its profile.
 import hashlib
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image
 
 from fastpmae_loaders.errors import BetonError, UserError
-from fastpmae_loaders.sources.beton import JPG, PIXEL_LIMIT, RAW
+from fastpmae_loaders.native.coefficients import pack_jpeg
+from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, PIXEL_LIMIT, RAW
 from fastpmae_loaders.sources.gray import nearly_black
 from fastpmae_loaders.sources.jpeg import JPEG_MAX_SIDE, jpeg_header, turbo_available, turbo_decode
 from fastpmae_loaders.sources.pictures import ImageError, load, one_line, open_image, upright_rgb
@@ -32,8 +33,10 @@ class ImageSettings(Typed):
     their size."""
     quality: int = 95
     """Quality of the JPEGs that are encoded here, 1 to 100."""
-    mode: Literal["jpg", "raw", "proportion"] = "jpg"
-    """Store JPEGs, raw pixels (large and fast to read), or JPEGs for a share of the images and raw for the rest."""
+    mode: Literal["jpg", "raw", "proportion", "coefficients"] = "jpg"
+    """Store JPEGs, raw pixels (large and fast to read), JPEGs for a share of the images and raw for the rest, or the
+    coefficients of JPEGs in a code of our own: the same pixels, made in half of the time, in some 1.65 times the bytes,
+    for these loaders alone."""
     proportion: float = 0.5
     """Share of the images that `--mode proportion` stores as JPEGs."""
     seed: int = 0
@@ -61,7 +64,7 @@ class ImageSettings(Typed):
     def as_jpeg(self, place: int) -> bool:
         """Whether the image at this place in the source is stored as JPEG."""
         if self.mode != "proportion":
-            return self.mode == "jpg"
+            return self.mode != "raw"
         digest = hashlib.blake2b(f"{self.seed}/{place}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") < self.proportion * 2**64
 
@@ -70,7 +73,8 @@ class ImageSettings(Typed):
 class StoredImage:
     """What goes into the file.
 
-    `kept`: the bytes are the source's own. `better_white`: of gray of more than 8 bits that comes out nearly black.
+    `kept`: the bytes are the source's own, or their coefficients. `better_white`: of gray of more than 8 bits that
+    comes out nearly black.
     """
 
     mode: int
@@ -93,7 +97,7 @@ def store(data: bytes, settings: ImageSettings, place: int = 0) -> StoredImage:
         warnings.simplefilter("always")
         image, orientation = _load(data, settings.max_pixels)
     if as_jpeg and orientation == 1 and not complaints and _can_keep(data, image, settings):
-        return StoredImage(JPG, image.width, image.height, data, kept=True)
+        return _coded(StoredImage(JPG, image.width, image.height, data, kept=True), settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -110,7 +114,14 @@ def store(data: bytes, settings: ImageSettings, place: int = 0) -> StoredImage:
         return StoredImage(RAW, image.width, image.height, image.tobytes(), kept=False, better_white=better_white)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=settings.quality, subsampling=0)
-    return StoredImage(JPG, image.width, image.height, buffer.getvalue(), kept=False, better_white=better_white)
+    stored = StoredImage(JPG, image.width, image.height, buffer.getvalue(), kept=False, better_white=better_white)
+    return _coded(stored, settings)
+
+
+def _coded(image: StoredImage, settings: ImageSettings) -> StoredImage:
+    """A JPEG's coefficients where they are asked for; the JPEG itself where it is none that has a code."""
+    code = pack_jpeg(image.data, image.height, image.width) if settings.mode == "coefficients" else None
+    return image if code is None else replace(image, mode=COEFFICIENTS, data=code)
 
 
 def _load(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:

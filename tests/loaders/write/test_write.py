@@ -20,7 +20,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from fastpmae import UserError, write_beton
-from fastpmae_loaders.sources.beton import Beton
+from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, Beton
 from fastpmae_loaders.sources.jpeg import turbo_available
 from fastpmae_loaders.write.check import check_beton
 from fastpmae_loaders.write.sources import SourceSettings
@@ -108,6 +108,22 @@ def test_the_same_bytes_whatever_the_workers(tree: Path, tmp_path: Path, setting
         contents.append((out.read_bytes(), (tmp_path / f"{workers}.beton.bad.txt").read_text()))
     assert contents[0] == contents[1] == contents[2]
     assert len(set(Beton(tmp_path / "1.beton").mode.tolist())) == (2 if settings else 1)
+
+
+def test_coefficients_show_what_the_jpegs_show(tree: Path, tmp_path: Path) -> None:
+    """Also of what is encoded here; what has no code, a progressive JPEG, stays one."""
+    made_image(77, 60, 50).save(tree / "class_0" / "progressive.jpg", progressive=True)
+    made_image(78, 60, 50).save(tree / "class_0" / "png.png")
+    write_beton(tree, tmp_path / "jpg.beton", workers=1)
+    write_beton(tree, tmp_path / "coded.beton", workers=2, mode="coefficients")
+    jpegs, coded = Beton(tmp_path / "jpg.beton"), Beton(tmp_path / "coded.beton")
+    assert sorted(set(coded.mode.tolist())) == [JPG, COEFFICIENTS]
+    assert (coded.mode == JPG).sum() == 1
+    for index in range(len(jpegs)):
+        assert np.array_equal(jpegs.decode(index), coded.decode(index))
+    checked = check_beton(tmp_path / "coded.beton")
+    assert not checked.bad
+    assert f"{len(coded) - 1} coefficients" in checked.describe()
 
 
 def test_limit_is_spread_over_the_source(tree: Path, tmp_path: Path) -> None:

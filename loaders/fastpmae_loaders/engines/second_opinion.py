@@ -1,0 +1,47 @@
+"""What compiled code does with an image that it does not decode itself: it asks Python, by way of an address."""
+
+import ctypes
+from typing import NamedTuple
+
+import numpy as np
+
+from fastpmae_loaders.native.coefficients import MAGIC, unpack_pixels
+from fastpmae_loaders.sources.beton import Beton
+from fastpmae_loaders.sources.jpeg import TURBO_DECOMPRESS
+from fastpmae_loaders.sources.pictures import decode_jpeg
+
+
+class Images(NamedTuple):
+    """Where each image of a file lies and what it is, as compiled code reads it."""
+
+    pointer: np.ndarray
+    size: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    mode: np.ndarray
+
+
+def images_of(beton: Beton) -> Images:
+    """A file's images. Copies: arrays that may not be written to are another type to numba."""
+    return Images(*(np.array(getattr(beton, name)) for name in Images._fields))
+
+
+def _ask_python(
+    _: int | None, source: int, size: int, target: int, width: int, pitch: int, height: int, *__: int
+) -> int:
+    """`tjDecompress2` by Pillow: called from compiled code, by address, with the same arguments."""
+    try:
+        payload = ctypes.string_at(source, size)
+        if payload.startswith(MAGIC):
+            pixels = unpack_pixels(payload, height, width)
+            if pixels is None:
+                return 1
+        else:
+            pixels = decode_jpeg(payload, height, width)
+        ctypes.memmove(target, pixels.ctypes.data, pixels.nbytes)
+    except Exception:  # nothing may escape into compiled code
+        return 1
+    return 0
+
+
+second_opinion = TURBO_DECOMPRESS(_ask_python)
