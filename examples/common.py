@@ -8,6 +8,8 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from fastpmae_loaders.engines.names import DEFAULT_ENGINE
+
 SIZE, PATCH, WIDTH = 64, 8, 64
 
 
@@ -17,7 +19,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("beton", nargs="?", type=Path, help="a .beton file; by default the demo's, under demo/")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--engine", default="ffcv", help="torch, where FFCV is not installed")
+    parser.add_argument("--engine", default=DEFAULT_ENGINE, help="what decodes the images: native, torch, ffcv or dali")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.beton is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from fastpmae_loaders.cli.words import last_value
+from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import Typed, local_path
@@ -26,7 +27,7 @@ class Data(Typed):
     beton: Path | None = None
     """The .beton file to pretrain on (`fastpmae-write` makes one); `--loader torch` and `dali` also read folders of
     images and tar shards."""
-    loader: Literal["native", "ffcv", "dali", "torch"] = "ffcv"
+    loader: Literal["native", "ffcv", "dali", "torch"] = DEFAULT_ENGINE
     """Engine that reads the images: `native`, `ffcv` and `torch` give the same bytes; those of `dali` differ slightly
     by its decoder and resize."""
     dali_part: int = 0

@@ -24,6 +24,7 @@ from fastpmae.run import malloc
 from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of, write_checkpoint
 from fastpmae.run.log import TIMINGS
 from fastpmae_loaders.errors import Interrupted
+from tests.engines import FFCV
 from tests.made import REPOSITORY, write_tree
 
 
@@ -349,7 +350,7 @@ def test_a_batch_that_moves_the_epochs_is_refused_whatever_is_accepted(tiny: Con
 
 
 @pytest.mark.slow
-def test_the_ffcv_and_the_torch_loader_are_one_run(tiny: Config, tmp_path: Path):
+def test_the_native_and_the_torch_loader_are_one_run(tiny: Config, tmp_path: Path):
     """Their pixels are the same, so a run may change from one to the other, and nothing needs to be said."""
     straight = pretrain(tiny.using(steps=4, out=tmp_path / "straight"))
     pretrain(tiny.using(steps=2, loader="torch"))
@@ -362,7 +363,7 @@ def test_the_ffcv_and_the_torch_loader_are_one_run(tiny: Config, tmp_path: Path)
 def test_another_decoder_is_a_changed_setting(tiny: Config):
     pytest.importorskip("nvidia.dali")
     pretrain(tiny.using(steps=1))
-    with pytest.raises(UserError, match="--loader was ffcv and is now dali"):
+    with pytest.raises(UserError, match="--loader was native and is now dali"):
         pretrain(tiny.using(steps=2, resume="auto", loader="dali"))
 
 
@@ -374,7 +375,7 @@ def forge(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+@pytest.mark.parametrize("loader", ["native", FFCV, "torch"])
 def test_a_checkpoint_from_before_the_accurate_dct_goes_on_with_one_remark(tiny: Config, loader: str):
     """Of the FFCV engine's; the others decode as they did."""
     folder = pretrain(tiny.using(steps=1, loader=loader))

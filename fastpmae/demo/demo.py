@@ -29,6 +29,7 @@ from fastpmae.train import pretrain
 from fastpmae_loaders import Beton, PlainViews
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.terminal import tell
+from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import Interrupted, UserError
 from fastpmae_loaders.values import local_path
 from fastpmae_loaders.write.write import write_beton
@@ -150,7 +151,7 @@ def accuracies(run: Path, train: Path, validation: Path) -> list[Accuracy]:
 
 
 def whole_images(
-    beton: Path, side: int, crop_ratio: float = 0.875, engine: str = "ffcv"
+    beton: Path, side: int, crop_ratio: float = 0.875, engine: str = DEFAULT_ENGINE
 ) -> tuple[UInt8[Tensor, "images 3 side side"], Int[Tensor, " images"]]:
     """Every image of a file, resized and cut at the centre, and the labels."""
     with PlainViews(Beton(beton), 64, image_size=side, crop_ratio=crop_ratio, engine=engine) as views:

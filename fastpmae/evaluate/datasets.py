@@ -16,6 +16,7 @@ from fastpmae.evaluate.features import Pool
 from fastpmae.run.images import fingerprint
 from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
 from fastpmae_loaders.cli.progress import Progress
+from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.printable import printable, short
@@ -105,10 +106,10 @@ def needed(val: Labelled | None, train: Labelled) -> Labelled:
 
 
 def engine_for(samples: Samples, engine: Engine) -> str:
-    """The engine that reads these images: as asked for, or FFCV for a .beton and Pillow for files."""
+    """The engine that reads these images: as asked for, or the default for a .beton and Pillow for files."""
     if engine != "auto":
         return engine
-    return "ffcv" if isinstance(samples, Beton) else "torch"
+    return DEFAULT_ENGINE if isinstance(samples, Beton) else "torch"
 
 
 def half(device: torch.device) -> torch.autocast:

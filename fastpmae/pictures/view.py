@@ -20,6 +20,7 @@ from fastpmae_loaders import Batch, Beton, PairedViews, Samples, ViewSettings, o
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
 from fastpmae_loaders.cli.terminal import tell
+from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.printable import printable, short
@@ -45,7 +46,7 @@ def draw_views(
     seed: int = 0,
     epoch: int = 0,
     settings: ViewSettings | None = None,
-    engine: str = "ffcv",
+    engine: str = DEFAULT_ENGINE,
     force: bool = True,
 ) -> Path:
     """Draw some samples of a .beton as the trainer's loader shows them in one epoch.
@@ -255,7 +256,7 @@ def view_command(
     mask_ratio: float = 0.75,
     folds: int = 3,
     complex_recipe: Literal["coin", "t1", "t2"] = "coin",
-    engine: Literal["native", "ffcv", "dali", "torch"] = "ffcv",
+    engine: Literal["native", "ffcv", "dali", "torch"] = DEFAULT_ENGINE,
     run: Path | None = None,
     picture: Literal["views", "analysis", "prototypes"] | None = None,
     force: bool = False,

@@ -26,6 +26,7 @@ from fastpmae_loaders.engines.base import (
     make_job,
 )
 from fastpmae_loaders.engines.dali_settings import DaliSettings
+from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.engines.runner import Runner
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.folders import open_samples
@@ -54,7 +55,7 @@ class PairedViews:
 
     Args:
         samples: a .beton file, or for the other engines also a folder of images or tar shards; or its path.
-        engine: "ffcv", "native" (no C library is needed), "dali", or "torch" (Pillow decodes).
+        engine: "native" (no C library is needed), "ffcv", "dali", or "torch" (Pillow decodes).
         settings: the pair of views, and the masks.
         views: these views instead of the pair, as many as wanted, still with one decode a sample. The masks are
             those of the first; there are none where its size is no multiple of 16 and no settings say otherwise.
@@ -87,7 +88,7 @@ class PairedViews:
         self,
         samples: Samples | str | os.PathLike[str],
         batch_size: int,
-        engine: str = "ffcv",
+        engine: str = DEFAULT_ENGINE,
         settings: ViewSettings | None = None,
         seed: int = 0,
         shuffle: bool = True,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpmae_loaders.engines.base import Samples, Source, advice, check_whole, chosen, make_job
+from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.engines.runner import Runner
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.folders import open_samples
@@ -39,7 +40,7 @@ class PlainViews:
         batch_size: int,
         image_size: int = 224,
         crop_ratio: float = 0.875,
-        engine: str = "ffcv",
+        engine: str = DEFAULT_ENGINE,
         workers: int = 2,
         ahead: int = 2,
         pin_memory: bool = False,

@@ -2,8 +2,8 @@
 
 Whole runs of `pretrain` at a size of milliseconds a step. Weights and pixels come from the raw words of numpy's PCG64,
 whose stream numpy promises to keep, and pixels lie in PNG files, so that no encoder and no resize has a say in them;
-one case goes the way of most runs, by a .beton file and FFCV. What is imported of fastpmae is its public face and, to
-put the weights in, `make_networks` where the loop looks for it.
+one case goes the way of most runs, by a .beton file and the default loader. What is imported of fastpmae is its public
+face and, to put the weights in, `make_networks` where the loop looks for it.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from torch import nn
 
 import fastpmae.train
 from fastpmae import PRESETS, Config, pretrain, write_beton
+from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 
 FOLDER = Path(__file__).parent
 STEPS = 20
@@ -61,7 +62,7 @@ TINY: dict[str, Any] = {
 
 # each method by its preset, and what the presets leave at its default
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "paper": ("paper", {"loader": "ffcv"}),
+    "paper": ("paper", {"loader": DEFAULT_ENGINE}),
     "sdae": ("sdae", {}),
     "sdae-code": ("sdae-code", {}),
     "mae": ("mae", {}),
@@ -176,7 +177,7 @@ def run(case: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="fastpmae-golden-") as place:
             images = write_images(Path(place) / "images")
             config = settings_of(case)
-            if config.data.loader == "ffcv":
+            if config.data.loader == DEFAULT_ENGINE:
                 images = write_beton(images, Path(place) / "images.beton").path
             config = config.using(beton=images, out=Path(place) / "run")
             with fixed_networks(config) as (networks, seeded):

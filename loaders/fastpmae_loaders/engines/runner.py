@@ -4,12 +4,11 @@ import weakref
 from collections.abc import Callable
 
 from fastpmae_loaders.engines.base import Engine, Job, Source
+from fastpmae_loaders.engines.names import ENGINES
 from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.engines.stream import Stream
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import MOST_THREADS
-
-ENGINES = ("native", "ffcv", "dali", "torch")
 
 
 def make_engine(name: str, source: Source) -> Engine:
