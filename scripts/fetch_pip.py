@@ -1,4 +1,4 @@
-"""Fetches the wheel of pip that a virtual environment begins with, where Python comes without ensurepip as Debian's does.
+"""Fetches the wheel of pip that a virtual environment begins with where Python, as Debian's, comes without ensurepip.
 
 `python scripts/fetch_pip.py FOLDER` puts it into FOLDER and prints its path. It comes from the index that pip is
 configured for (its environment variables and pip.conf, PyPI otherwise), and is taken only if it is the very file that

@@ -6,7 +6,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -81,11 +81,12 @@ def demo(
         steps: Stop after so many steps.
         minutes: Stop the training after so long, wherever it is.
     """
-    settings = PRESETS["demo"].using(out=out, steps=steps)
+    settings = PRESETS["demo"].using(out=out, steps=steps, device=usable_device())
     train, validation = write_demo_betons(folder)
     config = settings.using(beton=train)
     run = folder_of(config)
-    tune_allocator(choose_device(config.efficiency.device))
+    device = choose_device(config.efficiency.device)
+    tune_allocator(device)
     with _TimeLimit(minutes) as limit:
         try:
             pretrain(config.using(out=run))
@@ -94,7 +95,17 @@ def demo(
                 raise
             tell(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` continues it")
     tell("demo: comparing the features with those of a random start")
-    show_summary(run, rows_of(run), accuracies(run, train, validation), train)
+    show_summary(run, rows_of(run), accuracies(run, train, validation, device), train)
+
+
+def usable_device() -> Literal["auto", "cpu"]:
+    """Whatever there is; or the CPU, with a sentence, beside a GPU that cannot be used for want of something."""
+    try:
+        choose_device("auto")
+    except UserError as error:
+        tell(f"demo: on the CPU, since {error}")
+        return "cpu"
+    return "auto"
 
 
 class _TimeLimit:
@@ -130,8 +141,11 @@ def rows_of(run: Path) -> list[dict[str, float]]:
     return [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
 
 
-def accuracies(run: Path, train: Path, validation: Path) -> list[Accuracy]:
-    """How well k-NN sorts the validation crops, by the run's features and by what they must be compared with."""
+def accuracies(run: Path, train: Path, validation: Path, device: torch.device | None = None) -> list[Accuracy]:
+    """How well k-NN sorts the validation crops, by the run's features and by what they must be compared with.
+
+    Features are computed on a GPU where there is one, or on `device`.
+    """
     side = PRESETS["demo"].views.image_size
     (images, labels), (test_images, test_labels) = (whole_images(beton, side) for beton in (train, validation))
 
@@ -142,7 +156,7 @@ def accuracies(run: Path, train: Path, validation: Path) -> list[Accuracy]:
     networks: list[tuple[str, Network]] = [("pretrained", "student"), ("random start", "random")]
     for name, network in networks:
         encoder, _ = load_encoder(run, network)
-        tokens, test_tokens = (first_and_mean(encoder, part) for part in (images, test_images))
+        tokens, test_tokens = (first_and_mean(encoder, part, device) for part in (images, test_images))
         for words, rows, test_rows in zip(("class token", "mean of patch tokens"), tokens, test_tokens, strict=True):
             found.append(Accuracy(f"{name}, {words}", accuracy(rows, test_rows)))
     found.append(Accuracy("8 x 8 pixel thumbnails", accuracy(*thumbnails(images, test_images))))

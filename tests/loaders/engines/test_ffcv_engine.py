@@ -71,7 +71,7 @@ def test_without_ffcv_one_sentence(mixed, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ffcv", None)
-    with pytest.raises(UserError, match="pip install ffcv") as caught:
+    with pytest.raises(UserError, match=r"pip install 'fastpmae-loaders\[ffcv\]'") as caught:
         PairedViews(mixed, 4, "ffcv")
     assert "\n" not in str(caught.value)
 
