@@ -2,8 +2,9 @@
 #   make train    writes demo images into a .beton file and pretrains on it (about five minutes on two CPU cores)
 #   make check    lint, types and the tests that are not marked slow: before every commit
 #   make test     lint, types and all tests
-# Each sets the checkout up first where that is not done yet (scripts/setup). PYTHON=python3.12 make test chooses
-# the interpreter; ARGS are passed on: make train ARGS="--steps 20", make check ARGS="-k beton".
+# Each sets the checkout up first where that is not done yet (scripts/setup: wheels alone, no root). `make test` also
+# adds FFCV (scripts/ffcv: a C++ build, system libraries by apt), as make setup FFCV=1 does. PYTHON=python3.12 make test
+# chooses the interpreter; ARGS are passed on: make train ARGS="--steps 20", make check ARGS="-k beton".
 
 venv := .venv/bin
 pytest := $(venv)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
@@ -14,6 +15,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 setup:
 	@scripts/setup
+ifneq ($(filter-out 0,$(FFCV)),)
+	@scripts/ffcv
+endif
 
 train: setup
 	@$(venv)/python -m fastpmae.demo.demo $(ARGS)
@@ -23,6 +27,7 @@ check: setup
 	@$(MAKE) --no-print-directory -j 2 lint types quick
 
 test: setup
+	@scripts/ffcv || echo "ffcv: the tests of engine ffcv and of stock FFCV's reader will be skipped; pytest names each of them at its end"
 	@scripts/browser
 	@$(MAKE) --no-print-directory lint types
 	$(pytest) $(ARGS)

@@ -206,7 +206,7 @@ def test_one_version_and_one_licence():
     assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
     series = VERSION.rpartition(".")[0]
     needed = [line for line in PROJECTS["fastpmae"]["dependencies"] if line.startswith("fastpmae-")]
-    assert sorted(needed) == [f"fastpmae-kernels=={series}.*", f"fastpmae-loaders[ffcv]=={series}.*"]
+    assert sorted(needed) == [f"fastpmae-kernels=={series}.*", f"fastpmae-loaders=={series}.*"]
 
 
 def third_party_imports(package: str) -> set[str]:

@@ -38,6 +38,7 @@ ROOMS = {
         "backend",
         "builtin_names",
         "locks",
+        "toolchain",
         "photometric_numbers",
         "cpu",
         "long_rows",

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +83,10 @@ def demo(
         minutes: Stop the training after so long, wherever it is.
     """
     train, validation = write_demo_betons(folder)
-    config = PRESETS["demo"].using(out=out, beton=train)
+    config = PRESETS["demo"].using(out=out, beton=train, device=usable_device())
     run = folder_of(config)
-    tune_allocator(choose_device(config.efficiency.device))
+    device = choose_device(config.efficiency.device)
+    tune_allocator(device)
     first_epoch = len(Beton(train)) // config.optimizer.batch_size
     early: list[Accuracy] = []
     with _TimeLimit(minutes) as limit:
@@ -93,7 +94,7 @@ def demo(
             pretrain(config.using(out=run, steps=min(first_epoch, first_epoch if steps is None else steps)))
             if steps is None or steps > first_epoch:
                 tell("demo: looking at the features after the first epoch")
-                early = accuracies(train, validation, {"after the first epoch": network_of(run)})
+                early = accuracies(train, validation, {"after the first epoch": network_of(run)}, device)
                 pretrain(config.using(out=run, steps=steps, resume="auto"))
         except Interrupted:
             if not limit.passed:
@@ -101,8 +102,18 @@ def demo(
             tell(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` continues it")
     tell("demo: comparing the features with those of a random start")
     networks = {"pretrained": network_of(run), "random start": network_of(run, "random")}
-    found = accuracies(train, validation, networks)
+    found = accuracies(train, validation, networks, device)
     show_summary(run, rows_of(run), found[:2] + early + found[2:] + baselines(train, validation), train)
+
+
+def usable_device() -> Literal["auto", "cpu"]:
+    """Whatever there is; or the CPU, with a sentence, beside a GPU that cannot be used for want of something."""
+    try:
+        choose_device("auto")
+    except UserError as error:
+        tell(f"demo: on the CPU, since {error}")
+        return "cpu"
+    return "auto"
 
 
 class _TimeLimit:
@@ -143,12 +154,17 @@ def network_of(run: Path, network: Network = "student") -> Encoder:
     return load_encoder(run, network)[0]
 
 
-def accuracies(train: Path, validation: Path, encoders: dict[str, Encoder]) -> list[Accuracy]:
-    """How well k-NN sorts the validation crops by the features of each network, of both kinds."""
+def accuracies(
+    train: Path, validation: Path, encoders: dict[str, Encoder], device: torch.device | None = None
+) -> list[Accuracy]:
+    """How well k-NN sorts the validation crops by the features of each network, of both kinds.
+
+    Features are computed on a GPU where there is one, or on `device`.
+    """
     (images, labels), (test_images, test_labels) = crops(train), crops(validation)
     found = []
     for name, encoder in encoders.items():
-        tokens, test_tokens = (first_and_mean(encoder, part) for part in (images, test_images))
+        tokens, test_tokens = (first_and_mean(encoder, part, device) for part in (images, test_images))
         for words, rows, test_rows in zip(("class token", "mean of patch tokens"), tokens, test_tokens, strict=True):
             share = knn_accuracy(rows, labels, test_rows, test_labels, k=NEIGHBOURS)
             found.append(Accuracy(f"{name}, {words}", share))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpmae.distributed.rendezvous import meet
+from fastpmae_kernels.toolchain import missing_tools
 from fastpmae_loaders.errors import AlreadySaid, Interrupted, RunError, UserError
 
 Result = TypeVar("Result")
@@ -93,13 +94,22 @@ class _OfFirst(Exception):
 
 
 def choose_device(device: Literal["auto", "cpu", "cuda"], number: int = 0) -> torch.device:
-    """The CPU, or GPU `number` of this machine. Raises UserError when a GPU is asked for that is not there."""
+    """The CPU, or GPU `number` of this machine.
+
+    Raises:
+        UserError: when a GPU is asked for that is not there, or cannot be used for want of what Triton needs.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; check the driver, or choose --device cpu")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if number >= torch.cuda.device_count():
         raise UserError(f"rank {number} of this machine has no GPU: there are {torch.cuda.device_count()} here")
+    if missing := missing_tools():
+        raise UserError(
+            f"Triton needs {missing} to start its kernels on the GPU, and finds none here: install them (on Debian and "
+            "Ubuntu, as root: apt-get install gcc python3-dev), name a compiler by CC, or choose --device cpu"
+        )
     return torch.device("cuda", number)
 
 

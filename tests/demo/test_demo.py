@@ -13,7 +13,7 @@ from PIL import Image
 
 import fastpmae.demo.demo
 import fastpmae.photographs as photographs
-from fastpmae.demo.demo import demo, write_demo_betons
+from fastpmae.demo.demo import demo, usable_device, write_demo_betons
 from fastpmae.photographs import PHOTOGRAPHS, crop_boxes, open_photograph, validation_cells, write_demo_images
 from fastpmae.presets import PRESETS
 from fastpmae_loaders import Beton
@@ -74,6 +74,18 @@ def test_images_are_labelled_jpegs_and_the_same_each_time(tmp_path):
         with Image.open(tmp_path / "one" / path) as image:
             assert (image.format, image.mode) == ("JPEG", "RGB")
             assert np.asarray(image).shape[2] == 3
+
+
+def test_a_gpu_that_cannot_be_used_leaves_the_cpu(monkeypatch, capsys):
+    assert usable_device() == "auto"
+    assert capsys.readouterr() == ("", "")
+
+    def refuse(device):
+        raise UserError("Triton needs a C compiler")
+
+    monkeypatch.setattr(fastpmae.demo.demo, "choose_device", refuse)
+    assert usable_device() == "cpu"
+    assert "on the CPU, since Triton needs a C compiler" in "".join(capsys.readouterr())
 
 
 def test_a_photograph_that_is_not_installed_is_named(monkeypatch):

@@ -17,6 +17,7 @@ from fastpmae_kernels import photometric
 from fastpmae_loaders import DaliSettings, PairedViews, View, ViewSettings, mae_view
 from fastpmae_loaders.pixels import device_colour
 from fastpmae_loaders.sampling import SOLARISED
+from tests.engines import FFCV
 from tests.loaders.files import made_pixels, write_beton
 from tests.made import made_image
 
@@ -151,10 +152,8 @@ def test_views_of_other_sizes(many: Path):
 
 
 @pytest.mark.parametrize("colour", [photometric, device_colour.change_colours], ids=["kernel", "torch"])
-@pytest.mark.parametrize("engine", ["torch", "ffcv"])
+@pytest.mark.parametrize("engine", ["torch", FFCV])
 def test_colours_on_the_device_are_the_cpus_within_two_levels(many: Path, engine: str, colour):
-    if engine == "ffcv":
-        pytest.importorskip("ffcv", reason="FFCV is not installed")
     there, draws = seen(many, engine=engine, augment_on="device", colour=colour)
     here, others = seen(many, engine=engine, device=None, augment_on="cpu")
     assert_same_draws(draws, others)

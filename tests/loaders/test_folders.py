@@ -20,6 +20,7 @@ from fastpmae_loaders.engines.torch_engine import decode
 from fastpmae_loaders.folders import EncodedImages, ImageFolder, TarShards, open_samples
 from fastpmae_loaders.write.images import ImageSettings, store
 from fastpmae_loaders.write.sources import SourceSettings, find_images, read_item
+from tests.engines import FFCV
 from tests.made import SHARED_DATA, made_image, write_tree
 
 
@@ -472,9 +473,10 @@ def test_files_that_go_while_training(tmp_path: Path) -> None:
         assert indices.tolist() == [0, 2, *range(2, 12)]
 
 
-def test_ffcv_reads_no_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["native", FFCV])
+def test_some_engines_read_no_folder(tmp_path: Path, engine: str) -> None:
     folder = write_tree(tmp_path / "tree", 4)
     for path in (folder, ImageFolder(folder)):
         with pytest.raises(UserError, match=r"reads \.beton files alone; write one with fastpmae-write") as caught:
-            PairedViews(path, 2)
+            PairedViews(path, 2, engine)
         assert "engine='torch'" in str(caught.value)

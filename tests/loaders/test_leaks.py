@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastpmae_loaders.sources.jpeg import turbo_available
+from tests.engines import FFCV
 from tests.loaders.conftest import jpeg
 from tests.loaders.files import write_beton
 from tests.made import REPOSITORY
@@ -18,7 +18,7 @@ from tests.made import REPOSITORY
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="memory and threads are read from /proc")
 
 ENGINES = [
-    pytest.param("ffcv", marks=pytest.mark.skipif(not turbo_available(), reason="ffcv is not installed")),
+    FFCV,
     "torch",
     pytest.param(
         "dali",

@@ -20,8 +20,9 @@ import pytest
 from fastpmae_loaders import PairedViews, UserError
 from fastpmae_loaders.native.coefficients import pack_jpeg
 from fastpmae_loaders.sources.beton import DESCRIPTOR, metadata_type
-from fastpmae_loaders.sources.jpeg import jpeg_size, turbo_available, turbo_decode
+from fastpmae_loaders.sources.jpeg import jpeg_size, turbo_decode
 from fastpmae_loaders.write.check import check_beton
+from tests.engines import needs_ffcv
 from tests.loaders.conftest import jpeg
 from tests.loaders.files import made_pixels, write_beton
 from tests.loaders.mutations import VIEWS, mutation
@@ -171,7 +172,7 @@ def without(payload: bytes, marker: int) -> bytes:
     return b"".join([*kept, payload[at:]])
 
 
-@pytest.mark.skipif(not turbo_available(), reason="ffcv is not installed")
+@needs_ffcv
 @pytest.mark.parametrize("progressive", [False, True])
 def test_no_image_is_decoded_with_the_tables_of_another(tmp_path: Path, progressive: bool) -> None:
     """libjpeg keeps its tables from image to image: what a thread showed before would decide what it shows now."""
@@ -192,7 +193,7 @@ def test_no_image_is_decoded_with_the_tables_of_another(tmp_path: Path, progress
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not turbo_available(), reason="ffcv is not installed")
+@needs_ffcv
 def test_the_engines_agree_on_what_is_bad(tmp_path: Path) -> None:
     """Hundreds of damaged JPEGs, many of which libjpeg decodes with a warning: shown, or bad, on both engines alike."""
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""What `PairedViews` promises, for both engines."""
+"""What `PairedViews` promises, on every engine of the same bits."""
 
 import hashlib
 import io
@@ -19,9 +19,10 @@ from PIL import Image
 from fastpmae_loaders import Batch, Beton, PairedViews, PlainViews, UserError, ViewSettings, draw_samples, epoch_order
 from fastpmae_loaders.engines import base
 from fastpmae_loaders.transfer import Sent, Transfer
+from tests.engines import FFCV
 from tests.made import REPOSITORY
 
-ENGINES = ["ffcv", "torch"]
+ENGINES = ["native", FFCV, "torch"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'loaders'}"}
 TENSORS = ("simple", "complex", "visible", "folds", "label", "index", "simple_box", "complex_box")
 TENSORS += ("simple_flip", "complex_flip", "source_size")
@@ -93,9 +94,10 @@ def test_the_same_bits_at_any_threads_and_batch_size(mixed, engine):
             kept = found
 
 
-def test_the_engines_agree(mixed):
+@pytest.mark.parametrize("engine", ENGINES[:2])
+def test_the_engines_agree(mixed, engine):
     """Bit for bit, raw samples and JPEGs."""
-    with loader(mixed, 4, "ffcv", drop_last=False) as a, loader(mixed, 4, "torch", drop_last=False) as b:
+    with loader(mixed, 4, engine, drop_last=False) as a, loader(mixed, 4, "torch", drop_last=False) as b:
         assert same(rows(a), rows(b))
 
 
@@ -349,8 +351,9 @@ def test_positions_count_what_was_taken(mixed):
         assert views.state_dict()["batch"] == 1
 
 
-def test_batches_belong_to_the_taker(mixed):
-    with loader(mixed, 2, "ffcv") as views:
+@pytest.mark.parametrize("engine", ENGINES[:2])
+def test_batches_belong_to_the_taker(mixed, engine):
+    with loader(mixed, 2, engine) as views:
         taken = iter(views)
         first = next(taken)
         before = hashlib.sha256(first.simple.numpy().tobytes()).hexdigest()
@@ -556,10 +559,11 @@ def test_moving_a_batch(mixed):
 
 
 @pytest.mark.slow
-def test_repeated_epochs_keep_the_memory_flat(mixed):
+@pytest.mark.parametrize("engine", ENGINES[:2])
+def test_repeated_epochs_keep_the_memory_flat(mixed, engine):
     psutil = pytest.importorskip("psutil")
     process = psutil.Process()
-    with loader(mixed, 4, "ffcv") as views:
+    with loader(mixed, 4, engine) as views:
         sizes = []
         for epoch in range(60):
             views.set_epoch(epoch)

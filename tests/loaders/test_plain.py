@@ -9,6 +9,7 @@ from timm.data import create_transform
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from fastpmae_loaders import Beton, PlainViews, UserError
+from tests.engines import FFCV
 from tests.loaders.files import made_pixels, photographs, write_beton
 
 
@@ -17,7 +18,7 @@ def torchvisions(image: np.ndarray, side: int, shorter: int) -> np.ndarray:
     return np.array(CenterCrop(side)(resized)).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "torch"])
+@pytest.mark.parametrize("engine", ["native", FFCV, "torch"])
 @pytest.mark.parametrize(("side", "ratio"), [(32, 0.875), (33, 1.0), (48, 0.7)])
 def test_made_images_are_torchvisions(tmp_path, engine, side, ratio):
     sizes = [(64, 64), (37, 90), (90, 37), (20, 21), (300, 200), (33, 33), (101, 33), (5, 3)]
@@ -61,7 +62,7 @@ def test_photographs_are_torchvisions(tmp_path):
         assert difference.mean() <= 0.25
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "torch"])
+@pytest.mark.parametrize("engine", ["native", FFCV, "torch"])
 def test_a_broken_image_is_named_not_replaced(broken, engine):
     with PlainViews(broken, 50, image_size=32, engine=engine) as views, pytest.raises(UserError, match="sample 5 "):
         list(views)

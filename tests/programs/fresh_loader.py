@@ -1,4 +1,4 @@
-"""The loader on FFCV in a process that has done nothing else: `python -m tests.programs.fresh_loader CASE ...`.
+"""The loader in a process that has done nothing else: `python -m tests.programs.fresh_loader CASE ...`.
 
 Nothing is imported before a case does it: the first import of all is part of what is looked at.
 """
@@ -20,7 +20,7 @@ def beside_ffcvs_own(beton: str) -> None:
     settings = ViewSettings(image_size=32, patch_size=8)
     shared, before = numba.uint8[::1], hash(numba.uint8[::1])
     draw_samples(0, 0, np.array([5]), np.array([30]), np.array([40]), settings)
-    with PairedViews(beton, 4, settings=settings) as views:
+    with PairedViews(beton, 4, "ffcv", settings=settings) as views:
         next(iter(views))
     assert numba.uint8[::1] is shared
     assert shared.mutable
@@ -33,7 +33,7 @@ def beside_ffcvs_own(beton: str) -> None:
     print(sum(len(batch[0]) for batch in Loader(beton, 2, num_workers=1, pipelines=pipelines)))
 
 
-def thread_counts(beton: str) -> None:
+def thread_counts(beton: str, engine: str) -> None:
     import threading
 
     import numba
@@ -44,33 +44,33 @@ def thread_counts(beton: str) -> None:
     from fastpmae_loaders import PairedViews, ViewSettings
 
     settings = ViewSettings(image_size=32, patch_size=8)
-    with PairedViews(beton, 4, settings=settings) as views:
+    with PairedViews(beton, 4, engine, settings) as views:
         assert torch.get_num_threads() == 3
         for _ in views:
             assert torch.get_num_threads() == 3
-    assert "ffcv" in sys.modules
+    assert ("ffcv" in sys.modules) == (engine == "ffcv")
     assert "triton" not in sys.modules
     assert torch.get_num_threads() == 3
     assert numba.get_num_threads() == before
     assert threading.active_count() == 1
 
 
-def left_in_mid_epoch(beton: str) -> None:
+def left_in_mid_epoch(beton: str, engine: str) -> None:
     from fastpmae_loaders import PairedViews, ViewSettings
 
     global taken
-    views = PairedViews(beton, 2, settings=ViewSettings(image_size=32, patch_size=8), workers=3)
+    views = PairedViews(beton, 2, engine, ViewSettings(image_size=32, patch_size=8), workers=3)
     taken = iter(views)
     next(taken)
 
 
-def peak_of_memory(beton: str) -> None:
+def peak_of_memory(beton: str, engine: str) -> None:
     """Not ru_maxrss: a child inherits that from the process that starts it, here all of pytest."""
     from pathlib import Path
 
     from fastpmae_loaders import PairedViews
 
-    with PairedViews(beton, 64, workers=2) as views:
+    with PairedViews(beton, 64, engine, workers=2) as views:
         for _ in views:
             pass
     status = Path("/proc/self/status").read_text().splitlines()

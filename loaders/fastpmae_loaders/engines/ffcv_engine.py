@@ -40,8 +40,9 @@ from fastpmae_loaders.sources.pictures import one_line
 from fastpmae_loaders.sources.turbo import call_decoder
 
 _MISSING = (
-    "the FFCV loader needs the package ffcv, which is not installed here: pip install ffcv (on Linux, with "
-    "libturbojpeg and OpenCV's headers), or use engine='torch'"
+    "engine 'ffcv' needs the package ffcv, which is not installed here: pip install 'fastpmae-loaders[ffcv]' (a build "
+    "that takes a C++ compiler and the headers of libturbojpeg and OpenCV; in a checkout, make setup FFCV=1), or use "
+    "engine 'native', which gives the same bytes"
 )
 
 

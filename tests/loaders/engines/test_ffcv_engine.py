@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from fastpmae_loaders import Beton, PairedViews, UserError, ViewSettings
+from tests.engines import FFCV, needs_ffcv
 from tests.loaders.files import made_pixels, write_beton
 from tests.made import REPOSITORY
+
+ENGINES = ["native", FFCV]
 
 
 def run_python(*words: str | Path, **environment: str) -> str:
@@ -29,7 +32,7 @@ def run_python(*words: str | Path, **environment: str) -> str:
     return done.stdout
 
 
-def fresh_loader(case: str, *words: Path, **environment: str) -> str:
+def fresh_loader(case: str, *words: str | Path, **environment: str) -> str:
     return run_python("tests.programs.fresh_loader", case, *words, **environment)
 
 
@@ -42,6 +45,7 @@ def test_importing_the_loaders_imports_none_of_the_rest():
     assert unwanted & set(loaded) == set()
 
 
+@needs_ffcv
 @pytest.mark.slow
 def test_ffcv_leaves_what_was_compiled_before_it_usable(mixed, tmp_path):
     """FFCV's Loader would change the hash of numba's uint8[::1], and with it lose every function compiled for one."""
@@ -50,26 +54,29 @@ def test_ffcv_leaves_what_was_compiled_before_it_usable(mixed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fresh_process_keeps_its_thread_counts_and_warns_of_nothing(mixed):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_fresh_process_keeps_its_thread_counts_and_warns_of_nothing(mixed, engine):
     """With warnings as errors from the first import on."""
-    fresh_loader("thread_counts", mixed)
+    fresh_loader("thread_counts", mixed, engine)
 
 
 @pytest.mark.slow
-def test_leaving_in_mid_epoch_ends_the_process_at_once(mixed):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_leaving_in_mid_epoch_ends_the_process_at_once(mixed, engine):
     """No thread may hold the interpreter back, nor crash it on the way out."""
-    fresh_loader("left_in_mid_epoch", mixed)
+    fresh_loader("left_in_mid_epoch", mixed, engine)
 
 
 def test_without_ffcv_one_sentence(mixed, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ffcv", None)
-    with pytest.raises(UserError, match="pip install ffcv") as caught:
-        PairedViews(mixed, 4)
+    with pytest.raises(UserError, match=r"pip install 'fastpmae-loaders\[ffcv\]'") as caught:
+        PairedViews(mixed, 4, "ffcv")
     assert "\n" not in str(caught.value)
 
 
+@needs_ffcv
 # FFCV compiles in its own thread, where a warning that is an error would hang the consumer
 @pytest.mark.filterwarnings("ignore::numba.NumbaWarning")
 @pytest.mark.timeout(60)
@@ -79,7 +86,7 @@ def test_the_operation_runs_in_ffcvs_own_loader(mixed):
     from fastpmae_loaders.engines.ffcv_engine import open_ffcv
 
     settings = ViewSettings(image_size=32, patch_size=8, folds=5)
-    with PairedViews(mixed, 5, settings=settings, shuffle=False, drop_last=False) as views:
+    with PairedViews(mixed, 5, "ffcv", settings=settings, shuffle=False, drop_last=False) as views:
         expected = list(views)
     threads = torch.get_num_threads()
     stock, operation = open_ffcv(Source(Beton(mixed), settings.views, 0, settings.patches, settings.visible), 5)
@@ -117,15 +124,20 @@ def test_a_file_of_ffcvs_own_writer(tmp_path):
     torch.set_num_threads(threads)
     ours = write_beton(tmp_path / "ours.beton", [made_pixels(i, 40 + i, 50) for i in range(6)])
     settings = ViewSettings(image_size=32, patch_size=8)
-    with PairedViews(tmp_path / "stock.beton", 6, settings=settings) as a, PairedViews(ours, 6, settings=settings) as b:
-        first, second = next(iter(a)), next(iter(b))
-    assert torch.equal(first.simple, second.simple)
-    assert torch.equal(first.complex, second.complex)
-    assert (first.label == first.index * 3).all()
+    for engine in ("ffcv", "native"):
+        with (
+            PairedViews(tmp_path / "stock.beton", 6, engine, settings) as a,
+            PairedViews(ours, 6, engine, settings) as b,
+        ):
+            first, second = next(iter(a)), next(iter(b))
+        assert torch.equal(first.simple, second.simple)
+        assert torch.equal(first.complex, second.complex)
+        assert (first.label == first.index * 3).all()
 
 
 @pytest.mark.slow
-def test_one_huge_image_does_not_multiply_by_the_batch(tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_huge_image_does_not_multiply_by_the_batch(tmp_path, engine):
     """Batches of 64 beside one image of 4000 x 3000: FFCV's own decoders would allocate gigabytes."""
     import io
 
@@ -145,19 +157,21 @@ def test_one_huge_image_does_not_multiply_by_the_batch(tmp_path):
     file = write_beton(tmp_path / "huge.beton", images, sizes, page_size=1 << 23)
     if not Path("/proc/self/status").exists():
         pytest.skip("the peak of memory is read from /proc")
-    peak = fresh_loader("peak_of_memory", file)
+    peak = fresh_loader("peak_of_memory", file, engine)
     assert int(peak) * 1024 < 1.2e9
 
 
-def test_a_jpeg_larger_than_its_record_writes_nowhere(broken):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_jpeg_larger_than_its_record_writes_nowhere(broken, engine):
     """Sample 7 of the file is 80 x 60 where its record, which sizes the buffer, says 40 x 30."""
     settings = ViewSettings(image_size=32, patch_size=8)
-    with PairedViews(broken, 8, settings=settings, shuffle=False) as views:
+    with PairedViews(broken, 8, engine, settings=settings, shuffle=False) as views:
         assert next(iter(views)).failed == [5, 6, 7, 6, 7, 7]
 
 
 @pytest.mark.slow
-def test_damaged_payloads_never_crash(tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_damaged_payloads_never_crash(tmp_path, engine):
     """Bytes changed, cut out and doubled all over JPEGs: each sample comes out as some picture or as failed."""
     import io
 
@@ -179,7 +193,7 @@ def test_damaged_payloads_never_crash(tmp_path):
         images.append(bytes(data))
     file = write_beton(tmp_path / "damaged.beton", images, [(48, 40)] * 600)
     settings = ViewSettings(image_size=32, patch_size=8)
-    with PairedViews(file, 50, settings=settings, shuffle=False, bad_fraction=1.0, workers=3) as views:
+    with PairedViews(file, 50, engine, settings=settings, shuffle=False, bad_fraction=1.0, workers=3) as views:
         batches = list(views)
         assert 60 < len(views.failed) < 600
     assert sum(len(batch) for batch in batches) == 600

@@ -9,18 +9,15 @@ import torch
 from fastpmae_loaders import Beton, PairedViews, UserError, ViewSettings
 from fastpmae_loaders.native.coefficients import pack_jpeg
 from fastpmae_loaders.sources.beton import COEFFICIENTS
-from fastpmae_loaders.sources.jpeg import turbo_available
 from fastpmae_loaders.write.check import check_beton
+from tests.engines import FFCV
 from tests.loaders.files import made_pixels, write_beton
 from tests.loaders.native.jpegs import encoded
 from tests.loaders.native.test_decoder import damaged
 from tests.made import made_image, write_tree
 
 SMALL = ViewSettings(image_size=32, patch_size=8)
-ENGINES = [
-    pytest.param("ffcv", marks=pytest.mark.skipif(not turbo_available(), reason="ffcv is not installed")),
-    "torch",
-]
+ENGINES = [FFCV, "torch"]
 
 
 def same(first, second) -> None:

@@ -23,6 +23,7 @@ from fastpmae_loaders import (
     plain_view,
 )
 from fastpmae_loaders.recipes import MOST_VIEWS
+from tests.engines import FFCV
 
 MANY = (mae_view(32), dino_global("t1", 32), dino_global("t2", 48), dino_local(24), plain_view(40), dino_local(24))
 
@@ -36,7 +37,7 @@ def batch_of(file, views, engine="torch", seed=3, epoch=0, **options) -> Batch:
         return next(iter(loader))
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "torch"])
+@pytest.mark.parametrize("engine", ["native", FFCV, "torch"])
 def test_each_view_has_its_recipes_size_and_all_draw_apart(mixed, engine):
     batch = batch_of(mixed, MANY, engine)
     assert [tuple(view.shape) for view in batch.views] == [(23, 3, view.size, view.size) for view in MANY]
@@ -88,7 +89,7 @@ def test_geometry_is_pillows_bicubic(mixed):
             assert difference.mean() <= 0.25
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "torch"])
+@pytest.mark.parametrize("engine", ["native", FFCV, "torch"])
 def test_a_plain_view_is_that_of_evaluation_in_every_epoch(mixed, engine):
     with PlainViews(mixed, 23, 40, engine=engine) as plain:
         ((images, label, index),) = plain
@@ -212,7 +213,7 @@ def test_impossible_lists_are_refused(mixed):
         batch_of(mixed, None, augment_on="gpu")
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "torch"])
+@pytest.mark.parametrize("engine", ["native", FFCV, "torch"])
 def test_colours_on_the_device_are_the_same(mixed, engine):
     pytest.importorskip("fastpmae_loaders.pixels.device_colour")
     here = batch_of(mixed, MANY, engine)

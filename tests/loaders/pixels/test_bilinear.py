@@ -14,6 +14,7 @@ from torchvision.transforms import functional as F
 from fastpmae_loaders import Beton, PairedViews, PlainViews, UserError, View, mae_view, plain_view
 from fastpmae_loaders.engines.scratch import make_scratch
 from fastpmae_loaders.pixels.bilinear import resize_bilinear
+from tests.engines import FFCV
 from tests.loaders.files import photographs
 from tests.loaders.pixels.test_resize import any_box, random_box
 
@@ -66,7 +67,7 @@ def test_photographs_are_torchvisions():
             assert (ours(image, box, side) == expected).all()
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "torch"])
+@pytest.mark.parametrize("engine", ["native", FFCV, "torch"])
 def test_a_loaders_views_are_pillows(engine, mixed):
     """Each image decoded by Pillow, cropped and resized by Pillow; bilinear beside bicubic from one decode."""
     beton = Beton(mixed)

@@ -16,7 +16,8 @@ from PIL import Image
 
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.sources.beton import Beton, jpeg_size
-from fastpmae_loaders.sources.jpeg import jpeg_header, turbo_available, turbo_decode
+from fastpmae_loaders.sources.jpeg import jpeg_header, turbo_decode
+from tests.engines import needs_ffcv
 from tests.loaders.files import write_beton
 from tests.made import SHARED_DATA, made_image
 
@@ -377,7 +378,7 @@ def test_jpeg_size_on_real_files() -> None:
     assert seen > 40
 
 
-@pytest.mark.skipif(not turbo_available(), reason="ffcv is not installed")
+@needs_ffcv
 def test_turbo_decode_tells_of_damage() -> None:
     picture = made_image(3, 90, 70)
     payload = jpeg(picture, quality=95, subsampling=0)

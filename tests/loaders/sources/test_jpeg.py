@@ -11,10 +11,10 @@ from PIL import Image
 from fastpmae_loaders import Beton, BetonError, PairedViews, ViewSettings
 from fastpmae_loaders.sources import jpeg
 from fastpmae_loaders.sources.jpeg import SCAN_LIMIT, TurboDecoders, check_scans, turbo_available, turbo_decode
+from tests.engines import FFCV, needs_ffcv
 from tests.loaders.files import made_pixels, write_beton
 from tests.made import made_image, progressive_bomb
 
-with_turbo = pytest.mark.skipif(not turbo_available(), reason="ffcv is not installed")
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "gray", "4:4:0", "4:1:1")  # in TurboJPEG's order
 PROGRESSIVE = 16384
 SIZES = ((1, 1), (2, 3), (7, 9), (8, 8), (17, 16), (33, 15), (64, 31), (65, 99))
@@ -64,7 +64,7 @@ def ended_early() -> list[tuple[bytes, int, int]]:
     return [(data[:place] + b"\xff\xd9", 90, 70) for place in tables if b"\xff\xda" in data[:place]]
 
 
-@with_turbo
+@needs_ffcv
 def test_turbo_makes_what_pillow_makes_to_the_bit():
     for data, width, height in jpegs():
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -73,7 +73,7 @@ def test_turbo_makes_what_pillow_makes_to_the_bit():
         assert (pixels == expected).all()
 
 
-@with_turbo
+@needs_ffcv
 def test_the_engines_make_the_same_views_of_any_jpeg(tmp_path):
     """To the bit; what neither takes, four inks, fails on both."""
     stored = jpegs() + ended_early()
@@ -93,7 +93,7 @@ def test_the_engines_make_the_same_views_of_any_jpeg(tmp_path):
     assert (ours.complex == pillows.complex).all()
 
 
-@with_turbo
+@needs_ffcv
 def test_decoders_are_lent_again_and_freed():
     decoders = TurboDecoders()
     with decoders.lend() as first, decoders.lend() as second:
@@ -135,7 +135,7 @@ def test_scans_are_counted_in_the_image_alone():
     check_scans(b"\xff\xd8" + b"\xff\xda\xff" * 2000)
 
 
-@pytest.mark.parametrize("engine", ["torch", pytest.param("ffcv", marks=with_turbo), "dali"])
+@pytest.mark.parametrize("engine", ["torch", FFCV, "dali"])
 def test_a_bomb_of_scans_is_a_bad_image_on_every_engine(tmp_path, engine):
     if engine == "dali":
         pytest.importorskip("nvidia.dali")

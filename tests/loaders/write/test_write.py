@@ -25,6 +25,7 @@ from fastpmae_loaders.sources.jpeg import turbo_available
 from fastpmae_loaders.write.check import check_beton
 from fastpmae_loaders.write.sources import SourceSettings
 from fastpmae_loaders.write.write import BadImages
+from tests.engines import needs_ffcv
 from tests.made import REPOSITORY, SHARED_DATA, made_image, write_tree
 
 PATHS = [str(REPOSITORY / folder) for folder in ("", "kernels", "loaders")]
@@ -74,7 +75,7 @@ def test_a_tree_becomes_a_file(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not turbo_available(), reason="ffcv is not installed")
+@needs_ffcv
 @pytest.mark.parametrize(("mode", "cache"), [("jpg", "map"), ("proportion", "pages")])
 def test_stock_ffcv_reads_it(tmp_path: Path, mode: str, cache: str) -> None:
     pixels = {}
