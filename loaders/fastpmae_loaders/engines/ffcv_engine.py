@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numba.typed
@@ -166,7 +166,7 @@ def _leave_shared_types_alone(ffcv: Any) -> None:
 
 
 # FFCV compiles what it is given unless this switch of the whole process says no
-_switch = threading.Lock()
+_switch = threading.RLock()
 
 
 @contextmanager
@@ -180,6 +180,18 @@ def _uncompiled(ffcv: Any) -> Iterator[None]:
             yield
         finally:
             compiler.set_enabled(before)
+
+
+@contextmanager
+def _any_version(ffcv: Any, version: int) -> Iterator[None]:
+    """FFCV refuses files with coefficients by their version: where our operation decodes them it need not."""
+    with _switch:
+        before = ffcv.reader.CURRENT_VERSION
+        ffcv.reader.CURRENT_VERSION = version
+        try:
+            yield
+        finally:
+            ffcv.reader.CURRENT_VERSION = before
 
 
 def _operation_class(ffcv: Any) -> Any:
@@ -276,7 +288,7 @@ class _EpochOrder:
 def open_ffcv(source: Source, batch_size: int) -> tuple[Any, Any]:
     """An `ffcv.loader.Loader` of the file with our decoder as the one pipeline, and the decoder."""
     ffcv = _import_ffcv()
-    path = str(source.samples.path)
+    path, version = str(source.samples.path), cast(Beton, source.samples).version
     base = ffcv.traversal_order.base.TraversalOrder
 
     class Order(_EpochOrder, base):
@@ -285,7 +297,7 @@ def open_ffcv(source: Source, batch_size: int) -> tuple[Any, Any]:
             return self
 
     try:
-        with warnings.catch_warnings():
+        with _any_version(ffcv, version), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             reader = ffcv.reader.Reader(path)
     except Exception as error:  # it takes the fields that are not ours as they come
@@ -299,7 +311,7 @@ def open_ffcv(source: Source, batch_size: int) -> tuple[Any, Any]:
         operation = _operation_class(ffcv)(source)
         pipelines: dict[str, Any] = dict.fromkeys(reader.handlers)
         pipelines[image] = ffcv.loader.loader.PipelineSpec(image, decoder=operation)
-        with _thread_counts_kept(), _uncompiled(ffcv), warnings.catch_warnings():
+        with _thread_counts_kept(), _any_version(ffcv, version), _uncompiled(ffcv), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loader = ffcv.loader.Loader(
                 path,

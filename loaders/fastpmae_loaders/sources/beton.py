@@ -3,6 +3,9 @@
 The format (FFCV 1.0.2, little-endian): header, one descriptor a field, one metadata record a sample,
 pages of data, and last, up to the end of the file, the allocation table (sample, pointer, size). The
 metadata give an image's pointer, the allocation table its size. No allocation crosses a page.
+
+A file of which any image is stored as coefficients has another version in its header, and nothing else that is new:
+FFCV's own reader would take the coefficients for pixels, and refuses a file of a version that it does not know.
 """
 
 import io
@@ -16,6 +19,7 @@ import numpy as np
 
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.native.coefficients import unpack_pixels
+from fastpmae_loaders.native.damage import damage
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.jpeg import check_scans, jpeg_size
 from fastpmae_loaders.values import local_path
@@ -23,6 +27,8 @@ from fastpmae_loaders.values import local_path
 __all__ = ["COEFFICIENTS", "JPG", "PIXEL_LIMIT", "RAW", "Beton", "jpeg_size"]
 
 VERSION = 2
+CODED_VERSION = 256 + VERSION
+"""Of a file in which there are coefficients."""
 JPG, RAW = 0, 1
 COEFFICIENTS = 3
 """Storage mode of an image in the code of `native/coefficients.py`, which FFCV's own reader does not know."""
@@ -150,7 +156,7 @@ class Beton:
             if self.mode[index] == COEFFICIENTS:
                 pixels = unpack_pixels(payload, height, width)
                 if pixels is None:
-                    raise BetonError("its coefficients are damaged")
+                    raise BetonError(damage(payload.tobytes(), height, width) or "its coefficients are damaged")
                 return pixels
             size = jpeg_size(payload)
             if size != (width, height):
@@ -209,7 +215,7 @@ class Beton:
         return data
 
     def _check_header(self, header: np.void) -> None:
-        if header["version"] != VERSION:
+        if header["version"] not in (VERSION, CODED_VERSION):
             raise self._fail(
                 f"not a .beton file of FFCV's format {VERSION}: its header says version {header['version']}"
             )
@@ -221,6 +227,7 @@ class Beton:
         if header["num_fields"] == 0:
             raise self._fail("the header says that its samples have no fields")
         self.page_size = page_size
+        self.version = int(header["version"])
 
     def _field_types(self, fields: np.ndarray) -> list[int]:
         type_ids = [int(type_id) for type_id in fields["type_id"]]
@@ -240,6 +247,10 @@ class Beton:
         self._check(
             np.isin(self.mode, _MODES),
             lambda i: f"has storage mode {self.mode[i]}; 0 is JPEG, 1 raw pixels, 3 coefficients",
+        )
+        self._check(
+            (self.mode != COEFFICIENTS) | (self.version == CODED_VERSION),
+            lambda i: f"is stored as coefficients, in a file whose header says version {VERSION}, which has none",
         )
         pixels = self.width * self.height
 
