@@ -116,7 +116,8 @@ def _thread_counts_kept() -> Iterator[None]:
         numba.set_num_threads(compiled)
 
 
-def _import_ffcv() -> Any:
+def import_ffcv() -> Any:
+    """The package, as it is told to leave the rest of the process alone. UserError where it is not to be had."""
     with _thread_counts_kept(), _plain_dict(), warnings.catch_warnings():
         # it imports distutils and builds syntax trees in deprecated ways
         warnings.simplefilter("ignore")
@@ -287,7 +288,7 @@ class _EpochOrder:
 
 def open_ffcv(source: Source, batch_size: int) -> tuple[Any, Any]:
     """An `ffcv.loader.Loader` of the file with our decoder as the one pipeline, and the decoder."""
-    ffcv = _import_ffcv()
+    ffcv = import_ffcv()
     path, version = str(source.samples.path), cast(Beton, source.samples).version
     base = ffcv.traversal_order.base.TraversalOrder
 

@@ -18,8 +18,6 @@ import zlib
 import numpy as np
 
 from fastpmae_loaders.errors import BetonError
-from fastpmae_loaders.native.coefficients import unpack_pixels
-from fastpmae_loaders.native.damage import damage
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.jpeg import check_scans, jpeg_size
 from fastpmae_loaders.values import local_path
@@ -154,10 +152,7 @@ class Beton:
             return payload.reshape(height, width, 3).copy()
         try:
             if self.mode[index] == COEFFICIENTS:
-                pixels = unpack_pixels(payload, height, width)
-                if pixels is None:
-                    raise BetonError(damage(payload.tobytes(), height, width) or "its coefficients are damaged")
-                return pixels
+                return _unpacked(payload, height, width)
             size = jpeg_size(payload)
             if size != (width, height):
                 raise BetonError(f"the JPEG is {size[0]}x{size[1]} pixels, its metadata say {width}x{height}")
@@ -367,6 +362,17 @@ def _frozen(values: np.ndarray, dtype: type) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+def _unpacked(payload: np.ndarray, height: int, width: int) -> np.ndarray:
+    # numba, which nothing else here needs
+    from fastpmae_loaders.native.coefficients import unpack_pixels
+    from fastpmae_loaders.native.damage import damage
+
+    pixels = unpack_pixels(payload, height, width)
+    if pixels is None:
+        raise BetonError(damage(payload.tobytes(), height, width) or "its coefficients are damaged")
+    return pixels
 
 
 def _pillow_rgb(payload: bytes) -> np.ndarray:

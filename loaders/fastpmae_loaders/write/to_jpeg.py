@@ -11,15 +11,20 @@ from pathlib import Path
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import usable_cores
-from fastpmae_loaders.native.coefficients import is_whole
-from fastpmae_loaders.native.damage import damage
-from fastpmae_loaders.native.jpeg_writer import to_jpeg
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, Beton
 from fastpmae_loaders.sources.listing import Item, Listing
 from fastpmae_loaders.values import checked
 from fastpmae_loaders.write.images import StoredImage
-from fastpmae_loaders.write.write import MOST_WORKERS, PAGE_SIZE, TIMEOUT, Written, check_numbers, check_out, write_listed
+from fastpmae_loaders.write.write import (
+    MOST_WORKERS,
+    PAGE_SIZE,
+    TIMEOUT,
+    Written,
+    check_numbers,
+    check_out,
+    write_listed,
+)
 
 
 @checked
@@ -60,6 +65,11 @@ def write_jpegs(
 
 def sample_converter(path: str):
     """What a worker process calls for each sample: its image as it is stored from now on."""
+    # numba, which the process that starts this one does not need
+    from fastpmae_loaders.native.coefficients import is_whole
+    from fastpmae_loaders.native.damage import damage
+    from fastpmae_loaders.native.jpeg_writer import to_jpeg
+
     beton = Beton(path)
 
     def converted(place: int, item: Item) -> StoredImage:
