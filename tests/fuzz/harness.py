@@ -49,7 +49,8 @@ class Report:
         seconds, name = self.slowest
         return (
             f"{self.kind}: {sum(self.outcomes.values()):,} cases: {counts}; "
-            f"slowest {seconds:.1f} s ({name}), at most {self.peak / 2**20:,.0f} MiB; go on with --stream {self.following}"
+            f"slowest {seconds:.1f} s ({name}), at most {self.peak / 2**20:,.0f} MiB; "
+            f"go on with --stream {self.following}"
         )
 
 

@@ -17,8 +17,8 @@ def damage(payload: bytes, height: int, width: int) -> str | None:
         return "its coefficients do not begin as such do"
     if payload[version] != MAGIC[version]:
         return (
-            f"its coefficients are of version {payload[version]}, and {MAGIC[version]} is read here: write the file anew, "
-            "or use the version of fastpmae that wrote it"
+            f"its coefficients are of version {payload[version]}, and {MAGIC[version]} is read here: write the file "
+            "anew, or use the version of fastpmae that wrote it"
         )
     high, wide = (int.from_bytes(payload[at : at + 2], "little") for at in (_HEADER, _HEADER + 2))
     if (high, wide) != (height, width):

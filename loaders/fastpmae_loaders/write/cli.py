@@ -111,7 +111,8 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
         raise UserError("--check takes a .beton file and nothing else")
     if command.to_jpeg and (command.images != ImageSettings() or command.listing != Source()):
         raise UserError(
-            "--to-jpeg takes every image of a .beton as it is: leave out what says which images, and how they are stored"
+            "--to-jpeg takes every image of a .beton as it is: leave out what says which images to take, and how to "
+            "store them"
         )
     if command.check is None and (command.src is None or command.out is None):
         raise UserError("SRC and OUT.beton are needed (or --check F.beton)")

@@ -52,7 +52,7 @@ def write_jpegs(
     beton = Beton(source)
     if not (beton.mode == COEFFICIENTS).any():
         raise UserError(
-            f"{printable(str(source))} holds no coefficients, which --to-jpeg makes JPEGs again: it can be read as it is"
+            f"{printable(str(source))} holds no coefficients, which --to-jpeg makes JPEGs again: use it as it is"
         )
     path = str(beton.path)
     items = [Item("sample", path, (index,), int(label)) for index, label in enumerate(beton.label)]
