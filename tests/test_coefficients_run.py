@@ -65,5 +65,7 @@ def test_a_damaged_image_is_named_and_passed_over(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "fastpmae_loaders.write.cli", "--check", str(file), "--workers", "1"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "bad: sample 3: the index of its rows of blocks is damaged: row 0 would be bytes" in done.stdout + done.stderr
+    assert (
+        "bad: sample 3: the index of its rows of blocks is damaged: row 0 would be bytes" in done.stdout + done.stderr
+    )
     assert "1 of 6 samples are bad" in done.stderr

@@ -1,4 +1,4 @@
-"""Decoders for FFCV's own `ffcv.Loader`: its RGBImageField decoded to the bit as Pillow does, and no C library sees it.
+"""Decoders for FFCV's own `ffcv.Loader`: images decoded by our own decoder, to the bit as Pillow does.
 
 In the place of FFCV's decoders of the same names, with their arguments and their crops:
 
