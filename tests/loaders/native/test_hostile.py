@@ -1,4 +1,4 @@
-"""JPEGs that were made to hurt: sizes that are not there, ends everywhere, restarts in disorder, segments by the million."""
+"""JPEGs that were made to hurt: sizes that are not there, ends everywhere, restarts in disorder, segments without end."""
 
 import struct
 import subprocess
