@@ -61,7 +61,9 @@ def look_at(payload: bytes, box: tuple[float, float, float, float], at_start: bo
         code = pack_jpeg(jpeg, height, width)
         assert code is not None or jpeg is payload, "a JPEG of ours has no code"
         if code is not None:
-            assert np.array_equal(unpack_pixels(code, height, width), pixels), "other pixels in the code"
+            unpacked = unpack_pixels(code, height, width)
+            assert unpacked is not None, "the code of what is decoded is not"
+            assert np.array_equal(unpacked, pixels), "other pixels in the code"
 
 
 def change_bytes(data: bytes, rng: np.random.Generator, reach: int) -> bytes:

@@ -64,7 +64,9 @@ def check_pixels(payload: bytes) -> None:
         assert np.array_equal(pixels, by_pillow(payload, height, width)), "other pixels than Pillow's"
     if code is not None:
         assert pixels is not None, "a code of what is not decoded"
-        assert np.array_equal(coefficients.unpack_pixels(code, height, width), pixels), "other pixels in the code"
+        unpacked = coefficients.unpack_pixels(code, height, width)
+        assert unpacked is not None, "the code of what is decoded is not"
+        assert np.array_equal(unpacked, pixels), "other pixels in the code"
 
 
 def digest(answer: bytes) -> bytes:

@@ -9,6 +9,7 @@ the next, and so are inputs that fail.
 
 import argparse
 import ctypes
+import importlib
 import os
 import struct
 import subprocess
@@ -69,8 +70,7 @@ def fuzz(words: list[str]) -> None:
     """Give libFuzzer's inputs to both forms; ends the process."""
     os.environ["NUMBA_DISABLE_JIT"] = "1"
     compiled = {name: value for name, value in os.environ.items() if name != "NUMBA_DISABLE_JIT"}
-    import atheris  # pyright: ignore[reportMissingImports]
-
+    atheris: Any = importlib.import_module("atheris")
     with atheris.instrument_imports(include=["fastpmae_loaders.native"]):
         from fastpmae_loaders.native import coefficients, data, huffman
 

@@ -5,6 +5,7 @@ Two epochs of WHOLE, whose images have one size, and the crops of VARIED by FFCV
 
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +14,11 @@ if __name__ == "__main__":
     from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
     from ffcv.loader import Loader, OrderOption
 
-    from fastpmae_loaders import ffcv as ours
+    from fastpmae_loaders import ffcv
 
-    def read(path, decoder, order=OrderOption.SEQUENTIAL):
+    ours: Any = ffcv
+
+    def read(path: str, decoder: Any, order: Any = OrderOption.SEQUENTIAL) -> list[np.ndarray]:
         loader = Loader(
             path, batch_size=4, num_workers=int(sys.argv[4]), order=order, seed=1, drop_last=False,
             pipelines={"image": [decoder], "label": [IntDecoder()]},

@@ -50,7 +50,9 @@ def outcomes(images: Iterable[bytes]) -> Counter[str]:
         assert np.array_equal(pixels, by_pillow(data, height, width))
         assert code is not None
         assert is_whole(code)
-        assert np.array_equal(unpack_pixels(code, height, width), pixels)
+        unpacked = unpack_pixels(code, height, width)
+        assert unpacked is not None
+        assert np.array_equal(unpacked, pixels)
         jpeg = to_jpeg(code, height, width)
         assert jpeg is not None
         assert np.array_equal(by_pillow(jpeg, height, width), pixels)

@@ -1,4 +1,4 @@
-"""JPEGs that were made to hurt: sizes that are not there, ends everywhere, restarts in disorder, segments without end."""
+"""JPEGs that were made to hurt: sizes that are not there, ends everywhere, restarts in disorder, endless segments."""
 
 import struct
 import subprocess
