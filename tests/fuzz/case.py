@@ -20,7 +20,9 @@ import numpy as np
 
 from fastpmae_loaders.errors import RunError, UserError
 
-KINDS = ("beton", "tables", "weights", "checkpoints")
+KINDS = ("beton", "tables", "weights", "checkpoints", "decoder")
+ENVIRONMENT = {"decoder": {"NUMBA_BOUNDSCHECK": "1"}}
+"""What a kind's worker has in its environment beside ours; what numba compiles for it is then kept apart."""
 STREAM = 50
 """Cases of one generator: a later one takes its place, so that any case is found again soon."""
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.fuzz.case import ENVIRONMENT
+
 SOUND = ("ok", "refused")
 FAILURES = ("crash", "hang", "traceback", "unprintable", "memory")
 MEMORY = 4 * 2**30
@@ -32,6 +34,7 @@ class Report:
         failures: what there is to say of each that failed, with the command that runs it again.
         slowest: the longest case, in seconds and by its name.
         peak: the largest resident memory of a worker, in bytes.
+        following: the stream to go on with.
     """
 
     kind: str
@@ -39,13 +42,15 @@ class Report:
     failures: list[str] = field(default_factory=list)
     slowest: tuple[float, str] = (0.0, "")
     peak: int = 0
+    following: int = 0
 
     def __str__(self) -> str:
         counts = ", ".join(f"{self.outcomes[outcome]:,} {outcome}" for outcome in (*SOUND, *FAILURES))
         seconds, name = self.slowest
         return (
             f"{self.kind}: {sum(self.outcomes.values()):,} cases: {counts}; "
-            f"slowest {seconds:.1f} s ({name}), at most {self.peak / 2**20:,.0f} MiB"
+            f"slowest {seconds:.1f} s ({name}), at most {self.peak / 2**20:,.0f} MiB; "
+            f"go on with --stream {self.following}"
         )
 
 
@@ -53,10 +58,14 @@ class Worker:
     """A worker process and its messages."""
 
     def __init__(self, kind: str, seed: int, stream: int, skip: int, folder: Path, memory: int):
+        extra = ENVIRONMENT.get(kind, {})
+        if extra:
+            extra = {**extra, "NUMBA_CACHE_DIR": str(folder.resolve() / "numba")}
         words = [kind, str(seed), str(stream), str(skip), str(folder.resolve()), str(memory)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.worker", *words],
             cwd=Path(__file__).parent.parent.parent,
+            env={**os.environ, **extra},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             start_new_session=True,  # what it starts ends with it
@@ -100,7 +109,15 @@ class Worker:
 
 
 def fuzz(
-    kind: str, seed: int, seconds: float, folder: Path, kept: Path, *, memory: int = MEMORY, limit: float = LIMIT
+    kind: str,
+    seed: int,
+    seconds: float,
+    folder: Path,
+    kept: Path,
+    *,
+    memory: int = MEMORY,
+    limit: float = LIMIT,
+    stream: int = 0,
 ) -> Report:
     """Run cases of a kind for so many seconds after the first has begun.
 
@@ -109,13 +126,14 @@ def fuzz(
         kept: where the input of a case that fails is kept, with a file that tells what happened.
         memory: bytes that a worker may take beyond what its imports have.
         limit: seconds for a case.
+        stream: the stream of cases that is run first.
 
     Raises:
         RuntimeError: when a worker ends although none of its cases runs: the generator itself fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     report, ends = Report(kind), None
-    stream = skip = 0
+    skip = 0
     while ends is None or time.monotonic() < ends:
         worker = Worker(kind, seed, stream, skip, folder, memory)
         case: dict[str, Any] | None = None
@@ -127,6 +145,7 @@ def fuzz(
                     raise RuntimeError(f"the cases of {kind} cannot be made:\n{_output(folder)}")
                 ends = ends or time.monotonic() + seconds
                 stream, skip = case["stream"], case["position"] + 1
+                report.following = stream + 1
                 began = time.monotonic()
                 told = worker.told(limit, folder)
                 report.outcomes[told["outcome"]] += 1

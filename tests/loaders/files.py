@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastpmae_loaders.native.coefficients import MAGIC
-from fastpmae_loaders.sources.beton import COEFFICIENTS
+from fastpmae_loaders.sources.beton import CODED_VERSION, COEFFICIENTS, VERSION
 from tests.made import SHARED_DATA
 
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
@@ -51,8 +51,9 @@ def write_beton(
         table[i] = (i, at, len(payload))
         payloads.append((at, payload))
         at += len(payload)
+    version = CODED_VERSION if COEFFICIENTS in records["image"]["mode"] else VERSION
     header = np.array(
-        [(2, 2, page_size, len(images), at)],
+        [(version, 2, page_size, len(images), at)],
         [("v", "<u2"), ("f", "<u2"), ("page", "<u4"), ("n", "<u8"), ("table", "<u8")],
     )
     with path.open("wb") as file:

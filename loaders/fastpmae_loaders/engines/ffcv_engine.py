@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numba.typed
@@ -117,7 +117,8 @@ def _thread_counts_kept() -> Iterator[None]:
         numba.set_num_threads(compiled)
 
 
-def _import_ffcv() -> Any:
+def import_ffcv() -> Any:
+    """The package, as it is told to leave the rest of the process alone. UserError where it is not to be had."""
     with _thread_counts_kept(), _plain_dict(), warnings.catch_warnings():
         # it imports distutils and builds syntax trees in deprecated ways
         warnings.simplefilter("ignore")
@@ -167,7 +168,7 @@ def _leave_shared_types_alone(ffcv: Any) -> None:
 
 
 # FFCV compiles what it is given unless this switch of the whole process says no
-_switch = threading.Lock()
+_switch = threading.RLock()
 
 
 @contextmanager
@@ -181,6 +182,18 @@ def _uncompiled(ffcv: Any) -> Iterator[None]:
             yield
         finally:
             compiler.set_enabled(before)
+
+
+@contextmanager
+def _any_version(ffcv: Any, version: int) -> Iterator[None]:
+    """FFCV refuses files with coefficients by their version: where our operation decodes them it need not."""
+    with _switch:
+        before = ffcv.reader.CURRENT_VERSION
+        ffcv.reader.CURRENT_VERSION = version
+        try:
+            yield
+        finally:
+            ffcv.reader.CURRENT_VERSION = before
 
 
 def _operation_class(ffcv: Any) -> Any:
@@ -276,8 +289,8 @@ class _EpochOrder:
 
 def open_ffcv(source: Source, batch_size: int) -> tuple[Any, Any]:
     """An `ffcv.loader.Loader` of the file with our decoder as the one pipeline, and the decoder."""
-    ffcv = _import_ffcv()
-    path = str(source.samples.path)
+    ffcv = import_ffcv()
+    path, version = str(source.samples.path), cast(Beton, source.samples).version
     base = ffcv.traversal_order.base.TraversalOrder
 
     class Order(_EpochOrder, base):
@@ -286,7 +299,7 @@ def open_ffcv(source: Source, batch_size: int) -> tuple[Any, Any]:
             return self
 
     try:
-        with warnings.catch_warnings():
+        with _any_version(ffcv, version), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             reader = ffcv.reader.Reader(path)
     except Exception as error:  # it takes the fields that are not ours as they come
@@ -300,7 +313,7 @@ def open_ffcv(source: Source, batch_size: int) -> tuple[Any, Any]:
         operation = _operation_class(ffcv)(source)
         pipelines: dict[str, Any] = dict.fromkeys(reader.handlers)
         pipelines[image] = ffcv.loader.loader.PipelineSpec(image, decoder=operation)
-        with _thread_counts_kept(), _uncompiled(ffcv), warnings.catch_warnings():
+        with _thread_counts_kept(), _any_version(ffcv, version), _uncompiled(ffcv), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loader = ffcv.loader.Loader(
                 path,

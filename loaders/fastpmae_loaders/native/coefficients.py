@@ -46,8 +46,9 @@ FILL: Final = 0
 SKIP: Final = 1
 """The code that passes over sixteen coefficients."""
 _MOST_EXCEPTIONS: Final = 7
-_LARGEST_BLOCK: Final = 3 + 2 * (BLOCK - 1)
-_LARGEST_VALUE: Final = 1023
+LARGEST_BLOCK: Final = 3 + 2 * (BLOCK - 1)
+LARGEST_VALUE: Final = 1023
+"""Of a coefficient in a baseline JPEG; a DC value's is larger by 1."""
 # how large a value may be after so many zeros to have a code: what covers most coefficients of photographs (98.4 %)
 _LIMITS: Final = (84, 14, 6, 3, 2, 2, 2, *(14 * (1,)))
 
@@ -98,13 +99,13 @@ def _put_block(coefficients, place, last, out, at, line):
     Below 0 for values that no baseline JPEG may have, and that to_jpeg could not write.
     """
     codes, exceptions, before = 0, 0, 0
-    if abs(np.int64(coefficients[place])) > _LARGEST_VALUE + 1:
+    if abs(np.int64(coefficients[place])) > LARGEST_VALUE + 1:
         return -1
     for k in range(1, last + 1):
         value = np.int64(coefficients[place + np.int64(UNFOLDED[k])])
         if value == 0:
             continue
-        if abs(value) > _LARGEST_VALUE:
+        if abs(value) > LARGEST_VALUE:
             return -1
         run = k - before - 1
         while run >= len(LIMITS):
@@ -120,7 +121,7 @@ def _put_block(coefficients, place, last, out, at, line):
         out[at] = RAW
         for k in range(1, BLOCK):
             _put_short(out, at + 1 + 2 * k, np.int64(coefficients[place + np.int64(UNFOLDED[k])]))
-        return at + _LARGEST_BLOCK
+        return at + LARGEST_BLOCK
     groups = (codes + GROUP - 1) // GROUP
     out[at] = groups | exceptions << 5
     at += 3
@@ -234,7 +235,7 @@ def _unpack_row(data, at, stop, part, pair, work):
             return False
         head = np.int64(data[at])
         groups, exceptions = head & 31, head >> 5
-        size = 3 + GROUP * groups + 3 * exceptions if groups != RAW else _LARGEST_BLOCK
+        size = 3 + GROUP * groups + 3 * exceptions if groups != RAW else LARGEST_BLOCK
         if at + size > stop:
             return False
         if column >= begin:
@@ -305,7 +306,7 @@ def unpack(data, height, width, boxes, target, work):
 def _room(height: int, width: int) -> int:
     """Bytes that a picture's code takes at most."""
     rows, columns = (height + 15) // 16 * 2, (width + 15) // 16 * 2
-    return FIXED + 3 * BLOCK + 4 * (3 * rows + 1) + 3 * rows * columns * _LARGEST_BLOCK
+    return FIXED + 3 * BLOCK + 4 * (3 * rows + 1) + 3 * rows * columns * LARGEST_BLOCK
 
 
 def _whole(height: int, width: int) -> np.ndarray:

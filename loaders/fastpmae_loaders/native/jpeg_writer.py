@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from fastpmae_loaders.jit.compiled import helper, kernel
-from fastpmae_loaders.native.coefficients import read_packed, unpack_next
+from fastpmae_loaders.native.coefficients import LARGEST_VALUE, read_packed, unpack_next
 from fastpmae_loaders.native.decoder import Workspace, choose_blocks, lay_out, make_workspace
 from fastpmae_loaders.native.headers import BLOCK, DHT, DQT, EOI, SOI, SOS
 
@@ -96,7 +96,7 @@ def write_scan(data, height, width, boxes, out, codes, work):
                 tables = codes[0:2] if part == 0 else codes[2:4]
                 value = np.int64(work.coefficients[place])
                 size = _size(value - work.before[part])
-                if size > 11:
+                if size > 11 or abs(value) > LARGEST_VALUE + 1:
                     return -1
                 at, window, used = _put(out, at, window, used, tables[0, size], value - work.before[part], size)
                 work.before[part] = value

@@ -3,6 +3,9 @@
 The format (FFCV 1.0.2, little-endian): header, one descriptor a field, one metadata record a sample,
 pages of data, and last, up to the end of the file, the allocation table (sample, pointer, size). The
 metadata give an image's pointer, the allocation table its size. No allocation crosses a page.
+
+A file of which any image is stored as coefficients has another version in its header, and nothing else that is new:
+FFCV's own reader would take the coefficients for pixels, and refuses a file of a version that it does not know.
 """
 
 import io
@@ -15,7 +18,6 @@ import zlib
 import numpy as np
 
 from fastpmae_loaders.errors import BetonError
-from fastpmae_loaders.native.coefficients import unpack_pixels
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.jpeg import check_scans, jpeg_size
 from fastpmae_loaders.values import local_path
@@ -23,6 +25,8 @@ from fastpmae_loaders.values import local_path
 __all__ = ["COEFFICIENTS", "JPG", "PIXEL_LIMIT", "RAW", "Beton", "jpeg_size"]
 
 VERSION = 2
+CODED_VERSION = 256 + VERSION
+"""Of a file in which there are coefficients."""
 JPG, RAW = 0, 1
 COEFFICIENTS = 3
 """Storage mode of an image in the code of `native/coefficients.py`, which FFCV's own reader does not know."""
@@ -148,10 +152,7 @@ class Beton:
             return payload.reshape(height, width, 3).copy()
         try:
             if self.mode[index] == COEFFICIENTS:
-                pixels = unpack_pixels(payload, height, width)
-                if pixels is None:
-                    raise BetonError("its coefficients are damaged")
-                return pixels
+                return _unpacked(payload, height, width)
             size = jpeg_size(payload)
             if size != (width, height):
                 raise BetonError(f"the JPEG is {size[0]}x{size[1]} pixels, its metadata say {width}x{height}")
@@ -209,7 +210,7 @@ class Beton:
         return data
 
     def _check_header(self, header: np.void) -> None:
-        if header["version"] != VERSION:
+        if header["version"] not in (VERSION, CODED_VERSION):
             raise self._fail(
                 f"not a .beton file of FFCV's format {VERSION}: its header says version {header['version']}"
             )
@@ -221,6 +222,7 @@ class Beton:
         if header["num_fields"] == 0:
             raise self._fail("the header says that its samples have no fields")
         self.page_size = page_size
+        self.version = int(header["version"])
 
     def _field_types(self, fields: np.ndarray) -> list[int]:
         type_ids = [int(type_id) for type_id in fields["type_id"]]
@@ -240,6 +242,10 @@ class Beton:
         self._check(
             np.isin(self.mode, _MODES),
             lambda i: f"has storage mode {self.mode[i]}; 0 is JPEG, 1 raw pixels, 3 coefficients",
+        )
+        self._check(
+            (self.mode != COEFFICIENTS) | (self.version == CODED_VERSION),
+            lambda i: f"is stored as coefficients, in a file whose header says version {VERSION}, which has none",
         )
         pixels = self.width * self.height
 
@@ -356,6 +362,17 @@ def _frozen(values: np.ndarray, dtype: type) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+def _unpacked(payload: np.ndarray, height: int, width: int) -> np.ndarray:
+    # numba, which nothing else here needs
+    from fastpmae_loaders.native.coefficients import unpack_pixels
+    from fastpmae_loaders.native.damage import damage
+
+    pixels = unpack_pixels(payload, height, width)
+    if pixels is None:
+        raise BetonError(damage(payload.tobytes(), height, width) or "its coefficients are damaged")
+    return pixels
 
 
 def _pillow_rgb(payload: bytes) -> np.ndarray:

@@ -49,7 +49,8 @@ class Item(NamedTuple):
     """One image of a source: in a file, at `where` within it; label −1 where it has none of several classes.
 
     kind: "file"; "tar" with where = (offset, size); "parquet" with (row group, row, column); "arrow" with
-    (row, column); "bad", with the reason in `where`: found to be unusable while listing.
+    (row, column); "sample" of a .beton, with its number; "bad", with the reason in `where`: found to be unusable while
+    listing.
     """
 
     kind: str
@@ -62,8 +63,8 @@ class Item(NamedTuple):
         """How the image is called in messages; always printable, and of a longer name in a tar 1,000 signs."""
         inner = {"tar": lambda: f" ({short(self.where[2], 1000)})", "parquet": lambda: f" (row {self.where[3]})"}
         suffix = inner[self.kind]() if self.kind in inner else ""
-        if self.kind == "arrow":
-            suffix = f" (row {self.where[0]})"
+        if self.kind in ("arrow", "sample"):
+            suffix = f" ({'row' if self.kind == 'arrow' else 'sample'} {self.where[0]})"
         return printable(self.path + suffix)
 
 

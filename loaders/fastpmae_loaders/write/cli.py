@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,6 +19,7 @@ from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.write.check import check_beton
 from fastpmae_loaders.write.images import ImageSettings
 from fastpmae_loaders.write.sources import SourceSettings
+from fastpmae_loaders.write.to_jpeg import write_jpegs
 from fastpmae_loaders.write.write import (
     MOST_WORKERS,
     PAGE_SIZE,
@@ -77,13 +78,15 @@ class Command:
     """The file to write."""
     check: Annotated[str | None, tyro.conf.arg(metavar="F.beton")] = None
     """Read a .beton file back and decode every image in it, instead of writing one."""
+    to_jpeg: bool = False
+    """Write SRC, a .beton of coefficients, as a .beton of JPEGs: the same coefficients and pixels, for any reader."""
     images: Annotated[ImageSettings, tyro.conf.arg(name="")] = field(default_factory=ImageSettings)
     listing: Annotated[Source, tyro.conf.arg(name="")] = field(default_factory=Source)
     writing: Annotated[Writing, tyro.conf.arg(name="")] = field(default_factory=Writing)
 
 
-DESCRIPTION = """Write images into one .beton file for training (fastpmae-write SRC OUT.beton), or check such a file
-(fastpmae-write --check F.beton).
+DESCRIPTION = """Write images into one .beton file for training (fastpmae-write SRC OUT.beton), check such a file
+(fastpmae-write --check F.beton), or make coefficients JPEGs again (fastpmae-write --to-jpeg F.beton OUT.beton).
 
 SRC is a folder with a folder for each class (split folders such as train and val may lie above them), a folder of
 images, a .tar file or a folder of them in WebDataset's layout, or the folder of a Hugging Face data set (parquet,
@@ -104,8 +107,13 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
         args=arguments,
         registry=HELP_TEXTS,
     )
-    if command.check is not None and command.src is not None:
+    if command.check is not None and (command.src is not None or command.to_jpeg):
         raise UserError("--check takes a .beton file and nothing else")
+    if command.to_jpeg and (command.images != ImageSettings() or command.listing != Source()):
+        raise UserError(
+            "--to-jpeg takes every image of a .beton as it is: leave out what says which images to take, and how to "
+            "store them"
+        )
     if command.check is None and (command.src is None or command.out is None):
         raise UserError("SRC and OUT.beton are needed (or --check F.beton)")
     return command
@@ -115,26 +123,26 @@ def _write(source: str, out: str, command: Command) -> int:
     told, writing = command.listing, command.writing
     listing = SourceSettings(told.source, told.split, told.flat, told.image_column, told.label_column)
     progress = Progress(live=True)
+    ways: dict[str, Any] = {
+        "workers": writing.workers,
+        "skip_bad": writing.skip_bad,
+        "force": writing.force,
+        "page_size": writing.page_size,
+        "timeout": writing.timeout,
+        "progress": progress,
+    }
     try:
-        written = write_beton(
-            source,
-            out,
-            images=command.images,
-            listing=listing,
-            workers=writing.workers,
-            limit=told.limit,
-            skip_bad=writing.skip_bad,
-            force=writing.force,
-            page_size=writing.page_size,
-            timeout=writing.timeout,
-            progress=progress,
-        )
+        if command.to_jpeg:
+            written = write_jpegs(source, out, **ways)
+        else:
+            written = write_beton(source, out, images=command.images, listing=listing, limit=told.limit, **ways)
     except BadImages as error:
         _print_bad(error.bad)
         raise
     _print_bad(written.bad)
     tell(f"{printable(str(written.path))}: {written.samples:,} images, {_bytes(written.file_size)}")
-    tell(f"  {written.kept:,} with their own bytes, {written.converted:,} converted; {progress.rate()}")
+    how = "made JPEGs of coefficients" if command.to_jpeg else "converted"
+    tell(f"  {written.kept:,} with their own bytes, {written.converted:,} {how}; {progress.rate()}")
     classes = written.class_names
     if classes is not None:
         shown = ", ".join(map(short, classes[:5])) + (", ..." if len(classes) > 5 else "")

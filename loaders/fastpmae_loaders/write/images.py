@@ -14,7 +14,6 @@ from typing import Literal
 from PIL import Image
 
 from fastpmae_loaders.errors import BetonError, UserError
-from fastpmae_loaders.native.coefficients import pack_jpeg
 from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, PIXEL_LIMIT, RAW
 from fastpmae_loaders.sources.gray import nearly_black
 from fastpmae_loaders.sources.jpeg import JPEG_MAX_SIDE, jpeg_header, turbo_available, turbo_decode
@@ -120,7 +119,11 @@ def store(data: bytes, settings: ImageSettings, place: int = 0) -> StoredImage:
 
 def _coded(image: StoredImage, settings: ImageSettings) -> StoredImage:
     """A JPEG's coefficients where they are asked for; the JPEG itself where it is none that has a code."""
-    code = pack_jpeg(image.data, image.height, image.width) if settings.mode == "coefficients" else None
+    if settings.mode != "coefficients":
+        return image
+    from fastpmae_loaders.native.coefficients import pack_jpeg  # and numba, which no other mode needs
+
+    code = pack_jpeg(image.data, image.height, image.width)
     return image if code is None else replace(image, mode=COEFFICIENTS, data=code)
 
 

@@ -1,4 +1,7 @@
-"""Appends samples to a .beton file: the layout that FFCV's reader expects, written in one pass."""
+"""Appends samples to a .beton file: the layout that FFCV's reader expects, written in one pass.
+
+A file with coefficients in it says by its version that it is none of FFCV's.
+"""
 
 import json
 import zlib
@@ -11,6 +14,8 @@ from fastpmae_loaders.sources.beton import (
     ALLOCATION,
     CLASS_NAMES,
     CLASS_NAMES_MAGIC,
+    CODED_VERSION,
+    COEFFICIENTS,
     DESCRIPTOR,
     HEADER,
     IMAGE_FIELD,
@@ -72,7 +77,9 @@ class PageWriter:
         table = self._table[: self.samples].tobytes()
         self._file.seek(self._end)
         self._file.write(table)
-        header = np.array((VERSION, len(_FIELDS), self.page_size, self.samples, self._end), HEADER)
+        coded = (self._metadata["f0"]["mode"][: self.samples] == COEFFICIENTS).any()
+        version = CODED_VERSION if coded else VERSION
+        header = np.array((version, len(_FIELDS), self.page_size, self.samples, self._end), HEADER)
         self._file.seek(HEADER.itemsize)
         self._file.write(descriptors.tobytes() + self._metadata[: self.samples].tobytes())
         self._file.seek(0)

@@ -86,20 +86,42 @@ def write_beton(
     images = replace(images or ImageSettings(), **settings)
     count = workers if workers is not None else min(usable_cores(), MOST_WORKERS)
     check_numbers(count, limit, page_size, timeout)
-    _check_out(Path(source), out, force)
+    check_out(Path(source), out, force)
     progress = progress or Progress()
     progress.phase(f"Looking for images in {printable(str(source))}")
     found = find_images(source, listing)
     if limit is not None and limit < len(found.items):
         every = len(found.items) / limit
         found.items = [found.items[int((place + 0.5) * every)] for place in range(limit)]
+    setup = ("fastpmae_loaders.write.write:converter", (images,), count, timeout)
+    return write_listed(found, source, out, setup, skip_bad, force, page_size, progress)
+
+
+def write_listed(
+    found: Listing,
+    source: str | os.PathLike[str],
+    out: Path,
+    setup: tuple[str, tuple[Any, ...], int, float],
+    skip_bad: bool,
+    force: bool,
+    page_size: int,
+    progress: Progress,
+) -> Written:
+    """Writes what a worker's function makes of each item into `out`, as `write_beton` does.
+
+    `setup` is a WorkerPool's: the function's maker, its arguments, how many workers, and seconds for an item.
+    """
     for note in found.notes:
         progress.tell(note)
     written = Written(out, passed_over=found.passed_over, class_names=found.class_names, notes=found.notes)
+    maker, arguments, workers, timeout = setup
+    workers = max(1, min(workers, len(found.items)))
     with atomic_write(out, force) as beside, beside.open("wb") as file:
         pages = PageWriter(file, len(found.items), page_size)
-        setup = ("fastpmae_loaders.write.write:converter", (images,), max(1, min(count, len(found.items))), timeout)
-        with WorkerPool(*setup, tell=progress.tell) as pool, progress.count(len(found.items), "images"):
+        with (
+            WorkerPool(maker, arguments, workers, timeout, tell=progress.tell) as pool,
+            progress.count(len(found.items), "images"),
+        ):
             for place, result in pool.in_order(found.items, _same_group, _group_size(found)):
                 _take(found.items[place], result, pages, written, skip_bad)
                 progress.advance()
@@ -182,7 +204,8 @@ def check_numbers(workers: int, limit: int | None, page_size: int, timeout: floa
         raise UserError(f"--timeout is {timeout:g}; it must be a positive number of seconds")
 
 
-def _check_out(source: Path, out: Path, force: bool) -> None:
+def check_out(source: Path, out: Path, force: bool) -> None:
+    """UserError where `out` may not be written, or is the source."""
     for path in (source, out):
         local_path(path)
     name = printable(str(out))

@@ -29,8 +29,10 @@ from fastpmae_loaders import (
 )
 from fastpmae_loaders.engines.base import ATTEMPTS, Source, make_job
 from fastpmae_loaders.folders import ImageFolder
+from fastpmae_loaders.native.coefficients import pack_jpeg, unpack_pixels
 from tests.loaders.conftest import jpeg
 from tests.loaders.files import made_pixels, write_beton
+from tests.loaders.native.jpegs import encoded
 from tests.made import SHARED_DATA, made_image
 
 pytest.importorskip("nvidia.nvimgcodec", reason="NVIDIA DALI is not installed (the extra dali-cuda130)")
@@ -81,6 +83,25 @@ def loader_threads() -> list[threading.Thread]:
 def test_the_pair_is_that_of_the_other_engines(mixed):
     """JPEGs and raw pixels in one batch."""
     assert_alike(shown(mixed, seed=3, epoch=2), shown(mixed, "torch", seed=3, epoch=2))
+
+
+def test_coefficients_are_the_pixels_that_they_stand_for(tmp_path):
+    """Decoded by our own reader, they come to DALI as raw pixels do; one that is damaged fails."""
+    width, height, codes = 61, 47, []
+    for number in range(6):
+        code = pack_jpeg(encoded(made_image(number, width, height), (0, 1, 2, "gray")[number % 4], 85), height, width)
+        assert code is not None
+        codes.append(code)
+    pixels = [found for code in codes if (found := unpack_pixels(code, height, width)) is not None]
+    codes[4] = codes[4][:-20]
+    coded = write_beton(tmp_path / "coded.beton", codes, 6 * [(width, height)])
+    pixels[4] = pixels[5]
+    raw = write_beton(tmp_path / "raw.beton", pixels)
+    ours, reference = shown(coded, batch_size=6), shown(raw, batch_size=6)
+    assert ours[2] == [4]
+    whole = [0, 1, 2, 3, 5]
+    for a, b in zip(ours[0], reference[0], strict=True):
+        assert torch.equal(a[whole], b[whole])
 
 
 def test_any_list_of_views(mixed):

@@ -53,6 +53,16 @@ def test_a_damaged_code_makes_no_jpeg():
     assert to_jpeg(b"", 53, 67) is None
 
 
+def test_values_that_no_jpeg_may_have_make_no_jpeg():
+    """Not even where each differs little from the one before: the JPEG would have no code again."""
+    code = pack_jpeg(encoded(Image.new("L", (16, 8), 255), "gray", 100), 8, 16)
+    assert code is not None
+    # both blocks are a DC value and nothing else
+    for second, is_sound in ((1024, True), (1025, False)):
+        changed = code[:-5] + (1024).to_bytes(2, "little") + code[-3:-2] + second.to_bytes(2, "little")
+        assert (to_jpeg(changed, 8, 16) is not None) == is_sound
+
+
 @pytest.mark.slow
 def test_imagenet():
     for data in shared("imagenet_sample_400")[::8]:
