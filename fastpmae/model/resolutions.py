@@ -1,4 +1,4 @@
-"""Sizes of the views over a run: smaller ones first, where `--progressive-resolution` asks for them."""
+"""Sizes of the views over a run, of which earlier ones are smaller where `--progressive-resolution` asks for it."""
 
 import math
 import re
@@ -116,9 +116,7 @@ def _entries(config: Config) -> list[tuple[int, float]]:
             raise _refused(config, f"{short(entry)} is neither SIZE:SHARE nor a last SIZE, such as 128:0.5 224")
         is_last = place == len(given) - 1
         if is_last and parts["share"]:
-            raise _refused(
-                config, f"the last size takes what is left of the epochs: {parts['size']} without a share"
-            )
+            raise _refused(config, f"the last size takes what is left of the epochs: {parts['size']} without a share")
         if not is_last and not parts["share"]:
             raise _refused(
                 config, f"{entry} needs a share of the epochs, as in {entry}:0.5; the last size alone has none"
@@ -127,8 +125,8 @@ def _entries(config: Config) -> list[tuple[int, float]]:
     sizes, shares = zip(*found, strict=True)
     if sizes[-1] != last:
         raise _refused(config, f"the last size must be --image-size, which is {last}")
-    if any(one >= other for one, other in pairwise(sizes)):
-        raise _refused(config, "sizes must grow from one to the next")
+    if max(sizes) > last or any(one == other for one, other in pairwise(sizes)):
+        raise _refused(config, f"each size must be another than the one before it, and at most the last one's {last}")
     if not all(share > 0 for share in shares[:-1]) or not math.fsum(shares) < 1:
         raise _refused(config, "shares of the epochs must be above 0 and leave some for the last size")
     return found

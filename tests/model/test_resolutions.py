@@ -13,7 +13,13 @@ from fastpmae.model.build import check, make_student
 from fastpmae.model.patches import positions_on, sincos_positions
 from fastpmae.model.phases import phases_of, resolutions_in
 from fastpmae.model.resolutions import Resolution, canonical, resolutions_of
+from fastpmae.distributed.ranks import Ranks
+from fastpmae.model.resolutions import at_size
+from fastpmae.pretraining import online_knn
+from fastpmae.pretraining.data import make_loader
 from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
+from fastpmae.run.images import open_images
+from fastpmae_loaders import Batch
 from tests.test_train import assert_same_run, command, flags_of, rows_of
 
 STEPS = 5
@@ -40,6 +46,7 @@ def test_a_run_without_the_setting_has_one_size():
         (("128:0.3", "160:0.3", "224"), 100, [(128, 0, 30), (160, 30, 60), (224, 60, 100)]),
         (("128:.26", "224"), 10, [(128, 0, 3), (224, 3, 10)]),
         (("224",), 10, [(224, 0, 10)]),
+        (("224:0.2", "192:0.4", "224"), 10, [(224, 0, 2), (192, 2, 6), (224, 6, 10)]),
     ],
 )
 def test_sizes_take_whole_epochs_by_their_shares(given: tuple[str, ...], epochs: int, expected: list[Any]):
@@ -66,8 +73,9 @@ def test_a_share_has_one_form():
         (("130:0.5", "224"), "130 is no multiple of the patches' 16 pixels"),
         (("8:0.5", "224"), "8 is no multiple"),
         (("16:0.5", "224"), "16 pixels are too few"),
-        (("224:0.5", "224"), "sizes must grow"),
-        (("160:0.2", "128:0.2", "224"), "sizes must grow"),
+        (("224:0.5", "224"), "each size must be another than the one before it"),
+        (("128:0.2", "128:0.2", "224"), "each size must be another than the one before it"),
+        (("256:0.2", "224"), "at most the last one's 224"),
         (("128:1", "224"), "shares of the epochs must be above 0"),
         (("128:0", "224"), "shares of the epochs must be above 0"),
         (("96:0.5", "128:0.5", "224"), "shares of the epochs must be above 0"),
@@ -164,6 +172,40 @@ def growing(tiny: Config) -> Config:
     )  # fmt: skip
 
 
+def batches_of(config: Config, rank: int = 0, ranks: int = 1, **settings: Any) -> list[Batch]:
+    """An epoch of a rank's loader."""
+    config = config.using(augment_on="cpu", page_order="off", **settings)
+    with make_loader(open_images(config), config, Ranks(rank, ranks, ranks, torch.device("cpu"), None)) as loader:
+        loader.set_epoch(3)
+        return list(loader)
+
+
+@pytest.mark.slow
+def test_images_and_crops_are_the_same_at_every_size(growing: Config):
+    """And of one size the same bits by any number of threads and ranks, and by either engine."""
+    of_size = {each.size: at_size(growing, each) for each in resolutions_of(growing)}
+    batches = {size: batches_of(config) for size, config in of_size.items()}
+    for size, (first, *_) in batches.items():
+        side = size // 4
+        assert first.simple.shape == first.complex.shape == (8, 3, size, size)
+        assert sorted(torch.cat([first.visible, first.folds], 1)[0].tolist()) == list(range(side * side))
+        assert first.visible.shape == (8, side * side // 4)  # the ratio stays
+        assert first.fold_sizes == (side * side // 4,) * 3
+    for one, *others in zip(*batches.values(), strict=True):
+        for other in others:
+            for name in ("index", "boxes", "flips", "factors", "choices", "label"):
+                assert torch.equal(getattr(one, name), getattr(other, name)), name
+    ways: list[dict[str, Any]] = [{"workers": 3}, {"loader": "torch"}]
+    for way in ways:
+        for one, other in zip(batches[24], batches_of(of_size[24], **way), strict=True):
+            assert torch.equal(one.simple, other.simple)
+            assert torch.equal(one.complex, other.complex)
+            assert torch.equal(one.folds, other.folds)
+    for one, *parts in zip(batches[24], *(batches_of(of_size[24], rank, 2) for rank in (0, 1)), strict=True):
+        assert torch.equal(one.simple, torch.cat([part.simple for part in parts]))
+        assert torch.equal(one.folds, torch.cat([part.folds for part in parts]))
+
+
 @pytest.mark.slow
 def test_sizes_change_in_one_run(growing: Config):
     run = pretrain(growing)
@@ -242,21 +284,18 @@ def test_other_sizes_are_another_run(growing: Config):
 
 @pytest.mark.slow
 def test_evaluations_are_of_the_last_size(growing: Config, monkeypatch: pytest.MonkeyPatch):
+    """What is evaluated in the epochs of 16 pixels is what the weights are worth at 32."""
     seen: list[int] = []
-    from fastpmae.model.vit import Encoder
+    over_images = online_knn.over_images
 
-    embed = Encoder.embed
+    def looked_at(*arguments: Any, **named: Any) -> Any:
+        seen.append(named["image_size"])
+        return over_images(*arguments, **named)
 
-    def looked_at(self: Encoder, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        if not self.training or not torch.is_grad_enabled():
-            seen.append(images.shape[-1])
-        return embed(self, images, ids)
-
-    monkeypatch.setattr("fastpmae.evaluate.features.Encoder.embed", looked_at, raising=False)
-    run = pretrain(growing.using(eval_every=2, steps=10, log_every=5))
-    evaluated = [row for row in rows_of(run) if "knn_student" in row]
-    assert [row["step"] for row in evaluated] == [10]
-    assert 32 in seen
+    monkeypatch.setattr(online_knn, "over_images", looked_at)
+    run = pretrain(growing.using(eval_every=1, steps=STEPS, log_every=STEPS))
+    assert [row["step"] for row in rows_of(run) if "knn_student" in row] == [STEPS]
+    assert seen == [32]
 
 
 @pytest.mark.slow
