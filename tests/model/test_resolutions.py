@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from fastpmae import Config, UserError, load_encoder, pretrain
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import check, make_student
 from fastpmae.model.patches import positions_on, sincos_positions
 from fastpmae.model.phases import phases_of, resolutions_in
-from fastpmae.model.resolutions import Resolution, canonical, resolutions_of
-from fastpmae.distributed.ranks import Ranks
-from fastpmae.model.resolutions import at_size
+from fastpmae.model.resolutions import Resolution, at_size, canonical, resolutions_of
 from fastpmae.pretraining import online_knn
 from fastpmae.pretraining.data import make_loader
 from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
