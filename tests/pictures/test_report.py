@@ -141,7 +141,7 @@ def test_figures_and_marks_of_sizes_of_views():
     assert "images/s, median" in plain
     assert not any("px" in name for name in (*plain, *dict(report_module._figures(Config(), rows[4:]))))
     figure = report_module._curves(rows[:4])
-    marks = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    marks = [float(np.asarray(line.get_xdata())[0]) for line in figure.axes[0].lines if line.get_linestyle() == ":"]
     assert marks == [10.0]
     many = [{**rows[0], "step": float(step), "image_size": 16 + step % 2} for step in range(200)]
     marks = [line for line in report_module._curves(many).axes[0].lines if line.get_linestyle() == ":"]

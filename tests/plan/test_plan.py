@@ -20,7 +20,7 @@ from fastpmae.plan.costs import step_costs
 from fastpmae.plan.figures import Report
 from fastpmae.plan.gpus import GPUS
 from fastpmae.plan.loader_rate import measure, write_made_images
-from fastpmae.plan.plan import OF_A_METHOD, Plan, as_json, fitting_accumulate, make_plan
+from fastpmae.plan.plan import OF_A_METHOD, Plan, fitting_accumulate, make_plan
 from fastpmae.plan.report import show
 from fastpmae.pretraining.cli import parse
 from fastpmae.pretraining.step import compute_targets
@@ -129,7 +129,6 @@ def test_sizes_of_views_take_each_their_own_time():
     said = " ".join(shown(whole).split())
     assert "Sizes of the views" in said
     assert f"which take {last.hours:,.2f} hours, this saves {whole.saved_flops:.0%} of the FLOPs" in said
-    assert json.loads(json.dumps(as_json(whole)))["sizes"][0]["costs"]["flops"] == whole.sizes[0].costs.flops
     assert "Sizes of the views" not in shown(last)
 
 
