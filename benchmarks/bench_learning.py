@@ -161,18 +161,24 @@ class Evening:
         return self.known_epochs()[name]
 
     def _time(self, name: str) -> None:
-        """Measure what a step of a case takes, as a share of dual's."""
-        found: dict[str, list[float]] = {"dual": [], name: []}
+        """Measure what a step of a case takes, as a share of dual's; the mean over its epochs where sizes differ."""
+        parts = {"dual": CASES["dual"].changes(self.base)}
+        shares: dict[str, float] = {}
+        for share, changes in CASES[name].parts(self.base):
+            part = f"{name}-{changes['image_size']}" if "image_size" in changes else name
+            parts[part], shares[part] = changes, share
+        found: dict[str, list[float]] = {part: [] for part in parts}
         # on a GPU the first of three stretches compiles
         every = 20 if self.device.type == "cuda" else 4
         for turn in range(3):
-            for case, seconds in found.items():
-                run = self.out / "timing" / f"{name}-{case}-{turn}"
-                config = self.base.using(**CASES[case].changes(self.base), out=run, steps=3 * every, log_every=every)
+            for part, seconds in found.items():
+                run = self.out / "timing" / f"{name}-{part}-{turn}"
+                config = self.base.using(**parts[part], out=run, steps=3 * every, log_every=every)
                 release()
                 pretrain(config.using(resume="auto", tensorboard=False))
                 seconds.append(float(np.median(seconds_of(run))))
-        times = self.times() | {name: float(np.median(np.divide(found[name], found["dual"])))}
+        ratios = {part: float(np.median(np.divide(found[part], found["dual"]))) for part in shares}
+        times = self.times() | {name: sum(share * ratios[part] for part, share in shares.items())}
         with atomic_write(self.results / "step-seconds.json") as beside:
             beside.write_text(json.dumps(times, indent=1) + "\n")
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpmae.config import Config
+from fastpmae.model.build import shape_of
+from fastpmae.model.resolutions import resolutions_of
 
 BASE = Path(__file__).parents[1] / "docs" / "learning" / "small-data.json"
 """The settings that the cases share where nobody says; not the preset, which goes with what the tables show."""
@@ -31,6 +33,18 @@ class LearningCase:
     """The case whose steps take as long, where that is another's."""
     pixels_first: bool = False
     """Half of the time goes to pixels without a teacher, in the same run (`--pixel-epochs`)."""
+
+    def parts(self, base: Config) -> tuple[tuple[float, dict[str, Any]], ...]:
+        """What a step of the case is timed by: the sizes of its views, each with its share of the epochs."""
+        changes = self.changes(base)
+        if "progressive_resolution" not in changes:
+            return ((1.0, changes),)
+        config = base.using(**changes)
+        return tuple(
+            ((size.last_epoch - size.first_epoch) / config.optimizer.epochs,
+             changes | {"image_size": size.size, "progressive_resolution": ()})
+            for size in resolutions_of(config)
+        )  # fmt: skip
 
     def timed(self) -> str:
         """The case whose step is timed for it."""
@@ -75,15 +89,21 @@ _SDAE: dict[str, Any] = {
     "lambda_p": 0.0,
 }
 
+_MAE: dict[str, Any] = {"teachers": "none", "target": "pixels", "lambda_c": 0.0, "lambda_p": 0.0, "drop_path": 0.0}
+
+
+def _smaller_first(base: Config) -> dict[str, Any]:
+    """MAE with half of its epochs on views of three quarters of the side, to whole patches."""
+    patch, size = shape_of(base.network).patch_size, base.views.image_size
+    smaller = 3 * size // (4 * patch) * patch
+    return _MAE | {"progressive_resolution": (f"{smaller}:0.5", str(size))}
+
+
 CASES: dict[str, LearningCase] = {
     case.name: case
     for case in (
         LearningCase("dual", "Pseudo-MAE: two teachers", lambda _: {}, 74.8),
-        LearningCase(
-            "mae",
-            "MAE: pixels, no teacher",
-            lambda _: {"teachers": "none", "target": "pixels", "lambda_c": 0.0, "lambda_p": 0.0, "drop_path": 0.0},
-        ),
+        LearningCase("mae", "MAE: pixels, no teacher", lambda _: _MAE),
         LearningCase(
             "sdae",
             "SdAE: the reconstruction teacher alone",
@@ -108,6 +128,7 @@ CASES: dict[str, LearningCase] = {
         LearningCase("weights-1-0-1", "no class labels (1, 0, 1)", _weights(0, 1), 73.20),
         LearningCase("weights-1-1-0", "no patch labels (1, 1, 0)", _weights(1, 0), 74.23),
         LearningCase("weights-0-1-1", "no reconstruction (0, 1, 1)", _weights(1, 1, 0), 74.09),
+        LearningCase("progressive-resolution", "MAE, smaller views in its first half", _smaller_first),
         _after_mae("sdae", "the reconstruction teacher alone", _SDAE),
         _after_mae("dual", "two teachers", {}),
         LearningCase("dual-formed", "two teachers, labels that form", lambda _: _FORMED, as_long_as="dual"),
@@ -121,6 +142,8 @@ CASES: dict[str, LearningCase] = {
 }
 AFTER_MAE = ("dual-formed", *(name for name, case in CASES.items() if case.after or case.pixels_first))
 """Not in the paper: shown beside Table 6, at equal time."""
+BESIDE_MAE = ("progressive-resolution",)
+"""Not in the paper either: shown beside Table 6, at equal steps and at equal time."""
 TABLES: dict[int, tuple[str, ...]] = {
     6: ("mae", "sdae", "single-step", "single-epoch", "dual"),
     7: ("momentum-0.96", "dual"),

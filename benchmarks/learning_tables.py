@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import Row, device_name, make_row, save
-from benchmarks.learning_cases import AFTER_MAE, CASES, TABLES
+from benchmarks.learning_cases import AFTER_MAE, BESIDE_MAE, CASES, TABLES
 from benchmarks.learning_judge import POOLS, Judged, interval
 from fastpmae_loaders.errors import UserError
 
@@ -24,7 +24,7 @@ def lines_of(found: dict[tuple[str, str], list[Judged]], compared: str = "dual")
         if equal == "time" and "dual" not in known:
             known["dual"] = found.get(("dual", "steps"), [])
         for number, names in TABLES.items():
-            more = AFTER_MAE if (number, equal) == (6, "time") else ()
+            more = {(6, "steps"): BESIDE_MAE, (6, "time"): (*BESIDE_MAE, *AFTER_MAE)}.get((number, equal), ())
             there = [name for name in (*names, *more) if name in known]
             if not set(there) - {"dual"} or not known.get(compared):
                 continue

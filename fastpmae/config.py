@@ -44,6 +44,10 @@ class Views(Typed):
 
     image_size: int = 224
     """Side of both views in pixels."""
+    progressive_resolution: tuple[str, ...] = ()
+    """Smaller views first, as SIZE:SHARE ... SIZE: `128:0.5 224` is half of the epochs at 128 pixels and the rest at
+    224. The last size must be --image-size, at which --eval-every evaluates always; none is larger, all are multiples
+    of the patch size, and each takes whole epochs. Schedules go on over a change. By default there is none."""
     mask_ratio: float = 0.75
     """Share of the patches that the student does not see."""
     folds: int = 3

@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from fastpmae.distributed.ranks import choose_device, join_ranks
 from fastpmae.model.attention import use as use_attention
 from fastpmae.model.build import check
 from fastpmae.model.fp8 import check_fp8_device
-from fastpmae.model.phases import Phase, describe_phase, phase_after, phases_of
+from fastpmae.model.phases import Phase, describe_phase, phase_after, phases_of, resolutions_in
+from fastpmae.model.resolutions import Resolution, at_size, describe_resolution
 from fastpmae.plan.utilization import images_at_peak
 from fastpmae.pretraining.cli import read_command
 from fastpmae.pretraining.collapse import FlatLabels, collapse_figures
-from fastpmae.pretraining.compile import compile_step
+from fastpmae.pretraining.compile import compile_anew, compile_step
 from fastpmae.pretraining.data import Prefetcher, make_loader, steps_in_epoch
 from fastpmae.pretraining.match_geometry import geometry_figures
 from fastpmae.pretraining.networks import make_networks
@@ -56,16 +58,15 @@ def pretrain(config: Config) -> Path:
         run = open_pretraining(config, session)
         for phase in run.phases_left():
             with contextlib.ExitStack() as stack:
-                stage = set_up(run, phase, session, stack)
-                begin(run, stage, session)
-                train(run, stage, session)
+                for stage in stages_of(run, phase, session, stack):
+                    train(run, stage, session)
         session.wait()
         session.log.say(f"done: {session.step} of {run.total_steps} steps, in {session.folder}")
     return session.folder
 
 
 def train(run: "Pretraining", stage: "Stage", session: Session) -> None:
-    """The loop: from where the run stands to the last step of a phase, or of this start."""
+    """The loop: from where the run stands to the last step of a stage, or of this start."""
     training, meter, steps_per_epoch = stage.training, stage.meter, run.steps_per_epoch
     if run.online_knn.is_owed(session.step, steps_per_epoch, session.folder):
         make_up_for_evaluation(run, stage, session)
@@ -83,7 +84,8 @@ def train(run: "Pretraining", stage: "Stage", session: Session) -> None:
 
             session.advance(epoch, stage.prefetcher.take_failed())
             ends_phase = session.step == stage.end_step
-            on_grid = session.step % run.config.run.log_every == 0 or ends_phase
+            # a row of its own for the last steps of a size of views, which is never mixed with another
+            on_grid = session.step % run.config.run.log_every == 0 or session.step == stage.change_step
             if on_grid or session.ends:
                 write_row(stage, session, done, lr, partial=not on_grid)
             del done  # its logits would stay beside those of the next step
@@ -130,27 +132,50 @@ class Pretraining:
             if phase == current or current.first_epoch < phase.first_epoch < self.last_step / self.steps_per_epoch
         ]
 
+    def resolutions_left(self, phase: Phase) -> list[Resolution]:
+        """The sizes of a phase's views in this start, from that of its next step on; of one that is done the last."""
+        steps = self.steps_per_epoch
+        step = max(self.step, phase.first_epoch * steps)
+        *others, last = resolutions_in(phase, self.config)
+        left = [each for each in others if step < each.last_epoch * steps] + [last]
+        return left[:1] + [each for each in left[1:] if each.first_epoch * steps < self.last_step]
+
 
 @dataclass(frozen=True)
 class Stage:
-    """A phase of a run that is set up.
+    """A phase of a run that is set up, over the epochs in which its views have one size.
 
     Attributes:
         first_step: of the run, at which the phase begins.
         end_step: before which it ends.
+        change_step: before which the stage ends: another size follows, or the phase ends too.
         last_step: where this start leaves it.
     """
 
     run: Pretraining
     phase: Phase
+    resolution: Resolution
     training: Training
     loader: PairedViews
     prefetcher: Prefetcher
     meter: Meter
     flat_labels: FlatLabels
-    first_step: int
-    end_step: int
-    last_step: int
+
+    @property
+    def first_step(self) -> int:
+        return self.phase.first_epoch * self.run.steps_per_epoch
+
+    @property
+    def end_step(self) -> int:
+        return self.phase.last_epoch * self.run.steps_per_epoch
+
+    @property
+    def change_step(self) -> int:
+        return self.resolution.last_epoch * self.run.steps_per_epoch
+
+    @property
+    def last_step(self) -> int:
+        return min(self.change_step, self.run.last_step)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint of the run holds (see `Session.save`)."""
@@ -183,21 +208,35 @@ def open_pretraining(config: Config, session: Session) -> Pretraining:
     return Pretraining(config, images, identity, online_knn, steps_per_epoch, total_steps, opened, step, last_step)
 
 
-def set_up(run: Pretraining, phase: Phase, session: Session, stack: contextlib.ExitStack) -> Stage:
-    """Loader and networks of a phase: from the run's checkpoint where it is of this phase, else from their start.
+def stages_of(run: Pretraining, phase: Phase, session: Session, stack: contextlib.ExitStack) -> Iterator[Stage]:
+    """What is left of a phase, each stage when the one before is done.
 
     Args:
         stack: what is to be left at the phase's end.
     """
+    first, *later = run.resolutions_left(phase)
+    stage = set_up(run, phase, first, session, stack)
+    begin(run, stage, session)
+    yield stage
+    for resolution in later:
+        stage = change_size(stage, resolution, session, stack)
+        yield stage
+
+
+def set_up(
+    run: Pretraining, phase: Phase, resolution: Resolution, session: Session, stack: contextlib.ExitStack
+) -> Stage:
+    """Loader and networks of a phase: from the run's checkpoint where it is of this phase, else from their start."""
     config, ranks = phase.config, session.ranks
     first_step, end_step = (run.steps_per_epoch * epoch for epoch in (phase.first_epoch, phase.last_epoch))
     newest, is_first = run.opened.checkpoint, phase == run.phases_left()[0]
     if not is_first:  # the phase before has ended with a checkpoint, in this start or an earlier one
         session.wait()
         newest = session.newest or newest
+        compile_anew(config, ranks)
     resumed = newest if is_first else None
     init = newest if phase.first_epoch > 0 else config.run.init
-    loader = stack.enter_context(make_loader(run.images, config, ranks))
+    loader = stack.enter_context(make_loader(run.images, at_size(config, resolution), ranks))
     torch.manual_seed(config.run.seed)
     shard = config.efficiency.shard and ranks.group is not None
     # What is cut in shards is never whole on a GPU.
@@ -221,20 +260,39 @@ def set_up(run: Pretraining, phase: Phase, session: Session, stack: contextlib.E
     low = config.efficiency.precision == "bf16"
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=low, cache_enabled=not shard)
     training = Training(config, ranks, student, teachers, parallel, optimizer, *passes, autocast)
-    last_step = min(end_step, run.last_step)
     late = (first_step + end_step) // 2 if config.loss.lambda_c > 0 else end_step + 1
     flat_labels = FlatLabels(late, lambda words: session.log.say(words))
-    return Stage(run, phase, training, loader, prefetcher, meter, flat_labels, first_step, end_step, last_step)
+    return Stage(run, phase, resolution, training, loader, prefetcher, meter, flat_labels)
+
+
+def change_size(stage: Stage, resolution: Resolution, session: Session, stack: contextlib.ExitStack) -> Stage:
+    """The stage after another: views of another size for the same networks, and schedules that go on."""
+    run, ranks = stage.run, session.ranks
+    stage.loader.close()
+    config = at_size(stage.phase.config, resolution)
+    loader = stack.enter_context(make_loader(run.images, config, ranks))
+    prefetcher = Prefetcher(loader, stage.phase.config, ranks.device, stage.prefetcher.bad_images)
+    words = describe_resolution(resolution)
+    session.log.settle()  # what the row that is owed reads may lie in a CUDA graph's memory
+    if compile_anew(config, ranks):
+        words += ", for which the step is compiled anew"
+    session.log.say(words)
+    session.log.start_clock(session.step, images_at_peak(config, ranks))
+    return replace(stage, resolution=resolution, loader=loader, prefetcher=prefetcher)
 
 
 def begin(run: Pretraining, stage: Stage, session: Session) -> None:
     """Before the first step of a start the folder becomes this process's own and the log begins; before a later phase
     the log is told of it."""
     config, ranks, phase = run.config, session.ranks, stage.phase
-    at_peak = images_at_peak(phase.config, ranks)
+    at_peak = images_at_peak(at_size(phase.config, stage.resolution), ranks)
+    about = [describe_phase(phase)] if phase.name is not None else []
+    if config.views.progressive_resolution:
+        about.append(describe_resolution(stage.resolution))
     if phase != run.phases_left()[0]:
         session.log.start_clock(session.step, at_peak)
-        session.log.say(describe_phase(phase))
+        for sentence in about:
+            session.log.say(sentence)
         return
     remarks = run.opened.remarks + session.lock(lock_run(run.opened, config))
     session.begin(
@@ -247,10 +305,9 @@ def begin(run: Pretraining, stage: Stage, session: Session) -> None:
         save_steps=config.run.save_steps,
         traced=config.run.profile,
         sentences=remarks
-        + describe_run(config, run.images, ranks, stage.training.student, run.steps_per_epoch, run.opened.folder),
+        + describe_run(config, run.images, ranks, stage.training.student, run.steps_per_epoch, run.opened.folder)
+        + about,
     )
-    if phase.name is not None:
-        session.log.say(describe_phase(phase))
     if ranks.is_main:
         write_machine(run.opened.folder)
 
@@ -285,6 +342,8 @@ def write_row(stage: Stage, session: Session, done: Done, lr: float, *, partial:
     } | teachers.momenta(step, step // stage.run.steps_per_epoch)
     if stage.phase.number is not None:
         figures["phase"] = stage.phase.number
+    if stage.run.config.views.progressive_resolution:
+        figures["image_size"] = stage.resolution.size
     on_device = [stage.meter.means(ranks.group, anew=not partial)]
     if ranks.is_main:
         on_device.append(collapse_figures(done.targets, done.label_losses, done.match))

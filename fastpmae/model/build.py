@@ -13,6 +13,7 @@ from fastpmae.config import CUDA_GRAPHS, Config, Network
 from fastpmae.model.fp8 import check_fp8_sizes
 from fastpmae.model.head import Head
 from fastpmae.model.initialization import initialise
+from fastpmae.model.resolutions import check_resolutions
 from fastpmae.model.vit import Decoder, Encoder, Student
 from fastpmae_loaders import View, ViewSettings
 from fastpmae_loaders.errors import UserError
@@ -207,6 +208,7 @@ def check(config: Config) -> None:
     for fits, sentence in rules:
         if not fits:
             raise UserError(sentence)
+    check_resolutions(config, view_settings(config))
     if efficiency.teacher_precision == "fp8":
         check_fp8_sizes(shape.width, int(shape.width * shape.mlp_ratio))
 

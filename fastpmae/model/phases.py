@@ -1,10 +1,11 @@
 """The phases of a run: the whole of it, or first pixels without a teacher and then what the settings say."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastpmae.config import Config
 from fastpmae.model.build import pixel_epochs, warmup_epochs
+from fastpmae.model.resolutions import Resolution, resolutions_of
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class Phase:
 
     Attributes:
         name: what is reconstructed in it; None where the run has one phase only.
-        config: the settings that hold in it; their epochs are those of the phase.
+        config: the settings that hold in it; their epochs are those of the phase, and the size of their views is that
+            which the run ends with.
         first_epoch: of the run.
     """
 
@@ -47,6 +49,8 @@ def phases_of(config: Config) -> tuple[Phase, ...]:
     to the next.
     """
     first, epochs = pixel_epochs(config), config.optimizer.epochs
+    if config.views.progressive_resolution:
+        config = config.using(progressive_resolution=())
     if first == 0:
         return (Phase(None, config),)
     warmup = warmup_epochs(config) / epochs
@@ -64,3 +68,23 @@ def phase_after(config: Config, step: int, steps_per_epoch: int) -> Phase:
     """The phase whose networks a run has after so many steps: after the last step of one they are still its own."""
     *others, last = phases_of(config)
     return next((phase for phase in others if step <= phase.last_epoch * steps_per_epoch), last)
+
+
+def resolutions_in(phase: Phase, config: Config) -> tuple[Resolution, ...]:
+    """The sizes of the views in a phase of a run, over its part of the run's epochs.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        UserError: see `resolutions_of`.
+    """
+    cut = (
+        replace(
+            each,
+            first_epoch=max(each.first_epoch, phase.first_epoch),
+            last_epoch=min(each.last_epoch, phase.last_epoch),
+        )
+        for each in resolutions_of(config)
+    )
+    return tuple(each for each in cut if each.first_epoch < each.last_epoch)

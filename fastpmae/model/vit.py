@@ -5,6 +5,7 @@ row, and a network only ever sees the patches it is given.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastpmae.model.attention import SequenceLengths
 from fastpmae.model.head import Head, PrototypeLogits
-from fastpmae.model.patches import sincos_positions
+from fastpmae.model.patches import positions_on, sincos_positions
 from fastpmae.model.recompute import add_mlp, attend, norm_linear
 from fastpmae_kernels import patch_tokens
 
@@ -142,7 +143,8 @@ class Encoder(nn.Module):
     """A ViT that embeds and encodes only the patches it is asked for.
 
     Args:
-        image_size, patch_size: in pixels; the patch size divides the image size.
+        image_size, patch_size: in pixels; the patch size divides the image size. Images of another size are taken as
+            the same extent in other patches (see `positions_on`).
         dim, depth, heads, mlp_ratio: the ViT's.
         recompute_every: see `Blocks`.
     """
@@ -175,7 +177,8 @@ class Encoder(nn.Module):
         self, images: UInt8[Tensor, "batch 3 height width"], ids: Int[Tensor, "batch count"]
     ) -> Float[Tensor, "batch count dim"]:
         """Patch embeddings with their positions, without the class token."""
-        return self.patch_embed(images, ids) + self.pos_embed[0, 1:][ids]
+        side = images.shape[-1] // self.patch_embed.patch_size
+        return self.patch_embed(images, ids) + positions_on(self.pos_embed, side)[0, 1:][ids]
 
     def encode(
         self, tokens: Float[Tensor, "batch count dim"], drop_path_scale: Float[Tensor, "batch depth 2"] | None = None
@@ -255,7 +258,8 @@ class Decoder(nn.Module):
         Args:
             labels: whether the class prediction is read; where it is not, it is None.
         """
-        positions = self.pos_embed[0, 1:]
+        # every patch is known or masked, so they tell their grid
+        positions = positions_on(self.pos_embed, math.isqrt(visible.shape[1] + masked.shape[1]))[0, 1:]
         mask = self.mask_token + positions[masked]
         # Autocast gives bf16 here; positions and the sums along the blocks stay in the weights' own precision.
         known = self.embed(encoded).to(mask.dtype)

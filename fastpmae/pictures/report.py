@@ -53,6 +53,8 @@ CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("learning rate", {"lr": "lr"}),
 )  # fmt: skip
 """Title and curves of each plot; what a run has not logged is left out."""
+MOST_MARKS = 20
+"""Changes of phase or size that a plot is marked with."""
 
 
 @checked
@@ -171,9 +173,9 @@ def _changed(config: Config) -> dict[str, Any]:
 def _summary(run: Path, config: Config) -> str:
     views, model = config.views, config.network
     words = [
-        f"preset {config.run.preset}", model.model, f"{views.image_size} px", f"{config.optimizer.epochs} epochs",
-        f"batch {config.optimizer.batch_size}", f"peak learning rate {config.optimizer.peak_lr:.4g}",
-        f"seed {config.run.seed}",
+        f"preset {config.run.preset}", model.model, f"{' '.join(views.progressive_resolution) or views.image_size} px",
+        f"{config.optimizer.epochs} epochs", f"batch {config.optimizer.batch_size}",
+        f"peak learning rate {config.optimizer.peak_lr:.4g}", f"seed {config.run.seed}",
     ]  # fmt: skip
     for path in checkpoints_in(run):
         with contextlib.suppress(CheckpointError):  # a damaged one
@@ -190,13 +192,26 @@ def _figures(config: Config, rows: list[dict[str, float]]) -> Iterator[tuple[str
     yield "steps", f"{last['step']:,.0f}"
     yield f"of {config.optimizer.epochs} epochs", f"{last.get('epoch', 0):.2f}"
     yield "loss", _shown(last.get("loss"))
-    rates = sorted(row["images_per_second"] for row in rows if "images_per_second" in row)
-    if rates:
-        yield "images/s, median", f"{rates[len(rates) // 2]:,.0f}"
+    by_size: dict[int, list[dict[str, float]]] = {}
+    for row in rows:
+        if "images_per_second" in row:
+            by_size.setdefault(_stage(row)[1], []).append(row)
+    for size, of_size in by_size.items():
+        words = f" at {size} px" if size else ""
+        rates = sorted(row["images_per_second"] for row in of_size)
+        yield f"images/s{words}, median", f"{rates[len(rates) // 2]:,.0f}"
+        if len(by_size) > 1:
+            yield f"loss, last{words}", _shown(of_size[-1].get("loss"))
     waits = [row["data_wait"] for row in rows if "data_wait" in row]
     if waits:
         yield "waiting for data", f"{100 * sum(waits) / len(waits):.1f} %"
     yield "images that do not decode", f"{last.get('bad_images', 0):.0f}"
+
+
+def _stage(row: dict[str, float]) -> tuple[float, int]:
+    """The phase of a row and the size of its views, 0 where the run has one only; the file may be a stranger's."""
+    size = row.get("image_size", 0)
+    return row.get("phase", 0), int(size) if 0 < size <= 4096 else 0
 
 
 def _shown(value: Any) -> str:
@@ -226,18 +241,19 @@ def _curves(rows: Sequence[dict[str, float]]) -> Figure:
     height = -(-len(plots) // columns)
     figure = Figure((12.5, 3.1 * height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    # the last step of pixels alone, where the run has two phases
-    boundary = max((row["step"] for row in rows if row.get("phase") == 1), default=None)
+    # the last steps of pixels alone, and of smaller views, where the run has them
+    trained = [row for row in rows if "lr" in row]
+    changes = [row["step"] for row, following in itertools.pairwise(trained) if _stage(row) != _stage(following)]
     for place, (title, curves) in enumerate(plots):
         axes = figure.add_subplot(height, columns, place + 1)
         for name, words in curves.items():
-            points = [(row["step"], row[name], row.get("phase", 0)) for row in rows if name in row]
+            points = [(row["step"], row[name], _stage(row)) for row in rows if name in row]
             (line,) = axes.plot([], [], lw=1.4, label=words)
             for _, stretch in itertools.groupby(points, key=lambda point: point[2]):
                 steps, values, _ = zip(*stretch, strict=True)
                 axes.plot(steps, values, lw=1.4, color=line.get_color(), marker="." if len(steps) < 10 else "")
-        if boundary is not None:
-            axes.axvline(boundary, color="0.5", lw=0.8, ls=":")
+        for step in changes[:MOST_MARKS]:
+            axes.axvline(step, color="0.5", lw=0.8, ls=":")
         axes.set_title(title, size=10)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)

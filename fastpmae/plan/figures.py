@@ -49,11 +49,30 @@ class PixelPhase:
 
 
 @dataclass(frozen=True)
+class SizePart:
+    """The epochs of a phase in which the views have one size, of a run with `--progressive-resolution`."""
+
+    phase: str | None
+    size: int
+    epochs: int
+    steps: int
+    costs: Costs
+    seconds: float
+    """A step's."""
+    hours: float
+    images_per_second: float
+    """That the loader must deliver, to all GPUs."""
+    flops_at_last: int
+    """Of the same step with views of the last size."""
+    seconds_at_last: float
+
+
+@dataclass(frozen=True)
 class Report:
     """All that a plan says. Bytes, seconds, FLOPs, unless a name says otherwise."""
 
     config: Config
-    """Of the phase that the figures are of: the last one, where there are two."""
+    """Of the phase that the figures are of, the last one where there are two, with views of the last size."""
     gpu_name: str
     gpu: Gpu
     gpus: int
@@ -74,8 +93,11 @@ class Report:
     """The step's memory traffic when nothing is fused, at the data sheet's rate."""
     steps: int
     hours: float
-    """Of all phases."""
+    """Of all phases and sizes of views."""
     pixels: PixelPhase | None
+    """With views of the last size all the time."""
+    sizes: list[SizePart]
+    """In their order; none where all views have one size."""
     loader: LoaderRate
     busy: float | None
     needed_rate: float
@@ -90,3 +112,14 @@ class Report:
     messages: Traffic
     weak: list[Point]
     strong: list[Point]
+
+    @property
+    def saved_flops(self) -> float:
+        """The share of the whole run's FLOPs that smaller views save."""
+        whole = sum(part.steps * part.flops_at_last for part in self.sizes)
+        return 1 - sum(part.steps * part.costs.flops for part in self.sizes) / whole if whole else 0.0
+
+    @property
+    def hours_at_last(self) -> float:
+        """What the run would take with views of the last size all the time."""
+        return sum(part.steps * part.seconds_at_last for part in self.sizes) / 3600 if self.sizes else self.hours

@@ -17,9 +17,10 @@ from rich.console import Console
 from fastpmae.config import Config
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import SHAPES, check, shape_of
-from fastpmae.model.phases import phases_of
+from fastpmae.model.phases import Phase, phases_of, resolutions_in
+from fastpmae.model.resolutions import Resolution, at_size
 from fastpmae.plan.costs import Costs, flops_of_an_image, step_costs
-from fastpmae.plan.figures import Method, ModelNeeds, PixelPhase, Report
+from fastpmae.plan.figures import Method, ModelNeeds, PixelPhase, Report, SizePart
 from fastpmae.plan.gpus import GPUS, Gpu, gpu_named
 from fastpmae.plan.loader_rate import LoaderRate, busy, measure
 from fastpmae.plan.report import CHUNK, draw, show
@@ -131,6 +132,19 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
         count = epoch_images // config.optimizer.batch_size * epochs
         pixels = PixelPhase(epochs, count, found, seconds, seconds * count / 3600)
     needed_rate = config.optimizer.batch_size / planned.seconds
+    sizes: list[SizePart] = []
+    if options.settings.views.progressive_resolution:
+        for stage in (*before, phase):
+            first = pixels if stage in before else None
+            whole = (costs, planned.seconds) if first is None else (first.costs, first.seconds)
+            for resolution in resolutions_in(stage, options.settings):
+                found, seconds = whole
+                if resolution.size != config.views.image_size:
+                    tell(f"a step of {resolution.size} pixels")
+                    sized = at_size(stage.config, resolution)
+                    found = step_costs(sized, share, ranks=options.gpus)
+                    seconds = step_on(options.gpus, gpu, _step(sized, found, rate), options.jitter).seconds
+                sizes.append(_size_part(stage, resolution, found, seconds, *whole, epoch_images))
 
     methods: list[Method] = []
     counted: dict[str, Costs] = {}  # how fast a teacher follows costs nothing
@@ -167,8 +181,9 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
         peak_seconds=costs.flops / peak,
         traffic_seconds=costs.traffic / gpu.bandwidth,
         steps=steps,
-        hours=planned.seconds * steps / 3600 + (pixels.hours if pixels else 0.0),
+        hours=sum(part.hours for part in sizes) or planned.seconds * steps / 3600 + (pixels.hours if pixels else 0.0),
         pixels=pixels,
+        sizes=sizes,
         loader=loader,
         busy=busy(),
         needed_rate=needed_rate,
@@ -180,6 +195,22 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
         weak=weak_scaling(gpu, step, jitter=options.jitter),
         strong=strong_scaling(gpu, step.times(options.gpus), config.optimizer.batch_size, jitter=options.jitter),
     )
+
+
+def _size_part(
+    phase: Phase, resolution: Resolution, costs: Costs, seconds: float, whole: Costs, whole_seconds: float, images: int
+) -> SizePart:
+    """What the epochs of a size take.
+
+    Args:
+        costs, seconds: of a step.
+        whole, whole_seconds: of one with views of the last size.
+        images: of an epoch.
+    """
+    batch, epochs = phase.config.optimizer.batch_size, resolution.last_epoch - resolution.first_epoch
+    steps = images // batch * epochs
+    hours, rate = seconds * steps / 3600, batch / seconds
+    return SizePart(phase.name, resolution.size, epochs, steps, costs, seconds, hours, rate, whole.flops, whole_seconds)
 
 
 def _gpu(options: Plan) -> Gpu:
@@ -280,6 +311,7 @@ def as_json(report: Report) -> dict[str, Any]:
     """Every figure as plain values."""
     plain = dataclasses.asdict(dataclasses.replace(report, config=None))
     counted = [(plain, report), *zip(plain["methods"], report.methods, strict=True)]
+    counted += zip(plain["sizes"], report.sizes, strict=True)
     if report.pixels is not None:
         counted.append((plain["pixels"], report.pixels))
     for row, counts in counted:
@@ -292,6 +324,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "config": report.config.groups(),
         "step": plain["step"] | {"seconds": report.step.seconds},
         "sent_bytes": report.messages.sent(report.gpus),
+        "saved_flops": report.saved_flops,
+        "hours_at_last": report.hours_at_last,
     }
 
 
@@ -303,7 +337,14 @@ def plan(options: Plan) -> None:
             check_output(out, force=options.force, inputs=given)
     if options.json is not None and options.json == options.plot:
         raise UserError(f"--json and --plot both name {options.json}: give each a file of its own")
-    with _progress(len(phases_of(options.settings))) as tell:
+    stages = phases_of(options.settings)
+    smaller = [
+        each
+        for phase in stages
+        for each in resolutions_in(phase, options.settings)
+        if each.size != options.settings.views.image_size
+    ]
+    with _progress(len(stages) + len(smaller)) as tell:
         report = make_plan(options, tell)
     if options.json is not None:
         with atomic_write(options.json, options.force) as beside:
@@ -315,9 +356,9 @@ def plan(options: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _progress(phases: int) -> Iterator[Callable[[str], None]]:
+def _progress(stages: int) -> Iterator[Callable[[str], None]]:
     """A bar in a terminal, nothing elsewhere: a plan takes seconds."""
-    counted, total = itertools.count(1), 2 + phases + len(METHODS) + len(CHUNKED) + len(SHAPES)
+    counted, total = itertools.count(1), 2 + stages + len(METHODS) + len(CHUNKED) + len(SHAPES)
     with Bar(total, "counting") as bar:
         yield lambda words: bar.update(next(counted), words=f"counting {words}")
 

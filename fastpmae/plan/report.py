@@ -64,6 +64,14 @@ def show(report: Report, console: Console) -> None:
         f"{costs.flops / costs.images / 1e9:,.1f} GFLOP an image, over {peak / 1e12:,.0f} TFLOP/s. The peak itself "
         f"would take {_ms(report.peak_seconds)}; memory traffic with nothing fused {_ms(report.traffic_seconds)}.\n"
     )
+    if report.sizes:
+        console.print(_sizes(report))
+        last, saved = config.views.image_size, 1 - report.hours / report.hours_at_last
+        say(
+            f"Against views of {last} pixels throughout, which take {report.hours_at_last:,.2f} hours, this saves "
+            f"{report.saved_flops:.0%} of the FLOPs and {saved:.0%} of the time, where the loader keeps up: smaller "
+            f"views ask more images a second of it. All other figures of a step are of {last} pixels.\n"
+        )
     console.print(_loader(report))
     noisy = report.busy is not None and report.loader.source != "--loader-rate" and report.busy > report.loader.cores
     say(
@@ -155,13 +163,30 @@ def _time(report: Report) -> Table:
         table.add_row("sent by each GPU in a step", f"{report.messages.sent(report.gpus) / 1e6:,.1f} MB")
     table.add_row("images/s", f"{report.needed_rate:,.0f}")
     table.add_row("steps", f"{report.steps:,}")
-    pixels = report.pixels
+    pixels = None if report.sizes else report.pixels
     if pixels is not None:
         table.add_row(f"hours of {pixels.epochs} epochs of pixels before ({_ms(pixels.seconds)} a step)",
                       f"{pixels.hours:,.2f}")  # fmt: skip
-    table.add_row("hours" if pixels is None else "hours of both phases", f"{report.hours:,.2f}")
+    words = "hours of all sizes" if report.sizes else "hours" if pixels is None else "hours of both phases"
+    table.add_row(words, f"{report.hours:,.2f}")
     table.add_row("days", f"{report.hours / 24:,.2f}")
     table.add_row("hours of all GPUs", f"{report.hours * report.gpus:,.2f}")
+    return table
+
+
+def _sizes(report: Report) -> Table:
+    """What a step takes at each size of the views."""
+    table = _table(
+        "Sizes of the views (--progressive-resolution)", "pixels", "epochs", "GFLOP an image", "memory, GB", "a step",
+        "hours", "images/s", "cores for each GPU",
+    )  # fmt: skip
+    for part in report.sizes:
+        cores = part.images_per_second / report.gpus / report.loader.images_per_second
+        table.add_row(
+            f"{part.size}{f', {part.phase}' if part.phase else ''}", f"{part.epochs:,}",
+            f"{part.costs.flops / part.costs.images / 1e9:,.1f}", _gb(part.costs.peak), _ms(part.seconds),
+            f"{part.hours:,.2f}", f"{part.images_per_second:,.0f}", f"{cores:.1f}",
+        )  # fmt: skip
     return table
 
 

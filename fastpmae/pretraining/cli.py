@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -104,8 +104,13 @@ def settings_of_run(path: Path) -> Config:
 
 def _printable(config: Config) -> Config:
     """Settings to be shown as the defaults, which may be those of a stranger's run."""
-    odd = {name: text for name, text in config.flat().items() if isinstance(text, str) and not text.isprintable()}
-    return config.using(**{name: printable(text) for name, text in odd.items()})
+    shown: dict[str, Any] = {}
+    for name, value in config.flat().items():
+        if isinstance(value, str):
+            shown[name] = printable(value)
+        elif isinstance(value, list) and any(isinstance(word, str) for word in value):
+            shown[name] = [printable(word) for word in value]
+    return config.using(**{name: value for name, value in shown.items() if value != config.flat()[name]})
 
 
 ALONE = {"--resume": "auto", "--momentum-for": "0"}

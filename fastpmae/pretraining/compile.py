@@ -33,7 +33,7 @@ def compile_step(
     """
     efficiency = config.efficiency
     on_gpu = ranks.device.type == "cuda"
-    if efficiency.compile == "off" or (efficiency.compile == "auto" and not on_gpu):
+    if not is_compiled(config, ranks):
         return teacher_forward, student_loss
     mode = None if efficiency.compile_mode == "default" else efficiency.compile_mode
     # xformers' operators have no form that a graph could hold.
@@ -53,6 +53,29 @@ def compile_step(
         return compiled_teacher(*arguments)
 
     return first_of_a_step, compiled_student
+
+
+def is_compiled(config: Config, ranks: Ranks) -> bool:
+    """Whether a run's step is compiled."""
+    efficiency = config.efficiency
+    return efficiency.compile == "on" or (efficiency.compile == "auto" and ranks.device.type == "cuda")
+
+
+def compile_anew(config: Config, ranks: Ranks) -> bool:
+    """Forget what was compiled and captured: each function is compiled again for the shapes that it meets next.
+
+    Left to itself, dynamo takes a second shape for the first of many and compiles for any, which costs speed in every
+    kernel, and on a GPU the CUDA graphs of earlier shapes would keep their memory.
+
+    Returns:
+        Whether anything is compiled.
+    """
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if not is_compiled(config, ranks):
+        return False
+    torch.compiler.reset()
+    return True
 
 
 def _compile_blocks(network: nn.Module, **how: Any) -> None:

@@ -18,6 +18,7 @@ from fastpmae.config_file import read_config, write_config
 from fastpmae.distributed.ranks import Ranks, has_bf16
 from fastpmae.model.build import pixel_epochs, warmup_epochs
 from fastpmae.model.phases import phase_after
+from fastpmae.model.resolutions import canonical
 from fastpmae.run.checkpoint import (
     Checkpoint,
     check_fits,
@@ -82,6 +83,7 @@ def resolve(config: Config, device: torch.device, images: Samples) -> Config:
         augment_on=augment_on,
         warmup_epochs=float(warmup_epochs(config)),
         pixel_epochs=float(pixel_epochs(config)),
+        progressive_resolution=canonical(config),
     )
 
 

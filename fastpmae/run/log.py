@@ -247,7 +247,8 @@ class Log:
         if not self.bar.live:
             used = f", {row['mfu']:.0%} of peak FLOPs" if "mfu" in row else ""
             waiting = f", waiting for data {row['data_wait']:.0%}"
-            self.say(f"step {row['step']:.0f}  epoch {row['epoch']:.2f}  {figures}{used}{waiting}")
+            size = f"  {row['image_size']:.0f} px" if "image_size" in row else ""
+            self.say(f"step {row['step']:.0f}  epoch {row['epoch']:.2f}{size}  {figures}{used}{waiting}")
 
     def _pass_on(self, row: dict[str, float]) -> None:
         """Give a row to TensorBoard and W&B. One that fails is left out from then on: metrics.jsonl is the record."""

@@ -70,6 +70,28 @@ def test_what_comes_after_mae_begins_with_its_encoder(small_beton, tmp_path, mon
     assert evening.epochs_in_the_same_time("mae") == 30
 
 
+def test_smaller_views_first_are_timed_by_each_size(small_beton, tmp_path, monkeypatch):
+    """And a step of the case takes what its sizes take, each by its share of the epochs."""
+    given = []
+
+    def pretrained(config):
+        given.append(config)
+        return config
+
+    cost = {(64, "dual"): 1.0, (64, "none"): 0.4, (48, "none"): 0.2}
+    monkeypatch.setattr("benchmarks.bench_learning.pretrain", pretrained)
+    monkeypatch.setattr("benchmarks.bench_learning.release", lambda: None)
+    monkeypatch.setattr(
+        "benchmarks.bench_learning.seconds_of",
+        lambda _: [cost[given[-1].views.image_size, given[-1].teacher.teachers]],
+    )
+    assert CASES["progressive-resolution"].changes(BASE)["progressive_resolution"] == ("48:0.5", "64")
+    evening = Evening(BASE.using(epochs=9), small_beton, small_beton, tmp_path / "runs", tmp_path / "results", 1)
+    assert evening.epochs_in_the_same_time("progressive-resolution") == round(9 / (4 / 9 * 0.2 + 5 / 9 * 0.4))
+    assert all(config.views.progressive_resolution == () for config in given)
+    assert [config.views.image_size for config in given] == [64, 48, 64] * 3
+
+
 def test_rows_of_table_8_take_the_base_s_own_weights():
     weights = {name: BASE.using(**CASES[name].changes(BASE)).loss for name in TABLES[8]}
     loss = BASE.loss

@@ -23,6 +23,7 @@ from tests.test_train import environment, flags_of, killed_at_end, rows_of, wait
 
 LOSSES = ("loss", "loss_m", "loss_c", "loss_p")
 
+GROWING: dict[str, Any] = {"progressive_resolution": ["24:0.5", "32"], "patch_size": 4, "folds": 3}
 SCENARIOS: list[dict[str, Any]] = [
     {"name": "one", "ranks": 1, "settings": {"steps": 10}},
     # the default: whole networks, gradients averaged as the static graph was recorded
@@ -41,6 +42,10 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "two", "ranks": 2,
      "settings": {"steps": 11, "shard": True, "prototypes_chunk": 32, "resume": "auto"}},
     {"name": "one", "ranks": 1, "settings": {"steps": 11, "resume": "auto"}},
+    # views that grow with the second epoch, alone, and on two ranks that begin anew there
+    {"name": "grows", "ranks": 1, "settings": {"steps": 10, "epochs": 2, **GROWING}},
+    {"name": "grows-on-two", "ranks": 2, "settings": {"steps": 5, "epochs": 2, **GROWING}},
+    {"name": "grows-on-two", "ranks": 2, "settings": {"steps": 10, "epochs": 2, "resume": "auto", **GROWING}},
     {"name": "refused", "ranks": 2, "settings": {"steps": 10}, "rank_1_refuses": True},
     {"name": "full", "ranks": 2, "settings": {"steps": 10, "save_steps": 2}, "disk_is_full": True},
 ]  # fmt: skip
@@ -108,6 +113,18 @@ def test_a_run_in_shards_goes_on_on_more_ranks_and_alone(forked: tuple[Path, str
     assert_same_weights(folder / "one", folder / "moves", 10)
     # the first rank's clock asked for a checkpoint after every step, and both took part
     assert [step_of(path) for path in checkpoints_in(folder / "moves")] == [10, 7, 5, 4, 3, 2, 1]
+
+
+@pytest.mark.slow
+def test_views_grow_alike_on_any_number_of_ranks(forked: tuple[Path, str]):
+    folder, _ = forked
+    alone, together = rows_of(folder / "grows"), rows_of(folder / "grows-on-two")
+    assert [row["image_size"] for row in alone] == [24] * 5 + [32] * 5
+    for one, other in zip(alone, together, strict=True):
+        assert one["image_size"] == other["image_size"]
+        for figure in (*LOSSES, "grad_norm"):
+            assert one[figure] == pytest.approx(other[figure], rel=1e-5), figure
+    assert_same_weights(folder / "grows", folder / "grows-on-two", 10)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from fastpmae import Config, pretrain
+from fastpmae.pictures import report as report_module
 from fastpmae.pictures.report import write_report
 from fastpmae.pictures.view import draw_run
 from fastpmae.run import log
@@ -123,6 +124,28 @@ def test_a_run_that_has_just_begun(tiny: Config, tmp_path: Path):
     text = write_report(folder, tmp_path / "early.html").read_text()
     assert "no checkpoint yet" in text
     assert "Fewer than two rows" in text
+
+
+def test_figures_and_marks_of_sizes_of_views():
+    """Each size has its own rate and loss, and every change a mark; a stranger's numbers make no more of them."""
+    rows = [
+        {"step": 10.0 * number, "loss": 9.0 - number, "lr": 0.1, "images_per_second": rate, "image_size": size}
+        for number, (rate, size) in enumerate([(90.0, 48), (80.0, 48), (50.0, 64), (40.0, 64), (1.0, float("nan"))])
+    ]
+    figures = dict(report_module._figures(Config(), rows[:4]))
+    assert figures["images/s at 48 px, median"] == "80"
+    assert figures["images/s at 64 px, median"] == "40"
+    assert figures["loss, last at 48 px"] == "8.00"
+    assert figures["loss, last at 64 px"] == "6.00"
+    plain = dict(report_module._figures(Config(), [{**row, "image_size": 0} for row in rows]))
+    assert "images/s, median" in plain
+    assert not any("px" in name for name in (*plain, *dict(report_module._figures(Config(), rows[4:]))))
+    figure = report_module._curves(rows[:4])
+    marks = [float(np.asarray(line.get_xdata())[0]) for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert marks == [10.0]
+    many = [{**rows[0], "step": float(step), "image_size": 16 + step % 2} for step in range(200)]
+    marks = [line for line in report_module._curves(many).axes[0].lines if line.get_linestyle() == ":"]
+    assert len(marks) == report_module.MOST_MARKS
 
 
 @pytest.mark.slow

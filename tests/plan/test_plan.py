@@ -102,9 +102,40 @@ def test_a_run_of_two_phases_takes_the_time_of_both():
     assert "of pixels before" not in shown(tokens)
 
 
+@pytest.mark.slow
+def test_sizes_of_views_take_each_their_own_time():
+    """The parts are plans of runs on images of their size, and what is saved is told against the last size."""
+    config = SMALL.using(epochs=10, pixel_epochs=4, progressive_resolution=("32:0.2", "48:0.3", "64"))
+    whole = make_plan(Plan(config, images=6400, loader_rate=1e6))
+    pixels, tokens = phases_of(config)
+    parts = [(part.phase, part.size, part.epochs, part.steps) for part in whole.sizes]
+    assert parts == [
+        ("pixels", 32, 2, 200), ("pixels", 48, 2, 200), ("tokens", 48, 1, 100), ("tokens", 64, 5, 500)
+    ]  # fmt: skip
+    for part, phase in zip(whole.sizes, (pixels, pixels, tokens, tokens), strict=True):
+        alone = make_plan(Plan(phase.config.using(image_size=part.size), images=6400, loader_rate=1e6))
+        assert part.costs == alone.costs
+        assert part.seconds == pytest.approx(alone.step.seconds)
+        assert part.images_per_second == pytest.approx(alone.needed_rate)
+    assert whole.hours == pytest.approx(sum(part.hours for part in whole.sizes))
+    last = make_plan(Plan(config.using(progressive_resolution=()), images=6400, loader_rate=1e6))
+    assert last.sizes == []
+    assert (last.saved_flops, last.hours_at_last) == (0, last.hours)
+    assert whole.hours_at_last == pytest.approx(last.hours)
+    assert whole.costs == last.costs
+    assert last.pixels is not None
+    flops = 400 * last.pixels.costs.flops + 600 * last.costs.flops
+    assert whole.saved_flops == pytest.approx(1 - sum(part.steps * part.costs.flops for part in whole.sizes) / flops)
+    said = " ".join(shown(whole).split())
+    assert "Sizes of the views" in said
+    assert f"which take {last.hours:,.2f} hours, this saves {whole.saved_flops:.0%} of the FLOPs" in said
+    assert "Sizes of the views" not in shown(last)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--progressive-resolution", "32", "64"], "32 needs a share of the epochs"),
         (["--gpu", "h1000"], "choose one of a100-40"),
         (["--gpus", "5"], "does not share out evenly"),
         (["--gpus", "0"], "at least 1"),

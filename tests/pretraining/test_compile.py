@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,13 +30,14 @@ from fastpmae.model.build import build_student, check
 from fastpmae.model.fp8 import use_fp8
 from fastpmae.model.teachers import make_teachers
 from fastpmae.plan.costs import _batch
-from fastpmae.pretraining.compile import compile_step
+from fastpmae.pretraining.compile import compile_anew, compile_step
 from fastpmae.pretraining.networks import make_networks
 from fastpmae.pretraining.optimizer import make_optimizer, update
 from fastpmae.pretraining.step import assign_pseudo_labels, compute_targets, student_loss, teacher_forward
 from fastpmae.run.log import Meter
 from fastpmae_kernels import backend, prototype_cross_entropy
 from fastpmae_kernels.backend import written_on
+from fastpmae_loaders import Batch
 from fastpmae_loaders.errors import UserError
 from tests.devices import Waits
 from tests.made import REPOSITORY
@@ -186,6 +188,40 @@ def test_another_shape_would_have_been_noticed():
             compile_step(teacher_forward, student_loss, config, ALONE, backend="eager")[0](
                 None, made_batch(0, 2), config
             )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["paper", "mae"])
+def test_another_size_of_views_is_compiled_once_and_for_its_own_shapes(preset: str):
+    """After `compile_anew` there is one more graph of each pass, as large as the new shapes and for no others."""
+    config = tiny_config(preset, compile="on", drop_path=0.0)
+    student, teachers = tiny_networks(config, 4)
+    for network in (student, *teachers.modules().values()):
+        network.float()
+    views = torch.randint(0, 256, (2, 3, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    order = torch.tensor([[0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]])
+    small = replace(
+        made_batch(), views=tuple(views), visible=order[:, :1], folds=order[:, 1:].contiguous(), fold_sizes=(1, 1, 1)
+    )
+
+    def loss(passes: tuple[Callable[..., Any], Callable[..., Any]], batch: Batch) -> float:
+        targets = assign_pseudo_labels([passes[0](teachers, batch, config)], config)[0]
+        return passes[1](student, batch, None, targets, config).total.item()
+
+    with watched():
+        compiled = compile_step(teacher_forward, student_loss, config, ALONE, backend="eager")
+        found = []
+        for batch in (small, made_batch()):
+            found.append(loss(compiled, batch))
+            torch._dynamo.config.error_on_recompile = True
+            loss(compiled, batch)
+            torch._dynamo.config.error_on_recompile = False
+            assert compile_anew(config, ALONE)
+        assert counters["stats"]["unique_graphs"] == 4
+        assert counters["graph_break"] == {}
+    plain = teacher_forward, student_loss
+    assert found == pytest.approx([loss(plain, small), loss(plain, made_batch())], rel=1e-5)
+    assert not compile_anew(config.using(compile="off"), ALONE)
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,8 @@ def test_names_are_shown_and_not_obeyed_beside_a_bar(tmp_path: Path, monkeypatch
 
 def test_names_are_shown_and_not_obeyed_as_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a stranger's run or settings, in the help for it."""
-    (tmp_path / "config.json").write_text(json.dumps(Config().using(beton=f"/{HOSTILE}", name=HOSTILE).groups()))
+    hostile = Config().using(beton=f"/{HOSTILE}", name=HOSTILE, progressive_resolution=(HOSTILE, "224"))
+    (tmp_path / "config.json").write_text(json.dumps(hostile.groups()))
     for words in (["--config", str(tmp_path / "config.json")], ["--resume", "--out", str(tmp_path)]):
         with pytest.raises(SystemExit):
             read_command([*words, "--help"])
