@@ -27,7 +27,8 @@ _ABLATION = _named("ablation", Config(), model="vit_small", epochs=100)
 _SDAE = _named("sdae", _PAPER, teachers="reconstruction", lambda_c=0.0, lambda_p=0.0)
 
 
-# Few images and few steps: pixels teach from the first step, and teachers begin where that has led.
+# Few images and few steps: pixels teach from the first step, a teacher begins where that has led and may follow soon,
+# and what labels cost in time they do not gain (docs/learning.md).
 _SMALL = _named(
     "small-data",
     Config(),
@@ -42,8 +43,10 @@ _SMALL = _named(
     head_hidden=512,
     head_bottleneck=128,
     prototypes=256,
-    lambda_c=0.1,
-    lambda_p=0.1,
+    teachers="reconstruction",
+    reconstruction_momentum=(0.7, 0.99),
+    lambda_c=0.0,
+    lambda_p=0.0,
     epochs=25,
     pixel_epochs=0.6,
     batch_size=32,
@@ -63,6 +66,10 @@ _DEMO = _named(
     head_hidden=256,
     head_bottleneck=64,
     prototypes=128,
+    teachers="dual",
+    reconstruction_momentum=Config().teacher.reconstruction_momentum,
+    lambda_c=0.1,
+    lambda_p=0.1,
     epochs=50,
     pixel_epochs=0.8,
     log_every=10,
@@ -108,6 +115,6 @@ PRESETS: dict[str, Config] = {
     ),
     # minutes on a laptop
     "demo": _DEMO,
-    # ten thousand small images: pixels first, and the number of steps decide (docs/learning.md)
+    # ten thousand small images: pixels first, then one teacher (docs/learning.md)
     "small-data": _SMALL,
 }

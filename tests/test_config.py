@@ -129,7 +129,14 @@ def test_small_presets_learn_pixels_first(name: str, epochs: tuple[int, int]) ->
     assert (pixels.config.optimizer.epochs, tokens.config.optimizer.epochs) == epochs
     assert (pixels.config.loss.target, tokens.config.loss.target) == ("pixels", "tokens")
     # momenta of the run's own length let labels follow the student at once, and lose more than they gain
-    assert PRESETS[name].teacher == PRESETS["paper"].teacher
+    assert PRESETS[name].teacher.momentum_for is None
+
+
+def test_the_demo_shows_both_teachers_and_small_data_takes_the_one_that_pays() -> None:
+    assert PRESETS["demo"].teacher == PRESETS["paper"].teacher
+    small = PRESETS["small-data"]
+    assert small.teacher.teachers == "reconstruction"
+    assert (small.loss.lambda_c, small.loss.lambda_p) == (0, 0)
 
 
 def test_the_papers_patches() -> None:

@@ -69,7 +69,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dual": ("dual", {}),
     "single-step": ("single-step", {}),
     "single-epoch": ("single-epoch", {}),
-    "small-data": ("small-data", {"pixel_epochs": 0}),
+    "demo": ("demo", {"pixel_epochs": 0}),
     "uneven-parts": (
         "dual",
         {
