@@ -49,7 +49,8 @@ def resolutions_of(config: Config) -> tuple[Resolution, ...]:
 
 def describe_resolution(resolution: Resolution) -> str:
     """How large the views are, and when."""
-    return f"epochs {resolution.first_epoch + 1} to {resolution.last_epoch}: views of {resolution.size} pixels"
+    first, last = resolution.first_epoch + 1, resolution.last_epoch
+    return f"epoch{f's {first} to {last}' if first < last else f' {last}'}: views of {resolution.size} pixels"
 
 
 def at_size(config: Config, resolution: Resolution) -> Config:
