@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from fastpmae.config import Config
 from fastpmae_loaders import ViewSettings
@@ -36,11 +36,9 @@ def resolutions_of(config: Config) -> tuple[Resolution, ...]:
         UserError: for sizes and shares that make none.
     """
     epochs, entries = config.optimizer.epochs, _entries(config)
-    shares = [share for _, share in entries[:-1]]
-    ends = [round(sum(shares[: count + 1]) * epochs) for count in range(len(shares))] + [epochs]
-    found = [
-        Resolution(size, first, last) for (size, _), (first, last) in zip(entries, pairwise([0, *ends]), strict=True)
-    ]
+    ends = [round(share * epochs) for share in accumulate(share for _, share in entries[:-1])]
+    spans = pairwise([0, *ends, epochs])
+    found = [Resolution(size, first, last) for (size, _), (first, last) in zip(entries, spans, strict=True)]
     for each in found:
         if each.first_epoch >= each.last_epoch:
             raise _refused(
@@ -51,7 +49,8 @@ def resolutions_of(config: Config) -> tuple[Resolution, ...]:
 
 def describe_resolution(resolution: Resolution) -> str:
     """How large the views are, and when."""
-    return f"epochs {resolution.first_epoch + 1} to {resolution.last_epoch}: views of {resolution.size} pixels"
+    first, last = resolution.first_epoch + 1, resolution.last_epoch
+    return f"epoch{f's {first} to {last}' if first < last else f' {last}'}: views of {resolution.size} pixels"
 
 
 def at_size(config: Config, resolution: Resolution) -> Config:

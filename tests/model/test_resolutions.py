@@ -13,7 +13,7 @@ from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import check, make_student
 from fastpmae.model.patches import positions_on, sincos_positions
 from fastpmae.model.phases import phases_of, resolutions_in
-from fastpmae.model.resolutions import Resolution, at_size, canonical, resolutions_of
+from fastpmae.model.resolutions import Resolution, at_size, canonical, describe_resolution, resolutions_of
 from fastpmae.pretraining import online_knn
 from fastpmae.pretraining.data import make_loader
 from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
@@ -52,6 +52,11 @@ def test_sizes_take_whole_epochs_by_their_shares(given: tuple[str, ...], epochs:
     config = Config().using(progressive_resolution=given, epochs=epochs)
     check(config)
     assert spans(config) == expected
+
+
+def test_when_a_size_is_shown_is_said():
+    assert describe_resolution(Resolution(128, 0, 3)) == "epochs 1 to 3: views of 128 pixels"
+    assert describe_resolution(Resolution(160, 3, 4)) == "epoch 4: views of 160 pixels"
 
 
 def test_a_share_has_one_form():

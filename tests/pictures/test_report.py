@@ -133,8 +133,8 @@ def test_figures_and_marks_of_sizes_of_views():
         for number, (rate, size) in enumerate([(90.0, 48), (80.0, 48), (50.0, 64), (40.0, 64), (1.0, float("nan"))])
     ]
     figures = dict(report_module._figures(Config(), rows[:4]))
-    assert figures["images/s at 48 px, median"] == "80"
-    assert figures["images/s at 64 px, median"] == "40"
+    assert figures["images/s at 48 px, median"] == "90"
+    assert figures["images/s at 64 px, median"] == "50"
     assert figures["loss, last at 48 px"] == "8.00"
     assert figures["loss, last at 64 px"] == "6.00"
     plain = dict(report_module._figures(Config(), [{**row, "image_size": 0} for row in rows]))
