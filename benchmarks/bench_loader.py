@@ -32,8 +32,8 @@ from fastpmae.photographs import write_demo_images
 from fastpmae_loaders import Beton
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads, usable_cores
-from fastpmae_loaders.sources.beton import JPG
-from fastpmae_loaders.write.images import ImageSettings, StoredImage, store
+from fastpmae_loaders.native.coefficients import pack_jpeg
+from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG
 from fastpmae_loaders.write.pages import PageWriter
 from fastpmae_loaders.write.write import write_beton
 
@@ -104,16 +104,16 @@ def prepare(data: Path | None, into: Path, least: int) -> Images:
 def write_coefficients(task: Task) -> None:
     """Beside a task's .beton of JPEGs one of their coefficients, sample by sample; JPEGs that have none as they are."""
     beton = Beton(task.beton)
-    coded: dict[bytes, StoredImage] = {}
-    settings = ImageSettings(mode="coefficients")
+    coded: dict[bytes, tuple[int, bytes]] = {}
     with task.coefficients.open("wb") as file:
         pages = PageWriter(file, len(beton), 8 << 20)
         for index in range(len(beton)):
-            payload = beton.payload(index).tobytes()
+            payload, height, width = beton.payload(index).tobytes(), int(beton.height[index]), int(beton.width[index])
             if payload not in coded:
-                coded[payload] = store(payload, settings)
-            image = coded[payload]
-            pages.add(image.mode, image.width, image.height, int(beton.label[index]), image.data)
+                code = pack_jpeg(payload, height, width)
+                coded[payload] = (JPG, payload) if code is None else (COEFFICIENTS, code)
+            mode, data = coded[payload]
+            pages.add(mode, width, height, int(beton.label[index]), data)
         pages.finish(None)
 
 

@@ -4,6 +4,9 @@ As in `loader_baselines.py`: each as its documentation would write it and as fas
 left out in its favour. None of them is needed by anything else; `pip install 'fastpmae[bench]'` brings what PyPI has.
 """
 
+# they are no requirement of the checks
+# pyright: reportMissingImports=false
+
 import os
 import tarfile
 from collections.abc import Callable, Iterator

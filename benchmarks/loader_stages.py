@@ -1,10 +1,11 @@
-"""Where the FFCV engine's time goes: CPU-seconds an image, stage by stage, on one thread.
+"""Where the native engine's time goes: CPU-seconds an image, stage by stage, on one thread.
 
-`python -m benchmarks.loader_stages [--data DIR_OR_BETON] [--json F] [--quick]`. Every image goes through all stages
-before the next one does, as in the loader, so that each stage finds the caches as the one before left them; a clock of
-the thread's CPU time is read in between. A colour operation that the draws leave out costs nothing, so each stage is
-averaged with its probability. Rounds of the stages and of the engine itself take turns: what the engine takes beyond
-the stages is called "rest". The operations of the jitter run fused; each is timed alone as well, beside the sum.
+`python -m benchmarks.loader_stages [--data DIR_OR_BETON] [--coefficients] [--json F] [--quick]`. Every image goes
+through all stages before the next one does, as in the loader, so that each stage finds the caches as the one before
+left them; a clock of the thread's CPU time is read in between. A colour operation that the draws leave out costs
+nothing, so each stage is averaged with its probability. Rounds of the stages and of the engine itself take turns: what
+the engine takes beyond the stages is called "rest". The operations of the jitter run fused; each is timed alone as
+well, beside the sum.
 """
 
 import ctypes
@@ -19,16 +20,21 @@ from typing import Any
 import numba
 import numpy as np
 
-from benchmarks.bench_loader import prepare
+from benchmarks.bench_loader import prepare, write_coefficients
 from benchmarks.common import Row, arguments, make_row, save
+from benchmarks.loader_baselines import Task
 from fastpmae_loaders import Beton, ViewSettings
 from fastpmae_loaders.engines.base import Source, make_job
-from fastpmae_loaders.engines.ffcv_engine import FFCVEngine
+from fastpmae_loaders.engines.native_engine import NativeEngine
+from fastpmae_loaders.engines.second_opinion import second_opinion
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.jit.memory import bytes_at
+from fastpmae_loaders.native.coefficients import unpack
+from fastpmae_loaders.native.decoder import decode, make_workspace
 from fastpmae_loaders.pixels import colour as c
 from fastpmae_loaders.pixels.resize import resize
 from fastpmae_loaders.sampling import BLURRED, GRAY, JITTER, ORDER, SIGMA, SOLARISED, SampleDraws, draw_samples
-from fastpmae_loaders.sources.jpeg import TurboDecoders
+from fastpmae_loaders.sources.beton import COEFFICIENTS
 from fastpmae_loaders.sources.turbo import call_decoder
 
 BATCH, SIDE = 64, 224
@@ -62,7 +68,7 @@ def make_timer(library: ctypes.CDLL) -> Callable:
             c.grayscale(image)
 
     @numba.njit
-    def run(places, decoder, handle, draws, scratch, views, spent, alone):
+    def run(places, modes, second, work, draws, scratch, views, spent, alone):
         memory = np.zeros(2, np.int64)
         copy = np.empty_like(views[0, 0])
         for row in range(places.shape[0]):
@@ -72,7 +78,13 @@ def make_timer(library: ctypes.CDLL) -> Callable:
             image = views[row, 1]
             times = spent[row]
             start = now(memory)
-            call_decoder(decoder, handle, address, size, height, width, pixels)
+            data, boxes = bytes_at(address, size), draws.boxes[row]
+            if modes[row] == COEFFICIENTS:
+                shown = unpack(data, height, width, boxes, pixels, work)
+            else:
+                shown = decode(data, height, width, boxes, pixels, work)
+            if not shown:
+                call_decoder(second, 0, address, size, height, width, pixels)
             for view in range(2):
                 stop = now(memory)
                 times[view] += stop - start
@@ -116,8 +128,10 @@ class Stages:
         self.beton = beton
         self.settings = ViewSettings(image_size=SIDE)
         self.source = Source(beton, self.settings.views, 7, self.settings.patches, self.settings.visible)
-        self.engine: Any = FFCVEngine(self.source)
-        self.decoders = TurboDecoders()
+        self.engine: Any = NativeEngine(self.source)
+        self.second = int(ctypes.cast(second_opinion, ctypes.c_void_p).value or 0)
+        largest = (int(getattr(beton, name).max()) for name in ("height", "width", "size"))
+        self.workspace = make_workspace(*largest)
         self.scratch = self.source.scratch()
         self.run = make_timer(ctypes.CDLL(None))
         self.batches = np.arange(images // BATCH * BATCH).reshape(-1, BATCH) % len(beton)
@@ -145,9 +159,8 @@ class Stages:
             drawing += seconds
             address = beton.data.ctypes.data + beton.pointer[indices].astype(np.int64)
             places = np.stack([address, beton.size[indices], beton.height[indices], beton.width[indices]], 1)
-            with self.decoders.lend() as handle:
-                decoder = self.decoders.function, handle
-                self.run(places.astype(np.int64), *decoder, draws, self.scratch, self.views, spent, alone)
+            decoding = beton.mode[indices], self.second, self.workspace
+            self.run(places.astype(np.int64), *decoding, draws, self.scratch, self.views, spent, alone)
         count = self.batches.size
         stages: dict[str, float] = dict(zip(STAGES, spent.sum(0) / 1e9 / count, strict=True))
         stages[DRAWN] = drawing / count
@@ -192,7 +205,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     axes.bar_label(axes.barh([row.case for row in shown], [row.value for row in shown]), fmt="%.0f", padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set(xlabel="CPU-µs an image", title="Where the FFCV engine's time goes")
+    axes.set(xlabel="CPU-µs an image", title="Where the native engine's time goes")
     save(figure, file)
 
 
@@ -200,10 +213,16 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = arguments("loader_stages", "CPU-seconds an image, stage by stage.")
     parser.add_argument("--data", type=Path, metavar="DIR_OR_BETON", help="images to read (the sample of ImageNet)")
+    parser.add_argument("--coefficients", action="store_true", help="read the JPEGs' coefficients instead")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            stages = Stages(Beton(prepare(options.data, Path(folder), 384).beton), 128 if options.quick else 384)
+            images = prepare(options.data, Path(folder), 384)
+            task = Task("", images.beton, images.folder, BATCH, 1, SIDE)
+            if options.coefficients:
+                write_coefficients(task)
+            beton = Beton(task.coefficients if options.coefficients else task.beton)
+            stages = Stages(beton, 128 if options.quick else 384)
         except UserError as error:
             parser.error(str(error))
         gate = stages.agree()

@@ -63,8 +63,7 @@ class PairedViews:
             Their views are what they are without it.
         shuffle: a new order each epoch; otherwise the file's own, or that of the indices.
         page_order: shuffle page by page (see epoch_order); None does so where the file is larger than memory.
-        workers: threads; 0 is one, as codebases are debugged that take it for the number of processes. torch's own
-            number of threads is never touched.
+        workers: threads; 0 is one, for code that takes it for a number of processes. torch's own threads stay as many.
         bad_fraction: above this share of samples that do not decode, of those tried so far, each counted once, the
             iteration stops.
         ahead: batches made before they are asked for.

@@ -14,18 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench_loader, loader_cases, loader_checks, loader_turns
+from benchmarks import bench_loader, loader_cases, loader_checks, loader_kinds, loader_turns
 from benchmarks.loader_baselines import Task
 from benchmarks.loader_cases import Case, Shown
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.sources.beton import COEFFICIENTS
 from fastpmae_loaders.write.write import write_beton
+from tests.engines import needs_ffcv
 from tests.made import REPOSITORY, made_image
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"case", "metric", "unit", "value", "low", "high", "baseline", "ratio", "gate", "device", "versions", "date"}
 REQUIRED = {
-    "ours-ffcv", "ours-dali", "ours-torch", "ours-ffcv-device-colour", "ours-ffcv-geometry", "ffcv-stock", "dali-stock",
-    "torchvision", "torchvision-geometry", "timm", "decode-only",
+    "ours-native", "ours-native-coefficients", "ours-ffcv", "ours-dali", "ours-torch", "ours-ffcv-device-colour",
+    "ours-ffcv-geometry", "ffcv-stock", "dali-stock", "torchvision", "torchvision-geometry", "timm", "decode-only",
 }  # fmt: skip
 
 
@@ -43,7 +45,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def task(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Task:
     images = bench_loader.prepare(photographs, tmp_path_factory.mktemp("prepared"), 24)
-    return Task("ours-torch", images.beton, images.folder, batch=4, workers=1, side=48)
+    task = Task("ours-torch", images.beton, images.folder, batch=4, workers=1, side=48)
+    bench_loader.write_coefficients(task)
+    return task
 
 
 def command(*flags: str | Path) -> subprocess.CompletedProcess:
@@ -55,9 +59,15 @@ def test_every_case_that_is_named_is_there():
     assert set(loader_cases.CASES) >= REQUIRED
     assert set(bench_loader.QUICK) == REQUIRED
     compared = {name for case in REQUIRED for name in bench_loader.baselines_of(case, REQUIRED)}
-    assert compared == {"ffcv-stock", "dali-stock", "torchvision", "torchvision-geometry", "timm", "decode-only"}
+    others = {"ffcv-stock", "dali-stock", "torchvision", "torchvision-geometry", "timm", "decode-only"}
+    assert compared == others | {"ours-native", "ours-ffcv"}
+    assert {"torchvision", "ours-ffcv", "decode-only"} <= set(bench_loader.baselines_of("ours-native", REQUIRED))
+    wanted = {"torchvision", "ours-native", "decode-only"}
+    assert wanted <= set(bench_loader.baselines_of("ours-native-coefficients", REQUIRED))
+    assert set(bench_loader.PEERS) <= set(bench_loader.baselines_of("ours-native", loader_cases.CASES))
 
 
+@needs_ffcv
 @pytest.mark.slow
 def test_the_command_writes_rows_with_their_names_and_keys(photographs: Path, tmp_path: Path):
     file, plot = tmp_path / "rows.json", tmp_path / "plot.png"
@@ -123,7 +133,11 @@ def shown_first(task: Task) -> Shown:
     return next(loader_cases.CASES[task.case].open(task))
 
 
-@pytest.mark.parametrize("case", ["ours-torch", "ours-ffcv", "ours-ffcv-geometry", "ours-ffcv-device-colour"])
+OURS = ["ours-native", "ours-native-coefficients", "ours-torch"]
+OURS_BY_FFCV = ["ours-ffcv", "ours-ffcv-geometry", "ours-ffcv-device-colour"]
+
+
+@pytest.mark.parametrize("case", [*OURS, *(pytest.param(case, marks=needs_ffcv) for case in OURS_BY_FFCV)])
 def test_ours_passes_its_check_and_fails_it_when_a_pixel_out_of_place(task: Task, case: str):
     """Negative controls: a view one pixel aside, mirrored, of another sample, or a little too bright."""
     task = replace(task, case=case)
@@ -154,6 +168,7 @@ def test_a_black_baseline_fails_its_check(task: Task):
     assert "no photographs" in loader_checks.check(task, loader_checks.evidence(shown, task.case))
 
 
+@needs_ffcv
 def test_the_ceiling_decodes_what_is_there(task: Task):
     task = replace(task, case="decode-only")
     shown = shown_first(task)
@@ -179,6 +194,41 @@ def test_all_cases_read_the_same_bytes(task: Task, photographs: Path):
         assert beton.payload(index).tobytes() == files[index % 12].read_bytes()
     originals = {file.read_bytes() for file in photographs.rglob("*.jpg")}
     assert {file.read_bytes() for file in files} == originals
+
+
+def test_coefficients_are_those_of_the_same_images(task: Task):
+    """Sample by sample, of 12 images 24 times."""
+    jpegs, coded = loader_cases.Beton(task.beton), loader_cases.Beton(task.coefficients)
+    assert len(jpegs) == len(coded) == 24
+    assert (coded.mode == COEFFICIENTS).all()
+    for index in range(24):
+        assert np.array_equal(jpegs.decode(index), coded.decode(index))
+
+
+@pytest.mark.parametrize("kind", loader_kinds.KINDS)
+def test_an_image_of_every_kind(photographs: Path, tmp_path: Path, kind: str):
+    loader_kinds.write_kind(kind, photographs / "class0", tmp_path / "made", 1)
+    with Image.open(tmp_path / "made" / "0000.jpg") as image:
+        size = "x".join(map(str, image.size))
+        assert kind.startswith(size)
+        assert (image.mode == "L") == ("gray" in kind)
+        assert ("progressive" in image.info) == ("progressive" in kind)
+        if image.mode == "RGB":
+            first, second, third = (layer[1:3] for layer in image.layer)  # pyright: ignore[reportAttributeAccessIssue]
+            assert second == third == (1, 1)
+            assert first == ((1, 1) if "4:4:4" in kind else (2, 2))
+
+
+@pytest.mark.slow
+def test_kinds_are_swept(photographs: Path, tmp_path: Path):
+    sizes = ["--batch", "4", "--side", "48", "--workers", "1", "--cases", "ours-native-coefficients", "torchvision"]
+    file = tmp_path / "rows.json"
+    done = command("--quick", "--kinds", "--data", photographs, "--json", file, "--plot", tmp_path / "p.png", *sizes)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())
+    assert {row["case"].split(" kind=")[1] for row in rows} == set(loader_kinds.KINDS)
+    assert all(row["gate"] for row in rows)
+    assert (tmp_path / "p_kinds.png").exists()
 
 
 def test_raw_pixels_are_refused(photographs: Path, tmp_path: Path):
