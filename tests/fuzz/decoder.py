@@ -42,7 +42,7 @@ def shown(payload: bytes, height: int, width: int, boxes: np.ndarray, at_start: 
     return pixels if function(data, height, width, boxes, pixels.ctypes.data, work) else None
 
 
-def look_at(payload: bytes, box: tuple[float, float, float, float], at_start: bool) -> None:
+def look_at(payload: bytes, box: np.ndarray, at_start: bool) -> None:
     """Decode a payload, whole and a part of it, and hold the pictures against what else makes them.
 
     UserError where it is not decoded here.
@@ -95,7 +95,7 @@ def cases(rng: np.random.Generator, folder: Path) -> Iterator[Case]:
     jpegs, codes = small_jpegs(), small_codes()
     for payload in jpegs[:8] + codes[:8]:
         with suppress(UserError):
-            look_at(payload, (0, 0, 1, 1), at_start=False)  # numba's compiler is no part of the first case
+            look_at(payload, np.array([0, 0, 1, 1]), at_start=False)  # numba's compiler is no part of the first case
     path = folder / "payload"
     while True:
         if rng.random() < 0.5:
@@ -114,5 +114,5 @@ def cases(rng: np.random.Generator, folder: Path) -> Iterator[Case]:
             if name == "JPEG" or rng.random() < 0.3:
                 payload = change_bytes(payload, rng, len(payload))
         path.write_bytes(payload)
-        box, at_start = tuple(float(part) for part in rng.random(4)), bool(rng.integers(2))
+        box, at_start = rng.random(4), bool(rng.integers(2))
         yield Case(name, partial(look_at, payload, box, at_start), (path,))
