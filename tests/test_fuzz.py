@@ -52,3 +52,15 @@ def test_no_file_crashes_hangs_or_ends_in_a_traceback(kind: str, tmp_path: Path)
     print(report)
     assert not report.failures, "\n".join([str(report), *report.failures])
     assert report.outcomes["refused"] > 0, "nothing was hostile enough to be refused"
+
+
+@pytest.mark.slow
+def test_the_decoder_as_python_answers_as_its_machine_code_does(tmp_path: Path):
+    """What is fuzzed by coverage is what runs elsewhere; each index of it is checked."""
+    words = ["--compare", "--corpus", str(tmp_path / "corpus"), "--kept", str(tmp_path / "kept")]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.scalar_decoder", *words],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "corpus").iterdir())) > 50

@@ -79,6 +79,7 @@ ROOMS = {
         "bad_samples",
         "paired",
         "plain",
+        "ffcv",
         "adapters",
         "timm_recipe",
         "write",

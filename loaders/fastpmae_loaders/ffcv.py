@@ -48,7 +48,7 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, cty
 def _array_at(address: int, *shape: int, kind: Any = np.uint8) -> np.ndarray:
     """The memory at an address as an array; nothing keeps it there."""
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), kind).reshape(shape)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(kind).reshape(shape)
 
 
 class _Memory:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fastpmae_loaders import Batch, Beton, DaliSettings, PairedViews, PlainViews, UserError, ViewSettings
 from fastpmae_loaders.native.coefficients import pack_jpeg
+from fastpmae_loaders.sources.beton import CODED_VERSION
 from fastpmae_loaders.sources.jpeg import turbo_available
 from fastpmae_loaders.write.check import sample_checker
 from tests.fuzz.case import Case
@@ -227,6 +228,11 @@ def read(path: Path) -> None:
     outcomes = {engine: outcome for engine, outcome in found.items() if not isinstance(outcome, UserError)}
     batches, failed = outcomes["torch"]
     for engine, (others, other_failed) in outcomes.items():
+        if engine == "dali" and beton.version == CODED_VERSION:
+            # it looks at the whole of coefficients, where the others look at what the views show
+            assert set(failed) <= set(other_failed), f"dali finds {other_failed} bad, torch {failed}"
+            if other_failed != failed:
+                continue
         assert other_failed == failed, f"{engine} finds {other_failed} bad, torch {failed}"
         for ours, theirs in zip(others, batches, strict=True):
             assert torch.equal(ours.index, theirs.index)

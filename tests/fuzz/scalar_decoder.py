@@ -15,6 +15,8 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +68,14 @@ class Memory:
         return _STEP if found < 0 else found
 
 
-def fuzz(words: list[str]) -> None:
-    """Give libFuzzer's inputs to both forms; ends the process."""
-    os.environ["NUMBA_DISABLE_JIT"] = "1"
+def both_forms(imports: AbstractContextManager[Any]) -> Callable[[bytes], None]:
+    """What gives a payload to both forms and compares; AssertionError where they differ or an index is wrong.
+
+    The decoder is imported, as Python, within `imports`.
+    """
     compiled = {name: value for name, value in os.environ.items() if name != "NUMBA_DISABLE_JIT"}
-    atheris: Any = importlib.import_module("atheris")
-    with atheris.instrument_imports(include=["fastpmae_loaders.native"]):
+    os.environ["NUMBA_DISABLE_JIT"] = "1"
+    with imports:
         from fastpmae_loaders.native import coefficients, data, huffman
 
     from tests.fuzz.decoder_answers import DIGEST, Answers, digest
@@ -108,8 +112,25 @@ def fuzz(words: list[str]) -> None:
         assert len(expected) == DIGEST, "the compiled form has ended"
         assert found == expected, "the compiled form answers otherwise"
 
+    return run
+
+
+def fuzz(words: list[str]) -> None:
+    """Give libFuzzer's inputs to both forms; ends the process."""
+    atheris: Any = importlib.import_module("atheris")
+    run = both_forms(atheris.instrument_imports(include=["fastpmae_loaders.native"]))
     atheris.Setup([sys.argv[0], *words], run)
     atheris.Fuzz()
+
+
+def compare(corpus: Path) -> None:
+    """Give a folder's inputs to both forms, without atheris."""
+    run = both_forms(nullcontext())
+    for path in sorted(corpus.iterdir()):
+        try:
+            run(path.read_bytes())
+        except AssertionError as error:
+            raise AssertionError(f"{path}: {error}") from error
 
 
 def fill(corpus: Path) -> None:
@@ -133,6 +154,7 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, default=Path("fuzz-corpus"), help="inputs that reach something new")
     parser.add_argument("--kept", type=Path, default=Path("fuzz-failures"), help="where inputs that fail are kept")
     parser.add_argument("--replay", type=Path, nargs="+", help="run these inputs alone")
+    parser.add_argument("--compare", action="store_true", help="give the corpus to both forms; needs no atheris")
     parser.add_argument("--inside", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside is not None:
@@ -143,6 +165,9 @@ def main() -> int:
     for folder in (options.corpus, options.kept):
         folder.mkdir(parents=True, exist_ok=True)
     fill(options.corpus.resolve())
+    if options.compare:
+        compare(options.corpus)
+        return 0
     ends, failed = time.monotonic() + 60 * options.minutes, 0
     while (left := int(ends - time.monotonic())) > 0:
         words = [

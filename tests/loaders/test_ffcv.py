@@ -1,5 +1,6 @@
 """Our decoders in FFCV's own loader: whole images to the bit, its crops, and broken images black."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ BROKEN = 7
 
 @pytest.mark.slow
 @pytest.mark.skipif(not turbo_available(), reason="ffcv is not installed")
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_ffcvs_loader_shows_what_pillow_shows(workers: int, tmp_path: Path):
     jpegs: list = [
         encoded(made_image(number, *SIZE), (0, 1, 2, "gray")[number % 4], 90, progressive=number % 5 == 4)
@@ -33,7 +34,9 @@ def test_ffcvs_loader_shows_what_pillow_shows(workers: int, tmp_path: Path):
     plain = [encoded(made_image(number, *size).resize((1, 1)).resize(size), 0, 95) for number, size in enumerate(sizes)]
     varied = write_beton(tmp_path / "varied.beton", plain, sizes)
     words = [sys.executable, "-m", "tests.programs.native_in_ffcv", whole, varied, tmp_path / "read.npz", str(workers)]
-    subprocess.run(words, cwd=REPOSITORY, check=True, timeout=500)
+    # FFCV has numba take as many threads, which the machine may not have
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    subprocess.run(words, cwd=REPOSITORY, env=environment, check=True, timeout=500)
     read = np.load(tmp_path / "read.npz")
     beton, seen = Beton(whole), (read["labels"] // 10).tolist()
     assert sorted(seen) == sorted(2 * list(range(10)))

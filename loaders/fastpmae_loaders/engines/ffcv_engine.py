@@ -28,12 +28,14 @@ import torch
 from fastpmae_loaders.engines.base import ATTEMPTS, Job, Source, make_job
 from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.engines.second_opinion import images_of, second_opinion
-from fastpmae_loaders.engines.views import Rows, fill_row
+from fastpmae_loaders.engines.views import Rows, draw_row, fill_row, show_row
+from fastpmae_loaders.engines.workspaces import Workspaces
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.jit.compiled import kernel
-from fastpmae_loaders.jit.memory import fetch_add, read_into
+from fastpmae_loaders.jit.memory import bytes_at, fetch_add, read_into
+from fastpmae_loaders.native.coefficients import unpack
 from fastpmae_loaders.sampling import CHOICES, FACTORS
-from fastpmae_loaders.sources.beton import JPG, RAW, Beton
+from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, RAW, Beton
 from fastpmae_loaders.sources.jpeg import TurboDecoders, turbo_available
 from fastpmae_loaders.sources.markers import stands_alone
 from fastpmae_loaders.sources.pictures import one_line
@@ -48,7 +50,21 @@ _MISSING = (
 
 @kernel
 def _fill(
-    counter, indices, images, following, data, decoder, handle, second, seed, epoch, recipes, colours, scratch, out
+    counter,
+    indices,
+    images,
+    following,
+    data,
+    decoder,
+    handle,
+    second,
+    seed,
+    epoch,
+    recipes,
+    colours,
+    work,
+    scratch,
+    out,
 ):
     """Rows of a batch until none is left to take; how many were done here.
 
@@ -73,12 +89,18 @@ def _fill(
                 readable = read_into(-1 - data, source, size, here)
             else:
                 source, readable = data + source, True
+            if readable and images.mode[index] == COEFFICIENTS:
+                # as far as the views show them, and so with the native engine's verdict on what is damaged
+                draw_row(row, index, height, width, seed, epoch, recipes, scratch, out)
+                if unpack(bytes_at(source, size), height, width, out.boxes[row], target, work):
+                    show_row(row, target, height, width, recipes, colours, scratch, out)
+                    break
+                out.index[row] = -1
             if readable and images.mode[index] == RAW:
                 pixels = source
-            elif readable and (
+            elif (readable and images.mode[index] == JPG) and (
                 (
-                    images.mode[index] == JPG
-                    and stands_alone(source, size, height, width)
+                    stands_alone(source, size, height, width)
                     and call_decoder(decoder, handle, source, size, height, width, target) == 0
                 )
                 or call_decoder(second, 0, source, size, height, width, target) == 0
@@ -216,6 +238,7 @@ def _operation_class(ffcv: Any) -> Any:
             self._images = images_of(beton)
             self._data = -1 - beton.descriptor
             self._decoders = TurboDecoders()
+            self._workspaces = Workspaces(self._images, (COEFFICIENTS,))
             self._second = int(ctypes.cast(second_opinion, ctypes.c_void_p).value or 0)
             self._thread = threading.local()
 
@@ -238,11 +261,11 @@ def _operation_class(ffcv: Any) -> Any:
                 counter, epoch, rows = np.zeros(1, np.int64), self.epoch, Rows(addresses, *memory[views:])
             else:
                 counter, epoch, rows = job.counter, job.epoch, job.rows
-            with self._decoders.lend() as handle:
+            with self._decoders.lend() as handle, self._workspaces.lend() as work:
                 here.done = _fill(
                     counter, np.ascontiguousarray(indices, np.int64), self._images, source.following, self._data,
                     self._decoders.function, handle, self._second,
-                    source.seed, epoch, self._recipes, source.colours, here.scratch, rows,
+                    source.seed, epoch, self._recipes, source.colours, work, here.scratch, rows,
                 )  # fmt: skip
 
         @property

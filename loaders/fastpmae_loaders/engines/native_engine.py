@@ -4,8 +4,6 @@ What is not an ordinary JPEG, or not sound, is given to Pillow. The pictures are
 """
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 
@@ -13,12 +11,13 @@ from fastpmae_loaders.engines.base import ATTEMPTS, Job, Source, make_job
 from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.engines.second_opinion import images_of, second_opinion
 from fastpmae_loaders.engines.views import draw_row, show_row
+from fastpmae_loaders.engines.workspaces import Workspaces
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.jit.compiled import kernel
 from fastpmae_loaders.jit.memory import bytes_at, fetch_add, read_into
 from fastpmae_loaders.native.coefficients import unpack
-from fastpmae_loaders.native.decoder import Workspace, decode, make_workspace, planes_size
-from fastpmae_loaders.sources.beton import COEFFICIENTS, RAW, Beton
+from fastpmae_loaders.native.decoder import decode
+from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, RAW, Beton
 from fastpmae_loaders.sources.turbo import call_decoder
 
 
@@ -76,39 +75,18 @@ class NativeEngine:
         self._images = images_of(source.samples)
         self._descriptor = source.samples.descriptor
         self._second = int(ctypes.cast(second_opinion, ctypes.c_void_p).value or 0)
-        self._idle: list[Workspace] = []
+        self._workspaces = Workspaces(self._images, (JPG, COEFFICIENTS))
         # on an empty batch, so that what is compiled is there before the threads are
         self.fill(make_job(np.zeros(0, np.int64), 0, source), source.scratch())
 
     def fill(self, job: Job, scratch: Scratch) -> int:
         """See Engine."""
         source = self._source
-        with self._workspace() as work:
+        with self._workspaces.lend() as work:
             return _fill(
                 job.counter, job.indices, self._images, source.following, self._descriptor, self._second,
                 source.seed, job.epoch, self._recipes, source.colours, work, scratch, job.rows,
             )  # fmt: skip
-
-    @contextmanager
-    def _workspace(self) -> Iterator[Workspace]:
-        """Memory that no other thread has meanwhile."""
-        try:
-            work = self._idle.pop()
-        except IndexError:
-            work = self._make_workspace()
-        try:
-            yield work
-        finally:
-            self._idle.append(work)
-
-    def _make_workspace(self) -> Workspace:
-        coded = self._images.mode != RAW
-        height, width, size = (
-            np.where(coded, side, 0) for side in (self._images.height, self._images.width, self._images.size)
-        )
-        return make_workspace(
-            int(height.max()), int(width.max()), int(size.max()), int(planes_size(height, width).max())
-        )
 
     def close(self) -> None:
         """Nothing is held."""

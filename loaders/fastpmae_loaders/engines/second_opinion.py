@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpmae_loaders.native.coefficients import MAGIC, unpack_pixels
 from fastpmae_loaders.sources.beton import Beton
 from fastpmae_loaders.sources.jpeg import TURBO_DECOMPRESS
 from fastpmae_loaders.sources.pictures import decode_jpeg
@@ -32,12 +31,7 @@ def _ask_python(
     """`tjDecompress2` by Pillow: called from compiled code, by address, with the same arguments."""
     try:
         payload = ctypes.string_at(source, size)
-        if payload.startswith(MAGIC):
-            pixels = unpack_pixels(payload, height, width)
-            if pixels is None:
-                return 1
-        else:
-            pixels = decode_jpeg(payload, height, width)
+        pixels = decode_jpeg(payload, height, width)
         ctypes.memmove(target, pixels.ctypes.data, pixels.nbytes)
     except Exception:  # nothing may escape into compiled code
         return 1

@@ -6,7 +6,7 @@ import numpy as np
 
 from fastpmae_loaders.engines.base import ATTEMPTS, Job, Samples, Source
 from fastpmae_loaders.engines.scratch import Scratch
-from fastpmae_loaders.engines.views import fill_row
+from fastpmae_loaders.engines.views import draw_row, fill_row
 from fastpmae_loaders.jit.memory import fetch_add
 from fastpmae_loaders.native.coefficients import unpack_pixels
 from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, RAW
@@ -27,20 +27,26 @@ class TorchEngine:
         source, samples = self._source, self._source.samples
         done = 0
         while (row := fetch_add(job.counter)) < len(job.indices):
-            index = int(job.indices[row])
+            index, rows = int(job.indices[row]), job.rows
             pixels = None
             for _ in range(min(ATTEMPTS, len(samples))):
-                pixels = decode(samples, index)
+                height, width = int(samples.height[index]), int(samples.width[index])
+                if samples.mode[index] == COEFFICIENTS:
+                    # as far as the views show them, and so with the native engine's verdict on what is damaged
+                    draw_row(row, index, height, width, source.seed, job.epoch, self._recipes, scratch, rows)
+                    pixels = decode(samples, index, rows.boxes[row])
+                else:
+                    pixels = decode(samples, index)
                 if pixels is not None:
                     break
                 index = source.after(index)
             if pixels is None:
-                job.rows.index[row] = -1
+                rows.index[row] = -1
             else:
                 height, width = pixels.shape[:2]
                 fill_row(
                     row, index, pixels.ctypes.data, height, width,
-                    source.seed, job.epoch, self._recipes, source.colours, scratch, job.rows,
+                    source.seed, job.epoch, self._recipes, source.colours, scratch, rows,
                 )  # fmt: skip
             done += 1
         return done
@@ -49,15 +55,18 @@ class TorchEngine:
         """Nothing is held."""
 
 
-def decode(samples: Samples, index: int) -> np.ndarray | None:
-    """A sample's uint8 [H, W, 3], upright, of the size that `samples` promises; None where it cannot be had."""
+def decode(samples: Samples, index: int, boxes: np.ndarray | None = None) -> np.ndarray | None:
+    """A sample's uint8 [H, W, 3], upright, of the size that `samples` promises; None where it cannot be had.
+
+    Of coefficients only what `boxes` int32 [m, 4] cover need be there, where they are given.
+    """
     height, width = int(samples.height[index]), int(samples.width[index])
     try:
         payload = samples.payload(index)
         if samples.mode[index] == RAW:
             return payload.reshape(height, width, 3)
         if samples.mode[index] == COEFFICIENTS:
-            return unpack_pixels(payload, height, width)
+            return unpack_pixels(payload, height, width, boxes)
         if samples.mode[index] == JPG:
             return decode_jpeg(payload.tobytes(), height, width)
         return decode_upright(io.BytesIO(payload.tobytes()), height, width)

@@ -10,7 +10,7 @@ OTHER_DIGEST = "its coefficients are not those that were written: the digest say
 _HEADER = FIXED - 8
 
 
-def damage(payload: bytes, height: int, width: int) -> str | None:
+def damage_of(payload: bytes, height: int, width: int) -> str | None:
     """The first thing that is wrong with the code of a picture of height x width pixels; None where all is well."""
     version = len(MAGIC) - 1
     if payload[:version] != MAGIC[:version] or len(payload) < FIXED:

@@ -367,11 +367,11 @@ def _reason(error: Exception) -> str:
 def _unpacked(payload: np.ndarray, height: int, width: int) -> np.ndarray:
     # numba, which nothing else here needs
     from fastpmae_loaders.native.coefficients import unpack_pixels
-    from fastpmae_loaders.native.damage import damage
+    from fastpmae_loaders.native.damage import damage_of
 
     pixels = unpack_pixels(payload, height, width)
     if pixels is None:
-        raise BetonError(damage(payload.tobytes(), height, width) or "its coefficients are damaged")
+        raise BetonError(damage_of(payload.tobytes(), height, width) or "its coefficients are damaged")
     return pixels
 
 

@@ -18,8 +18,8 @@ from fastpmae_loaders.machine import usable_cores
 from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.write.check import check_beton
 from fastpmae_loaders.write.images import ImageSettings
+from fastpmae_loaders.write.jpegs import write_jpegs
 from fastpmae_loaders.write.sources import SourceSettings
-from fastpmae_loaders.write.to_jpeg import write_jpegs
 from fastpmae_loaders.write.write import (
     MOST_WORKERS,
     PAGE_SIZE,

@@ -84,6 +84,25 @@ def test_each_goes_on_where_the_other_was(engine: str, everything: Path):
             assert torch.equal(expected.complex, found.complex)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_same_verdict_on_damaged_coefficients_as(engine: str, tmp_path: Path):
+    """Damage where a sample's views do not look may stay unseen: by each of them alike."""
+    width, height, codes = 96, 160, []
+    for number in range(24):
+        code = pack_jpeg(encoded(made_image(number, width, height), (0, 2)[number % 2], 80), height, width)
+        assert code is not None
+        # somewhere in its last quarter; a block of 30 groups has more coefficients than there are
+        changed = bytearray(code)
+        changed[len(code) * 3 // 4 : len(code) * 3 // 4 + 40] = 40 * b"\x1e"
+        codes.append(bytes(changed))
+    file = write_beton(tmp_path / "coded.beton", codes, 24 * [(width, height)])
+    settings = {"settings": SMALL, "bad_fraction": 1.0, "drop_last": False}
+    with PairedViews(file, 8, "native", **settings) as ours, PairedViews(file, 8, engine, **settings) as his:
+        for first, second in zip(ours, his, strict=True):
+            same(first, second)
+        assert 0 < len(set(ours.failed)) < 24
+
+
 def test_threads_do_not_matter(everything: Path):
     settings = {"settings": SMALL, "bad_fraction": 1.0}
     with PairedViews(everything, 36, "native", workers=1, **settings) as one:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastpmae_loaders.native.coefficients import FIXED, pack_jpeg, unpack_pixels
-from fastpmae_loaders.native.damage import OTHER_DIGEST, damage
+from fastpmae_loaders.native.damage import OTHER_DIGEST, damage_of
 from tests.loaders.native.jpegs import encoded
 from tests.made import made_image
 
@@ -16,7 +16,7 @@ INDEX = FIXED + 3 * 64
 def code() -> bytes:
     found = pack_jpeg(encoded(made_image(1, WIDTH, HEIGHT), 2, 90), HEIGHT, WIDTH)
     assert found is not None
-    assert damage(found, HEIGHT, WIDTH) is None
+    assert damage_of(found, HEIGHT, WIDTH) is None
     return found
 
 
@@ -40,7 +40,7 @@ def test_each_part_is_named(code: bytes):
         (changed(code, 30, bytes([code[30] ^ 1])), OTHER_DIGEST),
         (changed(code, 4, bytes([code[4] ^ 1])), OTHER_DIGEST),
     ):
-        found = damage(broken, HEIGHT, WIDTH)
+        found = damage_of(broken, HEIGHT, WIDTH)
         assert found is not None
         assert words in found
 
@@ -53,7 +53,7 @@ def test_it_refuses_what_the_decoder_refuses(code: bytes):
         broken = bytearray(code)
         for _ in range(rng.integers(1, 4)):
             broken[rng.integers(12, len(broken))] = rng.integers(0, 256)
-        found = damage(bytes(broken), HEIGHT, WIDTH)
+        found = damage_of(bytes(broken), HEIGHT, WIDTH)
         pixels = unpack_pixels(bytes(broken), HEIGHT, WIDTH)
         refused += pixels is None
         assert (found in (None, OTHER_DIGEST)) == (pixels is not None)

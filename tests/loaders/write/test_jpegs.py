@@ -12,7 +12,7 @@ from fastpmae_loaders.native.coefficients import pack_jpeg
 from fastpmae_loaders.native.damage import OTHER_DIGEST
 from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, RAW
 from fastpmae_loaders.write.cli import main
-from fastpmae_loaders.write.to_jpeg import write_jpegs
+from fastpmae_loaders.write.jpegs import write_jpegs
 from fastpmae_loaders.write.write import BadImages, write_beton
 from tests.loaders.files import made_pixels
 from tests.loaders.files import write_beton as made_beton

@@ -56,7 +56,7 @@ def write_jpegs(
         )
     path = str(beton.path)
     items = [Item("sample", path, (index,), int(label)) for index, label in enumerate(beton.label)]
-    setup = ("fastpmae_loaders.write.to_jpeg:sample_converter", (path,), count, timeout)
+    setup = ("fastpmae_loaders.write.jpegs:sample_converter", (path,), count, timeout)
     return write_listed(
         Listing(items, class_names=beton.class_names),
         source, out, setup, skip_bad, force, max(page_size, beton.page_size), progress or Progress(),
@@ -67,7 +67,7 @@ def sample_converter(path: str):
     """What a worker process calls for each sample: its image as it is stored from now on."""
     # numba, which the process that starts this one does not need
     from fastpmae_loaders.native.coefficients import is_whole
-    from fastpmae_loaders.native.damage import damage
+    from fastpmae_loaders.native.damage import damage_of
     from fastpmae_loaders.native.jpeg_writer import to_jpeg
 
     beton = Beton(path)
@@ -80,7 +80,7 @@ def sample_converter(path: str):
             return StoredImage(mode, width, height, payload, kept=True)
         jpeg = to_jpeg(payload, height, width) if is_whole(payload) else None
         if jpeg is None:
-            raise UserError(damage(payload, height, width) or "its coefficients are none that a JPEG may have")
+            raise UserError(damage_of(payload, height, width) or "its coefficients are none that a JPEG may have")
         return StoredImage(JPG, width, height, jpeg, kept=False)
 
     return converted
