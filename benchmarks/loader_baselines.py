@@ -5,6 +5,9 @@ Every pipeline is endless, reads the same JPEG bytes and gives uint8 views [B, 3
 out and said here, in its favour. Where two ways were possible the faster one was taken; the slower ones are named.
 """
 
+# ffcv is an extra, which may be missing
+# pyright: reportMissingImports=false
+
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence

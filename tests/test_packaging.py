@@ -262,6 +262,17 @@ def test_every_command_exists(command):
     assert callable(getattr(importlib.import_module(module), function))
 
 
+def test_types_are_checked_alike_with_and_without_ffcv():
+    """What imports it says that it may be missing, or `make check` would fail where it is not installed."""
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, text=True, capture_output=True)
+    if tracked.returncode != 0:
+        pytest.skip("not a git checkout")
+    for name in tracked.stdout.split():
+        text = (ROOT / name).read_text()
+        if re.search(r"^\s*(import|from) ffcv\b", text, flags=re.MULTILINE):
+            assert "\n# pyright: reportMissingImports=false" in text, name
+
+
 def test_ci_runs_make_test():
     lines = (ROOT / ".ci/run").read_text().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"

@@ -3,6 +3,9 @@
 Nothing is imported before a case does it: the first import of all is part of what is looked at.
 """
 
+# ffcv is an extra, which may be missing
+# pyright: reportMissingImports=false
+
 import os
 import sys
 from collections.abc import Callable

@@ -3,6 +3,9 @@
 HOW is "map" (the system's cache) or "pages" (FFCV's own).
 """
 
+# ffcv is an extra, which may be missing
+# pyright: reportMissingImports=false
+
 import sys
 import warnings
 

@@ -12,6 +12,9 @@ warning, or with the tables of the image before it, is given to Pillow, which pa
 refuses what is cut short.
 """
 
+# ffcv is an extra, which may be missing
+# pyright: reportMissingImports=false
+
 import ctypes
 import threading
 import warnings
@@ -185,8 +188,9 @@ def _leave_shared_types_alone(ffcv: Any) -> None:
 
         return ffcv.pipeline.compiler.Compiler.compile(region, data(numba.uint64, state))
 
-    OSCacheManager.state_type = property(lambda self: state)  # pyright: ignore[reportAttributeAccessIssue]
-    OSCacheManager.compile_reader = compile_reader
+    manager: Any = OSCacheManager
+    manager.state_type = property(lambda self: state)
+    manager.compile_reader = compile_reader
 
 
 # FFCV compiles what it is given unless this switch of the whole process says no

@@ -1,5 +1,8 @@
 """FFCV's own behaviour that the engine must hold off, and what it must take from FFCV."""
 
+# ffcv is an extra, which may be missing
+# pyright: reportMissingImports=false
+
 import json
 import os
 import subprocess
