@@ -3,6 +3,8 @@
 Two epochs of WHOLE, whose images have one size, and the crops of VARIED by FFCV's decoder and by ours.
 """
 
+# pyright: reportMissingImports=false
+
 import sys
 import warnings
 from typing import Any

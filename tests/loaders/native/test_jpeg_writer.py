@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from fastpmae_loaders.native.coefficients import pack_jpeg
