@@ -70,8 +70,8 @@ _DEMO = _named(
     reconstruction_momentum=Config().teacher.reconstruction_momentum,
     lambda_c=0.1,
     lambda_p=0.1,
-    epochs=50,
-    pixel_epochs=0.8,
+    epochs=58,
+    pixel_epochs=50,
     log_every=10,
 )
 
