@@ -216,7 +216,7 @@ def draw(rows: Sequence[Row], title: str, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     compared = [row for row in rows if row.ratio is not None]
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * len(compared)))
+    figure, axes = plt.subplots(figsize=(11, 1 + 0.4 * len(compared)))
     names = [f"{row.case} / {row.baseline} ({row.metric})" for row in compared]
     bars = axes.barh(names, [row.ratio or 0 for row in compared])
     axes.bar_label(bars, fmt="%.2f ×", padding=3)

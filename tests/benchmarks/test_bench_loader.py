@@ -221,7 +221,7 @@ def test_an_image_of_every_kind(photographs: Path, tmp_path: Path, kind: str):
 
 @pytest.mark.slow
 def test_kinds_are_swept(photographs: Path, tmp_path: Path):
-    sizes = ["--batch", "4", "--side", "48", "--workers", "1", "--cases", "ours-native-coefficients", "torchvision"]
+    sizes = ["--batch", "12", "--side", "48", "--workers", "1", "--cases", "ours-native-coefficients", "torchvision"]
     file = tmp_path / "rows.json"
     done = command("--quick", "--kinds", "--data", photographs, "--json", file, "--plot", tmp_path / "p.png", *sizes)
     assert done.returncode == 0, done.stderr
