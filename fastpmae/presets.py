@@ -71,7 +71,7 @@ _DEMO = _named(
     lambda_c=0.1,
     lambda_p=0.1,
     epochs=58,
-    pixel_epochs=50,
+    pixel_epochs=0.86,
     log_every=10,
 )
 

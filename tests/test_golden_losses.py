@@ -19,8 +19,8 @@ def test_losses_are_those_that_were_kept(case: str):
 
 
 def test_every_method_has_its_losses_and_nothing_else_is_kept():
-    # paper-800 and ablation are paper and dual by another length, and the demo is dual
-    assert {preset for preset, _ in CASES.values()} == set(PRESETS) - {"paper-800", "ablation", "demo"}
+    # paper-800 and ablation are paper and dual by another length, and small-data goes from mae to sdae
+    assert {preset for preset, _ in CASES.values()} == set(PRESETS) - {"paper-800", "ablation", "small-data"}
     assert set(FOLDER.glob("*.json")) == {path_of(case) for case in CASES}
 
 

@@ -697,7 +697,7 @@ def test_resume_alone_needs_nothing_but_the_folder(tiny: Config):
             ["--preset", "demo", "--compile", "off", "--compile-mode", "max-autotune"],
             "--compile-mode max-autotune says",
         ),
-        (["--preset", "demo", "--epsilon", "1e-300"], "--epsilon and --student-temperature must be at least 1e-06"),
+        (["--preset", "demo", "--epsilon", "1e-300"], "--epsilon must be at least 1e-06: logits are divided by it"),
         (
             ["--preset", "demo", "--activation-checkpointing", "-2"],
             "--activation-checkpointing -2: every so many blocks",

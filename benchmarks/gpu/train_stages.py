@@ -129,8 +129,8 @@ def train(task: Task) -> None:
 def resume(task: Task) -> None:
     """12 steps, twice and in two halves, with and without --deterministic; then a signal, and on from there."""
     common = [
-        "--beton", task.data / TRAIN, "--preset", "small-data", "--loader", "torch", "--device", task.device.type,
-        "--compile", "off", "--log-every", 1, "--epochs", 1, "--workers", 2,
+        "--beton", task.data / TRAIN, "--preset", "demo", "--pixel-epochs", 0, "--loader", "torch",
+        "--device", task.device.type, "--compile", "off", "--log-every", 1, "--epochs", 1, "--workers", 2,
     ]  # fmt: skip
     if task.tiny:
         common += ["--batch-size", 4, *network_flags(task)]

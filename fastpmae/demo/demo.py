@@ -82,8 +82,9 @@ def demo(
         steps: Stop after so many steps.
         minutes: Stop the training after so long, wherever it is.
     """
+    settings = PRESETS["demo"].using(out=out, device=usable_device())
     train, validation = write_demo_betons(folder)
-    config = PRESETS["demo"].using(out=out, beton=train, device=usable_device())
+    config = settings.using(beton=train)
     run = folder_of(config)
     device = choose_device(config.efficiency.device)
     tune_allocator(device)

@@ -53,4 +53,4 @@ def test_ffcvs_loader_shows_what_pillow_shows(workers: int, tmp_path: Path):
 def test_it_says_what_is_missing():
     program = "import sys; sys.modules['ffcv'] = None; import fastpmae_loaders.ffcv"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert "ImportError: the FFCV loader needs the package ffcv" in done.stderr
+    assert "ImportError: engine 'ffcv' needs the package ffcv, which is not installed here" in done.stderr

@@ -30,6 +30,7 @@ def code(number: int) -> bytes:
 
 def run(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["fastpmae-write", *map(str, arguments)])
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the command sets its own, for good
     return main()
 
 
