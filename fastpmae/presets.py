@@ -70,7 +70,7 @@ _DEMO = _named(
     reconstruction_momentum=Config().teacher.reconstruction_momentum,
     lambda_c=0.1,
     lambda_p=0.1,
-    epochs=58,
+    epochs=50,
     pixel_epochs=0.86,
     log_every=10,
 )

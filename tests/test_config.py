@@ -97,7 +97,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     },
 }
 WARMUP = {"paper": 60, "paper-800": 60, "ablation": 20, "dual": 20, "sdae": 60, "sdae-code": 60, "single-step": 20,
-          "single-epoch": 20, "mae": 40, "demo": 11.6, "small-data": 5}  # fmt: skip
+          "single-epoch": 20, "mae": 40, "demo": 10, "small-data": 5}  # fmt: skip
 
 
 def value_of(config: Config, name: str) -> Any:
@@ -123,7 +123,7 @@ def test_every_preset_fits_together(name: str) -> None:
     assert warmup_epochs(PRESETS[name]) == pytest.approx(WARMUP[name])
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("demo", (50, 8)), ("small-data", (15, 10))])
+@pytest.mark.parametrize(("name", "epochs"), [("demo", (43, 7)), ("small-data", (15, 10))])
 def test_small_presets_learn_pixels_first(name: str, epochs: tuple[int, int]) -> None:
     pixels, tokens = phases_of(PRESETS[name])
     assert (pixels.config.optimizer.epochs, tokens.config.optimizer.epochs) == epochs
