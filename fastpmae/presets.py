@@ -27,52 +27,17 @@ _ABLATION = _named("ablation", Config(), model="vit_small", epochs=100)
 _SDAE = _named("sdae", _PAPER, teachers="reconstruction", lambda_c=0.0, lambda_p=0.0)
 
 
-# Few images and few steps: pixels teach from the first step, a teacher begins where that has led and may follow soon,
-# and what labels cost in time they do not gain (docs/learning.md).
-_SMALL = _named(
-    "small-data",
-    Config(),
+# Few small images and few steps: pixels teach from the first step, and teachers begin where that has led.
+_SMALL = Config().using(
     model="vit_tiny",
     image_size=64,
     patch_size=8,
-    depth=6,
     drop_path=0.05,
-    decoder_width=128,
-    decoder_depth=2,
     decoder_heads=4,
-    head_hidden=512,
-    head_bottleneck=128,
-    prototypes=256,
-    teachers="reconstruction",
-    reconstruction_momentum=(0.7, 0.99),
-    lambda_c=0.0,
-    lambda_p=0.0,
-    epochs=25,
-    pixel_epochs=0.6,
-    batch_size=32,
-    blr=8e-3,
-    log_every=40,
-)
-
-
-_DEMO = _named(
-    "demo",
-    _SMALL,
-    width=128,
-    depth=4,
-    heads=4,
-    decoder_width=64,
-    decoder_depth=1,
-    head_hidden=256,
-    head_bottleneck=64,
-    prototypes=128,
-    teachers="dual",
-    reconstruction_momentum=Config().teacher.reconstruction_momentum,
     lambda_c=0.1,
     lambda_p=0.1,
-    epochs=50,
-    pixel_epochs=0.86,
-    log_every=10,
+    batch_size=32,
+    blr=8e-3,
 )
 
 
@@ -114,7 +79,37 @@ PRESETS: dict[str, Config] = {
         labelling_momentum=(0.96, 0.99),
     ),
     # minutes on a laptop
-    "demo": _DEMO,
-    # ten thousand small images: pixels first, then one teacher (docs/learning.md)
-    "small-data": _SMALL,
+    "demo": _named(
+        "demo",
+        _SMALL,
+        width=128,
+        depth=4,
+        heads=4,
+        decoder_width=64,
+        decoder_depth=1,
+        head_hidden=256,
+        head_bottleneck=64,
+        prototypes=128,
+        epochs=50,
+        pixel_epochs=0.86,
+        log_every=10,
+    ),
+    # ten thousand small images: a teacher that may follow soon; labels cost more time than they gain (docs/learning.md)
+    "small-data": _named(
+        "small-data",
+        _SMALL,
+        depth=6,
+        decoder_width=128,
+        decoder_depth=2,
+        head_hidden=512,
+        head_bottleneck=128,
+        prototypes=256,
+        teachers="reconstruction",
+        reconstruction_momentum=(0.7, 0.99),
+        lambda_c=0.0,
+        lambda_p=0.0,
+        epochs=25,
+        pixel_epochs=0.6,
+        log_every=40,
+    ),
 }
