@@ -68,5 +68,5 @@ def over_ranks(network: nn.Module, group: dist.ProcessGroup | None, device: torc
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = RankBatchNorm2d
-            module.group = group  # pyright: ignore[reportAttributeAccessIssue]
+            module.group = group  # pyright: ignore[reportArgumentType]
     return network

@@ -159,6 +159,8 @@ def detect_costs(
         }
         parts |= {"boxes": nn.ModuleList([heads.box_head, heads.box_predictor])}
         if masks:
+            assert heads.mask_head is not None
+            assert heads.mask_predictor is not None
             parts["masks"] = nn.ModuleList([heads.mask_head, heads.mask_predictor])
 
         def loss() -> Tensor:

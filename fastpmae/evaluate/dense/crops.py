@@ -67,9 +67,10 @@ def segmentation_crop(
         fill: the colour (0 to 1) of what lies beyond the image; there the mask is IGNORE.
         generator: what is drawn from.
     """
-    side = config.crop_size
-    factor = resize_factor(*pixels.shape[:2], config.short_side, config.long_side) * generator.uniform(*config.scale)
-    size = scaled_size(*pixels.shape[:2], factor)
+    side, (source_height, source_width) = config.crop_size, pixels.shape[:2]
+    factor = resize_factor(source_height, source_width, config.short_side, config.long_side)
+    low, high = config.scale
+    size = scaled_size(source_height, source_width, factor * generator.uniform(low, high))
     height, width = min(side, size[0]), min(side, size[1])
     for _ in range(TRIES):
         top, left = (
@@ -116,5 +117,6 @@ def recoloured(
 
 def whole_image(pixels: Pixels, short_side: int, long_side: int) -> UInt8[torch.Tensor, "3 rows columns"]:
     """A test image, resized as a whole."""
-    size = scaled_size(*pixels.shape[:2], resize_factor(*pixels.shape[:2], short_side, long_side))
-    return torch.from_numpy(resized_part(pixels, size, 0, 0, *size).transpose(2, 0, 1).copy())
+    height, width = pixels.shape[:2]
+    rows, columns = scaled_size(height, width, resize_factor(height, width, short_side, long_side))
+    return torch.from_numpy(resized_part(pixels, (rows, columns), 0, 0, rows, columns).transpose(2, 0, 1).copy())

@@ -135,8 +135,9 @@ class BoxHeads(RoIHeads):
         if targets is None or not self.training:
             return super().forward(features, proposals, image_shapes, targets)
         proposals, matched, labels, encoded = self.select_training_samples(proposals, targets)
-        found = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
-        losses = self._box_losses(*found, proposals, labels, encoded)
+        read = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
+        logits, deltas = self.box_predictor(read)
+        losses = self._box_losses(logits, deltas, proposals, labels, encoded)
         if self.mask_roi_pool is not None and self.mask_head is not None and self.mask_predictor is not None:
             positive = [torch.where(each > 0)[0] for each in labels]
             boxes = [each[some] for each, some in zip(proposals, positive, strict=True)]

@@ -57,13 +57,14 @@ class TappedViT(nn.Module):
         super().__init__()
         self.taps = list(taps)
         self.vit = vit
-        self.patch_size: int = vit.patch_embed.patch_size[0]
+        patches: Any = vit.patch_embed
+        self.patch_size = int(patches.patch_size[0])
         self.dim = int(vit.embed_dim)
         self.depth = len(vit.blocks)
         if isinstance(vit, VisionTransformer):
             vit.dynamic_img_size = True
-            vit.patch_embed.strict_img_size = vit.patch_embed.flatten = False
-            vit.patch_embed.output_fmt = Format.NHWC
+            patches.strict_img_size = patches.flatten = False
+            patches.output_fmt = Format.NHWC
         vit.set_grad_checkpointing(checkpointing)
         # What comes after the blocks is kept for whoever reads the weights later, and not trained.
         for name, parameter in vit.named_parameters():
@@ -73,7 +74,8 @@ class TappedViT(nn.Module):
     @property
     def fixed_side(self) -> int | None:
         """The side of the only images that it takes, in pixels; None where it takes any multiple of its patches."""
-        return None if isinstance(self.vit, VisionTransformer) else int(self.vit.patch_embed.img_size[0])
+        patches: Any = self.vit.patch_embed
+        return None if isinstance(self.vit, VisionTransformer) else int(patches.img_size[0])
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Maps:
         """A map [batch, dim, height/patch, width/patch] of each tap."""

@@ -131,13 +131,8 @@ class SegmentConfig(DenseConfig):
 
 @dataclass(frozen=True)
 class DetectConfig(DenseConfig):
-    """Every setting of a detection's training: by default the paper's on COCO, which are CAE's."""
+    """Every setting of a detection's training."""
 
-    batch_size: int = 32
-    lr: float = 3e-4
-    layer_decay: float = 0.75
-    drop_path: float = 0.2
-    warmup_iterations: int = 500
     epochs: float = 12.0
     """Passes over the images."""
     milestones: tuple[float, ...] = (9.0, 11.0)
@@ -222,7 +217,7 @@ SEGMENT_PRESETS: dict[str, SegmentConfig] = {
 ADE20K with ViT-B), those that MAE's own figures have, and some for a few hundred small images on a CPU."""
 
 DETECT_PRESETS: dict[str, DetectConfig] = {
-    "paper": DetectConfig(),
+    "paper": DetectConfig(batch_size=32, lr=3e-4, layer_decay=0.75, drop_path=0.2, warmup_iterations=500),
     "vitdet": DetectConfig(
         batch_size=64,
         lr=1e-4,
@@ -255,7 +250,8 @@ DETECT_PRESETS: dict[str, DetectConfig] = {
         eval_every=500,
     ),
 }
-"""Named settings of detection: the paper's, ViTDet's, and some for a few hundred small images on a CPU."""
+"""Named settings of detection: the paper's on COCO, which are CAE's, ViTDet's, and some for a few hundred small images
+on a CPU."""
 
 
 def segment_preset(name: str) -> SegmentConfig:

@@ -16,8 +16,11 @@ pytest.importorskip("faster_coco_eval", reason="pip install 'fastpmae[dense]'")
 from fastpmae.evaluate.dense.average_precision import Found, average_precision, run_lengths, write_box_scores
 
 SIDE = 200
-PYCOCOTOOLS: dict[str, list[float]] = {}
-"""The first six figures of pycocotools 2.0.11 on this set, for boxes and for masks."""
+PYCOCOTOOLS = {
+    "bbox": [18.331, 46.2299, 8.0252, 4.5495, 31.2086],
+    "segm": [17.4589, 42.1817, 7.0636, 4.2645, 31.2411],
+}
+"""AP, AP50, AP75, AP of small and of medium objects by pycocotools 2.0.11, in percent. There are no large objects."""
 
 
 def outline(box: np.ndarray) -> np.ndarray:
@@ -85,7 +88,7 @@ def by_pycocotools(images: Detection, found: list[Found], kind: str) -> list[flo
     evaluated.evaluate()
     evaluated.accumulate()
     evaluated.summarize()
-    return (100 * evaluated.stats[:6]).tolist()
+    return [100 * value for value in evaluated.stats[:6].tolist() if value >= 0]
 
 
 def test_figures_are_pycocotools():
@@ -93,7 +96,7 @@ def test_figures_are_pycocotools():
     assert list(scores.boxes.values()) == pytest.approx(PYCOCOTOOLS["bbox"], abs=1e-3)
     assert scores.masks is not None
     assert list(scores.masks.values()) == pytest.approx(PYCOCOTOOLS["segm"], abs=1e-3)
-    assert list(scores.boxes) == ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
+    assert list(scores.boxes) == ["ap", "ap50", "ap75", "ap_small", "ap_medium"]
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
@@ -108,8 +111,8 @@ def test_a_class_that_is_nowhere_is_no_zero_in_the_mean():
     known = [row[0] for row in scores.classes[:2]]
     assert scores.boxes["ap"] == pytest.approx(sum(known) / 2, abs=1e-3)
     images, _ = toy()
-    counts = sum(np.bincount(entry.objects.labels[~entry.objects.crowd], minlength=4) for entry in images.entries)
-    assert [row[2] for row in scores.classes] == counts[1:].tolist()
+    labels = np.concatenate([entry.objects.labels[~entry.objects.crowd] for entry in images.entries])
+    assert [row[2] for row in scores.classes] == np.bincount(labels, minlength=4)[1:].tolist()
 
 
 def test_nothing_found_is_zero():

@@ -29,7 +29,7 @@ def labelled_image(height: int = 48, width: int = 80) -> tuple[np.ndarray, np.nd
 def test_a_part_is_what_the_whole_resized_image_shows_there():
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     for size in ((30, 45), (120, 180), (60, 90)):
-        whole = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
+        whole = np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR)).astype(int)
         part = resized_part(pixels, size, 6, 9, 20, 24)
         # at the part's own edges Pillow's filter sees nothing beyond
         difference = np.abs(part[3:-3, 3:-3].astype(int) - whole[9:23, 12:30])
@@ -39,7 +39,7 @@ def test_a_part_is_what_the_whole_resized_image_shows_there():
 def test_the_nearest_pixel_of_a_mask_is_pillows():
     mask = np.random.default_rng(0).integers(0, 9, (50, 70)).astype(np.int16)
     for size in ((25, 35), (100, 140), (34, 92)):
-        truth = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST))
+        truth = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize((size[1], size[0]), Image.Resampling.NEAREST))
         assert np.array_equal(nearest_part(mask, size, 0, 0, *size), truth)
         assert np.array_equal(nearest_part(mask, size, 3, 4, 10, 12), truth[3:13, 4:16])
 

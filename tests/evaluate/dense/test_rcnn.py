@@ -43,7 +43,7 @@ def test_losses_are_torchvisions_where_its_own_are_asked_for(pyramid: str):
     images = torch.randn(2, 3, 64, 96)
     model.set_keys((1, 2), (3, 4))
     ours = model(images, SIZES, targets())
-    theirs = copy.deepcopy(model)
+    theirs: Any = copy.deepcopy(model)
     theirs.rpn.__class__ = RegionProposalNetwork
     theirs.roi_heads.__class__ = RoIHeads
     truth = theirs(images, SIZES, targets())
@@ -136,6 +136,6 @@ def test_a_box_that_is_no_number_ends_no_process():
 def test_a_diverged_network_finds_nothing():
     model = detector(masks=False).eval()
     with torch.no_grad():
-        model.rpn.head.bbox_pred.weight.fill_(float("nan"))
+        model.rpn.head.get_parameter("bbox_pred.weight").fill_(float("nan"))
         (found,) = model(torch.randn(1, 3, 64, 96), [(64, 96)])
     assert len(found["boxes"]) == 0

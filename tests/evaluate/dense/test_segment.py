@@ -90,7 +90,7 @@ def test_it_learns_and_leaves_a_network_that_loads_again(tmp_path: Path):
     assert bool((scores.by_image > 40).all())
     rows = rows_of(tmp_path / "out")
     assert [row["step"] for row in rows] == [40, 80, 100]
-    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert rows[-1]["miou"] == scores.figures()["miou"]
     assert "miou" not in rows[0]
     # as WEIGHTS its encoder is the one that was trained, by folder and by file
@@ -125,7 +125,8 @@ def test_what_a_resumed_training_must_agree_with(tmp_path: Path):
         train(tmp_path, dataclasses.replace(CONFIG, lr=0.01), resume=True)
     # what changes no number may differ
     train(tmp_path, dataclasses.replace(CONFIG, eval_every=0, activation_checkpointing=True), resume=True, steps=2)
-    (tmp_path / "out" / "checkpoints" / "step-00000002.safetensors").unlink()
+    for path in checkpoints_in(tmp_path / "out"):
+        path.unlink()
     with pytest.raises(UserError, match=r"holds a segmenter.safetensors and no checkpoint beside it"):
         train(tmp_path)
 
