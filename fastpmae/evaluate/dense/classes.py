@@ -1,4 +1,4 @@
-"""Which numbers, colours or names in label files are which class: the file of `--classes`, and what data sets agree on."""
+"""Which numbers, colours or names in label files are which class: by the file of `--classes` or by custom."""
 
 import json
 import re
@@ -24,9 +24,9 @@ _COLOUR = re.compile(r"#([0-9a-fA-F]{6})|(\d{1,3})[ ,]+(\d{1,3})[ ,]+(\d{1,3})",
 _SIZE = 1 << 24
 
 VOC = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-    "pottedplant sheep sofa train tvmonitor"
-).split()
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 CITYSCAPES = {
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
     20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck",
@@ -141,7 +141,7 @@ def mask_classes(said: Said, ignore: Sequence[int] = ()) -> MaskClasses:
         if number is None:
             raise UserError(
                 f"--classes: {short(key)!r} is no {'colour' if coloured else 'number'} of a mask; write "
-                f'{"colours as #804080, all of them" if coloured else "numbers such as 7, or colours such as #804080"}'
+                f"{'colours as #804080, all of them' if coloured else 'numbers such as 7, or colours such as #804080'}"
             )
         if number in found:
             raise UserError(f"--classes: {short(key)!r} stands there twice")

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int, Shaped
-from PIL import Image
 
 from fastpmae.evaluate.dense.classes import MaskClasses
 from fastpmae.evaluate.dense.labelled import Mask, Pixels
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
-from fastpmae_loaders.sources.pictures import look, open_image, load, upright_rgb
+from fastpmae_loaders.sources.pictures import load, look, open_image, upright_rgb
 
 LOSSLESS = ("PNG", "BMP", "DIB", "TIFF", "GIF", "PPM")
 _LOSSY_TIFF = ("jpeg", "old-jpeg", "webp")

@@ -137,8 +137,8 @@ def _ade20k(folder: Path, found: Pairs) -> Pairs:
     if table.is_file():
         rows = [line.split("\t") for line in _lines(table)[1:]]
         for row in rows:
-            if len(row) == 5 and row[0].strip().isdecimal() and 1 <= int(row[0]) <= ADE20K:
-                names[int(row[0]) - 1] = printable(row[4].split(",")[0].strip()) or row[0]
+            if len(row) == 6 and row[0].strip().isdecimal() and 1 <= int(row[0]) <= ADE20K:
+                names[int(row[0]) - 1] = printable(row[5].split(",")[0].strip()) or row[0]
     found.names = [(str(place + 1), name) for place, name in enumerate(names)]
     return found
 
