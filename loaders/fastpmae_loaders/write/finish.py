@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.sources.set_index import INDEX, SetIndex
 from fastpmae_loaders.values import checked
-from fastpmae_loaders.write.manifests import Manifest, is_there, part_name, read_manifest, read_plan
+from fastpmae_loaders.write.manifests import Manifest, is_there, read_manifest, read_plan
+from fastpmae_loaders.write.shards import part_name
 from fastpmae_loaders.write.targets import Target, open_target
 
 BAD = "bad.txt"

@@ -11,15 +11,11 @@ from typing import Any
 from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sources.set_index import Shard, shard_from
+from fastpmae_loaders.write.shards import MOST_SHARDS, part_name
 from fastpmae_loaders.write.targets import Target
 
 PLAN = "plan.json"
 _PLAN_FORMAT, _PART_FORMAT, _VERSION = "fastpmae-plan", "fastpmae-part", 1
-
-
-def part_name(number: int, suffix: str) -> str:
-    """What a part's file is called: part-00007.beton, its .hashes, its .json."""
-    return f"part-{number:05d}.{suffix}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,7 @@ def read_plan(target: Target) -> tuple[str, int] | None:
     if found is None:
         return None
     plan, parts = found.get("plan"), found.get("parts")
-    if type(plan) is not str or type(parts) is not int or not 1 <= parts <= 100_000:
+    if type(plan) is not str or type(parts) is not int or not 1 <= parts <= MOST_SHARDS:
         raise UserError(f"{target.shown}/{PLAN} is no plan of a set; remove it and run the same command again")
     return plan, parts
 

@@ -18,11 +18,11 @@ from fastpmae_loaders.write.manifests import (
     HASHES_MAGIC,
     Manifest,
     is_there,
-    part_name,
     read_manifest,
 )
 from fastpmae_loaders.write.pages import PageWriter
 from fastpmae_loaders.write.plan import Part
+from fastpmae_loaders.write.shards import part_name
 from fastpmae_loaders.write.sources import Item, Listing
 from fastpmae_loaders.write.targets import Target
 from fastpmae_loaders.write.workers import WorkerPool

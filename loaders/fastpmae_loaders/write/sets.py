@@ -12,9 +12,10 @@ from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import checked
 from fastpmae_loaders.write.finish import WrittenSet, finish
 from fastpmae_loaders.write.images import ImageSettings
-from fastpmae_loaders.write.manifests import Manifest, follow, part_name
+from fastpmae_loaders.write.manifests import Manifest, follow
 from fastpmae_loaders.write.parts import PartSettings, done_already, worker_pool, write_part
 from fastpmae_loaders.write.plan import Part, plan_set
+from fastpmae_loaders.write.shards import part_name
 from fastpmae_loaders.write.sources import SourceSettings
 from fastpmae_loaders.write.targets import Target, check_target, open_target
 from fastpmae_loaders.write.write import MOST_WORKERS, PAGE_SIZE, TIMEOUT, BadImages, check_numbers
