@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from torchvision.transforms.v2 import functional as change
 
@@ -12,6 +12,7 @@ from fastpmae.evaluate.dense.labelled import IGNORE
 from fastpmae.evaluate.dense.recipe import SegmentConfig
 
 Pixels = UInt8[np.ndarray, "height width 3"]
+Labels = Int[np.ndarray, "_rows _columns"] | Bool[np.ndarray, "_rows _columns"]
 TRIES = 10
 
 
@@ -45,9 +46,7 @@ def resized_part(
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, box))
 
 
-def nearest_part(
-    mask: Int[np.ndarray, "height width"], size: Sequence[int], top: int, left: int, height: int, width: int
-) -> Int[np.ndarray, "rows columns"]:
+def nearest_part(mask: Labels, size: Sequence[int], top: int, left: int, height: int, width: int) -> Labels:
     """The same part of a mask, each pixel the nearest one's."""
     rows = (2 * (top + np.arange(height)) + 1) * mask.shape[0] // (2 * size[0])
     columns = (2 * (left + np.arange(width)) + 1) * mask.shape[1] // (2 * size[1])

@@ -98,14 +98,14 @@ class Proposals(RegionProposalNetwork):
     group: dist.ProcessGroup | None = None
 
     def compute_loss(
-        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Binary cross-entropy of the sampled anchors, and smooth L1 of the positive ones' boxes."""
         chosen = self.fg_bg_sampler(labels)
         positive, negative = (torch.where(torch.cat(each))[0] for each in chosen)
         sampled = torch.cat([positive, negative])
         count = _count_over_ranks(sampled, self.group)
-        truth, wanted = torch.cat(labels)[sampled], torch.cat(regression_targets)[positive]
+        truth, wanted = torch.cat(labels)[sampled], torch.cat(list(regression_targets))[positive]
         box_loss = F.smooth_l1_loss(pred_bbox_deltas[positive], wanted, beta=1 / 9, reduction="sum")
         loss = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], truth, reduction="sum")
         return loss / count, box_loss / count
