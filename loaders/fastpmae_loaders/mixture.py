@@ -48,8 +48,8 @@ class Mixture:
     An epoch shows as many as there are in all; each source's share in any stretch of it is its weight, to within an
     image for each source. A source goes through its own images in orders of its own, one after another, and on where
     the epoch before ended: a small one is repeated, and of a large one every image comes before any comes again. An
-    image that an epoch shows again has other views there. Classes are joined by their names; the images of a source without
-    names then have no label.
+    image that an epoch shows again has other views there. Classes are joined by their names; the images of a source
+    without names then have no label.
 
     Args:
         sources: of images that are open.

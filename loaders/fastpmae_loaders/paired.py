@@ -37,7 +37,7 @@ from fastpmae_loaders.position import position_in
 from fastpmae_loaders.recipes import MOST_VIEWS, View, with_shared
 from fastpmae_loaders.sampling import check_key
 from fastpmae_loaders.settings import ViewSettings
-from fastpmae_loaders.transfer import Sent, Transfer
+from fastpmae_loaders.transfer import Sent, Transfer, device_named
 from fastpmae_loaders.values import checked
 
 Colour = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -153,12 +153,7 @@ class PairedViews:
         self._resumed = False
         self._begun = 0
         self._order: tuple[tuple[int, bool], Order] | None = None
-        try:
-            self.device = None if device is None else torch.device(device)
-        except RuntimeError:
-            raise UserError(f"device is {device!r}; expected one that torch has, such as cpu or cuda:0") from None
-        if self.device is not None and self.device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"device is {str(device)!r}, and torch finds no GPU here: leave device out, or name 'cpu'")
+        self.device = device_named(device)
         self.transfer = Transfer(self.device or torch.device("cpu"))
         on_gpu = self.transfer.on_gpu
         self.pin_memory = on_gpu if pin_memory is None else pin_memory
