@@ -219,12 +219,10 @@ def order_of(
     """The order in which an epoch shows images: as they are numbered, shuffled as a whole, or page by page.
 
     Args:
-        indices: these images alone, int64 [m].
+        indices: these images alone, int64 [m]; of a mixture each once, whatever the weights.
     """
     count = len(samples) if indices is None else len(indices)
-    if isinstance(samples, Mixture):
-        if indices is not None:
-            raise UserError(f"{samples.path}: indices= names images of one source, and this is a mixture")
+    if isinstance(samples, Mixture) and indices is None:
         return samples.order(epoch, lambda source, own: order_of(source, None, seed, own, shuffle, page_order))
     if not shuffle:
         order: Order = FileOrder(count)

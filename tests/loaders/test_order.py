@@ -6,20 +6,13 @@ import numpy as np
 import pytest
 
 from fastpmae_loaders import UserError, epoch_order
-from fastpmae_loaders.jit.philox import uniform_pair
-from fastpmae_loaders.order import FileOrder, PageOrder, Pages, deal, pages_of
+from fastpmae_loaders.order import FileOrder, PageOrder, Pages, _shuffle, deal, pages_of
 from fastpmae_loaders.sampling import EPOCH_ORDER, PAGE_ORDER
 
 
 def shuffled(seed: int, epoch: int, part: int, purpose: int, values: np.ndarray) -> np.ndarray:
-    values = values.copy()
-    for i in range(len(values) - 1, 0, -1):
-        j = (
-            int(uniform_pair.py_func(seed, epoch, part, purpose, i)[0] * (i + 1))
-            if hasattr(uniform_pair, "py_func")
-            else int(uniform_pair(seed, epoch, part, purpose, i)[0] * (i + 1))
-        )
-        values[i], values[j] = values[j], values[i]
+    values = values.astype(np.int64)
+    _shuffle(seed, epoch, part, purpose, values)
     return values
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpmae_loaders import PairedViews, PlainViews, UserError, ViewSettings, epoch_order, open_samples
+from fastpmae_loaders import Beton, PairedViews, PlainViews, UserError, ViewSettings, epoch_order, open_samples
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.sources import beton_set
 from fastpmae_loaders.sources.beton_set import BetonSet, open_set
@@ -286,14 +286,14 @@ def test_a_set_in_another_process(parts: Path) -> None:
     assert len(again.payload(28)) > 0
 
 
-def test_a_part_may_be_fetched_from_elsewhere(parts: Path, tmp_path: Path) -> None:
+def test_a_part_may_lie_elsewhere(parts: Path, tmp_path: Path) -> None:
     asked = []
 
-    def fetch(shard):
+    def open_part(shard):
         asked.append(shard.name)
-        return parts / "set" / shard.name
+        return Beton(parts / "set" / shard.name)
 
-    samples = BetonSet(beton_set.read_index(parts / "set/index.json"), tmp_path / "no folder", fetch)
+    samples = BetonSet(beton_set.read_index(parts / "set/index.json"), tmp_path / "no folder", open_part)
     assert asked == []
     assert samples.height[8] > 0
     assert asked == ["part-1.beton"]

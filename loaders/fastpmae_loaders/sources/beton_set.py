@@ -32,17 +32,17 @@ class BetonSet:
     Args:
         index: of the set.
         path: what the set is called.
-        fetch: gives the path of a part's file; by default it lies in the folder `path`.
+        open_part: opens a part's file; by default that lies in the folder `path`.
 
     Whoever asks for an image of a part that is missing, damaged or not what the index says gets a BetonError that
     names it.
     """
 
     def __init__(
-        self, index: SetIndex, path: str | os.PathLike[str], fetch: Callable[[Shard], Path] | None = None
+        self, index: SetIndex, path: str | os.PathLike[str], open_part: Callable[[Shard], Beton] | None = None
     ) -> None:
         self.index, self.path = index, Path(path)
-        self._fetch = fetch or partial(_beside, self.path)
+        self._open_part = open_part or partial(_beside, self.path)
         shards = index.shards
         self._first = np.concatenate([[0], np.cumsum([shard.images for shard in shards])])
         self.nbytes = sum(shard.bytes for shard in shards)
@@ -67,7 +67,7 @@ class BetonSet:
         return f"BetonSet({str(self.path)!r}, {len(self)} images in {len(self.index.shards)} parts)"
 
     def __reduce__(self):
-        return BetonSet, (self.index, self.path, self._fetch)
+        return BetonSet, (self.index, self.path, self._open_part)
 
     @cached_property
     def page_starts(self) -> np.ndarray:
@@ -137,7 +137,7 @@ class BetonSet:
         """A part's file, held against the index."""
         where = f"{printable(str(self.path))}, part {shard.name}"
         try:
-            beton = Beton(self._fetch(shard))
+            beton = self._open_part(shard)
         except BetonError as error:
             raise BetonError(f"{where}: {error}") from None
         told = {"images": len(beton), "bytes": beton.nbytes, "page_size": beton.page_size}
@@ -163,8 +163,8 @@ class _Part:
         self.lock = threading.Lock()
 
 
-def _beside(folder: Path, shard: Shard) -> Path:
-    return folder / shard.name
+def _beside(folder: Path, shard: Shard) -> Beton:
+    return Beton(folder / shard.name)
 
 
 def _images_of_pages(shard: Shard) -> np.ndarray:
