@@ -30,6 +30,9 @@ def source_notes(images: Samples) -> list[str]:
 
 def fingerprint(images: Samples) -> str:
     """A digest that tells one set of images from another wherever they lie."""
+    told = getattr(images, "identity", None)
+    if told is not None:  # of a set, whose parts need not be opened for it
+        return told[:16]
     total = hashlib.sha256()
     for column in (images.width, images.height, images.mode, images.size, images.label):
         total.update(np.ascontiguousarray(column).tobytes())

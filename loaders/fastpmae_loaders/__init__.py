@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastpmae_loaders.paired import PairedViews
     from fastpmae_loaders.plain import PlainViews
     from fastpmae_loaders.recipes import View, dino_global, dino_local, mae_view, plain_view
-    from fastpmae_loaders.sampling import SampleDraws, draw_samples, epoch_order, uniforms
+    from fastpmae_loaders.sampling import SampleDraws, draw_samples, uniforms
     from fastpmae_loaders.settings import ViewSettings
     from fastpmae_loaders.sources.beton import Beton
 
@@ -61,7 +61,7 @@ _HOMES = {
     "dino_global": "recipes",
     "dino_local": "recipes",
     "draw_samples": "sampling",
-    "epoch_order": "sampling",
+    "epoch_order": "order",
     "mae_view": "recipes",
     "open_samples": "folders",
     "plain_view": "recipes",
