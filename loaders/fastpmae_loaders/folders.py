@@ -20,6 +20,8 @@ from fastpmae_loaders.sources.pictures import ImageError, look
 from fastpmae_loaders.sources.reading import FILE_LIMIT
 from fastpmae_loaders.sources.splits import choose_split, splits_of_files
 from fastpmae_loaders.sources.tar import list_shards, no_images
+from fastpmae_loaders.stores.address import Address, is_address
+from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.values import checked, local_path
 
 if TYPE_CHECKING:  # looking at files needs no torch
@@ -156,24 +158,30 @@ class TarShards(EncodedImages):
 
 
 def open_samples(
-    path: "Samples | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
+    path: "Samples | str | os.PathLike[str] | Address | Sequence[str | os.PathLike[str]]",
     split: str | None = None,
     flat: bool = False,
+    cache: CacheSettings | None = None,
 ) -> "Samples":
     """What lies at a path: a .beton file, a set of them, a tar shard or a folder of them, or a folder of images.
 
-    Samples that are open already come back as they are. Several paths are a Mixture of what lies there; a weight may
-    stand behind each (`a.beton:0.7`).
+    At an address in a store (s3://bucket/set) lies a .beton file or a set of them; `cache` says where its pages are
+    kept on this machine. Samples that are open already come back as they are. Several paths are a Mixture of what lies
+    there; a weight may stand behind each (`a.beton:0.7`).
 
     Raises:
         UserError: where it is none of these, or a folder of both images and shards.
     """
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | os.PathLike | Address):
         if hasattr(path, "payload"):
             return path
         if isinstance(path, list | tuple) and path:
             return _mixed(path)
         raise UserError(f"{path!r} names no images: give a path, or images that are open")
+    if is_address(path):
+        from fastpmae_loaders.sources.remote_beton import open_remote
+
+        return open_remote(path, cache)
     root = _existing(path)
     if root.is_file():
         return TarShards(root) if root.suffix.lower() == ".tar" else Beton(root)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Literal
 
@@ -355,7 +355,8 @@ class Iteration(Iterator[Batch]):
         self._next: tuple[Job, Sent[Batch]] | None = None
         order, epoch = loader._order_of(loader.epoch), loader.epoch
         self._epoch = epoch
-        self._stream = loader._runner.stream(lambda number: loader._job(order, epoch, number), start, len(loader))
+        job_of, keys_of = partial(loader._job, order, epoch), partial(loader._keys, order)
+        self._stream = loader._runner.stream(job_of, start, len(loader), keys_of)
 
     def __iter__(self) -> "Iteration":
         return self

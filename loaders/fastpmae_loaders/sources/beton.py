@@ -83,8 +83,7 @@ class Beton:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = local_path(path)
-        self._open()
+        self._open(path)
         header = self._records(HEADER, 0, 1, "the header")[0]
         self._check_header(header)
         num_fields = int(header["num_fields"])
@@ -125,10 +124,14 @@ class Beton:
         with os.fdopen(os.dup(self.descriptor), "rb") as file:
             return np.memmap(file, np.uint8, mode="r")
 
-    def locate(self, indices: np.ndarray) -> tuple[Places, object]:
-        """Where some images lie, and what keeps the file open meanwhile."""
+    def describe(self, indices: np.ndarray) -> Places:
+        """Where some images lie and what they are."""
         columns = (getattr(self, name)[indices] for name in Places._fields[1:])
-        return Places(np.full(len(indices), self.descriptor), *(column.astype(np.int64) for column in columns)), self
+        return Places(np.full(len(indices), self.descriptor), *(column.astype(np.int64) for column in columns))
+
+    def locate(self, indices: np.ndarray) -> tuple[Places, object]:
+        """The same, and what keeps the file open, and the images in it, meanwhile."""
+        return self.describe(indices), self
 
     def payload(self, index: int) -> np.ndarray:
         """The stored bytes of one image, uint8, read-only. BetonError where they can no longer be read."""
@@ -169,7 +172,8 @@ class Beton:
         except BetonError as error:
             raise BetonError(f"{self.path}: sample {int(index)}: {error}") from None
 
-    def _open(self) -> None:
+    def _open(self, path: str | os.PathLike[str]) -> None:
+        self.path = local_path(path)
         try:
             if not self.path.exists():
                 raise BetonError(f"{self.path} does not exist")

@@ -31,10 +31,6 @@ _FETCHING = 1 << 41
 """The places in a file of records, one a page, that whoever fetches a page keeps locked."""
 
 
-def _never() -> bool:
-    return False
-
-
 class SparseFile:
     """One sparse file with its records, as the cache has made them (see `Cache.entry`). Everything is shared."""
 
@@ -141,7 +137,6 @@ class CachedFile:
 
     Args:
         digest: "sha256:…" of the whole file, where it is known: it is looked at when all pages are there together.
-        stopped: whether the threads that wait here are to end.
 
     Raises:
         UserError: where the cache cannot be written.
@@ -161,7 +156,7 @@ class CachedFile:
         self._checked = digest is None or (self.path.parent / _checked_name(digest)).exists()
         self._whole = threading.Lock()
 
-    def read(self, start: int, size: int, stopped: Callable[[], bool] = _never) -> np.ndarray:
+    def read(self, start: int, size: int) -> np.ndarray:
         """Bytes of a table, uint8 [size], which are kept apart from the images. StoreError where they cannot be had."""
         if size == 0:
             return np.empty(0, np.uint8)
@@ -174,11 +169,11 @@ class CachedFile:
         parts = [run[place : place + most] for run in runs for place in range(0, len(run), most)]
         tasks = [((self, "tables", int(part[0]), len(part)), self._table_task(part)) for part in parts]
         self._fetcher.ask(tasks)
-        self._fetcher.wait([key for key, _ in tasks], stopped)
+        self._fetcher.wait([key for key, _ in tasks])
         return tables.read(start, size)
 
     @contextlib.contextmanager
-    def held(self, start: np.ndarray, size: np.ndarray, stopped: Callable[[], bool] = _never) -> Iterator[None]:
+    def held(self, start: np.ndarray, size: np.ndarray) -> Iterator[None]:
         """Within it these bytes of the sparse file are there.
 
         Args:
@@ -189,7 +184,7 @@ class CachedFile:
             Closed: when whoever asked is to end.
         """
         pages = self._pages.pages_of(start, size)
-        self.hold(pages, stopped)
+        self.hold(pages)
         try:
             yield
         finally:
@@ -199,7 +194,7 @@ class CachedFile:
         """The pages that ranges touch (see `SparseFile.pages_of`)."""
         return self._pages.pages_of(start, size)
 
-    def hold(self, pages: np.ndarray, stopped: Callable[[], bool] = _never) -> None:
+    def hold(self, pages: np.ndarray) -> None:
         """Have pages there, and keep them until `release`. Raises as `held`."""
         if self._damage is not None:
             raise BetonError(self._damage)
@@ -212,7 +207,7 @@ class CachedFile:
             if missing:
                 keys = [(self, page) for page in missing]
                 self._fetcher.ask([(key, self._page_task(key[1])) for key in keys])
-                self._fetcher.wait(keys, stopped)
+                self._fetcher.wait(keys)
         except BaseException:
             self.release(pages)
             raise
@@ -225,11 +220,12 @@ class CachedFile:
         for page in pages.tolist():
             self._pages.release(page)
 
-    def ahead(self, pages: np.ndarray) -> None:
-        """Have pages fetched, in this order, after what is waited for."""
+    def ahead(self, pages: np.ndarray) -> int:
+        """Have pages fetched, in this order, after what is waited for; how many were not there."""
         tasks = [((self, page), self._page_task(page)) for page in pages.tolist() if not self._pages.is_there(page)]
         if tasks:
             self._fetcher.ask(tasks, ahead=True)
+        return len(tasks)
 
     def missing(self) -> int:
         """How many pages are not there."""
