@@ -47,7 +47,7 @@ class Labelled:
 
 
 @checked
-def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | None]:
+def open_labelled(train: Path | tuple[str, ...], val: Path | None) -> tuple[Labelled, Labelled | None]:
     """The images to learn from and the images to test on.
 
     Where `val` is None and `train` is a folder with a training and a validation split, those are taken. Classes are
@@ -56,7 +56,7 @@ def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | N
     Raises:
         UserError: for sets that cannot be opened or have no labels, or a validation class that is not trained on.
     """
-    if val is None and train.is_dir():
+    if val is None and isinstance(train, Path) and train.is_dir():
         try:
             folders = {path.name for path in train.iterdir() if path.is_dir()}
         except OSError as error:

@@ -27,7 +27,7 @@ from fastpmae.run.checkpoint import (
     read_checkpoint,
     step_of,
 )
-from fastpmae.run.images import source_notes
+from fastpmae.run.images import absolute, source_notes
 from fastpmae_loaders import Samples
 from fastpmae_loaders.engines.base import by_page
 from fastpmae_loaders.errors import UserError
@@ -76,7 +76,7 @@ def resolve(config: Config, device: torch.device, images: Samples) -> Config:
         # without a loss that reads its labels, the labelling teacher would only cost time
         config = config.using(teachers="reconstruction")
     # absolute, so that the run can be taken up from any folder
-    config = config.using(beton=images.path.resolve())
+    config = config.using(beton=absolute(config, images))
     return config.using(
         precision=precision,
         page_order=page_order,
