@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastpmae import PRESETS, Config, UserError, preset, pretrain, read_config
-from fastpmae.config import Efficiency, Optimizer, rate_changes
+from fastpmae.config import Efficiency, Optimizer
 from fastpmae.config_file import config_from, write_config
 from fastpmae.evaluate.cli import Finetune, Probe
 from fastpmae.evaluate.cli import read_command as read_evaluation
@@ -17,6 +17,7 @@ from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE, FinetuneConfig
 from fastpmae.model.build import SHAPES, check, shape_of, view_settings, warmup_epochs
 from fastpmae.model.phases import phases_of
 from fastpmae.pretraining.cli import read_command
+from fastpmae.settings.rates import rate_changes
 
 # the paper: section 3.2 (teachers), 3.3 (prototypes), equation 5 (weights), 4 and appendix A (everything else)
 PAPER: dict[str, Any] = {

@@ -16,7 +16,7 @@ def open_images(config: Config) -> Samples:
     """The run's images. Raises UserError without --beton, or when what it names is not sound."""
     if not config.data.beton:
         raise UserError("--beton FILE is missing: name the images to train on (fastpmae-write makes the file)")
-    return open_samples(config.data.beton)
+    return open_samples(config.data.beton, cache=config.data.cached)
 
 
 def sources(config: Config) -> tuple[str, ...]:

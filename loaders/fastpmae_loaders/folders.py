@@ -176,7 +176,7 @@ def open_samples(
         if hasattr(path, "payload"):
             return path
         if isinstance(path, list | tuple) and path:
-            return _mixed(path)
+            return _mixed(path, cache)
         raise UserError(f"{path!r} names no images: give a path, or images that are open")
     if is_address(path):
         from fastpmae_loaders.sources.remote_beton import open_remote
@@ -196,18 +196,18 @@ def open_samples(
     return TarShards(root, split) if files.tars else ImageFolder(root, split, flat)
 
 
-def _mixed(paths: Sequence[str | os.PathLike[str]]) -> "Samples":
+def _mixed(paths: Sequence[str | os.PathLike[str]], cache: CacheSettings | None) -> "Samples":
     """The mixture of what lies at some paths; one alone is itself."""
     from fastpmae_loaders.mixture import Mixture, split_weight
 
     sources = [split_weight(os.fspath(path)) for path in paths]
     weights = [weight for _, weight in sources if weight is not None]
     if len(sources) == 1:
-        return open_samples(sources[0][0])
+        return open_samples(sources[0][0], cache=cache)
     if weights and len(weights) < len(sources):
         without = next(source for source, weight in sources if weight is None)
         raise UserError(f"{printable(without)} has no weight and others have: give one to each, as in {without}:0.5")
-    return Mixture([open_samples(source) for source, _ in sources], weights or None)
+    return Mixture([open_samples(source, cache=cache) for source, _ in sources], weights or None)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
