@@ -20,6 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from fastpmae_loaders.stores.address import parse_address
+from fastpmae_loaders.stores.client import Store
+
 KEY, SECRET = "TESTKEYID0000", "TESTSECRET0000"
 BUCKET = "bucket"
 
@@ -126,6 +129,11 @@ def s3_server(folder: Path) -> Iterator[Server]:
         place = f"http://127.0.0.1:{filer}/buckets/{BUCKET}/"
         assert server.process is not None
         until(lambda: _posted(place), server.process, server.log)
+        # it listens before it can write
+        with told(server):
+            store = Store(parse_address(f"s3://{BUCKET}"), deadline=60)
+            store.put(".ready", b"")
+            store.delete(".ready")
         yield server
     finally:
         server.kill()

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import threading
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +25,7 @@ from fastpmae_loaders.stores.client import Closed, Missing, Store, StoreError
 CHECKPOINT = re.compile(r"checkpoints/step-(\d{8,15})\.(safetensors|whole)")
 LOGS = ("config.json", "metrics.jsonl", "train.log", "machine.jsonl")
 _AFTER_A_SIGNAL = 30.0
-"""Seconds for which requests are tried again when the run is told to end: a machine that is taken away waits so long."""
+"""Seconds for which requests are tried again when the run is told to end: its machine may be taken away soon."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ def open_uploads(config: Config, ranks: Ranks) -> "Uploads | None":
     folder = config.run.out or local_folder(address, config.data.cached)
 
     def open_main() -> None:
-        store = try_address(address)
+        store = Store(address)
+        store.try_to_write(address)
         if config.run.resume is None and whole_checkpoints(store, address):
             raise UserError(f"{address} already holds a run: add --resume to continue it, or choose another --out")
         made.append(Uploads(store, address, folder, config.run.keep))
@@ -67,25 +67,6 @@ def open_uploads(config: Config, ranks: Ranks) -> "Uploads | None":
     if config.run.resume == "auto":
         bring_back(address, folder)
     return made[0] if made else None
-
-
-def try_address(address: Address) -> Store:
-    """See that files can be written at an address and removed again, within 20 s; the connection to it.
-
-    Raises:
-        UserError: one sentence, where they cannot.
-    """
-    if address.scheme in ("https", "http"):
-        raise UserError(f"{address}: https:// can only be read from; name an address with s3://, gs:// or az://")
-    store = Store(address)
-    marker = f"{address.key}/.try-{uuid.uuid4().hex[:16]}".removeprefix("/")
-
-    def write_and_delete(store: Store) -> None:
-        store.put(marker, b"whether fastpmae may write here\n")
-        store.delete(marker)
-
-    store.first_try(write_and_delete, address.key)
-    return store
 
 
 def whole_checkpoints(store: Store, address: Address) -> list[Stored]:

@@ -20,7 +20,7 @@ from fastpmae_loaders.sources.pictures import ImageError, look
 from fastpmae_loaders.sources.reading import FILE_LIMIT
 from fastpmae_loaders.sources.splits import choose_split, splits_of_files
 from fastpmae_loaders.sources.tar import list_shards, no_images
-from fastpmae_loaders.stores.address import Address, is_address
+from fastpmae_loaders.stores.address import is_address
 from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.values import checked, local_path
 
@@ -158,7 +158,7 @@ class TarShards(EncodedImages):
 
 
 def open_samples(
-    path: "Samples | str | os.PathLike[str] | Address | Sequence[str | os.PathLike[str]]",
+    path: "Samples | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
     split: str | None = None,
     flat: bool = False,
     cache: CacheSettings | None = None,
@@ -172,7 +172,7 @@ def open_samples(
     Raises:
         UserError: where it is none of these, or a folder of both images and shards.
     """
-    if not isinstance(path, str | os.PathLike | Address):
+    if not isinstance(path, str | os.PathLike):
         if hasattr(path, "payload"):
             return path
         if isinstance(path, list | tuple) and path:

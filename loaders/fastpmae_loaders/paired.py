@@ -37,6 +37,7 @@ from fastpmae_loaders.position import position_in
 from fastpmae_loaders.recipes import MOST_VIEWS, View, with_shared
 from fastpmae_loaders.sampling import check_key
 from fastpmae_loaders.settings import ViewSettings
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.transfer import Sent, Transfer, device_named
 from fastpmae_loaders.values import checked
 
@@ -90,7 +91,7 @@ class PairedViews:
     @checked
     def __init__(
         self,
-        samples: Samples | str | os.PathLike[str] | Sequence[str],
+        samples: Samples | Address | str | os.PathLike[str] | Sequence[str],
         batch_size: int,
         engine: str = DEFAULT_ENGINE,
         settings: ViewSettings | None = None,

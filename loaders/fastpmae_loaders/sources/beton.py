@@ -15,6 +15,7 @@ import warnings
 import weakref
 import zlib
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.jpeg import check_scans, jpeg_size
 from fastpmae_loaders.sources.places import Places
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import local_path
 
 __all__ = ["COEFFICIENTS", "JPG", "PIXEL_LIMIT", "RAW", "Beton", "jpeg_size"]
@@ -81,6 +83,8 @@ class Beton:
     sentence, when anything in the header or tables is not as FFCV writes it. JPEG payloads are not opened
     here: before decoding one into a buffer sized from the metadata compare `jpeg_size` with them.
     """
+
+    path: Path | Address
 
     def __init__(self, path: str | os.PathLike[str]):
         self._open(path)
@@ -173,13 +177,13 @@ class Beton:
             raise BetonError(f"{self.path}: sample {int(index)}: {error}") from None
 
     def _open(self, path: str | os.PathLike[str]) -> None:
-        self.path = local_path(path)
+        self.path = here = local_path(path)
         try:
-            if not self.path.exists():
+            if not here.exists():
                 raise BetonError(f"{self.path} does not exist")
-            if not self.path.is_file():
+            if not here.is_file():
                 raise BetonError(f"{self.path} is not a file")
-            with self.path.open("rb") as file:
+            with here.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if not status.st_size:
                     raise BetonError(f"{self.path} is empty")

@@ -172,7 +172,7 @@ class _Part:
         self.lock = threading.Lock()
 
 
-def _beside(folder: Path, shard: Shard) -> Beton:
+def _beside(folder: Path | Address, shard: Shard) -> Beton:
     return Beton(folder / shard.name)
 
 

@@ -70,7 +70,7 @@ class RemoteBeton(Beton):
     def check_whole(self, unchanged: bool = False) -> None:
         """Nothing to see: one version of the file is read, and another is refused when a page is fetched."""
 
-    def _open(self, path: object) -> None:
+    def _open(self, path: str | os.PathLike[str]) -> None:
         self.path, self.nbytes, self.descriptor = self._file.address, self._file.size, self._file.descriptor
 
     def _read(self, start: int, size: int) -> np.ndarray:
@@ -125,7 +125,7 @@ def _window(reader: Reader) -> int:
 
 
 def open_remote(
-    address: str | os.PathLike[str] | Address, settings: CacheSettings | None = None
+    address: str | os.PathLike[str], settings: CacheSettings | None = None
 ) -> RemoteBeton | RemoteSet:
     """The .beton file at an address, or, where its name does not end so, the set whose index lies there.
 

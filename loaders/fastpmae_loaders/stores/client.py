@@ -9,6 +9,7 @@ import random
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -159,6 +160,22 @@ class Store:
             ) from None
         finally:
             self.deadline = patience
+
+    def try_to_write(self, address: Address) -> None:
+        """See that files can be written at an address of this bucket and removed again, within FIRST_TRY seconds.
+
+        Raises:
+            StoreError: one sentence, where they cannot.
+        """
+        if address.scheme in ("https", "http"):
+            raise StoreError(f"{address}: https:// can only be read from; name an address with s3://, gs:// or az://")
+        marker = f"{address.key}/.try-{uuid.uuid4().hex[:16]}".removeprefix("/")
+
+        def write_and_delete(store: "Store") -> None:
+            store.put(marker, b"whether fastpmae may write here\n")
+            store.delete(marker)
+
+        self.first_try(write_and_delete, address.key)
 
     @property
     def closed(self) -> bool:

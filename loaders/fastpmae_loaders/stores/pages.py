@@ -79,6 +79,15 @@ class SparseFile:
         """Whether a page that is held can be read, as far as this process knows."""
         return bool(self.known[page] and self.records["here"][page])
 
+    def is_sound(self, page: int) -> bool:
+        """Whether a page is there, by the CRC-32 of its bytes where this process does not know it yet."""
+        if not self.records["here"][page]:
+            return False
+        if not self.known[page]:
+            start, size = self.range_of(page)
+            self.known[page] = zlib.crc32(self.read(start, size).data) == int(self.records["crc"][page])
+        return bool(self.known[page])
+
     def range_of(self, page: int) -> tuple[int, int]:
         """A page's first byte, and how many it has."""
         return page * self.page, min(self.page, self.size - page * self.page)
@@ -95,11 +104,9 @@ class SparseFile:
             time.sleep(0.02)
         try:
             start, size = self.range_of(page)
-            if self.records["here"][page]:
-                if self.known[page] or self._crc(start, size) == int(self.records["crc"][page]):
-                    self.known[page] = True
-                    return 0
-                self.records["here"][page] = 0
+            if self.is_sound(page):
+                return 0
+            self.records["here"][page] = 0
             data = get(start, size)
             self._write(data, start)
             self.records["crc"][page] = zlib.crc32(data)
@@ -119,9 +126,6 @@ class SparseFile:
         if place < size:
             raise OSError(errno.EIO, f"{self.path} has become shorter")
         return data
-
-    def _crc(self, start: int, size: int) -> int:
-        return zlib.crc32(self.read(start, size).data)
 
     def _write(self, data: memoryview, start: int) -> None:
         place = 0
@@ -163,7 +167,7 @@ class CachedFile:
         tables = self._tables
         pages = tables.pages_of(np.array([start]), np.array([size]))
         # what is missing comes in few requests, each of a run of neighbours
-        missing = np.array([page for page in pages if not tables.is_there(int(page))], np.int64)
+        missing = np.array([page for page in pages if not tables.is_sound(int(page))], np.int64)
         runs = np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1) if len(missing) else []
         most = PAGE // TABLE
         parts = [run[place : place + most] for run in runs for place in range(0, len(run), most)]
