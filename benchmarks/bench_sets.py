@@ -4,8 +4,8 @@
 parts of 250,000 images, 84 on a page of 8 MiB, as ImageNet's originals lie. A file is real but for its pixels: header
 and tables, and holes where the images would be. Each is opened in a process of its own, whose peak of memory is
 compared with what it was before. `open` is what has to be done until the first batch can be asked for; `a batch` is
-4,096 places out of the middle of an epoch. Times are the processor's, so that what else runs on the machine counts little. The
-list is the order as it was made before: eight bytes a sample, sorted.
+4,096 places out of the middle of an epoch. Times are the processor's, so that what else runs on the machine counts
+little. The list is the order as it was made before: eight bytes a sample, sorted.
 
 Pages are counted for an epoch of 1.28 M images in batches of 4,096: a node reads a page when one of its images is asked
 for, and has it until it was not asked for over eight batches. 1 is each page read once by one node.
