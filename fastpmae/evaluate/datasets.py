@@ -14,8 +14,9 @@ from fastpmae.distributed.ranks import has_bf16, to_device
 from fastpmae.evaluate.backbone import Backbone, features
 from fastpmae.evaluate.features import Pool
 from fastpmae.run.images import fingerprint
-from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
+from fastpmae_loaders import PlainViews, Samples, open_samples
 from fastpmae_loaders.cli.progress import Progress
+from fastpmae_loaders.engines.base import Located
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
@@ -109,7 +110,7 @@ def engine_for(samples: Samples, engine: Engine) -> str:
     """The engine that reads these images: as asked for, or the default for a .beton and Pillow for files."""
     if engine != "auto":
         return engine
-    return DEFAULT_ENGINE if isinstance(samples, Beton) else "torch"
+    return DEFAULT_ENGINE if isinstance(samples, Located) else "torch"
 
 
 def half(device: torch.device) -> torch.autocast:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -173,10 +173,10 @@ def open_samples(
         UserError: where it is none of these, or a folder of both images and shards.
     """
     if not isinstance(path, str | os.PathLike):
-        if hasattr(path, "payload"):
-            return path
         if isinstance(path, list | tuple) and path:
             return _mixed(path, cache)
+        if hasattr(path, "payload"):
+            return cast("Samples", path)
         raise UserError(f"{path!r} names no images: give a path, or images that are open")
     if is_address(path):
         from fastpmae_loaders.sources.remote_beton import open_remote

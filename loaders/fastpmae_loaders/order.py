@@ -30,11 +30,15 @@ class Pages:
     """Which samples lie together, of n samples on P pages.
 
     `starts` int64 [P + 1]: page p holds the samples starts[p] ... starts[p + 1] - 1, or, where `members` int64 [n] is
-    given, those that stand there in it, by ascending number.
+    given, those that stand there in it, by ascending number. Where some of the samples are left out, `left_out` uint8
+    [ceil(all / 8)] has a bit for each of all, the first in the lowest bit of the first; `all_starts` int64 [P + 1] are
+    the pages' starts among all, and `starts` those among the samples that are left.
     """
 
     starts: np.ndarray
     members: np.ndarray | None = None
+    left_out: np.ndarray | None = None
+    all_starts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -47,9 +51,12 @@ class Pages:
     def together(self, pages: np.ndarray) -> np.ndarray:
         """The samples of some pages, by ascending number: int64 [m]."""
         pages = np.sort(pages)
-        count = self.starts[pages + 1] - self.starts[pages]
+        starts = self.starts if self.all_starts is None else self.all_starts
+        count = starts[pages + 1] - starts[pages]
         ends = np.cumsum(count)
-        places = np.arange(ends[-1]) + np.repeat(self.starts[pages] - (ends - count), count)
+        places = np.arange(ends[-1]) + np.repeat(starts[pages] - (ends - count), count)
+        if self.left_out is not None:
+            places = places[(self.left_out[places >> 3] >> (places & 7).astype(np.uint8)) & 1 == 0]
         return places if self.members is None else np.sort(self.members[places])
 
 

@@ -136,8 +136,7 @@ class PairedViews:
         check_key(seed, 0)
         self.batch_size = batch_size
         self.global_batch = batch_size * world_size
-        self.rank = rank
-        self.world_size = world_size
+        self.rank, self.world_size = rank, world_size
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last

@@ -21,20 +21,23 @@ SETTINGS = ViewSettings(image_size=32, patch_size=8, folds=5)
 class Some:
     """As much of a source as an order asks for."""
 
-    class_names = None
+    class_names: list[str] | None = None
     nbytes = 0
 
     def __init__(self, count: int) -> None:
         self.path = Path(f"{count}")
         self._count = count
-        self.height = self.width = self.size = np.ones(count, np.int64)
+        self.height = self.width = self.size = self.mode = self.label = self.page_of = np.ones(count, np.int64)
 
     def __len__(self) -> int:
         return self._count
 
+    def payload(self, index: int) -> np.ndarray:
+        raise NotImplementedError
+
 
 def mixed(counts: list[int], weights: list[float] | None) -> Mixture:
-    return Mixture([Some(count) for count in counts], weights)  # pyright: ignore[reportArgumentType]
+    return Mixture([Some(count) for count in counts], weights)
 
 
 def sources(mixture: Mixture, keys: np.ndarray) -> np.ndarray:
@@ -198,7 +201,7 @@ def test_what_does_not_decode_is_told_by_its_source(tmp_path: Path) -> None:
     folder = make_parts(tmp_path / "broken", broken=tuple(range(29)))
     small = write_beton(folder / "small.beton", [made_pixels(70 + i, 40, 36) for i in range(3)])
     with (
-        PairedViews([small, folder / "set"], 8, settings=SETTINGS) as views,
+        PairedViews([str(small), str(folder / "set")], 8, settings=SETTINGS) as views,
         pytest.raises(UserError, match=r"part-[0-9]\.beton with fastpmae-write --check"),
     ):
         list(views)

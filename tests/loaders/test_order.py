@@ -72,6 +72,19 @@ def test_nothing_is_kept_for_a_sample() -> None:
     assert held < 2e6
 
 
+def test_what_is_left_out_is_never_shown() -> None:
+    out = NOISE.random(700) < 0.4
+    out[:40] = True
+    page_of = PAGES["in the file's order"]
+    whole = pages_of(page_of).starts
+    kept = np.concatenate([[0], np.cumsum(~out)])[whole]
+    order = PageOrder(3, 2, Pages(kept, left_out=np.packbits(out, bitorder="little"), all_starts=whole), 4)
+    assert len(order) == (~out).sum()
+    shown = order.places(0, len(order))
+    assert sorted(shown.tolist()) == np.flatnonzero(~out).tolist()
+    assert order.places(31, 77).tolist() == shown[31:77].tolist()
+
+
 def test_in_the_files_order() -> None:
     assert FileOrder(10).places(3, 6).tolist() == [3, 4, 5]
 
