@@ -124,9 +124,7 @@ def _window(reader: Reader) -> int:
     return min(MOST_AHEAD, max(1, reader.cache.limit // PAGE // 4))
 
 
-def open_remote(
-    address: str | os.PathLike[str], settings: CacheSettings | None = None
-) -> RemoteBeton | RemoteSet:
+def open_remote(address: str | os.PathLike[str], settings: CacheSettings | None = None) -> RemoteBeton | RemoteSet:
     """The .beton file at an address, or, where its name does not end so, the set whose index lies there.
 
     Raises:
