@@ -1,4 +1,4 @@
-"""A source in a store: its files by their names, as a folder of this machine into which those that are read are brought.
+"""A source in a store: its files by their names, as a folder of this machine into which those that are read come.
 
 The folder holds an empty file for each of the store's; what a part of a set is made of is brought when the part is
 written, and given up after it. So the disk holds a few parts of the source at a time, whatever its size.
