@@ -70,11 +70,10 @@ def metadata_type(type_ids: list[int]) -> np.dtype:
 class Beton:
     """A .beton file opened, mapped and checked. Everything is read-only; n is the number of samples.
 
-    Attributes: `width`, `height` int64 [n] in pixels; `mode` uint8 [n] (0 JPEG, 1 raw,
-    3 coefficients); `label` int64 [n]
-    (−1 where the file has no int field); `pointer`, `size` uint64 [n], the byte range of each image, inside
-    the file and outside its tables; `page_of` int64 [n]; `page_size`; `class_names` (list of str, or None);
-    `nbytes`, the size of the file; `data` uint8 memory map of it; `descriptor`, the open file; `path`.
+    Attributes: `width`, `height` int64 [n] in pixels; `mode` uint8 [n] (0 JPEG, 1 raw, 3 coefficients); `label` int64
+    [n] (−1 without an int field); `pointer`, `size` uint64 [n], the byte range of each image, inside the file and
+    outside its tables; `page_of` int64 [n]; `page_size`; `class_names` (list of str, or None); `nbytes`, the size of
+    the file; `data` uint8 memory map of it; `descriptor`, the open file; `path`.
 
     Nothing here reads by way of the map: a file that is cut short while it is read, or a disk that fails, would end the
     process (SIGBUS). What is read from the descriptor is there or is an error.
@@ -84,14 +83,11 @@ class Beton:
     here: before decoding one into a buffer sized from the metadata compare `jpeg_size` with them.
     """
 
-    path: Path | Address
-
     def __init__(self, path: str | os.PathLike[str]):
         self._open(path)
         header = self._records(HEADER, 0, 1, "the header")[0]
         self._check_header(header)
-        num_fields = int(header["num_fields"])
-        fields = self._records(DESCRIPTOR, HEADER.itemsize, num_fields, "the field descriptors")
+        fields = self._records(DESCRIPTOR, HEADER.itemsize, int(header["num_fields"]), "the field descriptors")
         type_ids = self._field_types(fields)
         record = metadata_type(type_ids)
         count, start = int(header["num_samples"]), HEADER.itemsize + fields.nbytes
@@ -101,8 +97,7 @@ class Beton:
 
         image = metadata[f"f{type_ids.index(IMAGE_FIELD)}"]
         self.mode = _frozen(image["mode"], np.uint8)
-        self.width = _frozen(image["width"], np.int64)
-        self.height = _frozen(image["height"], np.int64)
+        self.width, self.height = (_frozen(image[side], np.int64) for side in ("width", "height"))
         self.pointer = _frozen(image["data_ptr"], np.uint64)
         labelled = INT_FIELD in type_ids
         label = metadata[f"f{type_ids.index(INT_FIELD)}"] if labelled else np.full(count, -1)
@@ -177,12 +172,11 @@ class Beton:
             raise BetonError(f"{self.path}: sample {int(index)}: {error}") from None
 
     def _open(self, path: str | os.PathLike[str]) -> None:
-        self.path = here = local_path(path)
+        here = local_path(path)
+        self.path: Path | Address = here
         try:
-            if not here.exists():
-                raise BetonError(f"{self.path} does not exist")
             if not here.is_file():
-                raise BetonError(f"{self.path} is not a file")
+                raise BetonError(f"{self.path} {'is not a file' if here.exists() else 'does not exist'}")
             with here.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if not status.st_size:
@@ -210,8 +204,7 @@ class Beton:
         """Bytes of the file, uint8 [size]."""
         if not hasattr(os, "preadv"):  # Windows, where a file that is mapped cannot be cut short
             return np.array(self.data[start : start + size])
-        data = np.empty(size, np.uint8)
-        place = 0
+        data, place = np.empty(size, np.uint8), 0
         try:
             while place < size and (count := os.preadv(self.descriptor, [data.data[place:]], start + place)):
                 place += count

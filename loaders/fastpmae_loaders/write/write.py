@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from fastpmae_loaders.cli.outputs import check_no_run_file
+from fastpmae_loaders.cli.outputs import check_no_run_file, check_output
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
@@ -90,11 +90,13 @@ def write_beton(
     images = replace(images or ImageSettings(), **settings)
     count = workers if workers is not None else min(usable_cores(), MOST_WORKERS)
     check_numbers(count, limit, page_size, timeout)
-    place = place_of(out)
+    place, origin = place_of(out), place_of(source)
     if isinstance(place, Address):
         target = _file_target(place, force)
+    elif isinstance(origin, Address):
+        check_output(place, force=force)
     else:
-        check_out(Path(source), place, force)
+        check_out(origin, place, force)
     progress = progress or Progress()
     progress.phase(f"Looking for images in {printable(str(source))}")
     found = look_into(source, listing)

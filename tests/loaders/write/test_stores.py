@@ -1,5 +1,6 @@
 """Sources and targets in a store: the bytes of the local ones, exactly once, and what cannot be is refused."""
 
+import itertools
 import json
 import tarfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from fastpmae_loaders.write.write import write_beton
 from tests.made import write_tree
 from tests.stores import BUCKET, Server, s3_server, told
 
+_numbers = itertools.count()
+
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -24,10 +27,11 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def place(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
+def place(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
+    """An empty folder of the server's; this machine's own folders are the test's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     with told(s3):
-        yield parse_address(f"s3://{BUCKET}/{request.node.name[:40].strip('[]')}")
+        yield parse_address(f"s3://{BUCKET}/test-{next(_numbers)}")
 
 
 def put_folder(folder: Path, address: Address) -> None:
