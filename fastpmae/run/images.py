@@ -28,6 +28,7 @@ def sources(config: Config) -> tuple[str, ...]:
 def absolute(config: Config, images: Samples) -> Path | tuple[str, ...] | None:
     """Where the run's images lie, so that they are found from any folder; weights stay behind the sources."""
     if not isinstance(config.data.beton, tuple):
+        assert isinstance(images.path, Path)  # an address stands in a tuple
         return images.path.resolve()
     return tuple(_absolute(source) for source in config.data.beton)
 
