@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 from fastpmae.settings.rates import check_one_rate, peak_rate, with_one_rate
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.stores.address import is_address, parse_address
+from fastpmae_loaders.stores.address import Address, parse_address
 from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.values import Typed, local_path
 
@@ -45,8 +45,9 @@ class Data(Typed):
     """Stop when more than this share of the images seen, and at least four of them, do not decode."""
 
     def __post_init__(self) -> None:
-        if is_address(self.beton):
-            object.__setattr__(self, "beton", (str(self.beton),))
+        address = Address.of_text(self.beton)
+        if address is not None:
+            object.__setattr__(self, "beton", (str(address),))
         super().__post_init__()
         _ = self.cached
 
@@ -264,8 +265,9 @@ class Run(Typed):
     """Log to Weights & Biases too, where it is installed."""
 
     def __post_init__(self) -> None:
-        if is_address(self.out):
-            object.__setattr__(self, "upload", str(self.out))
+        address = Address.of_text(self.out)
+        if address is not None:
+            object.__setattr__(self, "upload", str(address))
             object.__setattr__(self, "out", None)
         super().__post_init__()
         if self.upload is not None:
