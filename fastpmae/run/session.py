@@ -85,7 +85,7 @@ class Session:
         self.save_every, self.save_steps, self.saved_step = save_every, save_steps, saved_step
         self.log = self.enter(log)
         written = {} if uploads is None else {"written": uploads.checkpoint}
-        self.uploads = uploads
+        self.uploads = uploads if uploads is None else self.enter(uploads)
         self.saver = self.enter(Saver(self.ranks.device, keep, is_main=self.ranks.is_main, **written))
         for sentence in sentences:
             self.log.say(sentence)

@@ -24,7 +24,7 @@ from fastpmae_loaders.stores.client import Closed, Missing, Store, StoreError
 
 CHECKPOINT = re.compile(r"checkpoints/step-(\d{8,15})\.(safetensors|whole)")
 LOGS = ("config.json", "metrics.jsonl", "train.log", "machine.jsonl")
-_AFTER_A_SIGNAL = 30.0
+_AFTER_A_SIGNAL = 10.0
 """Seconds for which requests are tried again when the run is told to end: its machine may be taken away soon."""
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fastpmae_loaders import PairedViews, UserError, ViewSettings, open_samples
+from fastpmae_loaders.engines.lookahead import Fetched
 from fastpmae_loaders.sources.beton_set import BetonSet
 from fastpmae_loaders.sources.remote_beton import RemoteBeton, RemoteSet, open_remote
 from fastpmae_loaders.stores.cache import CacheSettings
@@ -96,6 +97,15 @@ def test_a_set_in_a_store_gives_the_local_bits(files, faulty, tmp_path, engine):
         assert isinstance(samples, RemoteSet)
         assert_same(shown(samples, engine=engine), local)
         assert samples.identity == BetonSet(samples.index, files / BUCKET / "set").identity
+
+
+def test_a_mixture_of_what_lies_here_and_in_a_store(files, faulty, tmp_path):
+    own = files / BUCKET / "whole.beton"
+    local = shown(open_samples([f"{files / BUCKET / 'large.beton'}:0.7", f"{own}:0.3"]))
+    with told(faulty):
+        there = open_samples([f"{ADDRESS}/large.beton:0.7", f"{own}:0.3"], cache=cache(tmp_path))
+        assert isinstance(there, Fetched)
+        assert_same(shown(there), local)
 
 
 def test_a_set_at_a_buckets_root(root, tmp_path):

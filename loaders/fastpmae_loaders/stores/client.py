@@ -26,6 +26,7 @@ DEADLINE = 300.0
 _CONNECT, _STALL, _WHOLE = "5s", "20s", "120s"
 _LONGEST_PAUSE = 8.0
 UPLOAD_PART = 8 << 20
+_MOST_PARTS = 9000  # S3 takes 10,000
 
 _MISSING = (
     "{address}: reading from and writing to object stores needs the package obstore, which is not installed here: "
@@ -132,7 +133,8 @@ class Store:
             if new:
                 obstore.put(self._store, key, data, mode="create")
             else:
-                obstore.put(self._store, key, data, chunk_size=UPLOAD_PART)
+                size = data.stat().st_size if isinstance(data, Path) else len(data)
+                obstore.put(self._store, key, data, chunk_size=max(UPLOAD_PART, -(-size // _MOST_PARTS)))
 
         self._patiently(key, send)
 
