@@ -121,6 +121,8 @@ def s3_server(folder: Path) -> Iterator[Server]:
     command = [
         weed, "server", "-s3", "-dir", str(folder / "data"), "-ip", "127.0.0.1", "-ip.bind", "127.0.0.1",
         "-s3.config", str(folder / "keys.json"), "-master.volumeSizeLimitMB=64", "-volume.max=50",
+        # two catalogues that would listen on ports of their own, and end a second server of the machine
+        "-s3.port.iceberg=0", "-s3.port.lance=0",
         *(f"-{name}={port}" for name, port in ports.items()),
     ]  # fmt: skip
     server = Server(s3, command, folder / "weed.log")
