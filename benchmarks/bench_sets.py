@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -147,10 +147,23 @@ def child(way: str, path: str, images: int) -> None:
     print(json.dumps([seconds, memory, times, sound, int(last.sum())]))
 
 
-def measured(way: str, path: Path, images: int) -> tuple[float, float, list[float], bool, int]:
-    """What `child` says."""
+class Opened(NamedTuple):
+    """What `child` says of one opening."""
+
+    seconds: float
+    memory: float
+    times: list[float]
+    sound: bool
+    last: int
+    """The sum of the last batch: the same for the same order."""
+
+
+def measured(way: str, path: Path, images: int) -> Opened:
+    """One opening, in a process of its own."""
     words = [sys.executable, "-m", "benchmarks.bench_sets", "--child", way, str(path), str(images)]
-    return tuple(json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
+    return Opened(
+        *json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    )
 
 
 def opening_rows(sizes: Sequence[tuple[str, int]], rounds: int) -> list[Row]:
@@ -161,26 +174,30 @@ def opening_rows(sizes: Sequence[tuple[str, int]], rounds: int) -> list[Row]:
             path = Path(folder) / f"{kind}-{images}"
             if kind == "set":
                 path.write_text(made_index(images))
-                ways = ["set"]
             else:
                 write_hollow(path, images)
-                ways = ["list", "file", "ffcv"]
+            ways = ("set",) if kind == "set" else ("list", "file", "ffcv")
             found = {way: [measured(way, path, images) for _ in range(rounds)] for way in ways}
             path.unlink()
+            first = found[ways[0]]
             for way in ways:
-                name = {"list": "one file, order listed", "ffcv": "one file, FFCV's memory manager"}.get(
-                    way, f"one {way}"
-                )
-                case = f"{name}, {images:,} images"
-                gate = all(run[3] and run[4] == found[ways[0]][0][4] for run in found[way]) or way == "ffcv"
-                against = None if way == ways[0] else ways[0]
-                base = f"{NAMES['list']}, {images:,} images"
-                for place, (metric, unit) in enumerate((("open", "CPU-s"), ("memory", "MB"))):
-                    baseline = (base, [run[place] for run in found[against]]) if against else None
-                    rows.append(make_row(case, metric, unit, [run[place] for run in found[way]], "cpu", gate, baseline))
-                if way != "ffcv":
-                    times = [value for run in found[way] for value in run[2]]
-                    rows.append(make_row(case, f"a batch of {BATCH}", "CPU-ms", times, "cpu", gate))
+                rows += _rows_of(found[way], way, images, None if way == ways[0] else first)
+    return rows
+
+
+def _rows_of(found: list[Opened], way: str, images: int, first: list[Opened] | None) -> list[Row]:
+    case, base = (f"{NAMES[name]}, {images:,} images" for name in (way, "list"))
+    # FFCV's has no order of ours to be checked
+    gate = way == "ffcv" or all(run.sound and run.last == (first or found)[0].last for run in found)
+    seconds = (base, [run.seconds for run in first]) if first else None
+    memory = (base, [run.memory for run in first]) if first else None
+    rows = [
+        make_row(case, "open", "CPU-s", [run.seconds for run in found], "cpu", gate, seconds),
+        make_row(case, "memory", "MB", [run.memory for run in found], "cpu", gate, memory),
+    ]
+    times = [value for run in found for value in run.times]
+    if times:
+        rows.append(make_row(case, f"a batch of {BATCH}", "CPU-ms", times, "cpu", gate))
     return rows
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from fastpmae_loaders import Beton, PairedViews, UserError, ViewSettings
 from fastpmae_loaders.engines import torch_engine
-from fastpmae_loaders.engines.base import Source, make_job
+from fastpmae_loaders.engines.base import Source, largest, make_job
 from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.engines.views import Rows
 from fastpmae_loaders.sources.beton import COEFFICIENTS
@@ -305,9 +305,8 @@ class Alone:
 
 def guarded_scratch(source: Source) -> Scratch:
     """A thread's memory, every array of it with a forbidden page behind."""
-    pixels = int((source.samples.height * source.samples.width).max())
-    stored = np.empty(int(source.samples.size.max()), np.uint8)
-    scratch = source.scratch()._replace(decoded=np.empty(3 * pixels, np.uint8), stored=stored)
+    _, _, pixels, size = largest(source.samples)
+    scratch = source.scratch()._replace(decoded=np.empty(3 * pixels, np.uint8), stored=np.empty(size, np.uint8))
     return Scratch(*(guarded(part) if isinstance(part, np.ndarray) else part for part in scratch))
 
 

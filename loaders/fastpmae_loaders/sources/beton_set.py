@@ -184,9 +184,9 @@ def _images_of_pages(shard: Shard) -> np.ndarray:
     return np.diff(np.arange(count + 1) * shard.images // count)
 
 
-def is_set(folder: Path) -> bool:
+def is_set(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a set's index."""
-    return (folder / INDEX).is_file()
+    return Path(folder, INDEX).is_file()
 
 
 def open_set(folder: str | os.PathLike[str]) -> BetonSet:
