@@ -17,7 +17,7 @@ import docstring_parser
 import tyro
 
 from fastpmae.config import Config
-from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Probe
+from fastpmae.evaluate.cli import Common, DenseCommon, Finetune, Knn, Linear, Lowshot, Patches, Probe
 from fastpmae.evaluate.features import embed_command
 from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.export.export import export_command
@@ -53,6 +53,14 @@ def evaluation() -> str:
         *_table(FinetuneConfig, FinetuneConfig()),
         "",
     ]
+    return "\n".join(lines)
+
+
+def dense() -> str:
+    """The same for the evaluations on masks and boxes."""
+    lines = ["**every one of them**", "", *_table(DenseCommon), ""]
+    for name, kind in (("patches", Patches),):
+        lines += [f"**{name}**: {kind.__doc__}", "", *_table(kind), ""]
     return "\n".join(lines)
 
 
@@ -123,6 +131,7 @@ def modules() -> str:
 PARTS = (
     ("docs/commands.md", "settings", settings),
     ("docs/commands.md", "evaluation", evaluation),
+    ("docs/dense.md", "dense", dense),
     (
         "docs/commands.md",
         "write",

@@ -1,4 +1,4 @@
-"""The command line of `fastpmae-eval`: five kinds of evaluation, and what each can be told."""
+"""The command line of `fastpmae-eval`: the kinds of evaluation, and what each can be told."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,10 +147,72 @@ class Lowshot:
     """Seed of the first draw; the others take the seeds after it."""
 
 
-Command = Knn | Linear | Probe | Lowshot | Finetune
+@dataclass(frozen=True)
+class DenseCommon:
+    """What every evaluation on masks or boxes is told."""
 
-DESCRIPTION = """Evaluate the features of a network. Prints top-1 and top-5, and writes a JSON result, a row for each
-class and the confusion matrix beside the checkpoint.
+    weights: Annotated[str, tyro.conf.Positional]
+    """A run folder or checkpoint of ours, the folder of a fine-tuning or an export, a safetensors file, a .pth of MAE,
+    SdAE, DINO, iBOT, MoCo v3, BEiT and many others, or timm:NAME for a model that timm fetches."""
+    train: Path
+    """Images to train on, with masks or boxes, in a layout of docs/dense.md. A folder with a training and a validation
+    split holds both sets."""
+    val: Path | None = None
+    """Images to test on; by default those of the validation split in --train."""
+    classes: Path | None = None
+    """JSON of what the label files hold -> name of the class, as {"0": "sky", "#804080": "road", "11": null}: equal
+    names are one class, null is ignored."""
+    network: Which = "auto"
+    """Whose encoder, where the file holds several; auto takes our student, and of others what they evaluate."""
+    out: Path | None = None
+    """Folder for the result; by default `eval` in the run's folder, and NAME-eval beside a file."""
+    heads: int = 0
+    """Attention heads, where the weights do not tell and the width is unusual."""
+    workers: int = 0
+    """Threads that read images; 0 takes all cores that may be used."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Masks by frozen features of patches: k-NN in context (Hummingbird), and a linear layer (BatchNorm and 1 x 1)."""
+
+    common: Annotated[DenseCommon, tyro.conf.arg(name="")]
+    ignore: tuple[int, ...] = ()
+    """Numbers in the masks that do not count."""
+    k: int = 30
+    """Neighbours that each patch takes its label from."""
+    temperature: float = 0.02
+    """Temperature of the neighbours' weights."""
+    memory: int = 1_000_000
+    """Patches of training images to look among; of more than that, as many of each image are drawn."""
+    short_side: int = 512
+    """Images whose shorter side has more pixels are scaled down to it; 0 keeps every size."""
+    linear: bool = True
+    """Train the linear layer too."""
+    steps: int = 1000
+    """Optimizer steps of the linear layer."""
+    step_images: int = 16
+    """Images in one of them."""
+    lr: float = 1e-3
+    """Its learning rate, which falls to 0 on a cosine."""
+    weight_decay: float = 1e-4
+    """Its weight decay (AdamW)."""
+    yardsticks: bool = True
+    """Print what can be reached without pretraining too: random weights, patches told apart by colour and place, and
+    how often each class stands where."""
+    keep_gb: float = 4.0
+    """Memory for features, which are kept between the two probes and between the steps; more images are computed
+    again."""
+    seed: int = 0
+    """Seed of the random weights, the linear layer, and what is drawn."""
+
+
+Command = Knn | Linear | Probe | Lowshot | Finetune | Patches
+
+DESCRIPTION = """Evaluate the features of a network. Prints top-1 and top-5, or mIoU, and writes a JSON result, a row
+for each class and the confusion matrix beside the checkpoint.
 Example: fastpmae-eval knn runs/photos --train train.beton --val val.beton"""
 
 
@@ -166,12 +228,14 @@ def read_command(arguments: Sequence[str]) -> Command:
     config = finetune_preset(last_value(words, "--preset") or "paper").using(**rate)
     probe = PROBE.using(**rate)
     unknown = Common(weights=tyro.MISSING, train=tyro.MISSING)
+    dense = DenseCommon(weights=tyro.MISSING, train=tyro.MISSING)
     defaults: dict[str, Command] = {
         "knn": Knn(unknown),
         "linear": Linear(unknown),
         "probe": Probe(unknown, probe),
         "lowshot": Lowshot(unknown),
         "finetune": Finetune(unknown, config),
+        "patches": Patches(dense),
     }
     kinds = tuple(
         Annotated[type(default), tyro.conf.subcommand(name, default=default)] for name, default in defaults.items()
