@@ -130,7 +130,7 @@ def place(file: LabelledFile, labels: Mapping[str, int], outlines: bool) -> tupl
     areas = [own if own is not None and math.isfinite(own) and own >= 0 else area for own, area in both]
     read_outlines = None
     if outlines:
-        frame = (height, width) if orientation == 1 else stored[::-1]
+        frame = (height, width) if orientation == 1 else (stored[1], stored[0])
         drawn = tuple(annotation.outline for annotation in kept)
         for outline in drawn:
             if outline is None or (outline.runs and outline.size != frame):

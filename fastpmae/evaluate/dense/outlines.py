@@ -43,10 +43,10 @@ def coco_outline(said: Any) -> Outline | None:
     counts = said.get("counts")
     if isinstance(counts, str):
         counts = unpacked(counts)
-    good = isinstance(height, int) and isinstance(width, int) and isinstance(counts, list)
-    if not good or not all(isinstance(run, int) and run >= 0 for run in counts) or sum(counts) != height * width:
+    runs = counts if isinstance(counts, list) and all(isinstance(run, int) and run >= 0 for run in counts) else []
+    if not isinstance(height, int) or not isinstance(width, int) or sum(runs) != height * width or not runs:
         raise UserError(f"has runs that do not fill the {said['size']} of its segmentation")
-    return Outline(runs=tuple(counts), size=(height, width))
+    return Outline(runs=tuple(runs), size=(height, width))
 
 
 def _polygon(points: Any) -> tuple[float, ...]:
@@ -104,5 +104,7 @@ def outline_of(outline: Outline, height: int, width: int, shares: bool = False) 
         from faster_coco_eval.core import mask
     except ImportError:
         raise UserError("faster-coco-eval is not installed: pip install 'fastpmae[dense]'") from None
-    packed = mask.frPyObjects([points.clip(-width, 2 * width).ravel().tolist() for points in polygons], height, width)
+    # what lies far outside would be walked along step by step
+    near = [points.clip((-width, -height), (2 * width, 2 * height)).ravel().tolist() for points in polygons]
+    packed: Any = mask.frPyObjects(near, height, width)
     return np.asarray(mask.decode(mask.merge(packed))).astype(bool)

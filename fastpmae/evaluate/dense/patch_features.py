@@ -68,7 +68,7 @@ def scaled(image: Pixels, grid: Grid) -> Pixels:
     """The image as the network sees it: bilinear with antialiasing, as Pillow scales."""
     if grid.scaled == image.shape[:2]:
         return image
-    return np.array(Image.fromarray(image).resize(grid.scaled[::-1], Image.Resampling.BILINEAR))
+    return np.array(Image.fromarray(image).resize((grid.scaled[1], grid.scaled[0]), Image.Resampling.BILINEAR))
 
 
 def patch_network(backbone: Backbone, device: torch.device) -> PatchNetwork:

@@ -156,7 +156,7 @@ def probe(
 
     def predict(entry: Masked, place: int) -> Int[Tensor, "height width"]:
         image, _ = entry.read()
-        grid = network.grid(*image.shape[:2], command.short_side)
+        grid = network.grid(image.shape[0], image.shape[1], command.short_side)
         queries = F.normalize(of_val(place).flatten(0, 1).to(probing.device), dim=1)
         votes = memory.vote(queries, command.k, command.temperature)
         return at_mask_size(votes.view(grid.rows, grid.columns, -1), grid).argmax(dim=0)
@@ -168,7 +168,7 @@ def probe(
 
     def labels(place: int) -> tuple[Int[np.ndarray, "height width"], Grid]:
         _, mask = probing.train.entries[place].read()
-        return mask, network.grid(*mask.shape, command.short_side)
+        return mask, network.grid(mask.shape[0], mask.shape[1], command.short_side)
 
     layer = train_patch_linear(
         of_train,
@@ -184,7 +184,7 @@ def probe(
     def predict_linear(entry: Masked, place: int) -> Int[Tensor, "height width"]:
         found = of_val(place).to(probing.device)
         image, _ = entry.read()
-        grid = network.grid(*image.shape[:2], command.short_side)
+        grid = network.grid(image.shape[0], image.shape[1], command.short_side)
         return at_mask_size(layer(found.flatten(0, 1)).view(*found.shape[:2], -1), grid).argmax(dim=0)
 
     return knn, probing.scores(f"{words}linear layer", predict_linear), predict
@@ -194,7 +194,7 @@ def _features(
     entries: tuple[Masked, ...], network: PatchNetwork, short_side: int, place: int
 ) -> Float[Tensor, "rows columns dim"]:
     image, _ = entries[place].read()
-    return network.features(image, network.grid(*image.shape[:2], short_side)).cpu()
+    return network.features(image, network.grid(image.shape[0], image.shape[1], short_side)).cpu()
 
 
 def fill_memory(
@@ -211,7 +211,7 @@ def fill_memory(
     with probing.progress.count(len(entries), "images"):
         for place, entry in enumerate(entries):
             _, mask = entry.read()
-            grid = network.grid(*mask.shape, command.short_side)
+            grid = network.grid(mask.shape[0], mask.shape[1], command.short_side)
             found = patch_labels(mask, grid, probing.classes).flatten(0, 1)
             counted = found.sum(dim=1).nonzero().flatten()
             counted = counted[torch.from_numpy(chosen_patches(len(counted), most, command.seed, place))]
@@ -231,7 +231,7 @@ def colour_neighbours(probing: Probing, network: PatchNetwork) -> MaskScores:
 
     def features(entry: Masked) -> tuple[Float[Tensor, "patches dim"], Grid]:
         image, _ = entry.read()
-        grid = network.grid(*image.shape[:2], command.short_side)
+        grid = network.grid(image.shape[0], image.shape[1], command.short_side)
         return colour_features(scaled(image, grid), grid).flatten(0, 1), grid
 
     plain = fill_memory(probing, network, lambda place: features(probing.train.entries[place])[0])
@@ -255,7 +255,7 @@ def place_prior(probing: Probing) -> MaskScores:
 
     def predict(entry: Masked, place: int) -> Int[Tensor, "height width"]:
         _, mask = entry.read()
-        return prior.scores(*mask.shape).argmax(dim=0)
+        return prior.scores(mask.shape[0], mask.shape[1]).argmax(dim=0)
 
     return probing.scores("how often each class stands where", predict)
 
