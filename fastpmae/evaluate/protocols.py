@@ -31,7 +31,7 @@ from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.knn import check_neighbours, knn_ranked
 from fastpmae.evaluate.linear import Sweep, best_c, draw_few, held_out, logistic_regression, standardised, train_sweep
 from fastpmae.evaluate.metrics import Scores, rank, write_scores
-from fastpmae.evaluate.places import free_name, place_of, stem_of
+from fastpmae.evaluate.result_files import free_name, place_of, stem_of
 from fastpmae.run.images import source_notes
 from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.exits import exit_with_sentence

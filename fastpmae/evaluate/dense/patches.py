@@ -22,7 +22,7 @@ from fastpmae.evaluate.dense.patch_features import Kept, PatchNetwork, patch_net
 from fastpmae.evaluate.dense.patch_linear import LinearSettings, train_patch_linear
 from fastpmae.evaluate.dense.sets import open_segmentation
 from fastpmae.evaluate.dense.yardsticks import PositionPrior, colour_features
-from fastpmae.evaluate.places import free_name, place_of, stem_of
+from fastpmae.evaluate.result_files import free_name, place_of, stem_of
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError

@@ -1,4 +1,4 @@
-"""Where the files of a result go, and what they are called."""
+"""Where the results of an evaluation lie, and what their files are called: none takes another one's place."""
 
 import itertools
 import json
@@ -12,9 +12,9 @@ from fastpmae.run.checkpoint import step_of
 from fastpmae.run.folder import run_of
 
 
-def stem_of(name: str, network: str) -> str:
-    """What a result's files are called: the evaluation and the network. Its name may come out of a stranger's file."""
-    return "-".join(filter(None, [name, re.sub(r"[^A-Za-z0-9.]+", "-", network)]))
+def stem_of(evaluation: str, network: str) -> str:
+    """What a result's files begin with. A network's name may come out of a stranger's file."""
+    return "-".join(filter(None, [evaluation, re.sub(r"[^A-Za-z0-9.]+", "-", network)]))
 
 
 def free_name(folder: Path, stem: str, record: dict[str, Any]) -> str:
