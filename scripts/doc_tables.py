@@ -17,7 +17,9 @@ import docstring_parser
 import tyro
 
 from fastpmae.config import Config
-from fastpmae.evaluate.cli import Common, DenseCommon, Finetune, Knn, Linear, Lowshot, Patches, Probe
+from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Patches, Probe
+from fastpmae.evaluate.dense.commands import DenseCommon, Segment
+from fastpmae.evaluate.dense.recipe import SEGMENT_PRESETS, DenseConfig, SegmentConfig
 from fastpmae.evaluate.features import embed_command
 from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.export.export import export_command
@@ -57,11 +59,16 @@ def evaluation() -> str:
 
 
 def dense() -> str:
-    """The same for the evaluations on masks and boxes."""
-    lines = ["**every one of them**", "", *_table(DenseCommon), ""]
-    for name, kind in (("patches", Patches),):
-        lines += [f"**{name}**: {kind.__doc__}", "", *_table(kind), ""]
-    return "\n".join(lines)
+    """The same for dense tasks, with the values of the presets of the paper."""
+    paper = SEGMENT_PRESETS["paper"]
+    both, own = _table(DenseConfig, paper), _table(SegmentConfig, paper)
+    tables = [
+        ("**data and network**", _table(DenseCommon)),
+        (f"**patches**: {Patches.__doc__}", _table(Patches)),
+        (f"**segment**: {Segment.__doc__}", _table(Segment)),
+        ("**segment**, with the values of `--preset paper`", [*both, *own[len(HEAD) :]]),
+    ]
+    return "\n".join(line for title, table in tables for line in (title, "", *table, ""))
 
 
 def flags(*kinds: Any) -> str:
@@ -131,7 +138,6 @@ def modules() -> str:
 PARTS = (
     ("docs/commands.md", "settings", settings),
     ("docs/commands.md", "evaluation", evaluation),
-    ("docs/dense.md", "dense", dense),
     (
         "docs/commands.md",
         "write",
@@ -142,6 +148,7 @@ PARTS = (
     ("docs/commands.md", "report", partial(flags, report_command)),
     ("docs/commands.md", "embed", partial(flags, embed_command)),
     ("docs/commands.md", "export", partial(flags, export_command)),
+    ("docs/dense.md", "dense", dense),
     ("docs/map.md", "modules", modules),
 )
 

@@ -9,6 +9,8 @@ import tyro
 
 from fastpmae.evaluate.backbone import Which
 from fastpmae.evaluate.datasets import Engine
+from fastpmae.evaluate.dense.commands import DenseCommon, Segment
+from fastpmae.evaluate.dense.recipe import segment_preset
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.linear import RATES
 from fastpmae.evaluate.recipe import PROBE, FinetuneConfig, finetune_preset
@@ -148,33 +150,6 @@ class Lowshot:
 
 
 @dataclass(frozen=True)
-class DenseCommon:
-    """What every evaluation on masks or boxes is told."""
-
-    weights: Annotated[str, tyro.conf.Positional]
-    """A run folder or checkpoint of ours, the folder of a fine-tuning or an export, a safetensors file, a .pth of MAE,
-    SdAE, DINO, iBOT, MoCo v3, BEiT and many others, or timm:NAME for a model that timm fetches."""
-    train: Path
-    """Images to train on, with masks or boxes, in a layout of docs/dense.md. A folder with a training and a validation
-    split holds both sets."""
-    val: Path | None = None
-    """Images to test on; by default those of the validation split in --train."""
-    classes: Path | None = None
-    """JSON of what the label files hold -> name of the class, as {"0": "sky", "#804080": "road", "11": null}: equal
-    names are one class, null is ignored."""
-    network: Which = "auto"
-    """Whose encoder, where the file holds several; auto takes our student, and of others what they evaluate."""
-    out: Path | None = None
-    """Folder for the result; by default `eval` in the run's folder, and NAME-eval beside a file."""
-    heads: int = 0
-    """Attention heads, where the weights do not tell and the width is unusual."""
-    workers: int = 0
-    """Threads that read images; 0 takes all cores that may be used."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
-
-
-@dataclass(frozen=True)
 class Patches:
     """Masks by frozen features of patches: k-NN in context (Hummingbird), and a linear layer (BatchNorm and 1 x 1)."""
 
@@ -209,7 +184,7 @@ class Patches:
     """Seed of the random weights, the linear layer, and what is drawn."""
 
 
-Command = Knn | Linear | Probe | Lowshot | Finetune | Patches
+Command = Knn | Linear | Probe | Lowshot | Finetune | Patches | Segment
 
 DESCRIPTION = """Evaluate the features of a network. Prints top-1 and top-5, or mIoU, and writes a JSON result, a row
 for each class and the confusion matrix beside the checkpoint.
@@ -217,7 +192,7 @@ Example: fastpmae-eval knn runs/photos --train train.beton --val val.beton"""
 
 
 def read_command(arguments: Sequence[str]) -> Command:
-    """What stands on the command line; the settings of `finetune` start from its preset.
+    """What stands on the command line; the settings of a training start from its preset.
 
     Raises:
         UserError: for a preset that does not exist, settings that do not fit together, or a flag of an earlier version.
@@ -225,8 +200,12 @@ def read_command(arguments: Sequence[str]) -> Command:
     words = with_values(arguments)
     refuse_old_flags(words, FINETUNE_SETTINGS)
     rate = numbers_on(words, ("blr", "lr"))
-    config = finetune_preset(last_value(words, "--preset") or "paper").using(**rate)
-    probe = PROBE.using(**rate)
+
+    def preset(command: str) -> str:
+        return (last_value(words, "--preset") if command in words[:1] else None) or "paper"
+
+    config = finetune_preset(preset("finetune")).using(**(rate if "finetune" in words[:1] else {}))
+    probe = PROBE.using(**(rate if "probe" in words[:1] else {}))
     unknown = Common(weights=tyro.MISSING, train=tyro.MISSING)
     dense = DenseCommon(weights=tyro.MISSING, train=tyro.MISSING)
     defaults: dict[str, Command] = {
@@ -236,6 +215,7 @@ def read_command(arguments: Sequence[str]) -> Command:
         "lowshot": Lowshot(unknown),
         "finetune": Finetune(unknown, config),
         "patches": Patches(dense),
+        "segment": Segment(dense, segment_preset(preset("segment"))),
     }
     kinds = tuple(
         Annotated[type(default), tyro.conf.subcommand(name, default=default)] for name, default in defaults.items()

@@ -1,4 +1,4 @@
-"""`fastpmae-eval`: how good a network's features are, by k-NN, linear probes, few labels, or fine-tuning."""
+"""`fastpmae-eval`: how good features are, by k-NN, linear probes, few labels, fine-tuning, or dense tasks."""
 
 import dataclasses
 import sys
@@ -24,6 +24,7 @@ from fastpmae.evaluate.cli import (
     read_command,
 )
 from fastpmae.evaluate.datasets import Labelled, extract, needed, open_labelled
+from fastpmae.evaluate.dense.commands import Segment, run_segment
 from fastpmae.evaluate.dense.patches import run_patches
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.finetune import train_classifier
@@ -271,7 +272,7 @@ def run_command(command: Command) -> None:
         UserError: for what does not fit.
     """
     with join_ranks(command.common.device) as ranks:
-        if ranks.size > 1 and not isinstance(command, Probe | Finetune):
+        if ranks.size > 1 and not isinstance(command, Probe | Finetune | Segment):
             name = type(command).__name__.lower()
             raise UserError(f"fastpmae-eval {name} is computed by one process: start it without torchrun")
         match command:
@@ -285,6 +286,8 @@ def run_command(command: Command) -> None:
                 run_training(command, ranks)
             case Patches():
                 run_patches(command, ranks)
+            case Segment():
+                run_segment(command, ranks)
 
 
 def main() -> int:

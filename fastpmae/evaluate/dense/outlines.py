@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from fastpmae.evaluate.dense.extra import imported
 from fastpmae_loaders.errors import UserError
 
 MOST_POINTS = 1_000_000
@@ -100,10 +101,7 @@ def outline_of(outline: Outline, height: int, width: int, shares: bool = False) 
         return np.repeat(inside, outline.runs).reshape(width, height).T
     scale = np.array([width, height]) if shares else np.ones(2)
     polygons = [np.array(points).reshape(-1, 2) * scale for points in outline.polygons]
-    try:
-        from faster_coco_eval.core import mask
-    except ImportError:
-        raise UserError("faster-coco-eval is not installed: pip install 'fastpmae[dense]'") from None
+    mask = imported("faster_coco_eval.core.mask", "faster-coco-eval")
     # what lies far outside would be walked along step by step
     near = [points.clip((-width, -height), (2 * width, 2 * height)).ravel().tolist() for points in polygons]
     packed: Any = mask.frPyObjects(near, height, width)
