@@ -76,13 +76,14 @@ def test_patches_are_probed_beside_their_yardsticks(
     record = json.loads((tmp_path / "patches-student.json").read_text())
     assert record["miou"] == record["table"][0]["knn"]["miou"] == pytest.approx(float(rows["student"][0]), abs=0.006)
     assert (record["classes"], record["images"], record["patch"]) == (3, 3, 8)
-    table = list(csv.DictReader((tmp_path / "patches-student-classes.csv").open()))
+    table = list(csv.DictReader((tmp_path / "patches-student-classes.csv").read_text().splitlines()))
     iou = [float(row["iou"]) for row in table]
     assert sum(iou) / 3 == pytest.approx(record["miou"], abs=0.01)
     # the last two columns of three images do not count
     assert sum(int(row["pixels"]) for row in table) == 3 * SIDES[0] * (SIDES[1] - 2)
     for name in ("confusion", "overlays"):
-        assert Image.open(tmp_path / f"patches-student-{name}.png").width > 400
+        with Image.open(tmp_path / f"patches-student-{name}.png") as picture:
+            assert picture.width > 400
     # the same command finds its own files again, and computes the same
     assert call(monkeypatch, *words, "--no-yardsticks", "--no-linear", "--keep-gb", "0") == 0
     again = json.loads((tmp_path / "patches-student.json").read_text())
