@@ -27,8 +27,6 @@ from fastpmae_loaders.cli.words import last_value, with_values
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
 
-BOXES, OUTLINED = 512, 128
-"""Boxes of an image that a training step looks at, and those of them whose outline it learns, at most."""
 ADE20K, COCO = (20_210, 150), (118_287, 80)
 """Training images and classes of the paper's two sets."""
 
@@ -117,8 +115,10 @@ def segment_costs(model: str, config: SegmentConfig, images: int, classes: int, 
         low: products in bf16.
     """
     counting, side = Counting(), config.crop_size
+    with torch.device("meta"):
+        network = Segmenter(_body(model, config, side), classes, config.channels, config.dropout)
     with counting:
-        network = Segmenter(_body(model, config, side, counting), classes, config.channels, config.dropout)
+        _materialize(network, counting)
         given, masks = torch.empty(images, 3, side, side), torch.empty(images, side, side, dtype=torch.int16)
         parts: dict[str, nn.Module] = {
             "ViT": network.backbone, "pyramid": network.pyramid, "decoder": network.decoder,
@@ -145,8 +145,10 @@ def detect_costs(
     What depends on the boxes that are found (sorting, their overlaps, pooling) is no product and is left out.
     """
     counting = Counting()
+    with torch.device("meta"):
+        network = Detector(_body(model, config, _trained_size(model)), classes, config, masks=masks)
     with counting:
-        network = Detector(_body(model, config, 224, counting), classes, config, masks=masks)
+        _materialize(network, counting)
         multiple, heads = size_multiple(network.backbone.patch_size), network.roi_heads
         short = config.crop_size or config.short_sides[1]
         long = config.crop_size or min(config.long_side, round(short * 4 / 3))
@@ -166,12 +168,12 @@ def detect_costs(
         def loss() -> Tensor:
             maps = list(network.pyramid(network.backbone(given)).values())
             found = [each.float().sum() for answers in network.rpn.head(maps) for each in answers]
-            pooled = _pooled(maps, images * BOXES, 7)
+            pooled = _pooled(maps, images * config.boxes_per_image, 7)
             found += [each.float().sum() for each in heads.box_predictor(heads.box_head(pooled))]
             if masks:
                 assert heads.mask_head is not None
                 assert heads.mask_predictor is not None
-                pooled = _pooled(maps, images * OUTLINED, 14)
+                pooled = _pooled(maps, images * config.boxes_per_image // 4, 14)
                 found.append(heads.mask_predictor(heads.mask_head(pooled)).float().sum())
             return torch.stack(found).sum()
 
@@ -188,15 +190,30 @@ def _pooled(maps: Sequence[Tensor], boxes: int, side: int) -> Tensor:
     return first.expand(boxes, -1, side, side).contiguous()
 
 
-def _body(model: str, config: SegmentConfig | DetectConfig, side: int, counting: Counting) -> TappedViT:
-    from timm.models.vision_transformer import VisionTransformer
+def _materialize(network: nn.Module, counting: Counting) -> None:
+    """Give a network without memory weights that are counted."""
+    counting.kind = "weights"
+    network.to_empty(device="cpu")
 
+
+def _shape(model: str) -> Any:
     if model not in SHAPES:
         raise UserError(f"--model {model}: there is no such model; choose one of {', '.join(SHAPES)}")
-    shape = SHAPES[model]
+    return SHAPES[model]
+
+
+def _trained_size(model: str) -> int:
+    """About 224 pixels, in whole patches."""
+    patch_size = _shape(model).patch_size
+    return 224 // patch_size * patch_size
+
+
+def _body(model: str, config: SegmentConfig | DetectConfig, side: int) -> TappedViT:
+    from timm.models.vision_transformer import VisionTransformer
+
+    shape = _shape(model)
     if side % shape.patch_size:
         raise UserError(f"--crop-size {side} is no multiple of the patches of {shape.patch_size} pixels")
-    counting.kind = "weights"
     vit: Any = VisionTransformer(
         img_size=side, patch_size=shape.patch_size, embed_dim=shape.width, depth=shape.depth, num_heads=shape.heads,
         mlp_ratio=shape.mlp_ratio, num_classes=0, drop_path_rate=config.drop_path,
@@ -225,7 +242,7 @@ def _step(
             each.register_forward_pre_hook(entering(name))
             each.register_forward_hook(entering("rest"))
     counting.kind = "optimizer"
-    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -273,7 +290,9 @@ def make_plan(options: SegmentPlan | DetectPlan) -> DensePlan:
     common, config = options.common, options.config
     is_segment = isinstance(options, SegmentPlan)
     default = ADE20K if is_segment else COCO
-    images, classes = common.images or default[0], common.classes or default[1]
+    images, classes = (
+        given if own is None else own for own, given in zip((common.images, common.classes), default, strict=True)
+    )
     gpu = gpu_named(common.gpu)
     for fits, sentence in (
         (common.gpus >= 1, f"--gpus {common.gpus}: at least 1"),

@@ -87,8 +87,8 @@ class Detector(nn.Module):
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
-            post_nms_top_n={"training": 1000, "testing": 1000},
+            pre_nms_top_n={"training": 2 * config.proposals, "testing": config.proposals},
+            post_nms_top_n={"training": config.proposals, "testing": config.proposals},
             nms_thresh=0.7,
         )
         if config.box_head == "conv":
@@ -102,7 +102,7 @@ class Detector(nn.Module):
             FastRCNNPredictor(FULLY_CONNECTED, classes + 1),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
-            batch_size_per_image=512,
+            batch_size_per_image=config.boxes_per_image,
             positive_fraction=0.25,
             bbox_reg_weights=None,
             score_thresh=config.score_threshold,
@@ -114,7 +114,7 @@ class Detector(nn.Module):
         )
         self.roi_heads.box_loss, self.roi_heads.box_loss_weight = config.box_loss, config.box_loss_weight
         self.rpn.fg_bg_sampler = KeyedSampler(256, 0.5)
-        self.roi_heads.fg_bg_sampler = KeyedSampler(512, 0.25)
+        self.roi_heads.fg_bg_sampler = KeyedSampler(config.boxes_per_image, 0.25)
 
     @property
     def new_parts(self) -> list[nn.Module]:

@@ -156,6 +156,10 @@ class DetectConfig(DenseConfig):
     """Weight of that loss."""
     box_head: Literal["conv", "fc"] = "conv"
     """Behind the boxes' features: four convolutions with BatchNorm and one layer, or two layers."""
+    proposals: int = 1000
+    """Region proposals that are kept of an image."""
+    boxes_per_image: int = 512
+    """Proposals of an image that a step learns from; at most a quarter of them are objects."""
     score_threshold: float = 0.05
     """Detections of a lower score are dropped."""
     nms_threshold: float = 0.5
@@ -176,7 +180,8 @@ class DetectConfig(DenseConfig):
         self._require(self.box_loss_weight > 0, "box_loss_weight", "above 0")
         for name in ("score_threshold", "nms_threshold"):
             self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        self._require(self.detections >= 1, "detections", "at least 1")
+        for name in ("proposals", "boxes_per_image", "detections"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
 
     def iterations_for(self, images: int) -> int:
         """Optimizer steps of the whole training."""
@@ -247,6 +252,8 @@ DETECT_PRESETS: dict[str, DetectConfig] = {
         long_side=448,
         test_short_side=256,
         box_head="fc",
+        proposals=300,
+        boxes_per_image=128,
         eval_every=500,
     ),
 }

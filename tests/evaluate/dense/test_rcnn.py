@@ -21,7 +21,12 @@ from fastpmae.evaluate.dense.recipe import DetectConfig
 def detector(patch: int = 8, masks: bool = True, **settings: Any) -> Detector:
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=4 * patch, patch_size=patch, embed_dim=16, depth=4, num_heads=2, num_classes=0)
-    return Detector(TappedViT(vit, tapped_blocks(4)), 2, DetectConfig(box_head="fc", **settings), masks=masks)
+    return Detector(
+        TappedViT(vit, tapped_blocks(4)),
+        2,
+        DetectConfig(box_head="fc", proposals=100, boxes_per_image=64, **settings),
+        masks=masks,
+    )
 
 
 def targets(masks: bool = True) -> list[dict[str, Tensor]]:

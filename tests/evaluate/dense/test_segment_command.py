@@ -62,6 +62,7 @@ def test_a_folder_in_a_network_and_figures_out(tmp_path: Path):
     assert (out / "train.log").read_text().splitlines()[-1].startswith("step 4/4: loss")
 
 
+@pytest.mark.untyped
 def test_presets_are_taken_by_their_command():
     """A preset of one command is none of another's, and its settings are flags."""
     command = read_command(["segment", "w", "--train", "t", "--preset", "mae", "--iterations", "2000"])
