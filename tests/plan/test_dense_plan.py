@@ -27,7 +27,8 @@ def test_a_segmentation_is_table_4s_network():
     # each product of the forward pass has two in the backward pass, but for the image's own gradient
     assert costs.backward == pytest.approx(2 * sum(costs.forward.values()), rel=0.01)
     trained = 163.9e6 * 4
-    assert costs.memory["weights"] == pytest.approx(trained, rel=0.01)
+    # and the table of relative places, which the attention of each block keeps
+    assert trained + 12 * 1025**2 * 8 < costs.memory["weights"] < 1.2 * trained
     assert costs.memory["optimizer"] == pytest.approx(2 * trained, rel=0.01)
 
 
