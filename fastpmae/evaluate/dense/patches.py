@@ -16,8 +16,8 @@ from fastpmae.evaluate.backbone import find_backbone
 from fastpmae.evaluate.cli import Patches
 from fastpmae.evaluate.dense.context import Grid, Memory, at_mask_size, chosen_patches, patch_labels
 from fastpmae.evaluate.dense.labelled import Masked, Segmentation
+from fastpmae.evaluate.dense.mask_pictures import Overlay, best_median_worst, write_overlays
 from fastpmae.evaluate.dense.overlap import MaskScores, confusion_of, write_mask_scores
-from fastpmae.evaluate.dense.overlays import Overlay, best_median_worst, write_overlays
 from fastpmae.evaluate.dense.patch_features import Kept, PatchNetwork, patch_network, scaled
 from fastpmae.evaluate.dense.patch_linear import LinearSettings, train_patch_linear
 from fastpmae.evaluate.dense.sets import open_segmentation

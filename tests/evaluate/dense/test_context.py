@@ -7,7 +7,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from fastpmae.evaluate.dense.context import Memory, at_mask_size, cell_labels, chosen_patches, grid_of, patch_labels
 from fastpmae.evaluate.dense.labelled import IGNORE
-from fastpmae.evaluate.dense.overlays import best_median_worst, class_colours, errors_in_red, painted
+from fastpmae.evaluate.dense.mask_pictures import best_median_worst, class_colours, errors_in_red, painted
 from fastpmae.evaluate.dense.patch_linear import LinearSettings, train_patch_linear
 from fastpmae.evaluate.dense.yardsticks import PositionPrior, colour_features
 from fastpmae_loaders.cli.progress import Progress
