@@ -28,6 +28,7 @@ from fastpmae.run.checkpoint import step_of
 from fastpmae.run.folder import run_of
 from fastpmae.run.images import source_notes
 from fastpmae.run.malloc import tune_allocator
+from fastpmae.run.shards import is_sharded
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
@@ -134,7 +135,7 @@ def place_of(weights: str) -> Path:
     if run is None:
         return path.parent / f"{path.stem}-eval"
     # A checkpoint that was named has results of its own; a run folder's are those of its newest one.
-    return run / "eval" / f"step-{step_of(path):08d}" if path.is_file() else run / "eval"
+    return run / "eval" / f"step-{step_of(path):08d}" if path.is_file() or is_sharded(path) else run / "eval"
 
 
 def run_knn(command: Knn, ranks: Ranks) -> None:
