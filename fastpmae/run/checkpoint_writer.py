@@ -7,14 +7,12 @@ import contextlib
 import copy
 import threading
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastpmae.distributed.dtensor import is_dtensor, to_full, to_local
@@ -145,8 +143,7 @@ class ShardSaver(Saver):
     def __init__(self, ranks: Ranks, keep: int):
         super().__init__(ranks.device, keep)
         self.first = ranks.is_main
-        # of their own, since a thread talks in it while the loop does in the other; who is gone is noticed there
-        self.group = None if ranks.group is None else dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self.group = ranks.group_apart()
 
     def save(self, path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         """As `Saver.save`, on all ranks."""

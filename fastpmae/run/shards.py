@@ -207,7 +207,8 @@ class Shards(Mapping[str, Tensor]):
                 parts = sorted((tuple(part.offsets), tuple(part.sizes)) for part in tensor.chunks)  # pyright: ignore[reportAttributeAccessIssue]
                 rest, end = parts[0][1][1:], 0
                 for offsets, sizes in parts:
-                    if sizes[1:] != rest or any(offsets[1:]) or (offsets and offsets[0] != end):
+                    first = (end, *[0] * len(rest)) if sizes else ()
+                    if sizes[1:] != rest or offsets != first:
                         raise CheckpointError(f"{self.path} is damaged: {short(name)} is not whole in its files")
                     end += sizes[0] if sizes else 0
                 size = torch.Size((end, *rest) if parts[0][1] else ())
