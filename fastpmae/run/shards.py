@@ -204,7 +204,7 @@ class Shards(Mapping[str, Tensor]):
             metadata = self._reader.read_metadata()
             found = {}
             for name, tensor in metadata.state_dict_metadata.items():
-                parts = sorted((tuple(part.offsets), tuple(part.sizes)) for part in tensor.chunks)  # pyright: ignore[reportAttributeAccessIssue]
+                parts = sorted((tuple(part.offsets), tuple(part.sizes)) for part in tensor.chunks)
                 rest, end = parts[0][1][1:], 0
                 for offsets, sizes in parts:
                     first = (end, *[0] * len(rest)) if sizes else ()
@@ -212,7 +212,7 @@ class Shards(Mapping[str, Tensor]):
                         raise CheckpointError(f"{self.path} is damaged: {short(name)} is not whole in its files")
                     end += sizes[0] if sizes else 0
                 size = torch.Size((end, *rest) if parts[0][1] else ())
-                found[name] = size, tensor.properties.dtype  # pyright: ignore[reportAttributeAccessIssue]
+                found[name] = size, tensor.properties.dtype
             return found
         except CheckpointError:
             raise

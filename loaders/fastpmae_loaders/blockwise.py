@@ -285,7 +285,7 @@ class DINOv2Masks(Typed):
 
 
 @dataclass(frozen=True)
-class DINOv3Masks(DINOv2Masks):
+class DINOv3Masks(DINOv2Masks, Typed):
     """DINOv3's masks: DINOv2's, of which the i-th hides exactly the upper bound of its part of the range: what the
     rectangles leave is made up for by single patches.
 

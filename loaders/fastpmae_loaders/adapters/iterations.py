@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastpmae_loaders.adapters.base import Adapter, Handed
 from fastpmae_loaders.adapters.codebases import count_globals, grid_of, own_masks
@@ -145,7 +146,7 @@ class DINOv3Loader(DINOv2Loader):
         return collated
 
 
-class CAPILoader(IterationAdapter[dict[str, torch.Tensor]]):
+class CAPILoader(IterationAdapter[dict[str, Tensor]]):
     """The dictionaries of CAPI's `collate_data_and_cast`, without end and without a length.
 
     images: [B, 3, S, S], bfloat16 by default. visible_indices: int64 [B V], the patches that are seen, counted through
@@ -170,7 +171,7 @@ class CAPILoader(IterationAdapter[dict[str, torch.Tensor]]):
         self.masks = masks
         self.grid = grid_of(loader, patch_size, ours=False)
 
-    def collate(self, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
+    def collate(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """The dictionary."""
         drawn = self.masks.draw(self.loader.seed, epoch, batch.samples, self.grid)
         first = self.grid[0] * self.grid[1] * np.arange(len(batch))[:, None]

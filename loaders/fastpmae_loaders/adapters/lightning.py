@@ -47,7 +47,8 @@ def lightning_data_module(train: MakeLoader, val: MakeLoader | None = None) -> A
             self.loader: EpochAdapter[Any] | None = None
             self._position: dict[str, int] = {}
             if val is not None:  # Lightning takes a method that is there for a loader that is there
-                self.val_dataloader = lambda: val(self.trainer.global_rank, self.trainer.world_size)
+                make: MakeLoader = val
+                self.val_dataloader = lambda: make(self.trainer.global_rank, self.trainer.world_size)
 
         def train_dataloader(self) -> EpochAdapter[Any]:
             self.loader = train(self.trainer.global_rank, self.trainer.world_size)
