@@ -41,9 +41,7 @@ def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encode
         UserError: when the checkpoint cannot be read or the run has no such teacher.
     """
     if tuned_weights(Path(path)) is not None:
-        raise UserError(
-            f"{path} holds a fine-tuned classifier: fastpmae-eval and fastpmae-export take it, this does not"
-        )
+        raise UserError(f"{path} holds a fine-tuned network: fastpmae-eval and fastpmae-export take it, this does not")
     return encoder_of(find_checkpoint(Path(path)), network)
 
 

@@ -45,7 +45,8 @@ IMAGENET = 1_281_167
 
 DESCRIPTION = f"""Predict what a run will take: FLOPs, memory, hours, CPU cores of its loader, and scaling over GPUs.
 
-Takes every flag of fastpmae-train, and runs its step on tensors without memory: no GPU is needed. GPUs known:
+Takes every flag of fastpmae-train, and runs its step on tensors without memory: no GPU is needed. For dense tasks:
+fastpmae-plan segment --help and fastpmae-plan detect --help. GPUs known:
 {", ".join(GPUS)}. Example: fastpmae-plan --preset paper --model vit_base --batch-size 768 --gpu h100"""
 
 METHODS = {"mae": "mae", "sdae": "sdae", "single-step": "single-step", "single-epoch": "single-epoch", "dual": "paper"}
@@ -349,7 +350,7 @@ def plan(options: Plan) -> None:
     if options.plot is not None:
         with atomic_write(options.plot, options.force) as beside:
             draw(report, beside)
-    show(report, Console(width=None if sys.stdout.isatty() else 110))
+    show(report, _console())
 
 
 @contextlib.contextmanager
@@ -362,7 +363,20 @@ def _progress(stages: int) -> Iterator[Callable[[str], None]]:
 
 def main() -> int:
     """`fastpmae-plan`."""
-    return exit_with_sentence("fastpmae-plan", lambda: plan(parse(Plan, "fastpmae-plan", DESCRIPTION)))
+    return exit_with_sentence("fastpmae-plan", _run)
+
+
+def _run() -> None:
+    if sys.argv[1:2] in (["segment"], ["detect"]):
+        from fastpmae.plan import dense
+
+        dense.run(sys.argv[1:], _console())
+    else:
+        plan(parse(Plan, "fastpmae-plan", DESCRIPTION))
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 if __name__ == "__main__":

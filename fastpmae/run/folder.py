@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -182,6 +183,7 @@ def lock_run(run: OpenRun, config: Config) -> Iterator[list[str]]:
             aside = checkpoints / f"past-{run.checkpoint.stem}"
             for path in past:
                 aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / path.name, ignore_errors=True)  # a folder gives way to none
                 path.replace(aside / path.name)
         with atomic_write(run.folder / "config.json") as beside:
             write_config(recorded(config), beside)
