@@ -34,7 +34,7 @@ from fastpmae.plan.scaling import (
 from fastpmae.presets import PRESETS
 from fastpmae.pretraining.cli import Command, parse
 from fastpmae.pretraining.data import shared_out
-from fastpmae.run.images import open_images
+from fastpmae.run.images import open_images, sources
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
 from fastpmae_loaders.cli.progress import Bar
@@ -240,7 +240,7 @@ def _positive(number: float | None) -> bool:
 def _epoch_images(options: Plan) -> int:
     if options.images is not None:
         return options.images
-    return IMAGENET if options.settings.data.beton is None else len(open_images(options.settings))
+    return IMAGENET if not options.settings.data.beton else len(open_images(options.settings))
 
 
 def _loader_rate(options: Plan) -> LoaderRate:
@@ -329,7 +329,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def plan(options: Plan) -> None:
     """Make a plan, print it, and write the files that are asked for."""
-    given = [path for path in (options.config, options.settings.data.beton) if path is not None]
+    given = [Path(path) for path in (options.config, *sources(options.settings)) if path]
     for out in (options.json, options.plot):
         if out is not None:
             check_output(out, force=options.force, inputs=given)

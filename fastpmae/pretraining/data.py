@@ -49,8 +49,8 @@ def shared_out(config: Config, ranks: int) -> tuple[Config, list[str]]:
     if fitting == asked:
         return config, []
     return config.using(accumulate=fitting), [
-        f"--accumulate {asked} does not share {batch} images out over {ranks} ranks: it is {fitting} here, with "
-        f"micro-batches of {share // fitting}"
+        f"--accumulate {asked} does not share {batch} images out over {ranks} rank{'s' * (ranks > 1)}: it is {fitting} "
+        f"here, with micro-batches of {share // fitting}"
     ]
 
 
