@@ -6,7 +6,7 @@ In one file by the first rank, or in shards by all of them.
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -36,10 +36,18 @@ class Saver:
         device: what the run computes on.
         keep: older checkpoints to keep beside the newest.
         first: whether this rank writes. The others only take part in putting sharded tensors together.
+        written: told of each checkpoint that is written.
     """
 
-    def __init__(self, device: torch.device, keep: int, *, is_main: bool = True):
-        self.device, self.keep, self.is_main = device, keep, is_main
+    def __init__(
+        self,
+        device: torch.device,
+        keep: int,
+        *,
+        is_main: bool = True,
+        written: Callable[[Path], None] = lambda path: None,
+    ):
+        self.device, self.keep, self.is_main, self.written = device, keep, is_main, written
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.gpu = _FromGpu(device) if is_main and device.type == "cuda" else None
@@ -125,6 +133,7 @@ class Saver:
             if self.gpu is not None:
                 self.gpu.copied.synchronize()
             self._write_to(path, copies, progress)
+            self.written(path)
         except Exception as error:
             self.error = error
 

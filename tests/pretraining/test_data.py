@@ -126,3 +126,11 @@ def test_ranks_that_share_no_batch_are_told_which_do(batch: int, ranks: int, fit
         UserError, match=f"^--batch-size {batch} does not share out evenly over {ranks} ranks, .*: {fit}$"
     ):
         shared_out(PRESETS["paper"].using(batch_size=batch), ranks)
+
+
+@pytest.mark.slow
+def test_a_run_whose_micro_batches_would_be_others_is_not_resumed(tiny: Config) -> None:
+    pretrain(tiny.using(steps=1, accumulate=2))
+    words = "--accumulate was 2 and is now 4; --accumulate 3 does not share 8 images out over 1 rank: it is 4 here"
+    with pytest.raises(UserError, match=words):
+        pretrain(tiny.using(steps=2, accumulate=3, resume="auto"))
