@@ -229,5 +229,5 @@ def test_either_form_goes_on_with_the_others_run_to_the_bit(tiny: Config, tmp_pa
 
 
 def test_a_store_is_refused_at_the_start(tiny: Config):
-    with pytest.raises(UserError, match="--sharded-checkpoints with --out s3://bucket/run: .* leave one out"):
+    with pytest.raises(UserError, match=r"--sharded-checkpoints with --out s3://bucket/run: .* leave one out"):
         pretrain(tiny.using(upload="s3://bucket/run", sharded_checkpoints=True))
