@@ -71,7 +71,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_partial(path.parent)
-            partial, alive = _make_partial(path)
+            partial, alive = claim_partial(path)
             stack.callback(shutil.rmtree, partial, ignore_errors=True)
             stack.enter_context(alive)
             (partial / path.name).mkdir()
