@@ -321,6 +321,7 @@ def bench(given: argparse.Namespace, into: Path) -> int:
     batch = given.batch or (QUICK_BATCH if given.quick else BATCH)
     task = Task("", images.beton, images.folder, batch, given.workers, given.side, given.device)
     if given.scale:
+        write_coefficients(task)
         rows = scale_rows(given, task, into, say)
         plot = given.plot.with_name(f"{given.plot.stem}_scale{given.plot.suffix}")
         return finish(rows, "Two views, by size and workers", given.json, plot, draw_scale)
