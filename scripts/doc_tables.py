@@ -123,7 +123,11 @@ def modules() -> str:
 PARTS = (
     ("docs/commands.md", "settings", settings),
     ("docs/commands.md", "evaluation", evaluation),
-    ("docs/commands.md", "write", partial(flags, write.Command, ImageSettings, write.Source, write.Writing)),
+    (
+        "docs/commands.md",
+        "write",
+        partial(flags, write.Command, ImageSettings, write.Source, write.Writing, write.Parts),
+    ),
     ("docs/commands.md", "plan", partial(flags, Plan)),
     ("docs/commands.md", "view", partial(flags, view_command)),
     ("docs/commands.md", "report", partial(flags, report_command)),

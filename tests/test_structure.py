@@ -62,6 +62,7 @@ ROOMS = {
         "machine",
         "cli",
         "files",
+        "stores",
         "jit",
         "native",
         "sources",

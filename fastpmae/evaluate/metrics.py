@@ -4,6 +4,7 @@ import csv
 import datetime
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,16 +120,27 @@ def _class_rows(scores: Scores, names: list[str]) -> list[list[Any]]:
 
 
 def _draw(scores: Scores, names: list[str], title: str, path: Path) -> None:
+    # Of many classes some share a pixel: a picture has no more of them anyway, and pairs of classes may be many.
+    side = min(len(names), MOST_DRAWN)
+    places = [classes * side // len(names) for classes in (scores.labels, scores.ranked[:, :1])]
+    draw_confusion(Scores(*places).confusion(side).numpy(), names, title, "images", path)
+
+
+def draw_confusion(
+    confusion: Int[np.ndarray, "classes classes"], names: Sequence[str], title: str, of: str, path: Path
+) -> None:
+    """The picture of a confusion matrix, classes down and what they were taken for across.
+
+    Args:
+        names: of the classes; more of them than rows are not written beside the picture.
+        of: what was counted, in the plural.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from fastpmae.plotting import drawable, save_picture
 
-    # Of many classes some share a pixel: a picture has no more of them anyway, and pairs of classes may be many.
-    side = min(len(names), MOST_DRAWN)
-    places = [classes * side // len(names) for classes in (scores.labels, scores.ranked[:, :1])]
-    drawn = Scores(*places).confusion(side).numpy()
-    share = drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(8, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -139,7 +151,7 @@ def _draw(scores: Scores, names: list[str], title: str, path: Path) -> None:
         short = [name if len(name) <= 18 else name[:17] + "…" for name in plain]
         axes.set_xticks(range(len(names)), short, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), short, fontsize=7)
-    figure.colorbar(shown, label="share of the class's images", shrink=0.8)
+    figure.colorbar(shown, label=f"share of the class's {of}", shrink=0.8)
     # The name, like a class's, is text and no formula.
     for text in (axes.title, *axes.get_xticklabels(), *axes.get_yticklabels()):
         text.set_parse_math(False)

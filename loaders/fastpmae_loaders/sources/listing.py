@@ -83,9 +83,12 @@ class Listing:
 
 
 class Files:
-    """Every file below a path, by what it is; names relative to the path, in the order of their names."""
+    """Every file below a path, by what it is; names relative to the path, in the order of their names.
 
-    def __init__(self, root: Path):
+    Below no path there is none.
+    """
+
+    def __init__(self, root: Path | None):
         self.images: list[str] = []
         self.tars: list[str] = []
         self.tables: list[str] = []
@@ -94,6 +97,8 @@ class Files:
         self.bad: list[Item] = []
         self.helpers: Counter[str] = Counter()
         self._twice: list[list[str]] = []
+        if root is None:
+            return
         if root.is_dir():
             self._walk(str(root))
         elif root.is_file():

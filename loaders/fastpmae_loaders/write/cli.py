@@ -1,9 +1,11 @@
 """The command line of `fastpmae-write`."""
 
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Annotated, Any, Literal
 
@@ -17,8 +19,10 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import usable_cores
 from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.write.check import check_beton
+from fastpmae_loaders.write.finish import BAD, WrittenSet, finish_set
 from fastpmae_loaders.write.images import ImageSettings
 from fastpmae_loaders.write.jpegs import write_jpegs
+from fastpmae_loaders.write.sets import write_set
 from fastpmae_loaders.write.sources import SourceSettings
 from fastpmae_loaders.write.write import (
     MOST_WORKERS,
@@ -59,13 +63,25 @@ class Writing:
     workers: int | None = None
     """Processes that convert or check images; by default one for each CPU core."""
     skip_bad: bool = False
-    """Leave bad images out and list them in OUT.beton.bad.txt."""
+    """Leave bad images out and list them in OUT.beton.bad.txt, or OUT/bad.txt."""
     force: bool = False
-    """Replace OUT.beton, and the list of bad images beside it, if they exist."""
+    """Replace OUT.beton, and the list of bad images beside it, if they exist; or a set of other settings."""
     page_size: int = PAGE_SIZE
     """Size of the file's pages in bytes, a power of two."""
     timeout: float = TIMEOUT
     """Give up on an image after so many seconds."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Several files instead of one: a set, which is a folder, written by any number of machines."""
+
+    shards: int | None = None
+    """Write a set of so many parts into the folder OUT. The same command again finishes one that was interrupted."""
+    part: Annotated[str | None, tyro.conf.arg(metavar="I/N")] = None
+    """Write the share of one of N processes, which count from 0, as in a SLURM array; then comes --finish."""
+    finish: bool = False
+    """Make the parts in the folder SRC a set, when all of them are there."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Command:
     src: Annotated[str | None, Positional, tyro.conf.arg(metavar="SRC")] = None
     """Where the images are."""
     out: Annotated[str | None, Positional, tyro.conf.arg(metavar="OUT.beton")] = None
-    """The file to write."""
+    """The file to write; with --shards a folder."""
     check: Annotated[str | None, tyro.conf.arg(metavar="F.beton")] = None
     """Read a .beton file back and decode every image in it, instead of writing one."""
     to_jpeg: bool = False
@@ -83,10 +99,12 @@ class Command:
     images: Annotated[ImageSettings, tyro.conf.arg(name="")] = field(default_factory=ImageSettings)
     listing: Annotated[Source, tyro.conf.arg(name="")] = field(default_factory=Source)
     writing: Annotated[Writing, tyro.conf.arg(name="")] = field(default_factory=Writing)
+    parts: Annotated[Parts, tyro.conf.arg(name="")] = field(default_factory=Parts)
 
 
-DESCRIPTION = """Write images into one .beton file for training (fastpmae-write SRC OUT.beton), check such a file
-(fastpmae-write --check F.beton), or make coefficients JPEGs again (fastpmae-write --to-jpeg F.beton OUT.beton).
+DESCRIPTION = """Write images into one .beton file for training (fastpmae-write SRC OUT.beton) or into a set of them
+(fastpmae-write SRC OUT/ --shards N), check such a file (fastpmae-write --check F.beton), or make coefficients JPEGs
+again (fastpmae-write --to-jpeg F.beton OUT.beton).
 
 SRC is a folder with a folder for each class (split folders such as train and val may lie above them), a folder of
 images, a .tar file or a folder of them in WebDataset's layout, or the folder of a Hugging Face data set (parquet,
@@ -114,16 +132,77 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
             "--to-jpeg takes every image of a .beton as it is: leave out what says which images to take, and how to "
             "store them"
         )
-    if command.check is None and (command.src is None or command.out is None):
+    _check_parts(command)
+    if command.check is None and (command.src is None or (command.out is None and not command.parts.finish)):
         raise UserError("SRC and OUT.beton are needed (or --check F.beton)")
     return command
 
 
-def _write(source: str, out: str, command: Command) -> int:
-    told, writing = command.listing, command.writing
-    listing = SourceSettings(told.source, told.split, told.flat, told.image_column, told.label_column)
+def _check_parts(command: Command) -> None:
+    parts = command.parts
+    if (command.check is not None or command.to_jpeg) and parts != Parts():
+        raise UserError("--check and --to-jpeg take one .beton file: leave out --shards, --part and --finish")
+    if parts.finish and (
+        command.out is not None or replace(command, src=None, parts=Parts()) != Command() or parts != Parts(finish=True)
+    ):
+        raise UserError("--finish takes the folder of the parts and nothing else: fastpmae-write OUT/ --finish")
+    if parts.part is not None and parts.shards is None:
+        raise UserError("--part is a share of a set: say with --shards how many parts it has")
+    if parts.part is not None and not _PART.fullmatch(parts.part):
+        raise UserError(f"--part is {short(parts.part)}; expected I/N, such as 0/64 of the first of 64 processes")
+
+
+_PART = re.compile(r"\d{1,9}/\d{1,9}", re.ASCII)
+
+
+def _write_set(source: str, out: str, command: Command) -> int:
+    part = command.parts.part
+    share = None if part is None else (int(part.split("/")[0]), int(part.split("/")[1]))
     progress = Progress(live=True)
-    ways: dict[str, Any] = {
+    assert command.parts.shards is not None
+    try:
+        written = write_set(
+            source,
+            out,
+            command.parts.shards,
+            part=share,
+            images=command.images,
+            listing=_source_settings(command.listing),
+            limit=command.listing.limit,
+            **_ways(command.writing, progress),
+        )
+    except BadImages as error:
+        _print_bad(error.bad)
+        raise
+    if written is None:
+        tell(f"{printable(out)}: the parts of {part} are there; when all are, fastpmae-write {_quoted(out)} --finish")
+        return 0
+    return _describe_set(written)
+
+
+def _describe_set(written: WrittenSet) -> int:
+    index = written.index
+    _print_bad(written.bad)
+    parts = "1 part" if len(index.shards) == 1 else f"{len(index.shards):,} parts"
+    tell(f"{written.path}: {index.images:,} images in {parts}, {_bytes(written.file_size)}")
+    tell(f"  {written.kept:,} with their own bytes, {index.images - written.kept:,} converted")
+    _tell_classes(index.classes)
+    if written.bad:
+        bad = "bad image was" if len(written.bad) == 1 else "bad images were"
+        tell(f"  {len(written.bad):,} {bad} left out, listed in {written.path}/{BAD}")
+    return 0
+
+
+def _quoted(path: str) -> str:
+    return printable(shlex.quote(path))
+
+
+def _source_settings(told: Source) -> SourceSettings:
+    return SourceSettings(told.source, told.split, told.flat, told.image_column, told.label_column)
+
+
+def _ways(writing: Writing, progress: Progress) -> dict[str, Any]:
+    return {
         "workers": writing.workers,
         "skip_bad": writing.skip_bad,
         "force": writing.force,
@@ -131,6 +210,13 @@ def _write(source: str, out: str, command: Command) -> int:
         "timeout": writing.timeout,
         "progress": progress,
     }
+
+
+def _write(source: str, out: str, command: Command) -> int:
+    told = command.listing
+    listing = _source_settings(told)
+    progress = Progress(live=True)
+    ways = _ways(command.writing, progress)
     try:
         if command.to_jpeg:
             written = write_jpegs(source, out, **ways)
@@ -143,10 +229,7 @@ def _write(source: str, out: str, command: Command) -> int:
     tell(f"{printable(str(written.path))}: {written.samples:,} images, {_bytes(written.file_size)}")
     how = "made JPEGs of coefficients" if command.to_jpeg else "converted"
     tell(f"  {written.kept:,} with their own bytes, {written.converted:,} {how}; {progress.rate()}")
-    classes = written.class_names
-    if classes is not None:
-        shown = ", ".join(map(short, classes[:5])) + (", ..." if len(classes) > 5 else "")
-        tell(f"  {len(classes):,} {'class' if len(classes) == 1 else 'classes'}: {shown}")
+    _tell_classes(written.class_names)
     if written.passed_over:
         other = "other file was" if written.passed_over == 1 else "other files were"
         tell(f"  {written.passed_over:,} {other} passed over")
@@ -154,6 +237,12 @@ def _write(source: str, out: str, command: Command) -> int:
         bad = "bad image was" if len(written.bad) == 1 else "bad images were"
         tell(f"  {len(written.bad):,} {bad} left out, listed in {printable(str(bad_list_path(written.path)))}")
     return 0
+
+
+def _tell_classes(classes: Sequence[str] | None) -> None:
+    if classes is not None:
+        shown = ", ".join(map(short, classes[:5])) + (", ..." if len(classes) > 5 else "")
+        tell(f"  {len(classes):,} {'class' if len(classes) == 1 else 'classes'}: {shown}")
 
 
 def _print_bad(bad: list[tuple[str, str]]) -> None:
@@ -195,7 +284,11 @@ def _command() -> int:
     if command.check is not None:
         return _check(command.check, command.writing)
     assert command.src is not None
+    if command.parts.finish:
+        return _describe_set(finish_set(command.src))
     assert command.out is not None
+    if command.parts.shards is not None:
+        return _write_set(command.src, command.out, command)
     return _write(command.src, command.out, command)
 
 

@@ -73,7 +73,7 @@ class StoredImage:
     """What goes into the file.
 
     `kept`: the bytes are the source's own, or their coefficients. `better_white`: of gray of more than 8 bits that
-    comes out nearly black.
+    comes out nearly black. `digest`: of `data`, for who asks for it.
     """
 
     mode: int
@@ -82,6 +82,7 @@ class StoredImage:
     data: bytes
     kept: bool
     better_white: int | None = None
+    digest: bytes = b""
 
 
 def store(data: bytes, settings: ImageSettings, place: int = 0) -> StoredImage:

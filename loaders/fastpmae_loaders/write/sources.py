@@ -6,7 +6,7 @@ names alone, so that the same source gives the same file.
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastpmae_loaders.errors import UserError
@@ -17,7 +17,19 @@ from fastpmae_loaders.sources.splits import choose_split, splits_of_files
 from fastpmae_loaders.sources.tar import list_shards, no_images
 from fastpmae_loaders.values import Typed, local_path
 
-__all__ = ["Item", "Listing", "SourceSettings", "find_images", "read_item"]
+__all__ = [
+    "Found",
+    "Item",
+    "Listing",
+    "SourceSettings",
+    "find_images",
+    "list_files",
+    "list_found",
+    "look_into",
+    "nothing_in",
+    "read_item",
+    "spread",
+]
 
 
 @dataclass(frozen=True)
@@ -35,10 +47,41 @@ class SourceSettings(Typed):
     label_column: str | None = None
 
 
-def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = None) -> Listing:
-    """Lists the images of a folder, a tar shard, a folder of shards, or a Hugging Face data set's folder.
+@dataclass(frozen=True)
+class Found:
+    """What a source is, as far as the names of its files tell: no image and no label has been read.
 
-    Raises UserError when there is nothing to list, or no telling how.
+    kind: "folder", "tar" or "hf"; names: the tar shards or tables that are taken, relative to `base`, in order.
+    """
+
+    root: Path
+    kind: str
+    files: Files
+    names: list[str]
+    notes: list[str]
+    settings: SourceSettings
+
+    @property
+    def base(self) -> Path:
+        """The folder that names are relative to."""
+        return self.root if self.root.is_dir() else self.root.parent
+
+    @property
+    def others(self) -> int:
+        """Files that were passed over, beside those within tar shards."""
+        taken = {"folder": self.files.images, "tar": self.files.tars, "hf": self.files.tables}
+        known = sum(len(names) for names in (self.files.images, self.files.tars, self.files.tables))
+        return self.files.others + known - len(taken[self.kind])
+
+    def without_files(self) -> "Found":
+        """The same with no names of files in it, which may be many."""
+        return replace(self, files=Files(None), names=[], notes=[])
+
+
+def look_into(path: str | os.PathLike[str], settings: SourceSettings | None = None) -> Found:
+    """Finds out what lies at a path, and which of its files are taken.
+
+    Raises UserError when there is nothing, or no telling what.
     """
     root, settings = local_path(path), settings or SourceSettings()
     try:
@@ -54,38 +97,62 @@ def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = 
             f"fastpmae-write --check {quoted}, or name the images that it was written from"
         )
     files = Files(root)
-    base = root if root.is_dir() else root.parent
     kind = settings.kind or _kind_of(root, files)
-    if kind == "tar":
-        shards, note = choose_split(files.tars, splits_of_files(files.tars), settings.split, root)
-        source = list_shards([str(base / shard) for shard in shards], settings.image_column)
-        source.passed_over += files.others + len(files.images) + len(files.tables)
-        note = files.notes() + note
-    elif kind == "hf":
-        from fastpmae_loaders.write.hf_datasets import list_tables
+    if kind == "folder":
+        return Found(root, kind, files, [], [], settings)
+    every = files.tars if kind == "tar" else files.tables
+    names, notes = choose_split(every, splits_of_files(every), settings.split, root)
+    return Found(root, kind, files, names, notes, settings)
 
-        tables, note = choose_split(files.tables, splits_of_files(files.tables), settings.split, root)
-        source = list_tables([str(base / table) for table in tables], settings.image_column, settings.label_column)
-        source.passed_over += files.others + len(files.images) + len(files.tars)
-        note = files.notes() + note
+
+def list_files(found: Found, names: list[str]) -> Listing:
+    """The images in some of the shards or tables of a source; labels that are words are numbered among these alone."""
+    paths, settings = [str(found.base / name) for name in names], found.settings
+    if found.kind == "tar":
+        return list_shards(paths, settings.image_column)
+    from fastpmae_loaders.write.hf_datasets import list_tables
+
+    return list_tables(paths, settings.image_column, settings.label_column)
+
+
+def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = None) -> Listing:
+    """Lists the images of a folder, a tar shard, a folder of shards, or a Hugging Face data set's folder.
+
+    Raises UserError when there is nothing to list, or no telling how.
+    """
+    return list_found(look_into(path, settings))
+
+
+def list_found(found: Found) -> Listing:
+    """All images of a source. Raises UserError where there are none."""
+    root, files, settings = found.root, found.files, found.settings
+    if found.kind == "folder":
+        source, notes = list_folder(root, files, settings.split, settings.flat)
     else:
-        source, note = list_folder(root, files, settings.split, settings.flat)
+        source, notes = list_files(found, found.names), files.notes() + found.notes
+        source.passed_over += found.others
     source.items += files.bad
-    source.notes[:0] = note
-    if not source.items and files.packed:
-        raise UserError(
+    source.notes[:0] = notes
+    if not source.items:
+        raise UserError(nothing_in(found, source))
+    return source
+
+
+def nothing_in(found: Found, listing: Listing) -> str:
+    """Why there are no images in a source, as a sentence."""
+    root, files = found.root, found.files
+    if files.packed:
+        return (
             f"{printable(str(root))} holds no images, but packed files such as {printable(files.packed[0])}: "
             "unpack them first (tar shards must be plain .tar files)"
         )
-    if not source.items and kind == "tar":
-        raise UserError(no_images(root, source))
-    if not source.items:
-        raise UserError(
-            f"{printable(str(root))} holds no images ({files.others:,} other files); a folder of images, tar "
-            "shards or the parquet or arrow files of a Hugging Face data set are understood"
-            + "".join(f". {note.rstrip('.')}" for note in helper_notes(files.helpers))
-        )
-    return source
+    if found.kind == "tar":
+        return no_images(root, listing)
+    return (
+        f"{printable(str(root))} holds no images ({files.others:,} other files); a folder of images, tar "
+        "shards or the parquet or arrow files of a Hugging Face data set are understood"
+        + "".join(f". {note.rstrip('.')}" for note in helper_notes(files.helpers))
+    )
 
 
 def _kind_of(root: Path, files: Files) -> str:
@@ -97,6 +164,13 @@ def _kind_of(root: Path, files: Files) -> str:
             f"{found['hf']:,} parquet or arrow files: say which to take with --source folder, tar or hf"
         )
     return present[0] if present else "folder"
+
+
+def spread(listing: Listing, limit: int | None) -> None:
+    """Keeps `limit` of the images, spread evenly."""
+    if limit is not None and limit < len(listing.items):
+        every = len(listing.items) / limit
+        listing.items = [listing.items[int((place + 0.5) * every)] for place in range(limit)]
 
 
 def read_item(item: Item) -> bytes:

@@ -17,7 +17,7 @@ from fastpmae_loaders.sources.beton import Beton
 from fastpmae_loaders.values import NAME_MAX, checked, local_path
 from fastpmae_loaders.write.images import ImageSettings, StoredImage, store
 from fastpmae_loaders.write.pages import LARGEST_PAGE, PageWriter
-from fastpmae_loaders.write.sources import Item, Listing, SourceSettings, find_images, read_item
+from fastpmae_loaders.write.sources import Item, Listing, SourceSettings, find_images, read_item, spread
 from fastpmae_loaders.write.table_reader import confine
 from fastpmae_loaders.write.workers import Failure, WorkerPool
 
@@ -30,9 +30,10 @@ TIMEOUT = 60.0
 class BadImages(UserError):
     """Some images are not sound and none may be left out. `bad`: (name, reason) of each."""
 
-    def __init__(self, bad: list[tuple[str, str]], total: int):
+    def __init__(self, bad: list[tuple[str, str]], total: int, sentence: str | None = None):
         super().__init__(
-            f"{len(bad):,} of {total:,} images cannot be stored, so nothing was written; "
+            sentence
+            or f"{len(bad):,} of {total:,} images cannot be stored, so nothing was written; "
             "--skip-bad writes the file without them"
         )
         self.bad = bad
@@ -42,7 +43,8 @@ class BadImages(UserError):
 class Written:
     """What became of a source. `bad`: (name, reason) of each image that was left out.
 
-    `dark`: (name, the white that would suit it) of gray of 16 bits that came out nearly black.
+    `dark`: (name, the white that would suit it) of gray of 16 bits that came out nearly black. `hashes`: of the stored
+    bytes of each image, where the converter makes them.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Written:
     bad: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     dark: list[tuple[str, int]] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
 
 
 @checked
@@ -90,9 +93,7 @@ def write_beton(
     progress = progress or Progress()
     progress.phase(f"Looking for images in {printable(str(source))}")
     found = find_images(source, listing)
-    if limit is not None and limit < len(found.items):
-        every = len(found.items) / limit
-        found.items = [found.items[int((place + 0.5) * every)] for place in range(limit)]
+    spread(found, limit)
     setup = ("fastpmae_loaders.write.write:converter", (images,), count, timeout)
     return write_listed(found, source, out, setup, skip_bad, force, page_size, progress)
 
@@ -118,13 +119,8 @@ def write_listed(
     workers = max(1, min(workers, len(found.items)))
     with atomic_write(out, force) as beside, beside.open("wb") as file:
         pages = PageWriter(file, len(found.items), page_size)
-        with (
-            WorkerPool(maker, arguments, workers, timeout, tell=progress.tell) as pool,
-            progress.count(len(found.items), "images"),
-        ):
-            for place, result in pool.in_order(found.items, _same_group, _group_size(found)):
-                _take(found.items[place], result, pages, written, skip_bad)
-                progress.advance()
+        with WorkerPool(maker, arguments, workers, timeout, tell=progress.tell) as pool:
+            store_items(found, pool, pages, written, skip_bad, progress)
         if written.bad and not skip_bad:
             raise BadImages(written.bad, len(found.items))
         if not pages.samples:
@@ -138,12 +134,23 @@ def write_listed(
         Beton(file.name)  # what is about to take its place opens, by the rules for files of strangers
         _list_bad(out, written.bad, force)
     if written.dark:
-        written.notes.append(_told_dark(written.dark))
+        written.notes.append(told_dark(written.dark))
         progress.tell(written.notes[-1])
     return written
 
 
-def _told_dark(dark: list[tuple[str, int]]) -> str:
+def store_items(
+    found: Listing, pool: WorkerPool, pages: PageWriter, written: Written, skip_bad: bool, progress: Progress
+) -> None:
+    """Adds what the pool makes of each item to the pages, in order, and counts it in `written`."""
+    with progress.count(len(found.items), "images"):
+        for place, result in pool.in_order(found.items, _same_group, _group_size(found)):
+            _take(found.items[place], result, pages, written, skip_bad)
+            progress.advance()
+
+
+def told_dark(dark: list[tuple[str, int]]) -> str:
+    """A note on gray of 16 bits that comes out nearly black."""
     white = max(better for _, better in dark)
     images = "image of 16-bit gray is" if len(dark) == 1 else "images of 16-bit gray are"
     return (
@@ -175,6 +182,7 @@ def _take(item: Item, result: StoredImage | Failure, pages: PageWriter, written:
     except UserError as error:
         written.bad.append((item.name, str(error)))
         return
+    written.hashes.append(result.digest)
     if result.better_white is not None:
         written.dark.append((item.name, result.better_white))
     written.samples += 1

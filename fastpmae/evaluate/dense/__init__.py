@@ -1,0 +1,1 @@
+"""Images with dense labels: masks of classes, and boxes."""

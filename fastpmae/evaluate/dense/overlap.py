@@ -1,0 +1,104 @@
+"""How well predicted masks overlap with true ones: mIoU by the confusion matrix of a whole set, and its files."""
+
+import csv
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastpmae.evaluate.metrics import draw_confusion, files_of
+from fastpmae_loaders.files import atomic_write
+
+
+def confusion_of(
+    truth: Int[Tensor, "height width"], predicted: Int[Tensor, "height width"], classes: int
+) -> Int[Tensor, "classes classes"]:
+    """Pixels of each true class (rows) by the class that they were taken for (columns); on the CPU.
+
+    Args:
+        truth: 0 ... classes - 1, and anything else where a pixel does not count.
+        predicted: 0 ... classes - 1.
+    """
+    counts = (truth >= 0) & (truth < classes)
+    pairs = truth[counts].long() * classes + predicted[counts].long()
+    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes).cpu()
+
+
+@dataclass(frozen=True)
+class MaskScores:
+    """Predicted masks against true ones.
+
+    Attributes:
+        confusion: pixels of each true class (rows) by the class that they were taken for (columns), of all images.
+        images: how many there are.
+    """
+
+    confusion: Int[Tensor, "classes classes"]
+    images: int
+
+    @property
+    def iou(self) -> Float[Tensor, " classes"]:
+        """Intersection over union of each class in percent; NaN for a class that no pixel has."""
+        right = self.confusion.diagonal().double()
+        true, predicted = self.confusion.sum(dim=1).double(), self.confusion.sum(dim=0).double()
+        return torch.where(true > 0, 100 * right / (true + predicted - right), torch.nan)
+
+    @property
+    def recall(self) -> Float[Tensor, " classes"]:
+        """Share of each class's pixels that were found, in percent; NaN for a class that no pixel has."""
+        return 100 * self.confusion.diagonal().double() / self.confusion.sum(dim=1)
+
+    def figures(self) -> dict[str, float]:
+        """Means over the classes that are there, and the share of all pixels that is right, in percent."""
+        pixels = 100 * self.confusion.diagonal().sum().item() / max(1, int(self.confusion.sum()))
+        return {
+            "miou": round(self.iou.nanmean().item(), 4),
+            "pixel_accuracy": round(pixels, 4),
+            "class_accuracy": round(self.recall.nanmean().item(), 4),
+        }
+
+
+def write_mask_scores(
+    folder: Path, name: str, scores: MaskScores, names: tuple[str, ...], record: dict[str, Any]
+) -> Path:
+    """Write NAME.json, NAME-classes.csv and NAME-confusion.png into a folder, and return the first.
+
+    Args:
+        record: what the JSON says besides the figures.
+
+    Raises:
+        UserError: when they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    table, picture, figures = files_of(folder, name)
+    with atomic_write(table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "name", "pixels", "iou", "recall", "precision", "predicted", "most_taken_for"])
+        rows.writerows(_class_rows(scores, names))
+    with atomic_write(picture) as beside:
+        title = f"{name}: {scores.figures()['miou']:.1f} % mIoU of {scores.images:,} images"
+        draw_confusion(scores.confusion.numpy(), names, title, "pixels", beside)
+    record = record | scores.figures() | {"images": scores.images, "classes": len(names)}
+    record["date"] = datetime.datetime.now().isoformat(timespec="seconds")
+    with atomic_write(figures) as beside:
+        beside.write_text(json.dumps(record, indent=1) + "\n")
+    return figures
+
+
+def _class_rows(scores: MaskScores, names: tuple[str, ...]) -> list[list[Any]]:
+    confusion, iou, recall = scores.confusion.numpy(), scores.iou.tolist(), scores.recall.tolist()
+    pixels, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    others = confusion - np.diag(confusion.diagonal())
+    rows = []
+    for number, name in enumerate(names):
+        found = [f"{share:.2f}" if pixels[number] else "" for share in (iou[number], recall[number])]
+        precision = f"{100 * confusion[number, number] / predicted[number]:.2f}" if predicted[number] else ""
+        most = names[others[number].argmax()] if others[number].any() else ""
+        rows.append([number, name, int(pixels[number]), *found, precision, int(predicted[number]), most])
+    return rows

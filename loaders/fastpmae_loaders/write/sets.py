@@ -1,0 +1,130 @@
+"""`fastpmae-write SRC OUT/ --shards N`: a source becomes a set of .beton files, by one process, by many, or on Ray."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastpmae_loaders.cli.progress import Progress
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.machine import usable_cores
+from fastpmae_loaders.printable import printable
+from fastpmae_loaders.values import checked
+from fastpmae_loaders.write.finish import WrittenSet, finish
+from fastpmae_loaders.write.images import ImageSettings
+from fastpmae_loaders.write.manifests import Manifest, follow
+from fastpmae_loaders.write.parts import PartSettings, done_already, worker_pool, write_part
+from fastpmae_loaders.write.plan import Part, plan_set
+from fastpmae_loaders.write.shards import part_name
+from fastpmae_loaders.write.sources import SourceSettings
+from fastpmae_loaders.write.targets import Target, check_target, open_target
+from fastpmae_loaders.write.write import MOST_WORKERS, PAGE_SIZE, TIMEOUT, BadImages, check_numbers
+
+
+@checked
+def write_set(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    shards: int,
+    *,
+    part: tuple[int, int] | None = None,
+    images: ImageSettings | None = None,
+    listing: SourceSettings | None = None,
+    workers: int | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    force: bool = False,
+    page_size: int = PAGE_SIZE,
+    timeout: float = TIMEOUT,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> WrittenSet | None:
+    """Writes the images of `source` into a set of `shards` parts in the folder `out`.
+
+    What is there already by the same plan is kept, so that the same call finishes one that was interrupted. With
+    `part=(i, n)`, i from 0, it writes the i-th of n shares of the parts and returns None: processes on any machines do
+    the others, and `finish_set` ends it. The bytes depend on the source and the settings alone. Others are as of
+    `write_beton`; `force` replaces a set by another plan.
+
+    Raises BadImages when images cannot be stored, after all were tried: the parts that hold none of them are written.
+    """
+    images = replace(images or ImageSettings(), **settings)
+    count = workers if workers is not None else min(usable_cores(), MOST_WORKERS)
+    check_numbers(count, limit, page_size, timeout)
+    progress = progress or Progress()
+    check_target(source, out)
+    progress.phase(f"Looking for images in {printable(str(source))}")
+    plan = plan_set(source, shards, images, listing, limit, page_size)
+    for note in plan.notes:
+        progress.tell(note)
+    numbers = share(shards, part)
+    target = open_target(out)
+    follow(target, plan.digest, shards, force)
+    how = PartSettings(images, page_size, timeout, skip_bad, force)
+    failures: list[BadImages] = []
+    told = set(plan.notes)
+    for manifest in _write_here(map(plan.part, numbers), target, how, count, progress, failures):
+        for note in manifest.notes:
+            if note not in told:
+                progress.tell(note)
+                told.add(note)
+    raise_bad(failures, len(numbers))
+    return None if part is not None else finish(target, plan.digest, shards)
+
+
+def share(shards: int, part: tuple[int, int] | None) -> range:
+    """The numbers of the parts that the i-th of n processes writes, i from 0; all of them where it is the only one.
+
+    Raises:
+        UserError: where there is no such process.
+    """
+    number, of = part or (0, 1)
+    if of < 1 or not 0 <= number < of:
+        raise UserError(f"--part is {number}/{of}; of n processes the first is 0/n and the last (n - 1)/n")
+    return range(number * shards // of, (number + 1) * shards // of)
+
+
+def _write_here(
+    parts: Iterator[Part],
+    target: Target,
+    settings: PartSettings,
+    workers: int,
+    progress: Progress,
+    failures: list[BadImages],
+) -> Iterator[Manifest]:
+    """Writes parts by this process and its workers, one after another; those with bad images go to `failures`."""
+    pool = None
+    try:
+        for part in parts:
+            manifest = done_already(part, target, settings.force)
+            if manifest is None:
+                pool = pool or worker_pool(settings, workers, progress.tell)
+                try:
+                    manifest = write_part(part, target, settings, pool, progress)
+                except BadImages as bad:
+                    failures.append(bad)
+                    continue
+                progress.tell(describe(manifest))
+            yield manifest
+    finally:
+        if pool is not None:
+            pool.close()
+
+
+def describe(manifest: Manifest) -> str:
+    """A line about a part that is done."""
+    shard, name = manifest.shard, part_name(manifest.number, "beton")
+    return f"{name}: no images" if shard is None else f"{name}: {shard.images:,} images, {shard.bytes:,} bytes"
+
+
+def raise_bad(failures: Sequence[BadImages], parts: int) -> None:
+    """BadImages of all parts together, where there are any."""
+    if failures:
+        bad = [entry for failure in failures for entry in failure.bad]
+        images = "1 image cannot" if len(bad) == 1 else f"{len(bad):,} images cannot"
+        raise BadImages(
+            bad,
+            len(bad),
+            f"{images} be stored, so {len(failures):,} of {parts:,} parts were not written; the same command with "
+            "--skip-bad writes these without them",
+        )

@@ -1,0 +1,124 @@
+"""Where a set is written to: a folder, in which each file appears whole or not at all."""
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from fastpmae_loaders.cli.outputs import is_run_folder
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import PARTIAL, atomic_write
+from fastpmae_loaders.printable import printable
+from fastpmae_loaders.sources.reading import read_file
+from fastpmae_loaders.values import local_path
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A place for the files of a set, by their names: a folder, or what lies behind a URL."""
+
+    @property
+    def shown(self) -> str:
+        """What it is called in sentences."""
+        ...
+
+    def writing(self, name: str) -> AbstractContextManager[Path]:
+        """A place on this machine to write a file, which the target has whole after the block, replacing another.
+
+        Nothing is left of it when the block or the process fails, at the latest after the next that writes the name.
+        """
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a small file; None where there is none. UserError where it cannot be read."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """See that there is no file of this name."""
+        ...
+
+
+class FolderTarget:
+    """A folder of this machine, or one that all machines share."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    @property
+    def shown(self) -> str:
+        return printable(str(self._folder))
+
+    def writing(self, name: str) -> AbstractContextManager[Path]:
+        return atomic_write(self._folder / name)
+
+    def read(self, name: str) -> bytes | None:
+        path = self._folder / name
+        try:
+            return read_file(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, UserError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{printable(str(path))} cannot be read: {reason}") from None
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self._folder / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def remove(self, name: str) -> None:
+        (self._folder / name).unlink(missing_ok=True)
+
+
+def open_target(out: str | os.PathLike[str]) -> Target:
+    """The target of this name; a folder is made where there is none.
+
+    Raises:
+        UserError: where no set can lie.
+    """
+    folder = local_path(out)
+    name = printable(str(folder))
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{name} is a file; a set of several parts is a folder: name one that is new or empty")
+        if any(is_run_folder(place) for place in (folder.resolve(), *folder.resolve().parents)):
+            raise UserError(f"{name} belongs to a run: name another folder")
+        folder.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        raise UserError(f"the folder {printable(str(folder.parent))} does not exist; make it first") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be written: {error.strerror or error}") from None
+    return FolderTarget(folder)
+
+
+def check_target(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """UserError where a folder holds files of others, or one of source and set lies in the other.
+
+    Files of a set are known by their names; what is in them is looked at by who replaces them.
+    """
+    folder, origin = local_path(out), local_path(source)
+    name = printable(str(folder))
+    if not folder.is_dir():
+        return
+    if origin.exists():
+        within, around = folder.resolve(), origin.resolve()
+        if within == around or within.is_relative_to(around) or around.is_relative_to(within):
+            raise UserError(f"{name} and the source lie in each other; name another folder for the set")
+    with os.scandir(folder) as entries:
+        other = next((entry.name for entry in entries if not _is_of_a_set(entry.name)), None)
+    if other is not None:
+        raise UserError(
+            f"{name} holds other files, such as {printable(other)}: a set is written to a new or an empty folder"
+        )
+
+
+def _is_of_a_set(name: str) -> bool:
+    if name.startswith(PARTIAL) or name in ("plan.json", "index.json", "duplicates.bits", "bad.txt"):
+        return True
+    stem, _, suffix = name.partition(".")
+    return stem.startswith("part-") and stem[5:].isdigit() and suffix in ("beton", "hashes", "json")

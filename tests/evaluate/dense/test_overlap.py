@@ -1,0 +1,69 @@
+"""mIoU by the confusion matrix against a count in NumPy, class by class and pixel by pixel."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastpmae.evaluate.dense.overlap import MaskScores, confusion_of, write_mask_scores
+
+IGNORE = -1
+
+
+def counted(truths: list[np.ndarray], predictions: list[np.ndarray], classes: int) -> tuple[float, float, float]:
+    """mIoU, pixel and class accuracy of all images' pixels together, by sets of pixels."""
+    truth, predicted = (np.concatenate([mask.ravel() for mask in masks]) for masks in (truths, predictions))
+    valid = truth != IGNORE
+    truth, predicted = truth[valid], predicted[valid]
+    overlaps, recalls = [], []
+    for number in range(classes):
+        mine, taken = truth == number, predicted == number
+        if mine.any():
+            overlaps.append((mine & taken).sum() / (mine | taken).sum())
+            recalls.append((mine & taken).sum() / mine.sum())
+    return 100 * float(np.mean(overlaps)), 100 * float((truth == predicted).mean()), 100 * float(np.mean(recalls))
+
+
+def test_figures_are_those_of_all_pixels_together():
+    random = np.random.default_rng(0)
+    # sizes differ, so a mean over images would be another number; class 4 is nowhere, class 3 only predicted
+    truths = [random.integers(-1, 3, size) for size in ((5, 7), (30, 20), (1, 1))]
+    predictions = [
+        np.where(random.random(truth.shape) < 0.6, truth.clip(0), random.integers(0, 4, truth.shape))
+        for truth in truths
+    ]
+    confusion = torch.zeros(5, 5, dtype=torch.int64)
+    for truth, predicted in zip(truths, predictions, strict=True):
+        confusion += confusion_of(torch.from_numpy(truth), torch.from_numpy(predicted), 5)
+    scores = MaskScores(confusion, 3)
+    miou, pixels, recall = counted(truths, predictions, 5)
+    assert scores.figures() == pytest.approx(
+        {"miou": miou, "pixel_accuracy": pixels, "class_accuracy": recall}, abs=1e-4
+    )
+    assert math.isnan(scores.iou[4])
+    assert math.isnan(scores.iou[3])
+
+
+def test_pixels_outside_the_classes_do_not_count():
+    truth = torch.tensor([[0, 1, -1, 255]], dtype=torch.int16)
+    assert confusion_of(truth, torch.tensor([[0, 0, 1, 1]]), 2).tolist() == [[1, 0], [1, 0]]
+
+
+def test_files(tmp_path: Path):
+    scores = MaskScores(torch.tensor([[8, 2, 0], [0, 0, 0], [5, 0, 5]]), 4)
+    path = write_mask_scores(
+        tmp_path / "out", "patches", scores, ("road", "sky, blue", "car"), {"evaluation": "patches"}
+    )
+    record = json.loads(path.read_text())
+    assert record["miou"] == pytest.approx(100 * (8 / 15 + 5 / 10) / 2, abs=1e-4)
+    assert (record["images"], record["classes"], record["evaluation"]) == (4, 3, "patches")
+    with (path.parent / "patches-classes.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["road", "sky, blue", "car"]
+    assert rows[1]["iou"] == rows[1]["recall"] == ""
+    assert (rows[0]["iou"], rows[0]["recall"], rows[0]["most_taken_for"]) == ("53.33", "80.00", "sky, blue")
+    assert (path.parent / "patches-confusion.png").read_bytes().startswith(b"\x89PNG")
