@@ -14,12 +14,16 @@ import os
 import warnings
 import weakref
 import zlib
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.jpeg import check_scans, jpeg_size
+from fastpmae_loaders.sources.places import Places
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import local_path
 
 __all__ = ["COEFFICIENTS", "JPG", "PIXEL_LIMIT", "RAW", "Beton", "jpeg_size"]
@@ -66,11 +70,10 @@ def metadata_type(type_ids: list[int]) -> np.dtype:
 class Beton:
     """A .beton file opened, mapped and checked. Everything is read-only; n is the number of samples.
 
-    Attributes: `width`, `height` int64 [n] in pixels; `mode` uint8 [n] (0 JPEG, 1 raw,
-    3 coefficients); `label` int64 [n]
-    (−1 where the file has no int field); `pointer`, `size` uint64 [n], the byte range of each image, inside
-    the file and outside its tables; `page_of` int64 [n]; `page_size`; `class_names` (list of str, or None);
-    `data` uint8 memory map of the whole file; `descriptor`, the open file; `path`.
+    Attributes: `width`, `height` int64 [n] in pixels; `mode` uint8 [n] (0 JPEG, 1 raw, 3 coefficients); `label` int64
+    [n] (−1 without an int field); `pointer`, `size` uint64 [n], the byte range of each image, inside the file and
+    outside its tables; `page_of` int64 [n]; `page_size`; `class_names` (list of str, or None); `nbytes`, the size of
+    the file; `data` uint8 memory map of it; `descriptor`, the open file; `path`.
 
     Nothing here reads by way of the map: a file that is cut short while it is read, or a disk that fails, would end the
     process (SIGBUS). What is read from the descriptor is there or is an error.
@@ -81,12 +84,10 @@ class Beton:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = local_path(path)
-        self.data = self._map()
+        self._open(path)
         header = self._records(HEADER, 0, 1, "the header")[0]
         self._check_header(header)
-        num_fields = int(header["num_fields"])
-        fields = self._records(DESCRIPTOR, HEADER.itemsize, num_fields, "the field descriptors")
+        fields = self._records(DESCRIPTOR, HEADER.itemsize, int(header["num_fields"]), "the field descriptors")
         type_ids = self._field_types(fields)
         record = metadata_type(type_ids)
         count, start = int(header["num_samples"]), HEADER.itemsize + fields.nbytes
@@ -96,8 +97,7 @@ class Beton:
 
         image = metadata[f"f{type_ids.index(IMAGE_FIELD)}"]
         self.mode = _frozen(image["mode"], np.uint8)
-        self.width = _frozen(image["width"], np.int64)
-        self.height = _frozen(image["height"], np.int64)
+        self.width, self.height = (_frozen(image[side], np.int64) for side in ("width", "height"))
         self.pointer = _frozen(image["data_ptr"], np.uint64)
         labelled = INT_FIELD in type_ids
         label = metadata[f"f{type_ids.index(INT_FIELD)}"] if labelled else np.full(count, -1)
@@ -117,10 +117,20 @@ class Beton:
     def __reduce__(self):
         return Beton, (self.path,)  # reopened, not copied, in another process
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the file."""
-        return self.data.nbytes
+    @cached_property
+    def data(self) -> np.ndarray:
+        """The file mapped, when it is first asked for: a map takes one more descriptor."""
+        with os.fdopen(os.dup(self.descriptor), "rb") as file:
+            return np.memmap(file, np.uint8, mode="r")
+
+    def describe(self, indices: np.ndarray) -> Places:
+        """Where some images lie and what they are."""
+        columns = (getattr(self, name)[indices] for name in Places._fields[1:])
+        return Places(np.full(len(indices), self.descriptor), *(column.astype(np.int64) for column in columns))
+
+    def locate(self, indices: np.ndarray) -> tuple[Places, object]:
+        """The same, and what keeps the file open, and the images in it, meanwhile."""
+        return self.describe(indices), self
 
     def payload(self, index: int) -> np.ndarray:
         """The stored bytes of one image, uint8, read-only. BetonError where they can no longer be read."""
@@ -134,10 +144,10 @@ class Beton:
         That is for samples that do not decode: who writes over a file in place is told so, and not that it is damaged.
         """
         now = os.fstat(self.descriptor)
-        if now.st_size < self.data.size:
+        if now.st_size < self.nbytes:
             raise BetonError(
                 f"{self.path} has become shorter since it was opened, {now.st_size:,} bytes instead of "
-                f"{self.data.size:,}: something writes over it. Go on when it is whole again"
+                f"{self.nbytes:,}: something writes over it. Go on when it is whole again"
             )
         if unchanged and now.st_mtime_ns != self._written:
             raise BetonError(
@@ -161,22 +171,20 @@ class Beton:
         except BetonError as error:
             raise BetonError(f"{self.path}: sample {int(index)}: {error}") from None
 
-    def _map(self) -> np.ndarray:
+    def _open(self, path: str | os.PathLike[str]) -> None:
+        here = local_path(path)
+        self.path: Path | Address = here
         try:
-            if not self.path.exists():
-                raise BetonError(f"{self.path} does not exist")
-            if not self.path.is_file():
-                raise BetonError(f"{self.path} is not a file")
-            with self.path.open("rb") as file:
+            if not here.is_file():
+                raise BetonError(f"{self.path} {'is not a file' if here.exists() else 'does not exist'}")
+            with here.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if not status.st_size:
                     raise BetonError(f"{self.path} is empty")
-                self._written = status.st_mtime_ns
-                data = np.memmap(file, np.uint8, mode="r")
+                self.nbytes, self._written = status.st_size, status.st_mtime_ns
                 self.descriptor = os.dup(file.fileno())
             # Threads may still read from it when the interpreter ends.
             weakref.finalize(self, os.close, self.descriptor).atexit = False
-            return data
         except (OSError, ValueError) as error:
             raise BetonError(f"{self.path} cannot be read: {_reason(error)}") from None
 
@@ -186,10 +194,9 @@ class Beton:
     def _records(self, dtype: np.dtype, start: int, count: int, what: str) -> np.ndarray:
         # Python integers throughout: 64-bit ones from the file could wrap round
         stop = start + dtype.itemsize * count
-        if stop > self.data.size:
+        if stop > self.nbytes:
             raise self._fail(
-                f"{what} would end at byte {stop}, the file at byte {self.data.size}; "
-                "it is truncated or not a .beton file"
+                f"{what} would end at byte {stop}, the file at byte {self.nbytes}; it is truncated or not a .beton file"
             )
         return self._read(start, stop - start).view(dtype)
 
@@ -197,8 +204,7 @@ class Beton:
         """Bytes of the file, uint8 [size]."""
         if not hasattr(os, "preadv"):  # Windows, where a file that is mapped cannot be cut short
             return np.array(self.data[start : start + size])
-        data = np.empty(size, np.uint8)
-        place = 0
+        data, place = np.empty(size, np.uint8), 0
         try:
             while place < size and (count := os.preadv(self.descriptor, [data.data[place:]], start + place)):
                 place += count
@@ -257,15 +263,15 @@ class Beton:
 
     def _allocations(self) -> np.ndarray:
         """The allocation table by ascending pointer, every entry in bounds and clear of the others."""
-        if not self._data_start <= self._table <= self.data.size:
+        if not self._data_start <= self._table <= self.nbytes:
             raise self._fail(
                 f"the allocation table should begin at byte {self._table}, outside the data, which "
-                f"begin at byte {self._data_start} of {self.data.size}; the file is truncated or damaged"
+                f"begin at byte {self._data_start} of {self.nbytes}; the file is truncated or damaged"
             )
-        count, rest = divmod(self.data.size - self._table, ALLOCATION.itemsize)
+        count, rest = divmod(self.nbytes - self._table, ALLOCATION.itemsize)
         if rest or not count:
             raise self._fail(
-                f"the allocation table takes {self.data.size - self._table} bytes, which is no "
+                f"the allocation table takes {self.nbytes - self._table} bytes, which is no "
                 f"positive multiple of {ALLOCATION.itemsize}; the file is truncated or damaged"
             )
         table = self._records(ALLOCATION, self._table, count, "the allocation table")

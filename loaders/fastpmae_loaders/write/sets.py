@@ -9,6 +9,7 @@ from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import usable_cores
 from fastpmae_loaders.printable import printable
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import checked
 from fastpmae_loaders.write.finish import WrittenSet, finish
 from fastpmae_loaders.write.images import ImageSettings
@@ -23,8 +24,8 @@ from fastpmae_loaders.write.write import MOST_WORKERS, PAGE_SIZE, TIMEOUT, BadIm
 
 @checked
 def write_set(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
+    out: str | os.PathLike[str] | Address,
     shards: int,
     *,
     part: tuple[int, int] | None = None,

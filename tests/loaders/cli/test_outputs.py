@@ -22,8 +22,8 @@ from fastpmae.evaluate.backbone import find_backbone
 from fastpmae.evaluate.datasets import open_labelled
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
-from fastpmae.evaluate.protocols import free_name
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS
+from fastpmae.evaluate.result_files import free_name
 from fastpmae.pictures.report import write_report
 from fastpmae.pictures.view import draw_run, draw_views
 from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint
@@ -277,8 +277,6 @@ def test_the_demo_takes_no_folder_of_others(tmp_path: Path):
 
 
 ADDRESSES = [
-    ("write", "{url} {here}/x.beton"),
-    ("write", "{tree} {url}"),
     ("write", "--check {url}"),
     ("export", "{url} {here}/x"),
     ("export", "{run} {url}"),
@@ -297,11 +295,9 @@ ADDRESSES = [
     ("eval", "knn {run} --train {beton} --val {url}"),
     ("eval", "knn {run} --train {beton} --out {url}"),
     ("eval", "finetune {run} --train {beton} --val {beton} --out {url}"),
-    ("plan", "--beton {url} --loader-rate 100"),
     ("plan", "--images 1000 --loader-rate 100 --json {url}"),
     ("plan", "--images 1000 --loader-rate 100 --plot {url}.png"),
     ("plan", "--config {url}"),
-    ("train", "--beton {beton} --out {url}"),
     ("train", "--beton {beton} --eval-every 1 --eval-val {url}"),
     ("demo", "--folder {url}"),
     ("demo", "--folder {here} --out {url}"),
