@@ -159,6 +159,19 @@ def _can_keep(data: bytes, image: Image.Image, settings: ImageSettings) -> bool:
     return not header.is_baseline if sound is None else sound
 
 
+def prepare_judge(settings: ImageSettings) -> None:
+    """Loads the compiled code that tells whether a JPEG is sound, or compiles it: some seconds, once on a machine.
+
+    For before the first image, whose time is limited: in each process, and first in the one that starts the others, so
+    that they find it compiled.
+    """
+    if settings.mode == "raw":
+        return
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    store(buffer.getvalue(), ImageSettings(mode="coefficients" if settings.mode == "coefficients" else "jpg"))
+
+
 def _within(image: Image.Image, max_size: int | None) -> Image.Image:
     longest = max(image.size)
     if max_size is None or longest <= max_size:
