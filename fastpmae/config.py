@@ -230,11 +230,11 @@ class Run(Typed):
     keep: int = 1
     """Number of older checkpoints to keep beside the newest."""
     eval_every: int = 0
-    """Epochs between two k-NN evaluations of the student and every teacher, with one at the end; 0 evaluates never."""
+    """Epochs between two evaluations (k-NN, linear probe) of the student and every teacher, one at the end; 0: none."""
     eval_train: Path | None = None
-    """Labelled images whose features vote in --eval-every; by default the run's own."""
+    """Labelled images whose features --eval-every learns from; by default the run's own."""
     eval_val: Path | None = None
-    """Labelled images that --eval-every classifies; by default those that vote, each left out once."""
+    """Labelled images that --eval-every classifies; by default those that it learns from, each left out once."""
     profile: int = 0
     """Write a trace of so many steps, by torch's profiler and after a warm-up, into the run folder; 0 does not."""
     tensorboard: bool = True

@@ -24,7 +24,7 @@ from fastpmae.pretraining.compile import compile_anew, compile_step
 from fastpmae.pretraining.data import Prefetcher, make_loader, steps_in_epoch
 from fastpmae.pretraining.match_geometry import geometry_figures
 from fastpmae.pretraining.networks import make_networks
-from fastpmae.pretraining.online_knn import OnlineKNN
+from fastpmae.pretraining.online_evaluation import OnlineEvaluation
 from fastpmae.pretraining.optimizer import learning_rate, make_optimizer
 from fastpmae.pretraining.parallel import wrap_parallel
 from fastpmae.pretraining.step import student_loss, teacher_forward
@@ -68,7 +68,7 @@ def pretrain(config: Config) -> Path:
 def train(run: "Pretraining", stage: "Stage", session: Session) -> None:
     """The loop: from where the run stands to the last step of a stage, or of this start."""
     training, meter, steps_per_epoch = stage.training, stage.meter, run.steps_per_epoch
-    if run.online_knn.is_owed(session.step, steps_per_epoch, session.folder):
+    if run.online_evaluation.is_owed(session.step, steps_per_epoch, session.folder):
         make_up_for_evaluation(run, stage, session)
     with contextlib.closing(stage.prefetcher.batches(session.step, steps_per_epoch)) as batches:
         while session.step < stage.last_step:
@@ -92,7 +92,7 @@ def train(run: "Pretraining", stage: "Stage", session: Session) -> None:
             # After a step that was not finite nothing is saved: the last good checkpoint stays the newest.
             if (session.is_due or ends_phase) and not meter.is_bad():
                 session.save(stage.state)
-            if ends_epoch and run.online_knn.is_due(epoch + 1) and not session.signal:
+            if ends_epoch and run.online_evaluation.is_due(epoch + 1) and not session.signal:
                 # A signal ends it soon; the resumed run makes up for it.
                 evaluate(run, stage, session, epoch + 1)
                 if session.poll():
@@ -116,7 +116,7 @@ class Pretraining:
     config: Config
     images: Samples
     fingerprint: str
-    online_knn: OnlineKNN
+    online_evaluation: OnlineEvaluation
     steps_per_epoch: int
     total_steps: int
     opened: OpenRun
@@ -199,13 +199,15 @@ def open_pretraining(config: Config, session: Session) -> Pretraining:
     images = open_images(config)
     config = resolve(config, ranks.device, images)
     steps_per_epoch = steps_in_epoch(images, config, ranks)
-    online_knn = OnlineKNN(config, ranks)
+    online_evaluation = OnlineEvaluation(config, ranks)
     identity = fingerprint(images)
     opened = ranks.broadcast_from_main(lambda: open_run(config, identity, steps_per_epoch))
     step = 0 if opened.checkpoint is None else read_progress(opened.checkpoint)["step"]
     total_steps = steps_per_epoch * config.optimizer.epochs
     last_step = total_steps if config.run.steps is None else min(total_steps, config.run.steps)
-    return Pretraining(config, images, identity, online_knn, steps_per_epoch, total_steps, opened, step, last_step)
+    return Pretraining(
+        config, images, identity, online_evaluation, steps_per_epoch, total_steps, opened, step, last_step
+    )
 
 
 def stages_of(run: Pretraining, phase: Phase, session: Session, stack: contextlib.ExitStack) -> Iterator[Stage]:
@@ -313,9 +315,9 @@ def begin(run: Pretraining, stage: Stage, session: Session) -> None:
 
 
 def evaluate(run: Pretraining, stage: Stage, session: Session, epochs: int) -> None:
-    """The k-NN figures after so many epochs."""
+    """The figures of --eval-every after so many epochs."""
     training = stage.training
-    run.online_knn.report(session.log, session.step, epochs, training.student, training.teachers, session.stop)
+    run.online_evaluation.report(session.log, session.step, epochs, training.student, training.teachers, session.stop)
 
 
 def make_up_for_evaluation(run: Pretraining, stage: Stage, session: Session) -> None:

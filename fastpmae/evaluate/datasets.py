@@ -24,7 +24,7 @@ from fastpmae_loaders.sources.splits import TRAIN_SPLITS, are_splits, split_of_f
 from fastpmae_loaders.values import checked
 
 Engine = Literal["auto", "native", "ffcv", "dali", "torch"]
-_VAL_SPLITS = ("val", "valid", "validation", "holdout", "heldout", "dev", "eval", "evaluation", "test", "testing")
+VAL_SPLITS = ("val", "valid", "validation", "holdout", "heldout", "dev", "eval", "evaluation", "test", "testing")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | N
             raise UserError(f"{printable(str(train))} cannot be read: {error.strerror or error}") from None
         # with a split to train on and another there is no doubt that these are splits; of several others, by this order
         named = {split_of_folder(name): name.lower() for name in sorted(folders)} if are_splits(folders) else {}
-        split = next((named[word] for word in _VAL_SPLITS if word in named), None)
+        split = next((named[word] for word in VAL_SPLITS if word in named), None)
         # by its name, or the loader would say that the other split is not taken
         own = [name.lower() for name in folders if split_of_folder(name) in TRAIN_SPLITS]
         samples = open_samples(train, own[0] if split is not None and len(own) == 1 else None)

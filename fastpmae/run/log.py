@@ -265,10 +265,10 @@ class Log:
         began = time.perf_counter()
         figures = evaluate()
         self.clock += time.perf_counter() - began
-        words = ", ".join(
-            f"{name.removeprefix('knn_').replace('_', ' ')} {value:.1f} %" for name, value in figures.items()
+        words = "; ".join(
+            filter(None, (_of_networks(figures, *kind) for kind in (("knn_", "k-NN"), ("linear_", "linear probe"))))
         )
-        self.row_of_epoch({"step": step, "epoch": epoch} | figures, f"k-NN after epoch {epoch}: {words}")
+        self.row_of_epoch({"step": step, "epoch": epoch} | figures, f"after epoch {epoch}: {words}")
 
     def row_of_epoch(self, row: dict[str, float], sentence: str) -> None:
         """A row whose figures are known already, and the sentence that tells it."""
@@ -338,3 +338,13 @@ def _is_figure(value: Any) -> bool:
 def _of_labels(row: dict[str, float], names: dict[str, str]) -> str:
     """The figures of a row that it has, each behind its letter."""
     return "".join(f" {letter} {row[name]:.3f}" for letter, name in names.items() if name in row)
+
+
+def _of_networks(figures: dict[str, float], prefix: str, words: str) -> str:
+    """What one kind of evaluation has found of each network, in percent; empty where it was not made."""
+    found = [
+        f"{name.removeprefix(prefix).replace('_', ' ')} {value:.1f} %"
+        for name, value in figures.items()
+        if name.startswith(prefix)
+    ]
+    return f"{words} {', '.join(found)}" if found else ""

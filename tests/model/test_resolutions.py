@@ -14,7 +14,7 @@ from fastpmae.model.build import check, make_student
 from fastpmae.model.patches import positions_on, sincos_positions
 from fastpmae.model.phases import phases_of, resolutions_in
 from fastpmae.model.resolutions import Resolution, at_size, canonical, describe_resolution, resolutions_of
-from fastpmae.pretraining import online_knn
+from fastpmae.pretraining import online_evaluation
 from fastpmae.pretraining.data import make_loader
 from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
 from fastpmae.run.images import open_images
@@ -290,13 +290,13 @@ def test_other_sizes_are_another_run(growing: Config):
 def test_evaluations_are_of_the_last_size(growing: Config, monkeypatch: pytest.MonkeyPatch):
     """What is evaluated in the epochs of 16 pixels is what the weights are worth at 32."""
     seen: list[int] = []
-    over_images = online_knn.over_images
+    over_images = online_evaluation.over_images
 
     def looked_at(*arguments: Any, **named: Any) -> Any:
         seen.append(named["image_size"])
         return over_images(*arguments, **named)
 
-    monkeypatch.setattr(online_knn, "over_images", looked_at)
+    monkeypatch.setattr(online_evaluation, "over_images", looked_at)
     run = pretrain(growing.using(eval_every=1, steps=STEPS, log_every=STEPS))
     assert [row["step"] for row in rows_of(run) if "knn_student" in row] == [STEPS]
     assert seen == [32]

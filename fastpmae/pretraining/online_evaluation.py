@@ -1,11 +1,11 @@
-"""Evaluation during training: k-NN on labelled images, by the student and every teacher as they are."""
+"""Evaluation during training: k-NN and a linear probe on labelled images, of the student and every teacher."""
 
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fastpmae.config import Config
@@ -13,6 +13,7 @@ from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate.datasets import Labelled, open_labelled, over_images
 from fastpmae.evaluate.features import features
 from fastpmae.evaluate.knn import knn_ranked
+from fastpmae.evaluate.least_squares import least_squares_predict
 from fastpmae.evaluate.metrics import Scores
 from fastpmae.model.teachers import Teachers
 from fastpmae.model.vit import Encoder, Student
@@ -31,18 +32,20 @@ class _Stopped(Exception):
 
 
 class _Within(Progress):
-    """Counts in the bar that the run shows already: a terminal has room for one."""
+    """Counts in the bar that the run shows already: a terminal has room for one. A signal ends what is counted."""
 
-    def __init__(self, show: Callable[[str], None]):
+    def __init__(self, show: Callable[[str], None], stop: Stop):
         super().__init__()
-        self.show = show
+        self.show, self.stop = show, stop
 
     def advance(self, count: int = 1) -> None:
         super().advance(count)
-        self.show(f"k-NN: {self._done:,} of {self._total:,} {self._unit}")
+        self.show(f"evaluation: {self._done:,} of {self._total:,} {self._unit}")
+        if self.stop.signal:
+            raise _Stopped
 
 
-class OnlineKNN:
+class OnlineEvaluation:
     """What `--eval-every` asks for. Nothing of the run itself changes by it: no random number is drawn.
 
     Every rank computes all of it, so that none waits long for another and the ranks need not agree on anything. Those
@@ -81,48 +84,48 @@ class OnlineKNN:
 
     def report(self, log: Log, step: int, epoch: int, student: Student, teachers: Teachers, stop: Stop) -> None:
         """Write the figures as a row of the run's; after a signal none, and soon."""
-        progress = _Within(lambda words: log.bar.update(note=words))
+        progress = _Within(lambda words: log.bar.update(note=words), stop)
         with contextlib.suppress(_Stopped):
-            log.evaluation(step, epoch, lambda: self.figures(student, teachers, stop, progress))
+            log.evaluation(step, epoch, lambda: self.figures(student, teachers, progress))
 
-    def figures(
-        self, student: Student, teachers: Teachers, stop: Stop | None = None, progress: Progress | None = None
-    ) -> dict[str, float]:
-        """Top-1 of each network's class token by 20-NN (cosine, temperature 0.07), in percent.
+    def figures(self, student: Student, teachers: Teachers, progress: Progress | None = None) -> dict[str, float]:
+        """Top-1 of each network's class token in percent: `knn_NETWORK` and `linear_NETWORK`.
 
-        On `--eval-val`, or, without it, on the training images, each left out once.
+        By 20-NN (cosine, temperature 0.07), and by a linear classifier in closed form (see `least_squares_predict`). On
+        `--eval-val`, or, without it, on the training images, each left out once.
         """
         assert self.train is not None
         progress = progress or Progress()
         networks: dict[str, Encoder] = {"student": student.encoder}
         networks |= {name: teacher.encoder for name, teacher in teachers.modules().items()}
-        labels = self.train.labels.to(self.ranks.device)
-        train_features = self._features(networks, self.train, stop, progress)
-        val_features = train_features if self.val is None else self._features(networks, self.val, stop, progress)
-        found = {}
-        for name in networks:
+        labels, classes = self.train.labels.to(self.ranks.device), len(self.train.names)
+        truth = (self.val or self.train).labels
+        train_features = self._features(networks, self.train, progress)
+        val_features = None if self.val is None else self._features(networks, self.val, progress)
+        knn, linear = {}, {}
+        for name, rows in train_features.items():
+            others = None if val_features is None else val_features[name]
             ranked = knn_ranked(
-                train_features[name],
+                rows,
                 labels,
-                val_features[name],
+                rows if others is None else others,
                 [NEIGHBOURS],
                 best=1,
-                leave_one_out=self.val is None,
+                leave_one_out=others is None,
                 progress=progress,
             )
-            truth = (self.val or self.train).labels
-            found[f"knn_{name}"] = round(Scores(truth, ranked[NEIGHBOURS].cpu()).top1, 4)
-        return found
+            knn[f"knn_{name}"] = _top1(truth, ranked[NEIGHBOURS])
+            found = least_squares_predict(rows, labels, classes, others, progress=progress)
+            linear[f"linear_{name}"] = _top1(truth, found[:, None])
+        return knn | linear
 
     def _features(
-        self, networks: dict[str, Encoder], images: Labelled, stop: Stop | None, progress: Progress
+        self, networks: dict[str, Encoder], images: Labelled, progress: Progress
     ) -> dict[str, Float[Tensor, "images dim"]]:
         efficiency = self.config.efficiency
         low = torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=efficiency.precision == "bf16")
 
         def embed(pictures: UInt8[Tensor, "batch 3 side side"]) -> list[Float[Tensor, "batch dim"]]:
-            if stop is not None and stop.signal:
-                raise _Stopped
             with low:
                 return [features(encoder, pictures) for encoder in networks.values()]
 
@@ -136,3 +139,7 @@ class OnlineKNN:
             progress=progress,
         )
         return {name: part.to(self.ranks.device) for name, part in zip(networks, rows, strict=True)}
+
+
+def _top1(truth: Int[Tensor, " images"], ranked: Int[Tensor, "images best"]) -> float:
+    return round(Scores(truth, ranked.cpu()).top1, 4)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from fastpmae import Config, pretrain
 from fastpmae.config_file import write_config
 from fastpmae.evaluate.features import embed_images
 from fastpmae.evaluate.knn import knn_ranked
+from fastpmae.evaluate.least_squares import least_squares_predict
 from fastpmae.evaluate.metrics import Scores
-from fastpmae.pretraining import online_knn
+from fastpmae.pretraining import online_evaluation
 from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
 from fastpmae_loaders.errors import Interrupted, UserError
 from tests.pretraining.test_data import threads_of_loaders
@@ -40,7 +42,10 @@ def test_figures_are_those_of_the_checkpoint(tiny: Config, small_beton: Path, ca
             )
             ranked = knn_ranked(features, labels, features, [20], leave_one_out=True)[20]
             assert row[f"knn_{network}"] == pytest.approx(Scores(labels, ranked).top1, abs=1e-4)
-    assert "k-NN after epoch 2: student " in capsys.readouterr().err
+            found = least_squares_predict(features, labels, int(labels.max()) + 1)
+            assert row[f"linear_{network}"] == pytest.approx(Scores(labels, found[:, None]).top1, abs=1e-4)
+    said = capsys.readouterr().err
+    assert re.search(r"after epoch 2: k-NN student .* %, .*; linear probe student \d+\.\d %, labelling teacher", said)
 
 
 @pytest.mark.slow
@@ -70,7 +75,7 @@ def test_a_run_is_the_same_with_and_without(tiny: Config, tmp_path: Path):
 def test_a_run_that_is_evaluated_is_saved_and_a_signal_stops_that_soon(tiny: Config, monkeypatch, save_steps: int):
     folder, figures = tiny.run.out, []
     assert folder is not None
-    embed, checkpoint = online_knn.features, checkpoint_path(folder, 5)
+    embed, checkpoint = online_evaluation.features, checkpoint_path(folder, 5)
 
     def signalled(encoder, pictures):
         limit = time.monotonic() + 60  # it is being written
@@ -81,8 +86,8 @@ def test_a_run_that_is_evaluated_is_saved_and_a_signal_stops_that_soon(tiny: Con
         return embed(encoder, pictures)
 
     # 44 images in batches of ten: the signal comes in the first and the second is not begun
-    monkeypatch.setattr(online_knn, "BATCH", 10)
-    monkeypatch.setattr(online_knn, "features", signalled)
+    monkeypatch.setattr(online_evaluation, "BATCH", 10)
+    monkeypatch.setattr(online_evaluation, "features", signalled)
     with pytest.raises(Interrupted, match="SIGTERM after step 5 of 15"):
         pretrain(tiny.using(eval_every=1, save_steps=save_steps))
     assert figures == [save_steps > 0] * 3, "three networks saw one batch"
@@ -99,14 +104,14 @@ def test_a_run_that_is_evaluated_is_saved_and_a_signal_stops_that_soon(tiny: Con
 @pytest.mark.slow
 def test_a_signal_in_an_evaluation_that_is_made_up_for_loses_nothing(tiny: Config, monkeypatch):
     folder = pretrain(tiny.using(steps=5))
-    before, embed = read_checkpoint(checkpoint_path(folder, 5)), online_knn.features
+    before, embed = read_checkpoint(checkpoint_path(folder, 5)), online_evaluation.features
 
     def signalled(encoder, pictures):
         os.kill(os.getpid(), signal.SIGTERM)
         return embed(encoder, pictures)
 
-    monkeypatch.setattr(online_knn, "BATCH", 10)
-    monkeypatch.setattr(online_knn, "features", signalled)
+    monkeypatch.setattr(online_evaluation, "BATCH", 10)
+    monkeypatch.setattr(online_evaluation, "features", signalled)
     for _ in range(2):
         # no step is taken: after it nothing would tell that an evaluation is owed
         with pytest.raises(Interrupted, match="SIGTERM after step 5 of 15"):
@@ -148,10 +153,14 @@ def test_a_resumed_run_has_each_evaluation_once(tiny: Config):
 
 
 @pytest.mark.slow
-def test_a_validation_set_and_one_teacher(tiny: Config, small_beton: Path):
+def test_a_validation_set_and_one_teacher(tiny: Config, small_beton: Path, tmp_path: Path):
     settings = {"teachers": "single", "epochs": 1, "eval_every": 1, "eval_train": small_beton, "eval_val": small_beton}
     (row,) = [row for row in rows_of(pretrain(tiny.using(**settings))) if "knn_student" in row]
-    assert {name for name in row if name.startswith("knn")} == {"knn_student", "knn_labelling_teacher"}
+    evaluated = {f"{kind}_{network}" for kind in ("knn", "linear") for network in ("student", "labelling_teacher")}
+    assert set(row) == {"step", "epoch"} | evaluated
+    features, labels = map(torch.from_numpy, embed_images(tmp_path / "run", small_beton))
+    found = least_squares_predict(features, labels, int(labels.max()) + 1, features)
+    assert row["linear_student"] == pytest.approx(Scores(labels, found[:, None]).top1, abs=1e-4)
 
 
 def test_what_cannot_be_evaluated(tiny: Config, tmp_path: Path):
