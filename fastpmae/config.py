@@ -22,9 +22,9 @@ CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 class Data(Typed):
     """Where the images come from."""
 
-    beton: Path | None = None
-    """The .beton file to pretrain on (`fastpmae-write` makes one); `--loader torch` and `dali` also read folders of
-    images and tar shards."""
+    beton: Path | tuple[str, ...] | None = None
+    """The .beton file to pretrain on, or a set of them (`fastpmae-write` makes both); `--loader torch` and `dali` also
+    read folders of images and tar shards. Several are mixed, by the weight behind each: `a.beton:0.7 b/:0.3`."""
     loader: Literal["native", "ffcv", "dali", "torch"] = DEFAULT_ENGINE
     """Engine that reads the images: `native`, `ffcv` and `torch` give the same bytes; those of `dali` differ slightly
     by its decoder and resize."""
@@ -33,7 +33,7 @@ class Data(Typed):
     hw_decoder_load: float = 0.0
     """Share of the images that DALI decodes with a GPU's hardware decoders, 0 to 1; their pixels differ slightly."""
     page_order: Literal["auto", "on", "off"] = "auto"
-    """Shuffle page by page, which reads a disk in long stretches; auto does so where the file outgrows the memory."""
+    """Shuffle page by page, which reads a disk in long stretches; auto does so for sets and files above the memory."""
     bad_fraction: float = 0.01
     """Stop when more than this share of the images seen, and at least four of them, do not decode."""
 

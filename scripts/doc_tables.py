@@ -18,6 +18,8 @@ import tyro
 
 from fastpmae.config import Config
 from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Probe
+from fastpmae.evaluate.dense.commands import DenseCommon, Segment
+from fastpmae.evaluate.dense.recipe import SEGMENT_PRESETS, DenseConfig, SegmentConfig
 from fastpmae.evaluate.features import embed_command
 from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.export.export import export_command
@@ -54,6 +56,18 @@ def evaluation() -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def dense() -> str:
+    """The same for segmentation, with the values of its preset of the paper."""
+    paper = SEGMENT_PRESETS["paper"]
+    both, own = _table(DenseConfig, paper), _table(SegmentConfig, paper)
+    tables = [
+        ("**data and network**", _table(DenseCommon)),
+        (f"**segment**: {Segment.__doc__}", _table(Segment)),
+        ("**segment**, with the values of `--preset paper`", [*both, *own[len(HEAD) :]]),
+    ]
+    return "\n".join(line for title, table in tables for line in (title, "", *table, ""))
 
 
 def flags(*kinds: Any) -> str:
@@ -133,6 +147,7 @@ PARTS = (
     ("docs/commands.md", "report", partial(flags, report_command)),
     ("docs/commands.md", "embed", partial(flags, embed_command)),
     ("docs/commands.md", "export", partial(flags, export_command)),
+    ("docs/dense.md", "dense", dense),
     ("docs/map.md", "modules", modules),
 )
 

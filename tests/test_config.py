@@ -302,7 +302,7 @@ def test_using_converts_what_loses_nothing() -> None:
         ({"blr": "1e-3"}, "blr is '1e-3'; expected a number"),
         ({"betas": 0.9}, r"betas is 0\.9; expected 2 values"),
         ({"resume": True}, "resume is True; expected a text or None"),
-        ({"beton": 3}, "beton is 3; expected a path or None"),
+        ({"beton": 3}, "beton is 3; expected a path or several values, each a text or None"),
         ({"model": None}, "model is None; expected a text"),
         *(({name: "s3://bucket/run"}, "s3://bucket/run: s3:// is not supported")
           for name in ("beton", "out", "init", "resume", "eval_train", "eval_val")),

@@ -235,7 +235,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 # Triton comes with torch, llvmlite with numba, markupsafe with jinja2; wandb is used where it happens to be installed
 COMES_ALONG = {"triton", "llvmlite", "markupsafe", "wandb"}
-EXTRAS = ("ffcv", "hf", "heif", "xformers", "dali-cuda130", "demo", "certify")
+EXTRAS = ("ffcv", "hf", "heif", "ray", "stores", "xformers", "dali-cuda130", "demo", "certify")
 
 
 @pytest.mark.parametrize("package", HOMES)

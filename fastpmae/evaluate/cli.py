@@ -1,4 +1,4 @@
-"""The command line of `fastpmae-eval`: five kinds of evaluation, and what each can be told."""
+"""The command line of `fastpmae-eval`: the kinds of evaluation, and what each can be told."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ import tyro
 
 from fastpmae.evaluate.backbone import Which
 from fastpmae.evaluate.datasets import Engine
+from fastpmae.evaluate.dense.commands import DenseCommon, Segment
+from fastpmae.evaluate.dense.recipe import segment_preset
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.linear import RATES
 from fastpmae.evaluate.recipe import PROBE, FinetuneConfig, finetune_preset
@@ -147,7 +149,7 @@ class Lowshot:
     """Seed of the first draw; the others take the seeds after it."""
 
 
-Command = Knn | Linear | Probe | Lowshot | Finetune
+Command = Knn | Linear | Probe | Lowshot | Finetune | Segment
 
 DESCRIPTION = """Evaluate the features of a network. Prints top-1 and top-5, and writes a JSON result, a row for each
 class and the confusion matrix beside the checkpoint.
@@ -155,7 +157,7 @@ Example: fastpmae-eval knn runs/photos --train train.beton --val val.beton"""
 
 
 def read_command(arguments: Sequence[str]) -> Command:
-    """What stands on the command line; the settings of `finetune` start from its preset.
+    """What stands on the command line; the settings of a training start from its preset.
 
     Raises:
         UserError: for a preset that does not exist, settings that do not fit together, or a flag of an earlier version.
@@ -163,15 +165,21 @@ def read_command(arguments: Sequence[str]) -> Command:
     words = with_values(arguments)
     refuse_old_flags(words, FINETUNE_SETTINGS)
     rate = numbers_on(words, ("blr", "lr"))
-    config = finetune_preset(last_value(words, "--preset") or "paper").using(**rate)
-    probe = PROBE.using(**rate)
+
+    def preset(command: str) -> str:
+        return (last_value(words, "--preset") if command in words[:1] else None) or "paper"
+
+    config = finetune_preset(preset("finetune")).using(**(rate if "finetune" in words[:1] else {}))
+    probe = PROBE.using(**(rate if "probe" in words[:1] else {}))
     unknown = Common(weights=tyro.MISSING, train=tyro.MISSING)
+    dense = DenseCommon(weights=tyro.MISSING, train=tyro.MISSING)
     defaults: dict[str, Command] = {
         "knn": Knn(unknown),
         "linear": Linear(unknown),
         "probe": Probe(unknown, probe),
         "lowshot": Lowshot(unknown),
         "finetune": Finetune(unknown, config),
+        "segment": Segment(dense, segment_preset(preset("segment"))),
     }
     kinds = tuple(
         Annotated[type(default), tyro.conf.subcommand(name, default=default)] for name, default in defaults.items()

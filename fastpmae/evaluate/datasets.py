@@ -14,8 +14,9 @@ from fastpmae.distributed.ranks import has_bf16, to_device
 from fastpmae.evaluate.backbone import Backbone, features
 from fastpmae.evaluate.features import Pool
 from fastpmae.run.images import fingerprint
-from fastpmae_loaders import Beton, PlainViews, Samples, open_samples
+from fastpmae_loaders import PlainViews, Samples, open_samples
 from fastpmae_loaders.cli.progress import Progress
+from fastpmae_loaders.engines.base import Located
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
@@ -47,7 +48,7 @@ class Labelled:
 
 
 @checked
-def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | None]:
+def open_labelled(train: Path | tuple[str, ...], val: Path | None) -> tuple[Labelled, Labelled | None]:
     """The images to learn from and the images to test on.
 
     Where `val` is None and `train` is a folder with a training and a validation split, those are taken. Classes are
@@ -56,7 +57,7 @@ def open_labelled(train: Path, val: Path | None) -> tuple[Labelled, Labelled | N
     Raises:
         UserError: for sets that cannot be opened or have no labels, or a validation class that is not trained on.
     """
-    if val is None and train.is_dir():
+    if val is None and isinstance(train, Path) and train.is_dir():
         try:
             folders = {path.name for path in train.iterdir() if path.is_dir()}
         except OSError as error:
@@ -109,7 +110,7 @@ def engine_for(samples: Samples, engine: Engine) -> str:
     """The engine that reads these images: as asked for, or the default for a .beton and Pillow for files."""
     if engine != "auto":
         return engine
-    return DEFAULT_ENGINE if isinstance(samples, Beton) else "torch"
+    return DEFAULT_ENGINE if isinstance(samples, Located) else "torch"
 
 
 def half(device: torch.device) -> torch.autocast:

@@ -24,6 +24,7 @@ from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.machine import loader_threads
+from fastpmae_loaders.sources.beton_set import is_set, open_set
 from fastpmae_loaders.values import checked
 
 Network = Literal["student", "labelling_teacher", "reconstruction_teacher", "random"]
@@ -41,9 +42,7 @@ def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encode
         UserError: when the checkpoint cannot be read or the run has no such teacher.
     """
     if tuned_weights(Path(path)) is not None:
-        raise UserError(
-            f"{path} holds a fine-tuned classifier: fastpmae-eval and fastpmae-export take it, this does not"
-        )
+        raise UserError(f"{path} holds a fine-tuned network: fastpmae-eval and fastpmae-export take it, this does not")
     return encoder_of(find_checkpoint(Path(path)), network)
 
 
@@ -99,7 +98,7 @@ def embed_images(
     crop_ratio: float = 0.875,
     progress: Progress | None = None,
 ) -> tuple[Float[np.ndarray, "images dim"], Int[np.ndarray, " images"]]:
-    """Features of every image of a .beton, resized and cut at the centre, in the file's order.
+    """Features of every image of a .beton or a set of them, resized and cut at the centre, in the file's order.
 
     Args:
         checkpoint: a checkpoint or a run folder.
@@ -119,7 +118,7 @@ def embed_images(
     chosen = choose_device(device)
     encoder.to(chosen)
     rows, labels = [], []
-    progress, images = progress or Progress(), Beton(beton)
+    progress, images = progress or Progress(), open_set(beton) if is_set(beton) else Beton(beton)
     views = PlainViews(
         images,
         batch_size,

@@ -16,7 +16,7 @@ from fastpmae.evaluate.datasets import Engine, Labelled
 from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.renamed import refuse_old_classifier
 from fastpmae.run.checkpoint import Checkpoint, CheckpointError, digest, newest_checkpoint, require
-from fastpmae.run.init_weights import few
+from fastpmae.run.init_weights import TUNED, few
 from fastpmae.run.log import read_rows
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import Typed
@@ -52,25 +52,18 @@ class Setting(Typed):
 
 def recorded_setting(setting: Setting, config: FinetuneConfig) -> dict[str, Any]:
     """What decides the numbers of a training, as a checkpoint keeps it."""
-    backbone = setting.backbone
-    network = backbone.build()
-    heads = [part.num_heads for part in network.modules() if isinstance(getattr(part, "num_heads", None), int)]
-    # No tensor tells the heads and what images are normalised by.
-    told = json.dumps([heads, backbone.mean, backbone.std])
     return {
         "finetune": json.loads(json.dumps(dataclasses.asdict(config))),
-        "backbone": {
-            "source": backbone.source,
-            "network": backbone.network,
-            "image_size": backbone.image_size,
-            "digest": digest(network.state_dict(), told),
-        },
+        "backbone": describe_backbone(setting.backbone),
         "frozen": setting.frozen,
         "train": setting.train.describe(),
     }
 
 
-def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None) -> dict[str, Tensor]:
+def collect_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None = None
+) -> dict[str, Tensor]:
+    """Every tensor that the rest of a training depends on, by its name in a checkpoint: its own, not copies."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if ema is not None:
         tensors |= {f"ema.{name}": tensor for name, tensor in ema.module.state_dict().items()}
@@ -114,10 +107,10 @@ def take_up(
     refuse_old_classifier(before, str(checkpoint.path))
     recorded = [before.get(part, {}) for part in ("finetune", "backbone")]
     losses = progress.get("loss")
-    if not (all(isinstance(part, dict) for part in recorded) and _are_numbers(losses)):
+    if not (all(isinstance(part, dict) for part in recorded) and are_numbers(losses)):
         raise CheckpointError(f"{checkpoint.path} is damaged: its progress is none of a classifier's training")
     changed = config.differences(recorded[0])
-    changed += _other_network(recorded[1], record["backbone"])
+    changed += other_network(recorded[1], record["backbone"])
     if before.get("frozen") != record["frozen"]:
         changed.append(f"frozen was {before.get('frozen')}")
     if progress["fingerprint"] != record["train"]["fingerprint"] or progress["steps_per_epoch"] != steps_per_epoch:
@@ -130,15 +123,16 @@ def take_up(
     return progress["step"], torch.tensor(losses, dtype=torch.float64), complaints
 
 
-def _are_numbers(losses: Any) -> bool:
+def are_numbers(losses: Any) -> bool:
     """Whether these are the sum and the number of losses."""
     return isinstance(losses, list) and len(losses) == 2 and all(type(number) is float for number in losses)
 
 
 def _check_no_others_files(folder: Path) -> None:
     """Raise UserError where a training that starts would write over what no unfinished training has left."""
-    if (folder / "classifier.safetensors").exists():
-        raise UserError(f"{folder} holds a classifier.safetensors and no checkpoint beside it: choose another --out")
+    for name in TUNED.values():
+        if (folder / name).exists():
+            raise UserError(f"{folder} holds a {name} and no checkpoint beside it: choose another --out")
     rows = folder / "metrics.jsonl"
     if rows.exists() and rows.stat().st_size:
         first = next(iter(read_rows(rows)), {})
@@ -147,7 +141,21 @@ def _check_no_others_files(folder: Path) -> None:
             raise UserError(f"{folder} holds a metrics.jsonl that is no classifier's: choose another --out")
 
 
-def _other_network(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def describe_backbone(backbone: Backbone) -> dict[str, Any]:
+    """The network that a training starts from, as a checkpoint keeps it."""
+    network = backbone.build()
+    heads = [part.num_heads for part in network.modules() if isinstance(getattr(part, "num_heads", None), int)]
+    # No tensor tells the heads and what images are normalised by.
+    told = json.dumps([heads, backbone.mean, backbone.std])
+    return {
+        "source": backbone.source,
+        "network": backbone.network,
+        "image_size": backbone.image_size,
+        "digest": digest(network.state_dict(), told),
+    }
+
+
+def other_network(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What is different about the network that a training starts from; the same weights may lie elsewhere by now."""
     if before.get("image_size") != now["image_size"]:
         return [f"--image-size was {before.get('image_size')} and is now {now['image_size']}"]
@@ -169,9 +177,23 @@ def _scatter(
         if module is not None:
             require(checkpoint, name, module.state_dict())
             module.load_state_dict(checkpoint.part(name))
+    restore_optimizer(checkpoint, model, optimizer, STATES[config.opt])
+
+
+def restore_optimizer(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, kept: set[str]
+) -> None:
+    """Put an optimizer's state back, as `collect_state` has named it.
+
+    Args:
+        kept: what the optimizer keeps of a parameter.
+
+    Raises:
+        CheckpointError: when a parameter's state holds something else, or is of another shape.
+    """
     for name, parameter in model.named_parameters():
         state = checkpoint.part(f"optimizer.{name}")
-        if state.keys() not in (set(), STATES[config.opt]):
+        if state.keys() not in (set(), kept):
             raise CheckpointError(f"{checkpoint.path} does not fit: optimizer.{name} holds {few(sorted(state))}")
         for key, value in state.items():
             if value.shape != (torch.Size() if key == "step" else parameter.shape) or not value.is_floating_point():
@@ -180,9 +202,9 @@ def _scatter(
                     f"{checkpoint.path} does not fit: optimizer.{name}.{key} is {kind} {list(value.shape)}"
                 )
         if state:
-            kept = {key: value.clone() for key, value in state.items()}
+            found = {key: value.clone() for key, value in state.items()}
             # AdamW counts its steps on the host; moments lie where the parameter does.
             optimizer.state[parameter] = {
                 key: value if value.ndim == 0 and parameter.ndim > 0 else value.to(parameter.device)
-                for key, value in kept.items()
+                for key, value in found.items()
             }

@@ -1,13 +1,8 @@
-"""`fastpmae-eval`: how good a network's features are, by k-NN, linear probes, few labels, or fine-tuning."""
+"""`fastpmae-eval`: how good features are, by k-NN, linear probes, few labels, fine-tuning, or dense tasks."""
 
 import dataclasses
-import itertools
-import json
-import os
-import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +13,14 @@ from fastpmae.distributed.ranks import Ranks, join_ranks
 from fastpmae.evaluate.backbone import find_backbone
 from fastpmae.evaluate.cli import NEIGHBOURS, Command, Common, Finetune, Knn, Linear, Lowshot, Probe, read_command
 from fastpmae.evaluate.datasets import Labelled, extract, needed, open_labelled
+from fastpmae.evaluate.dense.commands import Segment, run_segment
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.knn import check_neighbours, knn_ranked
 from fastpmae.evaluate.linear import Sweep, best_c, draw_few, held_out, logistic_regression, standardised, train_sweep
-from fastpmae.evaluate.metrics import Scores, files_of, rank, write_scores
-from fastpmae.run.checkpoint import step_of
-from fastpmae.run.folder import run_of
+from fastpmae.evaluate.metrics import Scores, rank, write_scores
+from fastpmae.evaluate.result_files import free_name, place_of, stem_of
 from fastpmae.run.images import source_notes
 from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.exits import exit_with_sentence
@@ -87,54 +82,10 @@ class Evaluation:
             **more,
             "seconds": round(time.monotonic() - self.began, 1),
         }
-        # A network's name may come out of a stranger's file.
-        stem = "-".join(filter(None, [name, re.sub(r"[^A-Za-z0-9.]+", "-", network)]))
-        stem = free_name(self.folder, stem, record)
+        stem = free_name(self.folder, stem_of(name, network), record)
         path = write_scores(self.folder, stem, scores, self.train.names, record)
         tell(f"{stem}: top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % of {len(scores.labels):,} images")
         tell(f"wrote {path}, and beside it a row for each class (.csv) and the confusion matrix (.png)")
-
-
-def free_name(folder: Path, stem: str, record: dict[str, Any]) -> str:
-    """The name for a result's files: the stem, or, where that holds figures of other images or files that are no
-    result, with these images' name.
-
-    A second data set does not replace the figures of the first, and the same command finds its own files again.
-    """
-    path = Path((record["val"] or record["train"])["path"])
-    images = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(path.with_suffix("").parts[-2:])).strip("-")
-    others = (f"{stem}-{images}-{number}" for number in itertools.count(2))
-    names = itertools.chain([stem, f"{stem}-{images}"], others)
-    return next(name for name in names if _has_room(folder, name, record))
-
-
-def _has_room(folder: Path, name: str, record: dict[str, Any]) -> bool:
-    """Whether the files of that name are not there, or are a result of the same images."""
-    files = files_of(folder, name)
-    if not any(map(os.path.lexists, files)):
-        return True
-    try:
-        before = json.loads(files[-1].read_text(encoding="utf-8"))
-        return _prints(before) == _prints(record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
-
-
-def _prints(record: dict[str, Any]) -> list[str | None]:
-    """The fingerprints of the images that a result was trained and tested on."""
-    return [None if record[part] is None else record[part]["fingerprint"] for part in ("train", "val")]
-
-
-def place_of(weights: str) -> Path:
-    """Where results go by default: beside a run's checkpoints, or beside the file."""
-    if weights.startswith("timm:"):
-        return Path("eval") / weights.removeprefix("timm:").replace("/", "-").replace(":", "-")
-    path = Path(weights)
-    run = run_of(path)
-    if run is None:
-        return path.parent / f"{path.stem}-eval"
-    # A checkpoint that was named has results of its own; a run folder's are those of its newest one.
-    return run / "eval" / f"step-{step_of(path):08d}" if path.is_file() else run / "eval"
 
 
 def run_knn(command: Knn, ranks: Ranks) -> None:
@@ -309,7 +260,7 @@ def run_command(command: Command) -> None:
         UserError: for what does not fit.
     """
     with join_ranks(command.common.device) as ranks:
-        if ranks.size > 1 and not isinstance(command, Probe | Finetune):
+        if ranks.size > 1 and not isinstance(command, Probe | Finetune | Segment):
             name = type(command).__name__.lower()
             raise UserError(f"fastpmae-eval {name} is computed by one process: start it without torchrun")
         match command:
@@ -321,6 +272,8 @@ def run_command(command: Command) -> None:
                 run_lowshot(command, ranks)
             case Probe() | Finetune():
                 run_training(command, ranks)
+            case Segment():
+                run_segment(command, ranks)
 
 
 def main() -> int:

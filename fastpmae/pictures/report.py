@@ -21,6 +21,7 @@ from fastpmae.pictures.figures import draw_analysis, draw_prototypes
 from fastpmae.plotting import save_picture
 from fastpmae.presets import PRESETS
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, find_checkpoint, read_progress
+from fastpmae.run.images import sources
 from fastpmae.run.log import read_rows
 from fastpmae.run.results import Result, results_in
 from fastpmae.templating import html_page
@@ -31,6 +32,7 @@ from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
+from fastpmae_loaders.mixture import split_weight
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.reading import read_file
 from fastpmae_loaders.values import checked
@@ -90,7 +92,7 @@ def write_report(
     config = read_config(run / "config.json", decoder_matters=False)
     own = target.parent.resolve() / target.name == run.resolve() / "report.html"
     if not own:
-        check_output(target, force=force, inputs=[path for path in (beton, config.data.beton) if path is not None])
+        check_output(target, force=force, inputs=[Path(path) for path in (beton, *sources(config)) if path])
     progress = progress or Progress()
     with progress.count(4, "parts"):
         rows = read_rows(run / "metrics.jsonl")
@@ -110,10 +112,12 @@ def _pictures(
     if not checkpoints_in(run):
         return {}, "There is no checkpoint yet, so there are no pictures of what was learnt."
     beton = named or config.data.beton
-    if beton is None or not (beton.exists() or named):
+    named_by_run = [split_weight(source)[0] for source in sources(config)]
+    if beton is None or not (named or all(Path(source).exists() for source in named_by_run)):
         return (
             {},
-            f"Its images ({beton}) are not here, so there are no pictures of what was learnt: name some (--beton).",
+            f"Its images ({' '.join(sources(config))}) are not here, so there are no pictures of what was learnt: "
+            "name some (--beton).",
         )
     try:
         checkpoint = find_checkpoint(run)

@@ -36,7 +36,7 @@ from fastpmae.plan.scaling import (
 from fastpmae.presets import PRESETS
 from fastpmae.pretraining.cli import Command, parse
 from fastpmae.pretraining.data import micro_batch_size
-from fastpmae.run.images import open_images
+from fastpmae.run.images import open_images, sources
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
 from fastpmae_loaders.cli.progress import Bar
@@ -47,7 +47,8 @@ IMAGENET = 1_281_167
 
 DESCRIPTION = f"""Predict what a run will take: FLOPs, memory, hours, CPU cores of its loader, and scaling over GPUs.
 
-Takes every flag of fastpmae-train, and runs its step on tensors without memory: no GPU is needed. GPUs known:
+Takes every flag of fastpmae-train, and runs its step on tensors without memory: no GPU is needed. For dense tasks:
+fastpmae-plan segment --help and fastpmae-plan detect --help. GPUs known:
 {", ".join(GPUS)}. Example: fastpmae-plan --preset paper --model vit_base --batch-size 768 --gpu h100"""
 
 METHODS = {"mae": "mae", "sdae": "sdae", "single-step": "single-step", "single-epoch": "single-epoch", "dual": "paper"}
@@ -242,7 +243,7 @@ def _positive(number: float | None) -> bool:
 def _epoch_images(options: Plan) -> int:
     if options.images is not None:
         return options.images
-    return IMAGENET if options.settings.data.beton is None else len(open_images(options.settings))
+    return IMAGENET if not options.settings.data.beton else len(open_images(options.settings))
 
 
 def _loader_rate(options: Plan) -> LoaderRate:
@@ -331,7 +332,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def plan(options: Plan) -> None:
     """Make a plan, print it, and write the files that are asked for."""
-    given = [path for path in (options.config, options.settings.data.beton) if path is not None]
+    given = [Path(path) for path in (options.config, *sources(options.settings)) if path]
     for out in (options.json, options.plot):
         if out is not None:
             check_output(out, force=options.force, inputs=given)
@@ -352,7 +353,7 @@ def plan(options: Plan) -> None:
     if options.plot is not None:
         with atomic_write(options.plot, options.force) as beside:
             draw(report, beside)
-    show(report, Console(width=None if sys.stdout.isatty() else 110))
+    show(report, _console())
 
 
 @contextlib.contextmanager
@@ -365,7 +366,20 @@ def _progress(stages: int) -> Iterator[Callable[[str], None]]:
 
 def main() -> int:
     """`fastpmae-plan`."""
-    return exit_with_sentence("fastpmae-plan", lambda: plan(parse(Plan, "fastpmae-plan", DESCRIPTION)))
+    return exit_with_sentence("fastpmae-plan", _run)
+
+
+def _run() -> None:
+    if sys.argv[1:2] in (["segment"], ["detect"]):
+        from fastpmae.plan import dense
+
+        dense.run(sys.argv[1:], _console())
+    else:
+        plan(parse(Plan, "fastpmae-plan", DESCRIPTION))
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from fastpmae.run.checkpoint import (
     read_checkpoint,
     step_of,
 )
-from fastpmae.run.images import source_notes
+from fastpmae.run.images import absolute, source_notes
 from fastpmae_loaders import Samples
-from fastpmae_loaders.engines.base import larger_than_memory
+from fastpmae_loaders.engines.base import by_page
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write, remove_partial
 from fastpmae_loaders.locks import lock
@@ -65,7 +65,7 @@ def resolve(config: Config, device: torch.device, images: Samples) -> Config:
     """
     page_order = config.data.page_order
     if page_order == "auto":
-        page_order = "on" if larger_than_memory(images) else "off"
+        page_order = "on" if by_page(images) else "off"
     precision = config.efficiency.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
@@ -76,7 +76,7 @@ def resolve(config: Config, device: torch.device, images: Samples) -> Config:
         # without a loss that reads its labels, the labelling teacher would only cost time
         config = config.using(teachers="reconstruction")
     # absolute, so that the run can be taken up from any folder
-    config = config.using(beton=images.path.resolve())
+    config = config.using(beton=absolute(config, images))
     return config.using(
         precision=precision,
         page_order=page_order,

@@ -1,6 +1,7 @@
 """The images of a run: opened, identified, and what a user should know of them."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 
@@ -8,13 +9,32 @@ from fastpmae.config import Config
 from fastpmae_loaders import Samples, open_samples
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.folders import EncodedImages
+from fastpmae_loaders.mixture import split_weight
 
 
 def open_images(config: Config) -> Samples:
     """The run's images. Raises UserError without --beton, or when what it names is not sound."""
-    if config.data.beton is None:
+    if not config.data.beton:
         raise UserError("--beton FILE is missing: name the images to train on (fastpmae-write makes the file)")
     return open_samples(config.data.beton)
+
+
+def sources(config: Config) -> tuple[str, ...]:
+    """What --beton names, each as it is written."""
+    beton = config.data.beton
+    return beton if isinstance(beton, tuple) else () if beton is None else (str(beton),)
+
+
+def absolute(config: Config, images: Samples) -> Path | tuple[str, ...] | None:
+    """Where the run's images lie, so that they are found from any folder; weights stay behind the sources."""
+    if not isinstance(config.data.beton, tuple):
+        return images.path.resolve()
+    return tuple(_absolute(source) for source in config.data.beton)
+
+
+def _absolute(source: str) -> str:
+    path, _ = split_weight(source)
+    return source if "://" in path else str(Path(path).resolve()) + source[len(path) :]
 
 
 def source_notes(images: Samples) -> list[str]:
@@ -30,6 +50,9 @@ def source_notes(images: Samples) -> list[str]:
 
 def fingerprint(images: Samples) -> str:
     """A digest that tells one set of images from another wherever they lie."""
+    told = getattr(images, "identity", None)
+    if told is not None:  # of a set, whose parts need not be opened for it
+        return told[:16]
     total = hashlib.sha256()
     for column in (images.width, images.height, images.mode, images.size, images.label):
         total.update(np.ascontiguousarray(column).tobytes())

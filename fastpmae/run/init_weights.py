@@ -17,6 +17,10 @@ from fastpmae_loaders.printable import short
 
 EXPORTED = ("model.safetensors", "pytorch_model.bin")
 """What the weights in a folder are called, here and on the hub."""
+TUNED = {
+    "finetune": "classifier.safetensors", "segment": "segmenter.safetensors", "detect": "detector.safetensors",
+}  # fmt: skip
+"""What each kind of training of a whole network leaves in its folder, under the name of its settings."""
 
 
 def start_encoder(encoder: Encoder, path: Path) -> None:
@@ -70,7 +74,7 @@ def encoder_weights(path: Path) -> dict[str, Tensor]:
 
 def weights_file(path: Path) -> Path:
     """The weights in an exported folder, ours or transformers'; any other path as it is."""
-    if not path.is_dir() or (path / "checkpoints").is_dir() or (path / "classifier.safetensors").exists():
+    if not path.is_dir() or (path / "checkpoints").is_dir() or any((path / name).exists() for name in TUNED.values()):
         return path
     return next((path / name for name in EXPORTED if (path / name).is_file()), path)
 
@@ -92,17 +96,19 @@ def header_of(path: Path) -> dict[str, str]:
 
 
 def tuned_weights(path: Path) -> Path | None:
-    """The classifier that a fine-tuning left, named by its folder or itself; None where the path is something else.
+    """The network that a fine-tuning, a segmentation or a detection left, named by its folder or itself; None where the
+    path is something else.
 
     Raises:
         UserError: when the training has not ended, it was a linear probe, which holds no network, or an earlier version
             wrote it.
     """
-    file = path / "classifier.safetensors" if path.is_dir() else path
+    left = (path / name for name in TUNED.values())
+    file = next((each for each in left if each.exists()), path) if path.is_dir() else path
     header = header_of(file)
     if file.name == "classifier.safetensors":
         refuse_old_classifier(header, str(file))
-    if file.name == "classifier.safetensors" and "finetune" in header:
+    if any(file.name == name and kind in header for kind, name in TUNED.items()):
         with safetensors.safe_open(file, "pt") as held:
             if PATCHES not in held.keys():  # noqa: SIM118
                 raise UserError(
@@ -115,13 +121,15 @@ def tuned_weights(path: Path) -> Path | None:
     except CheckpointError:  # whoever reads it says so, or passes it over
         return None
     refuse_old_classifier(config, str(checkpoint))
-    if "finetune" in config:
-        raise UserError(
-            f"{path} is a classifier's training that has left no classifier.safetensors yet: end it with --resume"
-            if path.is_dir()
-            else f"{path} is the state of a classifier's training: name its folder, {path.parent.parent}"
-        )
-    return None
+    kind = next((kind for kind in TUNED if kind in config), None)
+    if kind is None:
+        return None
+    trained = TUNED[kind].removesuffix(".safetensors")
+    raise UserError(
+        f"{path} is a {trained}'s training that has left no {TUNED[kind]} yet: end it with --resume"
+        if path.is_dir()
+        else f"{path} is the state of a {trained}'s training: name its folder, {path.parent.parent}"
+    )
 
 
 def timm_arguments_in(header: dict[str, str]) -> dict[str, object]:

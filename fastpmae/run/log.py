@@ -19,6 +19,7 @@ from fastpmae.config import Config
 from fastpmae.distributed.ranks import mean_over_ranks
 from fastpmae.run.checkpoint import CheckpointError
 from fastpmae.run.device_metrics import Figures
+from fastpmae.run.images import sources
 from fastpmae.run.trackers import TensorBoard, WandB
 from fastpmae_loaders.cli.progress import Bar
 from fastpmae_loaders.cli.terminal import say
@@ -124,7 +125,7 @@ def about_run(config: Config, images_at_peak: float | None = None) -> About:
     """What the log of a pretraining is told."""
     optimizer, run = config.optimizer, config.run
     return About(
-        str(config.data.beton), optimizer.batch_size, optimizer.epochs, config.flat(), run.tensorboard, run.wandb,
+        " ".join(sources(config)), optimizer.batch_size, optimizer.epochs, config.flat(), run.tensorboard, run.wandb,
         images_at_peak=images_at_peak,
     )  # fmt: skip
 

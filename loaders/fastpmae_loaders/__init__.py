@@ -13,19 +13,24 @@ if TYPE_CHECKING:
     from fastpmae_loaders.engines.dali_settings import DaliSettings
     from fastpmae_loaders.errors import BetonError, UserError
     from fastpmae_loaders.folders import ImageFolder, TarShards, open_samples
+    from fastpmae_loaders.mixture import Mixture
+    from fastpmae_loaders.order import epoch_order
     from fastpmae_loaders.paired import PairedViews
     from fastpmae_loaders.plain import PlainViews
     from fastpmae_loaders.recipes import View, dino_global, dino_local, mae_view, plain_view
-    from fastpmae_loaders.sampling import SampleDraws, draw_samples, epoch_order, uniforms
+    from fastpmae_loaders.sampling import SampleDraws, draw_samples, uniforms
     from fastpmae_loaders.settings import ViewSettings
     from fastpmae_loaders.sources.beton import Beton
+    from fastpmae_loaders.sources.beton_set import BetonSet
 
 __all__ = [
     "Batch",
     "Beton",
     "BetonError",
+    "BetonSet",
     "DaliSettings",
     "ImageFolder",
+    "Mixture",
     "PairedViews",
     "PlainViews",
     "SampleDraws",
@@ -48,8 +53,10 @@ _HOMES = {
     "Batch": "batch",
     "Beton": "sources.beton",
     "BetonError": "errors",
+    "BetonSet": "sources.beton_set",
     "DaliSettings": "engines.dali_settings",
     "ImageFolder": "folders",
+    "Mixture": "mixture",
     "PairedViews": "paired",
     "PlainViews": "plain",
     "SampleDraws": "sampling",
@@ -61,7 +68,7 @@ _HOMES = {
     "dino_global": "recipes",
     "dino_local": "recipes",
     "draw_samples": "sampling",
-    "epoch_order": "sampling",
+    "epoch_order": "order",
     "mae_view": "recipes",
     "open_samples": "folders",
     "plain_view": "recipes",

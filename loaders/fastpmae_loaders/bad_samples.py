@@ -23,7 +23,7 @@ class BadSamples:
 
     def __init__(self, samples: Samples, count: int, fraction: float, after: Callable[[int], int]) -> None:
         self._samples, self._count, self._fraction, self._after = samples, count, fraction, after
-        self._tried = np.zeros(len(samples), np.bool_)
+        self._tried = np.zeros(-(-len(samples) // 8), np.uint8)  # a bit each
         self._failed: dict[int, None] = {}
 
     @property
@@ -48,20 +48,21 @@ class BadSamples:
                 check_whole(samples, unchanged=True)
                 raise UserError(
                     f"{samples.path}: {min(ATTEMPTS, self._count)} samples in a row, from {index} on, do not "
-                    f"decode; {advice(samples)}"
+                    f"decode; {advice(samples, index)}"
                 )
             while index != shown[row]:
                 failed.append(index)
                 index = self._after(index)
         for some in (wanted, shown, failed):
-            self._tried[some] = True
+            numbers = np.asarray(some, np.int64)
+            np.bitwise_or.at(self._tried, numbers >> 3, np.uint8(1) << (numbers & 7).astype(np.uint8))
         self._failed.update(dict.fromkeys(failed))
-        tried = int(np.count_nonzero(self._tried)) if len(self._failed) >= FEW else 0
+        tried = int(np.bitwise_count(self._tried).sum()) if len(self._failed) >= FEW else 0
         if tried and len(self._failed) > self._fraction * tried:
             check_whole(samples, unchanged=True)
             first = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self._failed) > 10 else "")
             raise UserError(
                 f"{samples.path}: {len(self._failed)} of {tried} samples do not decode (samples {first}), "
-                f"above the limit of {self._fraction:.3g}; {advice(samples)}, or raise bad_fraction"
+                f"above the limit of {self._fraction:.3g}; {advice(samples, self.failed[0])}, or raise bad_fraction"
             )
         return failed

@@ -97,7 +97,7 @@ class Batch:
                 tensor.record_stream(stream)
 
 
-def batch_of(job: Job, label: Tensor, fold_sizes: tuple[int, ...], failed: list[int]) -> Batch:
+def batch_of(job: Job, fold_sizes: tuple[int, ...], failed: list[int]) -> Batch:
     """A finished job as a Batch; copies nothing."""
     tensors = job.tensors
     return Batch(
@@ -105,7 +105,7 @@ def batch_of(job: Job, label: Tensor, fold_sizes: tuple[int, ...], failed: list[
         visible=tensors["visible"],
         folds=tensors["folds"],
         fold_sizes=fold_sizes,
-        label=label,
+        label=tensors["label"],
         index=tensors["index"],
         boxes=tensors["boxes"],
         flips=tensors["flips"],

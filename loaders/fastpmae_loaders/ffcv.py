@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fastpmae_loaders.engines.ffcv_engine import import_ffcv
+from fastpmae_loaders.engines.ffcv_package import import_ffcv
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.jit.memory import fetch_add
 from fastpmae_loaders.native.data import STEP

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import Beton
+from fastpmae_loaders.sources.beton_set import is_set, open_set
 from fastpmae_loaders.sources.listing import Files, Item, Listing, helper_notes, list_folder
 from fastpmae_loaders.sources.pictures import ImageError, look
 from fastpmae_loaders.sources.reading import FILE_LIMIT
@@ -154,21 +155,30 @@ class TarShards(EncodedImages):
         super().__init__(root, listing)
 
 
-def open_samples(path: "Samples | str | os.PathLike[str]", split: str | None = None, flat: bool = False) -> "Samples":
-    """What lies at a path: a .beton file, a tar shard or a folder of them, or a folder of images.
+def open_samples(
+    path: "Samples | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
+    split: str | None = None,
+    flat: bool = False,
+) -> "Samples":
+    """What lies at a path: a .beton file, a set of them, a tar shard or a folder of them, or a folder of images.
 
-    Samples that are open already come back as they are.
+    Samples that are open already come back as they are. Several paths are a Mixture of what lies there; a weight may
+    stand behind each (`a.beton:0.7`).
 
     Raises:
         UserError: where it is none of these, or a folder of both images and shards.
     """
     if not isinstance(path, str | os.PathLike):
+        if isinstance(path, list | tuple) and path:
+            return _mixed(path)
         if hasattr(path, "payload"):
-            return path
+            return cast("Samples", path)
         raise UserError(f"{path!r} names no images: give a path, or images that are open")
     root = _existing(path)
     if root.is_file():
         return TarShards(root) if root.suffix.lower() == ".tar" else Beton(root)
+    if is_set(root):
+        return open_set(root)
     files = Files(root)
     if files.tars and files.images:
         raise UserError(
@@ -176,6 +186,20 @@ def open_samples(path: "Samples | str | os.PathLike[str]", split: str | None = N
             "say which with ImageFolder(path) or TarShards(path)"
         )
     return TarShards(root, split) if files.tars else ImageFolder(root, split, flat)
+
+
+def _mixed(paths: Sequence[str | os.PathLike[str]]) -> "Samples":
+    """The mixture of what lies at some paths; one alone is itself."""
+    from fastpmae_loaders.mixture import Mixture, split_weight
+
+    sources = [split_weight(os.fspath(path)) for path in paths]
+    weights = [weight for _, weight in sources if weight is not None]
+    if len(sources) == 1:
+        return open_samples(sources[0][0])
+    if weights and len(weights) < len(sources):
+        without = next(source for source, weight in sources if weight is None)
+        raise UserError(f"{printable(without)} has no weight and others have: give one to each, as in {without}:0.5")
+    return Mixture([open_samples(source) for source, _ in sources], weights or None)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

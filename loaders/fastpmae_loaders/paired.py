@@ -18,11 +18,12 @@ from fastpmae_loaders.engines.base import (
     Samples,
     Source,
     advice,
+    by_page,
     check_whole,
     chosen,
     digest,
+    identity,
     in_a_circle,
-    larger_than_memory,
     make_job,
 )
 from fastpmae_loaders.engines.dali_settings import DaliSettings
@@ -30,11 +31,13 @@ from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.engines.runner import Runner
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.folders import open_samples
+from fastpmae_loaders.mixture import order_of
+from fastpmae_loaders.order import Order, deal
 from fastpmae_loaders.position import position_in
 from fastpmae_loaders.recipes import MOST_VIEWS, View, with_shared
-from fastpmae_loaders.sampling import check_key, epoch_order
+from fastpmae_loaders.sampling import check_key
 from fastpmae_loaders.settings import ViewSettings
-from fastpmae_loaders.transfer import Sent, Transfer
+from fastpmae_loaders.transfer import Sent, Transfer, device_named
 from fastpmae_loaders.values import checked
 
 Colour = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -44,7 +47,8 @@ class PairedViews:
     """Batches of two views (or of `views`) and a mask, the same bits for the same (seed, epoch, sample) always.
 
     `batch_size` is that of one rank. Global batch b of an epoch is places b G ... (b + 1) G - 1 of the epoch's
-    order, G = batch_size * world_size, and rank r shows the r-th part of them. Without `drop_last` the last
+    order, G = batch_size * world_size, and rank r shows the r-th part of them; in page order they are sorted by page
+    before, so that few ranks read the same page. Without `drop_last` the last
     global batch may be short: it is shared out as evenly as it goes, and a rank may get an empty batch of it,
     so that all ranks see the same number of batches.
 
@@ -54,7 +58,8 @@ class PairedViews:
     Several iterations may run at once.
 
     Args:
-        samples: a .beton file, or for the other engines also a folder of images or tar shards; or its path.
+        samples: a .beton file, a set of them, for the other engines also a folder of images or tar shards; or its path,
+            or several paths, which are mixed, each with a weight behind it (`a.beton:0.7`).
         engine: "native" (no C library is needed), "ffcv", "dali", or "torch" (Pillow decodes).
         settings: the pair of views, and the masks.
         views: these views instead of the pair, as many as wanted, still with one decode a sample. The masks are
@@ -62,7 +67,7 @@ class PairedViews:
         indices: these samples alone, by their numbers, as torch's `Subset` has it; one may be named more than once.
             Their views are what they are without it.
         shuffle: a new order each epoch; otherwise the file's own, or that of the indices.
-        page_order: shuffle page by page (see epoch_order); None does so where the file is larger than memory.
+        page_order: shuffle page by page (see epoch_order); None does so of sets, and what is larger than memory.
         workers: threads; 0 is one, for code that takes it for a number of processes. torch's own threads stay as many.
         bad_fraction: above this share of samples that do not decode, of those tried so far, each counted once, the
             iteration stops.
@@ -85,7 +90,7 @@ class PairedViews:
     @checked
     def __init__(
         self,
-        samples: Samples | str | os.PathLike[str],
+        samples: Samples | str | os.PathLike[str] | Sequence[str],
         batch_size: int,
         engine: str = DEFAULT_ENGINE,
         settings: ViewSettings | None = None,
@@ -137,7 +142,7 @@ class PairedViews:
         self.drop_last = drop_last
         self.bad_fraction = bad_fraction
         self.workers = workers
-        self.page_order = larger_than_memory(self.samples) if page_order is None else page_order
+        self.page_order = by_page(self.samples) if page_order is None else page_order
         if len(self) == 0:
             raise UserError(
                 f"{self.samples.path}: {self.count} samples make no batch of {self.global_batch}; "
@@ -147,20 +152,16 @@ class PairedViews:
         self._batch = 0
         self._resumed = False
         self._begun = 0
-        self._label = np.array(self.samples.label, np.int64)
-        self._order: tuple[tuple[int, bool], np.ndarray] | None = None
-        try:
-            self.device = None if device is None else torch.device(device)
-        except RuntimeError:
-            raise UserError(f"device is {device!r}; expected one that torch has, such as cpu or cuda:0") from None
-        if self.device is not None and self.device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"device is {str(device)!r}, and torch finds no GPU here: leave device out, or name 'cpu'")
+        self._order: tuple[tuple[int, bool], Order] | None = None
+        self.device = device_named(device)
         self.transfer = Transfer(self.device or torch.device("cpu"))
         on_gpu = self.transfer.on_gpu
         self.pin_memory = on_gpu if pin_memory is None else pin_memory
         self._colour = None
         if augment_on == "device" and any(view.coloured for view in self.views):
-            self._colour = colour or _change_colours()
+            from fastpmae_loaders.pixels.device_colour import change_colours
+
+            self._colour = colour or change_colours
         self._source = Source(
             self.samples,
             self.views,
@@ -196,8 +197,7 @@ class PairedViews:
     # Digests for the position, made when one is first asked for.
     @cached_property
     def _images(self) -> int:
-        # by their sizes, which an image keeps in whatever file it lies
-        return digest(self.samples.height, self.samples.width)
+        return identity(self.samples)
 
     @cached_property
     def _indices(self) -> int:
@@ -207,7 +207,8 @@ class PairedViews:
 
     @cached_property
     def _pages(self) -> int:
-        return digest(self.samples.page_of)
+        # of a set the digest of its images says it all
+        return self._images if hasattr(self.samples, "identity") else digest(np.asarray(self.samples.page_of))
 
     def set_epoch(self, epoch: int) -> None:
         """Turn to an epoch's beginning, or keep the position within it that `load_state_dict` has just set."""
@@ -275,7 +276,9 @@ class PairedViews:
         wrong = wanted[wanted != job.rows.index]
         if len(wrong):
             check_whole(self.samples, unchanged=True)
-            raise UserError(f"{self.samples.path}: sample {wrong[0]} does not decode; {advice(self.samples)}")
+            raise UserError(
+                f"{self.samples.path}: sample {wrong[0]} does not decode; {advice(self.samples, int(wrong[0]))}"
+            )
         return self.transfer.take(self._send(job))
 
     def close(self) -> None:
@@ -292,36 +295,40 @@ class PairedViews:
 
     def order(self, epoch: int) -> np.ndarray:
         """Sample indices of a whole epoch over all ranks: int64 [n]."""
+        return self._order_of(epoch).places(0, self.count) % len(self.samples)
+
+    def _order_of(self, epoch: int) -> Order:
         key = (epoch, self.page_order)
         if self._order is None or self._order[0] != key:
-            if self.shuffle:
-                pages = None
-                if self.page_order:
-                    pages = self.samples.page_of if self.indices is None else self.samples.page_of[self.indices]
-                order = epoch_order(self.seed, epoch, self.count, pages)
-            else:
-                order = np.arange(self.count, dtype=np.int64)
-            if self.indices is not None:
-                order = self.indices[order]
-            self._order = (key, order)
+            self._order = key, order_of(self.samples, self.indices, self.seed, epoch, self.shuffle, self.page_order)
         return self._order[1]
 
     def share(self, number: int) -> slice:
-        """The places of an epoch's order that this rank's batch `number` shows."""
+        """As many places of an epoch's order as this rank's batch `number` shows; without page order just these."""
         start = number * self.global_batch
         count = min(self.global_batch, self.count - start)
         # all parts are equal unless the batch is short
         first, last = (start + count * rank // self.world_size for rank in (self.rank, self.rank + 1))
         return slice(first, last)
 
+    def samples_of(self, number: int) -> np.ndarray:
+        """The samples of this rank's batch `number` in the loader's epoch: int64 [B]."""
+        return self._keys(self._order_of(self._epoch), number) % len(self.samples)
+
+    def _keys(self, order: Order, number: int) -> np.ndarray:
+        if not (self.page_order and self.shuffle and self.world_size > 1):
+            share = self.share(number)
+            return order.places(share.start, share.stop)
+        start = number * self.global_batch
+        keys = order.places(start, min(start + self.global_batch, self.count))
+        return keys[deal(self.samples.page_of[keys % len(self.samples)], self.rank, self.world_size)]
+
+    def _job(self, order: Order, epoch: int, number: int) -> Job:
+        return make_job((keys := self._keys(order, number)) % len(self.samples), epoch, self._source, keys)
+
     def _send(self, job: Job) -> Sent[Batch]:
         """The job's rows as a batch on its way to where it was asked for."""
-        index = job.rows.index
-        pinned = self._source.pin_memory and len(index) > 0
-        label = torch.empty(len(index), dtype=torch.int64, device="cpu", pin_memory=pinned)
-        # rows for which no sample was found name the sample -1; whoever takes the batch is told
-        np.take(self._label, index, out=label.numpy(), mode="wrap")
-        batch = batch_of(job, label, self._fold_sizes, [])
+        batch = batch_of(job, self._fold_sizes, [])
         # what DALI is still making on the GPU is waited for there
         return self.transfer.send(batch, None if self._colour is None else self._recoloured, before=job.wait)
 
@@ -346,11 +353,9 @@ class Iteration(Iterator[Batch]):
         self._turn = loader._begun
         self._closed = False
         self._next: tuple[Job, Sent[Batch]] | None = None
-        order, epoch = loader.order(loader.epoch), loader.epoch
+        order, epoch = loader._order_of(loader.epoch), loader.epoch
         self._epoch = epoch
-        self._stream = loader._runner.stream(
-            lambda number: make_job(order[loader.share(number)], epoch, loader._source), start, len(loader)
-        )
+        self._stream = loader._runner.stream(lambda number: loader._job(order, epoch, number), start, len(loader))
 
     def __iter__(self) -> "Iteration":
         return self
@@ -392,9 +397,3 @@ class Iteration(Iterator[Batch]):
         # Python passes over an interrupt that falls into here: after an epoch's end there is nothing left to do
         if hasattr(self, "_stream"):
             self.close()
-
-
-def _change_colours() -> Colour:
-    from fastpmae_loaders.pixels.device_colour import change_colours
-
-    return change_colours

@@ -12,6 +12,7 @@ from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.engines.runner import Runner
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.folders import open_samples
+from fastpmae_loaders.order import FileOrder, ListedOrder
 from fastpmae_loaders.recipes import Interpolation, plain_view
 from fastpmae_loaders.values import checked
 
@@ -36,7 +37,7 @@ class PlainViews:
     @checked
     def __init__(
         self,
-        samples: Samples | str | os.PathLike[str],
+        samples: Samples | str | os.PathLike[str] | Sequence[str],
         batch_size: int,
         image_size: int = 224,
         crop_ratio: float = 0.875,
@@ -48,8 +49,8 @@ class PlainViews:
         indices: Sequence[int] | np.ndarray | torch.Tensor | None = None,
     ) -> None:
         self.samples = open_samples(samples)
-        whole = np.arange(len(self.samples), dtype=np.int64)
-        self._order = whole if indices is None else chosen(self.samples, indices)
+        order = FileOrder(len(self.samples))
+        self._order = order if indices is None else ListedOrder(chosen(self.samples, indices))
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size} must be at least 1")
         if not 2 <= image_size <= 4096:
@@ -57,7 +58,6 @@ class PlainViews:
         self.batch_size = batch_size
         view = plain_view(image_size, crop_ratio, interpolation)
         self._source = Source(self.samples, (view,), 0, workers=workers or 1, pin_memory=pin_memory)
-        self._label = torch.from_numpy(np.array(self.samples.label, np.int64))
         self._runner = Runner(self._source, engine, ahead)
 
     def __len__(self) -> int:
@@ -68,8 +68,9 @@ class PlainViews:
         check_whole(self.samples)
 
         def job(number: int):
-            part = self._order[number * self.batch_size : (number + 1) * self.batch_size]
-            return make_job(part, 0, self._source)
+            start = number * self.batch_size
+            stop = min(start + self.batch_size, len(self._order))
+            return make_job(self._order.places(start, stop), 0, self._source)
 
         stream = self._runner.stream(job, 0, len(self))
         try:
@@ -77,11 +78,11 @@ class PlainViews:
                 wrong = np.flatnonzero(done.indices != done.rows.index)
                 if len(wrong):
                     check_whole(self.samples, unchanged=True)
+                    sample = int(done.indices[wrong[0]])
                     raise UserError(
-                        f"{self.samples.path}: sample {done.indices[wrong[0]]} does not decode; {advice(self.samples)}"
+                        f"{self.samples.path}: sample {sample} does not decode; {advice(self.samples, sample)}"
                     )
-                index = done.tensors["index"]
-                yield done.views[0], self._label[index], index
+                yield done.views[0], done.tensors["label"], done.tensors["index"]
         finally:
             self._runner.end(stream)
 

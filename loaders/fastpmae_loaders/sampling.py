@@ -5,7 +5,6 @@ the jitter leaves every mask as it was.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -237,40 +236,3 @@ def uniforms(seed: int, epoch: int, index: np.ndarray, purpose: int, count: int)
     out = np.empty((len(index), count), np.float32)
     fill_uniforms(seed, epoch, np.ascontiguousarray(index, np.int64), CALLERS + purpose, out)
     return out
-
-
-@kernel
-def _shuffle(seed, epoch, part, purpose, values):
-    for i in range(values.shape[0] - 1, 0, -1):
-        u, _ = uniform_pair(seed, epoch, part, purpose, i)
-        j = np.int64(u * (i + 1))
-        values[i], values[j] = values[j], values[i]
-
-
-def epoch_order(
-    seed: int, epoch: int, n: int, page_of: np.ndarray | None = None, pages_together: int = 32
-) -> np.ndarray:
-    """The order in which an epoch shows samples 0 ... n-1: int64 [n], a permutation keyed by (seed, epoch).
-
-    With `page_of` [n], the page of the file each sample lies in, the pages are shuffled, and the samples only
-    within each group of `pages_together` consecutive pages of that order: a disk then reads long runs, and
-    a file larger than memory is read once an epoch rather than a page for every sample.
-    """
-    check_key(seed, epoch)
-    if page_of is None:
-        order = np.arange(n, dtype=np.int64)
-        _shuffle(seed, epoch, 0, EPOCH_ORDER, order)
-        return order
-    if len(page_of) != n:
-        raise UserError(f"page_of names the pages of {len(page_of)} samples, not of {n}")
-    pages, place = np.unique(np.asarray(page_of), return_inverse=True)
-    shuffled = np.arange(len(pages), dtype=np.int64)
-    _shuffle(seed, epoch, 0, PAGE_ORDER, shuffled)
-    rank_of_page = np.empty_like(shuffled)
-    rank_of_page[shuffled] = np.arange(len(pages))
-    group = rank_of_page[place] // pages_together
-    order = np.argsort(group, kind="stable").astype(np.int64)
-    edges = np.searchsorted(group[order], np.arange(group.max(initial=-1) + 2))
-    for part, (start, stop) in enumerate(pairwise(edges)):
-        _shuffle(seed, epoch, part, EPOCH_ORDER, order[start:stop])
-    return order

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpmae_loaders.batch import Batch
+from fastpmae_loaders.errors import UserError
 
 Load = TypeVar("Load", Batch, Tensor)
 
@@ -22,6 +23,21 @@ class Sent(Generic[Load]):
 
     load: Load
     there: Any
+
+
+def device_named(device: torch.device | str | None) -> torch.device | None:
+    """The device of that name; None is the host's memory.
+
+    Raises:
+        UserError: for a name that torch does not know, and for a GPU where there is none.
+    """
+    try:
+        found = None if device is None else torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device is {device!r}; expected one that torch has, such as cpu or cuda:0") from None
+    if found is not None and found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {str(device)!r}, and torch finds no GPU here: leave device out, or name 'cpu'")
+    return found
 
 
 class Transfer:

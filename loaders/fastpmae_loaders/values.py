@@ -17,7 +17,7 @@ from fastpmae_loaders.printable import printable, short
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
 _LONGEST, _LONGEST_NAME = 80, 4096
 PATH_MAX, NAME_MAX = 4095, 255
@@ -39,7 +39,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
     if not isinstance(text, str):
         raise UserError(f"{_shown(path)} is no path: give a text or a pathlib.Path")
-    found = _SCHEME.match(text)
+    found = SCHEME.match(text)
     if found and not os.path.lexists(f"{found[1]}:"):
         # A Path has lost one of the two slashes.
         address = text if "://" in text else f"{found[1]}://{text[found.end() :]}"

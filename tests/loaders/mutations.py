@@ -18,9 +18,8 @@ import numpy as np
 
 from fastpmae_loaders import Beton, PairedViews, UserError, ViewSettings
 from fastpmae_loaders.engines import torch_engine
-from fastpmae_loaders.engines.base import Source, make_job
+from fastpmae_loaders.engines.base import Source, largest, make_job
 from fastpmae_loaders.engines.scratch import Scratch
-from fastpmae_loaders.engines.second_opinion import Images
 from fastpmae_loaders.engines.views import Rows
 from fastpmae_loaders.sources.beton import COEFFICIENTS
 from fastpmae_loaders.sources.jpeg import turbo_available
@@ -288,11 +287,11 @@ class Alone:
 
     def __init__(self, beton: Beton, index: int):
         self.path = beton.path
-        self.height, self.width, self.size, self.mode = (
-            np.array(getattr(beton, name)[index : index + 1]) for name in ("height", "width", "size", "mode")
+        self.height, self.width, self.size, self.mode, self.label = (
+            np.array(getattr(beton, name)[index : index + 1]) for name in ("height", "width", "size", "mode", "label")
         )
         self._payload = guarded(beton.payload(index), at_start=index % 3 == 0)
-        self.pointer = np.array([self._payload.ctypes.data], np.uint64)
+        self._beton, self._index = beton, index
 
     def __len__(self) -> int:
         return 1
@@ -300,11 +299,14 @@ class Alone:
     def payload(self, index: int) -> np.ndarray:
         return self._payload
 
+    def locate(self, indices: np.ndarray) -> Any:
+        return self._beton.locate(indices + self._index)
+
 
 def guarded_scratch(source: Source) -> Scratch:
     """A thread's memory, every array of it with a forbidden page behind."""
-    pixels = int((source.samples.height * source.samples.width).max())
-    scratch = source.scratch()._replace(decoded=np.empty(3 * pixels, np.uint8))
+    _, _, pixels, size = largest(source.samples)
+    scratch = source.scratch()._replace(decoded=np.empty(3 * pixels, np.uint8), stored=np.empty(size, np.uint8))
     return Scratch(*(guarded(part) if isinstance(part, np.ndarray) else part for part in scratch))
 
 
@@ -325,8 +327,7 @@ def fill_guarded(path: Path, name: str, beton: Beton) -> list[int]:
             source = replace(views._source, samples=alone)
             if name == "ffcv":
                 engine: Any = views._runner._engine
-                engine._operation._images = Images(*(getattr(alone, part) for part in Images._fields))
-                engine._operation._data = 0
+                engine._samples, engine._source = alone, source
             else:
                 engine = torch_engine.TorchEngine(source)
             job = make_job(np.zeros(1, np.int64), 3, source)

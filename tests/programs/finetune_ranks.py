@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,30 +42,34 @@ def train(weights: str, images: Path, folder: Path, scenario: dict[str, Any]) ->
         )
 
 
+def fork_ranks(size: int, name: str, work: Callable[[], None]) -> list[int]:
+    """Fork so many ranks, each of which does the work, and return how they ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        children.append(os.fork())
+        if children[-1] == 0:
+            status = 1
+            try:
+                here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+                os.environ.update({name: str(value) for name, value in here.items()})
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                status = exit_with_sentence(name, work)
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
 def main() -> None:
     """See the module."""
     weights, images, folder, scenarios = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
     for scenario in scenarios:
-        size = scenario["ranks"]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in range(size):
-            children.append(os.fork())
-            if children[-1] == 0:
-                status = 1
-                try:
-                    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-                    os.environ.update({name: str(value) for name, value in here.items()})
-                    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-                    status = exit_with_sentence(
-                        "finetune", lambda scenario=scenario: train(weights, images, folder, scenario)
-                    )
-                finally:
-                    sys.stderr.flush()
-                    os._exit(status)
-        ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        ended = fork_ranks(
+            scenario["ranks"], "finetune", lambda scenario=scenario: train(weights, images, folder, scenario)
+        )
         print(json.dumps([scenario["name"], ended]), flush=True)
 
 

@@ -37,10 +37,12 @@ class MaskScores:
     Attributes:
         confusion: pixels of each true class (rows) by the class that they were taken for (columns), of all images.
         images: how many there are.
+        by_image: the mIoU of each of them on its own, where that is known; NaN where no pixel counts.
     """
 
     confusion: Int[Tensor, "classes classes"]
     images: int
+    by_image: Float[Tensor, " images"] | None = None
 
     @property
     def iou(self) -> Float[Tensor, " classes"]:

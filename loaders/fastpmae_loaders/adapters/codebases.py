@@ -14,6 +14,7 @@ from fastpmae_loaders.batch import Batch
 from fastpmae_loaders.blockwise import DINOv2Masks, IBOTMasks, draw_patches
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.paired import PairedViews
+from fastpmae_loaders.sources.places import Column
 from fastpmae_loaders.values import checked
 
 if TYPE_CHECKING:  # the loaders alone need numpy, numba, torch and Pillow, no more
@@ -120,7 +121,13 @@ class TimmLoader(EpochAdapter[tuple[Tensor, Tensor]]):
     ) -> None:
         super().__init__(loader, mean, std, img_dtype)
         label = loader.samples.label
-        if (label if loader.indices is None else label[loader.indices]).min() < 0:
+        # a set is not read through for it
+        unlabelled = (
+            loader.samples.class_names is None
+            if isinstance(label, Column)
+            else ((label if loader.indices is None else label[loader.indices]).min() < 0)
+        )
+        if unlabelled:
             raise UserError(f"{loader.samples.path} holds images without a label; timm's train.py needs one for each")
         if type(mixup).__name__ == "FastCollateMixup":
             raise UserError("mixup is a FastCollateMixup, which collates samples: give a timm.data.Mixup")

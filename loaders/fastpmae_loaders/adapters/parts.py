@@ -54,9 +54,8 @@ class BatchSampler(Epochs):
 
     def __iter__(self) -> Iterator[list[int]]:
         loader = self._adapter.loader
-        order = loader.order(loader.epoch)
         for number in range(len(loader)):
-            yield order[loader.share(number)].tolist()
+            yield loader.samples_of(number).tolist()
 
 
 class Sampler(Epochs):

@@ -16,6 +16,7 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import usable_memory
 from fastpmae_loaders.recipes import View, recipes_of
 from fastpmae_loaders.sampling import CHOICES, FACTORS
+from fastpmae_loaders.sources.places import Column, Largest, Places
 
 ATTEMPTS = 64
 """How many samples in a row are tried before a row is given up."""
@@ -23,29 +24,50 @@ ATTEMPTS = 64
 
 @runtime_checkable
 class Samples(Protocol):
-    """Images that an engine can read: a Beton, an ImageFolder, TarShards.
+    """Images that an engine can read: a Beton, a BetonSet, a Mixture, an ImageFolder, TarShards.
 
     `height`, `width` int64 [n], pixels; `size` [n], stored bytes; `mode` uint8 [n], 0 JPEG, 1 raw RGB, 2 any other
     encoded image; `label` int64 [n], -1 where there is none; `page_of` int64 [n], what lies near to what on the
-    disk; `nbytes` of all.
+    disk; `nbytes` of all. Of many files they are Columns, which find what they are asked for.
     """
 
     path: Path
-    height: np.ndarray
-    width: np.ndarray
-    size: np.ndarray
-    mode: np.ndarray
-    label: np.ndarray
-    page_of: np.ndarray
     class_names: list[str] | None
 
     def __len__(self) -> int: ...
+
+    @property
+    def height(self) -> np.ndarray | Column: ...
+
+    @property
+    def width(self) -> np.ndarray | Column: ...
+
+    @property
+    def size(self) -> np.ndarray | Column: ...
+
+    @property
+    def mode(self) -> np.ndarray | Column: ...
+
+    @property
+    def label(self) -> np.ndarray | Column: ...
+
+    @property
+    def page_of(self) -> np.ndarray | Column: ...
 
     @property
     def nbytes(self) -> int: ...
 
     def payload(self, index: int) -> np.ndarray:
         """The stored bytes of one image, uint8."""
+        ...
+
+
+@runtime_checkable
+class Located(Samples, Protocol):
+    """Images in .beton files, which compiled code reads by itself."""
+
+    def locate(self, indices: np.ndarray) -> tuple[Places, object]:
+        """Where some images lie, and what keeps their files open meanwhile."""
         ...
 
 
@@ -84,21 +106,30 @@ class Source:
 
     def scratch(self) -> Scratch:
         """Memory for one thread, enough for the largest image."""
-        samples = self.samples
         sides = [view.size for view in self.views]
-        largest = int((samples.width * samples.height).max())
-        height, width = int(samples.height.max()), int(samples.width.max())
+        height, width, pixels, stored = largest(self.samples)
         # of other sources Python reads the files
-        stored = int(samples.size.max()) if hasattr(samples, "descriptor") else 0
-        return make_scratch(height, width, max(sides), self.patches, 3 * largest, min(sides), stored)
+        stored = stored if isinstance(self.samples, Located) else 0
+        return make_scratch(height, width, max(sides), self.patches, 3 * pixels, min(sides), stored)
+
+
+def largest(samples: Samples) -> Largest:
+    """What memory must be there for any of the images."""
+    found = getattr(samples, "largest", None)
+    if found is None:
+        height, width = np.asarray(samples.height), np.asarray(samples.width)
+        pixels, stored = int((width * height).max()), int(np.asarray(samples.size).max())
+        found = Largest(int(height.max()), int(width.max()), pixels, stored)
+    return found
 
 
 @dataclass
 class Job:
     """One batch in the making. Threads take its rows one by one from `counter` until none is left.
 
-    `rows` are views of the tensors. `left` counts the rows that are not yet done; the stream keeps it. `ready` is
-    recorded where views are made on a device and a row that is done may still be under way there.
+    `rows` and `label` are views of the tensors. `keys` are what the rows' random choices are drawn by: the samples'
+    numbers, but for one that the epoch has shown before. `left` counts the rows that are not yet done; the stream keeps
+    it. `ready` is recorded where views are made on a device and a row that is done may still be under way there.
     """
 
     epoch: int
@@ -106,6 +137,8 @@ class Job:
     views: list[torch.Tensor]
     tensors: dict[str, torch.Tensor]
     rows: Rows
+    label: np.ndarray
+    keys: np.ndarray
     counter: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     left: int = 0
     ready: torch.cuda.Event | None = None
@@ -139,8 +172,12 @@ class Engine(Protocol):
         ...
 
 
-def make_job(indices: np.ndarray, epoch: int, source: Source) -> Job:
-    """A job with memory of its own, so that a batch belongs to who takes it."""
+def make_job(indices: np.ndarray, epoch: int, source: Source, keys: np.ndarray | None = None) -> Job:
+    """A job with memory of its own, so that a batch belongs to who takes it.
+
+    Args:
+        keys: what the rows' random choices are drawn by; the samples' numbers where it is None.
+    """
     count, views = len(indices), source.views
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -158,16 +195,33 @@ def make_job(indices: np.ndarray, epoch: int, source: Source) -> Job:
         "choices": empty(count, len(views), CHOICES, dtype=torch.uint8),
         "size": empty(count, 2, dtype=torch.int32),
         "index": empty(count, dtype=torch.int64),
+        "label": empty(count, dtype=torch.int64),
     }
     addresses = np.array([picture.data_ptr() for picture in pictures], np.int64)
-    rows = Rows(addresses, **{name: tensor.numpy() for name, tensor in tensors.items()})
-    return Job(epoch, np.ascontiguousarray(indices, np.int64), pictures, tensors, rows, left=count)
+    columns = {name: tensor.numpy() for name, tensor in tensors.items()}
+    label = columns.pop("label")
+    indices = np.ascontiguousarray(indices, np.int64)
+    keys = indices if keys is None else keys
+    return Job(epoch, indices, pictures, tensors, Rows(addresses, **columns), label, keys, left=count)
 
 
 def larger_than_memory(samples: Samples) -> bool:
     """Whether images leave too little of the memory that this process may use to be kept in it."""
     memory = usable_memory()
     return memory is not None and samples.nbytes > 0.8 * memory
+
+
+def by_page(samples: Samples) -> bool:
+    """Whether an epoch goes page by page where nothing else is asked for: in many files, or larger than memory."""
+    return hasattr(samples, "part_of") or larger_than_memory(samples)
+
+
+def identity(samples: Samples) -> int:
+    """A number of 48 bits that tells the images from others."""
+    told = getattr(samples, "identity", None)
+    if told is None:  # by their sizes, which an image keeps in whatever file it lies
+        return digest(np.asarray(samples.height), np.asarray(samples.width))
+    return int(told[:12], 16)
 
 
 def check_whole(samples: Samples, unchanged: bool = False) -> None:
@@ -177,8 +231,15 @@ def check_whole(samples: Samples, unchanged: bool = False) -> None:
         check(unchanged)
 
 
-def advice(samples: Samples) -> str:
-    """How a user finds out what is wrong with images that do not decode."""
+def advice(samples: Samples, index: int) -> str:
+    """How a user finds out what is wrong with a sample that does not decode."""
+    source_of = getattr(samples, "source_of", None)
+    if source_of is not None:
+        return advice(*source_of(index))
+    place_of = getattr(samples, "place_of", None)
+    if place_of is not None:
+        file, place = place_of(index)
+        return f"look at sample {place} of its part {file} with fastpmae-write --check {samples.path / file}"
     if samples.path.suffix == ".beton":
         return f"look at the file with fastpmae-write --check {samples.path}"
     return "look at those files"

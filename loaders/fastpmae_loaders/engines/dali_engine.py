@@ -146,13 +146,15 @@ class DALIEngine:
         found, data, raw = zip(*self._find_all(job.indices[start:stop]), strict=True)
         samples = np.array(found, np.int64)
         there = samples >= 0
-        height = np.where(there, source.samples.height[samples], 1)
-        width = np.where(there, source.samples.width[samples], 1)
-        draws = draw_samples(
-            source.seed, job.epoch, np.maximum(samples, 0), height, width, source.views, source.patches
-        )
+        height = np.where(there, source.samples.height[np.maximum(samples, 0)], 1)
+        width = np.where(there, source.samples.width[np.maximum(samples, 0)], 1)
+        # what stands in for another sample is drawn by its own number
+        wanted = job.indices[start:stop]
+        keys = np.where(samples == wanted, job.keys[start:stop], np.maximum(samples, 0))
+        draws = draw_samples(source.seed, job.epoch, keys, height, width, source.views, source.patches)
         here = slice(start, stop)
         rows.index[here] = samples
+        job.label[here] = source.samples.label[np.maximum(samples, 0)]
         rows.size[here] = np.stack([height, width], 1)
         rows.boxes[here], rows.flips[here] = draws.boxes, draws.flips
         rows.factors[here], rows.choices[here] = draws.factors, draws.choices

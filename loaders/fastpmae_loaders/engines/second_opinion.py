@@ -1,28 +1,9 @@
 """What compiled code does with an image that it does not decode itself: it asks Python, by way of an address."""
 
 import ctypes
-from typing import NamedTuple
 
-import numpy as np
-
-from fastpmae_loaders.sources.beton import Beton
 from fastpmae_loaders.sources.jpeg import TURBO_DECOMPRESS
 from fastpmae_loaders.sources.pictures import decode_jpeg
-
-
-class Images(NamedTuple):
-    """Where each image of a file lies and what it is, as compiled code reads it."""
-
-    pointer: np.ndarray
-    size: np.ndarray
-    height: np.ndarray
-    width: np.ndarray
-    mode: np.ndarray
-
-
-def images_of(beton: Beton) -> Images:
-    """A file's images. Copies: arrays that may not be written to are another type to numba."""
-    return Images(*(np.array(getattr(beton, name)) for name in Images._fields))
 
 
 def _ask_python(

@@ -6,7 +6,7 @@ import numpy as np
 
 from fastpmae_loaders.engines.base import ATTEMPTS, Job, Samples, Source
 from fastpmae_loaders.engines.scratch import Scratch
-from fastpmae_loaders.engines.views import draw_row, fill_row
+from fastpmae_loaders.engines.views import draw_row, show_row
 from fastpmae_loaders.jit.memory import fetch_add
 from fastpmae_loaders.native.coefficients import unpack_pixels
 from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, RAW
@@ -27,27 +27,19 @@ class TorchEngine:
         source, samples = self._source, self._source.samples
         done = 0
         while (row := fetch_add(job.counter)) < len(job.indices):
-            index, rows = int(job.indices[row]), job.rows
-            pixels = None
+            index, key, rows = int(job.indices[row]), int(job.keys[row]), job.rows
             for _ in range(min(ATTEMPTS, len(samples))):
                 height, width = int(samples.height[index]), int(samples.width[index])
-                if samples.mode[index] == COEFFICIENTS:
-                    # as far as the views show them, and so with the native engine's verdict on what is damaged
-                    draw_row(row, index, height, width, source.seed, job.epoch, self._recipes, scratch, rows)
-                    pixels = decode(samples, index, rows.boxes[row])
-                else:
-                    pixels = decode(samples, index)
+                draw_row(row, key, height, width, source.seed, job.epoch, self._recipes, scratch, rows)
+                # of coefficients as far as the views show them, and so with the native engine's verdict on damage
+                pixels = decode(samples, index, rows.boxes[row])
                 if pixels is not None:
+                    show_row(row, pixels.ctypes.data, height, width, self._recipes, source.colours, scratch, rows)
+                    rows.index[row], job.label[row] = index, samples.label[index]
                     break
-                index = source.after(index)
-            if pixels is None:
-                rows.index[row] = -1
+                index = key = source.after(index)
             else:
-                height, width = pixels.shape[:2]
-                fill_row(
-                    row, index, pixels.ctypes.data, height, width,
-                    source.seed, job.epoch, self._recipes, source.colours, scratch, rows,
-                )  # fmt: skip
+                rows.index[row] = -1
             done += 1
         return done
 

@@ -74,14 +74,3 @@ def show_row(row, pixels, height, width, recipes, colours, scratch, out):
             resize(pixels, height, width, box, full_height, full_width, down, across, flip, target, scratch)
         if colours:
             change_colours(target, factors[view], choices[view], recipe.solarise_threshold, scratch)
-
-
-@kernel
-def fill_row(row, index, pixels, height, width, seed, epoch, recipes, colours, scratch, out):
-    """Sample `index`, whose uint8 [height, width, 3] lie at address `pixels`, as one row of a batch.
-
-    Every view of `recipes`, its draws, and the masks. With `colours` false colours are left as they are, for the
-    device to change.
-    """
-    draw_row(row, index, height, width, seed, epoch, recipes, scratch, out)
-    show_row(row, pixels, height, width, recipes, colours, scratch, out)

@@ -24,6 +24,7 @@ _SOURCES = (
     "jit/floats",
     "recipes",
     "sampling",
+    "order",
     "pixels/separable",
     "pixels/resize",
     "pixels/bilinear",
@@ -49,7 +50,7 @@ _SOURCES = (
 def _stamp() -> str:
     package = Path(__file__).parents[1]
     total = hashlib.sha256()
-    for name in (*_SOURCES, "engines/ffcv_engine", "engines/native_engine"):
+    for name in (*_SOURCES, "engines/decoders"):
         total.update((package / f"{name}.py").read_bytes())
     return total.hexdigest()
 

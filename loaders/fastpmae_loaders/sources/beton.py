@@ -14,12 +14,14 @@ import os
 import warnings
 import weakref
 import zlib
+from functools import cached_property
 
 import numpy as np
 
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.jpeg import check_scans, jpeg_size
+from fastpmae_loaders.sources.places import Places
 from fastpmae_loaders.values import local_path
 
 __all__ = ["COEFFICIENTS", "JPG", "PIXEL_LIMIT", "RAW", "Beton", "jpeg_size"]
@@ -70,7 +72,7 @@ class Beton:
     3 coefficients); `label` int64 [n]
     (−1 where the file has no int field); `pointer`, `size` uint64 [n], the byte range of each image, inside
     the file and outside its tables; `page_of` int64 [n]; `page_size`; `class_names` (list of str, or None);
-    `data` uint8 memory map of the whole file; `descriptor`, the open file; `path`.
+    `nbytes`, the size of the file; `data` uint8 memory map of it; `descriptor`, the open file; `path`.
 
     Nothing here reads by way of the map: a file that is cut short while it is read, or a disk that fails, would end the
     process (SIGBUS). What is read from the descriptor is there or is an error.
@@ -82,7 +84,7 @@ class Beton:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = local_path(path)
-        self.data = self._map()
+        self._open()
         header = self._records(HEADER, 0, 1, "the header")[0]
         self._check_header(header)
         num_fields = int(header["num_fields"])
@@ -117,10 +119,16 @@ class Beton:
     def __reduce__(self):
         return Beton, (self.path,)  # reopened, not copied, in another process
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the file."""
-        return self.data.nbytes
+    @cached_property
+    def data(self) -> np.ndarray:
+        """The file mapped, when it is first asked for: a map takes one more descriptor."""
+        with os.fdopen(os.dup(self.descriptor), "rb") as file:
+            return np.memmap(file, np.uint8, mode="r")
+
+    def locate(self, indices: np.ndarray) -> tuple[Places, object]:
+        """Where some images lie, and what keeps the file open meanwhile."""
+        columns = (getattr(self, name)[indices] for name in Places._fields[1:])
+        return Places(np.full(len(indices), self.descriptor), *(column.astype(np.int64) for column in columns)), self
 
     def payload(self, index: int) -> np.ndarray:
         """The stored bytes of one image, uint8, read-only. BetonError where they can no longer be read."""
@@ -134,10 +142,10 @@ class Beton:
         That is for samples that do not decode: who writes over a file in place is told so, and not that it is damaged.
         """
         now = os.fstat(self.descriptor)
-        if now.st_size < self.data.size:
+        if now.st_size < self.nbytes:
             raise BetonError(
                 f"{self.path} has become shorter since it was opened, {now.st_size:,} bytes instead of "
-                f"{self.data.size:,}: something writes over it. Go on when it is whole again"
+                f"{self.nbytes:,}: something writes over it. Go on when it is whole again"
             )
         if unchanged and now.st_mtime_ns != self._written:
             raise BetonError(
@@ -161,7 +169,7 @@ class Beton:
         except BetonError as error:
             raise BetonError(f"{self.path}: sample {int(index)}: {error}") from None
 
-    def _map(self) -> np.ndarray:
+    def _open(self) -> None:
         try:
             if not self.path.exists():
                 raise BetonError(f"{self.path} does not exist")
@@ -171,12 +179,10 @@ class Beton:
                 status = os.fstat(file.fileno())
                 if not status.st_size:
                     raise BetonError(f"{self.path} is empty")
-                self._written = status.st_mtime_ns
-                data = np.memmap(file, np.uint8, mode="r")
+                self.nbytes, self._written = status.st_size, status.st_mtime_ns
                 self.descriptor = os.dup(file.fileno())
             # Threads may still read from it when the interpreter ends.
             weakref.finalize(self, os.close, self.descriptor).atexit = False
-            return data
         except (OSError, ValueError) as error:
             raise BetonError(f"{self.path} cannot be read: {_reason(error)}") from None
 
@@ -186,10 +192,9 @@ class Beton:
     def _records(self, dtype: np.dtype, start: int, count: int, what: str) -> np.ndarray:
         # Python integers throughout: 64-bit ones from the file could wrap round
         stop = start + dtype.itemsize * count
-        if stop > self.data.size:
+        if stop > self.nbytes:
             raise self._fail(
-                f"{what} would end at byte {stop}, the file at byte {self.data.size}; "
-                "it is truncated or not a .beton file"
+                f"{what} would end at byte {stop}, the file at byte {self.nbytes}; it is truncated or not a .beton file"
             )
         return self._read(start, stop - start).view(dtype)
 
@@ -257,15 +262,15 @@ class Beton:
 
     def _allocations(self) -> np.ndarray:
         """The allocation table by ascending pointer, every entry in bounds and clear of the others."""
-        if not self._data_start <= self._table <= self.data.size:
+        if not self._data_start <= self._table <= self.nbytes:
             raise self._fail(
                 f"the allocation table should begin at byte {self._table}, outside the data, which "
-                f"begin at byte {self._data_start} of {self.data.size}; the file is truncated or damaged"
+                f"begin at byte {self._data_start} of {self.nbytes}; the file is truncated or damaged"
             )
-        count, rest = divmod(self.data.size - self._table, ALLOCATION.itemsize)
+        count, rest = divmod(self.nbytes - self._table, ALLOCATION.itemsize)
         if rest or not count:
             raise self._fail(
-                f"the allocation table takes {self.data.size - self._table} bytes, which is no "
+                f"the allocation table takes {self.nbytes - self._table} bytes, which is no "
                 f"positive multiple of {ALLOCATION.itemsize}; the file is truncated or damaged"
             )
         table = self._records(ALLOCATION, self._table, count, "the allocation table")

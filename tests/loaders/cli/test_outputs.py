@@ -22,8 +22,8 @@ from fastpmae.evaluate.backbone import find_backbone
 from fastpmae.evaluate.datasets import open_labelled
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
-from fastpmae.evaluate.protocols import free_name
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS
+from fastpmae.evaluate.result_files import free_name
 from fastpmae.pictures.report import write_report
 from fastpmae.pictures.view import draw_run, draw_views
 from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpmae_loaders import Beton, PairedViews, UserError, ViewSettings
+from fastpmae_loaders import PairedViews, UserError, ViewSettings
 from tests.engines import FFCV, needs_ffcv
 from tests.loaders.files import made_pixels, write_beton
 from tests.made import REPOSITORY
@@ -77,31 +77,6 @@ def test_without_ffcv_one_sentence(mixed, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'fastpmae-loaders\[ffcv\]'") as caught:
         PairedViews(mixed, 4, "ffcv")
     assert "\n" not in str(caught.value)
-
-
-@needs_ffcv
-# FFCV compiles in its own thread, where a warning that is an error would hang the consumer
-@pytest.mark.filterwarnings("ignore::numba.NumbaWarning")
-@pytest.mark.timeout(60)
-def test_the_operation_runs_in_ffcvs_own_loader(mixed):
-    """Under FFCV's own iterator, with FFCV's memory, the pictures are the same."""
-    from fastpmae_loaders.engines.base import Source
-    from fastpmae_loaders.engines.ffcv_engine import open_ffcv
-
-    settings = ViewSettings(image_size=32, patch_size=8, folds=5)
-    with PairedViews(mixed, 5, "ffcv", settings=settings, shuffle=False, drop_last=False) as views:
-        expected = list(views)
-    threads = torch.get_num_threads()
-    stock, operation = open_ffcv(Source(Beton(mixed), settings.views, 0, settings.patches, settings.visible), 5)
-    operation.epoch = 0
-    found = [[np.array(part) for part in rows] for (rows,) in stock]
-    torch.set_num_threads(threads)  # FFCV's iterator sets it
-    assert len(found) == len(expected)
-    for rows, batch in zip(found, expected, strict=True):
-        assert (rows[0] == batch.simple.numpy()).all()
-        assert (rows[1] == batch.complex.numpy()).all()
-        assert (rows[2] == batch.visible.numpy()).all()
-        assert (rows[3] == batch.folds.numpy()).all()
 
 
 def test_a_file_of_ffcvs_own_writer(tmp_path):
@@ -216,9 +191,9 @@ def test_without_a_folder_to_write_to_all_works(tmp_path: Path):
 
 def test_kept_code_is_bound_to_all_of_its_sources():
     """numba alone would go on using a kernel after a change of what it calls in another file."""
-    from fastpmae_loaders.engines.views import fill_row
+    from fastpmae_loaders.engines.views import draw_row
     from fastpmae_loaders.jit.compiled import _STAMP
     from fastpmae_loaders.pixels.resize import resize
 
-    for function in (fill_row, resize):
+    for function in (draw_row, resize):
         assert function._cache._cache_file._source_stamp == _STAMP

@@ -1,0 +1,157 @@
+"""`fastpmae-eval segment`: what it is told, and how it is carried out."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastpmae.distributed.ranks import Ranks
+from fastpmae.evaluate.backbone import Backbone, Which, find_backbone
+from fastpmae.evaluate.dense.labelled import Segmentation
+from fastpmae.evaluate.dense.recipe import SegmentConfig
+from fastpmae.evaluate.result_files import free_name, place_of, stem_of
+from fastpmae.run.malloc import tune_allocator
+from fastpmae_loaders.cli.progress import Progress
+from fastpmae_loaders.cli.terminal import tell
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.values import local_path
+
+
+@dataclass(frozen=True)
+class DenseCommon:
+    """What every evaluation of dense tasks is told."""
+
+    weights: Annotated[str, tyro.conf.Positional]
+    """A run folder or checkpoint of ours, the folder of a fine-tuning or an export, a safetensors file, a .pth of MAE,
+    SdAE, DINO, iBOT, MoCo v3, BEiT and many others, or timm:NAME for a model that timm fetches."""
+    train: Path
+    """Labelled images to train on. A folder with a training and a validation split holds both sets."""
+    val: Path | None = None
+    """Labelled images to test on; by default those of the validation split in --train."""
+    classes: Path | None = None
+    """JSON file that names the classes: number, colour or name to name; null ignores one."""
+    network: Which = "auto"
+    """Whose encoder, where the file holds several; auto takes our student, and of others what they evaluate."""
+    out: Path | None = None
+    """Folder for the result; by default `eval` in the run's folder, and NAME-eval beside a file."""
+    heads: int = 0
+    """Attention heads, where the weights do not tell and the width is unusual."""
+    workers: int = 0
+    """Threads that prepare images; 0 takes all cores that may be used."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Semantic segmentation by UPerNet, the whole network trained, with a preset whose settings are flags."""
+
+    common: Annotated[DenseCommon, tyro.conf.arg(name="")]
+    config: Annotated[SegmentConfig, tyro.conf.arg(name="")]
+    preset: str = "paper"
+    """Settings to start from: paper, mae (of its own figures), or small (a few hundred small images)."""
+    ignore: tuple[int, ...] = ()
+    """Numbers in the masks that are no class."""
+    resume: bool = False
+    """Resume the training in --out."""
+    steps: int | None = None
+    """Stop after so many optimizer steps in all; changes no schedule."""
+    deterministic: bool = False
+    """Compute the same bits each time on a GPU too, somewhat slower."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases too, where it is installed."""
+
+
+class _Run:
+    """Network, folder and clock of one command; the first rank speaks."""
+
+    def __init__(self, command: Segment, ranks: Ranks, image_size: int):
+        common = command.common
+        self.command, self.common, self.ranks = command, common, ranks
+        self.name = "segment"
+        self.began = time.monotonic()
+        if common.out is not None:
+            local_path(common.out)
+        self.progress = Progress(live=ranks.is_main)
+        self.backbone: Backbone = find_backbone(
+            common.weights, common.network, image_size=image_size, heads=common.heads
+        )
+        within = "-".join(filter(None, [self.name, self.backbone.network]))
+        self.folder = common.out or place_of(common.weights) / within
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {self.folder} is a file; name a folder")
+        tune_allocator(ranks.device)
+
+    def setting(self) -> Any:
+        from fastpmae.evaluate.dense.training import Setting
+
+        command = self.command
+        return Setting(
+            self.folder,
+            self.ranks.device,
+            self.common.workers,
+            command.deterministic,
+            command.tensorboard,
+            command.wandb,
+        )
+
+    def told(self, train: Segmentation, val: Segmentation) -> None:
+        """Say what a user should know of how the files were understood."""
+        for note in dict.fromkeys([*train.notes, *val.notes]):
+            self.progress.tell(note)
+
+    def record(self, train: Segmentation, val: Segmentation) -> dict[str, Any]:
+        """What a result says besides its figures."""
+        return {
+            "evaluation": self.name,
+            "weights": self.common.weights,
+            "source": self.backbone.source,
+            "network": self.backbone.network,
+            "image_size": self.backbone.image_size,
+            "train": train.describe(),
+            "val": val.describe(),
+            self.name: dataclasses.asdict(self.command.config),
+            "seconds": round(time.monotonic() - self.began, 1),
+        }
+
+    def stem(self, record: dict[str, Any]) -> str:
+        return free_name(self.folder, stem_of(self.name, self.backbone.network), record)
+
+
+def _needed(val: Any, train: Any) -> Any:
+    """The validation set. Raises UserError where there is none."""
+    if val is None:
+        raise UserError(f"--val is missing: {train.path} has no validation split of its own")
+    return val
+
+
+def run_segment(command: Segment, ranks: Ranks) -> None:
+    """`fastpmae-eval segment`."""
+    from fastpmae.evaluate.dense.overlap import write_mask_scores
+    from fastpmae.evaluate.dense.segment import train_segmenter
+    from fastpmae.evaluate.dense.sets import open_segmentation
+
+    common = command.common
+    train, val = open_segmentation(common.train, common.val, common.classes, command.ignore)
+    val = _needed(val, train)
+    run = _Run(command, ranks, command.config.crop_size)
+    run.told(train, val)
+    scores, _ = train_segmenter(
+        train, val, run.backbone, command.config, run.setting(), ranks,
+        resume=command.resume, steps=command.steps, progress=run.progress,
+    )  # fmt: skip
+    if not ranks.is_main:
+        return
+    record = run.record(train, val)
+    stem, figures = run.stem(record), scores.figures()
+    path = write_mask_scores(run.folder, stem, scores, train.names, record)
+    tell(
+        f"{stem}: mIoU {figures['miou']:.2f} %, pixel accuracy {figures['pixel_accuracy']:.2f} %, class accuracy "
+        f"{figures['class_accuracy']:.2f} % of {scores.images:,} images"
+    )
+    tell(f"wrote {path}, and beside it a row for each class (.csv) and the confusion matrix (.png)")

@@ -1,0 +1,82 @@
+"""A dense training as a checkpoint keeps it, and what a resumed one has to agree with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fastpmae.evaluate.dense.recipe import DenseConfig
+from fastpmae.evaluate.finetune_state import STATES, are_numbers, other_network, restore_optimizer
+from fastpmae.run.checkpoint import CheckpointError, newest_checkpoint, require
+from fastpmae.run.init_weights import TUNED
+from fastpmae.run.log import read_rows
+from fastpmae_loaders.errors import UserError
+
+
+def take_up_dense(
+    folder: Path,
+    kind: str,
+    config: DenseConfig,
+    resume: bool,
+    record: dict[str, Any],
+    iterations: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[int, Float[Tensor, " 2"], list[str]]:
+    """Take the folder's newest sound checkpoint up.
+
+    Args:
+        kind: "segment" or "detect".
+        record: what decides the numbers of this training.
+        iterations: its optimizer steps.
+
+    Returns:
+        The steps that are done, the sum and number of losses since the last row, and a sentence for each damaged
+        checkpoint that was passed over.
+
+    Raises:
+        UserError: where the folder holds another training, or this one and `resume` is not given.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    checkpoint, complaints = newest_checkpoint(folder)
+    if checkpoint is None and not complaints:
+        _check_no_others_files(folder, kind)
+    if not resume and (checkpoint is not None or complaints):
+        raise UserError(f"{folder} already holds a training: add --resume to continue it")
+    if checkpoint is None:
+        if complaints:
+            raise UserError("; ".join(complaints))
+        return 0, sums, []
+    before, progress = checkpoint.progress["config"], checkpoint.progress
+    if kind not in before:
+        raise UserError(f"{folder} holds another kind of training: choose another --out")
+    losses = progress.get("loss")
+    parts = [before.get(part) for part in (kind, "backbone", "set")]
+    if not (all(isinstance(part, dict) for part in parts) and are_numbers(losses)):
+        raise CheckpointError(f"{checkpoint.path} is damaged: its progress is none of such a training")
+    changed = config.differences(parts[0]) + other_network(parts[1], record["backbone"])
+    if progress["fingerprint"] != record["train"]["fingerprint"] or parts[2] != record["set"]:
+        changed.append("the training images, their labels or the classes are others")
+    if changed:
+        raise UserError(f"the training in {folder} was started with other settings: {'; '.join(changed)}")
+    if progress["step"] > iterations:
+        raise CheckpointError(f"{checkpoint.path} stands after a step that this training does not have")
+    require(checkpoint, "model", model.state_dict())
+    model.load_state_dict(checkpoint.part("model"))
+    restore_optimizer(checkpoint, model, optimizer, STATES["adamw"])
+    return progress["step"], torch.tensor(losses, dtype=torch.float64), complaints
+
+
+def _check_no_others_files(folder: Path, kind: str) -> None:
+    """Raise UserError where a training that starts would write over what no unfinished training has left."""
+    for name in TUNED.values():
+        if (folder / name).exists():
+            raise UserError(f"{folder} holds a {name} and no checkpoint beside it: choose another --out")
+    rows = folder / "metrics.jsonl"
+    if rows.exists() and rows.stat().st_size:
+        first = next(iter(read_rows(rows)), {})
+        # A training that was killed before its first checkpoint leaves rows of its own.
+        if not {"step", "epoch", "lr", "loss"} <= first.keys() or "loss_m" in first:
+            raise UserError(f"{folder} holds a metrics.jsonl that is no {kind} training's: choose another --out")

@@ -1,0 +1,190 @@
+"""A set of .beton files: opened by its index alone, each part when one of its images is first asked for."""
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from fastpmae_loaders.errors import BetonError
+from fastpmae_loaders.printable import printable
+from fastpmae_loaders.sources.beton import PIXEL_LIMIT, Beton
+from fastpmae_loaders.sources.places import Column, Largest, Places, by_names
+from fastpmae_loaders.sources.set_index import INDEX, SetIndex, Shard, read_index
+from fastpmae_loaders.values import local_path
+
+MOST_OPEN = 128
+"""Parts that are kept open; each takes one file descriptor, of 1,024 that many systems give a process."""
+
+
+class BetonSet:
+    """The images of a set's parts, numbered through. n is the number of images; everything is read-only.
+
+    Nothing is kept for an image: `height`, `width`, `size`, `mode` and `label` are Columns of n, which open the parts
+    that they are asked about; `page_of` is one too, and opens none. `page_starts` int64 [P + 1] are the first images of
+    the set's pages and n. `index`, `class_names`, `nbytes` (of all parts) and `identity`, a text that another set does
+    not have, come from the index. The `MOST_OPEN` parts that were used last stay open.
+
+    Args:
+        index: of the set.
+        path: what the set is called.
+        open_part: opens a part's file; by default that lies in the folder `path`.
+
+    Whoever asks for an image of a part that is missing, damaged or not what the index says gets a BetonError that
+    names it.
+    """
+
+    def __init__(
+        self, index: SetIndex, path: str | os.PathLike[str], open_part: Callable[[Shard], Beton] | None = None
+    ) -> None:
+        self.index, self.path = index, Path(path)
+        self._open_part = open_part or partial(_beside, self.path)
+        shards = index.shards
+        self._first = np.concatenate([[0], np.cumsum([shard.images for shard in shards])])
+        self.nbytes = sum(shard.bytes for shard in shards)
+        self.class_names = None if index.classes is None else list(index.classes)
+        height, width = max(shard.height for shard in shards), max(shard.width for shard in shards)
+        # an image lies within one page
+        stored = max(min(shard.page_size, shard.bytes) for shard in shards)
+        self.largest = Largest(height, width, min(height * width, PIXEL_LIMIT), stored)
+        count = len(self)
+        self.height, self.width, self.size, self.mode, self.label = (
+            Column(count, lambda indices, name=name: getattr(self.locate(indices)[0], name))
+            for name in ("height", "width", "size", "mode", "label")
+        )
+        self.page_of = Column(count, lambda indices: np.searchsorted(self.page_starts, indices, side="right") - 1)
+        self._open: OrderedDict[int, _Part] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __repr__(self) -> str:
+        return f"BetonSet({str(self.path)!r}, {len(self)} images in {len(self.index.shards)} parts)"
+
+    def __reduce__(self):
+        return BetonSet, (self.index, self.path, self._open_part)
+
+    @cached_property
+    def page_starts(self) -> np.ndarray:
+        """int64 [P + 1]; of a part whose pages the index does not tell, pages of as many images as its bytes fill."""
+        counts = [_images_of_pages(shard) for shard in self.index.shards]
+        return np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
+
+    @cached_property
+    def identity(self) -> str:
+        """Of what the parts hold, whatever they are called and wherever they lie."""
+        total = hashlib.sha256(repr(self.index.classes).encode("utf-8", "backslashreplace"))
+        for shard in self.index.shards:
+            total.update(f"{shard.images} {shard.digest}\n".encode())
+        return total.hexdigest()
+
+    def place_of(self, index: int) -> tuple[str, int]:
+        """The name of the part that an image lies in, and its number there."""
+        number = int(self.part_of(np.array([index]))[0])
+        return self.index.shards[number].name, index - int(self._first[number])
+
+    def part_of(self, indices: np.ndarray) -> np.ndarray:
+        """The numbers of the parts that some images lie in."""
+        return np.searchsorted(self._first, indices, side="right") - 1
+
+    def part(self, number: int) -> Beton:
+        """A part, opened and found to be what the index says. BetonError names it where it is not."""
+        with self._lock:
+            kept = self._open.setdefault(number, _Part())
+            self._open.move_to_end(number)
+            while len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+        # others may be opened meanwhile
+        with kept.lock:
+            if kept.beton is None:
+                kept.beton = self._checked(self.index.shards[number])
+            return kept.beton
+
+    def payload(self, index: int) -> np.ndarray:
+        """The stored bytes of one image, uint8, read-only. BetonError where they cannot be read."""
+        number = int(self.part_of(np.array([index]))[0])
+        return self.part(number).payload(index - int(self._first[number]))
+
+    def locate(self, indices: np.ndarray) -> tuple[Places, object]:
+        """Where some images lie, and what keeps their files open meanwhile."""
+        numbers = self.part_of(indices)
+        places = Places(*np.empty((len(Places._fields), len(indices)), np.int64))
+        held = []
+        for number in np.unique(numbers):
+            here = np.flatnonzero(numbers == number)
+            beton = self.part(int(number))
+            held.append(beton)
+            found, _ = beton.locate(indices[here] - self._first[number])
+            for column, values in zip(places, found, strict=True):
+                column[here] = values
+            places.label[here] = by_names(found.label, beton.class_names, self.class_names)
+        return places, held
+
+    def check_whole(self, unchanged: bool = False) -> None:
+        """See `Beton.check_whole`; of the parts that are open."""
+        with self._lock:
+            kept = [part.beton for part in self._open.values()]
+        for beton in kept:
+            if beton is not None:
+                beton.check_whole(unchanged)
+
+    def _checked(self, shard: Shard) -> Beton:
+        """A part's file, held against the index."""
+        where = f"{printable(str(self.path))}, part {shard.name}"
+        try:
+            beton = self._open_part(shard)
+        except BetonError as error:
+            raise BetonError(f"{where}: {error}") from None
+        told = {"images": len(beton), "bytes": beton.nbytes, "page_size": beton.page_size}
+        told |= {"height": int(beton.height.max()), "width": int(beton.width.max())}
+        for name, value in told.items():
+            if value != getattr(shard, name):
+                raise BetonError(f"{where}: its {name} is {value:,}, and the index says {getattr(shard, name):,}")
+        names = self.class_names
+        if names is not None:
+            unknown = sorted(set(beton.class_names or ()) - set(names))
+            if unknown:
+                raise BetonError(f"{where}: its class {unknown[0]} is not among the index's {len(names):,}")
+            if beton.class_names is None and not -1 <= beton.label.min() <= beton.label.max() < len(names):
+                raise BetonError(f"{where}: it has labels that are none of the index's {len(names):,} classes")
+        return beton
+
+
+class _Part:
+    """A part that is open, or is being opened."""
+
+    def __init__(self) -> None:
+        self.beton: Beton | None = None
+        self.lock = threading.Lock()
+
+
+def _beside(folder: Path, shard: Shard) -> Beton:
+    return Beton(folder / shard.name)
+
+
+def _images_of_pages(shard: Shard) -> np.ndarray:
+    pages = np.asarray(shard.pages, np.int64)
+    if len(pages):
+        return pages
+    count = min(shard.images, -(-shard.bytes // shard.page_size))
+    return np.diff(np.arange(count + 1) * shard.images // count)
+
+
+def is_set(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a set's index."""
+    return Path(folder, INDEX).is_file()
+
+
+def open_set(folder: str | os.PathLike[str]) -> BetonSet:
+    """The set in a folder; its index is read and checked, and none of its parts.
+
+    Raises:
+        BetonError: where there is no index, or it is not sound.
+    """
+    path = local_path(folder)
+    return BetonSet(read_index(path / INDEX), path)

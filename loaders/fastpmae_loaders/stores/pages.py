@@ -1,0 +1,338 @@
+"""A store's file as a sparse file of this machine, whose pages are fetched when they are first read.
+
+Who reads holds the pages meanwhile: a held page is not dropped from the cache, by whatever process. So compiled code
+reads the sparse file as it reads any other. The records beside it say which pages are there; a page's bytes are written
+before its record, so that a kill in between costs one request. A page that another process, or another start of the
+machine, has left is believed when its CRC-32 is right.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import threading
+import time
+import weakref
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fastpmae_loaders.errors import BetonError, UserError
+from fastpmae_loaders.printable import printable
+from fastpmae_loaders.stores.address import Address
+from fastpmae_loaders.stores.cache import OPEN, PAGE, RECORD, TABLE, Cache
+from fastpmae_loaders.stores.client import Changed, Closed, Stat, Store
+from fastpmae_loaders.stores.prefetch import Fetcher
+from fastpmae_loaders.stores.range_locks import lock_range, unlock_range
+
+_FETCHING = 1 << 41
+"""The places in a file of records, one a page, that whoever fetches a page keeps locked."""
+
+
+def _never() -> bool:
+    return False
+
+
+class SparseFile:
+    """One sparse file with its records, as the cache has made them (see `Cache.entry`). Everything is shared."""
+
+    def __init__(self, place: Path, kind: str, size: int, page: int) -> None:
+        self.path, self.size, self.page = place / kind, size, page
+        count = -(-size // page)
+        records = place / f"{kind}.records"
+        self.descriptor = os.open(self.path, os.O_RDWR)
+        weakref.finalize(self, os.close, self.descriptor).atexit = False
+        self.locks = os.open(records, os.O_RDWR)
+        weakref.finalize(self, os.close, self.locks).atexit = False
+        self.records = np.memmap(records, RECORD, mode="r+", shape=(count,))
+        self.known = np.zeros(count, np.bool_)
+        """Pages whose bytes this process has fetched or checked."""
+        self._held: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def pages_of(self, start: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """The pages that these ranges touch, each once, ascending: int64."""
+        first = np.asarray(start, np.int64) // self.page
+        last = (np.asarray(start, np.int64) + np.maximum(np.asarray(size, np.int64), 1) - 1) // self.page
+        if not np.array_equal(first, last):
+            spans = [np.arange(a, b + 1) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+            return np.unique(np.concatenate(spans))
+        return np.unique(first)
+
+    def hold(self, page: int) -> None:
+        """Keep a page from being dropped until `release`; it need not be there yet."""
+        with self._lock:
+            count = self._held.get(page, 0)
+            # whoever drops a page is done in a moment
+            while count == 0 and not lock_range(self.locks, page, shared=True):
+                time.sleep(0.001)
+            self._held[page] = count + 1
+
+    def release(self, page: int) -> None:
+        """Let go of a page that was held."""
+        with self._lock:
+            count = self._held.pop(page) - 1
+            if count:
+                self._held[page] = count
+            else:
+                unlock_range(self.locks, page)
+
+    def is_there(self, page: int) -> bool:
+        """Whether a page that is held can be read, as far as this process knows."""
+        return bool(self.known[page] and self.records["here"][page])
+
+    def range_of(self, page: int) -> tuple[int, int]:
+        """A page's first byte, and how many it has."""
+        return page * self.page, min(self.page, self.size - page * self.page)
+
+    def touch(self, pages: np.ndarray) -> None:
+        """Note that pages are used now."""
+        self.records["used"][pages] = int(time.time())
+
+    def fetch(self, page: int, get: Callable[[int, int], memoryview], stopped: Callable[[], bool]) -> int:
+        """See that a page is there and sound; how many bytes were written for it. The caller holds it."""
+        while not lock_range(self.locks, _FETCHING + page):  # another process is at it
+            if stopped():
+                raise Closed
+            time.sleep(0.02)
+        try:
+            start, size = self.range_of(page)
+            if self.records["here"][page]:
+                if self.known[page] or self._crc(start, size) == int(self.records["crc"][page]):
+                    self.known[page] = True
+                    return 0
+                self.records["here"][page] = 0
+            data = get(start, size)
+            self._write(data, start)
+            self.records["crc"][page] = zlib.crc32(data)
+            self.records["used"][page] = int(time.time())
+            self.records["here"][page] = 1
+            self.known[page] = True
+            return size
+        finally:
+            unlock_range(self.locks, _FETCHING + page)
+
+    def read(self, start: int, size: int) -> np.ndarray:
+        """Bytes of pages that are there: uint8 [size]."""
+        data = np.empty(size, np.uint8)
+        place = 0
+        while place < size and (count := os.preadv(self.descriptor, [data.data[place:]], start + place)):
+            place += count
+        if place < size:
+            raise OSError(errno.EIO, f"{self.path} has become shorter")
+        return data
+
+    def _crc(self, start: int, size: int) -> int:
+        return zlib.crc32(self.read(start, size).data)
+
+    def _write(self, data: memoryview, start: int) -> None:
+        place = 0
+        while place < len(data):
+            place += os.pwrite(self.descriptor, data[place:], start + place)
+
+
+class CachedFile:
+    """A file in a store, read by way of a cache. Its methods may be called by any number of threads.
+
+    Attributes: `address`; `size` in bytes; `path` and `descriptor` of the sparse file that pages of images are in;
+    `tables`, the path of the one that tables are in.
+
+    Args:
+        digest: "sha256:…" of the whole file, where it is known: it is looked at when all pages are there together.
+        stopped: whether the threads that wait here are to end.
+
+    Raises:
+        UserError: where the cache cannot be written.
+    """
+
+    def __init__(
+        self, store: Store, address: Address, stat: Stat, cache: Cache, fetcher: Fetcher, digest: str | None = None
+    ) -> None:
+        self.address, self.size = address, stat.size
+        self._store, self._stat, self._cache, self._fetcher, self._digest = store, stat, cache, fetcher, digest
+        try:
+            self._pages, self._tables = self._opened()
+        except OSError as error:
+            raise UserError(f"--cache {printable(str(cache.folder))} cannot be written: {error.strerror}") from None
+        self.path, self.descriptor, self.tables = self._pages.path, self._pages.descriptor, self._tables.path
+        self._damage: str | None = None
+        self._checked = digest is None or (self.path.parent / _checked_name(digest)).exists()
+        self._whole = threading.Lock()
+
+    def read(self, start: int, size: int, stopped: Callable[[], bool] = _never) -> np.ndarray:
+        """Bytes of a table, uint8 [size], which are kept apart from the images. StoreError where they cannot be had."""
+        if size == 0:
+            return np.empty(0, np.uint8)
+        tables = self._tables
+        pages = tables.pages_of(np.array([start]), np.array([size]))
+        # what is missing comes in few requests, each of a run of neighbours
+        missing = np.array([page for page in pages if not tables.is_there(int(page))], np.int64)
+        runs = np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1) if len(missing) else []
+        most = PAGE // TABLE
+        parts = [run[place : place + most] for run in runs for place in range(0, len(run), most)]
+        tasks = [((self, "tables", int(part[0]), len(part)), self._table_task(part)) for part in parts]
+        self._fetcher.ask(tasks)
+        self._fetcher.wait([key for key, _ in tasks], stopped)
+        return tables.read(start, size)
+
+    @contextlib.contextmanager
+    def held(self, start: np.ndarray, size: np.ndarray, stopped: Callable[[], bool] = _never) -> Iterator[None]:
+        """Within it these bytes of the sparse file are there.
+
+        Args:
+            start, size: of each range, [n].
+
+        Raises:
+            StoreError: where they cannot be had.
+            Closed: when whoever asked is to end.
+        """
+        pages = self._pages.pages_of(start, size)
+        self.hold(pages, stopped)
+        try:
+            yield
+        finally:
+            self.release(pages)
+
+    def pages_of(self, start: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """The pages that ranges touch (see `SparseFile.pages_of`)."""
+        return self._pages.pages_of(start, size)
+
+    def hold(self, pages: np.ndarray, stopped: Callable[[], bool] = _never) -> None:
+        """Have pages there, and keep them until `release`. Raises as `held`."""
+        if self._damage is not None:
+            raise BetonError(self._damage)
+        numbers = pages.tolist()
+        for page in numbers:
+            self._pages.hold(page)
+        try:
+            self._pages.touch(pages)
+            missing = [page for page in numbers if not self._pages.is_there(page)]
+            if missing:
+                keys = [(self, page) for page in missing]
+                self._fetcher.ask([(key, self._page_task(key[1])) for key in keys])
+                self._fetcher.wait(keys, stopped)
+        except BaseException:
+            self.release(pages)
+            raise
+        if self._damage is not None:
+            self.release(pages)
+            raise BetonError(self._damage)
+
+    def release(self, pages: np.ndarray) -> None:
+        """Let go of pages that were held."""
+        for page in pages.tolist():
+            self._pages.release(page)
+
+    def ahead(self, pages: np.ndarray) -> None:
+        """Have pages fetched, in this order, after what is waited for."""
+        tasks = [((self, page), self._page_task(page)) for page in pages.tolist() if not self._pages.is_there(page)]
+        if tasks:
+            self._fetcher.ask(tasks, ahead=True)
+
+    def missing(self) -> int:
+        """How many pages are not there."""
+        return int((self._pages.records["here"] == 0).sum())
+
+    def _opened(self) -> tuple[SparseFile, SparseFile]:
+        """Both sparse files, of a folder that nobody removes while they are open."""
+        while True:
+            place = self._cache.entry(self.address, self._stat)
+            with contextlib.suppress(FileNotFoundError):
+                pages = SparseFile(place, "pages", self.size, PAGE)
+                if lock_range(pages.locks, OPEN, shared=True) and (place / "pages.records").exists():
+                    return pages, SparseFile(place, "tables", self.size, TABLE)
+
+    def _get(self, start: int, size: int) -> memoryview:
+        try:
+            return self._store.read(self.address.key, start, size, self._stat.version)
+        except Changed:
+            raise UserError(
+                f"{self.address} is no longer the file that was opened: it has been replaced meanwhile. Begin again "
+                "when it stays as it is"
+            ) from None
+
+    def _page_task(self, page: int) -> Callable[[], None]:
+        def work() -> None:
+            pages = self._pages
+            pages.hold(page)
+            try:
+                written = self._on_disk(lambda: pages.fetch(page, self._get, lambda: self._store.closed))
+            finally:
+                pages.release(page)
+            if written:
+                self._cache.added(written)
+                if not self._checked:
+                    self._check_whole()
+
+        return work
+
+    def _table_task(self, part: np.ndarray) -> Callable[[], None]:
+        def work() -> None:
+            tables, first = self._tables, int(part[0])
+            begin = first * TABLE
+            data = self._get(begin, min(self.size, (int(part[-1]) + 1) * TABLE) - begin)
+
+            def cut(start: int, size: int) -> memoryview:
+                return data[start - begin : start - begin + size]
+
+            closed = lambda: self._store.closed  # noqa: E731
+            written = sum(self._on_disk(lambda page=int(page): tables.fetch(page, cut, closed)) for page in part)
+            self._cache.added(written)
+
+        return work
+
+    def _on_disk(self, work: Callable[[], int]) -> int:
+        """What `work` gives; a disk that is full gets room once."""
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"--cache {printable(str(self._cache.folder))}: {error.strerror or error}") from None
+        self._cache.drop(self._cache.limit // 2)
+        try:
+            return work()
+        except OSError as error:
+            raise UserError(
+                f"--cache {printable(str(self._cache.folder))} cannot be written: {error.strerror}. Give a smaller "
+                "--cache-size, or another folder"
+            ) from None
+
+    def _check_whole(self) -> None:
+        """Look at the digest of the whole file, once its last pages are there."""
+        here = self._pages.records["here"]
+        missing = np.flatnonzero(here == 0)
+        # those that hold tables alone are never asked for
+        if 0 < len(missing) <= 2 and np.isin(missing, (0, len(here) - 1)).all():
+            self.ahead(missing)
+        if len(missing) or not self._whole.acquire(blocking=False):
+            return
+        try:
+            if self._checked:
+                return
+            pages = np.arange(len(here))
+            for page in pages.tolist():
+                self._pages.hold(page)
+            try:
+                if not self._pages.records["here"].all():
+                    return
+                with self.path.open("rb") as file:
+                    found = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+                self._checked = True
+                if found == self._digest:
+                    (self.path.parent / _checked_name(self._digest)).touch()
+                    return
+                self._pages.records["here"][:] = 0
+            finally:
+                self.release(pages)
+            self._damage = (
+                f"{self.address} is not what the set's index says: the digest of its bytes is another. It is damaged, "
+                "or the index is of other files"
+            )
+        finally:
+            self._whole.release()
+
+
+def _checked_name(digest: str | None) -> str:
+    return f"checked-{(digest or '').removeprefix('sha256:')[:64]}"

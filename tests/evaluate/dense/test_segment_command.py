@@ -1,0 +1,84 @@
+"""`fastpmae-eval segment` as a user starts it: a folder of images and masks in, a network and figures out."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastpmae import UserError
+from fastpmae.evaluate.cli import read_command
+from fastpmae.evaluate.dense.commands import Segment
+from fastpmae.evaluate.recipe import FINETUNE_PRESETS
+from tests.evaluate.dense.made import scene, start
+from tests.test_train import environment
+
+WORDS = [
+    "--preset", "small", "--iterations", "4", "--warmup-iterations", "1", "--batch-size", "4", "--crop-size", "32",
+    "--channels", "8", "--log-every", "2", "--eval-every", "0", "--heads", "2", "--workers", "1", "--device", "cpu",
+]  # fmt: skip
+
+
+def folder_of_pairs(folder: Path) -> Path:
+    """train/ and val/ with images/ and masks/."""
+    for split, numbers in (("train", range(5)), ("val", range(20, 22))):
+        for part in ("images", "masks"):
+            (folder / split / part).mkdir(parents=True)
+        for number in numbers:
+            pixels, mask, _ = scene(number)
+            Image.fromarray(pixels).save(folder / split / "images" / f"{number}.png")
+            Image.fromarray(mask.clip(-1, 2).astype("uint8")).save(folder / split / "masks" / f"{number}.png")
+    return folder
+
+
+def evaluated(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastpmae.evaluate.protocols", *map(str, words)],
+        env={**environment(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_a_folder_in_a_network_and_figures_out(tmp_path: Path):
+    pytest.importorskip("segmentation_models_pytorch", reason="pip install 'fastpmae[dense]'")
+    images, out = folder_of_pairs(tmp_path / "set"), tmp_path / "out"
+    start(tmp_path)
+    done = evaluated("segment", tmp_path / "vit.pth", "--train", images, "--ignore", 255, "--out", out, *WORDS)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "segment.json").read_text())
+    assert f"segment: mIoU {record['miou']:.2f} %" in done.stdout
+    assert (record["evaluation"], record["images"], record["classes"]) == ("segment", 2, 3)
+    assert record["segment"]["iterations"] == 4
+    with (out / "segment-classes.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 3
+    assert (out / "segment-confusion.png").exists()
+    assert (out / "segmenter.safetensors").exists()
+    assert (out / "train.log").read_text().splitlines()[-1].startswith("step 4/4: loss")
+
+
+@pytest.mark.untyped
+def test_presets_are_taken_by_their_command():
+    """A preset of one command is none of another's, and its settings are flags."""
+    command = read_command(["segment", "w", "--train", "t", "--preset", "mae", "--iterations", "2000"])
+    assert isinstance(command, Segment)
+    assert (command.config.lr, command.config.relative_positions, command.config.iterations) == (1e-4, True, 2000)
+    with pytest.raises(UserError, match="--preset deit: there is no such preset; choose one of paper, mae, small"):
+        read_command(["segment", "w", "--train", "t", "--preset", "deit"])
+    with pytest.raises(UserError, match="--preset mae: there is no such preset"):
+        read_command(["finetune", "w", "--train", "t", "--preset", "mae"])
+    other = read_command(["finetune", "w", "--train", "t", "--preset", "small"])
+    assert getattr(other, "config", None) == FINETUNE_PRESETS["small"]
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    from fastpmae.evaluate.dense.extra import imported
+
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    with pytest.raises(UserError, match=r"is not installed: pip install 'fastpmae\[dense\]'"):
+        imported("segmentation_models_pytorch", "segmentation-models-pytorch")
