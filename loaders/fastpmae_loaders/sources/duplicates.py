@@ -1,6 +1,7 @@
 """Which images of a set are shown before: one bit for each, in a file beside the set's index.
 
-A file that was made for another index, or is damaged, is refused.
+The order of an epoch leaves out the images whose bit is 1. A file that was made for another index, or is damaged, is
+refused: without it images would be shown that should not be.
 """
 
 import hashlib

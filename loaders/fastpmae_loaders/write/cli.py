@@ -83,7 +83,7 @@ class Parts:
     finish: bool = False
     """Make the parts in the folder SRC a set, when all of them are there."""
     deduplicate: bool = False
-    """Note which images have the bytes of one before them, beside the set."""
+    """Note which images have the bytes of one before them: no epoch shows them."""
     on: Annotated[str, tyro.conf.arg(metavar="local|ray|ray://HEAD")] = "local"
     """Where the parts are written: here, by the Ray cluster that this machine belongs to, or by the one at an address.
     There --workers is the cores of a task, by default one."""
@@ -197,7 +197,7 @@ def _describe_set(written: WrittenSet) -> int:
     tell(f"  {written.kept:,} with their own bytes, {index.images - written.kept:,} converted")
     _tell_classes(index.classes)
     if written.duplicates is not None:
-        tell(f"  {written.duplicates:,} of them have the bytes of one before them")
+        tell(f"  {written.duplicates:,} of them have the bytes of one before them: no epoch shows those")
     if written.bad:
         bad = "bad image was" if len(written.bad) == 1 else "bad images were"
         tell(f"  {len(written.bad):,} {bad} left out, listed in {written.path}/{BAD}")

@@ -45,7 +45,7 @@ def finish_set(out: str | os.PathLike[str], deduplicate: bool = False) -> Writte
     where that is the same in all of them, else sorted; who reads a part goes by its names.
 
     Args:
-        deduplicate: note which images have the bytes of one before them, in `duplicates.bits`.
+        deduplicate: note which images have the bytes of one before them, in `duplicates.bits`: no epoch shows them.
 
     Raises:
         UserError: where parts are missing, which it names, or have labels that do not go together.
