@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from fastpmae.settings.rates import check_one_rate, peak_rate, with_one_rate
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.stores.address import Address, parse_address
+from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.values import Typed, local_path
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -24,7 +26,12 @@ class Data(Typed):
 
     beton: Path | tuple[str, ...] | None = None
     """The .beton file to pretrain on, or a set of them (`fastpmae-write` makes both); `--loader torch` and `dali` also
-    read folders of images and tar shards. Several are mixed, by the weight behind each: `a.beton:0.7 b/:0.3`."""
+    read folders of images and tar shards. Several are mixed, by the weight behind each: `a.beton:0.7 b/:0.3`. Either
+    may lie in a store (s3://, gs://, az://, https://)."""
+    cache: Path | None = None
+    """Folder that keeps parts of what lies in a store; by default fastpmae/stores in the user's folder of caches."""
+    cache_size: str = "100GB"
+    """Size up to which that folder grows, as 200GB or 1.5TiB; what was not used for longest goes first."""
     loader: Literal["native", "ffcv", "dali", "torch"] = DEFAULT_ENGINE
     """Engine that reads the images: `native`, `ffcv` and `torch` give the same bytes; those of `dali` differ slightly
     by its decoder and resize."""
@@ -36,6 +43,18 @@ class Data(Typed):
     """Shuffle page by page, which reads a disk in long stretches; auto does so for sets and files above the memory."""
     bad_fraction: float = 0.01
     """Stop when more than this share of the images seen, and at least four of them, do not decode."""
+
+    def __post_init__(self) -> None:
+        address = Address.of_text(self.beton)
+        if address is not None:
+            object.__setattr__(self, "beton", (str(address),))
+        super().__post_init__()
+        _ = self.cached
+
+    @property
+    def cached(self) -> CacheSettings:
+        """Where what lies in a store is kept. UserError for a size that is none."""
+        return CacheSettings(self.cache, self.cache_size)
 
 
 @dataclass(frozen=True)
@@ -206,7 +225,10 @@ class Run(Typed):
     """Where the run lives and what it leaves behind."""
 
     out: Path | None = None
-    """Folder of the run; by default runs/<date>-<name>."""
+    """Folder of the run; by default runs/<date>-<name>. At an address in a store it is what --upload says."""
+    upload: str | None = None
+    """Address in a store (s3://, gs://, az://) to which checkpoints and log are taken, and from which they come back
+    where a run is resumed; without --out the run's folder of this machine then lies beside --cache."""
     name: str = ""
     """Name of the run; by default the preset's."""
     preset: str = "paper"
@@ -243,7 +265,13 @@ class Run(Typed):
     """Log to Weights & Biases too, where it is installed."""
 
     def __post_init__(self) -> None:
+        address = Address.of_text(self.out)
+        if address is not None:
+            object.__setattr__(self, "upload", str(address))
+            object.__setattr__(self, "out", None)
         super().__post_init__()
+        if self.upload is not None:
+            object.__setattr__(self, "upload", str(parse_address(self.upload)))
         if self.resume is not None:
             local_path(self.resume)
 
@@ -328,62 +356,6 @@ class Config(Typed):
     def flat(self) -> dict[str, Any]:
         """Every setting by its name, as plain JSON values."""
         return {name: value for group in self.groups().values() for name, value in group.items()}
-
-
-def peak_rate(blr: float | None, lr: float | None, batch_size: int) -> float:
-    """The peak learning rate: `lr` where it is set, else the base rate for so many images a step."""
-    if lr is not None:
-        return lr
-    assert blr is not None
-    return blr * batch_size / 256
-
-
-def check_one_rate(blr: float | None, lr: float | None) -> None:
-    """Raise UserError unless exactly one of a base rate and a peak rate is set."""
-    if blr is not None and lr is not None:
-        raise UserError(
-            f"--blr {blr} and --lr {lr} are both set: --blr is the learning rate for 256 images, --lr the peak rate "
-            "whatever the batch size; leave one out"
-        )
-    if blr is None and lr is None:
-        raise UserError("no learning rate is set: name one with --blr (for 256 images) or --lr (the peak rate itself)")
-
-
-def with_one_rate(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that change others, with `blr` taken back where they set `lr` alone, and the reverse."""
-    for name, other in (("lr", "blr"), ("blr", "lr")):
-        if settings.get(name) is not None and other not in settings:
-            return settings | {other: None}
-    return settings
-
-
-def rate_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is different about the learning rate of two records of settings, a phrase or none.
-
-    Nothing is where the peak is the same, whichever setting says so, or the batch size alone makes it another.
-
-    Args:
-        before: may be a stranger's.
-    """
-    names = [name for name in ("blr", "lr") if now[name] is not None]
-    same = all(before.get(name) == now[name] for name in ("blr", "lr"))
-    peak_before, peak = _peak_in(before), _peak_in(now)
-    if same or peak_before == peak:
-        return []
-    for name in names:
-        if before.get(name) is not None:
-            return [f"--{name} was {printable(str(before[name]))} and is now {now[name]}"]
-    return [f"the peak learning rate was {peak_before} and is now {peak}"]
-
-
-def _peak_in(record: dict[str, Any]) -> float | None:
-    """The peak learning rate of a record of settings; None where it tells none."""
-    blr, lr, batch_size = (record.get(name) for name in ("blr", "lr", "batch_size"))
-    if isinstance(lr, int | float):
-        return lr
-    if isinstance(blr, int | float) and isinstance(batch_size, int):
-        return peak_rate(blr, None, batch_size)
-    return None
 
 
 def settings_by_name() -> dict[str, str]:

@@ -37,6 +37,7 @@ from fastpmae.run.log import Log, Meter, about_run
 from fastpmae.run.malloc import tune_allocator
 from fastpmae.run.session import Session, open_session
 from fastpmae.run.telemetry import peak_memory
+from fastpmae.run.uploads import Uploads, open_uploads
 from fastpmae_loaders import PairedViews, Samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.errors import RunError, UserError
@@ -62,6 +63,7 @@ def pretrain(config: Config) -> Path:
                     train(run, stage, session)
         session.wait()
         session.log.say(f"done: {session.step} of {run.total_steps} steps, in {session.folder}")
+        session.finish()
     return session.folder
 
 
@@ -111,6 +113,7 @@ class Pretraining:
         opened: its folder, and the checkpoint that this start goes on from.
         step: that the checkpoint stands after.
         last_step: where this start ends.
+        uploads: what takes it to a store, on the main rank.
     """
 
     config: Config
@@ -122,6 +125,7 @@ class Pretraining:
     opened: OpenRun
     step: int
     last_step: int
+    uploads: Uploads | None
 
     def phases_left(self) -> list[Phase]:
         """The phases of this start: the one whose networks its checkpoint holds, even where it ends there, and on."""
@@ -196,6 +200,7 @@ def open_pretraining(config: Config, session: Session) -> Pretraining:
     ranks = session.ranks
     if config.efficiency.teacher_precision == "fp8":
         check_fp8_device(ranks.device)
+    uploads = open_uploads(config, ranks)
     images = open_images(config)
     config = resolve(config, ranks.device, images)
     steps_per_epoch = steps_in_epoch(images, config, ranks)
@@ -206,7 +211,7 @@ def open_pretraining(config: Config, session: Session) -> Pretraining:
     total_steps = steps_per_epoch * config.optimizer.epochs
     last_step = total_steps if config.run.steps is None else min(total_steps, config.run.steps)
     return Pretraining(
-        config, images, identity, online_evaluation, steps_per_epoch, total_steps, opened, step, last_step
+        config, images, identity, online_evaluation, steps_per_epoch, total_steps, opened, step, last_step, uploads
     )
 
 
@@ -309,6 +314,7 @@ def begin(run: Pretraining, stage: Stage, session: Session) -> None:
         sentences=remarks
         + describe_run(config, run.images, ranks, stage.training.student, run.steps_per_epoch, run.opened.folder)
         + about,
+        uploads=run.uploads,
     )
     if ranks.is_main:
         write_machine(run.opened.folder)

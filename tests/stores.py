@@ -20,6 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from fastpmae_loaders.stores.address import parse_address
+from fastpmae_loaders.stores.client import Store
+
 KEY, SECRET = "TESTKEYID0000", "TESTSECRET0000"
 BUCKET = "bucket"
 
@@ -118,6 +121,8 @@ def s3_server(folder: Path) -> Iterator[Server]:
     command = [
         weed, "server", "-s3", "-dir", str(folder / "data"), "-ip", "127.0.0.1", "-ip.bind", "127.0.0.1",
         "-s3.config", str(folder / "keys.json"), "-master.volumeSizeLimitMB=64", "-volume.max=50",
+        # two catalogues that would listen on ports of their own, and end a second server of the machine
+        "-s3.port.iceberg=0", "-s3.port.lance=0",
         *(f"-{name}={port}" for name, port in ports.items()),
     ]  # fmt: skip
     server = Server(s3, command, folder / "weed.log")
@@ -126,6 +131,11 @@ def s3_server(folder: Path) -> Iterator[Server]:
         place = f"http://127.0.0.1:{filer}/buckets/{BUCKET}/"
         assert server.process is not None
         until(lambda: _posted(place), server.process, server.log)
+        # it listens before it can write
+        with told(server):
+            store = Store(parse_address(f"s3://{BUCKET}"), deadline=60)
+            store.put(".ready", b"")
+            store.delete(".ready")
         yield server
     finally:
         server.kill()

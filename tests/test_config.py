@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastpmae import PRESETS, Config, UserError, preset, pretrain, read_config
-from fastpmae.config import Efficiency, Optimizer, rate_changes
+from fastpmae.config import Efficiency, Optimizer
 from fastpmae.config_file import config_from, write_config
 from fastpmae.evaluate.cli import Finetune, Probe
 from fastpmae.evaluate.cli import read_command as read_evaluation
@@ -17,6 +17,8 @@ from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE, FinetuneConfig
 from fastpmae.model.build import SHAPES, check, shape_of, view_settings, warmup_epochs
 from fastpmae.model.phases import phases_of
 from fastpmae.pretraining.cli import read_command
+from fastpmae.run.folder import folder_of
+from fastpmae.settings.rates import rate_changes
 
 # the paper: section 3.2 (teachers), 3.3 (prototypes), equation 5 (weights), 4 and appendix A (everything else)
 PAPER: dict[str, Any] = {
@@ -305,8 +307,11 @@ def test_using_converts_what_loses_nothing() -> None:
         ({"beton": 3}, "beton is 3; expected a path or several values, each a text or None"),
         ({"model": None}, "model is None; expected a text"),
         *(({name: "s3://bucket/run"}, "s3://bucket/run: s3:// is not supported")
-          for name in ("beton", "out", "init", "resume", "eval_train", "eval_val")),
-        ({"out": Path("gs://bucket/run")}, "gs://bucket/run: gs:// is not supported"),
+          for name in ("init", "resume", "eval_train", "eval_val")),
+        *(({name: "hdfs://bucket/run"}, "hdfs://bucket/run: hdfs:// is not supported")
+          for name in ("beton", "out", "upload")),
+        ({"out": Path("s3://key:word@bucket/run")}, "holds no credentials"),
+        ({"cache_size": "much"}, "a cache's size is 'much'"),
     ],
     ids=str,
 )  # fmt: skip
@@ -335,14 +340,24 @@ def test_a_course_is_checked_as_settings_are() -> None:
             dataclasses.replace(FINETUNE_PRESETS["small"], **{name: value})
 
 
-@pytest.mark.parametrize("words", [["--out", "s3://b/run"], ["--out=s3://b/run"], ["--resume", "gs://b/run"],
-                                   ["--config", "hf://b/c.json"], ["--beton", "https://b/x.beton"],
+@pytest.mark.parametrize("words", [["--out", "hf://b/run"], ["--out=hf://b/run"], ["--resume", "gs://b/run"],
+                                   ["--config", "hf://b/c.json"], ["--beton", "hf://b/x.beton"],
                                    ["--init", "s3://b/w.pth"]])  # fmt: skip
 def test_addresses_on_the_command_line(words: list[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^\w+://b/\S+: \w+:// is not supported"):
         read_command(words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_may_lie_in_a_store_may_be_an_address(tmp_path: Path) -> None:
+    config = read_command(["--beton", "s3://b/set/", "--out", "gs://b/run", "--cache", str(tmp_path)])
+    assert (config.data.beton, config.run.out, config.run.upload) == (("s3://b/set",), None, "gs://b/run")
+    assert folder_of(config).parent == tmp_path / "runs"
+    assert config.using(out=tmp_path).run.upload == "gs://b/run"
+    several = PRESETS["demo"].using(beton=("s3://b/set:0.5", "here.beton:0.5")).data.beton
+    assert several == ("s3://b/set:0.5", "here.beton:0.5")
+    assert config_from(config.groups(), "a file") == config
 
 
 @pytest.mark.parametrize("wrong", [None, {"epochs": 1}, "demo"])

@@ -16,6 +16,7 @@ ROOMS = {
         [
             "weights",
             "renamed",
+            "settings",
             "config",
             "presets",
             "config_file",

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fastpmae.config import check_one_rate, peak_rate, rate_changes, with_one_rate
+from fastpmae.settings.rates import check_one_rate, peak_rate, rate_changes, with_one_rate
 from fastpmae_loaders import View
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import Typed

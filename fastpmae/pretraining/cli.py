@@ -15,10 +15,13 @@ from fastpmae.presets import PRESETS, preset
 from fastpmae.renamed import SETTINGS, refuse_old_flags
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, read_progress, settings_in
 from fastpmae.run.folder import run_of
+from fastpmae.run.uploads import bring_back, local_folder
 from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.words import last_value, numbers_on, with_values
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
+from fastpmae_loaders.stores.address import is_address, parse_address
+from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.values import Typed, local_path
 
 DESCRIPTION = f"""Pretrain a vision transformer with Pseudo-MAE on a .beton file.
@@ -79,6 +82,12 @@ def _base(words: list[str]) -> Config:
     if name is not None:
         return preset(name)
     if resume is not None:
+        upload = out if is_address(out) else last_value(words, "--upload")
+        if resume == "auto" and upload is not None:
+            named = last_value(words, "--cache")
+            cached = CacheSettings(None if named is None else Path(named))
+            out = str(local_folder(parse_address(upload), cached)) if out == upload or out is None else out
+            bring_back(parse_address(upload), Path(out))
         path = Path(out) if resume == "auto" and out is not None else Path(resume)
         return settings_of_run(path).using(steps=None)
     return PRESETS["paper"]

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,10 +29,18 @@ class Saver:
         device: what the run computes on.
         keep: older checkpoints to keep beside the newest.
         first: whether this rank writes. The others only take part in putting sharded tensors together.
+        written: told of each checkpoint that is written.
     """
 
-    def __init__(self, device: torch.device, keep: int, *, is_main: bool = True):
-        self.device, self.keep, self.is_main = device, keep, is_main
+    def __init__(
+        self,
+        device: torch.device,
+        keep: int,
+        *,
+        is_main: bool = True,
+        written: Callable[[Path], None] = lambda path: None,
+    ):
+        self.device, self.keep, self.is_main, self.written = device, keep, is_main, written
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.gpu = _FromGpu(device) if is_main and device.type == "cuda" else None
@@ -113,6 +121,7 @@ class Saver:
             if self.gpu is not None:
                 self.gpu.copied.synchronize()
             write_checkpoint(path, copies, progress, self.keep)
+            self.written(path)
         except Exception as error:
             self.error = error
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpmae.config import Config, rate_changes, settings_by_name
+from fastpmae.config import Config, settings_by_name
 from fastpmae.config_file import read_config, write_config
 from fastpmae.distributed.ranks import Ranks, has_bf16
 from fastpmae.model.build import pixel_epochs, warmup_epochs
@@ -28,12 +28,15 @@ from fastpmae.run.checkpoint import (
     step_of,
 )
 from fastpmae.run.images import absolute, source_notes
+from fastpmae.run.uploads import local_folder
+from fastpmae.settings.rates import rate_changes
 from fastpmae_loaders import Samples
 from fastpmae_loaders.engines.base import by_page
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write, remove_partial
 from fastpmae_loaders.locks import lock
 from fastpmae_loaders.printable import printable
+from fastpmae_loaders.stores.address import parse_address
 
 # What decides the numbers that a run computes. Where it lies, how it saves and speaks and what it runs on is not in
 # here; the images are compared by their contents.
@@ -214,13 +217,15 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
 
 def recorded(config: Config) -> Config:
     """The settings without those that belong to one start of the run."""
-    return config.using(out=None, resume=None, accept_changes=False, profile=0)
+    return config.using(out=None, upload=None, resume=None, accept_changes=False, profile=0)
 
 
 def folder_of(config: Config) -> Path:
     """The run's folder: --out, else the one that --resume names, else a new one under runs/."""
     if config.run.out is not None:
         return config.run.out
+    if config.run.upload is not None:
+        return local_folder(parse_address(config.run.upload), config.data.cached)
     resume = config.run.resume
     if resume is not None:
         folder = None if resume == "auto" else run_of(Path(resume))
@@ -289,7 +294,8 @@ def describe_run(
             f"warning: {rows} class tokens a batch share {prototypes} prototypes, too few to fill them: expect a weak "
             "class loss; a larger --batch-size or fewer --prototypes helps"
         )
-    return [*lines, f"run folder: {folder}"]
+    taken = "" if config.run.upload is None else f", taken to {config.run.upload}"
+    return [*lines, f"run folder: {folder}{taken}"]
 
 
 def describe_machine() -> dict[str, Any]:

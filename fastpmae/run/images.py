@@ -16,7 +16,7 @@ def open_images(config: Config) -> Samples:
     """The run's images. Raises UserError without --beton, or when what it names is not sound."""
     if not config.data.beton:
         raise UserError("--beton FILE is missing: name the images to train on (fastpmae-write makes the file)")
-    return open_samples(config.data.beton)
+    return open_samples(config.data.beton, cache=config.data.cached)
 
 
 def sources(config: Config) -> tuple[str, ...]:
@@ -28,6 +28,7 @@ def sources(config: Config) -> tuple[str, ...]:
 def absolute(config: Config, images: Samples) -> Path | tuple[str, ...] | None:
     """Where the run's images lie, so that they are found from any folder; weights stay behind the sources."""
     if not isinstance(config.data.beton, tuple):
+        assert isinstance(images.path, Path)  # an address stands in a tuple
         return images.path.resolve()
     return tuple(_absolute(source) for source in config.data.beton)
 

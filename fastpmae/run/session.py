@@ -16,6 +16,7 @@ from fastpmae.run.deterministic import deterministic
 from fastpmae.run.log import Log
 from fastpmae.run.signals import Stop
 from fastpmae.run.telemetry import StepTrace, garbage_between_steps
+from fastpmae.run.uploads import Uploads
 from fastpmae_loaders.errors import Interrupted
 
 Entered = TypeVar("Entered")
@@ -67,6 +68,7 @@ class Session:
         saved_step: int | None = None,
         traced: int = 0,
         sentences: Sequence[str] = (),
+        uploads: Uploads | None = None,
     ) -> None:
         """Open the log, say the sentences, and start the clocks of rows and checkpoints.
 
@@ -77,11 +79,14 @@ class Session:
             save_steps: steps between two checkpoints, besides; 0 saves by the clock alone.
             saved_step: of the folder's newest checkpoint, where this training goes on from it.
             traced: steps of the main rank that torch's profiler is to watch.
+            uploads: takes what is written to a store; the main rank's alone.
         """
         self.folder, self.step, self.last_step = folder, step, last_step
         self.save_every, self.save_steps, self.saved_step = save_every, save_steps, saved_step
         self.log = self.enter(log)
-        self.saver = self.enter(Saver(self.ranks.device, keep, is_main=self.ranks.is_main))
+        written = {} if uploads is None else {"written": uploads.checkpoint}
+        self.uploads = uploads if uploads is None else self.enter(uploads)
+        self.saver = self.enter(Saver(self.ranks.device, keep, is_main=self.ranks.is_main, **written))
         for sentence in sentences:
             self.log.say(sentence)
         self.trace = None
@@ -111,6 +116,8 @@ class Session:
             self.trace.step()
         self.collect(self.step)
         self.log.step(self.step, epoch, list(failed))
+        for sentence in [] if self.uploads is None else self.uploads.remarks():
+            self.log.say(sentence)
         on_time = time.monotonic() - self.saved_at >= 60 * self.save_every
         self.signal, on_time, saver_failed = self.ranks.max_over_ranks(self.stop.signal, on_time, self.saver.failed)
         if saver_failed:
@@ -142,7 +149,14 @@ class Session:
             if self.saved_step != self.step:
                 self.save(state)
             self.wait()
-            raise Interrupted(self.signal, self.step, self.last_step, self.folder)
+            self.finish()
+            place = self.folder if self.uploads is None else self.uploads.address
+            raise Interrupted(self.signal, self.step, self.last_step, place)
+
+    def finish(self) -> None:
+        """Until all that is to be in a store is there. Raises RunError where it could not be taken there."""
+        if self.uploads is not None:
+            self.uploads.finish(signalled=bool(self.signal))
 
 
 @contextlib.contextmanager

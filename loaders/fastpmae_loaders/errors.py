@@ -1,7 +1,6 @@
 """Errors that carry a sentence for the user instead of a traceback."""
 
 import signal
-from pathlib import Path
 
 from fastpmae_loaders.printable import printable_lines
 
@@ -30,7 +29,7 @@ class Interrupted(RunError):
     is_main = True
     """Whether this is the main rank, which says so for all."""
 
-    def __init__(self, number: int, step: int, last_step: int, folder: Path):
+    def __init__(self, number: int, step: int, last_step: int, folder: object):
         super().__init__(
             f"{signal.Signals(number).name} after step {step} of {last_step}: the checkpoint is written; "
             f"continue with --resume --out {folder}"

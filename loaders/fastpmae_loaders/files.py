@@ -39,7 +39,7 @@ def atomic_write(path: Path, force: bool = True) -> Iterator[Path]:
             if path.is_dir():
                 raise UserError(f"{printable(str(path))} is a folder; name the file to write")
             remove_partial(path.parent)
-            folder, alive = _make_partial(path)
+            folder, alive = claim_partial(path)
             # Closed first: a folder with an open file in it cannot be removed on NFS.
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             stack.enter_context(alive)
@@ -106,8 +106,11 @@ def _unchanged(partial: Path) -> float:
     return time.time() - max(path.stat().st_mtime for path in [partial, *partial.iterdir()])
 
 
-def _make_partial(path: Path) -> tuple[Path, IO[bytes]]:
-    """A new folder beside `path`, and the locked file in it that shows others that somebody writes there."""
+def claim_partial(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new folder beside `path`, and the locked file in it that shows others that somebody writes there.
+
+    Once that is closed, `remove_partial` removes the folder.
+    """
     while True:
         # A name that nobody has had: a process's number comes again, in a container always. Of 255 bytes at most, of
         # which a character may take four.

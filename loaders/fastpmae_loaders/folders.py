@@ -20,6 +20,8 @@ from fastpmae_loaders.sources.pictures import ImageError, look
 from fastpmae_loaders.sources.reading import FILE_LIMIT
 from fastpmae_loaders.sources.splits import choose_split, splits_of_files
 from fastpmae_loaders.sources.tar import list_shards, no_images
+from fastpmae_loaders.stores.address import is_address
+from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.values import checked, local_path
 
 if TYPE_CHECKING:  # looking at files needs no torch
@@ -159,21 +161,27 @@ def open_samples(
     path: "Samples | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
     split: str | None = None,
     flat: bool = False,
+    cache: CacheSettings | None = None,
 ) -> "Samples":
     """What lies at a path: a .beton file, a set of them, a tar shard or a folder of them, or a folder of images.
 
-    Samples that are open already come back as they are. Several paths are a Mixture of what lies there; a weight may
-    stand behind each (`a.beton:0.7`).
+    At an address in a store (s3://bucket/set) lies a .beton file or a set of them; `cache` says where its pages are
+    kept on this machine. Samples that are open already come back as they are. Several paths are a Mixture of what lies
+    there; a weight may stand behind each (`a.beton:0.7`).
 
     Raises:
         UserError: where it is none of these, or a folder of both images and shards.
     """
     if not isinstance(path, str | os.PathLike):
         if isinstance(path, list | tuple) and path:
-            return _mixed(path)
+            return _mixed(path, cache)
         if hasattr(path, "payload"):
             return cast("Samples", path)
         raise UserError(f"{path!r} names no images: give a path, or images that are open")
+    if is_address(path):
+        from fastpmae_loaders.sources.remote_beton import open_remote
+
+        return open_remote(path, cache)
     root = _existing(path)
     if root.is_file():
         return TarShards(root) if root.suffix.lower() == ".tar" else Beton(root)
@@ -188,18 +196,18 @@ def open_samples(
     return TarShards(root, split) if files.tars else ImageFolder(root, split, flat)
 
 
-def _mixed(paths: Sequence[str | os.PathLike[str]]) -> "Samples":
+def _mixed(paths: Sequence[str | os.PathLike[str]], cache: CacheSettings | None) -> "Samples":
     """The mixture of what lies at some paths; one alone is itself."""
     from fastpmae_loaders.mixture import Mixture, split_weight
 
     sources = [split_weight(os.fspath(path)) for path in paths]
     weights = [weight for _, weight in sources if weight is not None]
     if len(sources) == 1:
-        return open_samples(sources[0][0])
+        return open_samples(sources[0][0], cache=cache)
     if weights and len(weights) < len(sources):
         without = next(source for source, weight in sources if weight is None)
         raise UserError(f"{printable(without)} has no weight and others have: give one to each, as in {without}:0.5")
-    return Mixture([open_samples(source) for source, _ in sources], weights or None)
+    return Mixture([open_samples(source, cache=cache) for source, _ in sources], weights or None)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

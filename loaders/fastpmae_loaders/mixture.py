@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastpmae_loaders.engines.base import Located, Samples, check_whole, digest, identity, largest, shown
+from fastpmae_loaders.engines.lookahead import Fetched
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.order import Chosen, FileOrder, Order, PageOrder, Pages, pages_of, shuffled_order
 from fastpmae_loaders.printable import printable
@@ -79,6 +80,9 @@ class Mixture:
         )
         if all(isinstance(source, Located) for source in sources):
             self.locate = self._locate
+        windows = [source.window for source in sources if isinstance(source, Fetched)]
+        if windows:
+            self.window, self.ahead = min(windows), self._ahead
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -117,6 +121,11 @@ class Mixture:
         """The stored bytes of one image, uint8."""
         source, own = self.source_of(index)
         return source.payload(own)
+
+    def _ahead(self, indices: np.ndarray) -> int:
+        """See `Fetched`; of the sources that lie in a store."""
+        found = ((source, own) for source, _, own in self._by_source(indices))
+        return sum(source.ahead(own) for source, own in found if isinstance(source, Fetched))
 
     def check_whole(self, unchanged: bool = False) -> None:
         """See `Beton.check_whole`; of every source."""

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Literal
 
@@ -38,6 +38,7 @@ from fastpmae_loaders.position import position_in
 from fastpmae_loaders.recipes import MOST_VIEWS, View, with_shared
 from fastpmae_loaders.sampling import check_key
 from fastpmae_loaders.settings import ViewSettings
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.transfer import Sent, Transfer, device_named
 from fastpmae_loaders.values import checked
 
@@ -91,7 +92,7 @@ class PairedViews:
     @checked
     def __init__(
         self,
-        samples: Samples | str | os.PathLike[str] | Sequence[str],
+        samples: Samples | Address | str | os.PathLike[str] | Sequence[str],
         batch_size: int,
         engine: str = DEFAULT_ENGINE,
         settings: ViewSettings | None = None,
@@ -136,8 +137,7 @@ class PairedViews:
         check_key(seed, 0)
         self.batch_size = batch_size
         self.global_batch = batch_size * world_size
-        self.rank = rank
-        self.world_size = world_size
+        self.rank, self.world_size = rank, world_size
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -356,7 +356,8 @@ class Iteration(Iterator[Batch]):
         self._next: tuple[Job, Sent[Batch]] | None = None
         order, epoch = loader._order_of(loader.epoch), loader.epoch
         self._epoch = epoch
-        self._stream = loader._runner.stream(lambda number: loader._job(order, epoch, number), start, len(loader))
+        job_of, keys_of = partial(loader._job, order, epoch), partial(loader._keys, order)
+        self._stream = loader._runner.stream(job_of, start, len(loader), keys_of)
 
     def __iter__(self) -> "Iteration":
         return self

@@ -14,6 +14,7 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.folders import open_samples
 from fastpmae_loaders.order import FileOrder, ListedOrder
 from fastpmae_loaders.recipes import Interpolation, plain_view
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import checked
 
 
@@ -37,7 +38,7 @@ class PlainViews:
     @checked
     def __init__(
         self,
-        samples: Samples | str | os.PathLike[str] | Sequence[str],
+        samples: Samples | Address | str | os.PathLike[str] | Sequence[str],
         batch_size: int,
         image_size: int = 224,
         crop_ratio: float = 0.875,

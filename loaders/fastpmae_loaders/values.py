@@ -141,6 +141,9 @@ def _as(value: Any, kind: Any, strict: bool) -> Any:
 def _as_one_of(value: Any, choices: tuple[Any, ...], strict: bool) -> Any:
     if value is None and type(None) in choices:
         return None
+    for kind in choices:  # an address in a store, where one may stand, before it is taken for a path
+        if hasattr(kind, "of_text") and (found := kind.of_text(value)) is not None:
+            return found
     # An array stays one, and is not gone through; a text is a path where a path may stand.
     first = (Path, os.PathLike) if isinstance(value, str) else (type(value), Path, os.PathLike)
     order = sorted(choices, key=lambda kind: (get_origin(kind) or kind) not in first)

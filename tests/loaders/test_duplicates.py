@@ -10,10 +10,13 @@ import torch
 from fastpmae_loaders import PairedViews, PlainViews, UserError
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.order import PageOrder, Pages
-from fastpmae_loaders.sources.beton_set import open_set
+from fastpmae_loaders.sources.beton_set import BetonSet, open_set
 from fastpmae_loaders.sources.duplicates import DUPLICATES, duplicates_before, duplicates_file
+from fastpmae_loaders.sources.remote_beton import open_remote
 from fastpmae_loaders.sources.set_index import read_index
+from fastpmae_loaders.stores.cache import CacheSettings
 from tests.loaders.test_sets import loader, make_parts
+from tests.stores import BUCKET, faulty_server, told
 
 LEFT_OUT = np.array([0, 4, 8, 9, 20, 28])
 KEPT = np.setdiff1d(np.arange(29), LEFT_OUT)
@@ -80,6 +83,18 @@ def test_mixed_with_another(sets: tuple[Path, Path]) -> None:
         assert views.count == 23 + 29
         shown = [int(index) for batch in views for index in batch.index]
     assert sorted(shown) == [*KEPT.tolist(), *range(29, 58)]
+
+
+def test_of_a_set_in_a_store(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(sets[1], tmp_path / "data" / BUCKET / "set")
+    with faulty_server(tmp_path / "data") as server, told(server), loader(sets[1]) as here:
+        samples = open_remote(f"s3://{BUCKET}/set", CacheSettings(tmp_path / "cache", "1GB"))
+        assert isinstance(samples, BetonSet)
+        with loader(samples) as there:
+            assert [there.order(epoch).tolist() for epoch in range(2)] == [
+                here.order(0).tolist(),
+                here.order(1).tolist(),
+            ]
 
 
 def test_notes_on_another_index_are_refused_at_the_opening(sets: tuple[Path, Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fastpmae_loaders.machine import usable_memory
 from fastpmae_loaders.recipes import View, recipes_of
 from fastpmae_loaders.sampling import CHOICES, FACTORS
 from fastpmae_loaders.sources.places import Column, Largest, Places
+from fastpmae_loaders.stores.address import Address
 
 ATTEMPTS = 64
 """How many samples in a row are tried before a row is given up."""
@@ -31,8 +32,10 @@ class Samples(Protocol):
     disk; `nbytes` of all. Of many files they are Columns, which find what they are asked for.
     """
 
-    path: Path
     class_names: list[str] | None
+
+    @property
+    def path(self) -> Path | Address: ...
 
     def __len__(self) -> int: ...
 

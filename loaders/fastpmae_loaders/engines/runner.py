@@ -3,7 +3,10 @@
 import weakref
 from collections.abc import Callable
 
+import numpy as np
+
 from fastpmae_loaders.engines.base import Engine, Job, Source
+from fastpmae_loaders.engines.lookahead import Fetched, look_ahead
 from fastpmae_loaders.engines.names import ENGINES
 from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.engines.stream import Stream
@@ -47,12 +50,24 @@ class Runner:
         self._idle: list[Scratch] = []
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 
-    def stream(self, job_of: Callable[[int], Job], start: int, count: int) -> Stream:
-        """A new stream of batches; scratch of streams that ended is used again."""
+    def stream(
+        self,
+        job_of: Callable[[int], Job],
+        start: int,
+        count: int,
+        keys_of: Callable[[int], np.ndarray] | None = None,
+    ) -> Stream:
+        """A new stream of batches; scratch of streams that ended is used again.
+
+        Args:
+            keys_of: what a batch shows (see `make_job`), where that is known before it is made.
+        """
         scratches = [self._idle.pop() if self._idle else self._source.scratch() for _ in range(self._workers)]
         stream = Stream(self._engine, job_of, start, count, scratches, self._ahead)
         self._streams.add(stream)
         stream.start()
+        if keys_of is not None and isinstance(self._source.samples, Fetched):
+            look_ahead(self._source.samples, keys_of, stream, start, count)
         return stream
 
     def end(self, stream: Stream) -> None:

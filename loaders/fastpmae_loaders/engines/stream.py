@@ -14,6 +14,8 @@ from contextlib import suppress
 from fastpmae_loaders.engines.base import Engine, Job
 from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.stores.client import Closed
+from fastpmae_loaders.stores.prefetch import waits_end_when
 
 
 class Stream:
@@ -36,7 +38,7 @@ class Stream:
         self.scratches = scratches
         self._engine = engine
         self._job_of = job_of
-        self._taken = start
+        self._taken = self._begun = start
         self._count = count
         self._ahead = ahead
         self._jobs: dict[int, Job] = {}
@@ -63,6 +65,11 @@ class Stream:
     def closed(self) -> bool:
         """Whether its threads have been ended."""
         return self._stopped
+
+    @property
+    def reached(self) -> int:
+        """The first batch that has not been begun."""
+        return max(self._begun, self._taken)
 
     def take(self, wait: bool = True) -> Job | None:
         """The next batch, in order; None when there is no more. Raises what a thread raised.
@@ -132,6 +139,7 @@ class Stream:
             job = self._jobs.get(number)
             if job is None:
                 job = self._jobs[number] = self._job_of(number)
+                self._begun = max(self._begun, number + 1)
             return number, job
 
     def _work(self, scratch: Scratch) -> None:
@@ -141,7 +149,8 @@ class Stream:
                 number, job = self._next_job(number)
                 if job is None:
                     return
-                done = self._engine.fill(job, scratch)
+                with waits_end_when(lambda: self._stopped):
+                    done = self._engine.fill(job, scratch)
                 number += 1
                 if done:
                     with self._lock:
@@ -150,7 +159,8 @@ class Stream:
                             self._changed.notify_all()
         except BaseException as error:
             with self._lock:
-                if self._error is None:
+                # what ends a wait for a store, where the stream is closed, is none of anybody's business
+                if self._error is None and not (self._stopped and isinstance(error, Closed)):
                     self._error = error
                 self._changed.notify_all()
 

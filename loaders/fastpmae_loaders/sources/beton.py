@@ -15,6 +15,7 @@ import warnings
 import weakref
 import zlib
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.jpeg import check_scans, jpeg_size
 from fastpmae_loaders.sources.places import Places
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import local_path
 
 __all__ = ["COEFFICIENTS", "JPG", "PIXEL_LIMIT", "RAW", "Beton", "jpeg_size"]
@@ -68,11 +70,10 @@ def metadata_type(type_ids: list[int]) -> np.dtype:
 class Beton:
     """A .beton file opened, mapped and checked. Everything is read-only; n is the number of samples.
 
-    Attributes: `width`, `height` int64 [n] in pixels; `mode` uint8 [n] (0 JPEG, 1 raw,
-    3 coefficients); `label` int64 [n]
-    (−1 where the file has no int field); `pointer`, `size` uint64 [n], the byte range of each image, inside
-    the file and outside its tables; `page_of` int64 [n]; `page_size`; `class_names` (list of str, or None);
-    `nbytes`, the size of the file; `data` uint8 memory map of it; `descriptor`, the open file; `path`.
+    Attributes: `width`, `height` int64 [n] in pixels; `mode` uint8 [n] (0 JPEG, 1 raw, 3 coefficients); `label` int64
+    [n] (−1 without an int field); `pointer`, `size` uint64 [n], the byte range of each image, inside the file and
+    outside its tables; `page_of` int64 [n]; `page_size`; `class_names` (list of str, or None); `nbytes`, the size of
+    the file; `data` uint8 memory map of it; `descriptor`, the open file; `path`.
 
     Nothing here reads by way of the map: a file that is cut short while it is read, or a disk that fails, would end the
     process (SIGBUS). What is read from the descriptor is there or is an error.
@@ -83,12 +84,10 @@ class Beton:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = local_path(path)
-        self._open()
+        self._open(path)
         header = self._records(HEADER, 0, 1, "the header")[0]
         self._check_header(header)
-        num_fields = int(header["num_fields"])
-        fields = self._records(DESCRIPTOR, HEADER.itemsize, num_fields, "the field descriptors")
+        fields = self._records(DESCRIPTOR, HEADER.itemsize, int(header["num_fields"]), "the field descriptors")
         type_ids = self._field_types(fields)
         record = metadata_type(type_ids)
         count, start = int(header["num_samples"]), HEADER.itemsize + fields.nbytes
@@ -98,8 +97,7 @@ class Beton:
 
         image = metadata[f"f{type_ids.index(IMAGE_FIELD)}"]
         self.mode = _frozen(image["mode"], np.uint8)
-        self.width = _frozen(image["width"], np.int64)
-        self.height = _frozen(image["height"], np.int64)
+        self.width, self.height = (_frozen(image[side], np.int64) for side in ("width", "height"))
         self.pointer = _frozen(image["data_ptr"], np.uint64)
         labelled = INT_FIELD in type_ids
         label = metadata[f"f{type_ids.index(INT_FIELD)}"] if labelled else np.full(count, -1)
@@ -125,10 +123,14 @@ class Beton:
         with os.fdopen(os.dup(self.descriptor), "rb") as file:
             return np.memmap(file, np.uint8, mode="r")
 
-    def locate(self, indices: np.ndarray) -> tuple[Places, object]:
-        """Where some images lie, and what keeps the file open meanwhile."""
+    def describe(self, indices: np.ndarray) -> Places:
+        """Where some images lie and what they are."""
         columns = (getattr(self, name)[indices] for name in Places._fields[1:])
-        return Places(np.full(len(indices), self.descriptor), *(column.astype(np.int64) for column in columns)), self
+        return Places(np.full(len(indices), self.descriptor), *(column.astype(np.int64) for column in columns))
+
+    def locate(self, indices: np.ndarray) -> tuple[Places, object]:
+        """The same, and what keeps the file open, and the images in it, meanwhile."""
+        return self.describe(indices), self
 
     def payload(self, index: int) -> np.ndarray:
         """The stored bytes of one image, uint8, read-only. BetonError where they can no longer be read."""
@@ -169,13 +171,13 @@ class Beton:
         except BetonError as error:
             raise BetonError(f"{self.path}: sample {int(index)}: {error}") from None
 
-    def _open(self) -> None:
+    def _open(self, path: str | os.PathLike[str]) -> None:
+        here = local_path(path)
+        self.path: Path | Address = here
         try:
-            if not self.path.exists():
-                raise BetonError(f"{self.path} does not exist")
-            if not self.path.is_file():
-                raise BetonError(f"{self.path} is not a file")
-            with self.path.open("rb") as file:
+            if not here.is_file():
+                raise BetonError(f"{self.path} {'is not a file' if here.exists() else 'does not exist'}")
+            with here.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if not status.st_size:
                     raise BetonError(f"{self.path} is empty")
@@ -202,8 +204,7 @@ class Beton:
         """Bytes of the file, uint8 [size]."""
         if not hasattr(os, "preadv"):  # Windows, where a file that is mapped cannot be cut short
             return np.array(self.data[start : start + size])
-        data = np.empty(size, np.uint8)
-        place = 0
+        data, place = np.empty(size, np.uint8), 0
         try:
             while place < size and (count := os.preadv(self.descriptor, [data.data[place:]], start + place)):
                 place += count

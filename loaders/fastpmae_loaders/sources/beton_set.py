@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fastpmae_loaders.errors import BetonError
+from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import PIXEL_LIMIT, Beton
 from fastpmae_loaders.sources.duplicates import DUPLICATES, count_duplicates, read_duplicates
 from fastpmae_loaders.sources.places import Column, Largest, Places, by_names
 from fastpmae_loaders.sources.set_index import INDEX, SetIndex, Shard, read_index
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import local_path
 
 MOST_OPEN = 128
@@ -32,8 +33,8 @@ class BetonSet:
 
     Args:
         index: of the set.
-        path: what the set is called.
-        open_part: opens a part's file; by default that lies in the folder `path`.
+        path: what the set is called: its folder, or its address in a store.
+        open_part: opens the file of a part; by default it lies in the folder `path`.
         duplicates: a bit for each image, 1 where an epoch leaves it out (see `read_duplicates`).
 
     Whoever asks for an image of a part that is missing, damaged or not what the index says gets a BetonError that
@@ -43,12 +44,12 @@ class BetonSet:
     def __init__(
         self,
         index: SetIndex,
-        path: str | os.PathLike[str],
+        path: Path | Address,
         open_part: Callable[[Shard], Beton] | None = None,
         duplicates: np.ndarray | None = None,
     ) -> None:
-        self.index, self.path, self.duplicates = index, Path(path), duplicates
-        self._open_part = open_part or partial(_beside, self.path)
+        self.index, self.path, self.duplicates = index, path, duplicates
+        self._open_part = open_part or partial(_beside, path)
         shards = index.shards
         self._first = np.concatenate([[0], np.cumsum([shard.images for shard in shards])])
         self.nbytes = sum(shard.bytes for shard in shards)
@@ -59,7 +60,7 @@ class BetonSet:
         self.largest = Largest(height, width, min(height * width, PIXEL_LIMIT), stored)
         count = len(self)
         self.height, self.width, self.size, self.mode, self.label = (
-            Column(count, lambda indices, name=name: getattr(self.locate(indices)[0], name))
+            Column(count, lambda indices, name=name: getattr(self.describe(indices), name))
             for name in ("height", "width", "size", "mode", "label")
         )
         self.page_of = Column(count, lambda indices: np.searchsorted(self.page_starts, indices, side="right") - 1)
@@ -123,16 +124,24 @@ class BetonSet:
         number = int(self.part_of(np.array([index]))[0])
         return self.part(number).payload(index - int(self._first[number]))
 
+    def describe(self, indices: np.ndarray) -> Places:
+        """Where some images lie and what they are."""
+        return self._places(indices, hold=False)[0]
+
     def locate(self, indices: np.ndarray) -> tuple[Places, object]:
-        """Where some images lie, and what keeps their files open meanwhile."""
+        """The same, and what keeps their files open, and the images in them, meanwhile."""
+        return self._places(indices, hold=True)
+
+    def _places(self, indices: np.ndarray, hold: bool) -> tuple[Places, list[object]]:
         numbers = self.part_of(indices)
         places = Places(*np.empty((len(Places._fields), len(indices)), np.int64))
         held = []
         for number in np.unique(numbers):
             here = np.flatnonzero(numbers == number)
             beton = self.part(int(number))
-            held.append(beton)
-            found, _ = beton.locate(indices[here] - self._first[number])
+            own = indices[here] - self._first[number]
+            found, keeper = beton.locate(own) if hold else (beton.describe(own), None)
+            held.append((beton, keeper))
             for column, values in zip(places, found, strict=True):
                 column[here] = values
             places.label[here] = by_names(found.label, beton.class_names, self.class_names)
@@ -151,7 +160,7 @@ class BetonSet:
         where = f"{printable(str(self.path))}, part {shard.name}"
         try:
             beton = self._open_part(shard)
-        except BetonError as error:
+        except UserError as error:
             raise BetonError(f"{where}: {error}") from None
         told = {"images": len(beton), "bytes": beton.nbytes, "page_size": beton.page_size}
         told |= {"height": int(beton.height.max()), "width": int(beton.width.max())}
@@ -176,7 +185,7 @@ class _Part:
         self.lock = threading.Lock()
 
 
-def _beside(folder: Path, shard: Shard) -> Beton:
+def _beside(folder: Path | Address, shard: Shard) -> Beton:
     return Beton(folder / shard.name)
 
 

@@ -34,8 +34,21 @@ class Address:
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}" + (f"/{self.key}" if self.key else "")
 
+    def __fspath__(self) -> str:
+        # so that it may stand wherever a path may: who opens files of this machine alone says so (`local_path`)
+        return str(self)
+
     def __truediv__(self, name: str) -> "Address":
         return parse_address(f"{self}/{name}")
+
+    @classmethod
+    def of_text(cls, text: object) -> "Address | None":
+        """The address that a text or path says (see `is_address`); None where it says none.
+
+        Raises:
+            UserError: as `parse_address`.
+        """
+        return parse_address(text) if isinstance(text, str | os.PathLike) and is_address(text) else None
 
     @property
     def name(self) -> str:

@@ -99,7 +99,7 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
             mark = folder / _MARK
             if not mark.exists():
-                if any(folder.iterdir()):
+                if any(path.name != "runs" for path in folder.iterdir()):
                     raise UserError(f"--cache {shown} holds other files: name a new or empty folder, which is its own")
                 mark.touch()
             self._try_to_drop()

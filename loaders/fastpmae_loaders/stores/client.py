@@ -9,6 +9,7 @@ import random
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +26,7 @@ DEADLINE = 300.0
 _CONNECT, _STALL, _WHOLE = "5s", "20s", "120s"
 _LONGEST_PAUSE = 8.0
 UPLOAD_PART = 8 << 20
+_MOST_PARTS = 9000  # S3 takes 10,000
 
 _MISSING = (
     "{address}: reading from and writing to object stores needs the package obstore, which is not installed here: "
@@ -131,7 +133,8 @@ class Store:
             if new:
                 obstore.put(self._store, key, data, mode="create")
             else:
-                obstore.put(self._store, key, data, chunk_size=UPLOAD_PART)
+                size = data.stat().st_size if isinstance(data, Path) else len(data)
+                obstore.put(self._store, key, data, chunk_size=max(UPLOAD_PART, -(-size // _MOST_PARTS)))
 
         self._patiently(key, send)
 
@@ -159,6 +162,22 @@ class Store:
             ) from None
         finally:
             self.deadline = patience
+
+    def try_to_write(self, address: Address) -> None:
+        """See that files can be written at an address of this bucket and removed again, within FIRST_TRY seconds.
+
+        Raises:
+            StoreError: one sentence, where they cannot.
+        """
+        if address.scheme in ("https", "http"):
+            raise StoreError(f"{address}: https:// can only be read from; name an address with s3://, gs:// or az://")
+        marker = f"{address.key}/.try-{uuid.uuid4().hex[:16]}".removeprefix("/")
+
+        def write_and_delete(store: "Store") -> None:
+            store.put(marker, b"whether fastpmae may write here\n")
+            store.delete(marker)
+
+        self.first_try(write_and_delete, address.key)
 
     @property
     def closed(self) -> bool:

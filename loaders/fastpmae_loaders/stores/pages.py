@@ -31,10 +31,6 @@ _FETCHING = 1 << 41
 """The places in a file of records, one a page, that whoever fetches a page keeps locked."""
 
 
-def _never() -> bool:
-    return False
-
-
 class SparseFile:
     """One sparse file with its records, as the cache has made them (see `Cache.entry`). Everything is shared."""
 
@@ -83,6 +79,15 @@ class SparseFile:
         """Whether a page that is held can be read, as far as this process knows."""
         return bool(self.known[page] and self.records["here"][page])
 
+    def is_sound(self, page: int) -> bool:
+        """Whether a page is there, by the CRC-32 of its bytes where this process does not know it yet."""
+        if not self.records["here"][page]:
+            return False
+        if not self.known[page]:
+            start, size = self.range_of(page)
+            self.known[page] = zlib.crc32(self.read(start, size).data) == int(self.records["crc"][page])
+        return bool(self.known[page])
+
     def range_of(self, page: int) -> tuple[int, int]:
         """A page's first byte, and how many it has."""
         return page * self.page, min(self.page, self.size - page * self.page)
@@ -99,11 +104,9 @@ class SparseFile:
             time.sleep(0.02)
         try:
             start, size = self.range_of(page)
-            if self.records["here"][page]:
-                if self.known[page] or self._crc(start, size) == int(self.records["crc"][page]):
-                    self.known[page] = True
-                    return 0
-                self.records["here"][page] = 0
+            if self.is_sound(page):
+                return 0
+            self.records["here"][page] = 0
             data = get(start, size)
             self._write(data, start)
             self.records["crc"][page] = zlib.crc32(data)
@@ -124,9 +127,6 @@ class SparseFile:
             raise OSError(errno.EIO, f"{self.path} has become shorter")
         return data
 
-    def _crc(self, start: int, size: int) -> int:
-        return zlib.crc32(self.read(start, size).data)
-
     def _write(self, data: memoryview, start: int) -> None:
         place = 0
         while place < len(data):
@@ -141,7 +141,6 @@ class CachedFile:
 
     Args:
         digest: "sha256:…" of the whole file, where it is known: it is looked at when all pages are there together.
-        stopped: whether the threads that wait here are to end.
 
     Raises:
         UserError: where the cache cannot be written.
@@ -161,24 +160,24 @@ class CachedFile:
         self._checked = digest is None or (self.path.parent / _checked_name(digest)).exists()
         self._whole = threading.Lock()
 
-    def read(self, start: int, size: int, stopped: Callable[[], bool] = _never) -> np.ndarray:
+    def read(self, start: int, size: int) -> np.ndarray:
         """Bytes of a table, uint8 [size], which are kept apart from the images. StoreError where they cannot be had."""
         if size == 0:
             return np.empty(0, np.uint8)
         tables = self._tables
         pages = tables.pages_of(np.array([start]), np.array([size]))
         # what is missing comes in few requests, each of a run of neighbours
-        missing = np.array([page for page in pages if not tables.is_there(int(page))], np.int64)
+        missing = np.array([page for page in pages if not tables.is_sound(int(page))], np.int64)
         runs = np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1) if len(missing) else []
         most = PAGE // TABLE
         parts = [run[place : place + most] for run in runs for place in range(0, len(run), most)]
         tasks = [((self, "tables", int(part[0]), len(part)), self._table_task(part)) for part in parts]
         self._fetcher.ask(tasks)
-        self._fetcher.wait([key for key, _ in tasks], stopped)
+        self._fetcher.wait([key for key, _ in tasks])
         return tables.read(start, size)
 
     @contextlib.contextmanager
-    def held(self, start: np.ndarray, size: np.ndarray, stopped: Callable[[], bool] = _never) -> Iterator[None]:
+    def held(self, start: np.ndarray, size: np.ndarray) -> Iterator[None]:
         """Within it these bytes of the sparse file are there.
 
         Args:
@@ -189,7 +188,7 @@ class CachedFile:
             Closed: when whoever asked is to end.
         """
         pages = self._pages.pages_of(start, size)
-        self.hold(pages, stopped)
+        self.hold(pages)
         try:
             yield
         finally:
@@ -199,7 +198,7 @@ class CachedFile:
         """The pages that ranges touch (see `SparseFile.pages_of`)."""
         return self._pages.pages_of(start, size)
 
-    def hold(self, pages: np.ndarray, stopped: Callable[[], bool] = _never) -> None:
+    def hold(self, pages: np.ndarray) -> None:
         """Have pages there, and keep them until `release`. Raises as `held`."""
         if self._damage is not None:
             raise BetonError(self._damage)
@@ -212,7 +211,7 @@ class CachedFile:
             if missing:
                 keys = [(self, page) for page in missing]
                 self._fetcher.ask([(key, self._page_task(key[1])) for key in keys])
-                self._fetcher.wait(keys, stopped)
+                self._fetcher.wait(keys)
         except BaseException:
             self.release(pages)
             raise
@@ -225,11 +224,12 @@ class CachedFile:
         for page in pages.tolist():
             self._pages.release(page)
 
-    def ahead(self, pages: np.ndarray) -> None:
-        """Have pages fetched, in this order, after what is waited for."""
+    def ahead(self, pages: np.ndarray) -> int:
+        """Have pages fetched, in this order, after what is waited for; how many were not there."""
         tasks = [((self, page), self._page_task(page)) for page in pages.tolist() if not self._pages.is_there(page)]
         if tasks:
             self._fetcher.ask(tasks, ahead=True)
+        return len(tasks)
 
     def missing(self) -> int:
         """How many pages are not there."""

@@ -3,15 +3,66 @@
 import contextlib
 import heapq
 import itertools
+import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
-from fastpmae_loaders.stores.client import Closed
+from fastpmae_loaders.stores.client import Closed, StoreError
 
 THREADS = 16
 """Requests at a time: a store answers one with some 100 MB/s."""
 _URGENT, _AHEAD = 0, 1
+
+
+_waiting = threading.local()
+
+
+@contextlib.contextmanager
+def waits_end_when(stopped: Callable[[], bool]) -> Iterator[None]:
+    """Within it this thread waits for nothing that is fetched any more once `stopped` says so: Closed is raised."""
+    before = getattr(_waiting, "stopped", None)
+    _waiting.stopped = stopped
+    try:
+        yield
+    finally:
+        _waiting.stopped = before
+
+
+def side_by_side(works: Sequence[Callable[[], int]], threads: int) -> int:
+    """The sum of what all give, worked at by several threads, which wait as this one does (see `waits_end_when`).
+
+    They are daemons: a program's end does not wait for them. Raises what one of them raised.
+    """
+    stopped = getattr(_waiting, "stopped", None) or (lambda: False)
+    left = iter(works)
+    lock, found, errors = threading.Lock(), [0], []
+
+    def run() -> None:
+        with waits_end_when(stopped):
+            while not errors:
+                with lock:
+                    work = next(left, None)
+                if work is None:
+                    return
+                try:
+                    count = work()
+                except BaseException as error:
+                    errors.append(error)
+                    return
+                with lock:
+                    found[0] += count
+
+    workers = [
+        threading.Thread(target=run, name=f"fastpmae-open-{i}", daemon=True) for i in range(min(threads, len(works)))
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[0]
+    return found[0]
 
 
 class Fetcher:
@@ -23,6 +74,7 @@ class Fetcher:
 
     def __init__(self, threads: int = THREADS) -> None:
         self._count = threads
+        self._process = os.getpid()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._queue: list[tuple[int, int, Hashable]] = []
@@ -34,7 +86,16 @@ class Fetcher:
         self._closed = False
 
     def ask(self, tasks: Iterable[tuple[Hashable, Callable[[], None]]], *, ahead: bool = False) -> None:
-        """Have tasks done, in this order; those that are asked for without `ahead` come before all others."""
+        """Have tasks done, in this order; those that are asked for without `ahead` come before all others.
+
+        Raises:
+            StoreError: in a process that was forked from the one that made this, whose threads are not there.
+        """
+        if os.getpid() != self._process:
+            raise StoreError(
+                f"process {os.getpid()} reads a store that process {self._process} opened before it was forked: open "
+                "it anew in the process that reads, or start that process afresh (spawn)"
+            )
         with self._lock:
             for key, work in tasks:
                 if key in self._running or (ahead and key in self._tasks):
@@ -45,17 +106,15 @@ class Fetcher:
             self._start_threads()
             self._changed.notify_all()
 
-    def wait(self, keys: Iterable[Hashable], stopped: Callable[[], bool]) -> None:
+    def wait(self, keys: Iterable[Hashable]) -> None:
         """Until these tasks are done.
 
-        Args:
-            stopped: whether whoever waits has been told to end.
-
         Raises:
-            Closed: when it has, or this was closed.
+            Closed: when this was closed, or as `waits_end_when` says.
             Exception: what a task raised.
         """
         left = set(keys)
+        stopped = getattr(_waiting, "stopped", None)
         with self._lock:
             while True:
                 for key in list(left):
@@ -65,9 +124,14 @@ class Fetcher:
                         left.discard(key)
                 if not left:
                     return
-                if self._closed or stopped():
+                if self._closed or (stopped is not None and stopped()):
                     raise Closed
                 self._changed.wait(0.2)
+
+    @property
+    def waiting(self) -> int:
+        """How many tasks have not begun."""
+        return len(self._tasks)
 
     def forget_ahead(self) -> None:
         """Drop the tasks that nobody waits for: another order has begun."""

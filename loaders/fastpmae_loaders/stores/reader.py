@@ -43,6 +43,7 @@ class Reader:
         self.store.first_try(try_first or (lambda store: self._stats.update({address.key: store.stat(address.key)})))
         self.cache = Cache(self.settings.place, bytes_of(self.settings.size))
         self.fetcher = Fetcher()
+        weakref.finalize(self, self.fetcher.close).atexit = False
         _open.add(self)
 
     def file(self, address: Address, digest: str | None = None, size: int | None = None) -> CachedFile:
@@ -67,6 +68,9 @@ class Reader:
         self.store.close()
         self.fetcher.close()
 
+    def __reduce__(self):
+        return _reopen, (self.address, self.settings)
+
     def __enter__(self) -> "Reader":
         return self
 
@@ -74,6 +78,11 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _reopen(address: Address, settings: CacheSettings) -> Reader:
+    """A reader in another process: what it reads says whether the store is there."""
+    return Reader(address, settings, lambda store: None)
 
 
 _open: weakref.WeakSet[Reader] = weakref.WeakSet()

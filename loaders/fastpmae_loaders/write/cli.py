@@ -29,7 +29,7 @@ from fastpmae_loaders.write.write import (
     PAGE_SIZE,
     TIMEOUT,
     BadImages,
-    bad_list_path,
+    bad_list_of,
     check_numbers,
     write_beton,
 )
@@ -110,6 +110,8 @@ class Command:
 DESCRIPTION = """Write images into one .beton file for training (fastpmae-write SRC OUT.beton) or into a set of them
 (fastpmae-write SRC OUT/ --shards N), check such a file (fastpmae-write --check F.beton), or make coefficients JPEGs
 again (fastpmae-write --to-jpeg F.beton OUT.beton).
+
+Either may lie in a store (s3://, gs://, az://).
 
 SRC is a folder with a folder for each class (split folders such as train and val may lie above them), a folder of
 images, a .tar file or a folder of them in WebDataset's layout, or the folder of a Hugging Face data set (parquet,
@@ -246,7 +248,7 @@ def _write(source: str, out: str, command: Command) -> int:
         tell(f"  {written.passed_over:,} {other} passed over")
     if written.bad:
         bad = "bad image was" if len(written.bad) == 1 else "bad images were"
-        tell(f"  {len(written.bad):,} {bad} left out, listed in {printable(str(bad_list_path(written.path)))}")
+        tell(f"  {len(written.bad):,} {bad} left out, listed in {printable(bad_list_of(written.path))}")
     return 0
 
 

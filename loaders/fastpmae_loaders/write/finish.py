@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.sources.duplicates import DUPLICATES, count_duplicates, duplicates_file
 from fastpmae_loaders.sources.set_index import INDEX, SetIndex
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import checked
 from fastpmae_loaders.write.deduplicate import find_duplicates
 from fastpmae_loaders.write.manifests import Manifest, is_there, read_manifest, read_plan
@@ -38,7 +39,7 @@ class WrittenSet:
 
 
 @checked
-def finish_set(out: str | os.PathLike[str], deduplicate: bool = False) -> WrittenSet:
+def finish_set(out: str | os.PathLike[str] | Address, deduplicate: bool = False) -> WrittenSet:
     """Writes the index of a set whose parts are all there; again, if it is there already, to the same bytes.
 
     Labels that are words are numbered in each part by itself. The index has the names of all, in the parts' own order

@@ -92,6 +92,11 @@ def write_part(part: Part, target: Target, settings: PartSettings, pool: WorkerP
         BadImages: after all of its images were tried, when one cannot be stored and `skip_bad` is not set.
         UserError: for anything else that is wrong.
     """
+    with part.source.present(part.files()):
+        return _written(part, target, settings, pool, progress)
+
+
+def _written(part: Part, target: Target, settings: PartSettings, pool: WorkerPool, progress: Progress) -> Manifest:
     listing = part.list()
     written = Written(Path(target.shown), class_names=listing.class_names, notes=listing.notes)
     try:

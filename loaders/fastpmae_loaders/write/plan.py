@@ -55,6 +55,12 @@ class Part:
     stretches: tuple[Stretch, ...] = ()
     bad: tuple[Item, ...] = ()
 
+    def files(self) -> set[str]:
+        """The paths of the files that its images are in."""
+        if self.listing is not None:
+            return {item.path for item in self.listing.items if item.kind != "bad"}
+        return {str(self.source.base / stretch.name) for stretch in self.stretches}
+
     def list(self) -> Listing:
         """Its images, in order. UserError where the files cannot be understood."""
         if self.listing is not None:

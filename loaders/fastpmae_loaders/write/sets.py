@@ -9,6 +9,7 @@ from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import usable_cores
 from fastpmae_loaders.printable import printable
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import checked
 from fastpmae_loaders.write.finish import WrittenSet, finish
 from fastpmae_loaders.write.images import ImageSettings
@@ -24,8 +25,8 @@ from fastpmae_loaders.write.write import MOST_WORKERS, PAGE_SIZE, TIMEOUT, BadIm
 
 @checked
 def write_set(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
+    out: str | os.PathLike[str] | Address,
     shards: int,
     *,
     part: tuple[int, int] | None = None,
@@ -75,7 +76,7 @@ def write_set(
     if on == "local":
         done = _write_here(parts, target, how, count, progress, failures)
     else:
-        done = _counted(write_on_ray(on, parts, os.fspath(out), target, how, count, failures), shards, progress)
+        done = _counted(write_on_ray(on, parts, str(out), target, how, count, failures), shards, progress)
     for manifest in done:
         for note in manifest.notes:
             if note not in told:

@@ -6,6 +6,8 @@ names alone, so that the same source gives the same file.
 
 import os
 import shlex
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from fastpmae_loaders.sources.listing import Files, Item, Listing, helper_notes,
 from fastpmae_loaders.sources.reading import read_file
 from fastpmae_loaders.sources.splits import choose_split, splits_of_files
 from fastpmae_loaders.sources.tar import list_shards, no_images
+from fastpmae_loaders.stores.address import is_address, parse_address
 from fastpmae_loaders.values import Typed, local_path
+from fastpmae_loaders.write.remote_source import RemoteSource, list_source
 
 __all__ = [
     "Found",
@@ -60,6 +64,15 @@ class Found:
     names: list[str]
     notes: list[str]
     settings: SourceSettings
+    remote: RemoteSource | None = None
+    """What brings the files of a source in a store; `root` is then a folder of empty files of their names."""
+
+    def present(self, paths: Iterable[str]) -> AbstractContextManager[None]:
+        """Within it these files of the source, by their paths on this machine, are here."""
+        if self.remote is None:
+            return nullcontext()
+        base = f"{self.remote.folder}/"
+        return self.remote.present([path.removeprefix(base) for path in paths])
 
     @property
     def base(self) -> Path:
@@ -83,7 +96,11 @@ def look_into(path: str | os.PathLike[str], settings: SourceSettings | None = No
 
     Raises UserError when there is nothing, or no telling what.
     """
-    root, settings = local_path(path), settings or SourceSettings()
+    remote, settings = None, settings or SourceSettings()
+    if is_address(path):
+        remote, root = list_source(parse_address(path))
+    else:
+        root = local_path(path)
     try:
         exists = root.exists()
     except (OSError, ValueError):
@@ -99,15 +116,17 @@ def look_into(path: str | os.PathLike[str], settings: SourceSettings | None = No
     files = Files(root)
     kind = settings.kind or _kind_of(root, files)
     if kind == "folder":
-        return Found(root, kind, files, [], [], settings)
+        return Found(root, kind, files, [], [], settings, remote)
     every = files.tars if kind == "tar" else files.tables
     names, notes = choose_split(every, splits_of_files(every), settings.split, root)
-    return Found(root, kind, files, names, notes, settings)
+    return Found(root, kind, files, names, notes, settings, remote)
 
 
 def list_files(found: Found, names: list[str]) -> Listing:
     """The images in some of the shards or tables of a source; labels that are words are numbered among these alone."""
     paths, settings = [str(found.base / name) for name in names], found.settings
+    if found.remote is not None:
+        found.remote.bring(str(Path(path).relative_to(found.remote.folder)) for path in paths)
     if found.kind == "tar":
         return list_shards(paths, settings.image_column)
     from fastpmae_loaders.write.hf_datasets import list_tables

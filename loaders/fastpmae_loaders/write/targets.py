@@ -10,7 +10,9 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import PARTIAL, atomic_write
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.reading import read_file
+from fastpmae_loaders.stores.address import Address, is_address, parse_address, place_of
 from fastpmae_loaders.values import local_path
+from fastpmae_loaders.write.store_target import StoreTarget
 
 
 @runtime_checkable
@@ -75,12 +77,14 @@ class FolderTarget:
         (self._folder / name).unlink(missing_ok=True)
 
 
-def open_target(out: str | os.PathLike[str]) -> Target:
-    """The target of this name; a folder is made where there is none.
+def open_target(out: str | os.PathLike[str] | Address) -> Target:
+    """The target of this name or address; a folder is made where there is none.
 
     Raises:
         UserError: where no set can lie.
     """
+    if isinstance(out, Address) or is_address(out):
+        return StoreTarget(parse_address(out))
     folder = local_path(out)
     name = printable(str(folder))
     try:
@@ -96,14 +100,17 @@ def open_target(out: str | os.PathLike[str]) -> Target:
     return FolderTarget(folder)
 
 
-def check_target(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+def check_target(source: str | os.PathLike[str] | Address, out: str | os.PathLike[str] | Address) -> None:
     """UserError where a folder holds files of others, or one of source and set lies in the other.
 
     Files of a set are known by their names; what is in them is looked at by who replaces them.
     """
-    folder, origin = local_path(out), local_path(source)
-    name = printable(str(folder))
-    if not folder.is_dir():
+    place, origin = place_of(out), place_of(source)
+    if isinstance(place, Address):
+        _check_stored(place, origin)
+        return
+    folder, name = place, printable(str(place))
+    if not folder.is_dir() or isinstance(origin, Address):
         return
     if origin.exists():
         within, around = folder.resolve(), origin.resolve()
@@ -114,6 +121,19 @@ def check_target(source: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     if other is not None:
         raise UserError(
             f"{name} holds other files, such as {printable(other)}: a set is written to a new or an empty folder"
+        )
+
+
+def _check_stored(address: Address, origin: Path | Address) -> None:
+    """The same of an address in a store."""
+    if isinstance(origin, Address) and (origin.scheme, origin.bucket) == (address.scheme, address.bucket):
+        ours, theirs = f"/{address.key}/", f"/{origin.key}/"
+        if ours.startswith(theirs) or theirs.startswith(ours):
+            raise UserError(f"{address} and the source lie in each other; name another folder for the set")
+    other = next((name for name in StoreTarget(address).names() if not _is_of_a_set(name)), None)
+    if other is not None:
+        raise UserError(
+            f"{address} holds other files, such as {printable(other)}: a set is written to a new or an empty folder"
         )
 
 

@@ -7,17 +7,19 @@ from typing import Any
 
 from PIL import Image
 
-from fastpmae_loaders.cli.outputs import check_no_run_file
+from fastpmae_loaders.cli.outputs import check_no_run_file, check_output
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.machine import usable_cores
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import Beton
+from fastpmae_loaders.stores.address import Address, place_of
 from fastpmae_loaders.values import NAME_MAX, checked, local_path
 from fastpmae_loaders.write.images import ImageSettings, StoredImage, store
 from fastpmae_loaders.write.pages import LARGEST_PAGE, PageWriter
-from fastpmae_loaders.write.sources import Item, Listing, SourceSettings, find_images, read_item, spread
+from fastpmae_loaders.write.sources import Item, Listing, SourceSettings, list_found, look_into, read_item, spread
+from fastpmae_loaders.write.store_target import StoreTarget
 from fastpmae_loaders.write.table_reader import confine
 from fastpmae_loaders.write.workers import Failure, WorkerPool
 
@@ -47,7 +49,7 @@ class Written:
     bytes of each image, where the converter makes them.
     """
 
-    path: Path
+    path: Path | Address
     samples: int = 0
     kept: int = 0
     converted: int = 0
@@ -62,8 +64,8 @@ class Written:
 
 @checked
 def write_beton(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
+    out: str | os.PathLike[str] | Address,
     *,
     images: ImageSettings | None = None,
     listing: SourceSettings | None = None,
@@ -85,17 +87,41 @@ def write_beton(
     Raises BadImages when images cannot be stored, after all of them were tried, unless `skip_bad` leaves
     them out and lists them in `out` + ".bad.txt"; UserError for anything else that is wrong.
     """
-    out = Path(out)
     images = replace(images or ImageSettings(), **settings)
     count = workers if workers is not None else min(usable_cores(), MOST_WORKERS)
     check_numbers(count, limit, page_size, timeout)
-    check_out(Path(source), out, force)
+    place, origin = place_of(out), place_of(source)
+    if isinstance(place, Address):
+        target = _file_target(place, force)
+    elif isinstance(origin, Address):
+        check_output(place, force=force)
+    else:
+        check_out(origin, place, force)
     progress = progress or Progress()
     progress.phase(f"Looking for images in {printable(str(source))}")
-    found = find_images(source, listing)
-    spread(found, limit)
+    found = look_into(source, listing)
+    listed = list_found(found)
+    spread(listed, limit)
     setup = ("fastpmae_loaders.write.write:converter", (images,), count, timeout)
-    return write_listed(found, source, out, setup, skip_bad, force, page_size, progress)
+    with found.present({item.path for item in listed.items if item.kind != "bad"}):
+        if isinstance(place, Path):
+            return write_listed(listed, source, place, setup, skip_bad, force, page_size, progress)
+        with target.writing(place.name) as beside:
+            written = write_listed(listed, source, beside, setup, skip_bad, force, page_size, progress)
+            if written.bad:
+                with target.writing(bad_list_path(Path(place.name)).name) as copy:
+                    copy.write_bytes(bad_list_path(beside).read_bytes())
+        return replace(written, path=place)
+
+
+def _file_target(address: Address, force: bool) -> StoreTarget:
+    """Where a file at an address is written to. UserError where it is there already and not to be replaced."""
+    if not address.name:
+        raise UserError(f"{address} names a bucket and no file: write {address}/NAME.beton")
+    target = StoreTarget(address.parent)
+    if not force and target.size(address.name) is not None:
+        raise UserError(f"{address} exists already; --force replaces it")
+    return target
 
 
 def write_listed(
@@ -246,6 +272,13 @@ def _check_bad_list(source: Path, out: Path) -> None:
         raise UserError(f"{name} is a folder, where bad images would be listed; name another file to write")
     if source.exists() and path.exists() and path.samefile(source):
         raise UserError(f"{name} is the source itself; name another file to write")
+
+
+def bad_list_of(out: Path | Address) -> str:
+    """Where the bad images of a file are listed, as a sentence says it."""
+    if isinstance(out, Address):
+        return str(out.parent / bad_list_path(Path(out.name)).name)
+    return str(bad_list_path(out))
 
 
 def bad_list_path(out: Path) -> Path:

@@ -277,8 +277,6 @@ def test_the_demo_takes_no_folder_of_others(tmp_path: Path):
 
 
 ADDRESSES = [
-    ("write", "{url} {here}/x.beton"),
-    ("write", "{tree} {url}"),
     ("write", "--check {url}"),
     ("export", "{url} {here}/x"),
     ("export", "{run} {url}"),
@@ -297,11 +295,9 @@ ADDRESSES = [
     ("eval", "knn {run} --train {beton} --val {url}"),
     ("eval", "knn {run} --train {beton} --out {url}"),
     ("eval", "finetune {run} --train {beton} --val {beton} --out {url}"),
-    ("plan", "--beton {url} --loader-rate 100"),
     ("plan", "--images 1000 --loader-rate 100 --json {url}"),
     ("plan", "--images 1000 --loader-rate 100 --plot {url}.png"),
     ("plan", "--config {url}"),
-    ("train", "--beton {beton} --out {url}"),
     ("train", "--beton {beton} --eval-every 1 --eval-val {url}"),
     ("demo", "--folder {url}"),
     ("demo", "--folder {here} --out {url}"),
