@@ -115,7 +115,6 @@ class PairedViews:
     ) -> None:
         self.samples = open_samples(samples)
         self.indices = None if indices is None else chosen(self.samples, indices)
-        # the samples of an epoch
         self.count = shown(self.samples) if self.indices is None else len(self.indices)
         self.settings = settings or ViewSettings()
         self.views = self.settings.views if views is None else with_shared(views)
