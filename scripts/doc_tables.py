@@ -17,7 +17,7 @@ import docstring_parser
 import tyro
 
 from fastpmae.config import Config
-from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Probe
+from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Patches, Probe
 from fastpmae.evaluate.dense.commands import DenseCommon, Segment
 from fastpmae.evaluate.dense.recipe import SEGMENT_PRESETS, DenseConfig, SegmentConfig
 from fastpmae.evaluate.features import embed_command
@@ -59,11 +59,12 @@ def evaluation() -> str:
 
 
 def dense() -> str:
-    """The same for segmentation, with the values of its preset of the paper."""
+    """The same for dense tasks, with the values of the presets of the paper."""
     paper = SEGMENT_PRESETS["paper"]
     both, own = _table(DenseConfig, paper), _table(SegmentConfig, paper)
     tables = [
         ("**data and network**", _table(DenseCommon)),
+        (f"**patches**: {Patches.__doc__}", _table(Patches)),
         (f"**segment**: {Segment.__doc__}", _table(Segment)),
         ("**segment**, with the values of `--preset paper`", [*both, *own[len(HEAD) :]]),
     ]

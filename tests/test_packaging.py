@@ -30,6 +30,7 @@ IMPORTED_AS = {
     "pillow": "PIL",
     "scikit-image": "skimage",
     "scikit-learn": "sklearn",
+    "pyyaml": "yaml",
     "nvidia-dali-cuda130": "nvidia",
 }
 VERSION = importlib.import_module("fastpmae").__version__
@@ -235,7 +236,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 # Triton comes with torch, llvmlite with numba, markupsafe with jinja2; wandb is used where it happens to be installed
 COMES_ALONG = {"triton", "llvmlite", "markupsafe", "wandb"}
-EXTRAS = ("ffcv", "hf", "heif", "ray", "stores", "xformers", "dali-cuda130", "demo", "certify")
+EXTRAS = ("ffcv", "hf", "heif", "ray", "stores", "xformers", "dali-cuda130", "demo", "dense", "certify")
 
 
 @pytest.mark.parametrize("package", HOMES)

@@ -11,9 +11,21 @@ from torch import Tensor
 
 from fastpmae.distributed.ranks import Ranks, join_ranks
 from fastpmae.evaluate.backbone import find_backbone
-from fastpmae.evaluate.cli import NEIGHBOURS, Command, Common, Finetune, Knn, Linear, Lowshot, Probe, read_command
+from fastpmae.evaluate.cli import (
+    NEIGHBOURS,
+    Command,
+    Common,
+    Finetune,
+    Knn,
+    Linear,
+    Lowshot,
+    Patches,
+    Probe,
+    read_command,
+)
 from fastpmae.evaluate.datasets import Labelled, extract, needed, open_labelled
 from fastpmae.evaluate.dense.commands import Segment, run_segment
+from fastpmae.evaluate.dense.patches import run_patches
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
@@ -272,6 +284,8 @@ def run_command(command: Command) -> None:
                 run_lowshot(command, ranks)
             case Probe() | Finetune():
                 run_training(command, ranks)
+            case Patches():
+                run_patches(command, ranks)
             case Segment():
                 run_segment(command, ranks)
 

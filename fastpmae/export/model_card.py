@@ -1,8 +1,9 @@
 """The model card beside exported weights: what the network is, how to load it, its evaluations."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup
 
@@ -10,11 +11,13 @@ from fastpmae.config import Config
 from fastpmae.export.markdown import code, plain
 from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.run.folder import run_of
-from fastpmae.run.results import Result, results_in, step_in
+from fastpmae.run.results import DenseResult, Evaluated, Result, dense_results_in, results_in, step_in
 from fastpmae.templating import text_page
 
 if TYPE_CHECKING:
     from fastpmae.export.network import Export
+
+Kind = TypeVar("Kind", bound=Evaluated)
 
 PLACES = ("beton", "out", "init", "resume", "eval_train", "eval_val")
 """Settings that say where something lies on the machine that trained: nobody else's business, and no use to them."""
@@ -74,7 +77,8 @@ def model_card(name: str, format: str, export: "Export") -> str:
         # Where the folder will lie nobody knows yet.
         loading=Markup("\n".join(loading_lines(name, format, arguments))),
         timm=TIMM if format == "timm" else None,
-        results=[_row(result) for result in _results(export)],
+        results=[_row(result) for result in _results(export, results_in)],
+        dense=[_dense_row(result) for result in _results(export, dense_results_in)],
         classes=classes,
         backbone=_without_folders(export.backbone),
         finetune=_as_json(export.finetune),
@@ -87,20 +91,24 @@ def _as_json(settings: dict[str, Any] | None) -> Markup | None:
     return None if settings is None else Markup(json.dumps(settings, indent=1))
 
 
-def _results(export: "Export") -> list[Result]:
+def _results(export: "Export", read: Callable[[Path], list[Kind]]) -> list[Kind]:
     """Of the results beside the weights those of these very weights, not of the run's other checkpoints or networks."""
     source = export.source
     if export.network == "classifier":
         # What was found of the classifier's own encoder names its file.
-        return [r for r in results_in(source.parent) if r.evaluation == "finetune" or r.source.endswith(source.name)]
+        return [r for r in read(source.parent) if r.evaluation == "finetune" or r.source.endswith(source.name)]
     run = run_of(source)
-    found = [] if run is None else results_in(run / "eval")
+    found = [] if run is None else read(run / "eval")
     return [result for result in found if (result.network, result.step) == (export.network, step_in(source.name))]
 
 
 def _row(result: Result) -> list[str]:
     cells = [result.evaluation, result.images_of, result.detail, f"{result.top1:.2f} %", f"{result.top5:.2f} %"]
     return [*cells, f"{result.images:,}"]
+
+
+def _dense_row(result: DenseResult) -> list[str]:
+    return [result.evaluation, result.images_of, result.words, f"{result.images:,}"]
 
 
 def _without_folders(source: str) -> str:

@@ -23,7 +23,7 @@ from fastpmae.presets import PRESETS
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, find_checkpoint, read_progress
 from fastpmae.run.images import sources
 from fastpmae.run.log import read_rows
-from fastpmae.run.results import Result, results_in
+from fastpmae.run.results import DenseResult, Evaluated, Result, dense_results_in, results_in
 from fastpmae.templating import html_page
 from fastpmae_loaders import open_samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
@@ -156,6 +156,7 @@ def _page(run: Path, config: Config, rows: list[dict[str, float]], pictures: dic
         summary=_summary(run, config),
         figures=list(_figures(config, rows)) if rows else [],
         evaluations=[_evaluation(result) for result in results_in(run / "eval")],
+        dense=[_dense(result) for result in dense_results_in(run / "eval")],
         curves=_png(_curves(rows)) if len(rows) > 1 else None,
         pictures=pictures,
         remark=remark,
@@ -229,7 +230,17 @@ def _shown(value: Any) -> str:
 
 def _evaluation(result: Result) -> dict[str, str]:
     """A row of the table, with what tells it from the others."""
-    numbers = {"step": result.step, "top1": result.top1, "top5": result.top5, "images": result.images}
+    numbers = {"top1": result.top1, "top5": result.top5}
+    return _evaluated(result) | {name: _shown(number) for name, number in numbers.items()}
+
+
+def _dense(result: DenseResult) -> dict[str, str]:
+    """A row of the table of masks and boxes."""
+    return _evaluated(result) | {"figures": result.words}
+
+
+def _evaluated(result: Evaluated) -> dict[str, str]:
+    numbers = {"step": result.step, "images": result.images}
     return {
         "evaluation": result.evaluation,
         "network": result.network.replace("_", " "),

@@ -127,6 +127,8 @@ def test_the_card_tells_settings_figures_and_lines_that_run(run: Path, tmp_path:
         "step-00000003/lowshot-student": result | few,
         "finetune-student/finetune-student": result | {"evaluation": "finetune", "top1": 71.0},
         "finetune-student/config": {"settings": 1},
+        "patches-student": {name: value for name, value in result.items() if not name.startswith("top")}
+        | {"evaluation": "patches", "miou": 36.5, "pixel_accuracy": 81.25, "shown": {"k": 30}},
     }
     for name, record in results.items():
         (run / "eval" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -138,6 +140,7 @@ def test_the_card_tells_settings_figures_and_lines_that_run(run: Path, tmp_path:
     # those of a named checkpoint and of a fine-tuning lie in folders of their own
     assert "| lowshot | birds/val.beton | 1 % of the labels, k = 7, class token | 31.00 % |" in card
     assert "| finetune | " in card
+    assert "| patches | birds/val.beton | mIoU 36.50 %, pixel accuracy 81.25 % | 1,234 |" in card
     assert "13.00" not in card, "another network's"
     assert "14.00" not in card, "another checkpoint's"
     assert json.loads(card.split("```json\n")[1].split("```")[0])["width"] == 32

@@ -105,6 +105,20 @@ def test_evaluations_can_be_told_apart(tiny: Config, tmp_path: Path):
         ("linear-sgd", "rate 0.3, 32 px"),
         ("finetune", "5 epochs, mean of the patches, 32 px"),
     ]
+    assert 'id="dense"' not in text
+    masks = {"evaluation": "patches", "miou": 36.25, "pixel_accuracy": 80.0, "class_accuracy": 45.5, "shown": {"k": 30}}
+    plain = {name: value for name, value in record.items() if not name.startswith("top")}
+    (folder / "eval" / "patches.json").write_text(json.dumps(plain | masks))
+    (folder / "eval" / "detect.json").write_text(json.dumps(plain | {"evaluation": "detect", "ap": 31.0, "ap50": 56.0}))
+    (folder / "eval" / "broken.json").write_text(json.dumps(plain | masks | {"miou": float("nan")}))
+    text = write_report(folder).read_text()
+    assert len(text.split('id="evaluations">')[1].split("</table>")[0].split("<tr>")) == 6
+    dense = text.split('id="dense">')[1].split("</table>")[0]
+    found = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in dense.split("<tr>")[2:]]
+    assert [(row[0], row[5]) for row in found] == [
+        ("detect", "AP 31.00 %, AP50 56.00 %"),
+        ("patches", "mIoU 36.25 %, pixel accuracy 80.00 %, class accuracy 45.50 %"),
+    ]
     assert all(row[1:4] == ["student", "1", "birds/val.beton"] for row in rows)
     assert rows[0][-1] == "2026-02-01 10:00"
 

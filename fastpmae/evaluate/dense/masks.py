@@ -136,7 +136,7 @@ def read_pair(pair: Pair, classes: MaskClasses) -> tuple[Pixels, Mask]:
         image = open_image(io.BytesIO(pair.image_bytes()))
         stored = image.size[::-1]
         orientation = load(image)
-        pixels = np.asarray(upright_rgb(image, orientation))
+        pixels = np.array(upright_rgb(image, orientation))
     except UserError as error:
         raise UserError(f"{printable(pair.image_name)} {error}") from None
     ids, own = _mask(pair, pair.mask_bytes(), classes.coloured)

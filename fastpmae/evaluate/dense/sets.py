@@ -57,7 +57,7 @@ def open_segmentation(
     first, second = _split_pairs(train, val)
     coloured = _coloured(said, first, ignore)
     parts = [(path, found, pairs) for path, found, pairs in (first, second) if pairs]
-    looked = [_over(partial(contents, coloured=coloured), pairs) for _, _, pairs in parts]
+    looked = [over_all(partial(contents, coloured=coloured), pairs) for _, _, pairs in parts]
     table, notes = _mask_classes(said, first[1], [held for part in looked for held in part], ignore)
     sets = []
     for (path, found, pairs), held in zip(parts, looked, strict=True):
@@ -162,7 +162,7 @@ def _has_colours(found: Pairs) -> bool:
     return mask_classes(tuple(found.names)).coloured
 
 
-def _over(function: Callable[[Given], Found], given: Sequence[Given]) -> list[Found]:
+def over_all(function: Callable[[Given], Found], given: Sequence[Given]) -> list[Found]:
     """What a function makes of each, by threads; the first error ends it."""
     with ThreadPoolExecutor(loader_threads(0), "labels") as pool:
         try:

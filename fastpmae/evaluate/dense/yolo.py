@@ -1,0 +1,136 @@
+"""Boxes as YOLO has them: a text file an image, beside a YAML file that names the classes and the splits."""
+
+import math
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastpmae.evaluate.dense.boxes import MOST_BOXES, Annotation, LabelledFile
+from fastpmae.evaluate.dense.outlines import MOST_POINTS, Outline
+from fastpmae.evaluate.dense.pairs import IMAGES
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import on_one_line, printable
+from fastpmae_loaders.sources.reading import read_file
+
+_SIZE = 1 << 24  # bytes
+SPLITS = ("train", "val", "test")
+
+
+def yolo_file(folder: Path) -> Path | None:
+    """The YAML file of a folder: data.yaml, or the only one."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".yaml", ".yml"))
+    named = [path for path in found if path.stem in ("data", "dataset")]
+    return named[0] if named else found[0] if len(found) == 1 else None
+
+
+def read_yolo(path: Path) -> tuple[dict[str | None, list[LabelledFile]], list[str]]:
+    """The splits of a YAML file, and its classes.
+
+    Raises:
+        UserError: where it is no such file, its folders are not there, or a line of a label file is no box.
+    """
+    said = _yaml(path)
+    names = _names(said.get("names"), path)
+    root = path.parent
+    if isinstance(said.get("path"), str) and _is_below(root / said["path"], root):
+        root = root / said["path"]
+    splits: dict[str | None, list[LabelledFile]] = {}
+    for split in SPLITS:
+        folders = said.get(split) or (said.get("valid") if split == "val" else None) or []
+        named = [folders] if isinstance(folders, str) else folders if isinstance(folders, list) else []
+        images = [image for folder in named for image in _images(root, str(folder), path)]
+        if images:
+            splits[split] = [_labelled(image, names) for image in images]
+    if not splits:
+        raise UserError(f"{printable(str(path))} names no folder of images under train, val or test")
+    return splits, names
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError:
+        raise UserError("YAML files are read by PyYAML, which is not installed: pip install pyyaml") from None
+    try:
+        if path.stat().st_size > _SIZE:
+            raise UserError(f"{printable(str(path))} has more than {_SIZE:,} bytes")
+        said = yaml.safe_load(read_file(path))
+    except OSError as error:
+        raise UserError(f"{printable(str(path))} cannot be read: {error.strerror or error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{printable(str(path))} is no YAML: {on_one_line(str(error), 200)}") from None
+    if not isinstance(said, dict):
+        raise UserError(f"{printable(str(path))} must hold names, and folders under train and val")
+    return said
+
+
+def _names(said: Any, path: Path) -> list[str]:
+    if isinstance(said, dict) and sorted(said, key=str) == sorted(range(len(said)), key=str):
+        said = [said[number] for number in range(len(said))]
+    if not isinstance(said, list) or not said or not all(isinstance(name, str | int) for name in said):
+        raise UserError(f"{printable(str(path))}: `names` must list what the classes 0, 1, ... are called")
+    return [printable(str(name)) for name in said]
+
+
+def _images(root: Path, named: str, path: Path) -> Iterator[Path]:
+    """The images of a folder that a YAML file names, which must lie beside that file."""
+    plain = named
+    while plain.startswith("../"):  # as Roboflow writes it
+        plain = plain.removeprefix("../")
+    folder = root / plain
+    if not _is_below(folder, path.parent):
+        raise UserError(f"{printable(str(path))}: its folder {printable(named)} is not in {printable(str(root))}")
+    yield from sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES)
+
+
+def _is_below(folder: Path, above: Path) -> bool:
+    """Whether it is a folder that lies below another by its name; where links lead is the user's own affair."""
+    return folder.is_dir() and Path(os.path.normpath(folder)).is_relative_to(os.path.normpath(above))
+
+
+def _labelled(image: Path, names: list[str]) -> LabelledFile:
+    labels = _label_file(image)
+    found = tuple(_annotations(labels, names)) if labels.is_file() else ()
+    return LabelledFile(str(image), partial(read_file, image), found, shares=True)
+
+
+def _label_file(image: Path) -> Path:
+    """The text file of an image: with the last folder called images replaced by labels."""
+    parts = list(image.parts)
+    places = [place for place, part in enumerate(parts[:-1]) if part == "images"]
+    if places:
+        parts[places[-1]] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
+def _annotations(path: Path, names: list[str]) -> Iterator[Annotation]:
+    """The lines of a text file: class, middle and sides of a box; or class and the corners of a polygon."""
+    try:
+        if path.stat().st_size > _SIZE:
+            raise UserError(f"{printable(str(path))} has more than {_SIZE:,} bytes")
+        lines = read_file(path).decode("utf-8", "replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{printable(str(path))} cannot be read: {error.strerror or error}") from None
+    for number, line in enumerate(lines[: MOST_BOXES + 1], 1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            values = [float(word[:40]) for word in words]
+            fits = len(values) == 5 or (7 <= len(values) < MOST_POINTS and len(values) % 2)
+            if not fits or values[0] != int(values[0]):
+                raise ValueError
+        except (ValueError, OverflowError):
+            raise UserError(f"{printable(str(path))}, line {number}: it is no class with a box or a polygon") from None
+        if not 0 <= values[0] < len(names):
+            raise UserError(f"{printable(str(path))}, line {number}: class {int(values[0])} of {len(names)} from 0 on")
+        if len(values) == 5:
+            x, y, width, height = values[1:]
+            yield Annotation((x - width / 2, y - height / 2, x + width / 2, y + height / 2), names[int(values[0])])
+        else:
+            across, down = values[1::2], values[2::2]
+            sound = all(map(math.isfinite, values)) and max(map(abs, values[1:])) <= 10
+            outline = Outline(polygons=(tuple(values[1:]),)) if sound else None
+            yield Annotation((min(across), min(down), max(across), max(down)), names[int(values[0])], outline=outline)
