@@ -18,8 +18,8 @@ import tyro
 
 from fastpmae.config import Config
 from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Patches, Probe
-from fastpmae.evaluate.dense.commands import DenseCommon, Segment
-from fastpmae.evaluate.dense.recipe import SEGMENT_PRESETS, DenseConfig, SegmentConfig
+from fastpmae.evaluate.dense.commands import DenseCommon, Detect, Segment
+from fastpmae.evaluate.dense.recipe import DETECT_PRESETS, SEGMENT_PRESETS, DenseConfig, DetectConfig, SegmentConfig
 from fastpmae.evaluate.features import embed_command
 from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.export.export import export_command
@@ -67,6 +67,12 @@ def dense() -> str:
         (f"**patches**: {Patches.__doc__}", _table(Patches)),
         (f"**segment**: {Segment.__doc__}", _table(Segment)),
         ("**segment**, with the values of `--preset paper`", [*both, *own[len(HEAD) :]]),
+    ]
+    paper = DETECT_PRESETS["paper"]
+    both, own = _table(DenseConfig, paper), _table(DetectConfig, paper)
+    tables += [
+        (f"**detect**: {Detect.__doc__}", _table(Detect)),
+        ("**detect**, with the values of `--preset paper`", [*both, *own[len(HEAD) :]]),
     ]
     return "\n".join(line for title, table in tables for line in (title, "", *table, ""))
 

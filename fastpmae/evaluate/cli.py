@@ -9,8 +9,8 @@ import tyro
 
 from fastpmae.evaluate.backbone import Which
 from fastpmae.evaluate.datasets import Engine
-from fastpmae.evaluate.dense.commands import DenseCommon, Segment
-from fastpmae.evaluate.dense.recipe import segment_preset
+from fastpmae.evaluate.dense.commands import DenseCommon, Detect, Segment
+from fastpmae.evaluate.dense.recipe import detect_preset, segment_preset
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.linear import RATES
 from fastpmae.evaluate.recipe import PROBE, FinetuneConfig, finetune_preset
@@ -184,7 +184,7 @@ class Patches:
     """Seed of the random weights, the linear layer, and what is drawn."""
 
 
-Command = Knn | Linear | Probe | Lowshot | Finetune | Patches | Segment
+Command = Knn | Linear | Probe | Lowshot | Finetune | Patches | Segment | Detect
 
 DESCRIPTION = """Evaluate the features of a network. Prints top-1 and top-5, or mIoU, and writes a JSON result, a row
 for each class and the confusion matrix beside the checkpoint.
@@ -216,6 +216,7 @@ def read_command(arguments: Sequence[str]) -> Command:
         "finetune": Finetune(unknown, config),
         "patches": Patches(dense),
         "segment": Segment(dense, segment_preset(preset("segment"))),
+        "detect": Detect(dense, detect_preset(preset("detect"))),
     }
     kinds = tuple(
         Annotated[type(default), tyro.conf.subcommand(name, default=default)] for name, default in defaults.items()

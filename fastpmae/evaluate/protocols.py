@@ -24,7 +24,7 @@ from fastpmae.evaluate.cli import (
     read_command,
 )
 from fastpmae.evaluate.datasets import Labelled, extract, needed, open_labelled
-from fastpmae.evaluate.dense.commands import Segment, run_segment
+from fastpmae.evaluate.dense.commands import Detect, Segment, run_detect, run_segment
 from fastpmae.evaluate.dense.patches import run_patches
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.finetune import train_classifier
@@ -272,7 +272,7 @@ def run_command(command: Command) -> None:
         UserError: for what does not fit.
     """
     with join_ranks(command.common.device) as ranks:
-        if ranks.size > 1 and not isinstance(command, Probe | Finetune | Segment):
+        if ranks.size > 1 and not isinstance(command, Probe | Finetune | Segment | Detect):
             name = type(command).__name__.lower()
             raise UserError(f"fastpmae-eval {name} is computed by one process: start it without torchrun")
         match command:
@@ -288,6 +288,8 @@ def run_command(command: Command) -> None:
                 run_patches(command, ranks)
             case Segment():
                 run_segment(command, ranks)
+            case Detect():
+                run_detect(command, ranks)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""`fastpmae-eval segment`: what it is told, and how it is carried out."""
+"""`fastpmae-eval segment` and `detect`: what they are told, and how they are carried out."""
 
 import dataclasses
 import time
@@ -10,8 +10,8 @@ import tyro
 
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate.backbone import Backbone, Which, find_backbone
-from fastpmae.evaluate.dense.labelled import Segmentation
-from fastpmae.evaluate.dense.recipe import SegmentConfig
+from fastpmae.evaluate.dense.labelled import Detection, Segmentation
+from fastpmae.evaluate.dense.recipe import DetectConfig, SegmentConfig
 from fastpmae.evaluate.result_files import free_name, place_of, stem_of
 from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.progress import Progress
@@ -67,13 +67,36 @@ class Segment:
     """Log to Weights & Biases too, where it is installed."""
 
 
+@dataclass(frozen=True)
+class Detect:
+    """Object detection by Faster or Mask R-CNN, the whole network trained, with a preset whose settings are flags."""
+
+    common: Annotated[DenseCommon, tyro.conf.arg(name="")]
+    config: Annotated[DetectConfig, tyro.conf.arg(name="")]
+    preset: str = "paper"
+    """Settings to start from: paper (CAE's), vitdet (without its windowed attention), or small (a few hundred small
+    images)."""
+    masks: Literal["auto", "on", "off"] = "auto"
+    """Learn the outlines of objects too (Mask R-CNN); auto does where the training set has them."""
+    resume: bool = False
+    """Resume the training in --out."""
+    steps: int | None = None
+    """Stop after so many optimizer steps in all; changes no schedule."""
+    deterministic: bool = False
+    """Compute the same bits each time on a GPU too, somewhat slower."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases too, where it is installed."""
+
+
 class _Run:
     """Network, folder and clock of one command; the first rank speaks."""
 
-    def __init__(self, command: Segment, ranks: Ranks, image_size: int):
+    def __init__(self, command: Segment | Detect, ranks: Ranks, image_size: int):
         common = command.common
         self.command, self.common, self.ranks = command, common, ranks
-        self.name = "segment"
+        self.name = "segment" if isinstance(command, Segment) else "detect"
         self.began = time.monotonic()
         if common.out is not None:
             local_path(common.out)
@@ -100,12 +123,12 @@ class _Run:
             command.wandb,
         )
 
-    def told(self, train: Segmentation, val: Segmentation) -> None:
+    def told(self, train: Segmentation | Detection, val: Segmentation | Detection) -> None:
         """Say what a user should know of how the files were understood."""
         for note in dict.fromkeys([*train.notes, *val.notes]):
             self.progress.tell(note)
 
-    def record(self, train: Segmentation, val: Segmentation) -> dict[str, Any]:
+    def record(self, train: Segmentation | Detection, val: Segmentation | Detection) -> dict[str, Any]:
         """What a result says besides its figures."""
         return {
             "evaluation": self.name,
@@ -156,3 +179,30 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
         f"{figures['class_accuracy']:.2f} % of {scores.images:,} images"
     )
     tell(f"wrote {path}, and beside it a row for each class (.csv), the confusion matrix and pictures (.png)")
+
+
+def run_detect(command: Detect, ranks: Ranks) -> None:
+    """`fastpmae-eval detect`."""
+    from fastpmae.evaluate.dense.average_precision import write_box_scores
+    from fastpmae.evaluate.dense.box_sets import open_detection
+    from fastpmae.evaluate.dense.detect import draw_detections, train_detector
+
+    common = command.common
+    train, val = open_detection(common.train, common.val, common.classes, command.masks)
+    val = _needed(val, train)
+    run = _Run(command, ranks, 0)
+    run.told(train, val)
+    scores, detecting = train_detector(
+        train, val, run.backbone, command.config, run.setting(), ranks,
+        masks={"auto": None, "on": True, "off": False}[command.masks],
+        resume=command.resume, steps=command.steps, progress=run.progress,
+    )  # fmt: skip
+    if not ranks.is_main:
+        return
+    record = run.record(train, val)
+    stem, figures = run.stem(record), scores.figures()
+    path = write_box_scores(run.folder, stem, scores, train.names, record)
+    draw_detections(run.folder / f"{stem}-overlays.png", detecting, val)
+    told = [f"{name.replace('_', ' ').replace('ap', 'AP')} {value:.2f} %" for name, value in figures.items()]
+    tell(f"{stem}: {', '.join(told)} of {scores.images:,} images")
+    tell(f"wrote {path}, and beside it a row for each class (.csv), precision by recall, and pictures (.png)")
