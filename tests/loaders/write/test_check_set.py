@@ -1,0 +1,45 @@
+"""`fastpmae-write --check SET/`: every part against the index, its bytes too, and every image in it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastpmae_loaders.write import cli
+from fastpmae_loaders.write.sets import write_set
+from tests.made import write_tree
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_set(write_tree(tmp_path / "raw", 12), tmp_path / "set", 3, workers=1)
+    return tmp_path / "set"
+
+
+def check(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["fastpmae-write", "--check", str(folder), "--workers", "1"])
+    status = cli.main()
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+def test_a_sound_set(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = check(folder, monkeypatch, capsys)
+    assert status == 0
+    assert "12 images in 3 parts" in said
+    assert "every part is what the index says" in said
+
+
+def test_a_part_with_other_bytes_and_one_that_is_missing_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = bytearray((folder / "part-00001.beton").read_bytes())
+    # between the tables and the first image, where nothing is
+    changed[60_000] ^= 1
+    (folder / "part-00001.beton").write_bytes(changed)
+    (folder / "part-00002.beton").unlink()
+    status, said = check(folder, monkeypatch, capsys)
+    assert status == 2
+    assert "part-00001.beton: its bytes are not those that the index was made for" in said
+    assert "part-00002.beton does not exist" in said
+    assert "2 of 3 parts are bad" in said
