@@ -293,6 +293,18 @@ def kind_rows(given: argparse.Namespace, task: Task, into: Path, say: Callable[[
     return rows
 
 
+def groups_of(names: Sequence[str], forked: bool) -> list[list[str]]:
+    """The cases that take turns with each other: all of them, or those with colours and those without.
+
+    Each lies in memory of its own where it is no copy of one process, and all together would need 20 GB.
+    """
+    cases = [case for case in CASES if case in names]
+    if forked:
+        return [cases]
+    groups = ([case for case in cases if case.endswith("-geometry") == plain] for plain in (False, True))
+    return [group for group in groups if group]
+
+
 def bench(given: argparse.Namespace, into: Path) -> int:
     """Everything after the command line. Returns the exit status."""
     left_out = []
@@ -309,6 +321,7 @@ def bench(given: argparse.Namespace, into: Path) -> int:
     batch = given.batch or (QUICK_BATCH if given.quick else BATCH)
     task = Task("", images.beton, images.folder, batch, given.workers, given.side, given.device)
     if given.scale:
+        write_coefficients(task)
         rows = scale_rows(given, task, into, say)
         plot = given.plot.with_name(f"{given.plot.stem}_scale{given.plot.suffix}")
         return finish(rows, "Two views, by size and workers", given.json, plot, draw_scale)
@@ -319,18 +332,22 @@ def bench(given: argparse.Namespace, into: Path) -> int:
     names = given.cases or (QUICK if given.quick else tuple(CASES))
     if any("coefficients" in name for name in names):
         write_coefficients(task)
-    with Turns(into, forked=given.quick) as turns:
-        tasks = [replace(task, case=case) for case in CASES if case in names]
-        records = open_all(turns, tasks, usable_cores() if given.quick else 1, say)
-        if given.quick:
-            take_turns(turns, records, 2, 0.35, warm_up=False)
-        else:
-            take_turns(turns, records, 5, 2.0)
-            watch_memory(turns, records, 3, batches=4)
+    found = []
+    for group in groups_of(names, given.quick):
+        with Turns(into, forked=given.quick) as turns:
+            tasks = [replace(task, case=case) for case in group]
+            records = open_all(turns, tasks, usable_cores() if given.quick else 1, say)
+            if given.quick:
+                take_turns(turns, records, 2, 0.35, warm_up=False)
+            else:
+                take_turns(turns, records, 5, 2.0)
+                watch_memory(turns, records, 3, batches=4)
+            found.append(records)
     sizes = f"{given.workers} workers, batches of {batch}"
     where = f"{processor_name()}, {sizes}" + (f", {device_name('cuda')}" if given.device == "cuda" else "")
     title = f"Two views of {given.side} pixels: {sizes}"
-    status = finish(rows_of(records, where), title, given.json, given.plot, draw_bars)
+    rows = [row for records in found for row in rows_of(records, where)]
+    status = finish(rows, title, given.json, given.plot, draw_bars)
     failed = [sentence for sentence in left_out if "not installed" not in sentence]
     return 1 if failed else status
 

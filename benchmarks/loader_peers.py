@@ -10,6 +10,7 @@ left out in its favour. None of them is needed by anything else; `pip install 'f
 import os
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,22 @@ def spdl_views(task: Task, colour: bool) -> Iterator[Views]:
         yield from pipeline
 
 
-def torchcodec_views(task: Task) -> Iterator[Views]:
-    """torchvision's transforms.v2 on tensors from torchcodec, where its decoders are moving, in a DataLoader."""
+def load_torchcodec(file: str) -> Tensor:
+    """A JPEG file by torchcodec's decoder: uint8 [3, H, W]."""
     from torchcodec.decoders import decode_jpeg
 
-    def load(file: str) -> Tensor:
-        return decode_jpeg(torch.from_numpy(np.fromfile(file, np.uint8)))
+    return decode_jpeg(torch.from_numpy(np.fromfile(file, np.uint8)))
 
-    for views in worker_batches(TwoViews(task.files, load, *vision_transforms(task, True, True)), task):
+
+def torchcodec_views(task: Task) -> Iterator[Views]:
+    """torchvision's transforms.v2 on tensors from torchcodec, where its decoders are moving, in a DataLoader."""
+    for views in worker_batches(TwoViews(task.files, load_torchcodec, *vision_transforms(task, True, True)), task):
         yield tuple(views)
+
+
+def both_views(sample: tuple[Any], simple: Callable, complex: Callable) -> Views:
+    """The two views of WebDataset's sample of one picture."""
+    return simple(sample[0]), complex(sample[0])
 
 
 def webdataset_views(task: Task) -> Iterator[Views]:
@@ -82,7 +90,7 @@ def webdataset_views(task: Task) -> Iterator[Views]:
     simple, complex = vision_transforms(task, False, True)
     data: Any = webdataset.WebDataset(shards, shardshuffle=False, resampled=True, nodesplitter=None)
     data = data.shuffle(1000).decode("pilrgb").to_tuple("jpg")
-    data = data.map(lambda sample: (simple(sample[0]), complex(sample[0]))).batched(task.batch, partial=False)
+    data = data.map(partial(both_views, simple=simple, complex=complex)).batched(task.batch, partial=False)
     for views in DataLoader(data, batch_size=None, num_workers=task.workers, persistent_workers=True):
         yield tuple(views)
 

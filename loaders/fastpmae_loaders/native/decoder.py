@@ -366,3 +366,32 @@ def decode_jpeg(
     # an array that may not be written to is another type to numba
     done = decode(np.require(data, requirements="W"), height, width, boxes, pixels.ctypes.data, work)
     return pixels if done else None
+
+
+@kernel(_nrt=False)
+def _spans_its_data(data, height, width, work):
+    """Whether the codes of the JPEG in `data` are sound, and fill their data up to the picture's end."""
+    header = read_jpeg(data, height, width, work)
+    if header.height == 0:
+        return False
+    count, mcus, rows = lay_out(header, work)
+    position = begin_scan(data, header, mcus * rows, work)
+    work.windows[:] = 0
+    for _ in range(rows):
+        position = decode_row(data, header, count, mcus, position, work)
+        if position.length < 0:
+            return False
+    left = 8 * position.length - (np.int64(position.at) * 8 - np.int64(position.count))
+    return left < 8 and ends_soundly(data, position, work)
+
+
+def is_sound(payload: bytes | np.ndarray, height: int, width: int) -> bool | None:
+    """Whether a JPEG of the kind that is decoded here is sound to its end; Pillow passes over much damage in silence.
+
+    None for every other kind, of which nothing is known here. No pixels are made.
+    """
+    data = np.require(np.frombuffer(payload, np.uint8), requirements="W")
+    header = read_header(data, height, width, make_tables())
+    if header.height == 0 or (header.across == 2 and width < NARROWEST):
+        return None
+    return bool(_spans_its_data(data, height, width, make_workspace(height, width, len(data))))

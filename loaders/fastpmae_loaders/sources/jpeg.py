@@ -56,6 +56,11 @@ class JpegHeader:
         return self.frame in (0xC0, 0xC1, 0xC2) and self.precision == 8 and self.has_tables
 
     @property
+    def is_baseline(self) -> bool:
+        """One scan from top to bottom, coded by Huffman: not progressive."""
+        return self.frame in (0xC0, 0xC1)
+
+    @property
     def is_ycbcr(self) -> bool:
         """Three components that libjpeg takes for YCbCr (asking JFIF, then Adobe, then the ids)."""
         if len(self.component_ids) != 3:

@@ -63,9 +63,13 @@ def sample_checker(path: str):
 
             if not is_whole(beton.payload(index).tobytes()):
                 raise BetonError(OTHER_DIGEST)
-        if beton.mode[index] == JPG and turbo_available():
-            size = int(beton.width[index]), int(beton.height[index])
-            if turbo_decode(beton.payload(index), *size) is None:
+        if beton.mode[index] == JPG:
+            from fastpmae_loaders.native.decoder import is_sound
+
+            payload, height, width = beton.payload(index), int(beton.height[index]), int(beton.width[index])
+            if is_sound(payload, height, width) is False:
+                raise BetonError("the JPEG is damaged: its codes make no sense, or end too soon")
+            if turbo_available() and turbo_decode(payload, width, height) is None:
                 raise BetonError("libjpeg-turbo, FFCV's decoder, reports damage in the JPEG")
 
     return check

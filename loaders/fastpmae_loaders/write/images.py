@@ -16,7 +16,7 @@ from PIL import Image
 from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, PIXEL_LIMIT, RAW
 from fastpmae_loaders.sources.gray import nearly_black
-from fastpmae_loaders.sources.jpeg import JPEG_MAX_SIDE, jpeg_header, turbo_available, turbo_decode
+from fastpmae_loaders.sources.jpeg import JPEG_MAX_SIDE, jpeg_header
 from fastpmae_loaders.sources.pictures import ImageError, load, one_line, open_image, upright_rgb
 from fastpmae_loaders.values import Typed
 
@@ -152,8 +152,24 @@ def _can_keep(data: bytes, image: Image.Image, settings: ImageSettings) -> bool:
         return False
     if not (header.is_ordinary and header.is_ycbcr) or (header.width, header.height) != image.size:
         return False
-    # libjpeg-turbo tells of damage that Pillow passes over in silence
-    return not turbo_available() or turbo_decode(data, *image.size) is not None
+    from fastpmae_loaders.native.decoder import is_sound  # and numba, which images of other kinds do not need
+
+    sound = is_sound(data, image.height, image.width)
+    # of a progressive one Pillow is the only judge here
+    return not header.is_baseline if sound is None else sound
+
+
+def prepare_judge(settings: ImageSettings) -> None:
+    """Loads the compiled code that tells whether a JPEG is sound, or compiles it: some seconds, once on a machine.
+
+    For before the first image, whose time is limited: in each process, and first in the one that starts the others, so
+    that they find it compiled.
+    """
+    if settings.mode == "raw":
+        return
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    store(buffer.getvalue(), ImageSettings(mode="coefficients" if settings.mode == "coefficients" else "jpg"))
 
 
 def _within(image: Image.Image, max_size: int | None) -> Image.Image:

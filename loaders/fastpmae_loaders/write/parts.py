@@ -12,7 +12,7 @@ from pathlib import Path
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.sources.set_index import Shard, shard_of
-from fastpmae_loaders.write.images import ImageSettings, StoredImage
+from fastpmae_loaders.write.images import ImageSettings, StoredImage, prepare_judge
 from fastpmae_loaders.write.manifests import (
     HASH,
     HASHES_MAGIC,
@@ -57,6 +57,7 @@ def hashing_converter(settings: ImageSettings) -> Callable[[int, Item], StoredIm
 
 def worker_pool(settings: PartSettings, workers: int, tell: Callable[[str], None]) -> WorkerPool:
     """The processes that convert the images of any number of parts: an image that kills its process costs itself."""
+    prepare_judge(settings.images)
     task = "fastpmae_loaders.write.parts:hashing_converter"
     return WorkerPool(task, (settings.images,), workers, settings.timeout, tell=tell)
 

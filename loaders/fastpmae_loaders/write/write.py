@@ -16,7 +16,7 @@ from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import Beton
 from fastpmae_loaders.stores.address import Address, place_of
 from fastpmae_loaders.values import NAME_MAX, checked, local_path
-from fastpmae_loaders.write.images import ImageSettings, StoredImage, store
+from fastpmae_loaders.write.images import ImageSettings, StoredImage, prepare_judge, store
 from fastpmae_loaders.write.pages import LARGEST_PAGE, PageWriter
 from fastpmae_loaders.write.sources import Item, Listing, SourceSettings, list_found, look_into, read_item, spread
 from fastpmae_loaders.write.store_target import StoreTarget
@@ -102,6 +102,7 @@ def write_beton(
     found = look_into(source, listing)
     listed = list_found(found)
     spread(listed, limit)
+    prepare_judge(images)
     setup = ("fastpmae_loaders.write.write:converter", (images,), count, timeout)
     with found.present({item.path for item in listed.items if item.kind != "bad"}):
         if isinstance(place, Path):
@@ -188,6 +189,7 @@ def told_dark(dark: list[tuple[str, int]]) -> str:
 def converter(settings: ImageSettings):
     """What a worker process calls for each item: read it, make it what is stored."""
     Image.MAX_IMAGE_PIXELS = None  # ours is asked in its place, before anything is decoded
+    prepare_judge(settings)
 
     def converted(place: int, item: Item) -> StoredImage:
         if item.kind in ("parquet", "arrow"):

@@ -13,7 +13,6 @@ from fastpmae_loaders.sources.beton import JPG, RAW
 from fastpmae_loaders.write.images import ImageError, ImageSettings, StoredImage, store
 from fastpmae_loaders.write.sources import Item
 from fastpmae_loaders.write.write import converter
-from tests.engines import needs_ffcv
 from tests.made import made_image, progressive_bomb
 
 RAW_PIXELS = ImageSettings(mode="raw")
@@ -262,7 +261,6 @@ def test_damage_is_refused_with_a_reason() -> None:
             store(data, ImageSettings())
 
 
-@needs_ffcv
 def test_a_jpeg_that_only_pillow_finds_sound_is_encoded_anew() -> None:
     data = encoded(PICTURE, "JPEG")
     damaged = data[: len(data) * 3 // 4] + b"\xff\xd9"  # ends early: Pillow fills it up in silence

@@ -390,8 +390,7 @@ def test_check_names_bad_samples(tree: Path, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert re.search(r"bad: sample 7: the JPEG is \d+x\d+ pixels, its metadata say 999x999", result.stderr)
     assert "of 14 samples are bad" in result.stderr
-    if turbo_available():
-        assert "bad: sample 5:" in result.stderr
+    assert "bad: sample 5: the JPEG is damaged: its codes make no sense, or end too soon" in result.stderr
     (tmp_path / "cut.beton").write_bytes(content[: len(content) // 2])
     cut = command("--check", tmp_path / "cut.beton")
     assert (cut.returncode, "truncated" in cut.stderr) == (2, True)
@@ -419,7 +418,7 @@ def test_check_survives_hundreds_of_damaged_payloads(tmp_path: Path) -> None:
         image = Image.open(io.BytesIO(hurt.payload(index).tobytes()))
         image.load()
         assert image.size == (hurt.width[index], hurt.height[index])
-    assert len(bad) > (100 if turbo_available() else 50)
+    assert len(bad) > (100 if turbo_available() else 75)
 
 
 def hurt_tables(out: Path, path: Path, rng: np.random.Generator) -> None:
