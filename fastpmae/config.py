@@ -308,6 +308,8 @@ class Efficiency(Typed):
     Less memory, more time, the same numbers. 1 checkpoints every block, 0 none."""
     shard: bool = False
     """Shard weights, gradients, optimizer state and teachers over the ranks (FSDP2): for models that fill a GPU."""
+    sharded_checkpoints: bool = False
+    """Write checkpoints as folders, each rank its part, for models whose one file is too large; both are resumed."""
     rank_timeout: float = 10.0
     """Minutes that a rank waits for the others before all ranks exit."""
     prototypes_chunk: int = 0

@@ -21,7 +21,7 @@ from fastpmae.plan.utilization import images_at_peak
 from fastpmae.pretraining.cli import read_command
 from fastpmae.pretraining.collapse import FlatLabels, collapse_figures
 from fastpmae.pretraining.compile import compile_anew, compile_step
-from fastpmae.pretraining.data import Prefetcher, make_loader, steps_in_epoch
+from fastpmae.pretraining.data import Prefetcher, make_loader, shared_out, steps_in_epoch
 from fastpmae.pretraining.match_geometry import geometry_figures
 from fastpmae.pretraining.networks import make_networks
 from fastpmae.pretraining.online_evaluation import OnlineEvaluation
@@ -202,11 +202,11 @@ def open_pretraining(config: Config, session: Session) -> Pretraining:
         check_fp8_device(ranks.device)
     uploads = open_uploads(config, ranks)
     images = open_images(config)
-    config = resolve(config, ranks.device, images)
+    config, remarks = shared_out(resolve(config, ranks.device, images), ranks.size)
     steps_per_epoch = steps_in_epoch(images, config, ranks)
     online_evaluation = OnlineEvaluation(config, ranks)
     identity = fingerprint(images)
-    opened = ranks.broadcast_from_main(lambda: open_run(config, identity, steps_per_epoch))
+    opened = ranks.broadcast_from_main(lambda: open_run(config, identity, steps_per_epoch, remarks))
     step = 0 if opened.checkpoint is None else read_progress(opened.checkpoint)["step"]
     total_steps = steps_per_epoch * config.optimizer.epochs
     last_step = total_steps if config.run.steps is None else min(total_steps, config.run.steps)
@@ -257,7 +257,7 @@ def set_up(
     if newest is not None:
         prefetcher.bad_images = read_progress(newest)["bad_images"]
     if resumed is not None:
-        checkpoint = read_checkpoint(resumed)
+        checkpoint = read_checkpoint(resumed, ranks.rank, ranks.size)
         restore_state(checkpoint, student, teachers, optimizer)
         meter.load(checkpoint.part("log"))
 
@@ -311,6 +311,7 @@ def begin(run: Pretraining, stage: Stage, session: Session) -> None:
         save_every=config.run.save_every,
         save_steps=config.run.save_steps,
         traced=config.run.profile,
+        sharded=config.efficiency.sharded_checkpoints,
         sentences=remarks
         + describe_run(config, run.images, ranks, stage.training.student, run.steps_per_epoch, run.opened.folder)
         + about,

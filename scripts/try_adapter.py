@@ -4,7 +4,8 @@ python scripts/try_adapter.py mae CHECKOUT [IMAGES.beton] [--steps 5] [--keep FO
 
 The checkout is copied, the copy is edited as the page says and run as its authors run it, with the smallest settings
 that it takes, by the Python that runs this script: it needs what the codebase needs. What a CPU and a torch of today
-lack for it comes from scripts/adapters/on_cpu.py, apart from the edits. Without images it takes the demo's.
+lack for it comes from scripts/adapters/on_cpu.py, apart from the edits. Without images it takes the demo's. Of DINOv3
+and CAPI, which do not start without a GPU, the edits are made and nothing is run.
 """
 
 import argparse
@@ -57,6 +58,11 @@ def main() -> int:
             copy = Path(shutil.move(copy, args.keep.absolute()))
         commit = _commit(args.checkout)
         print(f"{args.codebase} at {commit}: {len(edits)} edits of docs/adapters.md made in a copy", flush=True)
+        if codebase.needs_gpu:
+            for path in dict.fromkeys(edit.path for edit in edits):
+                compile((copy / path).read_text(), path, "exec")
+            print("it does not start without a GPU, and is not run")
+            return 0
         arguments = [*codebase.arguments, *args.more.split()]
         return _train(codebase, arguments, copy, work, args.images or _demo(work), args.steps)
 
@@ -87,8 +93,12 @@ def _train(codebase: Codebase, arguments: list[str], copy: Path, work: Path, ima
         *codebase.options,
         str(copy / codebase.program),
     ]
+    if codebase.start:
+        start = work / "start.py"
+        start.write_text(codebase.start)
+        command[-1] = str(start)
     command += [part.format(**named) for part in arguments]
-    paths = [str(copy), *OURS, os.environ.get("PYTHONPATH", "")]
+    paths = [str(copy / codebase.source), *OURS, os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "TRY_STEPS": str(steps),

@@ -123,18 +123,32 @@ def surroundings(folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     crops = Names(
         global_crops_size=56, local_crops_size=28, global_crops_scale=[0.32, 1.0], local_crops_scale=[0.05, 0.32],
-        local_crops_number=2,
+        local_crops_number=2, teacher_to_student_resolution_scale=1.0, gram_teacher_crops_size=70,
+        gram_teacher_no_distortions=False,
     )  # fmt: skip
     ranks = Names(get_rank=lambda: 0, get_world_size=lambda: 1, get_global_rank=lambda: 0, get_global_size=lambda: 1)
     train = Names(dataset_path=beton, batch_size_per_gpu=4, num_workers=0, seed=0)
-    ibot = Names(mask_ratio_min_max=[0.1, 0.5], mask_sample_probability=0.5)
+    ibot = Names(mask_ratio_min_max=[0.1, 0.5], mask_sample_probability=0.5, mask_random_circular_shift=True)
+    capi = Names(
+        dataset=beton, crop_scale=[0.6, 1.0], do_hflip=True, mask_ratio=0.65, prediction_subsampling=0.05,
+        masking_generator_kwargs={"roll": True},
+    )  # fmt: skip
     data = Names(DATA_PATH=beton, BATCH_SIZE=4, IMG_SIZE=64, NUM_WORKERS=0, MASK_PATCH_SIZE=32, MASK_RATIO=0.6)
     return {
         "args": args, "misc": ranks, "utils": ranks, "distributed": ranks, "dist": ranks, "os": os, "np": np,
-        "torch": torch, "cfg": Names(crops=crops, train=train, ibot=ibot, student=Names(patch_size=14)),
+        "torch": torch,
+        "cfg": Names(
+            crops=crops, train=train, ibot=ibot, student=Names(patch_size=14), data=capi,
+            optim=Names(batch_size_per_gpu=4), compute_precision=Names(param_dtype="bf16"),
+            efficiency=Names(dataloader_num_workers=0, param_dtype="bfloat16"),
+        ),
+        "img_size": 56, "patch_size": 14, "iteration": 2, "per_device_batch_size": 4,
+        "trainer_instance": Names(global_rank=0, world_size=1),
         "start_iter": 2, "pred_size": 16, "device": torch.device("cpu"), "epoch": 1, "model_dtype": torch.bfloat16,
         "mixup_args": {"num_classes": 230, "mixup_alpha": 0.2}, "Mixup": timm.data.Mixup,
-        "config": Names(DATA=data, SEED=0, MODEL=Names(TYPE="vit", VIT=Names(PATCH_SIZE=16))),
+        "config": Names(
+            data=beton, seed=0, num_workers=0, DATA=data, SEED=0, MODEL=Names(TYPE="vit", VIT=Names(PATCH_SIZE=16))
+        ),
         "data_config": {
             "input_size": (3, 64, 64), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": 0.9,
             "interpolation": "bicubic",
@@ -175,6 +189,8 @@ def test_the_pages_lines_work(name, small_beton, tmp_path, monkeypatch):
         for old, new in (('device="cuda"', 'device="cpu"'), *codebase.smaller):
             text = text.replace(old, new)
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
         names = surroundings(tmp_path)
         exec(text, names)
         made: list[Any] = [value for value in names.values() if isinstance(value, Adapter)]

@@ -8,7 +8,7 @@ import re
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -36,6 +36,19 @@ class Ranks:
     local_size: int
     device: torch.device
     group: dist.ProcessGroup | None
+    apart: list[Callable[[], object]] = field(default_factory=list)
+    """Weak references to the groups that `group_apart` has made."""
+
+    def group_apart(self) -> dist.ProcessGroup | None:
+        """A group of the same ranks, over gloo, in which a thread can talk while the loop does in the other; None for a
+        single rank. All ranks ask for it. Whoever is gone is noticed in the loop, so that in here nobody is hurried.
+        """
+        if self.group is None:
+            return None
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        assert isinstance(group, dist.ProcessGroup)
+        self.apart.append(weakref.ref(group))
+        return group
 
     @property
     def is_main(self) -> bool:
@@ -189,10 +202,11 @@ def _leave(ranks: Ranks) -> None:
     """
     ranks.group = None
     if dist.group.WORLD is not None:
-        group = weakref.ref(dist.group.WORLD)
+        groups = [weakref.ref(dist.group.WORLD), *ranks.apart]
         dist.destroy_process_group()
-        if group() is not None:
-            atexit.register(_await_threads, group)
+        for group in groups:
+            if group() is not None:
+                atexit.register(_await_threads, group)
 
 
 def _await_threads(group: Callable[[], object], patience: float = 10.0) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from fastpmae.evaluate.metrics import files_of
 from fastpmae.run.checkpoint import step_of
 from fastpmae.run.folder import run_of
+from fastpmae.run.shards import is_sharded
 
 
 def stem_of(evaluation: str, network: str) -> str:
@@ -56,4 +57,4 @@ def place_of(weights: str) -> Path:
     if run is None:
         return path.parent / f"{path.stem}-eval"
     # A checkpoint that was named has results of its own; a run folder's are those of its newest one.
-    return run / "eval" / f"step-{step_of(path):08d}" if path.is_file() else run / "eval"
+    return run / "eval" / f"step-{step_of(path):08d}" if path.is_file() or is_sharded(path) else run / "eval"

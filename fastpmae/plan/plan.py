@@ -7,15 +7,13 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from fastpmae.config import Config
-from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import SHAPES, check, shape_of
 from fastpmae.model.phases import Phase, phases_of, resolutions_in
 from fastpmae.model.resolutions import Resolution, at_size
@@ -35,7 +33,7 @@ from fastpmae.plan.scaling import (
 )
 from fastpmae.presets import PRESETS
 from fastpmae.pretraining.cli import Command, parse
-from fastpmae.pretraining.data import micro_batch_size
+from fastpmae.pretraining.data import shared_out
 from fastpmae.run.images import open_images, sources
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_output
@@ -101,13 +99,12 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
         UserError: for settings that make no run, a GPU nobody knows, images that cannot be read.
     """
     check(options.settings)
+    gpu = _gpu(options)
+    options = replace(options, settings=shared_out(options.settings, options.gpus)[0])
     # the last phase needs most: with its teachers the plan is made, and the time of a first one is added
     *before, phase = phases_of(options.settings)
     config = phase.config
-    gpu = _gpu(options)
-    ranks = Ranks(0, options.gpus, options.gpus, torch.device("cpu"), None)
-    accumulate = config.optimizer.accumulate
-    share = micro_batch_size(config, ranks) * accumulate
+    share = config.optimizer.batch_size // options.gpus
     epoch_images = _epoch_images(options)
     if epoch_images < config.optimizer.batch_size:
         raise UserError(f"--images {epoch_images} are less than one batch of {config.optimizer.batch_size}")

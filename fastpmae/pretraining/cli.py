@@ -15,6 +15,7 @@ from fastpmae.presets import PRESETS, preset
 from fastpmae.renamed import SETTINGS, refuse_old_flags
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, read_progress, settings_in
 from fastpmae.run.folder import run_of
+from fastpmae.run.shards import is_sharded
 from fastpmae.run.uploads import bring_back, local_folder
 from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.words import last_value, numbers_on, with_values
@@ -102,7 +103,7 @@ def settings_of_run(path: Path) -> Config:
         UserError: when the checkpoint or the config cannot be read.
     """
     folder = run_of(local_path(path))
-    if path.is_file() or (folder is None and path.name.endswith(".safetensors")):
+    if path.is_file() or is_sharded(path) or (folder is None and path.name.endswith(".safetensors")):
         return settings_in(read_progress(path), path)
     for checkpoint in checkpoints_in(folder) if folder is not None else []:
         with contextlib.suppress(CheckpointError):  # a damaged one is reported when the run is resumed

@@ -24,15 +24,40 @@ IMAGES_AHEAD = 512
 """With both views of 224 pixels 154 MB."""
 
 
+def shared_out(config: Config, ranks: int) -> tuple[Config, list[str]]:
+    """Settings whose --accumulate shares the batch out over this many ranks, and a remark where it is not as asked for.
+
+    The next larger one is taken, so that a rank never computes more images at a time than it was asked to. With
+    `--sinkhorn-over step` the numbers stay the same; else the micro-batches are others, and a run that was started with
+    different ones refuses to be resumed.
+
+    Raises:
+        UserError: where no --accumulate does; it names numbers of ranks that fit.
+    """
+    batch, asked = config.optimizer.batch_size, config.optimizer.accumulate
+    share, rest = divmod(batch, ranks)
+    if rest or not share:
+        fewer = next(number for number in range(min(ranks - 1, batch), 0, -1) if batch % number == 0)
+        more = next((number for number in range(ranks + 1, min(4 * ranks, batch) + 1) if batch % number == 0), None)
+        fit = f"{fewer} or {more} ranks do" if more else f"{fewer} rank{'s do' if fewer > 1 else ' does'}"
+        sizes = " and ".join(str(size) for size in (ranks * share, ranks * (share + 1)) if size)
+        raise UserError(
+            f"--batch-size {batch} does not share out evenly over {ranks} ranks, whatever --accumulate is: {fit}, as "
+            f"--batch-size {sizes} would on {ranks}"
+        )
+    fitting = next(number for number in range(min(asked, share), share + 1) if share % number == 0)
+    if fitting == asked:
+        return config, []
+    return config.using(accumulate=fitting), [
+        f"--accumulate {asked} does not share {batch} images out over {ranks} rank{'s' * (ranks > 1)}: it is {fitting} "
+        f"here, with micro-batches of {share // fitting}"
+    ]
+
+
 def micro_batch_size(config: Config, ranks: Ranks) -> int:
     """Images that one rank computes at a time. Raises UserError where the batch cannot be shared out evenly."""
-    size, rest = divmod(config.optimizer.batch_size, ranks.size * config.optimizer.accumulate)
-    if rest or size == 0:
-        raise UserError(
-            f"--batch-size {config.optimizer.batch_size} does not share out evenly over {ranks.size} ranks "
-            f"x --accumulate {config.optimizer.accumulate}"
-        )
-    return size
+    config, _ = shared_out(config, ranks.size)
+    return config.optimizer.batch_size // (ranks.size * config.optimizer.accumulate)
 
 
 def batches_ahead(size: int, config: Config) -> int:

@@ -1,14 +1,18 @@
-"""Checkpoints: one safetensors file with everything a run needs to go on, written whole or not at all.
+"""Checkpoints: one safetensors file with everything a run needs to go on, written whole or not at all; or a folder of
+them (see shards.py), which is read by the same functions.
 
 Tensors are named by whose they are (`student.`, `reconstruction_teacher.`, `labelling_teacher.`, `optimizer.`, `rng.`,
 `log.`); numbers, the loader's position and the config are JSON in the header. A digest over every tensor's name, shape
 and bytes, and over that JSON, tells a damaged file from a sound one.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,25 +27,21 @@ from fastpmae.distributed.dtensor import distribute_like
 from fastpmae.model.build import build_student
 from fastpmae.model.phases import Phase, phase_after
 from fastpmae.model.teachers import Teachers
+from fastpmae.run.progress import CheckpointError, parsed_progress
+from fastpmae.run.shards import SUFFIX, Described, Shards, check_files, is_sharded, read_index
 from fastpmae.weights.file_kind import is_safetensors, other_file, unsound
 from fastpmae.weights.tensor_file import save_file
 from fastpmae_loaders.errors import RunError, UserError
-from fastpmae_loaders.files import atomic_write
+from fastpmae_loaders.files import PARTIAL, atomic_write
 from fastpmae_loaders.printable import on_one_line, short
 from fastpmae_loaders.values import local_path
 
 FORMAT = "fastpmae-checkpoint-1"
-NAME = re.compile(r"step-\d{8,15}\.safetensors")
-PROGRESS = {"step": int, "steps_per_epoch": int, "bad_images": int, "fingerprint": str, "config": dict}
-"""What every checkpoint's progress holds."""
+NAME = re.compile(r"step-\d{8,15}\.(safetensors|shards)")
 
 
 ODD = (ValueError, TypeError, KeyError, AttributeError)
 """What safetensors end in, besides errors of their own, where torch has no such type or size."""
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Checkpoint:
     """A checkpoint as read: tensors by name, on the CPU, and the run's progress as plain values."""
 
     path: Path
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     progress: dict[str, Any]
 
     @property
@@ -80,7 +80,21 @@ class Checkpoint:
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under `prefix.`, by the rest of their names."""
-        return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
+        return {name[len(prefix) + 1 :]: self.tensors[name] for name in self.tensors if name.startswith(prefix + ".")}
+
+    def described(self, prefix: str) -> dict[str, Described]:
+        """Shapes and types of the same tensors."""
+        if isinstance(self.tensors, Shards):
+            found = self.tensors.described
+        else:
+            found = {name: (tensor.shape, tensor.dtype) for name, tensor in self.tensors.items()}
+        return {name[len(prefix) + 1 :]: like for name, like in found.items() if name.startswith(prefix + ".")}
+
+    def part_like(self, prefix: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the same tensors those of `like`, on its devices and sharded as it is."""
+        if isinstance(self.tensors, Shards):
+            return self.tensors.like(prefix, like)
+        return {name: distribute_like(self.tensors[f"{prefix}.{name}"], tensor) for name, tensor in like.items()}
 
 
 def settings_in(progress: dict[str, Any], path: Path, *, decoder_matters: bool = True) -> Config:
@@ -95,9 +109,9 @@ def settings_in(progress: dict[str, Any], path: Path, *, decoder_matters: bool =
     return config if "decay_tokens" in settings.get("optimizer", {}) else config.using(decay_tokens=False)
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies in a run folder."""
-    return folder / "checkpoints" / f"step-{step:08d}.safetensors"
+def checkpoint_path(folder: Path, step: int, *, sharded: bool = False) -> Path:
+    """Where the checkpoint after `step` steps lies in a run folder, as a file or as a folder of shards."""
+    return folder / "checkpoints" / f"step-{step:08d}{SUFFIX if sharded else '.safetensors'}"
 
 
 def collect_state(student: nn.Module, teachers: Teachers, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -122,15 +136,22 @@ def restore_state(
         CheckpointError: when it belongs to a model of other sizes or another method, or lacks a part.
     """
     restore_networks(checkpoint, student, teachers)
-    if not checkpoint.part("optimizer"):
+    held = checkpoint.described("optimizer")
+    if not held:
         raise CheckpointError(f"{checkpoint.path} lacks the optimizer's state")
-    for name, parameter in student.named_parameters():
-        state = checkpoint.part(f"optimizer.{name}")
-        if not state:  # a parameter that no loss has reached yet
-            continue
-        like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-        require(checkpoint, f"optimizer.{name}", like)
-        optimizer.state[parameter] = {key: distribute_like(value, parameter).clone() for key, value in state.items()}
+    # a parameter that no loss has reached yet has none
+    reached = {name: parameter for name, parameter in student.named_parameters() if f"{name}.step" in held}
+    like: dict[str, Tensor] = {}
+    for name, parameter in reached.items():
+        like[f"{name}.step"] = torch.zeros((), device=parameter.device)
+        like[f"{name}.exp_avg"] = like[f"{name}.exp_avg_sq"] = parameter.detach()
+    require(checkpoint, "optimizer", like)
+    state = checkpoint.part_like("optimizer", like)
+    for name, parameter in reached.items():
+        # popped, so that what is read and what is kept are never both whole in memory
+        optimizer.state[parameter] = {
+            key: state.pop(f"{name}.{key}").clone() for key in ("step", "exp_avg", "exp_avg_sq")
+        }
     require(checkpoint, "rng", {"cpu": torch.get_rng_state()}, others=("cuda",))
     try:
         torch.set_rng_state(checkpoint.tensors["rng.cpu"])
@@ -146,7 +167,7 @@ def restore_networks(checkpoint: Checkpoint, student: nn.Module, teachers: Teach
     for role, module in modules.items():
         own = module.state_dict()
         require(checkpoint, role, own)
-        module.load_state_dict({name: distribute_like(t, own[name]) for name, t in checkpoint.part(role).items()})
+        module.load_state_dict(checkpoint.part_like(role, own))
 
 
 def check_fits(checkpoint: Checkpoint, config: Config) -> None:
@@ -161,11 +182,9 @@ def require(checkpoint: Checkpoint, prefix: str, like: dict[str, Tensor], others
 
     Compiled code takes sizes as given, so nothing from a file may reach it unchecked.
     """
-    found = checkpoint.part(prefix)
+    found = checkpoint.described(prefix)
     for name in sorted(like.keys() | found.keys() - set(others)):
-        ours, theirs = (
-            (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else None for tensors in (like, found)
-        )
+        ours, theirs = (like[name].shape, like[name].dtype) if name in like else None, found.get(name)
         if ours != theirs:
             raise CheckpointError(
                 f"{checkpoint.path} does not fit this run: {prefix}.{short(name)} is {_described(theirs)} in it "
@@ -173,7 +192,7 @@ def require(checkpoint: Checkpoint, prefix: str, like: dict[str, Tensor], others
             )
 
 
-def _described(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+def _described(tensor: Described | None) -> str:
     return "missing" if tensor is None else f"{str(tensor[1]).removeprefix('torch.')} {list(tensor[0])}"
 
 
@@ -193,16 +212,37 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str,
             save_file(tensors, beside, header)
     except (UserError, OSError) as error:
         raise RunError(f"{error}. Last checkpoint: {next(iter(others), 'none yet')}") from None
+    remove_others(path, others, keep)
+
+
+def remove_others(path: Path, others: list[Path], keep: int) -> None:
+    """Remove all but `keep` of the other checkpoints, newest first."""
     for old in [other for other in others if other != path][keep:]:
-        old.unlink(missing_ok=True)
+        if is_sharded(old):
+            # out of sight before it is no longer whole
+            gone = old.with_name(f"{PARTIAL}{old.name}")
+            with contextlib.suppress(OSError):
+                old.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, rank: int = 0, ranks: int = 1) -> Checkpoint:
     """Read and verify a checkpoint; nothing in it is ever executed.
+
+    Of a checkpoint in shards only headers are read, and files for their digests: tensors when they are asked for. Where
+    several ranks read it, each verifies its share of the files.
 
     Raises:
         CheckpointError: when it is missing, no checkpoint of ours, truncated or altered.
     """
+    if is_sharded(local_path(path)):
+        index = read_index(path)
+        check_files(path, index, rank, ranks)
+        shards = Shards(path)
+        shards.check()
+        return Checkpoint(path, shards, index.progress)
     header, progress = _header(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -221,7 +261,7 @@ def read_progress(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as `read_checkpoint`.
     """
-    return _header(path)[1]
+    return read_index(path).progress if is_sharded(local_path(path)) else _header(path)[1]
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -241,7 +281,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: when there is none.
     """
-    if not path.is_dir():
+    if not path.is_dir() or is_sharded(path):
         return read_checkpoint(path)
     checkpoint, complaints = newest_checkpoint(path)
     if checkpoint is None:
@@ -282,15 +322,7 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged or no checkpoint: {words}") from None
     if header.get("format") != FORMAT or not {"digest", "progress"} <= header.keys():
         raise CheckpointError(f"{path} is a safetensors file but no fastpmae checkpoint")
-    try:
-        progress = json.loads(header["progress"])
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {on_one_line(str(error))}") from None
-    for name, kind in PROGRESS.items():
-        value = progress.get(name) if isinstance(progress, dict) else None
-        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63):
-            raise CheckpointError(f"{path} is damaged: its progress holds no sound {name!r}")
-    return header, progress
+    return header, parsed_progress(header["progress"], path)
 
 
 def digest(tensors: dict[str, Tensor], progress: str) -> str:

@@ -1,9 +1,13 @@
-"""Checkpoints written beside training: a copy of every tensor at one moment, and a thread that writes it."""
+"""Checkpoints written beside training: a copy of every tensor at one moment, and a thread that writes it.
+
+In one file by the first rank, or in shards by all of them.
+"""
 
 import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpmae.distributed.dtensor import is_dtensor, to_full
-from fastpmae.run.checkpoint import write_checkpoint
+from fastpmae.distributed.dtensor import is_dtensor, to_full, to_local
+from fastpmae.distributed.ranks import Ranks
+from fastpmae.run.checkpoint import checkpoints_in, remove_others, write_checkpoint
+from fastpmae.run.shards import on_host, write_shards
+from fastpmae_loaders.errors import RunError, UserError
 
 BLOCK = 64 * 2**20
 """Bytes of pinned memory that are asked for at a time: torch rounds each request up to a power of two."""
@@ -88,6 +95,11 @@ class Saver:
                 if name not in copies:
                     copies[name] = self._room(tensor).copy_(tensor.detach(), non_blocking=True)
         # The tensors go along: some are there for this alone, and their memory is to wait for the copy.
+        self._begin(path, copies, progress, tensors)
+
+    def _begin(
+        self, path: Path, copies: dict[str, Tensor], progress: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> None:
         arguments = (path, copies, copy.deepcopy(progress), tensors)
         # As a daemon it does not hold up a process that a user has interrupted while it was waited for.
         self.thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
@@ -120,10 +132,56 @@ class Saver:
         try:
             if self.gpu is not None:
                 self.gpu.copied.synchronize()
-            write_checkpoint(path, copies, progress, self.keep)
+            self._write_to(path, copies, progress)
             self.written(path)
         except Exception as error:
             self.error = error
+
+    def _write_to(self, path: Path, copies: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        write_checkpoint(path, copies, progress, self.keep)
+
+
+class ShardSaver(Saver):
+    """The same for checkpoints in shards: every rank copies and writes its own part, and nothing is put together.
+
+    Args:
+        ranks: all of them make one, at the same time.
+        keep: older checkpoints to keep beside the newest.
+    """
+
+    def __init__(self, ranks: Ranks, keep: int):
+        super().__init__(ranks.device, keep)
+        self.first = ranks.is_main
+        self.group = ranks.group_apart()
+
+    def save(self, path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        """As `Saver.save`, on all ranks."""
+        self.wait()
+        with contextlib.nullcontext() if self.gpu is None else self.gpu.beside():
+            copies = {}
+            for name, tensor in tensors.items():
+                own = to_local(tensor.detach())
+                copies[name] = self._room(own).copy_(own, non_blocking=True)
+        self._begin(path, {name: self._placed(tensors[name], held) for name, held in copies.items()}, progress, tensors)
+
+    def _placed(self, tensor: Tensor, held: Tensor) -> Tensor:
+        return on_host(tensor, held, self._mesh) if is_dtensor(tensor) else held
+
+    @cached_property
+    def _mesh(self) -> Any:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        assert self.group is not None
+        return DeviceMesh.from_group(self.group, "cpu")
+
+    def _write_to(self, path: Path, copies: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        others = checkpoints_in(path.parent.parent)
+        try:
+            write_shards(path, copies, progress, self.group)
+        except (UserError, RunError, OSError) as error:
+            raise RunError(f"{error}. Last checkpoint: {next(iter(others), 'none yet')}") from None
+        if self.first:
+            remove_others(path, others, self.keep)
 
 
 class _FromGpu:

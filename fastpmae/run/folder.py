@@ -4,8 +4,9 @@ import contextlib
 import datetime
 import json
 import platform
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fastpmae.run.checkpoint import (
     step_of,
 )
 from fastpmae.run.images import absolute, source_notes
+from fastpmae.run.shards import is_sharded
 from fastpmae.run.uploads import local_folder
 from fastpmae.settings.rates import rate_changes
 from fastpmae_loaders import Samples
@@ -90,13 +92,14 @@ def resolve(config: Config, device: torch.device, images: Samples) -> Config:
     )
 
 
-def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
+def open_run(config: Config, fingerprint: str, steps_per_epoch: int, told: Sequence[str] = ()) -> OpenRun:
     """Find the run's folder and the checkpoint that a resumed run starts from; nothing is written yet.
 
     Args:
         config: resolved settings.
         fingerprint: of the images.
         steps_per_epoch: that these settings and images give.
+        told: what was decided about the settings for these ranks.
 
     Raises:
         UserError: when the folder holds a run and --resume was not given, when there is nothing sound to resume, or
@@ -109,10 +112,10 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
         raise UserError(f"{folder} already holds a run: add --resume to continue it, or choose another --out")
     _check_no_others_files(folder)
     if resume is None:
-        return OpenRun(folder, None, [])
+        return OpenRun(folder, None, [*told])
     remarks: list[str] = []
     path = folder if resume == "auto" else Path(resume)
-    if resume == "auto" or path.is_dir():
+    if resume == "auto" or (path.is_dir() and not is_sharded(path)):
         checkpoint, complaints = newest_checkpoint(path)
         remarks = [f"passed over a checkpoint: {complaint}" for complaint in complaints]
     else:
@@ -120,7 +123,7 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
     if checkpoint is None:
         if remarks or resume != "auto":
             raise UserError("; ".join([f"there is no sound checkpoint in {path}", *remarks]))
-        return OpenRun(folder, None, [f"nothing to resume in {folder}: starting anew"])
+        return OpenRun(folder, None, [*told, f"nothing to resume in {folder}: starting anew"])
     before = checkpoint.progress["steps_per_epoch"]
     if before != steps_per_epoch:
         raise UserError(
@@ -131,7 +134,7 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
     changes = differences(checkpoint, config, fingerprint)
     if changes and not config.run.accept_changes:
         raise UserError(
-            f"the run in {folder} was started with other settings: {'; '.join(changes)}. "
+            f"the run in {folder} was started with other settings: {'; '.join([*changes, *told])}. "
             "Resume with the run's own, or add --accept-changes"
         )
     total, step = steps_per_epoch * config.optimizer.epochs, checkpoint.progress["step"]
@@ -144,7 +147,7 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int) -> OpenRun:
             "JPEGs are decoded by the accurate DCT from here on, as every other loader does: the steps before saw "
             "pixels that were 0.8/255 darker on average"
         )
-    return OpenRun(folder, checkpoint.path, [*remarks, f"resumed from {checkpoint.path}"])
+    return OpenRun(folder, checkpoint.path, [*told, *remarks, f"resumed from {checkpoint.path}"])
 
 
 def _check_no_others_files(folder: Path) -> None:
@@ -183,6 +186,7 @@ def lock_run(run: OpenRun, config: Config) -> Iterator[list[str]]:
             aside = checkpoints / f"past-{run.checkpoint.stem}"
             for path in past:
                 aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / path.name, ignore_errors=True)  # a folder gives way to none
                 path.replace(aside / path.name)
         with atomic_write(run.folder / "config.json") as beside:
             write_config(recorded(config), beside)

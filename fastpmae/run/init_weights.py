@@ -11,6 +11,7 @@ from torch import Tensor
 from fastpmae.model.vit import Encoder
 from fastpmae.renamed import refuse_old_classifier
 from fastpmae.run.checkpoint import FORMAT, CheckpointError, checkpoints_in, find_checkpoint, read_progress
+from fastpmae.run.shards import is_sharded
 from fastpmae.weights.foreign import PATCHES, check_real, read_foreign
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import short
@@ -115,7 +116,7 @@ def tuned_weights(path: Path) -> Path | None:
                     f"{file} is a linear probe: the network that it reads is {short(header.get('backbone', ''))}"
                 )
         return file
-    checkpoint = path if is_ours(path) else next(iter(checkpoints_in(path)), None)
+    checkpoint = path if is_ours(path) or is_sharded(path) else next(iter(checkpoints_in(path)), None)
     try:
         config = {} if checkpoint is None else read_progress(checkpoint)["config"]
     except CheckpointError:  # whoever reads it says so, or passes it over

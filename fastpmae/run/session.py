@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.run.checkpoint import checkpoint_path
-from fastpmae.run.checkpoint_writer import Saver
+from fastpmae.run.checkpoint_writer import Saver, ShardSaver
 from fastpmae.run.deterministic import deterministic
 from fastpmae.run.log import Log
 from fastpmae.run.signals import Stop
@@ -67,6 +67,7 @@ class Session:
         save_steps: int = 0,
         saved_step: int | None = None,
         traced: int = 0,
+        sharded: bool = False,
         sentences: Sequence[str] = (),
         uploads: Uploads | None = None,
     ) -> None:
@@ -79,14 +80,19 @@ class Session:
             save_steps: steps between two checkpoints, besides; 0 saves by the clock alone.
             saved_step: of the folder's newest checkpoint, where this training goes on from it.
             traced: steps of the main rank that torch's profiler is to watch.
+            sharded: checkpoints are folders that all ranks write to.
             uploads: takes what is written to a store; the main rank's alone.
         """
         self.folder, self.step, self.last_step = folder, step, last_step
         self.save_every, self.save_steps, self.saved_step = save_every, save_steps, saved_step
         self.log = self.enter(log)
+        self.sharded = sharded
         written = {} if uploads is None else {"written": uploads.checkpoint}
         self.uploads = uploads if uploads is None else self.enter(uploads)
-        self.saver = self.enter(Saver(self.ranks.device, keep, is_main=self.ranks.is_main, **written))
+        if sharded:
+            self.saver = self.enter(ShardSaver(self.ranks, keep))
+        else:
+            self.saver = self.enter(Saver(self.ranks.device, keep, is_main=self.ranks.is_main, **written))
         for sentence in sentences:
             self.log.say(sentence)
         self.trace = None
@@ -135,7 +141,7 @@ class Session:
         self.log.settle()
         self.wait()
         tensors, values = state()
-        self.newest = checkpoint_path(self.folder, self.step)
+        self.newest = checkpoint_path(self.folder, self.step, sharded=self.sharded)
         self.saver.save(self.newest, tensors, {"step": self.step} | values)
         self.saved_step, self.saved_at = self.step, time.monotonic()
 

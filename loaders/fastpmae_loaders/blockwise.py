@@ -70,6 +70,18 @@ def _fill_patches(seed, epoch, index, purpose, wanted, masks):
 
 
 @kernel
+def _complete(seed, epoch, index, purpose, wanted, masks):
+    order = np.empty(masks.shape[1], np.int64)
+    for row in range(index.shape[0]):
+        missing = wanted[row] - masks[row].sum()
+        draw_permutation(seed, epoch, index[row], purpose, order)
+        for patch in order:
+            if missing > 0 and not masks[row, patch]:
+                masks[row, patch] = True
+                missing -= 1
+
+
+@kernel
 def _fill_pairs(seed, epoch, index, purpose, out):
     for row in range(index.shape[0]):
         out[row, 0], out[row, 1] = uniform_pair(seed, epoch, index[row], purpose, 0)
@@ -236,22 +248,65 @@ class DINOv2Masks(Typed):
         """The masks of views 0 ... `views` - 1 of a batch of samples `index` [B]."""
         check_key(seed, epoch)
         index = np.ascontiguousarray(index, np.int64)
-        patches = grid[0] * grid[1]
         draws = [_pairs(seed, epoch, index, MASKS + 4 * view + TURN) for view in range(views)]
         turns, within = np.concatenate(draws).T
         count = int(len(turns) * self.mask_sample_probability)
         # float32, as theirs: a bound that is a whole number of patches must not fall on its other side
         bounds: Tensor = torch.linspace(*self.mask_ratio_min_max, count + 1, dtype=torch.float32, device="cpu")
-        upperbound = sum(int(patches * bound) for bound in bounds[1:])
-        edges = bounds.double().numpy()
+        most = np.array([int(grid[0] * grid[1] * bound) for bound in bounds[1:]], np.int64)
         crops = np.argsort(turns, kind="stable")[:count]
         wanted = np.zeros(len(turns))
-        wanted[crops] = np.floor(patches * (edges[:-1] + within[crops] * (edges[1:] - edges[:-1])))
+        wanted[crops] = self._wanted(grid[0] * grid[1], bounds.double().numpy(), within[crops], most)
         # theirs is 0.5 * size // patch * size // patch, worked off from left to right
         largest = grid[0] // 2 * grid[1]
         aspect = (self.min_aspect, 1 / self.min_aspect)
         masks = [
-            draw_blocks(seed, epoch, index, view, grid, part, self.min_num_patches, largest, aspect)
+            self._finished(
+                seed,
+                epoch,
+                index,
+                view,
+                part,
+                draw_blocks(seed, epoch, index, view, grid, part, self.min_num_patches, largest, aspect),
+            )
             for view, part in enumerate(np.split(wanted, views))
         ]
-        return Balanced(np.concatenate(masks).reshape(-1, patches), upperbound)
+        return Balanced(np.concatenate(masks).reshape(-1, grid[0] * grid[1]), int(most.sum()))
+
+    def _wanted(self, patches: int, edges: np.ndarray, within: np.ndarray, most: np.ndarray) -> np.ndarray:
+        """How many patches of each masked crop are to be hidden: a share drawn within its part of the range."""
+        return np.floor(patches * (edges[:-1] + within * (edges[1:] - edges[:-1])))
+
+    def _finished(
+        self, seed: int, epoch: int, index: np.ndarray, view: int, wanted: np.ndarray, masks: np.ndarray
+    ) -> np.ndarray:
+        """Masks [B, H, W] of rectangles as they are handed over."""
+        return masks
+
+
+@dataclass(frozen=True)
+class DINOv3Masks(DINOv2Masks, Typed):
+    """DINOv3's masks: DINOv2's, of which the i-th hides exactly the upper bound of its part of the range: what the
+    rectangles leave is made up for by single patches.
+
+    The names and defaults are those of its configuration (facebookresearch/dinov3, ssl_default_config.yaml, and
+    data/collate.py, data/masking.py for the rule).
+
+    Attributes:
+        mask_random_circular_shift: move each mask around the edges of the grid.
+    """
+
+    mask_random_circular_shift: bool = False
+
+    def _wanted(self, patches: int, edges: np.ndarray, within: np.ndarray, most: np.ndarray) -> np.ndarray:
+        return most
+
+    def _finished(
+        self, seed: int, epoch: int, index: np.ndarray, view: int, wanted: np.ndarray, masks: np.ndarray
+    ) -> np.ndarray:
+        flat = masks.reshape(len(masks), -1)
+        _complete(seed, epoch, index, MASKS + 4 * view + PATCHES, wanted.astype(np.int64), flat)
+        if not self.mask_random_circular_shift:
+            return masks
+        turns = (_pairs(seed, epoch, index, MASKS + 4 * view + RATIO) * masks.shape[1:]).astype(np.int64)
+        return np.stack([np.roll(mask, tuple(turn), (0, 1)) for mask, turn in zip(masks, turns, strict=True)])

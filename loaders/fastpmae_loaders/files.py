@@ -58,6 +58,34 @@ def atomic_write(path: Path, force: bool = True) -> Iterator[Path]:
             raise UserError(f"{printable(str(path))} cannot be written: {reason}") from None
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `path` when the block succeeds and is gone when it does not.
+
+    It replaces what has the name. What is in it is the caller's to flush.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_partial(path.parent)
+            partial, alive = claim_partial(path)
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)
+            stack.enter_context(alive)
+            (partial / path.name).mkdir()
+            yield partial / path.name
+            _flush_names(partial / path.name)
+            if os.path.lexists(path):  # a folder that is not empty gives way to none
+                path.rename(partial / "replaced")
+            (partial / path.name).rename(path)
+            _flush_names(path.parent)
+        except OSError as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{printable(str(path))} cannot be written: {reason}") from None
+
+
 def _flush_names(folder: Path) -> None:
     """See that a new name survives a loss of power too; a folder cannot be flushed on every file system."""
     with contextlib.suppress(OSError):

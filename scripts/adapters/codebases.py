@@ -15,6 +15,9 @@ class Codebase:
         ranked: whether it wants to be one of a group of ranks.
         options: of on_cpu.py.
         smaller: for programs without arguments, texts and what is tried in their place.
+        source: a folder of the checkout where its packages are.
+        start: a program that starts `program`, which is a module of a package.
+        needs_gpu: it does not start without one; only its edits are made, and looked at.
     """
 
     sections: tuple[str, ...]
@@ -23,6 +26,9 @@ class Codebase:
     ranked: bool = False
     options: tuple[str, ...] = ()
     smaller: tuple[tuple[str, str], ...] = ()
+    source: str = ""
+    start: str = ""
+    needs_gpu: bool = False
 
 
 _MAE = (
@@ -51,6 +57,12 @@ _SIMMIM = (
     *("--batch-size", "4", "--amp-opt-level", "O0", "--data-path", "{images}", "--output", "{out}"),
     *("--opts", "DATA.NUM_WORKERS", "0", "MODEL.VIT.DEPTH", "2"),
 )
+_LIGHTLY_TRAIN = """
+import sys
+import lightly_train
+lightly_train.pretrain(data=sys.argv[1], out=sys.argv[2], model="torchvision/resnet18", method="simclr", batch_size=4,
+                       epochs=2, num_workers=0, accelerator="cpu", precision="32-true")
+"""
 _BOTH, _MASKS = "MAE and SdAE", "Our masks in MAE and SdAE"
 
 CODEBASES = {
@@ -68,5 +80,16 @@ CODEBASES = {
     "lightly-dino": Codebase(
         ("DINO in lightly",), "examples/pytorch/dino.py", smaller=(('"images.beton", 64', '"images.beton", 4'),)
     ),
+    "lightly-train": Codebase(
+        ("LightlyTrain",),
+        "src/lightly_train/_commands/train.py",
+        ("{images}", "{out}/run"),
+        source="src",
+        start=_LIGHTLY_TRAIN,
+        # two views, since its distillation fetches a teacher
+        smaller=(("views=views", "views=2 * views"),),
+    ),
+    "dinov3": Codebase(("DINOv3",), "dinov3/train/train.py", needs_gpu=True),
+    "capi": Codebase(("CAPI",), "train_capi.py", needs_gpu=True),
     "simmim": Codebase(("SimMIM",), "main_simmim.py", _SIMMIM, ranked=True),
 }

@@ -32,12 +32,21 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "two", "ranks": 2, "settings": {"steps": 10, "accumulate": 2, "prototypes_chunk": 32}},
     {"name": "four", "ranks": 4, "settings": {"steps": 10}},
     {"name": "shards", "ranks": 4, "settings": {"steps": 10, "shard": True}},
-    # one run: in shards, where the ranks' clocks do not agree when to save, then on more ranks, then alone
-    {"name": "moves", "ranks": 2, "settings": {"steps": 4, "log_every": 3, "keep": 9, "shard": True, "accumulate": 2},
+    # one run: in shards, where the ranks' clocks do not agree when to save, then on more ranks
+    # whose checkpoints are folders of shards first, then files, then folders again
+    {"name": "moves", "ranks": 2,
+     "settings": {"steps": 4, "log_every": 3, "keep": 9, "shard": True, "accumulate": 2, "sharded_checkpoints": True},
      "of_first": {"save_every": 0.0}},
     {"name": "moves", "ranks": 4,
      "settings": {"steps": 7, "log_every": 3, "keep": 9, "save_steps": 5, "resume": "auto"}},
-    {"name": "moves", "ranks": 1, "settings": {"steps": 10, "log_every": 3, "keep": 9, "resume": "auto"}},
+    # and alone: three micro-batches do not share out the images, four do
+    {"name": "moves", "ranks": 1,
+     "settings": {"steps": 10, "log_every": 3, "keep": 9, "accumulate": 3, "resume": "auto",
+                  "sharded_checkpoints": True}},
+    # and into shards from shards, of other ranks
+    {"name": "moves", "ranks": 4,
+     "settings": {"steps": 11, "log_every": 11, "keep": 9, "resume": "auto", "shard": True,
+                  "sharded_checkpoints": True}},
     # and into shards
     {"name": "two", "ranks": 2,
      "settings": {"steps": 11, "shard": True, "prototypes_chunk": 32, "resume": "auto"}},
@@ -74,7 +83,10 @@ def settings(beton: Path) -> Config:
 
 def assert_same_weights(one: Path, other: Path, step: int) -> None:
     """Student and teachers of two runs, to rounding."""
-    first, second = (read_checkpoint(checkpoint_path(folder, step)) for folder in (one, other))
+    first, second = (
+        read_checkpoint(next(path for path in checkpoints_in(folder) if step_of(path) == step))
+        for folder in (one, other)
+    )
     assert first.tensors.keys() == second.tensors.keys()
     for name, tensor in first.tensors.items():
         if not name.startswith(("student.", "labelling_teacher.", "reconstruction_teacher.")):
@@ -105,14 +117,22 @@ def test_ranks_and_parts_compute_what_one_process_computes(forked: tuple[Path, s
 def test_a_run_in_shards_goes_on_on_more_ranks_and_alone(forked: tuple[Path, str]):
     folder, _ = forked
     alone, moved = rows_of(folder / "one"), rows_of(folder / "moves")
-    assert [row["step"] for row in moved] == [3, 6, 9, 10]
+    assert [row["step"] for row in moved] == [3, 6, 9, 11]
     for row in moved[:3]:  # also over the sums that a checkpoint carries from one number of ranks to another
         steps = alone[int(row["step"]) - 3 : int(row["step"])]
         for figure in (*LOSSES, "grad_norm"):
             assert row[figure] == pytest.approx(sum(one[figure] for one in steps) / 3, rel=1e-5), figure
     assert_same_weights(folder / "one", folder / "moves", 10)
+    assert_same_weights(folder / "one", folder / "moves", 11)
     # the first rank's clock asked for a checkpoint after every step, and both took part
-    assert [step_of(path) for path in checkpoints_in(folder / "moves")] == [10, 7, 5, 4, 3, 2, 1]
+    saved = checkpoints_in(folder / "moves")
+    assert [step_of(path) for path in saved] == [11, 10, 7, 5, 4, 3, 2, 1]
+    assert [path.suffix for path in saved] == [".shards"] * 2 + [".safetensors"] * 2 + [".shards"] * 4
+    assert [len(list(path.glob("shard-*"))) for path in saved] == [4, 1, 0, 0, 2, 2, 2, 2]
+    # of what is sharded a rank writes its part: the files of a folder are about as large
+    for path in saved[:1] + saved[-4:]:
+        sizes = [file.stat().st_size for file in path.glob("shard-*")]
+        assert max(sizes) < 1.5 * min(sizes), path
 
 
 @pytest.mark.slow

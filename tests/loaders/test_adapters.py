@@ -1,5 +1,6 @@
 """Each adapter's batches against what the codebase's own loader would hand over: types, shapes, order, values."""
 
+import dataclasses
 import itertools
 import math
 import threading
@@ -22,6 +23,7 @@ from torchvision.transforms import Normalize
 from fastpmae_loaders import (
     PairedViews,
     UserError,
+    View,
     ViewSettings,
     dino_global,
     dino_local,
@@ -33,15 +35,20 @@ from fastpmae_loaders.adapters import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     AdapterDataset,
+    CAPILoader,
     DINOLoader,
     DINOv2Loader,
+    DINOv3Loader,
     EpochAdapter,
     IBOTLoader,
+    IterationAdapter,
     LightlyLoader,
+    LightlyTrainLoader,
     MAELoader,
     TimmLoader,
 )
-from fastpmae_loaders.blockwise import DINOv2Masks, IBOTMasks
+from fastpmae_loaders.blockwise import DINOv2Masks, DINOv3Masks, IBOTMasks
+from fastpmae_loaders.multiblock import CAPIMasks
 from tests.made import made_image
 
 SETTINGS = ViewSettings(image_size=32, patch_size=8, folds=3)
@@ -60,10 +67,13 @@ EPOCHAL: dict[str, Callable[..., EpochAdapter[Any]]] = {
     "ibot": lambda path, **changes: IBOTLoader(loader(path, PAIR + LOCALS, **changes)),
     "timm": lambda path, **changes: TimmLoader(loader(path, [mae_view(32)], **changes)),
     "lightly": lambda path, **changes: LightlyLoader(loader(path, PAIR, **changes)),
+    "lightly-train": lambda path, **changes: LightlyTrainLoader(loader(path, PAIR + LOCALS, **changes)),
 }
-ADAPTERS: dict[str, Callable[..., EpochAdapter[Any] | DINOv2Loader]] = {
+ADAPTERS: dict[str, Callable[..., EpochAdapter[Any] | IterationAdapter[Any]]] = {
     **EPOCHAL,
     "dinov2": lambda path, **changes: DINOv2Loader(loader(path, PAIR + LOCALS, **changes)),
+    "dinov3": lambda path, **changes: DINOv3Loader(loader(path, PAIR + LOCALS, **changes)),
+    "capi": lambda path, **changes: CAPILoader(loader(path, [mae_view(32)], **changes)),
 }
 
 
@@ -210,7 +220,11 @@ def test_a_dataloader_of_its_batches(name, mixed):
             len(wrapped)
 
 
-@pytest.mark.parametrize("kind", [MAELoader, DINOLoader, IBOTLoader, TimmLoader, LightlyLoader, DINOv2Loader])
+@pytest.mark.parametrize(
+    "kind",
+    [MAELoader, DINOLoader, IBOTLoader, TimmLoader, LightlyLoader, LightlyTrainLoader, DINOv2Loader, DINOv3Loader,
+     CAPILoader],
+)  # fmt: skip
 @pytest.mark.parametrize("given", [3, None, "images.beton"])
 def test_an_adapter_of_no_loader_is_a_sentence(kind, given):
     with pytest.raises(UserError, match=f"^loader is {given!r}; expected PairedViews$"):
@@ -601,6 +615,72 @@ def test_dinov2_without_local_crops_and_with_our_masks(mixed):
     for row in range(BATCH):
         assert data["collated_masks"][row].nonzero().flatten().tolist() == sorted(batch.folds[row].tolist())
     assert data["upperbound"] == data["n_masked_patches"].item() == 2 * BATCH * 12
+
+
+# DINOv3, CAPI and LightlyTrain.
+
+
+def test_dinov3_gets_dinov2s_dictionary_and_gram_crops(mixed):
+    drawn = DINOv3Masks(mask_random_circular_shift=True)
+    views = [*PAIR, *LOCALS, View(48, crop_of=0), View(48, crop_of=1)]
+    adapter, plain = DINOv3Loader(loader(mixed, views), drawn, gram_crops=2), loader(mixed, views)
+    plain.set_epoch(0)
+    for ours, batch in zip(itertools.islice(adapter, 3), plain, strict=True):
+        masks, upperbound = drawn.draw(11, 0, batch.index.numpy(), 2, (4, 4))
+        gram = torch.cat([normalised(view) for view in batch.views[-2:]]).to(torch.bfloat16)
+        # half a step of bfloat16 at 2.6, the largest number of a normalised image
+        torch.testing.assert_close(ours.pop("collated_gram_teacher_crops"), gram, rtol=0, atol=0.016)
+        theirs = collated(dataclasses.replace(batch, views=batch.views[:-2]), masks, upperbound)
+        assert list(ours) == list(theirs)
+        for key in ("collated_global_crops", "collated_local_crops"):
+            assert ours[key].dtype == torch.bfloat16
+            torch.testing.assert_close(ours.pop(key).half(), theirs.pop(key), rtol=0, atol=0.016)
+        torch.testing.assert_close(ours.pop("masks_weight"), theirs.pop("masks_weight"), rtol=0, atol=1e-7)
+        assert equal(ours, theirs)
+        assert ours["upperbound"] == ours["n_masked_patches"].item() > 0, "what the rectangles leave is made up for"
+    for wrong in (1, 3, -2):
+        with pytest.raises(UserError, match=f"gram_crops = {wrong}: of 7 views there are 2 global crops"):
+            DINOv3Loader(loader(mixed, views), gram_crops=wrong)
+
+
+def test_capi_gets_the_indices_of_its_collate(mixed):
+    """CAPI's rule in a loop over the images: what is seen and what is predicted, counted through the batch."""
+    drawn = CAPIMasks(mask_ratio=0.65, prediction_subsampling=0.4)
+    adapter, plain = CAPILoader(loader(mixed, [mae_view(32)]), drawn), loader(mixed, [mae_view(32)])
+    plain.set_epoch(0)
+    for ours, batch in zip(itertools.islice(adapter, 3), plain, strict=True):
+        masks = drawn.draw(11, 0, batch.index.numpy(), (4, 4))
+        flat = torch.from_numpy(masks.masks).flatten()
+        assert list(ours) == ["images", "visible_indices", "predict_indices"]
+        assert torch.equal(ours["visible_indices"], (~flat).nonzero().flatten())
+        assert len(ours["predict_indices"]) == BATCH * int(int(16 * 0.65) * 0.4)
+        assert flat[ours["predict_indices"]].all()
+        assert ours["predict_indices"].unique().shape == ours["predict_indices"].shape
+        assert torch.equal(ours["images"], normalised(batch.views[0]).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", [DINOv3Loader, CAPILoader])
+def test_the_others_too_go_on_without_end_and_from_any_iteration(kind, mixed):
+    seen = list(itertools.islice(kind(loader(mixed, PAIR + LOCALS)), 8))
+    for one, other in itertools.combinations(seen, 2):
+        assert not equal(one, other)
+    for start in (1, 3, 7):
+        assert equal(
+            list(itertools.islice(kind(loader(mixed, PAIR + LOCALS), start_iter=start), 8 - start)), seen[start:]
+        )
+    with pytest.raises(UserError, match="start_iter = -1 must be an iteration"):
+        kind(loader(mixed, PAIR + LOCALS), start_iter=-1)
+
+
+def test_lightly_train_gets_names_and_views(mixed):
+    batch, plain = (
+        next(iter(LightlyTrainLoader(loader(mixed, PAIR + LOCALS)))),
+        next(iter(loader(mixed, PAIR + LOCALS))),
+    )
+    assert list(batch) == ["filename", "views"]
+    assert batch["filename"] == [str(number) for number in plain.samples]
+    for ours, view in zip(batch["views"], plain.views, strict=True):
+        torch.testing.assert_close(ours, normalised(view), rtol=0, atol=1e-5)
 
 
 def test_our_masks_are_those_of_the_plan(mixed):

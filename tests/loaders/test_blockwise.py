@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from fastpmae_loaders import UserError
-from fastpmae_loaders.blockwise import DINOv2Masks, IBOTMasks, draw_blocks, draw_patches
+from fastpmae_loaders.blockwise import DINOv2Masks, DINOv3Masks, IBOTMasks, draw_blocks, draw_patches
 
 # Fixed seeds: each test passes always or never. Were they drawn anew, a sound form would fail one of the statistical
 # tests here once in a million runs.
@@ -224,6 +224,37 @@ def test_dinov2s_masks_follow_their_samples_through_a_shuffled_batch():
     two = masks.draw(0, 5, index[order], 2, grid).masks.reshape(2, 40, -1)
     assert (one[:, order] == two).all()
     assert (one != masks.draw(0, 6, index, 2, grid).masks.reshape(2, 40, -1)).any()
+
+
+def plain_dinov3(crops: int, grid: tuple[int, int], masks: DINOv3Masks) -> np.ndarray:
+    """DINOv3's batch in words: as DINOv2's, but each to its upper bound, with single patches where needed."""
+    patches, count = grid[0] * grid[1], int(crops * masks.mask_sample_probability)
+    everywhere, drawn = set(product(range(grid[0]), range(grid[1]))), []
+    for high in torch.linspace(*masks.mask_ratio_min_max, count + 1)[1:]:
+        wanted = int(patches * high)
+        cells = plain_blocks(grid, wanted, masks.min_num_patches, grid[0] // 2 * grid[1])
+        cells |= set(random.sample(sorted(everywhere - cells), wanted - len(cells)))
+        turn = (random.randint(0, grid[0] - 1), random.randint(0, grid[1] - 1))
+        drawn.append(np.roll(as_array(cells, grid), turn if masks.mask_random_circular_shift else (0, 0), (0, 1)))
+    return np.array(drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shift", [False, True])
+def test_dinov3s_batches_are_distributed_as_published(shift):
+    grid, batch = (14, 14), 12
+    masks = DINOv3Masks(mask_random_circular_shift=shift)
+    random.seed(3)
+    ours, others = [], []
+    for number in range(120):
+        drawn = masks.draw(1, 0, np.arange(number * batch, (number + 1) * batch), 2, grid)
+        others.append(plain_dinov3(2 * batch, grid, masks))
+        masked = np.sort(drawn.masks.sum(1))
+        assert masked.tolist() == [0] * batch + sorted(others[-1].sum((1, 2)).tolist())
+        assert drawn.upperbound == masked.sum()
+        ours.append(drawn.masks.reshape(-1, *grid))
+    ours, others = np.concatenate(ours), np.concatenate(others)
+    assert_alike(ours[ours.any((1, 2))], others)
 
 
 def test_no_crop_or_no_sample():

@@ -8,11 +8,12 @@ import torch
 from fastpmae import PRESETS, Config
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import views_needed
-from fastpmae.pretraining.data import batches_ahead, make_loader
+from fastpmae.pretraining.data import batches_ahead, make_loader, shared_out
 from fastpmae.run.folder import resolve
 from fastpmae.train import pretrain
 from fastpmae_loaders import Beton, DaliSettings, machine
 from fastpmae_loaders.engines import runner
+from fastpmae_loaders.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -95,3 +96,41 @@ def threads_of_loaders(monkeypatch: pytest.MonkeyPatch, cores: int) -> list[int]
     monkeypatch.setattr(machine, "usable_cores", lambda: cores)
     monkeypatch.setattr(runner, "make_engine", lambda name, source: seen.append(source.workers) or make(name, source))
     return seen
+
+
+@pytest.mark.parametrize(
+    ("batch", "asked", "ranks", "taken"),
+    [
+        (768, 1, 8, 1), (768, 2, 8, 2), (768, 3, 6, 4), (768, 5, 8, 6), (12, 4, 6, 2), (7, 1, 7, 1), (24, 7, 4, 6),
+    ],
+)  # fmt: skip
+def test_a_number_of_ranks_picks_its_micro_batches(batch: int, asked: int, ranks: int, taken: int):
+    config, remarks = shared_out(PRESETS["paper"].using(batch_size=batch, accumulate=asked), ranks)
+    assert config.optimizer.accumulate == taken
+    assert batch % (ranks * taken) == 0
+    assert taken == asked or f"--accumulate {asked} does not share {batch} images out over {ranks} ranks" in remarks[0]
+    assert (remarks == []) is (config.optimizer.accumulate == asked)
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "fit"),
+    [
+        (768, 5, "4 or 6 ranks do, as --batch-size 765 and 770 would on 5"),
+        (7, 3, "1 or 7 ranks do, as --batch-size 6 and 9 would on 3"),
+        (4, 6, "4 ranks do, as --batch-size 6 would on 6"),
+        (1, 2, "1 rank does, as --batch-size 2 would on 2"),
+    ],
+)
+def test_ranks_that_share_no_batch_are_told_which_do(batch: int, ranks: int, fit: str):
+    with pytest.raises(
+        UserError, match=f"^--batch-size {batch} does not share out evenly over {ranks} ranks, .*: {fit}$"
+    ):
+        shared_out(PRESETS["paper"].using(batch_size=batch), ranks)
+
+
+@pytest.mark.slow
+def test_a_run_whose_micro_batches_would_be_others_is_not_resumed(tiny: Config) -> None:
+    pretrain(tiny.using(steps=1, accumulate=2))
+    words = "--accumulate was 2 and is now 4; --accumulate 3 does not share 8 images out over 1 rank: it is 4 here"
+    with pytest.raises(UserError, match=words):
+        pretrain(tiny.using(steps=2, accumulate=3, resume="auto"))

@@ -1,4 +1,5 @@
-"""The loader as other codebases expect one: MAE and SdAE, DINO, iBOT, timm's `train.py`, lightly, DINOv2.
+"""The loader as other codebases expect one: MAE and SdAE, DINO, iBOT, timm's `train.py`, lightly, LightlyTrain,
+DINOv2, DINOv3, CAPI; `lightning` and `dataset` are for code that wants a data module or a data set.
 
 Each class is a thin view of a `PairedViews`: it normalises the bytes (on the device, where the loader was given one),
 puts them in the codebase's order and types, and draws that codebase's masks. Ranks, seed, engine, threads and device
@@ -12,24 +13,31 @@ call it in distributed runs alone, lightly never) and where the pass before was 
 from fastpmae_loaders.adapters.base import IMAGENET_MEAN, IMAGENET_STD, Adapter, EpochAdapter
 from fastpmae_loaders.adapters.codebases import (
     DINOLoader,
-    DINOv2Loader,
     IBOTLoader,
     LightlyLoader,
+    LightlyTrainLoader,
     MAELoader,
     TimmLoader,
 )
 from fastpmae_loaders.adapters.dataset import AdapterDataset
+from fastpmae_loaders.adapters.iterations import CAPILoader, DINOv2Loader, DINOv3Loader, IterationAdapter
+from fastpmae_loaders.adapters.lightning import lightning_data_module
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Adapter",
     "AdapterDataset",
+    "CAPILoader",
     "DINOLoader",
     "DINOv2Loader",
+    "DINOv3Loader",
     "EpochAdapter",
     "IBOTLoader",
+    "IterationAdapter",
     "LightlyLoader",
+    "LightlyTrainLoader",
     "MAELoader",
     "TimmLoader",
+    "lightning_data_module",
 ]

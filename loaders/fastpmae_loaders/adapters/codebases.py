@@ -1,24 +1,21 @@
-"""MAE and SdAE, DINO, iBOT, timm's `train.py`, lightly, DINOv2: what each takes for a loader."""
+"""MAE and SdAE, DINO, iBOT, timm's `train.py`, lightly, LightlyTrain: what each takes for a loader."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastpmae_loaders.adapters.base import IMAGENET_MEAN, IMAGENET_STD, Adapter, EpochAdapter
+from fastpmae_loaders.adapters.base import IMAGENET_MEAN, IMAGENET_STD, EpochAdapter
 from fastpmae_loaders.batch import Batch
-from fastpmae_loaders.blockwise import DINOv2Masks, IBOTMasks, draw_patches
+from fastpmae_loaders.blockwise import IBOTMasks, draw_patches
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.paired import PairedViews
 from fastpmae_loaders.sources.places import Column
 from fastpmae_loaders.values import checked
-
-if TYPE_CHECKING:  # the loaders alone need numpy, numba, torch and Pillow, no more
-    from jaxtyping import Bool
 
 
 class MAELoader(EpochAdapter[tuple[Tensor, ...]]):
@@ -164,80 +161,31 @@ class LightlyLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[str]]]):
 
     def collate(self, batch: Batch, epoch: int) -> tuple[list[Tensor], Tensor, list[str]]:
         """(views, labels, names)."""
-        samples = self.loader.samples
-        name: Callable[[int], str] = getattr(samples, "name", str)
-        names = [name(int(sample)).removeprefix(f"{samples.path}/") for sample in batch.samples]
-        return [self.normalised(view) for view in batch.views], batch.label, names
+        return [self.normalised(view) for view in batch.views], batch.label, names_in(batch, self.loader)
 
 
-class DINOv2Loader(Adapter[dict[str, Any]]):
-    """The dictionaries of DINOv2's `collate_data_and_cast`, without end and without a length.
+class LightlyTrainLoader(EpochAdapter[dict[str, Any]]):
+    """`{"filename": names, "views": [view, ...]}` for LightlyTrain's methods: a list of str, float32 [B, 3, S, S] each.
 
-    collated_global_crops: [2 B, 3, S, S], float16 by default, the first crop of every sample before the second.
-    collated_local_crops: [L B, 3, s, s] likewise. collated_masks: bool [2 B, N], True where hidden.
-    mask_indices_list: int64 [M], where the hidden patches are in the flattened masks. masks_weight: float32 [M], one
-    over the number of them in their crop. upperbound: int, at least M. n_masked_patches: int64 [1], M.
+    Names are those of `LightlyLoader`. Lightning, which LightlyTrain trains with, calls `set_epoch`, and keeps the
+    position in its checkpoints.
 
-    `start_iter` is the iteration that the run goes on with: the loader is put where it stood then.
-    The first `global_crops` views are global, two as in DINOv2, and the others local, also where they are as large.
-    `masks=None` hides the loader's own folds in the first crop and as many patches, drawn as evenly, in the second.
-
-    Contract: facebookresearch/dinov2 dinov2/data/collate.py, masking.py, samplers.py, dinov2/train/train.py,
-    ssl_meta_arch.py.
+    Contract: lightly-ai/lightly-train src/lightly_train/types.py (Batch), _commands/train.py.
     """
-
-    @checked
-    def __init__(
-        self,
-        loader: PairedViews,
-        masks: DINOv2Masks | None = DINOv2Masks(),  # noqa: B008, it is frozen
-        patch_size: int | None = None,
-        start_iter: int = 0,
-        dtype: torch.dtype = torch.float16,
-        global_crops: int | None = 2,
-        **normalising: Any,
-    ) -> None:
-        super().__init__(loader, dtype=dtype, **normalising)
-        self.masks = masks
-        self.grid = grid_of(loader, patch_size, ours=masks is None)
-        self.global_crops = count_globals(loader, global_crops)
-        if start_iter < 0:
-            raise UserError(f"start_iter = {start_iter} must be an iteration of a run, counted from 0")
-        if start_iter:
-            epoch, batch = divmod(start_iter, len(loader))
-            self.load_state_dict({**loader.state_dict(), "epoch": epoch, "batch": batch})
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while not self._closed:
-            yield from self._pass()
 
     def collate(self, batch: Batch, epoch: int) -> dict[str, Any]:
         """The dictionary."""
-        crops = [self.normalised(view) for view in batch.views]
-        hidden, upperbound = self._hidden(batch, epoch)
-        # on the host, since the device would have to be waited for to know how many there are
-        counts = hidden.sum(1)
-        places = hidden.flatten().nonzero().flatten()
-        weights = (1 / counts.clamp(min=1).to(torch.float32)).repeat_interleave(counts)
-        carry = self.loader.transfer.carry
         return {
-            "collated_global_crops": torch.cat(crops[: self.global_crops]),
-            "collated_local_crops": torch.cat(crops[self.global_crops :] or [crops[0][:0]]),
-            "collated_masks": carry(hidden),
-            "mask_indices_list": carry(places),
-            "masks_weight": carry(weights),
-            "upperbound": upperbound,
-            # written by the device: a list would be copied to it, and the copy waited for
-            "n_masked_patches": torch.full((1,), len(places), dtype=torch.int64, device=batch.label.device),
+            "filename": names_in(batch, self.loader),
+            "views": [self.normalised(view) for view in batch.views],
         }
 
-    def _hidden(self, batch: Batch, epoch: int) -> tuple[Bool[Tensor, "crops patches"], int]:
-        seed, samples = self.loader.seed, batch.samples
-        if self.masks is not None:
-            drawn = self.masks.draw(seed, epoch, samples, self.global_crops, self.grid)
-            return torch.from_numpy(drawn.masks), drawn.upperbound
-        masks = np.concatenate(own_masks(batch, epoch, seed, self.global_crops, self.grid))
-        return torch.from_numpy(masks).flatten(1), int(masks.sum())
+
+def names_in(batch: Batch, loader: PairedViews) -> list[str]:
+    """What the samples of a batch are called: paths below the loader's folder, or numbers where there are no names."""
+    samples = loader.samples
+    name: Callable[[int], str] = getattr(samples, "name", str)
+    return [name(int(sample)).removeprefix(f"{samples.path}/") for sample in batch.samples]
 
 
 def own_masks(batch: Batch, epoch: int, seed: int, views: int, grid: tuple[int, int]) -> list[np.ndarray]:
