@@ -236,7 +236,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 # Triton comes with torch, llvmlite with numba, markupsafe with jinja2; wandb is used where it happens to be installed
 COMES_ALONG = {"triton", "llvmlite", "markupsafe", "wandb"}
-EXTRAS = ("ffcv", "hf", "heif", "stores", "xformers", "dali-cuda130", "demo", "dense", "certify")
+EXTRAS = ("ffcv", "hf", "heif", "ray", "stores", "xformers", "dali-cuda130", "demo", "dense", "certify")
 
 
 @pytest.mark.parametrize("package", HOMES)

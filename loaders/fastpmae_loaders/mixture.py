@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fastpmae_loaders.engines.base import Located, Samples, check_whole, digest, identity, largest
+from fastpmae_loaders.engines.base import Located, Samples, check_whole, digest, identity, largest, shown
 from fastpmae_loaders.engines.lookahead import Fetched
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.order import Chosen, FileOrder, Order, PageOrder, Pages, pages_of, shuffled_order
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton_set import BetonSet
+from fastpmae_loaders.sources.duplicates import duplicates_before
 from fastpmae_loaders.sources.places import Column, Largest, Places, by_names
 
 _WHOLE = 1 << 24
@@ -46,11 +47,11 @@ def split_weight(source: str) -> tuple[str, float | None]:
 class Mixture:
     """The images of several sources, numbered through in their order. n is the number of all.
 
-    An epoch shows as many as there are in all; each source's share in any stretch of it is its weight, to within an
-    image for each source. A source goes through its own images in orders of its own, one after another, and on where
-    the epoch before ended: a small one is repeated, and of a large one every image comes before any comes again. An
-    image that an epoch shows again has other views there. Classes are joined by their names; the images of a source
-    without names then have no label.
+    An epoch shows as many as all sources have, without the duplicates of sets; each source's share in any stretch of it
+    is its weight, to within an image for each source. A source goes through its own images in orders of its own, one
+    after another, and on where the epoch before ended: a small one is repeated, and of a large one every image comes
+    before any comes again. An image that an epoch shows again has other views there. Classes are joined by their names;
+    the images of a source without names then have no label.
 
     Args:
         sources: of images that are open.
@@ -62,7 +63,7 @@ class Mixture:
 
     def __init__(self, sources: Sequence[Samples], weights: Sequence[float] | None = None) -> None:
         counts = [len(source) for source in sources]
-        weights = counts if weights is None else weights
+        weights = list(map(shown, sources)) if weights is None else weights
         if len(weights) != len(sources) or not all(0 < weight < math.inf for weight in weights):
             raise UserError(f"a mixture of {len(sources)} takes as many weights, each above 0 and finite: {weights}")
         self.sources = tuple(sources)
@@ -88,6 +89,11 @@ class Mixture:
 
     def __repr__(self) -> str:
         return f"Mixture({str(self.path)!r}, {len(self)} images)"
+
+    @property
+    def shown(self) -> int:
+        """How many images an epoch shows."""
+        return sum(map(shown, self.sources))
 
     @property
     def identity(self) -> str:
@@ -173,12 +179,11 @@ class MixedOrder:
     def __init__(self, mixture: Mixture, epoch: int, order_of: OrderOf) -> None:
         self._mixture, self._order_of = mixture, order_of
         # of each source, how many of its images were shown before this epoch
-        shown = self._before(len(mixture))
-        self._begun = [epoch * count for count in shown]
+        self._begun = [epoch * count for count in self._before(len(self))]
         self._orders: dict[int, tuple[int, Order]] = {}
 
     def __len__(self) -> int:
-        return len(self._mixture)
+        return self._mixture.shown
 
     def places(self, start: int, stop: int) -> np.ndarray:
         """See PageOrder; of places start ... stop-1 the keys."""
@@ -204,7 +209,7 @@ class MixedOrder:
     def _keys(self, source: int, start: int, stop: int) -> np.ndarray:
         """The keys of a source's images by their numbers among those that the epoch shows."""
         samples, begun = self._mixture.sources[source], self._begun[source]
-        count, keys = len(samples), []
+        count, keys = shown(samples), []
         start, stop = begun + start, begun + stop
         while start < stop:
             own_epoch, place = divmod(start, count)
@@ -230,6 +235,9 @@ def order_of(
     Args:
         indices: these images alone, int64 [m]; of a mixture each once, whatever the weights.
     """
+    left_out = getattr(samples, "duplicates", None) if indices is None else None
+    if left_out is not None and not (shuffle and page_order):
+        indices = np.flatnonzero(np.unpackbits(left_out, count=len(samples), bitorder="little") == 0)
     count = len(samples) if indices is None else len(indices)
     if isinstance(samples, Mixture) and indices is None:
         return samples.order(epoch, lambda source, own: order_of(source, None, seed, own, shuffle, page_order))
@@ -238,7 +246,9 @@ def order_of(
     elif not page_order:
         order = shuffled_order(seed, epoch, count)
     elif isinstance(samples, BetonSet) and indices is None:
-        order = PageOrder(seed, epoch, Pages(samples.page_starts))
+        starts = samples.page_starts
+        left = starts if left_out is None else starts - duplicates_before(left_out, starts)
+        order = PageOrder(seed, epoch, Pages(left, left_out=left_out, all_starts=starts))
     else:
         page_of = samples.page_of
         order = PageOrder(seed, epoch, pages_of(np.asarray(page_of) if indices is None else page_of[indices]))

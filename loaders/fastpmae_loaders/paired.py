@@ -25,6 +25,7 @@ from fastpmae_loaders.engines.base import (
     identity,
     in_a_circle,
     make_job,
+    shown,
 )
 from fastpmae_loaders.engines.dali_settings import DaliSettings
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
@@ -114,8 +115,7 @@ class PairedViews:
     ) -> None:
         self.samples = open_samples(samples)
         self.indices = None if indices is None else chosen(self.samples, indices)
-        # the samples of an epoch
-        self.count = len(self.samples) if self.indices is None else len(self.indices)
+        self.count = shown(self.samples) if self.indices is None else len(self.indices)
         self.settings = settings or ViewSettings()
         self.views = self.settings.views if views is None else with_shared(views)
         if not 1 <= len(self.views) <= MOST_VIEWS:

@@ -214,6 +214,11 @@ def larger_than_memory(samples: Samples) -> bool:
     return memory is not None and samples.nbytes > 0.8 * memory
 
 
+def shown(samples: Samples) -> int:
+    """How many of the images an epoch shows: all, but for the duplicates of a set."""
+    return getattr(samples, "shown", len(samples))
+
+
 def by_page(samples: Samples) -> bool:
     """Whether an epoch goes page by page where nothing else is asked for: in many files, or larger than memory."""
     return hasattr(samples, "part_of") or larger_than_memory(samples)

@@ -13,6 +13,7 @@ import numpy as np
 from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import PIXEL_LIMIT, Beton
+from fastpmae_loaders.sources.duplicates import DUPLICATES, count_duplicates, read_duplicates
 from fastpmae_loaders.sources.places import Column, Largest, Places, by_names
 from fastpmae_loaders.sources.set_index import INDEX, SetIndex, Shard, read_index
 from fastpmae_loaders.stores.address import Address
@@ -34,15 +35,20 @@ class BetonSet:
         index: of the set.
         path: what the set is called: its folder, or its address in a store.
         open_part: opens the file of a part; by default it lies in the folder `path`.
+        duplicates: a bit for each image, 1 where an epoch leaves it out (see `read_duplicates`).
 
     Whoever asks for an image of a part that is missing, damaged or not what the index says gets a BetonError that
     names it.
     """
 
     def __init__(
-        self, index: SetIndex, path: Path | Address, open_part: Callable[[Shard], Beton] | None = None
+        self,
+        index: SetIndex,
+        path: Path | Address,
+        open_part: Callable[[Shard], Beton] | None = None,
+        duplicates: np.ndarray | None = None,
     ) -> None:
-        self.index, self.path = index, path
+        self.index, self.path, self.duplicates = index, path, duplicates
         self._open_part = open_part or partial(_beside, path)
         shards = index.shards
         self._first = np.concatenate([[0], np.cumsum([shard.images for shard in shards])])
@@ -68,7 +74,12 @@ class BetonSet:
         return f"BetonSet({str(self.path)!r}, {len(self)} images in {len(self.index.shards)} parts)"
 
     def __reduce__(self):
-        return BetonSet, (self.index, self.path, self._open_part)
+        return BetonSet, (self.index, self.path, self._open_part, self.duplicates)
+
+    @property
+    def shown(self) -> int:
+        """How many of the images an epoch shows."""
+        return len(self) - (0 if self.duplicates is None else count_duplicates(self.duplicates))
 
     @cached_property
     def page_starts(self) -> np.ndarray:
@@ -78,10 +89,12 @@ class BetonSet:
 
     @cached_property
     def identity(self) -> str:
-        """Of what the parts hold, whatever they are called and wherever they lie."""
+        """Of what the parts hold and an epoch shows, whatever they are called and wherever they lie."""
         total = hashlib.sha256(repr(self.index.classes).encode("utf-8", "backslashreplace"))
         for shard in self.index.shards:
             total.update(f"{shard.images} {shard.digest}\n".encode())
+        if self.duplicates is not None:
+            total.update(self.duplicates.data)
         return total.hexdigest()
 
     def place_of(self, index: int) -> tuple[str, int]:
@@ -190,10 +203,12 @@ def is_set(folder: str | os.PathLike[str]) -> bool:
 
 
 def open_set(folder: str | os.PathLike[str]) -> BetonSet:
-    """The set in a folder; its index is read and checked, and none of its parts.
+    """The set in a folder: its index is read and checked, and its duplicates where they are noted; none of its parts.
 
     Raises:
-        BetonError: where there is no index, or it is not sound.
+        BetonError: where there is no index, or it is not sound, or the duplicates are not this index's.
     """
     path = local_path(folder)
-    return BetonSet(read_index(path / INDEX), path)
+    index = read_index(path / INDEX)
+    known = (path / DUPLICATES).exists()
+    return BetonSet(index, path, duplicates=read_duplicates(path / DUPLICATES, index) if known else None)

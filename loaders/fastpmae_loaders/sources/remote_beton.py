@@ -1,5 +1,6 @@
 """A .beton file, or a set of them, in a store: its tables are read at once, its pages when a batch asks for them."""
 
+import contextlib
 import os
 from functools import partial
 
@@ -8,11 +9,12 @@ import numpy as np
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.sources.beton import Beton
 from fastpmae_loaders.sources.beton_set import BetonSet
+from fastpmae_loaders.sources.duplicates import DUPLICATES, read_duplicates
 from fastpmae_loaders.sources.places import Places
 from fastpmae_loaders.sources.set_index import INDEX, LARGEST_INDEX, SetIndex, Shard, read_index
 from fastpmae_loaders.stores.address import Address, parse_address
 from fastpmae_loaders.stores.cache import PAGE, CacheSettings
-from fastpmae_loaders.stores.client import Store
+from fastpmae_loaders.stores.client import Missing, Store
 from fastpmae_loaders.stores.pages import CachedFile
 from fastpmae_loaders.stores.prefetch import side_by_side
 from fastpmae_loaders.stores.reader import Reader
@@ -80,12 +82,12 @@ class RemoteBeton(Beton):
 class RemoteSet(BetonSet):
     """A set of .beton files in a store; see BetonSet."""
 
-    def __init__(self, index: SetIndex, address: Address, reader: Reader) -> None:
-        super().__init__(index, address, partial(_part, reader, address))
+    def __init__(self, index: SetIndex, address: Address, reader: Reader, duplicates: np.ndarray | None = None) -> None:
+        super().__init__(index, address, partial(_part, reader, address), duplicates)
         self._reader = reader
 
     def __reduce__(self):
-        return RemoteSet, (self.index, self.path, self._reader)
+        return RemoteSet, (self.index, self.path, self._reader, self.duplicates)
 
     @property
     def window(self) -> int:
@@ -137,15 +139,25 @@ def open_remote(address: str | os.PathLike[str], settings: CacheSettings | None 
     if address.suffix in (".tar", ".parquet", ".arrow"):
         raise UserError(f"{address}: in a store .beton files and sets of them are read; fastpmae-write makes one of it")
     found: list[bytes] = []
-    reader = Reader(address, settings, lambda store: found.append(_index_bytes(store, address / INDEX)))
-    return RemoteSet(read_index(found[0], str(address / INDEX)), address, reader)
+    reader = Reader(address, settings, lambda store: found.extend(_notes(store, address)))
+    index = read_index(found[0], str(address / INDEX))
+    duplicates = read_duplicates(found[1], index, str(address / DUPLICATES)) if found[1:] else None
+    return RemoteSet(index, address, reader, duplicates)
 
 
-def _index_bytes(store: Store, index: Address) -> bytes:
-    size = store.stat(index.key).size
+def _notes(store: Store, address: Address) -> list[bytes]:
+    """A set's index, and its duplicates where they are noted."""
+    notes = [_whole(store, address / INDEX)]
+    with contextlib.suppress(Missing):
+        notes.append(_whole(store, address / DUPLICATES))
+    return notes
+
+
+def _whole(store: Store, file: Address) -> bytes:
+    size = store.stat(file.key).size
     if size > LARGEST_INDEX:
-        raise UserError(f"{index} has {size:,} bytes, more than the {LARGEST_INDEX:,} that are read")
-    return bytes(store.read(index.key))
+        raise UserError(f"{file} has {size:,} bytes, more than the {LARGEST_INDEX:,} that are read")
+    return bytes(store.read(file.key))
 
 
 def _part(reader: Reader, address: Address, shard: Shard) -> Beton:

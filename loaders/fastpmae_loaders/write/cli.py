@@ -84,6 +84,11 @@ class Parts:
     """Write the share of one of N processes, which count from 0, as in a SLURM array; then comes --finish."""
     finish: bool = False
     """Make the parts in the folder SRC a set, when all of them are there."""
+    deduplicate: bool = False
+    """Note which images have the bytes of one before them: no epoch shows them."""
+    on: Annotated[str, tyro.conf.arg(metavar="local|ray|ray://HEAD")] = "local"
+    """Where the parts are written: here, by the Ray cluster that this machine belongs to, or by the one at an address.
+    There --workers is the cores of a task, by default one."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +150,15 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
 def _check_parts(command: Command) -> None:
     parts = command.parts
     if (command.check is not None or command.to_jpeg) and parts != Parts():
-        raise UserError("--check and --to-jpeg take one .beton file: leave out --shards, --part and --finish")
+        raise UserError("--check and --to-jpeg take one .beton file: leave out what is about sets of several")
     if parts.finish and (
-        command.out is not None or replace(command, src=None, parts=Parts()) != Command() or parts != Parts(finish=True)
+        command.out is not None
+        or replace(command, src=None, parts=Parts()) != Command()
+        or replace(parts, finish=False, deduplicate=False) != Parts()
     ):
         raise UserError("--finish takes the folder of the parts and nothing else: fastpmae-write OUT/ --finish")
-    if parts.part is not None and parts.shards is None:
-        raise UserError("--part is a share of a set: say with --shards how many parts it has")
+    if parts.shards is None and not parts.finish and parts != Parts():
+        raise UserError("--part, --on and --deduplicate are of sets: say with --shards how many parts there are")
     if parts.part is not None and not _PART.fullmatch(parts.part):
         raise UserError(f"--part is {short(parts.part)}; expected I/N, such as 0/64 of the first of 64 processes")
 
@@ -170,6 +177,8 @@ def _write_set(source: str, out: str, command: Command) -> int:
             out,
             command.parts.shards,
             part=share,
+            on=command.parts.on,
+            deduplicate=command.parts.deduplicate,
             images=command.images,
             listing=_source_settings(command.listing),
             limit=command.listing.limit,
@@ -191,6 +200,8 @@ def _describe_set(written: WrittenSet) -> int:
     tell(f"{written.path}: {index.images:,} images in {parts}, {_bytes(written.file_size)}")
     tell(f"  {written.kept:,} with their own bytes, {index.images - written.kept:,} converted")
     _tell_classes(index.classes)
+    if written.duplicates is not None:
+        tell(f"  {written.duplicates:,} of them have the bytes of one before them: no epoch shows those")
     if written.bad:
         bad = "bad image was" if len(written.bad) == 1 else "bad images were"
         tell(f"  {len(written.bad):,} {bad} left out, listed in {written.path}/{BAD}")
@@ -315,7 +326,7 @@ def _command() -> int:
         return _check(command.check, command.writing)
     assert command.src is not None
     if command.parts.finish:
-        return _describe_set(finish_set(command.src))
+        return _describe_set(finish_set(command.src, command.parts.deduplicate))
     assert command.out is not None
     if command.parts.shards is not None:
         return _write_set(command.src, command.out, command)

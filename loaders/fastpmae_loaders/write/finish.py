@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.sources.duplicates import DUPLICATES, count_duplicates, duplicates_file
 from fastpmae_loaders.sources.set_index import INDEX, SetIndex
 from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import checked
+from fastpmae_loaders.write.deduplicate import find_duplicates
 from fastpmae_loaders.write.manifests import Manifest, is_there, read_manifest, read_plan
 from fastpmae_loaders.write.shards import part_name
 from fastpmae_loaders.write.targets import Target, open_target
@@ -19,11 +21,15 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class WrittenSet:
-    """What is in a finished set. `bad`: (name, reason) of each image that was left out."""
+    """What is in a finished set. `bad`: (name, reason) of each image that was left out.
+
+    `duplicates`: images whose bytes another before them has; None where they were not asked about.
+    """
 
     path: str
     index: SetIndex
     kept: int
+    duplicates: int | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -33,11 +39,14 @@ class WrittenSet:
 
 
 @checked
-def finish_set(out: str | os.PathLike[str] | Address) -> WrittenSet:
+def finish_set(out: str | os.PathLike[str] | Address, deduplicate: bool = False) -> WrittenSet:
     """Writes the index of a set whose parts are all there; again, if it is there already, to the same bytes.
 
     Labels that are words are numbered in each part by itself. The index has the names of all, in the parts' own order
     where that is the same in all of them, else sorted; who reads a part goes by its names.
+
+    Args:
+        deduplicate: note which images have the bytes of one before them, in `duplicates.bits`: no epoch shows them.
 
     Raises:
         UserError: where parts are missing, which it names, or have labels that do not go together.
@@ -46,10 +55,10 @@ def finish_set(out: str | os.PathLike[str] | Address) -> WrittenSet:
     found = read_plan(target)
     if found is None:
         raise UserError(f"{target.shown} has no plan.json: it is no folder that parts of a set were written to")
-    return finish(target, *found)
+    return finish(target, *found, deduplicate)
 
 
-def finish(target: Target, plan: str, parts: int) -> WrittenSet:
+def finish(target: Target, plan: str, parts: int, deduplicate: bool = False) -> WrittenSet:
     """As `finish_set`, for the set of this plan."""
     manifests = whole_manifests(target, plan, parts)
     shards = tuple(manifest.shard for manifest in manifests if manifest.shard is not None)
@@ -63,9 +72,18 @@ def finish(target: Target, plan: str, parts: int) -> WrittenSet:
             beside.write_text("".join(f"{name}\t{reason}\n" for name, reason in bad), encoding="utf-8")
     else:
         target.remove(BAD)
+    duplicates = None
+    if deduplicate:
+        bits = find_duplicates(target, manifests)
+        duplicates = count_duplicates(bits)
+        with target.writing(DUPLICATES) as beside:
+            beside.write_bytes(duplicates_file(bits, index))
+    else:
+        target.remove(DUPLICATES)
+    # last: it makes of the parts a set
     with target.writing(INDEX) as beside:
         beside.write_text(index.to_json(), encoding="utf-8")
-    return WrittenSet(target.shown, index, sum(manifest.kept for manifest in manifests), bad)
+    return WrittenSet(target.shown, index, sum(manifest.kept for manifest in manifests), duplicates, bad)
 
 
 def whole_manifests(target: Target, plan: str, parts: int) -> list[Manifest]:

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.write.images import ImageSettings
+from fastpmae_loaders.write.shards import check_shards, shard_ranges
 from fastpmae_loaders.write.sources import (
     Found,
     Item,
@@ -25,9 +25,6 @@ from fastpmae_loaders.write.sources import (
     look_into,
     spread,
 )
-
-MOST_PARTS = 100_000
-"""The most that part-00000 has digits for."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +99,17 @@ class Plan:
     notes: list[str]
     _source: Found
     _listing: Listing | None
+    _ranges: list[range]
 
     def part(self, number: int) -> Part:
         """What the part of this number, from 0, is made of."""
-        first, last = number, number + 1
         # a task that travels to another machine takes no names of files with it that are not its own
         source = self._source.without_files()
         if self._listing is not None:
-            items, count = self._listing.items, len(self._listing.items)
-            own = items[first * count // self.parts : last * count // self.parts]
+            own = [self._listing.items[place] for place in self._ranges[number]]
             return Part(number, self.digest, Listing(own, self._listing.class_names), source)
-        stretches = tuple(_stretches(self._source.names, first, last, self.parts))
-        bad = tuple(self._source.files.bad) if last == self.parts else ()
+        stretches = tuple(_stretches(self._source.names, number, number + 1, self.parts))
+        bad = tuple(self._source.files.bad) if number + 1 == self.parts else ()
         return Part(number, self.digest, None, source, stretches, bad)
 
 
@@ -139,14 +135,12 @@ def plan_set(
     Raises:
         UserError: where the source cannot be understood, or has fewer files or images than there should be parts.
     """
-    if not 1 <= parts <= MOST_PARTS:
-        raise UserError(f"--shards is {parts}; it must lie between 1 and {MOST_PARTS}")
+    check_shards(parts)
     found = look_into(source, listing)
     whole = list_found(found) if found.kind == "folder" or limit is not None or not found.names else None
     if whole is not None:
         spread(whole, limit)
-        if parts > len(whole.items):
-            raise UserError(f"--shards is {parts}, and the source has {len(whole.items):,} images: ask for fewer parts")
+    ranges = shard_ranges(len(whole.items), parts) if whole is not None else []
     settings = {
         "images": asdict(images),
         "listing": asdict(found.settings),
@@ -160,7 +154,7 @@ def plan_set(
     for entry in _entries(found, whole):
         digest.update(entry + b"\0\0")
     notes = whole.notes if whole else found.files.notes() + found.notes
-    return Plan(parts, digest.hexdigest(), whole.passed_over if whole else found.others, notes, found, whole)
+    return Plan(parts, digest.hexdigest(), whole.passed_over if whole else found.others, notes, found, whole, ranges)
 
 
 def _entries(found: Found, whole: Listing | None) -> Iterable[bytes]:

@@ -14,6 +14,7 @@ from fastpmae_loaders.values import checked
 from fastpmae_loaders.write.finish import WrittenSet, finish
 from fastpmae_loaders.write.images import ImageSettings
 from fastpmae_loaders.write.manifests import Manifest, follow
+from fastpmae_loaders.write.on_ray import check_place, write_on_ray
 from fastpmae_loaders.write.parts import PartSettings, done_already, worker_pool, write_part
 from fastpmae_loaders.write.plan import Part, plan_set
 from fastpmae_loaders.write.shards import part_name
@@ -29,6 +30,8 @@ def write_set(
     shards: int,
     *,
     part: tuple[int, int] | None = None,
+    on: str = "local",
+    deduplicate: bool = False,
     images: ImageSettings | None = None,
     listing: SourceSettings | None = None,
     workers: int | None = None,
@@ -44,13 +47,18 @@ def write_set(
 
     What is there already by the same plan is kept, so that the same call finishes one that was interrupted. With
     `part=(i, n)`, i from 0, it writes the i-th of n shares of the parts and returns None: processes on any machines do
-    the others, and `finish_set` ends it. The bytes depend on the source and the settings alone. Others are as of
-    `write_beton`; `force` replaces a set by another plan.
+    the others, and `finish_set` ends it. `on="ray"` hands the parts to this machine's Ray cluster, or to one that is
+    started for the time, and "ray://HEAD" to the one at that address; a task takes `workers` cores, by default one. The
+    bytes depend on the source and the settings alone. `deduplicate` is as of
+    `finish_set`, other arguments are as of `write_beton`; `force` replaces a set by another plan.
 
     Raises BadImages when images cannot be stored, after all were tried: the parts that hold none of them are written.
     """
     images = replace(images or ImageSettings(), **settings)
-    count = workers if workers is not None else min(usable_cores(), MOST_WORKERS)
+    check_place(on)
+    if part is not None and (on != "local" or deduplicate):
+        raise UserError("--part is a share of the work of many: leave out --on, and give --deduplicate to --finish")
+    count = workers if workers is not None else min(usable_cores(), MOST_WORKERS) if on == "local" else 1
     check_numbers(count, limit, page_size, timeout)
     progress = progress or Progress()
     check_target(source, out)
@@ -63,14 +71,19 @@ def write_set(
     follow(target, plan.digest, shards, force)
     how = PartSettings(images, page_size, timeout, skip_bad, force)
     failures: list[BadImages] = []
+    parts = map(plan.part, numbers)
     told = set(plan.notes)
-    for manifest in _write_here(map(plan.part, numbers), target, how, count, progress, failures):
+    if on == "local":
+        done = _write_here(parts, target, how, count, progress, failures)
+    else:
+        done = _counted(write_on_ray(on, parts, str(out), target, how, count, failures), shards, progress)
+    for manifest in done:
         for note in manifest.notes:
             if note not in told:
                 progress.tell(note)
                 told.add(note)
     raise_bad(failures, len(numbers))
-    return None if part is not None else finish(target, plan.digest, shards)
+    return None if part is not None else finish(target, plan.digest, shards, deduplicate)
 
 
 def share(shards: int, part: tuple[int, int] | None) -> range:
@@ -110,6 +123,13 @@ def _write_here(
     finally:
         if pool is not None:
             pool.close()
+
+
+def _counted(manifests: Iterator[Manifest], parts: int, progress: Progress) -> Iterator[Manifest]:
+    with progress.count(parts, "parts"):
+        for manifest in manifests:
+            progress.advance()
+            yield manifest
 
 
 def describe(manifest: Manifest) -> str:

@@ -252,7 +252,7 @@ def test_folders_that_are_refused(tree: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says):
             write_set(tree, out, 2, workers=1)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
-    for parts, says in [(0, "between 1 and"), (22, "21 images"), (10**9, "between 1 and")]:
+    for parts, says in [(0, "between 1 and"), (22, "21 images do not fill"), (10**9, "between 1 and")]:
         with pytest.raises(UserError, match=says):
             write_set(tree, tmp_path / "set", parts, workers=1)
     assert not (tmp_path / "set").exists()
@@ -262,6 +262,8 @@ def test_the_command_line(tree: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     for words, says in [
         ((tree, out, "--part", "0/3"), "say with --shards"),
+        ((tree, out, "--shards", 4, "--on", "spark"), "expected local, ray or ray://HEAD"),
+        ((tree, out, "--shards", 4, "--part", "0/4", "--deduplicate"), "give --deduplicate to --finish"),
         ((tree, out, "--shards", 4, "--part", "3/3"), "--part is 3/3"),
         ((tree, out, "--shards", 4, "--part", "one"), "expected I/N"),
         ((tree, out, "--finish"), "--finish takes the folder"),
