@@ -111,7 +111,7 @@ def tuned_weights(path: Path) -> Path | None:
         refuse_old_classifier(header, str(file))
     if any(file.name == name and kind in header for kind, name in TUNED.items()):
         with safetensors.safe_open(file, "pt") as held:
-            if PATCHES not in held.keys():  # noqa: SIM118
+            if not any(key.endswith(PATCHES) for key in held.keys()):  # noqa: SIM118
                 raise UserError(
                     f"{file} is a linear probe: the network that it reads is {short(header.get('backbone', ''))}"
                 )

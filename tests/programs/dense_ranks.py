@@ -1,4 +1,4 @@
-"""Trains segmenters on forked ranks: `python dense_ranks.py FOLDER SCENARIOS`.
+"""Trains segmenters and detectors on forked ranks: `python dense_ranks.py FOLDER SCENARIOS`.
 
 Prints each scenario's name, and the ends of its ranks.
 """
@@ -22,11 +22,18 @@ def train(folder: Path, scenario: dict[str, Any]) -> None:
     with join_ranks("cpu") as ranks:
         setting = Setting(folder / scenario["name"], ranks.device, workers=1)
         backbone = made.start(folder / f"rank-{ranks.rank}")
-        from fastpmae.evaluate.dense.segment import train_segmenter
+        if scenario["kind"] == "segment":
+            from fastpmae.evaluate.dense.segment import train_segmenter
 
-        config = dataclasses.replace(small.SEGMENT, **scenario.get("settings", {}))
-        images = made.segmentation(), made.segmentation(3, first=20)
-        train_segmenter(*images, backbone, config, setting, ranks, progress=Progress(live=True), **how)
+            config = dataclasses.replace(small.SEGMENT, **scenario.get("settings", {}))
+            images = made.segmentation(), made.segmentation(3, first=20)
+            train_segmenter(*images, backbone, config, setting, ranks, progress=Progress(live=True), **how)
+        else:
+            from fastpmae.evaluate.dense.detect import train_detector
+
+            config = dataclasses.replace(small.DETECT, **scenario.get("settings", {}))
+            images = made.detection(outlines=True), made.detection(3, first=20, outlines=True)
+            train_detector(*images, backbone, config, setting, ranks, progress=Progress(live=True), **how)
 
 
 def main() -> None:

@@ -133,7 +133,7 @@ def _needed(val: Any, train: Any) -> Any:
 def run_segment(command: Segment, ranks: Ranks) -> None:
     """`fastpmae-eval segment`."""
     from fastpmae.evaluate.dense.overlap import write_mask_scores
-    from fastpmae.evaluate.dense.segment import train_segmenter
+    from fastpmae.evaluate.dense.segment import draw_segmentations, train_segmenter
     from fastpmae.evaluate.dense.sets import open_segmentation
 
     common = command.common
@@ -141,7 +141,7 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
     val = _needed(val, train)
     run = _Run(command, ranks, command.config.crop_size)
     run.told(train, val)
-    scores, _ = train_segmenter(
+    scores, segmenting = train_segmenter(
         train, val, run.backbone, command.config, run.setting(), ranks,
         resume=command.resume, steps=command.steps, progress=run.progress,
     )  # fmt: skip
@@ -150,8 +150,9 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
     record = run.record(train, val)
     stem, figures = run.stem(record), scores.figures()
     path = write_mask_scores(run.folder, stem, scores, train.names, record)
+    draw_segmentations(run.folder / f"{stem}-overlays.png", segmenting, val, scores)
     tell(
         f"{stem}: mIoU {figures['miou']:.2f} %, pixel accuracy {figures['pixel_accuracy']:.2f} %, class accuracy "
         f"{figures['class_accuracy']:.2f} % of {scores.images:,} images"
     )
-    tell(f"wrote {path}, and beside it a row for each class (.csv) and the confusion matrix (.png)")
+    tell(f"wrote {path}, and beside it a row for each class (.csv), the confusion matrix and pictures (.png)")

@@ -19,7 +19,6 @@ from fastpmae.evaluate.dense.proposals import BoxHeads, ExactAnchors, ExactRoIAl
 from fastpmae.evaluate.dense.pyramid import LEVELS, Pyramid, TappedViT
 from fastpmae.evaluate.dense.recipe import DetectConfig
 
-CHANNELS = 256
 FULLY_CONNECTED = 1024
 NAMES = [str(level) for level in range(LEVELS)]
 
@@ -27,10 +26,10 @@ NAMES = [str(level) for level in range(LEVELS)]
 class FourMaps(nn.Module):
     """Maps of four blocks at four strides, joined from the coarsest down (FPN), and a fifth of twice the stride."""
 
-    def __init__(self, dim: int, patch_size: int):
+    def __init__(self, dim: int, patch_size: int, channels: int):
         super().__init__()
         self.resize = Pyramid(dim, patch_size)
-        self.fpn = FeaturePyramidNetwork([dim] * LEVELS, CHANNELS, LastLevelMaxPool())
+        self.fpn = FeaturePyramidNetwork([dim] * LEVELS, channels, LastLevelMaxPool())
 
     def forward(self, maps: list[Float[Tensor, "batch dim rows columns"]]) -> dict[str, Tensor]:
         return self.fpn(OrderedDict(zip(NAMES, self.resize(maps), strict=True)))
@@ -40,16 +39,16 @@ class SimplePyramid(nn.Module):
     """ViTDet's pyramid: the last block's map at four strides, each on its own through two convolutions with LayerNorm,
     and a fifth of twice the stride (Li et al., 2022). Its windowed attention is not here: every block sees all."""
 
-    def __init__(self, dim: int, patch_size: int):
+    def __init__(self, dim: int, patch_size: int, channels: int):
         super().__init__()
         # its transposed convolutions halve the channels there, and keep them here
         self.resize = Pyramid(dim, patch_size, norm=LayerNorm2d)
         self.reduce = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(dim, CHANNELS, 1, bias=False),
-                LayerNorm2d(CHANNELS),
-                nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False),
-                LayerNorm2d(CHANNELS),
+                nn.Conv2d(dim, channels, 1, bias=False),
+                LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                LayerNorm2d(channels),
             )
             for _ in range(LEVELS)
         )
@@ -73,16 +72,16 @@ class Detector(nn.Module):
         super().__init__()
         simple = config.pyramid == "simple"
         norm = LayerNorm2d if simple else nn.BatchNorm2d
-        dim, patch_size = backbone.dim, backbone.patch_size
+        dim, patch_size, channels = backbone.dim, backbone.patch_size, config.channels
         self.backbone = backbone
-        self.pyramid = SimplePyramid(dim, patch_size) if simple else FourMaps(dim, patch_size)
+        self.pyramid = (SimplePyramid if simple else FourMaps)(dim, patch_size, channels)
         strides = [patch_size / scale for scale in self.pyramid.resize.scales]
         anchors = ExactAnchors(
             tuple((32 * 2**level,) for level in range(LEVELS + 1)), ((0.5, 1.0, 2.0),) * (LEVELS + 1)
         )
         self.rpn = Proposals(
             anchors,
-            RPNHead(CHANNELS, anchors.num_anchors_per_location()[0], conv_depth=2 if simple else 1),
+            RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2 if simple else 1),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
@@ -92,9 +91,9 @@ class Detector(nn.Module):
             nms_thresh=0.7,
         )
         if config.box_head == "conv":
-            head = FastRCNNConvFCHead((CHANNELS, 7, 7), [CHANNELS] * 4, [FULLY_CONNECTED], norm_layer=norm)
+            head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [FULLY_CONNECTED], norm_layer=norm)
         else:
-            head = FastRCNNConvFCHead((CHANNELS, 7, 7), [], [FULLY_CONNECTED, FULLY_CONNECTED])
+            head = FastRCNNConvFCHead((channels, 7, 7), [], [FULLY_CONNECTED, FULLY_CONNECTED])
         pool = partial(ExactRoIAlign, NAMES, strides=strides)
         self.roi_heads = BoxHeads(
             pool(output_size=7),
@@ -109,8 +108,8 @@ class Detector(nn.Module):
             nms_thresh=config.nms_threshold,
             detections_per_img=config.detections,
             mask_roi_pool=pool(output_size=14) if masks else None,
-            mask_head=MaskRCNNHeads(CHANNELS, (CHANNELS,) * 4, 1, norm if simple else None) if masks else None,
-            mask_predictor=MaskRCNNPredictor(CHANNELS, CHANNELS, classes + 1) if masks else None,
+            mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1, norm if simple else None) if masks else None,
+            mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1) if masks else None,
         )
         self.roi_heads.box_loss, self.roi_heads.box_loss_weight = config.box_loss, config.box_loss_weight
         self.rpn.fg_bg_sampler = KeyedSampler(256, 0.5)

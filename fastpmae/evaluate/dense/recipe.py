@@ -150,6 +150,8 @@ class DetectConfig(DenseConfig):
     --short-sides instead, and crops nothing."""
     pyramid: Literal["taps", "simple"] = "taps"
     """Maps of four blocks (CAE, BEiT), or of the last block alone (ViTDet's simple pyramid)."""
+    channels: int = 256
+    """Channels of the pyramid's maps and of the heads."""
     box_loss: Literal["giou", "smooth_l1"] = "giou"
     """Loss of a box: GIoU of decoded boxes, or smooth L1 of their encoding."""
     box_loss_weight: float = 10.0
@@ -180,7 +182,7 @@ class DetectConfig(DenseConfig):
         self._require(self.box_loss_weight > 0, "box_loss_weight", "above 0")
         for name in ("score_threshold", "nms_threshold"):
             self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        for name in ("proposals", "boxes_per_image", "detections"):
+        for name in ("channels", "proposals", "boxes_per_image", "detections"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
 
     def iterations_for(self, images: int) -> int:
@@ -205,7 +207,7 @@ SEGMENT_PRESETS: dict[str, SegmentConfig] = {
     "paper": SegmentConfig(eval_every=16_000),
     "mae": SegmentConfig(lr=1e-4, relative_positions=True, eval_every=16_000),
     "small": SegmentConfig(
-        iterations=2500,
+        iterations=2000,
         batch_size=8,
         lr=5e-4,
         layer_decay=0.8,
@@ -246,11 +248,12 @@ DETECT_PRESETS: dict[str, DetectConfig] = {
         layer_decay=0.8,
         drop_path=0.1,
         warmup_iterations=100,
-        epochs=20.0,
-        milestones=(15.0, 18.0),
+        epochs=14.0,
+        milestones=(10.0, 13.0),
         short_sides=(192, 320),
         long_side=448,
         test_short_side=256,
+        channels=96,
         box_head="fc",
         proposals=300,
         boxes_per_image=128,

@@ -8,5 +8,6 @@ SEGMENT = SegmentConfig(
 )  # fmt: skip
 DETECT = DetectConfig(
     epochs=4.0, batch_size=4, lr=2e-3, warmup_iterations=1, milestones=(3.0,), short_sides=(32, 64), long_side=96,
-    test_short_side=48, drop_path=0.2, box_head="fc", proposals=40, boxes_per_image=24, log_every=2, eval_every=4,
+    test_short_side=48, drop_path=0.2, box_head="fc", channels=16, proposals=40, boxes_per_image=24,
+    log_every=2, eval_every=4,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Segmentation on two ranks is the training of one, up to the order of sums; one rank writes."""
+"""Segmentation and detection on two ranks are the training of one, up to the order of sums; one rank writes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.test_train import environment
 
 pytest.importorskip("segmentation_models_pytorch", reason="pip install 'fastpmae[dense]'")
 
-KINDS = {"segment": "segmenter.safetensors"}
+KINDS = {"segment": "segmenter.safetensors", "detect": "detector.safetensors"}
 SCENARIOS: list[dict[str, Any]] = [
     scenario | {"name": f"{kind}-{scenario['name']}", "kind": kind}
     for kind in KINDS

@@ -24,7 +24,7 @@ def detector(patch: int = 8, masks: bool = True, **settings: Any) -> Detector:
     return Detector(
         TappedViT(vit, tapped_blocks(4)),
         2,
-        DetectConfig(box_head="fc", proposals=100, boxes_per_image=64, **settings),
+        DetectConfig(box_head="fc", channels=16, proposals=100, boxes_per_image=64, **settings),
         masks=masks,
     )
 

@@ -58,6 +58,7 @@ def test_a_folder_in_a_network_and_figures_out(tmp_path: Path):
     with (out / "segment-classes.csv").open(encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 3
     assert (out / "segment-confusion.png").exists()
+    assert (out / "segment-overlays.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "segmenter.safetensors").exists()
     assert (out / "train.log").read_text().splitlines()[-1].startswith("step 4/4: loss")
 
