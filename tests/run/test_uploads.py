@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastpmae_loaders.stores import client
 from fastpmae_loaders.stores.address import Address, parse_address
 from fastpmae_loaders.stores.client import Store
 from tests.made import REPOSITORY
-from tests.stores import BUCKET, Server, s3_server, told
+from tests.stores import BUCKET, Server, faulty_server, s3_server, told
 from tests.test_train import flags_of
 
 
@@ -124,15 +125,16 @@ def test_a_store_that_goes_away_leaves_a_whole_run_here(tmp_path, short):
 @pytest.mark.slow
 def test_a_signal_takes_the_last_checkpoint_there_and_the_command_goes_on_from_it(short, place, tmp_path):
     command = [sys.executable, "-m", "fastpmae.train", *lines(short.using(epochs=400, save_steps=0))]
-    process = subprocess.Popen([*command, "--out", str(place)], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step "):
-            break
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    said = process.stderr.read()
-    assert process.wait() == 128 + signal.SIGTERM, said
+    command += ["--out", str(place)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step "):
+                break
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM, said
     assert f"--resume --out {place}" in said
     (stored,) = uploads.whole_checkpoints(Store(place), place)
     shutil.rmtree(tmp_path / "caches")
@@ -140,3 +142,22 @@ def test_a_signal_takes_the_last_checkpoint_there_and_the_command_goes_on_from_i
     done = subprocess.run(again, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
     assert uploads.whole_checkpoints(Store(place), place)[0].step == stored.step + 1
+
+
+@pytest.mark.slow
+def test_a_run_on_images_in_a_store_gives_the_local_bits(short, small_beton, tmp_path):
+    """With 20 ms of latency and one request in a hundred refused; the server is killed and comes back in mid-epoch."""
+    (tmp_path / "data" / BUCKET).mkdir(parents=True)
+    shutil.copy(small_beton, tmp_path / "data" / BUCKET / "small.beton")
+    local = pretrain(short.using(out=tmp_path / "local"))
+    with faulty_server(tmp_path / "data", latency_ms=20, error_rate=0.01) as server, told(server):
+        server.kill()
+        threading.Timer(1.0, server.start).start()
+        there = short.using(beton=f"s3://{BUCKET}/small.beton", cache=tmp_path / "cache", out=tmp_path / "there")
+        assert there.data.beton == (f"s3://{BUCKET}/small.beton",)
+        pretrain(there)
+    assert there.run.out is not None
+    name = "checkpoints/step-00000005.safetensors"
+    ours, theirs = (read_checkpoint(folder / name) for folder in (there.run.out, local))
+    assert ours.progress["fingerprint"] == theirs.progress["fingerprint"]
+    assert all(ours.tensors[name].equal(tensor) for name, tensor in theirs.tensors.items())

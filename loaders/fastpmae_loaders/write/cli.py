@@ -150,7 +150,9 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
 def _check_parts(command: Command) -> None:
     parts = command.parts
     if (command.check is not None or command.to_jpeg) and parts != Parts():
-        raise UserError("--check and --to-jpeg take one .beton file: leave out what is about sets of several")
+        raise UserError(
+            "--check and --to-jpeg write no set: leave out --shards, --part, --finish, --deduplicate and --on"
+        )
     if parts.finish and (
         command.out is not None
         or replace(command, src=None, parts=Parts()) != Command()
