@@ -19,11 +19,11 @@ from fastpmae.evaluate.augment import START, drawn_from, take_over_drop_path
 from fastpmae.evaluate.backbone import Backbone
 from fastpmae.evaluate.datasets import half
 from fastpmae.evaluate.dense.average_precision import PACKAGE, BoxScores, Found, average_precision, run_lengths
+from fastpmae.evaluate.dense.box_pictures import draw_boxes
 from fastpmae.evaluate.dense.crops import whole_image
 from fastpmae.evaluate.dense.extra import imported
 from fastpmae.evaluate.dense.labelled import Detection
 from fastpmae.evaluate.dense.order import CROP, PROPOSALS, Place, drawn, fetched
-from fastpmae.evaluate.dense.overlays import draw_boxes
 from fastpmae.evaluate.dense.pyramid import padded, parameter_groups, size_multiple, tapped
 from fastpmae.evaluate.dense.rcnn import Detector
 from fastpmae.evaluate.dense.recipe import DetectConfig

@@ -18,9 +18,9 @@ from fastpmae.evaluate.backbone import Backbone
 from fastpmae.evaluate.datasets import half
 from fastpmae.evaluate.dense.crops import segmentation_crop, whole_image
 from fastpmae.evaluate.dense.labelled import IGNORE, Masked, Segmentation
+from fastpmae.evaluate.dense.mask_pictures import Overlay, best_median_worst, write_overlays
 from fastpmae.evaluate.dense.order import CROP, Place, drawn, fetched
 from fastpmae.evaluate.dense.overlap import MaskScores, confusion_of
-from fastpmae.evaluate.dense.overlays import chosen, draw_masks
 from fastpmae.evaluate.dense.pyramid import parameter_groups, size_multiple, tapped
 from fastpmae.evaluate.dense.recipe import SegmentConfig
 from fastpmae.evaluate.dense.training import Setting, Task, train_dense
@@ -207,11 +207,12 @@ def draw_segmentations(path: Path, segmenting: Segmenting, images: Segmentation,
     """A picture of the best, a median and the worst of the tested images, by their own mIoU."""
     assert scores.by_image is not None
     segmenting.model.eval()
-    rows = []
-    for word, number in chosen(scores.by_image.numpy()):
+    shown = []
+    for word, number in best_median_worst(scores.by_image.numpy()).items():
         entry, config = images.entries[number], segmenting.config
         pixels, mask = entry.read()
         logits = segmenting.logits(whole_image(pixels, config.short_side, config.long_side), *mask.shape)
-        words = f"{word}: {entry.name}, {scores.by_image[number]:.1f} % mIoU"
-        rows.append((words, pixels, mask, logits[0].argmax(dim=0).cpu().numpy()))
-    draw_masks(path, rows, images.names, f"{scores.figures()['miou']:.1f} % mIoU of {scores.images:,} images")
+        words = f"{word}: {scores.by_image[number]:.1f} %, {entry.name}"
+        shown.append(Overlay(words, pixels, mask, logits[0].argmax(dim=0).cpu().numpy().astype(mask.dtype)))
+    if shown:
+        write_overlays(path, shown, images.names, f"{scores.figures()['miou']:.1f} % mIoU of {scores.images:,} images")

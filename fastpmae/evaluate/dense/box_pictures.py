@@ -1,14 +1,14 @@
-"""Pictures of what a segmenter or a detector makes of test images: its best, a median and its worst."""
+"""Pictures of the objects of test images, and of what a detector finds there."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float
 
 from fastpmae.evaluate.dense.average_precision import Found
-from fastpmae.evaluate.dense.labelled import Objects
+from fastpmae.evaluate.dense.labelled import Objects, Pixels
 from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.printable import printable
 
@@ -16,53 +16,6 @@ MISSED, EXTRA, RIGHT = (0.9, 0.1, 0.1), (1.0, 0.6, 0.0), (0.1, 0.75, 0.2)
 """Colours of boxes: of an object that was not found, of what is none, and of what is right."""
 SHOWN_SCORE = 0.3
 """Boxes of a lower score are not drawn."""
-
-Pixels = UInt8[np.ndarray, "height width 3"]
-Labels = Int[np.ndarray, "height width"]
-
-
-def chosen(figures: Float[np.ndarray, " images"]) -> list[tuple[str, int]]:
-    """The best image, a median one and the worst by a figure, images without one left out."""
-    known = [number for number in np.argsort(figures, kind="stable") if np.isfinite(figures[number])]
-    places = {"best": len(known) - 1, "median": len(known) // 2, "worst": 0}
-    found: dict[int, str] = {}
-    for word, place in places.items():
-        if known:
-            found.setdefault(int(known[place]), word)
-    return [(word, number) for number, word in found.items()]
-
-
-def class_colours(classes: int) -> Float[np.ndarray, "classes 3"]:
-    """Colours that tell neighbours in the list of classes apart: hues in steps of the golden ratio."""
-    from matplotlib.colors import hsv_to_rgb
-
-    numbers = np.arange(classes)
-    return hsv_to_rgb(np.stack([numbers * 0.618 % 1, 0.55 + 0.35 * (numbers % 2), 0.95 - 0.25 * (numbers % 3)], axis=1))
-
-
-def draw_masks(
-    path: Path, rows: Sequence[tuple[str, Pixels, Labels, Labels]], names: Sequence[str], title: str
-) -> None:
-    """A row for each image: the image, its classes, the predicted ones, and in red what is wrong of them.
-
-    Args:
-        rows: what is said of an image, its pixels, its classes (below 0 none), and the predicted classes.
-
-    Raises:
-        UserError: when the file cannot be written.
-    """
-    colours = class_colours(len(names))
-    pictures, headings = [], ["image", "classes", "predicted", "errors"]
-    for words, pixels, truth, predicted in rows:
-        valid = truth >= 0
-        gray = pixels.mean(axis=2, keepdims=True).repeat(3, axis=2) / 255
-        wrong = valid & (predicted != truth)
-        errors = np.where(wrong[..., None], 0.35 * gray + 0.65 * np.array([1.0, 0.0, 0.0]), gray)
-        layers = [np.where(valid[..., None], colours[truth.clip(0)], 0.0), colours[predicted]]
-        pictures.append((words, [pixels / 255, *layers, errors]))
-    present = sorted({number for _, _, truth, _ in rows for number in np.unique(truth) if number >= 0})
-    legend = [(names[number], colours[number]) for number in present[:20]]
-    _draw(path, pictures, headings, legend, title)
 
 
 def draw_boxes(
@@ -111,7 +64,11 @@ def _iou(one: Float[np.ndarray, " 4"], other: Float[np.ndarray, " 4"]) -> float:
 
 
 def _draw(
-    path: Path, rows: Sequence[tuple[str, list[Any]]], headings: Sequence[str], legend: Sequence[Any], title: str
+    path: Path,
+    rows: Sequence[tuple[str, list[tuple[Any, list[Any]]]]],
+    headings: Sequence[str],
+    legend: Sequence[Any],
+    title: str,
 ) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -126,8 +83,7 @@ def _draw(
     for axes in grid.flat:
         axes.set_axis_off()
     for line, (words, pictures) in zip(grid, rows, strict=False):
-        for axes, heading, picture in zip(line, headings, pictures, strict=True):
-            pixels, boxes = picture if isinstance(picture, tuple) else (picture, [])
+        for axes, heading, (pixels, boxes) in zip(line, headings, pictures, strict=True):
             axes.imshow(pixels, interpolation="nearest")
             for (left, top, right, bottom), label, colour in boxes:
                 axes.add_patch(
