@@ -55,6 +55,9 @@ class Segment:
     """Settings to start from: paper, mae (of its own figures), or small (a few hundred small images)."""
     ignore: tuple[int, ...] = ()
     """Numbers in the masks that are no class."""
+    yardsticks: bool = True
+    """Print what can be reached without a network too: patches told apart by colour and place, and how often each
+    class stands where."""
     resume: bool = False
     """Resume the training in --out."""
     steps: int | None = None
@@ -171,6 +174,8 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
     if not ranks.is_main:
         return
     record = run.record(train, val)
+    bars = _yardsticks(command, run, train, val) if command.yardsticks else {}
+    record["yardsticks"] = bars
     stem, figures = run.stem(record), scores.figures()
     path = write_mask_scores(run.folder, stem, scores, train.names, record)
     draw_segmentations(run.folder / f"{stem}-overlays.png", segmenting, val, scores)
@@ -178,7 +183,21 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
         f"{stem}: mIoU {figures['miou']:.2f} %, pixel accuracy {figures['pixel_accuracy']:.2f} %, class accuracy "
         f"{figures['class_accuracy']:.2f} % of {scores.images:,} images"
     )
+    for name, miou in bars.items():
+        tell(f"without a network, by {name}: mIoU {miou:.2f} %")
     tell(f"wrote {path}, and beside it a row for each class (.csv), the confusion matrix and pictures (.png)")
+
+
+def _yardsticks(command: Segment, run: _Run, train: Segmentation, val: Segmentation) -> dict[str, float]:
+    """The mIoU of what needs no network, by name, in percent."""
+    from fastpmae.evaluate.cli import Patches
+    from fastpmae.evaluate.dense.patch_features import patch_network
+    from fastpmae.evaluate.dense.patches import Probing, without_network
+
+    device = run.ranks.device
+    probing = Probing(Patches(command.common, ignore=command.ignore), train, val, device, run.progress)
+    found = without_network(probing, patch_network(run.backbone, device))
+    return {name: round(scores.figures()["miou"], 2) for name, scores in found}
 
 
 def run_detect(command: Detect, ranks: Ranks) -> None:

@@ -98,8 +98,8 @@ def run_patches(command: Patches, ranks: Ranks) -> None:
     row(backbone.network or "the weights", knn, linear)
     if command.yardsticks:
         row("random weights", *probe(probing, network.restarted(command.seed), "random weights: ")[:2])
-        row("colour, contrast and place", colour_neighbours(probing, network))
-        row("place alone", place_prior(probing))
+        for name, scores in without_network(probing, network):
+            row(name, scores)
     record = {
         "evaluation": "patches",
         "weights": common.weights,
@@ -222,6 +222,14 @@ def fill_memory(
     if not len(memory.features):
         raise UserError(f"{printable(str(probing.train.path))}: no pixel of its masks counts")
     return memory
+
+
+def without_network(probing: Probing, network: PatchNetwork) -> list[tuple[str, MaskScores]]:
+    """What can be known without a network, by name; `network` says how images are cut into patches."""
+    return [
+        ("colour, contrast and place", colour_neighbours(probing, network)),
+        ("place alone", place_prior(probing)),
+    ]
 
 
 def colour_neighbours(probing: Probing, network: PatchNetwork) -> MaskScores:

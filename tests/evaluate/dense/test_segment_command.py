@@ -55,6 +55,10 @@ def test_a_folder_in_a_network_and_figures_out(tmp_path: Path):
     assert f"segment: mIoU {record['miou']:.2f} %" in done.stdout
     assert (record["evaluation"], record["images"], record["classes"]) == ("segment", 2, 3)
     assert record["segment"]["iterations"] == 4
+    assert set(record["yardsticks"]) == {"colour, contrast and place", "place alone"}
+    for name, miou in record["yardsticks"].items():
+        assert 0 <= miou <= 100
+        assert f"without a network, by {name}: mIoU {miou:.2f} %" in done.stdout
     with (out / "segment-classes.csv").open(encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 3
     assert (out / "segment-confusion.png").exists()
