@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import timm
 import torch
 from common import PATCH, SIZE, arguments, report
@@ -26,7 +27,7 @@ def main() -> None:
     whole = PairedViews(
         args.beton, args.batch_size, args.engine, shuffle=False, drop_last=False, views=views, device=device
     )
-    classes = int(train.samples.label.max()) + 1
+    classes = int(np.asarray(train.samples.label).max()) + 1
     model = timm.create_model("vit_tiny_patch16_224", img_size=SIZE, patch_size=PATCH, depth=2, num_classes=classes)
     data_config = resolve_data_config({}, model=model.to(device))
     mixup_args = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "label_smoothing": 0.1, "num_classes": classes}

@@ -372,8 +372,9 @@ def test_another_decoder_is_a_changed_setting(tiny: Config):
 def forge(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> None:
     """Alter a checkpoint as a stranger could, with a digest that fits."""
     checkpoint = read_checkpoint(path)
-    change(checkpoint.tensors, checkpoint.progress)
-    write_checkpoint(path, checkpoint.tensors, checkpoint.progress, keep=9)
+    tensors = dict(checkpoint.tensors)
+    change(tensors, checkpoint.progress)
+    write_checkpoint(path, tensors, checkpoint.progress, keep=9)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A real run, read back from the checkpoint of every step: the teachers, the schedule and AdamW by the reference."""
 
 import json
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_every_step_of_a_run(method: str, tiny: Config) -> None:
             assert not any(name.startswith("reconstruction_teacher.") for name in after)
 
 
-def check_adamw(before: dict[str, Tensor], after: dict[str, Tensor], step: int, rate: float) -> None:
+def check_adamw(before: Mapping[str, Tensor], after: Mapping[str, Tensor], step: int, rate: float) -> None:
     """The student's weights from the ones before and the moments after."""
     names = [name.removesuffix(".exp_avg").removeprefix("optimizer.") for name in after if name.endswith(".exp_avg")]
     assert len(names) > 50
@@ -75,11 +76,11 @@ def check_adamw(before: dict[str, Tensor], after: dict[str, Tensor], step: int, 
         torch.testing.assert_close(second, truth, rtol=1e-3, atol=1e-10)
 
 
-def moments(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+def moments(state: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     return state[f"optimizer.{name}.exp_avg"], state[f"optimizer.{name}.exp_avg_sq"]
 
 
-def check_following(before: dict[str, Tensor], after: dict[str, Tensor], role: str, momentum: float) -> None:
+def check_following(before: Mapping[str, Tensor], after: Mapping[str, Tensor], role: str, momentum: float) -> None:
     names = [name.removeprefix(role) for name in after if name.startswith(role) and "pos_embed" not in name]
     assert len(names) > 20
     for name in names:

@@ -25,6 +25,7 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sampling import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import checked
 
 SIMPLE, COMPLEX = "#1c7ed6", "#e8590c"
@@ -125,11 +126,11 @@ def draw_run(
     return target
 
 
-def _target(out: str | os.PathLike[str], force: bool, inputs: list[Path]) -> Path:
+def _target(out: str | os.PathLike[str], force: bool, inputs: list[Path | Address]) -> Path:
     target = Path(out)
     if target.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"{target} must end in .png, .pdf or .svg")
-    check_output(target, force=force, inputs=inputs)
+    check_output(target, force=force, inputs=[path for path in inputs if isinstance(path, Path)])
     return target
 
 

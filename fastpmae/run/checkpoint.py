@@ -196,7 +196,7 @@ def _described(tensor: Described | None) -> str:
     return "missing" if tensor is None else f"{str(tensor[1]).removeprefix('torch.')} {list(tensor[0])}"
 
 
-def write_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any], keep: int) -> None:
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: dict[str, Any], keep: int) -> None:
     """Write beside, flush to the disk, rename, and remove all but `keep` of the other checkpoints.
 
     Raises:

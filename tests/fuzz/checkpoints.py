@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +130,9 @@ def cases(rng: np.random.Generator, folder: Path) -> Iterator[Case]:
         for leftover in path.parent.glob("step-*"):
             leftover.unlink()
         (run / "metrics.jsonl").unlink(missing_ok=True)
-        made = replace(original, tensors=dict(original.tensors), progress=json.loads(json.dumps(original.progress)))
-        said = [forged(rng, made.tensors, made.progress)]
-        write_checkpoint(path, made.tensors, made.progress, keep=0)
+        tensors, progress = dict(original.tensors), json.loads(json.dumps(original.progress))
+        said = [forged(rng, tensors, progress)]
+        write_checkpoint(path, tensors, progress, keep=0)
         if rng.random() < 0.15:
             said.append(bytes_of(rng, path))
         yield Case("; ".join(said), functools.partial(use, run, int(rng.integers(4))), (path,))

@@ -110,7 +110,7 @@ def test_flat_split_and_single(tmp_path: Path) -> None:
         samples = open_samples(splits, split)
         assert isinstance(samples, ImageFolder)
         assert_as_written(samples, splits, split=split)
-    assert open_samples(splits, "all").label.tolist() == [0, 1, 0, 2]
+    assert np.asarray(open_samples(splits, "all").label).tolist() == [0, 1, 0, 2]
     with pytest.raises(UserError, match="no split 'test'"):
         open_samples(splits, "test")
 

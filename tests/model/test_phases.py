@@ -171,7 +171,7 @@ def test_every_reader_takes_a_checkpoint_of_either_phase(phased: Config, tmp_pat
         assert config == read_checkpoint(path).phase.config
         weights = read_checkpoint(path).part("student.encoder")
         assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.state_dict().items())
-        assert len(embed_images(path, images.path)[0]) == len(images)
+        assert len(embed_images(path, str(images.path))[0]) == len(images)
         assert read_export(path, "student").shape == read_export(run, "student").shape
         assert (analyse(read_checkpoint(path), images, 2).match is None) == (step == steps // 2)
         pretrain(phased.using(init=path, out=tmp_path / f"from-{step}", steps=1))

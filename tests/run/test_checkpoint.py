@@ -119,7 +119,7 @@ def test_states_that_are_none_are_a_sentence(name: str, tmp_path: Path, small_be
     for odd in (torch.zeros_like(sound.tensors[name]), sound.tensors[name].to(torch.complex64)):
         if name == "log.sums" and not odd.is_complex():
             continue
-        write_checkpoint(path, sound.tensors | {name: odd}, sound.progress, keep=0)
+        write_checkpoint(path, dict(sound.tensors) | {name: odd}, sound.progress, keep=0)
         with pytest.raises(CheckpointError, match=r"rng\.cpu|random generator|no sound sums"):
             pretrain(config.using(resume="auto", steps=3))
 

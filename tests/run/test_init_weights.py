@@ -278,7 +278,7 @@ def test_init_refuses_weights_of_another_size(tiny: Config, tmp_path: Path):
 
 def test_init_refuses_numbers_that_are_not_real_in_our_own_files_too(run: Path, tiny: Config):
     found = read_checkpoint(checkpoint_path(run, 5))
-    forged = found.tensors | {
+    forged = dict(found.tensors) | {
         "student.encoder.norm.bias": found.tensors["student.encoder.norm.bias"].to(torch.complex64)
     }
     write_checkpoint(found.path, forged, found.progress, keep=1)
