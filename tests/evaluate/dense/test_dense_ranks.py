@@ -65,9 +65,10 @@ def test_two_ranks_train_what_one_trains(trained: tuple[Path, str], kind: str, o
     ours, theirs = (load_file(folder / f"{kind}-{each}" / KINDS[kind]) for each in ("one", other))
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
-        if key.endswith("qkv.bias") or ("feature_norms" in key and key.endswith("bias")):
+        if key.endswith("qkv.bias") or ("feature_norms" in key and key.endswith("bias")) or "running_mean" in key:
             # No loss depends on the keys' bias, and BatchNorm takes away what a norm before it adds: such a gradient is
-            # rounding alone, which AdamW scales up.
+            # rounding alone, which AdamW scales up, and the means that the BatchNorm keeps move with it. What both make
+            # of a test image stands in the rows.
             continue
         torch.testing.assert_close(
             tensor, theirs[key], rtol=1e-3, atol=2e-4, msg=lambda words, key=key: f"{key}: {words}"
