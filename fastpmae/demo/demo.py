@@ -82,6 +82,8 @@ def demo(
         steps: Stop after so many steps.
         minutes: Stop the training after so long, wherever it is.
     """
+    if out is not None:
+        local_path(out)  # it reads its run back
     settings = PRESETS["demo"].using(out=out, device=usable_device())
     train, validation = write_demo_betons(folder)
     config = settings.using(beton=train)

@@ -241,7 +241,7 @@ def test_a_classifier_of_other_weights_keeps_its_parts_and_normalisation(small_b
 def test_what_others_are_told_of_the_images_is_the_classifiers_own(run: Path, small_beton: Path, tmp_path: Path):
     backbone = dataclasses.replace(find_backbone(str(run)), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
     tuned = tuned_from(backbone, small_beton, tmp_path / "tuned", crop_ratio=0.9)
-    with pytest.raises(UserError, match="holds a fine-tuned classifier"):
+    with pytest.raises(UserError, match="holds a fine-tuned network"):
         load_encoder(tuned)
     with pytest.raises(UserError, match=r"--network labelling_teacher: .* holds a classifier and no run's networks"):
         export_encoder(tuned, tmp_path / "hf", "labelling_teacher")
