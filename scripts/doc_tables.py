@@ -18,7 +18,7 @@ import tyro
 
 from fastpmae.config import Config
 from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Patches, Probe
-from fastpmae.evaluate.dense.commands import DenseCommon, Detect, Segment
+from fastpmae.evaluate.dense.arguments import DenseCommon, Detect, Segment
 from fastpmae.evaluate.dense.recipe import DETECT_PRESETS, SEGMENT_PRESETS, DenseConfig, DetectConfig, SegmentConfig
 from fastpmae.evaluate.features import embed_command
 from fastpmae.evaluate.recipe import FinetuneConfig

@@ -9,7 +9,7 @@ import tyro
 
 from fastpmae.evaluate.backbone import Which
 from fastpmae.evaluate.datasets import Engine
-from fastpmae.evaluate.dense.commands import DenseCommon, Detect, Segment
+from fastpmae.evaluate.dense.arguments import DenseCommon, Detect, Patches, Segment
 from fastpmae.evaluate.dense.recipe import detect_preset, segment_preset
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.linear import RATES
@@ -147,41 +147,6 @@ class Lowshot:
     """Features to classify: the class token, or the mean of the patch tokens."""
     seed: int = 0
     """Seed of the first draw; the others take the seeds after it."""
-
-
-@dataclass(frozen=True)
-class Patches:
-    """Masks by frozen features of patches: k-NN in context (Hummingbird), and a linear layer (BatchNorm and 1 x 1)."""
-
-    common: Annotated[DenseCommon, tyro.conf.arg(name="")]
-    ignore: tuple[int, ...] = ()
-    """Numbers in the masks that do not count."""
-    k: int = 30
-    """Neighbours that each patch takes its label from."""
-    temperature: float = 0.02
-    """Temperature of the neighbours' weights."""
-    memory: int = 1_000_000
-    """Patches of training images to look among; of more than that, as many of each image are drawn."""
-    short_side: int = 512
-    """Images whose shorter side has more pixels are scaled down to it; 0 keeps every size."""
-    linear: bool = True
-    """Train the linear layer too."""
-    steps: int = 1000
-    """Optimizer steps of the linear layer."""
-    step_images: int = 16
-    """Images in one of them."""
-    lr: float = 1e-3
-    """Its learning rate, which falls to 0 on a cosine."""
-    weight_decay: float = 1e-4
-    """Its weight decay (AdamW)."""
-    yardsticks: bool = True
-    """Print what can be reached without pretraining too: random weights, patches told apart by colour and place, and
-    how often each class stands where."""
-    keep_gb: float = 4.0
-    """Memory for features, which are kept between the two probes and between the steps; more images are computed
-    again."""
-    seed: int = 0
-    """Seed of the random weights, the linear layer, and what is drawn."""
 
 
 Command = Knn | Linear | Probe | Lowshot | Finetune | Patches | Segment | Detect

@@ -24,7 +24,8 @@ from fastpmae.evaluate.cli import (
     read_command,
 )
 from fastpmae.evaluate.datasets import Labelled, extract, needed, open_labelled
-from fastpmae.evaluate.dense.commands import Detect, Segment, run_detect, run_segment
+from fastpmae.evaluate.dense.arguments import Detect, Segment
+from fastpmae.evaluate.dense.commands import run_detect, run_segment
 from fastpmae.evaluate.dense.patches import run_patches
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.finetune import train_classifier

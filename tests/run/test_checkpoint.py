@@ -137,8 +137,13 @@ def test_states_that_are_none_are_a_sentence(name: str, tmp_path: Path, small_be
         ("network", "model", "\x1b[31mX", r"--model \\x1b\[31mX: there is no such model"),
         ("optimizer", "blr", 10**400, r"optimizer\.blr in .* is 1000\d*…; expected a number"),
         ("optimizer", "epochs", 10**30, r"--epochs 1000.*: at most"),
-        ("data", "beton", "a\0b", r"data\.beton in .* is 'a\\x00b'; expected a path or None"),
-        ("data", "beton", "", r"data\.beton in .* is ''; expected a path or None"),
+        (
+            "data",
+            "beton",
+            "a\0b",
+            r"data\.beton in .* is 'a\\x00b'; expected a path or several",
+        ),
+        ("data", "beton", "", r"data\.beton in .* is ''; expected a path or several"),
         ("run", "\x1b]0;pwn\x07", 1, r"a setting run\.\\x1b\]0;pwn\\x07, which does not exist"),
     ],
 )

@@ -110,7 +110,10 @@ def test_what_takes_long_counts_its_images(run: Path, small_beton: Path, tiny: C
     shown: list[str] = []
     monkeypatch.setattr(Bar, "update", lambda bar, done=None, *, words=None, note=None: shown.append(note or ""))
     pretrain(tiny.using(eval_every=1, steps=5, out=run.parent / "watched"))
-    assert [words for words in shown if words.startswith("k-NN")] == ["k-NN: 44 of 44 images"] * 4
+    counts = [words for words in shown if words.startswith("evaluation")]
+    # the features of all, and then k-NN and the three blocks of the linear classifier, of each network
+    each = ["44 of 44", "44 of 132", "88 of 132", "132 of 132"]
+    assert counts == [f"evaluation: {count} images" for count in ["44 of 44", *each * 3]]
 
 
 def test_embed_command_writes_features_and_labels(run: Path, small_beton: Path, tmp_path: Path, monkeypatch):

@@ -1,96 +1,19 @@
-"""`fastpmae-eval segment` and `detect`: what they are told, and how they are carried out."""
+"""`fastpmae-eval segment` and `detect`, carried out."""
 
 import dataclasses
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any
 
 from fastpmae.distributed.ranks import Ranks
-from fastpmae.evaluate.backbone import Backbone, Which, find_backbone
+from fastpmae.evaluate.backbone import Backbone, find_backbone
+from fastpmae.evaluate.dense.arguments import Detect, Patches, Segment
 from fastpmae.evaluate.dense.labelled import Detection, Segmentation
-from fastpmae.evaluate.dense.recipe import DetectConfig, SegmentConfig
 from fastpmae.evaluate.result_files import free_name, place_of, stem_of
 from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import local_path
-
-
-@dataclass(frozen=True)
-class DenseCommon:
-    """What every evaluation of dense tasks is told."""
-
-    weights: Annotated[str, tyro.conf.Positional]
-    """A run folder or checkpoint of ours, the folder of a fine-tuning or an export, a safetensors file, a .pth of MAE,
-    SdAE, DINO, iBOT, MoCo v3, BEiT and many others, or timm:NAME for a model that timm fetches."""
-    train: Path
-    """Labelled images to train on. A folder with a training and a validation split holds both sets."""
-    val: Path | None = None
-    """Labelled images to test on; by default those of the validation split in --train."""
-    classes: Path | None = None
-    """JSON file that names the classes: number, colour or name to name; null ignores one."""
-    network: Which = "auto"
-    """Whose encoder, where the file holds several; auto takes our student, and of others what they evaluate."""
-    out: Path | None = None
-    """Folder for the result; by default `eval` in the run's folder, and NAME-eval beside a file."""
-    heads: int = 0
-    """Attention heads, where the weights do not tell and the width is unusual."""
-    workers: int = 0
-    """Threads that prepare images; 0 takes all cores that may be used."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Semantic segmentation by UPerNet, the whole network trained, with a preset whose settings are flags."""
-
-    common: Annotated[DenseCommon, tyro.conf.arg(name="")]
-    config: Annotated[SegmentConfig, tyro.conf.arg(name="")]
-    preset: str = "paper"
-    """Settings to start from: paper, mae (of its own figures), or small (a few hundred small images)."""
-    ignore: tuple[int, ...] = ()
-    """Numbers in the masks that are no class."""
-    yardsticks: bool = True
-    """Print what can be reached without a network too: patches told apart by colour and place, and how often each
-    class stands where."""
-    resume: bool = False
-    """Resume the training in --out."""
-    steps: int | None = None
-    """Stop after so many optimizer steps in all; changes no schedule."""
-    deterministic: bool = False
-    """Compute the same bits each time on a GPU too, somewhat slower."""
-    tensorboard: bool = True
-    """Write TensorBoard events."""
-    wandb: bool = False
-    """Log to Weights & Biases too, where it is installed."""
-
-
-@dataclass(frozen=True)
-class Detect:
-    """Object detection by Faster or Mask R-CNN, the whole network trained, with a preset whose settings are flags."""
-
-    common: Annotated[DenseCommon, tyro.conf.arg(name="")]
-    config: Annotated[DetectConfig, tyro.conf.arg(name="")]
-    preset: str = "paper"
-    """Settings to start from: paper (CAE's), vitdet (without its windowed attention), or small (a few hundred small
-    images)."""
-    masks: Literal["auto", "on", "off"] = "auto"
-    """Learn the outlines of objects too (Mask R-CNN); auto does where the training set has them."""
-    resume: bool = False
-    """Resume the training in --out."""
-    steps: int | None = None
-    """Stop after so many optimizer steps in all; changes no schedule."""
-    deterministic: bool = False
-    """Compute the same bits each time on a GPU too, somewhat slower."""
-    tensorboard: bool = True
-    """Write TensorBoard events."""
-    wandb: bool = False
-    """Log to Weights & Biases too, where it is installed."""
 
 
 class _Run:
@@ -190,7 +113,6 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
 
 def _yardsticks(command: Segment, run: _Run, train: Segmentation, val: Segmentation) -> dict[str, float]:
     """The mIoU of what needs no network, by name, in percent."""
-    from fastpmae.evaluate.cli import Patches
     from fastpmae.evaluate.dense.patch_features import patch_network
     from fastpmae.evaluate.dense.patches import Probing, without_network
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate.backbone import find_backbone
-from fastpmae.evaluate.cli import Patches
+from fastpmae.evaluate.dense.arguments import Patches
 from fastpmae.evaluate.dense.context import Grid, Memory, at_mask_size, chosen_patches, patch_labels
 from fastpmae.evaluate.dense.labelled import Masked, Segmentation
 from fastpmae.evaluate.dense.mask_pictures import Overlay, best_median_worst, write_overlays

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastpmae import UserError
 from fastpmae.evaluate.cli import read_command
-from fastpmae.evaluate.dense.commands import Segment
+from fastpmae.evaluate.dense.arguments import Segment
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS
 from tests.evaluate.dense.made import scene, start
 from tests.test_train import environment
