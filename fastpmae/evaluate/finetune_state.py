@@ -94,7 +94,7 @@ def take_up(
     sums = torch.zeros(2, dtype=torch.float64)
     checkpoint, complaints = newest_checkpoint(setting.folder)
     if checkpoint is None and not complaints:
-        _check_no_others_files(setting.folder)
+        check_no_others_files(setting.folder, {"epoch", "lr", "loss"}, "classifier's")
     if not resume:
         if checkpoint is not None or complaints:
             raise UserError(f"{setting.folder} already holds a training: add --resume to continue it")
@@ -128,8 +128,13 @@ def are_numbers(losses: Any) -> bool:
     return isinstance(losses, list) and len(losses) == 2 and all(type(number) is float for number in losses)
 
 
-def _check_no_others_files(folder: Path) -> None:
-    """Raise UserError where a training that starts would write over what no unfinished training has left."""
+def check_no_others_files(folder: Path, columns: set[str], whose: str) -> None:
+    """Raise UserError where a training that starts would write over what no unfinished training has left.
+
+    Args:
+        columns: that a row of such a training has.
+        whose: rows they would be, in the possessive.
+    """
     for name in TUNED.values():
         if (folder / name).exists():
             raise UserError(f"{folder} holds a {name} and no checkpoint beside it: choose another --out")
@@ -137,8 +142,8 @@ def _check_no_others_files(folder: Path) -> None:
     if rows.exists() and rows.stat().st_size:
         first = next(iter(read_rows(rows)), {})
         # A training that was killed before its first checkpoint leaves rows of its own.
-        if not {"epoch", "lr", "loss"} <= first.keys() or "loss_m" in first:
-            raise UserError(f"{folder} holds a metrics.jsonl that is no classifier's: choose another --out")
+        if not columns <= first.keys() or "loss_m" in first:
+            raise UserError(f"{folder} holds a metrics.jsonl that is no {whose}: choose another --out")
 
 
 def describe_backbone(backbone: Backbone) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import csv
 import datetime
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,16 +81,35 @@ def write_scores(folder: Path, name: str, scores: Scores, names: list[str], reco
     Raises:
         UserError: when they cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    table, picture, figures = files_of(folder, name)
+    columns = ["class", "name", "images", "top1", "top5", "predicted", "precision", "most_taken_for"]
+    rows, count = _class_rows(scores, names), len(scores.labels)
+    record = record | scores.figures() | {"images": count, "classes": len(names)}
+    title = f"{name}: {scores.top1:.1f} % of {count:,} images"
+    return write_result(
+        files_of(folder, name), [columns, *rows], lambda path: _draw(scores, names, title, path), record
+    )
+
+
+def write_result(
+    files: tuple[Path, Path, Path], rows: list[list[Any]], draw: Callable[[Path], None], record: dict[str, Any]
+) -> Path:
+    """Write a result's table, its picture and last its figures (see `files_of`), and return the file of these.
+
+    Args:
+        rows: of the table; the first names the columns.
+        draw: draws the picture into a file.
+        record: the figures, and what they are of; the date is added.
+
+    Raises:
+        UserError: when a file cannot be written.
+    """
+    table, picture, figures = files
+    figures.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", "name", "images", "top1", "top5", "predicted", "precision", "most_taken_for"])
-        rows.writerows(_class_rows(scores, names))
+        csv.writer(file).writerows(rows)
     with atomic_write(picture) as beside:
-        _draw(scores, names, f"{name}: {scores.top1:.1f} % of {len(scores.labels):,} images", beside)
-    record = record | scores.figures() | {"images": len(scores.labels), "classes": len(names)}
-    record["date"] = datetime.datetime.now().isoformat(timespec="seconds")
+        draw(beside)
+    record = record | {"date": datetime.datetime.now().isoformat(timespec="seconds")}
     with atomic_write(figures) as beside:
         beside.write_text(json.dumps(record, indent=1) + "\n")
     return figures

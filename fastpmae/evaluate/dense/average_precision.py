@@ -1,8 +1,5 @@
 """Average precision of detections, as COCO counts it, by faster-coco-eval."""
 
-import csv
-import datetime
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ from torch import Tensor
 
 from fastpmae.evaluate.dense.extra import imported
 from fastpmae.evaluate.dense.labelled import Detection
-from fastpmae_loaders.files import atomic_write
+from fastpmae.evaluate.metrics import write_result
 
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 PACKAGE = "faster-coco-eval"
@@ -163,20 +160,14 @@ def write_box_scores(folder: Path, name: str, scores: BoxScores, names: Sequence
     Raises:
         UserError: when they cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / f"{name}-classes.csv") as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", "name", "objects", "ap", "ap50"])
-        for number, (called, (whole, half, objects)) in enumerate(zip(names, scores.classes, strict=True), start=1):
-            shown = ["" if math.isnan(value) else f"{value:.2f}" for value in (whole, half)]
-            rows.writerow([number, called, objects, *shown])
-    with atomic_write(folder / f"{name}-curves.png") as beside:
-        _draw_curves(scores, names, f"{name}: AP50 {scores.boxes.get('ap50', 0):.1f} %", beside)
+    rows: list[list[Any]] = [["class", "name", "objects", "ap", "ap50"]]
+    for number, (called, (whole, half, objects)) in enumerate(zip(names, scores.classes, strict=True), start=1):
+        shown = ["" if math.isnan(value) else f"{value:.2f}" for value in (whole, half)]
+        rows.append([number, called, objects, *shown])
+    title = f"{name}: AP50 {scores.boxes.get('ap50', 0):.1f} %"
     record = record | scores.figures() | {"images": scores.images, "classes": len(names)}
-    record["date"] = datetime.datetime.now().isoformat(timespec="seconds")
-    with atomic_write(folder / f"{name}.json") as beside:
-        beside.write_text(json.dumps(record, indent=1) + "\n")
-    return folder / f"{name}.json"
+    files = folder / f"{name}-classes.csv", folder / f"{name}-curves.png", folder / f"{name}.json"
+    return write_result(files, rows, lambda path: _draw_curves(scores, names, title, path), record)
 
 
 def _draw_curves(scores: BoxScores, names: Sequence[str], title: str, path: Path) -> None:

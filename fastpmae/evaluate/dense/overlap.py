@@ -1,8 +1,5 @@
 """How well predicted masks overlap with true ones: mIoU by the confusion matrix of a whole set, and its files."""
 
-import csv
-import datetime
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastpmae.evaluate.metrics import draw_confusion, files_of
-from fastpmae_loaders.files import atomic_write
+from fastpmae.evaluate.metrics import draw_confusion, files_of, write_result
 
 
 def confusion_of(
@@ -77,20 +73,15 @@ def write_mask_scores(
     Raises:
         UserError: when they cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    table, picture, figures = files_of(folder, name)
-    with atomic_write(table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", "name", "pixels", "iou", "recall", "precision", "predicted", "most_taken_for"])
-        rows.writerows(_class_rows(scores, names))
-    with atomic_write(picture) as beside:
-        title = f"{name}: {scores.figures()['miou']:.1f} % mIoU of {scores.images:,} images"
-        draw_confusion(scores.confusion.numpy(), names, title, "pixels", beside)
+    columns = ["class", "name", "pixels", "iou", "recall", "precision", "predicted", "most_taken_for"]
+    title = f"{name}: {scores.figures()['miou']:.1f} % mIoU of {scores.images:,} images"
     record = record | scores.figures() | {"images": scores.images, "classes": len(names)}
-    record["date"] = datetime.datetime.now().isoformat(timespec="seconds")
-    with atomic_write(figures) as beside:
-        beside.write_text(json.dumps(record, indent=1) + "\n")
-    return figures
+    return write_result(
+        files_of(folder, name),
+        [columns, *_class_rows(scores, names)],
+        lambda path: draw_confusion(scores.confusion.numpy(), names, title, "pixels", path),
+        record,
+    )
 
 
 def _class_rows(scores: MaskScores, names: tuple[str, ...]) -> list[list[Any]]:

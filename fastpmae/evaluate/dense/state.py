@@ -8,10 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastpmae.evaluate.dense.recipe import DenseConfig
-from fastpmae.evaluate.finetune_state import STATES, are_numbers, other_network, restore_optimizer
+from fastpmae.evaluate.finetune_state import (
+    STATES,
+    are_numbers,
+    check_no_others_files,
+    other_network,
+    restore_optimizer,
+)
 from fastpmae.run.checkpoint import CheckpointError, newest_checkpoint, require
-from fastpmae.run.init_weights import TUNED
-from fastpmae.run.log import read_rows
 from fastpmae_loaders.errors import UserError
 
 
@@ -42,7 +46,7 @@ def take_up_dense(
     sums = torch.zeros(2, dtype=torch.float64)
     checkpoint, complaints = newest_checkpoint(folder)
     if checkpoint is None and not complaints:
-        _check_no_others_files(folder, kind)
+        check_no_others_files(folder, {"step", "epoch", "lr", "loss"}, f"{kind} training's")
     if not resume and (checkpoint is not None or complaints):
         raise UserError(f"{folder} already holds a training: add --resume to continue it")
     if checkpoint is None:
@@ -67,16 +71,3 @@ def take_up_dense(
     model.load_state_dict(checkpoint.part("model"))
     restore_optimizer(checkpoint, model, optimizer, STATES["adamw"])
     return progress["step"], torch.tensor(losses, dtype=torch.float64), complaints
-
-
-def _check_no_others_files(folder: Path, kind: str) -> None:
-    """Raise UserError where a training that starts would write over what no unfinished training has left."""
-    for name in TUNED.values():
-        if (folder / name).exists():
-            raise UserError(f"{folder} holds a {name} and no checkpoint beside it: choose another --out")
-    rows = folder / "metrics.jsonl"
-    if rows.exists() and rows.stat().st_size:
-        first = next(iter(read_rows(rows)), {})
-        # A training that was killed before its first checkpoint leaves rows of its own.
-        if not {"step", "epoch", "lr", "loss"} <= first.keys() or "loss_m" in first:
-            raise UserError(f"{folder} holds a metrics.jsonl that is no {kind} training's: choose another --out")

@@ -11,8 +11,7 @@ import zlib
 import numpy as np
 
 from fastpmae_loaders.errors import BetonError
-from fastpmae_loaders.printable import printable
-from fastpmae_loaders.sources.reading import read_file
+from fastpmae_loaders.sources.reading import given_bytes
 from fastpmae_loaders.sources.set_index import SetIndex
 
 DUPLICATES = "duplicates.bits"
@@ -51,14 +50,7 @@ def read_duplicates(source: bytes | str | os.PathLike[str], index: SetIndex, whe
     Raises:
         BetonError: where the file cannot be read, is damaged, or is of another index.
     """
-    if isinstance(source, bytes):
-        where, blob = printable(where or DUPLICATES), source
-    else:
-        where = printable(where or os.fspath(source))
-        try:
-            blob = read_file(source)
-        except Exception as error:
-            raise BetonError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    blob, where = given_bytes(source, where, DUPLICATES)
     again = "fastpmae-write OUT/ --finish --deduplicate writes it anew, and without it every image is shown"
     if len(blob) < _HEADER.itemsize or not blob.startswith(_MAGIC):
         raise BetonError(f"{where} is no list of duplicates: {again}")

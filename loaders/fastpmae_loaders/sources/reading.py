@@ -4,7 +4,7 @@ import os
 import stat
 from pathlib import Path
 
-from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.printable import printable, short
 
 FILE_LIMIT = 1 << 30
@@ -29,6 +29,24 @@ def read_file(path: str | os.PathLike[str], offset: int = 0, size: int | None = 
             raise UserError("the file has become shorter")
         file.seek(offset)
         return file.read(wanted)
+
+
+def given_bytes(source: bytes | str | os.PathLike[str], where: str | None, name: str) -> tuple[bytes, str]:
+    """What is given as bytes, or lies in the file of that path, and what it is called in sentences.
+
+    Args:
+        where: what to call it; without it the path, or for bytes `name`.
+
+    Raises:
+        BetonError: where the file cannot be read.
+    """
+    if isinstance(source, bytes):
+        return source, printable(where or name)
+    where = printable(where or os.fspath(source))
+    try:
+        return read_file(source), where
+    except Exception as error:
+        raise BetonError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_below(folder: Path, name: str) -> bytes:

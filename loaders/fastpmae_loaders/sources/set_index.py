@@ -18,7 +18,7 @@ import numpy as np
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sources.beton import Beton
-from fastpmae_loaders.sources.reading import read_file
+from fastpmae_loaders.sources.reading import given_bytes
 from fastpmae_loaders.values import NAME_MAX
 
 INDEX = "index.json"
@@ -100,14 +100,7 @@ def read_index(source: bytes | str | os.PathLike[str], where: str | None = None)
     Raises:
         BetonError: one sentence, where the file cannot be read, or anything in it is not as `to_json` writes it.
     """
-    if isinstance(source, bytes):
-        where, blob = printable(where or INDEX), source
-    else:
-        where = printable(where or os.fspath(source))
-        try:
-            blob = read_file(source)
-        except Exception as error:
-            raise BetonError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    blob, where = given_bytes(source, where, INDEX)
     if len(blob) > LARGEST_INDEX:
         raise BetonError(f"{where} has {len(blob):,} bytes, more than the {LARGEST_INDEX:,} that are read")
     try:
