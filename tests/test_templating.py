@@ -31,12 +31,11 @@ class Reader(HTMLParser):
 
 
 def report(word: str) -> str:
-    row = dict.fromkeys(
-        ("evaluation", "network", "step", "images_of", "detail", "top1", "top5", "images", "date"), word
-    )
+    columns = ("evaluation", "network", "step", "images_of", "detail", "top1", "top5", "figures", "images", "date")
+    row = dict.fromkeys(columns, word)
     return html_page(
         "fastpmae.pictures", "report.html.j2", name=word, summary=word, figures=[(word, word)], evaluations=[row],
-        curves=word, pictures={word: word}, remark=word, which=word, changed={word: word}, settings={word: word},
+        dense=[row], curves=word, pictures={word: word}, remark=word, which=word, changed={word: word}, settings={word: word},
     )  # fmt: skip
 
 
@@ -54,7 +53,7 @@ def test_a_card_makes_text_of_everything_that_is_not_marked(word: str) -> None:
         return text_page(
             "fastpmae.export", "model_card.md.j2", plain, library=None, task=text, name=text, network=network,
             what=text, source=text, normalisation=text, loading=Markup("# as it is"), timm=text, results=[[text] * 6],
-            classes=[text, text], backbone=text, finetune=None, pretraining=None,
+            dense=[[text] * 4], classes=[text, text], backbone=text, finetune=None, pretraining=None,
         )  # fmt: skip
 
     assert card(word) == card("WORD").replace("WORD", plain(word))

@@ -25,6 +25,8 @@ DEADLINE = 300.0
 """Seconds for which a request is tried again later on."""
 _CONNECT, _STALL, _WHOLE = "5s", "20s", "120s"
 _LONGEST_PAUSE = 8.0
+_PAUSES = random.Random()
+"""Not the program's own generator, from which a training on the main thread draws meanwhile."""
 UPLOAD_PART = 8 << 20
 _MOST_PARTS = 9000  # S3 takes 10,000
 
@@ -226,7 +228,7 @@ class Store:
                         "is there again"
                     ) from None
                 # drawn, so that ranks that failed together do not come back together
-                self._closed.wait(min(left, pause * random.uniform(0.5, 1.5)))
+                self._closed.wait(min(left, pause * _PAUSES.uniform(0.5, 1.5)))
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
 

@@ -337,10 +337,14 @@ def _command() -> int:
 
 def main() -> int:
     """The command line. Exit status: 0, 2 for bad input (one sentence), 130 or 143 when interrupted."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, _terminate)
-    return exit_with_sentence("fastpmae-write", _command)
+    # what nohup started stays deaf to SIGHUP
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _terminate) for number in heard}
+    try:
+        return exit_with_sentence("fastpmae-write", _command)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Requests to stores: against a real S3 server, and against servers that fail, are silent, or are not there."""
 
 import os
+import random
 import socket
 import threading
 import time
@@ -137,8 +138,10 @@ def test_a_server_that_comes_back_is_waited_for_and_one_that_does_not_is_told(tm
         assert bytes(store.read("file")) == b"there"
         server.kill()
         store.deadline = 1.0
+        drawn = random.getstate()
         with pytest.raises(StoreError, match="cannot be connected to; it was tried for"):
             store.read("file")
+        assert random.getstate() == drawn  # a training may draw from it meanwhile
 
 
 def test_a_close_ends_the_wait(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """`fastpmae-write --check SET/`: every part against the index, its bytes too, and every image in it."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -24,10 +25,12 @@ def check(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_a_sound_set(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
     status, said = check(folder, monkeypatch, capsys)
     assert status == 0
     assert "12 images in 3 parts" in said
     assert "every part is what the index says" in said
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
 def test_a_part_with_other_bytes_and_one_that_is_missing_are_named(
