@@ -35,7 +35,8 @@ def report(word: str) -> str:
     row = dict.fromkeys(columns, word)
     return html_page(
         "fastpmae.pictures", "report.html.j2", name=word, summary=word, figures=[(word, word)], evaluations=[row],
-        dense=[row], curves=word, pictures={word: word}, remark=word, which=word, changed={word: word}, settings={word: word},
+        dense=[row], curves=word, pictures={word: word}, remark=word, which=word,
+        changed={word: word}, settings={word: word},
     )  # fmt: skip
 
 
