@@ -144,8 +144,8 @@ def shuffled_order(seed: int, epoch: int, count: int) -> ListedOrder:
 
     It is kept as a list, of 4 bytes a sample up to 2^31 samples, else 8. It is a Fisher-Yates shuffle: what stands at a
     place depends on every exchange before, so it cannot be computed for one place alone. A keyed permutation that can,
-    such as a Feistel network, is another order, and runs that began with this one would not resume with their bits. Data
-    for which a list is too large go page by page, where nothing is kept for a sample.
+    such as a Feistel network, is another order, and runs that began with this one would not resume with their bits.
+    Data for which a list is too large go page by page, where nothing is kept for a sample.
     """
     check_key(seed, epoch)
     return ListedOrder(_shuffled(seed, epoch, EPOCH_ORDER, count))

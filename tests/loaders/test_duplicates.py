@@ -11,7 +11,7 @@ from fastpmae_loaders import PairedViews, PlainViews, UserError
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.order import PageOrder, Pages
 from fastpmae_loaders.sources.beton_set import BetonSet, open_set
-from fastpmae_loaders.sources.duplicates import DUPLICATES, duplicates_before, duplicates_file
+from fastpmae_loaders.sources.duplicates import DUPLICATES, duplicates_file
 from fastpmae_loaders.sources.remote_beton import open_remote
 from fastpmae_loaders.sources.set_index import read_index
 from fastpmae_loaders.stores.cache import CacheSettings

@@ -40,8 +40,8 @@ class Shard:
 
     `images` in it, `bytes` of the file, `page_size` as its header says, `height` and `width`, the largest sides of any
     of its images, and `digest`, "sha256:" and the 64 hexadecimal digits of the file's bytes. `pages`, where they are
-    known, are the images of each of its pages that holds any, in the file's order: [pages] of the smallest unsigned type
-    that has room for them. Then the images lie in the file as they are numbered; it is empty where that is not so.
+    known, are the images of each of its pages that holds any, in the file's order: [pages] of the smallest unsigned
+    type that has room for them. Then the images lie in the file as they are numbered; it is empty where that is not so.
     """
 
     name: str

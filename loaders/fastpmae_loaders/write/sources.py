@@ -194,7 +194,7 @@ def spread(listing: Listing, limit: int | None) -> None:
 
 
 def name_in(base: str, item: Item) -> bytes:
-    """What an image is called in a source whose files lie below `base`, which ends in "/": the same wherever that is."""
+    """What an image is called in a source whose files lie below `base`, which ends in "/", wherever that is."""
     where = () if item.kind == "bad" else item.where
     return os.fsencode(item.path.removeprefix(base)) + b"\0" + repr(where).encode("utf-8", "backslashreplace")
 
