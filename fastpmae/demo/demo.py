@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fastpmae.config import Config
 from fastpmae.distributed.ranks import choose_device
 from fastpmae.evaluate.features import Network, load_encoder, pooled, whole_tokens
 from fastpmae.evaluate.knn import knn_accuracy
+from fastpmae.model.build import pixel_epochs
 from fastpmae.model.vit import Encoder
 from fastpmae.photographs import PHOTOGRAPHS, write_demo_images
 from fastpmae.presets import PRESETS
@@ -36,6 +39,10 @@ from fastpmae_loaders.values import local_path
 from fastpmae_loaders.write.write import write_beton
 
 NEIGHBOURS = 10
+TEACHERS_TAKE = 2.0
+"""As many times as long as an epoch of pixels takes one of two teachers, here and about."""
+FEWEST = 3
+"""Epochs, below which a schedule of its own would teach nothing."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def demo(
         folder: Where the demo images and .beton files are, or are written to.
         out: Run folder; by default a new one, runs/<date>-demo.
         steps: Stop after so many steps.
-        minutes: Stop the training after so long, wherever it is.
+        minutes: Stop the training after so long. A slow machine trains for fewer epochs, so that schedules end in time.
     """
     if out is not None:
         local_path(out)  # it reads its run back
@@ -98,7 +105,13 @@ def demo(
             if steps is None or steps > first_epoch:
                 tell("demo: looking at the features after the first epoch")
                 early = accuracies(train, validation, {"after the first epoch": network_of(run)}, device)
-                pretrain(config.using(out=run, steps=steps, resume="auto"))
+                rest = config if steps else fitting(config, len(Beton(train)), rows_of(run), limit.left)
+                if rest is not config:
+                    tell(
+                        f"demo: {rest.optimizer.epochs} epochs instead of {config.optimizer.epochs}, as many as this "
+                        f"machine has time for in {minutes:g} minutes"
+                    )
+                pretrain(rest.using(out=run, steps=steps, resume="auto", accept_changes=rest is not config))
         except Interrupted:
             if not limit.passed:
                 raise
@@ -107,6 +120,27 @@ def demo(
     networks = {"pretrained": network_of(run), "random start": network_of(run, "random")}
     found = accuracies(train, validation, networks, device)
     show_summary(run, rows_of(run), found[:2] + early + found[2:] + baselines(train, validation), train)
+
+
+def fitting(config: Config, images: int, rows: list[dict[str, float]], seconds: float) -> Config:
+    """The settings with as many epochs as there is time for: a schedule that is cut off ends where little is learnt.
+
+    Args:
+        config: of a run whose first epoch is behind it.
+        images: in its file.
+        rows: that were logged in that epoch.
+        seconds: left for the rest.
+    """
+    rate = sorted(row["images_per_second"] for row in rows)[len(rows) // 2]
+
+    def takes(count: int) -> float:
+        shorter = config.using(epochs=count)
+        first = pixel_epochs(shorter)
+        return (first - 1 + TEACHERS_TAKE * (count - first)) * images / rate
+
+    # a machine may be slower later on
+    known = [count for count in range(FEWEST, config.optimizer.epochs) if takes(count) <= 0.9 * seconds]
+    return config if takes(config.optimizer.epochs) <= seconds or not known else config.using(epochs=known[-1])
 
 
 def usable_device() -> Literal["auto", "cpu"]:
@@ -125,8 +159,14 @@ class _TimeLimit:
     def __init__(self, minutes: float):
         self.seconds = 60 * minutes
         self.passed = False
+        self.end = time.monotonic() + self.seconds
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def left(self) -> float:
+        """Seconds until then."""
+        return self.end - time.monotonic()
 
     def _watch(self) -> None:
         wait = self.seconds

@@ -13,7 +13,8 @@ from PIL import Image
 
 import fastpmae.demo.demo
 import fastpmae.photographs as photographs
-from fastpmae.demo.demo import demo, usable_device, write_demo_betons
+from fastpmae.config_file import read_config
+from fastpmae.demo.demo import demo, fitting, usable_device, write_demo_betons
 from fastpmae.photographs import PHOTOGRAPHS, crop_boxes, open_photograph, validation_cells, write_demo_images
 from fastpmae.presets import PRESETS
 from fastpmae_loaders import Beton
@@ -135,6 +136,28 @@ def test_the_whole_demo_and_a_second_one(few, tmp_path, monkeypatch, capfd):
     assert len(list((first / "checkpoints").iterdir())) >= 1
     demo(steps=2)
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_slow_machine_trains_for_fewer_epochs() -> None:
+    """43 epochs of pixels and 7 of teachers, at 1,000 images/s: 42 and 2 x 7 times 1,000 images after the first."""
+    config, rows = PRESETS["demo"].using(epochs=50), [{"images_per_second": rate} for rate in (1.0, 1000.0, 5000.0)]
+    assert fitting(config, 1000, rows, 56.0) == config
+    assert fitting(config, 1000, rows, 55.9).optimizer.epochs < 50
+    short = fitting(config, 1000, rows, 10.0)
+    assert short == config.using(epochs=9)  # 8 of pixels and one of teachers: 7 + 2 seconds
+    assert fitting(config, 1000, rows, 1.0) == config  # it will be cut off
+
+
+@pytest.mark.slow
+def test_a_demo_with_less_time_ends_its_schedule(few, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "demo", PRESETS["demo"].using(epochs=2000, batch_size=64))
+    demo(out=Path("run"), minutes=0.5)
+    printed = "".join(capfd.readouterr())
+    told = re.search(r"demo: (\d+) epochs instead of 2000, as many as this machine has time for", printed)
+    assert told, printed
+    assert "resumed with a changed setting: --epochs was 2000 and is now" in printed
+    assert read_config(Path("run/config.json")).optimizer.epochs == int(told[1])
 
 
 @pytest.mark.slow
