@@ -26,7 +26,7 @@ def test_processes_that_compile_different_overloads_keep_them_apart(tmp_path: Pa
             for kind in kinds
         ]
         for process in running:
-            errors = process.communicate(timeout=120)[1]
+            errors = process.communicate(timeout=400)[1]
             assert process.returncode == 0, errors
     # each overload has a file of its own
     for package in ("loaders", "kernels"):
