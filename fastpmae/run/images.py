@@ -42,7 +42,7 @@ def source_notes(images: Samples) -> list[str]:
     """What a user should know of how a folder, tar shards or a set in a store were understood; of others nothing."""
     if isinstance(images, Mixture):
         return [note for source in images.sources for note in source_notes(source)]
-    notes = list(getattr(images, "notes", ()))
+    notes: list[str] = list(getattr(images, "notes", ()))
     if not isinstance(images, EncodedImages):
         return notes
     left_out = images.left_out
