@@ -55,7 +55,9 @@ def _boxes(sight: Sight, names: Sequence[str]) -> list[list[Drawn]]:
     matches = matches_of(objects, found)
     true: list[Drawn] = [
         (box, names[label - 1], CROWD if crowd else RIGHT if hit else MISSED)
-        for box, label, crowd, hit in zip(objects.boxes, objects.labels, matches.crowd, matches.found, strict=True)
+        for box, label, crowd, hit in zip(
+            objects.boxes, objects.labels.tolist(), matches.crowd, matches.found, strict=True
+        )
     ]
     ours: list[Drawn] = [
         (found.boxes[place], _words(found, place, names), RIGHT if right else CROWD if crowd else EXTRA)
