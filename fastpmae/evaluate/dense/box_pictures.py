@@ -54,10 +54,8 @@ def _boxes(sight: Sight, names: Sequence[str]) -> list[list[Drawn]]:
         return [[], [(found.boxes[place], _words(found, place, names), RIGHT) for place in shown]]
     matches = matches_of(objects, found)
     true: list[Drawn] = [
-        (box, names[label - 1], CROWD if crowd else RIGHT if hit else MISSED)
-        for box, label, crowd, hit in zip(
-            objects.boxes, objects.labels.tolist(), matches.crowd, matches.found, strict=True
-        )
+        (box, names[int(label) - 1], CROWD if crowd else RIGHT if hit else MISSED)
+        for box, label, crowd, hit in zip(objects.boxes, objects.labels, matches.crowd, matches.found, strict=True)
     ]
     ours: list[Drawn] = [
         (found.boxes[place], _words(found, place, names), RIGHT if right else CROWD if crowd else EXTRA)
