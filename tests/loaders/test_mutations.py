@@ -19,8 +19,9 @@ import pytest
 
 from fastpmae_loaders import PairedViews, UserError
 from fastpmae_loaders.native.coefficients import pack_jpeg
-from fastpmae_loaders.sources.beton import DESCRIPTOR, metadata_type
+from fastpmae_loaders.sources.beton import DESCRIPTOR
 from fastpmae_loaders.sources.jpeg import jpeg_size, turbo_decode
+from fastpmae_loaders.sources.tables import metadata_type
 from fastpmae_loaders.write.check import check_beton
 from tests.engines import needs_ffcv
 from tests.loaders.conftest import jpeg
