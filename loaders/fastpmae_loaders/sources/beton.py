@@ -100,9 +100,13 @@ class Beton:
     def __reduce__(self):
         return Beton, (self.path,)  # reopened, not copied, in another process
 
-    @cached_property
+    @property
     def page_of(self) -> np.ndarray:
         """Which page each image lies on."""
+        return self._page_of
+
+    @cached_property
+    def _page_of(self) -> np.ndarray:
         page_of = np.empty(len(self), np.int32 if self.nbytes // self.page_size < 2**31 else np.int64)
         np.floor_divide(self.pointer, np.uint64(self.page_size), out=page_of, casting="unsafe")
         page_of.setflags(write=False)

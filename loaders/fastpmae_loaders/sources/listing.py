@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable, short
@@ -100,7 +100,7 @@ class FileItems(Sequence[Item]):
     def __len__(self) -> int:
         return (self._ends[-1] if self._ends else 0) + len(self._others)
 
-    def __getitem__(self, place):
+    def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
         place = place + len(self) if place < 0 else place

@@ -101,9 +101,9 @@ def read_images(
     reading.check_images(version)
     reading.check_table()
     size = reading.sizes_of_one_each()
-    reading.size = reading.sizes_of_any() if size is None else size
-    reading.check_raw_sizes()
-    images = Images(reading.mode, reading.width, reading.height, reading.label, reading.pointer, reading.size)
+    size = reading.sizes_of_any() if size is None else size
+    reading.check_raw_sizes(size)
+    images = Images(reading.mode, reading.width, reading.height, reading.label, reading.pointer, size)
     for column in images:
         column.setflags(write=False)
     return images
@@ -241,15 +241,14 @@ class _Reading:
         check(pointer[:-1] + size[:-1] <= pointer[1:], lambda i: f"overlaps the next one {describe(i + 1)}")
         return table
 
-    def check_raw_sizes(self) -> None:
+    def check_raw_sizes(self, size: np.ndarray) -> None:
         def expected(part: slice | int) -> np.ndarray:
             return 3 * self.width[part] * self.height[part]
 
         self.check(
-            lambda part: (self.mode[part] != RAW) | (self.size[part] == expected(part)),
+            lambda part: (self.mode[part] != RAW) | (size[part] == expected(part)),
             lambda i: (
-                f"is raw, {self.width[i]}x{self.height[i]} pixels, and has {self.size[i]} bytes "
-                f"instead of {expected(i)}"
+                f"is raw, {self.width[i]}x{self.height[i]} pixels, and has {size[i]} bytes instead of {expected(i)}"
             ),
         )
 

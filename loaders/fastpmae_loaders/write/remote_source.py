@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import PARTIAL, claim_partial, remove_partial
@@ -116,7 +116,7 @@ class _InTurn(Sequence[Item]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, place):
+    def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return self._items[place]
         if place < 0:
