@@ -9,16 +9,11 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 from torch import Tensor, nn
 
 from fastpmae.evaluate.features import Network, Pool, encoder_of, pooled
 from fastpmae.model.build import shape_of
+from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.run.checkpoint import find_checkpoint
 from fastpmae.run.init_weights import (
     few,
@@ -42,6 +37,7 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 """Attention heads by width, where the weights do not tell."""
 MOCO_HEADS = {384: 12}
 """MoCo v3's own ViT-S has twice as many."""
+BEIT_MEAN = BEIT_STD = (0.5, 0.5, 0.5)
 LARGEST_IMAGE = 4096
 """Pixels; images of a larger side come from positions that are no network's."""
 BIASES = "blocks.0.attn.relative_position_bias_table"
@@ -165,8 +161,8 @@ def _normalisation_of(found: Foreign, path: Path) -> tuple[tuple[float, ...], tu
         return mean, std
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
         if found.layout == "BEiT":
-            return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+            return BEIT_MEAN, BEIT_STD
+        return IMAGENET_MEAN, IMAGENET_STD
 
 
 def _three(said: str) -> tuple[float, float, float]:
@@ -179,7 +175,7 @@ def _of_run(path: Path, network: Network, image_size: int) -> Backbone:
     encoder, config = encoder_of(checkpoint, network)
     tensors = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
     size = image_size or config.views.image_size
-    normal = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    normal = IMAGENET_MEAN, IMAGENET_STD
     source = f"{config.run.preset}, {checkpoint.path}"
     return _of_tensors(tensors, source, network, size, shape_of(config.network).heads, normal)
 
