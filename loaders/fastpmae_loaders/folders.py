@@ -109,7 +109,7 @@ class ImageFolder(EncodedImages):
         root = _existing(path)
         files = Files(root)
         listing, notes = list_folder(root, files, split, flat)
-        listing.items += files.bad
+        listing.add(files.bad)
         listing.notes[:0] = notes
         if not listing.items:
             hidden = "".join(f". {note.rstrip('.')}" for note in helper_notes(files.helpers))
@@ -242,7 +242,7 @@ Seen = tuple[int, int, int, int, int] | str
 """(mode, height, width, offset, size), or why the image is left out."""
 
 
-def _look_at_all(items: list[Item]) -> list[Seen]:
+def _look_at_all(items: Sequence[Item]) -> list[Seen]:
     parts = [items[start : start + _TOGETHER] for start in range(0, len(items), _TOGETHER)]
     # threads share the warnings' settings: they are changed here alone, while this thread waits for the others
     with warnings.catch_warnings(), ThreadPoolExecutor(min(_THREADS, max(1, len(parts)))) as pool:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fastpmae_loaders.native.coefficients import MAGIC
-from fastpmae_loaders.sources.beton import CODED_VERSION, COEFFICIENTS, VERSION
+from fastpmae_loaders.sources.tables import CODED_VERSION, COEFFICIENTS, VERSION
 from tests.made import SHARED_DATA
 
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])

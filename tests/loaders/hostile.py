@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from fastpmae_loaders.native.coefficients import pack_jpeg
-from fastpmae_loaders.sources.beton import DESCRIPTOR, metadata_type
+from fastpmae_loaders.sources.beton import DESCRIPTOR
+from fastpmae_loaders.sources.tables import metadata_type
 from tests.loaders.conftest import jpeg
 from tests.loaders.files import made_pixels, write_beton
 from tests.loaders.sources.test_beton import with_class_names

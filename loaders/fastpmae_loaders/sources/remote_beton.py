@@ -34,6 +34,8 @@ class RemoteBeton(Beton):
     """
 
     path: Address
+    _at_once = 16 * PAGE
+    """As many requests as are made side by side."""
 
     def __init__(self, file: CachedFile, reader: Reader) -> None:
         self._file, self._reader = file, reader
