@@ -275,7 +275,6 @@ def test_the_demo_takes_no_folder_of_others(tmp_path: Path):
 
 
 ADDRESSES = [
-    ("write", "--check {url}"),
     ("export", "{url} {here}/x"),
     ("export", "{run} {url}"),
     ("export", "{run} {url}.safetensors"),
