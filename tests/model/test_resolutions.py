@@ -19,7 +19,7 @@ from fastpmae.pretraining.data import make_loader
 from fastpmae.run.checkpoint import checkpoint_path, read_checkpoint
 from fastpmae.run.images import open_images
 from fastpmae_loaders import Batch
-from tests.test_train import assert_same_run, command, flags_of, rows_of
+from tests.test_train import assert_same_run, called, flags_of, rows_of
 
 STEPS = 5
 """Of an epoch of the small images."""
@@ -112,10 +112,10 @@ def test_folds_are_asked_for_where_there_are_any():
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_the_sentence_and_status_2(tmp_path: Path):
-    status, output = command("--beton", str(tmp_path / "x.beton"), "--progressive-resolution", "128", "224",
-                             "--out", str(tmp_path / "run"))  # fmt: skip
-    assert status == 2
+def test_the_command_ends_with_the_sentence_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    flags = ["--progressive-resolution", "128", "224", "--out", str(tmp_path / "run")]
+    assert called("--beton", str(tmp_path / "x.beton"), *flags) == 2
+    output = capsys.readouterr().err
     assert "--progressive-resolution 128 224: 128 needs a share" in output
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
@@ -303,8 +303,7 @@ def test_evaluations_are_of_the_last_size(growing: Config, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_flags_and_a_runs_settings(growing: Config):
-    status, output = command(*flags_of(growing.using(steps=1)))
-    assert status == 0, output
+    assert called(*flags_of(growing.using(steps=1))) == 0
     assert growing.run.out is not None
     settings = json.loads((growing.run.out / "config.json").read_text())
     assert settings["views"]["progressive_resolution"] == ["16:0.34", "24:0.33", "32"]
