@@ -50,7 +50,8 @@ def made_index(images: int) -> str:
 
 def write_hollow(path: Path, images: int) -> None:
     """A .beton whose tables are whole, and whose images are holes in the file."""
-    from fastpmae_loaders.sources.beton import ALLOCATION, DESCRIPTOR, HEADER, IMAGE_FIELD, INT_FIELD, metadata_type
+    from fastpmae_loaders.sources.beton import DESCRIPTOR, HEADER
+    from fastpmae_loaders.sources.tables import ALLOCATION, IMAGE_FIELD, INT_FIELD, metadata_type
 
     fields = np.zeros(2, DESCRIPTOR)
     for field, (name, kind) in zip(fields, ((b"image", IMAGE_FIELD), (b"label", INT_FIELD)), strict=True):

@@ -11,7 +11,7 @@ from tests.fuzz.harness import fuzz
 from tests.fuzz.worker import replay
 from tests.made import REPOSITORY
 
-SECONDS = 10.0
+SECONDS = 5.0
 SEED = 20261128
 
 

@@ -5,6 +5,7 @@ No GPU is needed. The tables of builds and of modelled traffic go into `kernels/
 
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from fastpmae_kernels import traffic
@@ -14,9 +15,9 @@ README = Path(__file__).parents[1] / "README.md"
 MARKS = "<!-- certified: start -->\n", "<!-- certified: end -->\n"
 
 
-def build_table() -> tuple[list[str], list[str]]:
+def build_table(targets: Collection[str]) -> tuple[list[str], list[str]]:
     """A line of Markdown for each build, and a sentence for each fault: of a kernel, or of a check that cannot fail."""
-    from fastpmae_kernels.builds import TARGETS, builds, examine, faults, spoilt
+    from fastpmae_kernels.builds import builds, examine, faults, spoilt
 
     lines = [
         "| kernel | GPU | registers (budget) | spills | 16-byte loads | tensor-core instructions | shared memory |",
@@ -24,7 +25,7 @@ def build_table() -> tuple[list[str], list[str]]:
     ]
     wrong = []
     for build in builds():
-        for target in TARGETS:
+        for target in targets:
             found = examine(build, target)
             budget = "" if target.startswith("gfx") else f" ({build.registers})"
             cores = found.tensor_cores if build.tensor_cores or found.tensor_cores else "–"
@@ -74,11 +75,12 @@ def gigabytes(number: int) -> str:
     return f"{number / 1e9:.2f} GB"
 
 
-def certify(dry_run: bool = False) -> int:
+def certify(dry_run: bool = False, gpus: tuple[str, ...] = ()) -> int:
     """Build every kernel for every GPU, check the code and write the table; no GPU is needed.
 
     Args:
         dry_run: Check, and leave kernels/README.md as it is.
+        gpus: With --dry-run, the GPUs to build for (sm_80, sm_90, sm_100, gfx942); all by default.
 
     Returns:
         The exit status: 1 for a fault, 2 where nothing can be built.
@@ -91,7 +93,15 @@ def certify(dry_run: bool = False) -> int:
     except ImportError:
         print("certify: error: there is no Triton beside this torch, so there are no kernels to build", file=sys.stderr)
         return 2
-    lines, wrong = build_table()
+    from fastpmae_kernels.builds import TARGETS
+
+    if unknown := [gpu for gpu in gpus if gpu not in TARGETS]:
+        print(f"certify: error: --gpus {unknown[0]}: choose of {', '.join(TARGETS)}", file=sys.stderr)
+        return 2
+    if gpus and not dry_run:
+        print("certify: error: --gpus needs --dry-run: the table is of all GPUs", file=sys.stderr)
+        return 2
+    lines, wrong = build_table(gpus or TARGETS)
     for sentence in wrong:
         print(f"certify: {sentence}", file=sys.stderr)
     tables = [f"Built with Triton {triton.__version__}.", "", *lines, "", *traffic_table()]

@@ -99,6 +99,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(step_cases, "settings", settings)
     monkeypatch.setattr(bench_step, "Apart", Here)
+    # nothing is compiled here that would have to be forgotten, and pytest's own objects take long to look through
+    monkeypatch.setattr(step_cases, "release", lambda: None)
 
 
 @pytest.mark.slow

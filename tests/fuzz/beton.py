@@ -17,8 +17,8 @@ from PIL import Image
 
 from fastpmae_loaders import Batch, Beton, DaliSettings, PairedViews, PlainViews, UserError, ViewSettings
 from fastpmae_loaders.native.coefficients import pack_jpeg
-from fastpmae_loaders.sources.beton import CODED_VERSION
 from fastpmae_loaders.sources.jpeg import turbo_available
+from fastpmae_loaders.sources.tables import CODED_VERSION
 from fastpmae_loaders.write.check import sample_checker
 from tests.fuzz.case import Case
 from tests.loaders.files import made_pixels, write_beton

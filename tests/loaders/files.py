@@ -1,5 +1,6 @@
 """Small .beton files for the loaders' tests, written with numpy alone from the format's description."""
 
+import contextlib
 import io
 import tarfile
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fastpmae_loaders.native.coefficients import MAGIC
-from fastpmae_loaders.sources.beton import CODED_VERSION, COEFFICIENTS, VERSION
+from fastpmae_loaders.sources.tables import CODED_VERSION, COEFFICIENTS, VERSION
 from tests.made import SHARED_DATA
 
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
@@ -64,6 +65,18 @@ def write_beton(
         file.seek(at)
         file.write(table.tobytes())
     return path
+
+
+def open_files(place: Path) -> int:
+    """How many descriptors of this process lead to a file, or to files in a folder; 0 where no /proc tells.
+
+    All open files would be the wrong thing to count: sockets and pipes of earlier tests close in the background.
+    """
+    descriptors, found = Path("/proc/self/fd"), 0
+    for link in descriptors.iterdir() if descriptors.exists() else ():
+        with contextlib.suppress(OSError):  # one that has been closed meanwhile
+            found += link.readlink().is_relative_to(place.resolve())
+    return found
 
 
 def photographs(name: str, count: int) -> list[np.ndarray]:

@@ -21,6 +21,7 @@ from fastpmae_loaders.folders import EncodedImages, ImageFolder, TarShards, open
 from fastpmae_loaders.write.images import ImageSettings, store
 from fastpmae_loaders.write.sources import SourceSettings, find_images, read_item
 from tests.engines import FFCV
+from tests.loaders.files import open_files
 from tests.made import SHARED_DATA, made_image, write_tree
 
 
@@ -396,18 +397,13 @@ def test_mutated_archives_never_crash(tmp_path: Path) -> None:
     assert opened > 150
 
 
-def open_files() -> int:
-    here = Path("/proc/self/fd")
-    return sum(1 for _ in here.iterdir()) if here.exists() else 0
-
-
 def test_payloads_from_several_threads(tmp_path: Path) -> None:
     folder = tree(tmp_path / "set", {f"{i:03d}.jpg": encoded(i) for i in range(60)})
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(folder, "set")
     expected = [encoded(i) for i in range(60)]
     for samples in (ImageFolder(folder), TarShards(tmp_path / "a.tar")):
-        before = open_files()
+        before = open_files(tmp_path)
         wrong: list[int] = []
 
         def read(samples: EncodedImages = samples, wrong: list[int] = wrong) -> None:
@@ -420,7 +416,7 @@ def test_payloads_from_several_threads(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert wrong == []
-        assert open_files() == before
+        assert open_files(tmp_path) == before
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from fastpmae.pretraining.step import student_loss, teacher_forward
 from fastpmae.pretraining.train_step import Training, train_step
 from fastpmae.run.checkpoint import checkpoint_path, collect_state, read_checkpoint
 from fastpmae.run.images import open_images
+from tests.made import tiny_settings
 from tests.test_train import assert_same_run, rows_of
 
 PIXELS = {"teachers": "none", "target": "pixels", "lambda_c": 0.0, "lambda_p": 0.0, "drop_path": 0.0}
@@ -87,15 +88,24 @@ def test_a_share_leaves_an_epoch_on_either_side(share: float, epochs: int, first
     assert len(phases_of(config)) == (2 if first else 1)
 
 
+TWO_PHASES: dict[str, Any] = {"epochs": 4, "pixel_epochs": 2, "log_every": 2, "warmup_epochs": 1.0}
+"""Two epochs of pixels and two of teachers."""
+
+
 @pytest.fixture
 def phased(tiny: Config) -> Config:
-    """Two epochs of pixels and two of teachers."""
-    return tiny.using(epochs=4, pixel_epochs=2, log_every=2, warmup_epochs=1.0)
+    return tiny.using(**TWO_PHASES)
+
+
+@pytest.fixture(scope="module")
+def whole(small_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped, with a checkpoint of each phase: read, and not changed."""
+    out = tmp_path_factory.mktemp("phases") / "whole"
+    return pretrain(tiny_settings(small_beton).using(**TWO_PHASES, keep=9, out=out))
 
 
 @pytest.mark.slow
-def test_each_phase_is_the_run_that_its_settings_make_alone(phased: Config, tmp_path: Path):
-    whole = pretrain(phased)
+def test_each_phase_is_the_run_that_its_settings_make_alone(whole: Path, phased: Config, tmp_path: Path):
     rows = rows_of(whole)
     steps = max(int(row["step"]) for row in rows)
     half = steps // 2
@@ -118,8 +128,7 @@ def test_each_phase_is_the_run_that_its_settings_make_alone(phased: Config, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stops", [(1,), (3, 5), "boundary", "before and after"])
-def test_a_stop_in_any_phase_changes_nothing(phased: Config, tmp_path: Path, stops: Any):
-    whole = pretrain(phased)
+def test_a_stop_in_any_phase_changes_nothing(whole: Path, phased: Config, tmp_path: Path, stops: Any):
     steps = max(int(row["step"]) for row in rows_of(whole))
     half = steps // 2
     stops = {"boundary": (half,), "before and after": (half - 1, half + 1)}.get(stops, stops)
@@ -131,9 +140,8 @@ def test_a_stop_in_any_phase_changes_nothing(phased: Config, tmp_path: Path, sto
 
 
 @pytest.mark.slow
-def test_the_second_phase_by_hand(phased: Config):
+def test_the_second_phase_by_hand(whole: Path):
     """New networks around the encoder of the first, epochs of images that go on, and schedules that begin anew."""
-    whole = pretrain(phased.using(keep=9))
     settings, rows = read_config(whole / "config.json"), rows_of(whole)
     steps = max(int(row["step"]) for row in rows)
     half, ranks = steps // 2, Ranks(0, 1, 1, torch.device("cpu"), None)
@@ -161,21 +169,20 @@ def test_the_second_phase_by_hand(phased: Config):
 
 
 @pytest.mark.slow
-def test_every_reader_takes_a_checkpoint_of_either_phase(phased: Config, tmp_path: Path):
-    run = pretrain(phased.using(keep=9))
-    steps = max(int(row["step"]) for row in rows_of(run))
+def test_every_reader_takes_a_checkpoint_of_either_phase(whole: Path, phased: Config, tmp_path: Path):
+    steps = max(int(row["step"]) for row in rows_of(whole))
     images = open_images(phased)
     for step in (steps // 2, steps):
-        path = checkpoint_path(run, step)
+        path = checkpoint_path(whole, step)
         encoder, config = load_encoder(path)
         assert config == read_checkpoint(path).phase.config
         weights = read_checkpoint(path).part("student.encoder")
         assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.state_dict().items())
         assert len(embed_images(path, str(images.path))[0]) == len(images)
-        assert read_export(path, "student").shape == read_export(run, "student").shape
+        assert read_export(path, "student").shape == read_export(whole, "student").shape
         assert (analyse(read_checkpoint(path), images, 2).match is None) == (step == steps // 2)
         pretrain(phased.using(init=path, out=tmp_path / f"from-{step}", steps=1))
-    early = checkpoint_path(run, steps // 2)
+    early = checkpoint_path(whole, steps // 2)
     learning_pixels = r"its run was still learning pixels without a teacher \(--pixel-epochs\)"
     with pytest.raises(UserError, match=f"holds no labelling_teacher: {learning_pixels}"):
         load_encoder(early, "labelling_teacher")

@@ -1,4 +1,4 @@
-"""Compiles one function for one type, while other processes do it for others: `compile_race.py PACKAGE DTYPE`."""
+"""Compiles a function of each package for one type, while other processes do it for others: `compile_race.py DTYPE`."""
 
 import sys
 from typing import Any
@@ -8,13 +8,17 @@ import numpy as np
 from fastpmae_kernels.cpu.compiled import compiled
 from fastpmae_loaders.jit.compiled import kernel
 
-DECORATORS: dict[str, Any] = {"loaders": kernel, "kernels": compiled()}
+
+@kernel
+def loaders_total(values: Any) -> Any:
+    return values.sum()
 
 
-@DECORATORS[sys.argv[1]]
-def total(values: Any) -> Any:
+@compiled()
+def kernels_total(values: Any) -> Any:
     return values.sum()
 
 
 if __name__ == "__main__":
-    assert total(np.ones(5, np.dtype(sys.argv[2]))) == 5
+    for total in (loaders_total, kernels_total):
+        assert total(np.ones(5, np.dtype(sys.argv[1]))) == 5

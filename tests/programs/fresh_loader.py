@@ -1,4 +1,4 @@
-"""The loader in a process that has done nothing else: `python -m tests.programs.fresh_loader CASE ...`.
+"""The loader in a process that has done nothing else: `python -m tests.programs.fresh_loader CASE[+CASE] ...`.
 
 Nothing is imported before a case does it: the first import of all is part of what is looked at.
 """
@@ -109,4 +109,5 @@ CASES: tuple[Callable[..., None], ...] = (
 )  # fmt: skip
 
 if __name__ == "__main__":
-    {case.__name__: case for case in CASES}[sys.argv[1]](*sys.argv[2:])
+    for name in sys.argv[1].split("+"):
+        {case.__name__: case for case in CASES}[name](*sys.argv[2:])

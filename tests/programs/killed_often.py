@@ -1,4 +1,4 @@
-"""A run that is killed 24 times, anywhere in its start, in a step and in the writing of a checkpoint, and goes on.
+"""A run that is killed a dozen times, anywhere in its start, in a step and in the writing of a checkpoint, and goes on.
 
 `python -m tests.programs.killed_often OUT CONFIG ERROR` prints how many kills left a checkpoint half written; why a run
 ended by itself would stand in the file ERROR. Each run is forked from one process that has imported everything.
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import fastpmae.pretraining.collapse  # noqa: F401 - imported by a run when it needs it, here once for all
 from fastpmae import Config, pretrain, read_config
+
+TURNS = 12
 
 
 def forked(config: Config, error: Path) -> int:
@@ -32,6 +34,7 @@ def wait_until(happened: Callable[[], bool], child: int, error: Path) -> None:
     limit = time.monotonic() + 60
     while not happened():
         assert time.monotonic() < limit
+        time.sleep(2e-4)  # a checkpoint takes longer, and the run needs the core
         if os.waitpid(child, os.WNOHANG)[0]:
             sys.exit("the run ended by itself: " + (error.read_text() if error.exists() else "done"))
 
@@ -45,7 +48,7 @@ def main(out: Path, config: Config, error: Path) -> None:
     def half_written() -> bool:
         return any(out.glob("checkpoints/.partial-*"))
 
-    for turn in range(24):
+    for turn in range(TURNS):
         child = forked(config.using(out=out, resume="auto", steps=None, save_steps=5), error)
         before = checkpoints()
         if turn % 4 == 0:  # anywhere in its start

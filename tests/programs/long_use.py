@@ -1,6 +1,6 @@
-"""Long use of a loader, in a process of its own: `python -m tests.programs.long_use CASE BETON ENGINE ...`.
+"""Long use of a loader, in a process of its own: `python -m tests.programs.long_use CASE[+CASE] BETON ENGINE ...`.
 
-Each case prints as JSON what it has found of memory, threads and open files.
+Each case prints as JSON, on a line of its own, what it has found of memory, threads and open files.
 """
 
 import contextlib
@@ -51,17 +51,17 @@ def settled(count: int, limit: float = 5.0) -> bool:
     return tasks() <= count and not ours
 
 
-def epochs() -> dict[str, Any]:
-    """A hundred epochs."""
-    sizes, before = [], (0, 0)
+def epochs(count: str = "100") -> dict[str, Any]:
+    """So many epochs, of whose memory ten samples are taken."""
+    sizes, before, tenth = [], (0, 0), int(count) // 10
     with opened() as views:
-        for epoch in range(100):
+        for epoch in range(10 * tenth):
             views.set_epoch(epoch)
             for _ in views:
                 pass
-            if epoch % 10 == 9:
+            if epoch % tenth == tenth - 1:
                 sizes.append(memory())
-            if epoch == 19:
+            if epoch == 2 * tenth - 1:
                 before = tasks(), files()
         after = tasks(), files()
     return {"sizes": sizes, "before": before, "after": after}
@@ -204,4 +204,5 @@ CASES: tuple[Callable[..., Any], ...] = (
 )  # fmt: skip
 
 if __name__ == "__main__":
-    print(json.dumps({case.__name__: case for case in CASES}[sys.argv[1]](*sys.argv[4:])))
+    for name in sys.argv[1].split("+"):
+        print(json.dumps({case.__name__: case for case in CASES}[name](*sys.argv[4:])), flush=True)

@@ -21,6 +21,7 @@ from fastpmae_loaders.stores.address import Address
 
 ATTEMPTS = 64
 """How many samples in a row are tried before a row is given up."""
+_STRETCH = 1 << 20
 
 
 @runtime_checkable
@@ -270,10 +271,11 @@ def chosen(samples: Samples, indices: Sequence[int] | np.ndarray | torch.Tensor)
 
 
 def digest(*columns: np.ndarray) -> int:
-    """A number of 48 bits that tells columns of whole numbers from others."""
+    """A number of 48 bits that tells columns [n] of whole numbers from others."""
     total = hashlib.blake2b(digest_size=6)
     for column in columns:
-        total.update(np.ascontiguousarray(column, np.int64).tobytes())
+        for start in range(0, len(column), _STRETCH):
+            total.update(np.ascontiguousarray(column[start : start + _STRETCH], np.int64).data)
     return int.from_bytes(total.digest(), "big")
 
 

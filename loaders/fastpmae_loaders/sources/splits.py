@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
@@ -74,9 +74,16 @@ Entry = TypeVar("Entry")
 
 
 def choose_split(
-    entries: Sequence[Entry], split_of: Callable[[Entry], str | None], wanted: str | None, root: Path
+    entries: Sequence[Entry],
+    split_of: Callable[[Entry], str | None],
+    wanted: str | None,
+    root: Path,
+    files_of: Callable[[Sequence[Entry]], int] = len,
 ) -> tuple[list[Entry], list[str]]:
     """The entries of the split that is wanted, and notes; train where none is named and there are several.
+
+    Args:
+        files_of: how many files some entries are.
 
     Raises:
         UserError: for a split that is not there, or several without one to train on.
@@ -94,8 +101,8 @@ def choose_split(
         train = [name for name in names if split_of_folder(name) in TRAIN_SPLITS]
         if len(train) != 1:
             raise UserError(f"{printable(str(root))} has the splits {shown}: choose with --split NAME (or all)")
-        left = [f"{printable(name)} ({len(splits[name]):,} files)" for name in names if name not in train]
-        left += [f"{len(splits[None]):,} files of no split"] if None in splits else []
+        left = [f"{printable(name)} ({files_of(splits[name]):,} files)" for name in names if name not in train]
+        left += [f"{files_of(splits[None]):,} files of no split"] if None in splits else []
         return splits[train[0]], [
             f"Taking the split {printable(train[0])}; not taken: {', '.join(left)}. --split chooses another."
         ]
@@ -108,12 +115,31 @@ def choose_split(
     return splits[wanted], []
 
 
-Named = tuple[str, tuple[str, ...]]
-"""An image: its path below the source, and those parts of it that are yet to be understood."""
+class Named(NamedTuple):
+    """The images of a folder: the parts of its path below the source that are yet to be understood; how many; and which
+    they are among all folders.
+
+    Attributes:
+        path: the parts of its whole path; `parts` are the last of them.
+    """
+
+    path: tuple[str, ...]
+    parts: tuple[str, ...]
+    images: int
+    number: int
+
+    def within(self) -> "Named":
+        """The same with the first folder understood."""
+        return self._replace(parts=self.parts[1:])
+
+
+def count_images(folders: Iterable[Named]) -> int:
+    """How many images lie in some folders."""
+    return sum(folder.images for folder in folders)
 
 
 def below_splits(
-    images: list[Named], tops: AbstractSet[str], wanted: str | None, root: Path
+    folders: list[Named], tops: AbstractSet[str], wanted: str | None, root: Path
 ) -> tuple[list[Named], list[str]] | None:
     """The images of the split that is wanted where some of the folders `tops`, which are all there are, are splits.
 
@@ -125,49 +151,48 @@ def below_splits(
     """
     splits = {top for top in tops if split_of_folder(top)}
     others = sorted(tops - splits)
-    loose = sum(len(parts) == 1 for _, parts in images)
+    loose = count_images(folder for folder in folders if not folder.parts)
     if not splits or wanted == "none":
         return None
     certain = are_splits(splits) or not (others or loose)
     named = {top for top in splits if wanted is not None and wanted.lower() in (top.lower(), split_of_folder(top))}
     if not certain and not named:
         first, rest = sorted(splits)[0], ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
-        if wanted is None and any(len(parts) > 2 and parts[0] in splits for _, parts in images) and others:
+        if wanted is None and any(len(parts) > 1 and parts[0] in splits for _, parts, _, _ in folders) and others:
             raise UserError(
                 f"{printable(str(root))} holds the folder {printable(first)} beside {rest}: is it a split or a class? "
                 f"name {printable(f'{root}/{first}')} to take it alone; fastpmae-write --split none takes every folder "
                 "for a class"
             )
         return None
-    inside = [image for image in images if len(image[1]) > 1 and image[1][0] in splits]
-    taken, notes = choose_split(inside, lambda image: image[1][0].lower(), wanted, root)
-    if len(inside) < len(images):
-        where = [f"{printable(top)} ({sum(parts[0] == top for _, parts in images):,} files)" for top in others[:5]]
+    inside = [folder for folder in folders if folder.parts and folder.parts[0] in splits]
+    taken, notes = choose_split(inside, lambda folder: folder.parts[0].lower(), wanted, root, count_images)
+    if len(inside) < len(folders):
+        count = {top: count_images(folder for folder in folders if folder.parts[:1] == (top,)) for top in others[:5]}
+        where = [f"{printable(top)} ({files:,} files)" for top, files in count.items()]
         where += [f"{len(others) - 5:,} more folders"] if len(others) > 5 else []
         where += [f"{loose:,} images beside the folders"] if loose else []
         notes.append(f"Not taken, since they lie in no split: {', '.join(where)}.")
     return taken, notes
 
 
-def within_classes(images: list[Named], wanted: str | None, root: Path) -> tuple[list[Named], list[str]]:
+def within_classes(folders: list[Named], wanted: str | None, root: Path) -> tuple[list[Named], list[str]]:
     """The images of the split that is wanted where each class has splits of its own (cat/train, cat/val).
 
     Raises:
         UserError: where one folder among others holds splits, so that validation images would be trained on unseen.
     """
     below: dict[tuple[str, ...], set[str]] = {}
-    for relative, parts in images:
-        if len(parts) < 3:  # no folder below its class's
-            continue
-        above = tuple(relative.split("/"))[: -len(parts)]
-        for depth in range(1, len(parts) - 1):
+    for path, parts, _, _ in folders:
+        above = path[: len(path) - len(parts)]
+        for depth in range(1, len(parts)):  # a folder below its class's
             if split_of_folder(parts[depth]):
                 below.setdefault((*above, *parts[:depth]), set()).add(parts[depth])
     holding = sorted(folder for folder, splits in below.items() if are_splits(splits))
     if not holding or wanted in EVERYTHING:
-        return images, []
-    if all(len(parts) > 2 and split_of_folder(parts[1]) for _, parts in images):
-        return choose_split(images, lambda image: image[1][1].lower(), wanted, root)
+        return folders, []
+    if all(len(parts) > 1 and split_of_folder(parts[1]) for _, parts, _, _ in folders):
+        return choose_split(folders, lambda folder: folder.parts[1].lower(), wanted, root, count_images)
     where, splits = "/".join(holding[0]), ", ".join(sorted(map(printable, below[holding[0]])))
     raise UserError(
         f"{printable(str(root))} holds the splits {splits} in {printable(where)} and images elsewhere: "

@@ -10,14 +10,11 @@ from typing import BinaryIO
 import numpy as np
 
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.sources.beton import (
+from fastpmae_loaders.sources.beton import CLASS_NAMES, CLASS_NAMES_MAGIC, DESCRIPTOR, HEADER
+from fastpmae_loaders.sources.tables import (
     ALLOCATION,
-    CLASS_NAMES,
-    CLASS_NAMES_MAGIC,
     CODED_VERSION,
     COEFFICIENTS,
-    DESCRIPTOR,
-    HEADER,
     IMAGE_FIELD,
     INT_FIELD,
     VERSION,

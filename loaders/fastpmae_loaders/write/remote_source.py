@@ -1,29 +1,34 @@
 """A source in a store: its files by their names, as a folder of this machine into which those that are read come.
 
-The folder holds an empty file for each of the store's; what a part of a set is made of is brought when the part is
-written, and given up after it. So the disk holds a few parts of the source at a time, whatever its size.
+What a part of a set is made of is brought when the part is written, and given up after it; the images of a single file
+are brought some at a time. So the disk holds little of the source at a time, whatever its size.
 """
 
 import atexit
 import contextlib
-import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import PARTIAL, claim_partial, remove_partial
 from fastpmae_loaders.printable import printable
+from fastpmae_loaders.sources.listing import Item
+from fastpmae_loaders.sources.names import Names
 from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.stores.client import Missing, Store, StoreError
 from fastpmae_loaders.stores.prefetch import side_by_side
 
 _THREADS = 8
+_TOGETHER = 256
+"""Images that are brought together for a single file: few enough that the first are soon there."""
 _PART = 32 << 20
 """Bytes of a request: a file's parts come one after another, several files side by side."""
 
@@ -48,11 +53,15 @@ class RemoteSource:
         wanted = [name for name in dict.fromkeys(names) if not self._is_here(name)]
         side_by_side([partial(self._bring, store, name) for name in wanted], _THREADS)
 
+    def name_of(self, item: Item) -> str:
+        """What an image's file is called in the source."""
+        return item.path.removeprefix(f"{self.folder}/")
+
     def give_up(self, names: Iterable[str]) -> None:
-        """Keep no more of these files than that there are such."""
+        """Keep none of these files on this machine."""
         for name in names:
             with contextlib.suppress(OSError):
-                _make_empty(self.folder / name)
+                (self.folder / name).unlink()
 
     @contextlib.contextmanager
     def present(self, names: list[str]) -> Iterator[None]:
@@ -63,10 +72,22 @@ class RemoteSource:
         finally:
             self.give_up(names)
 
+    @contextlib.contextmanager
+    def in_turn(self, items: Sequence[Item], behind: int) -> Iterator[Sequence[Item]]:
+        """The same items, whose files are brought when they are first asked for, some at a time and the next meanwhile.
+
+        Args:
+            behind: so many items before the last that was asked for may be asked for again; those before are given up.
+        """
+        with ThreadPoolExecutor(1) as brings:
+            turn = _InTurn(self, items, behind, brings)
+            try:
+                yield turn
+            finally:
+                turn.close()
+
     def _is_here(self, name: str) -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return (self.folder / name).stat().st_mtime_ns != 0
-        return False
+        return (self.folder / name).exists()
 
     def _bring(self, store: Store, name: str) -> int:
         path, place = self.folder / name, self.address / name
@@ -85,9 +106,46 @@ class RemoteSource:
         return stat.size
 
 
-def list_source(address: Address) -> tuple[RemoteSource, Path]:
-    """The files of a store below an address, or the one there, as a folder that is this process's own; and what lies
-    in it under the address's name.
+class _InTurn(Sequence[Item]):
+    """See `RemoteSource.in_turn`."""
+
+    def __init__(self, source: RemoteSource, items: Sequence[Item], behind: int, brings: Executor) -> None:
+        self._source, self._items, self._behind, self._brings = source, items, behind, brings
+        self._coming: dict[int, Future[None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return self._items[place]
+        if place < 0:
+            raise IndexError("counted from the first alone")
+        item, turn = self._items[place], place // _TOGETHER
+        for number in (turn, turn + 1):
+            if number not in self._coming and number * _TOGETHER < len(self._items):
+                self._coming[number] = self._brings.submit(self._source.bring, self._names(number))
+        if item.kind != "bad":
+            self._coming[turn].result()
+        for number in [number for number in self._coming if (number + 1) * _TOGETHER <= place - self._behind]:
+            self._coming.pop(number).result()
+            self._source.give_up(self._names(number))
+        return item
+
+    def close(self) -> None:
+        """Give up all that is here."""
+        for number, coming in self._coming.items():
+            coming.cancel()
+            self._source.give_up(self._names(number))
+
+    def _names(self, number: int) -> list[str]:
+        some = (self._items[place] for place in range(number * _TOGETHER, min((number + 1) * _TOGETHER, len(self))))
+        return [self._source.name_of(item) for item in some if item.kind != "bad"]
+
+
+def list_source(address: Address) -> tuple[RemoteSource, Path, Names]:
+    """The files of a store below an address, or the one there, as a folder that is this process's own; what lies in it
+    under the address's name; and the names of the files in it.
 
     Raises:
         UserError: where the store cannot be read, or there is nothing.
@@ -101,37 +159,37 @@ def list_source(address: Address) -> tuple[RemoteSource, Path]:
         place, alive = claim_partial(parent / (address.name or address.bucket))
         atexit.register(_remove, place, alive)
         source = RemoteSource(address.parent if alone else address, place / (address.name or address.bucket))
-        for name in names:
-            path = source.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _make_empty(path)
+        source.folder.mkdir()
     except OSError as error:
         raise UserError(f"{printable(str(parent))} cannot be written: {error.strerror or error}") from None
-    return source, source.folder / names[0] if alone else source.folder
+    return source, source.folder / names[0] if alone else source.folder, names
 
 
-def _names(store: Store, address: Address) -> tuple[bool, list[str]]:
+def _names(store: Store, address: Address) -> tuple[bool, Names]:
     """Whether there is one file alone, and the names of all."""
+    names = Names()
     if address.suffix in (".tar", ".parquet", ".arrow") or address.scheme in ("https", "http"):
         with contextlib.suppress(Missing):
             store.stat(address.key)
-            return True, [address.name]
+            names.add("", [address.name])
+            return True, names
     prefix = address.key and address.key + "/"
-    names = [key.removeprefix(prefix) for key, size in store.files(address.key) if size]
-    if not names:
+    found = (key.removeprefix(prefix) for key, size in store.files(address.key) if size)
+    for folder, some in groupby(found, lambda name: name.rpartition("/")[0]):
+        own = [name[len(folder) + (folder != "") :] for name in some]
+        parts = [*(folder.split("/") if folder else ()), *own]
+        for part in parts:
+            if part in ("", ".", "..") or "\0" in part:
+                name = f"{folder}/{part}" if part in own else folder
+                raise StoreError(
+                    f"{address} holds a file called {printable(name)!r}, which no file of this machine can be"
+                )
+        names.add(folder, own)
+    if not len(names):
         raise Missing(f"{address} does not exist, or holds no files")
-    for name in names:
-        if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
-            raise StoreError(f"{address} holds a file called {printable(name)!r}, which no file of this machine can be")
     return False, names
 
 
 def _remove(place: Path, alive: IO[bytes]) -> None:
     alive.close()
     shutil.rmtree(place, ignore_errors=True)
-
-
-def _make_empty(path: Path) -> None:
-    """A file without contents, known by a time that no other has."""
-    path.write_bytes(b"")
-    os.utime(path, ns=(0, 0))

@@ -6,8 +6,8 @@ names alone, so that the same source gives the same file.
 
 import os
 import shlex
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,10 @@ from fastpmae_loaders.sources.tar import list_shards, no_images
 from fastpmae_loaders.stores.address import is_address, parse_address
 from fastpmae_loaders.values import Typed, local_path
 from fastpmae_loaders.write.remote_source import RemoteSource, list_source
+from fastpmae_loaders.write.workers import ITEMS_AHEAD
+
+_MARGIN = 256
+"""Images that workers may hold beyond those: the last group that was handed out."""
 
 __all__ = [
     "Found",
@@ -56,17 +60,19 @@ class SourceSettings(Typed):
 class Found:
     """What a source is, as far as the names of its files tell: no image and no label has been read.
 
-    kind: "folder", "tar" or "hf"; names: the tar shards or tables that are taken, relative to `base`, in order.
+    base: the folder that names are relative to; kind: "folder", "tar" or "hf"; names: the tar shards or tables that are
+    taken, in order.
     """
 
     root: Path
+    base: Path
     kind: str
     files: Files
     names: list[str]
     notes: list[str]
     settings: SourceSettings
     remote: RemoteSource | None = None
-    """What brings the files of a source in a store; `root` is then a folder of empty files of their names."""
+    """What brings the files of a source in a store to below `base`."""
 
     def present(self, paths: Iterable[str]) -> AbstractContextManager[None]:
         """Within it these files of the source, by their paths on this machine, are here."""
@@ -75,10 +81,18 @@ class Found:
         base = f"{self.remote.folder}/"
         return self.remote.present([path.removeprefix(base) for path in paths])
 
-    @property
-    def base(self) -> Path:
-        """The folder that names are relative to."""
-        return self.root if self.root.is_dir() else self.root.parent
+    @contextmanager
+    def brought(self, listing: Listing) -> Iterator[None]:
+        """Within it the images of a listing can be read one after another, as a single file is written."""
+        if self.remote is None:
+            yield
+        elif self.kind == "folder":
+            with self.remote.in_turn(listing.items, ITEMS_AHEAD + _MARGIN) as items:
+                listing.items = items
+                yield
+        else:
+            with self.present({item.path for item in listing.items if item.kind != "bad"}):
+                yield
 
     @property
     def others(self) -> int:
@@ -97,30 +111,32 @@ def look_into(path: str | os.PathLike[str], settings: SourceSettings | None = No
 
     Raises UserError when there is nothing, or no telling what.
     """
-    remote, settings = None, settings or SourceSettings()
+    remote, stored, settings = None, None, settings or SourceSettings()
     if is_address(path):
-        remote, root = list_source(parse_address(path))
+        remote, root, stored = list_source(parse_address(path))
     else:
         root = local_path(path)
     try:
-        exists = root.exists()
+        exists = stored is not None or root.exists()
     except (OSError, ValueError):
         exists = False
     if not exists:
         raise UserError(f"{printable(str(root))} does not exist")
-    if root.is_file() and root.suffix.lower() == ".beton":
+    base = remote.folder if remote is not None else root if root.is_dir() else root.parent
+    is_file = root.is_file() if stored is None else root != base
+    if is_file and root.suffix.lower() == ".beton":
         name, quoted = printable(str(root)), printable(shlex.quote(str(root)))
         raise UserError(
             f"{name} is a .beton file already: train on it as it is, look into it with "
             f"fastpmae-write --check {quoted}, or name the images that it was written from"
         )
-    files = Files(root)
+    files = Files(root if stored is None else base, stored)
     kind = settings.kind or _kind_of(root, files)
     if kind == "folder":
-        return Found(root, kind, files, [], [], settings, remote)
+        return Found(root, base, kind, files, [], [], settings, remote)
     every = files.tars if kind == "tar" else files.tables
     names, notes = choose_split(every, splits_of_files(every), settings.split, root)
-    return Found(root, kind, files, names, notes, settings, remote)
+    return Found(root, base, kind, files, names, notes, settings, remote)
 
 
 def list_files(found: Found, names: list[str]) -> Listing:
@@ -151,7 +167,7 @@ def list_found(found: Found) -> Listing:
     else:
         source, notes = list_files(found, found.names), files.notes() + found.notes
         source.passed_over += found.others
-    source.items += files.bad
+    source.add(files.bad)
     source.notes[:0] = notes
     if not source.items:
         raise UserError(nothing_in(found, source))

@@ -27,7 +27,7 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import on_one_line
 
 _GROUPS_AHEAD = 2  # groups of items a worker holds, so that it need not wait for the next one
-_ITEMS_AHEAD = 4096  # how far any worker may run ahead of the result that is next
+ITEMS_AHEAD = 4096  # how far any worker may run ahead of the result that is next
 _BYTES_AHEAD = 1 << 28
 _DEATHS_IN_A_ROW = 20
 _START_SECONDS = 120.0
@@ -120,7 +120,7 @@ class WorkerPool:
             if again:
                 return again.popleft()
             start, ahead = state["next"], state["next"] - state["out"]
-            if start >= len(items) or ahead >= _ITEMS_AHEAD or (ahead and state["bytes"] > _BYTES_AHEAD):
+            if start >= len(items) or ahead >= ITEMS_AHEAD or (ahead and state["bytes"] > _BYTES_AHEAD):
                 return []
             stop = start + 1
             while stop < min(start + group_size, len(items)):

@@ -113,7 +113,7 @@ def write_beton(
     spread(listed, limit)
     prepare_judge(images)
     setup = ("fastpmae_loaders.write.write:converter", (images, f"{found.base}/"), count, timeout)
-    with found.present({item.path for item in listed.items if item.kind != "bad"}):
+    with found.brought(listed):
         if isinstance(place, Path):
             return write_listed(listed, source, place, setup, skip_bad, force, page_size, progress)
         with target.writing(place.name) as beside:

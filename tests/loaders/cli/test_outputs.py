@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -23,12 +22,12 @@ from fastpmae.evaluate.datasets import open_labelled
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS
-from fastpmae.evaluate.result_files import free_name
+from fastpmae.evaluate.result_files import ResultFiles, free_files
 from fastpmae.pictures.report import write_report
 from fastpmae.pictures.view import draw_run, draw_views
 from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint
 from fastpmae_loaders.cli.outputs import check_output
-from tests.made import REPOSITORY, module_of, tiny_settings, write_tree
+from tests.made import module_of, tiny_settings, write_tree
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +43,6 @@ def own(run: Path, tmp_path: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels", "loaders"))
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, words)], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
 
 
 def test_force_replaces_what_is_no_input_and_no_runs(tmp_path: Path, own: Path):
@@ -194,31 +185,35 @@ def test_a_beton(own: Path, tmp_path: Path):
         write_beton(tree, tree / "inside.beton", force=True)  # no image: renewed
 
 
-@pytest.mark.slow
-def test_embed_and_plan(own: Path, tmp_path: Path, small_beton: Path):
+def test_embed_and_plan(own: Path, tmp_path: Path, small_beton: Path, monkeypatch, capsys):
     """As the commands do it: the sentence comes before any work."""
+
+    def called(name: str, *words: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", [name, *map(str, words)])
+        return import_module(module_of(name)).main(), capsys.readouterr().err
+
     data = tmp_path / "d.beton"
     shutil.copy(small_beton, data)
     before = data.read_bytes()
     for more in ((), ("--force",)):
-        done = command("fastpmae.evaluate.features", own, data, data, *more)
-        assert done.returncode == 2, done.stderr
-        assert "is what this command reads" in done.stderr
+        status, said = called("embed", own, data, data, *more)
+        assert status == 2, said
+        assert "is what this command reads" in said
     assert data.read_bytes() == before
     out = tmp_path / "f.npz"
     out.write_text("mine")
-    assert "exists already; --force replaces it" in command("fastpmae.evaluate.features", own, data, out).stderr
+    assert "exists already; --force replaces it" in called("embed", own, data, out)[1]
     assert out.read_text() == "mine"
-    assert command("fastpmae.evaluate.features", own, data, out, "--force", "--workers", 1).returncode == 0
+    assert called("embed", own, data, out, "--force", "--workers", 1)[0] == 0
     assert np.load(out)["features"].shape == (44, 32)
     config = (own / "config.json").read_bytes()
     flags = ("--config", own / "config.json", "--images", 1000, "--loader-rate", 100)
-    done = command("fastpmae.plan.plan", *flags, "--json", own / "config.json", "--force")
-    assert done.returncode == 2
-    assert "belongs to the run" in done.stderr
+    status, said = called("plan", *flags, "--json", own / "config.json", "--force")
+    assert status == 2
+    assert "belongs to the run" in said
     assert (own / "config.json").read_bytes() == config
-    assert "exists already" in command("fastpmae.plan.plan", *flags, "--json", out).stderr
-    assert "both name" in command("fastpmae.plan.plan", *flags, "--json", "x.png", "--plot", "x.png").stderr
+    assert "exists already" in called("plan", *flags, "--json", out)[1]
+    assert "both name" in called("plan", *flags, "--json", "x.png", "--plot", "x.png")[1]
 
 
 @pytest.mark.slow
@@ -258,14 +253,17 @@ def test_a_training_begins_on_nobodys_files(run: Path, small_beton: Path, tmp_pa
 
 
 def test_a_result_takes_a_name_of_its_own_beside_others_files(tmp_path: Path):
+    """Whichever of the files that an evaluation may leave is there."""
     record = {"train": {"path": "/a/birds/train.beton", "fingerprint": "1"}, "val": None}
-    assert free_name(tmp_path, "knn-student", record) == "knn-student"
-    for name in ("knn-student.json", "knn-student-classes.csv", "knn-student-confusion.png"):
-        (tmp_path / name).write_text("mine")
-        assert free_name(tmp_path, "knn-student", record) == "knn-student-birds-train"
-        (tmp_path / name).unlink()
-    (tmp_path / "knn-student.json").write_text(json.dumps(record))
-    assert free_name(tmp_path, "knn-student", record) == "knn-student"  # the same images: renewed
+    files = free_files(tmp_path, "knn-student", record)
+    assert files == ResultFiles(tmp_path, "knn-student")
+    assert len(set(files.every)) == 5
+    for path in files.every:
+        path.write_text("mine")
+        assert free_files(tmp_path, "knn-student", record).stem == "knn-student-birds-train"
+        path.unlink()
+    files.figures.write_text(json.dumps(record))
+    assert free_files(tmp_path, "knn-student", record) == files  # the same images: renewed
 
 
 def test_the_demo_takes_no_folder_of_others(tmp_path: Path):
@@ -277,7 +275,6 @@ def test_the_demo_takes_no_folder_of_others(tmp_path: Path):
 
 
 ADDRESSES = [
-    ("write", "--check {url}"),
     ("export", "{url} {here}/x"),
     ("export", "{run} {url}"),
     ("export", "{run} {url}.safetensors"),

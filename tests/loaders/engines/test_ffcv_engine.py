@@ -50,24 +50,20 @@ def test_importing_the_loaders_imports_none_of_the_rest():
 
 @needs_ffcv
 @pytest.mark.slow
-def test_ffcv_leaves_what_was_compiled_before_it_usable(mixed, tmp_path):
+def test_ffcv_leaves_what_was_compiled_before_it_usable(mixed):
     """FFCV's Loader would change the hash of numba's uint8[::1], and with it lose every function compiled for one."""
-    said = fresh_loader("beside_ffcvs_own", mixed, NUMBA_CACHE_DIR=str(tmp_path))
+    said = fresh_loader("beside_ffcvs_own", mixed)
     assert int(said) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_fresh_process_keeps_its_thread_counts_and_warns_of_nothing(mixed, engine):
-    """With warnings as errors from the first import on."""
-    fresh_loader("thread_counts", mixed, engine)
+def test_a_fresh_process_keeps_its_thread_counts_warns_of_nothing_and_ends_at_once(mixed, engine):
+    """With warnings as errors from the first import on.
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_leaving_in_mid_epoch_ends_the_process_at_once(mixed, engine):
-    """No thread may hold the interpreter back, nor crash it on the way out."""
-    fresh_loader("left_in_mid_epoch", mixed, engine)
+    Then left in the middle of an epoch: no thread may hold the interpreter back, nor crash it on the way out.
+    """
+    fresh_loader("thread_counts+left_in_mid_epoch", mixed, engine)
 
 
 def test_without_ffcv_one_sentence(mixed, monkeypatch):

@@ -289,6 +289,75 @@ def test_many_hostile_files_raise_or_are_sound(mixed: Path, tmp_path: Path) -> N
     assert 0 < hostile(mixed, tmp_path, 1, 5000) < 2500
 
 
+@pytest.mark.parametrize("stretch", [1, 3, 8])
+def test_tables_are_checked_across_stretches(mixed: Path, monkeypatch: pytest.MonkeyPatch, stretch: int) -> None:
+    whole = Beton(mixed)
+    monkeypatch.setattr("fastpmae_loaders.sources.tables._STRETCH", stretch)
+    apart = Beton(mixed)
+    for name in ("mode", "width", "height", "pointer", "size", "label", "page_of"):
+        assert getattr(apart, name).tolist() == getattr(whole, name).tolist()
+    for sample in (2, 3, 7):
+        put(mixed, DESCRIPTORS + 24 * sample, "B", 9)
+    with pytest.raises(BetonError, match=r"sample 2 has storage mode 9; .* \(2 more like it\)"):
+        Beton(mixed)
+    for sample, mode in ((2, 0), (3, 0), (7, 1)):
+        put(mixed, DESCRIPTORS + 24 * sample, "B", mode)
+    neighbours = [i for i in range(7) if whole.page_of[i] == whole.page_of[i + 1]]
+    assert len(neighbours) > 2
+    for sample in neighbours:  # each reaches a byte into the next
+        reach = int(whole.pointer[sample + 1] - whole.pointer[sample]) + 1
+        put(mixed, table_at(mixed, sample) + 16, "<Q", reach)
+        with pytest.raises(BetonError, match=f"allocation {sample} .*overlaps the next one"):
+            Beton(mixed)
+        put(mixed, table_at(mixed, sample) + 16, "<Q", int(whole.size[sample]))
+
+
+def test_allocations_in_any_order(mixed: Path) -> None:
+    """As FFCV's writer leaves them, whose workers write pages by turns; one that stands twice is missing elsewhere."""
+    whole, content = Beton(mixed), bytearray(mixed.read_bytes())
+    (start,) = struct.unpack_from("<Q", content, 16)
+    table = np.frombuffer(content, "<u8", offset=start).reshape(-1, 3)
+    table[:] = table[[5, 2, 7, 0, 1, 6, 3, 4]]
+    mixed.write_bytes(content)
+    again = Beton(mixed)
+    assert (again.size == whole.size).all()
+    for index in range(8):
+        assert (again.payload(index) == whole.payload(index)).all()
+    table[3] = table[4]
+    mixed.write_bytes(content)
+    with pytest.raises(BetonError, match="overlaps the next one"):
+        Beton(mixed)
+
+
+def test_images_that_lie_in_another_order_than_they_are_numbered(tmp_path: Path, pictures: list[Image.Image]) -> None:
+    sizes = [image.size for image in pictures]
+    path = write_beton(tmp_path / "a.beton", [jpeg(image) for image in pictures], sizes, PAGE)
+    whole, content = Beton(path), bytearray(path.read_bytes())
+    (start,) = struct.unpack_from("<Q", content, 16)
+    turn = [3, 1, 7, 0, 2, 6, 5, 4]
+    records = np.frombuffer(content, "V24", count=8, offset=DESCRIPTORS)
+    records[:] = records[turn]
+    table = np.frombuffer(content, "<u8", offset=start).reshape(-1, 3)
+    table[:, 0] = np.argsort(turn)[table[:, 0]]
+    path.write_bytes(content)
+    turned = Beton(path)
+    for index, place in enumerate(turn):
+        assert (turned.payload(index) == whole.payload(place)).all()
+    # one of them reaches into the one behind it in the file, which has another number
+    first = next(i for i in range(7) if whole.page_of[i] == whole.page_of[i + 1])
+    table[first, 2] = whole.pointer[first + 1] - whole.pointer[first] + 1
+    path.write_bytes(content)
+    with pytest.raises(BetonError, match="overlaps the next one"):
+        Beton(path)
+
+
+def test_opening_keeps_some_thirty_bytes_a_sample(tmp_path: Path) -> None:
+    beton = Beton(write_beton(tmp_path / "a.beton", [jpeg(made_image(1, 40, 30))] * 50, [(40, 30)] * 50, PAGE))
+    columns = [value for value in vars(beton).values() if isinstance(value, np.ndarray)]
+    assert sum(column.nbytes for column in columns) == 29 * 50
+    assert beton.page_of.nbytes == 4 * 50
+
+
 def test_opens_a_million_samples_in_about_a_second(tmp_path: Path) -> None:
     count, size, page = 1_280_000, 100_000, 1 << 23
     per_page = page // size
