@@ -2,10 +2,11 @@
 
 `python -m benchmarks.bench_sets [--quick] [--json F] [--plot F]`. No image is read. A set is its index alone, made up:
 parts of 250,000 images, 84 on a page of 8 MiB, as ImageNet's originals lie. A file is real but for its pixels: header
-and tables, and holes where the images would be. Each is opened in a process of its own, whose peak of memory is
-compared with what it was before. A folder's files are empty, and listed as `fastpmae-write` does. `open` is what has to be done until the first batch can be asked for; `a batch` is
-4,096 places out of the middle of an epoch. Times are the processor's, so that what else runs on the machine counts
-little. The list is the order as it was made before: eight bytes a sample, sorted.
+and tables, and holes where the images would be. A folder's files are empty, and listed as `fastpmae-write` does. Each
+is opened in a process of its own, whose peak of memory is compared with what it was before. `open` is what has to be
+done until the first batch can be asked for; `a batch` is 4,096 places out of the middle of an epoch. Times are the
+processor's, so that what else runs on the machine counts little. The list is the order as it was made before: eight
+bytes a sample, sorted.
 
 Pages are counted for an epoch of 1.28 M images in batches of 4,096: a node reads a page when one of its images is asked
 for, and has it until it was not asked for over eight batches. 1 is each page read once by one node.
@@ -169,7 +170,7 @@ def child(way: str, path: str, images: int) -> None:
     places = WAYS[way](path)
     seconds = time.process_time() - start
     times, sound, last = [], True, np.empty(0, np.int64)
-    for number in range(20 if places else 0):
+    for number in range(min(20, images // 2 // BATCH) if places else 0):
         first = images // 2 + number * BATCH
         start = time.process_time()
         last = places(first, first + BATCH)

@@ -1,8 +1,8 @@
 """Hostile sets: an index, notes of duplicates, manifests and parts that are damaged, forged, exchanged or not files.
 
 Each is opened, shown for an epoch as a set and in a mixture, finished as `fastpmae-write --finish` does, and some are
-checked by `fastpmae-write --check`. What is asked beyond the fuzzer's own promises: an epoch that is shown has every image
-of the index once, but for duplicates.
+checked by `fastpmae-write --check`. What is asked beyond the fuzzer's own promises: an epoch that is shown has every
+image of the index once, but for duplicates.
 """
 
 import contextlib
