@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastpmae import plotting, pretrain, write_beton
 from fastpmae.evaluate.metrics import Scores, write_scores
+from fastpmae.evaluate.result_files import ResultFiles
 from fastpmae.pictures.view import draw_views
 from fastpmae.plotting import UNKNOWN, save_picture
 from fastpmae_loaders import ViewSettings
@@ -51,7 +52,7 @@ def test_signs_come_from_the_font_that_has_them(tmp_path: Path, monkeypatch):
 def test_results_with_any_names(tmp_path: Path):
     labels = torch.arange(len(NAMES))
     scores = Scores(labels, labels[:, None].roll(1, 0))
-    write_scores(tmp_path, "knn", scores, NAMES, {})
+    write_scores(ResultFiles(tmp_path, "knn"), scores, NAMES, {})
     assert "东京 猫" in (tmp_path / "knn-classes.csv").read_text(encoding="utf-8")
     with Image.open(tmp_path / "knn-confusion.png") as picture:
         assert picture.size == (960, 840)

@@ -4,8 +4,9 @@ import csv
 import datetime
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastpmae.evaluate.result_files import ResultFiles
 from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.printable import printable
 
@@ -67,13 +69,8 @@ def rank(scores: Float[Tensor, "images classes"]) -> Int[Tensor, "images best"]:
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
 
 
-def files_of(folder: Path, name: str) -> tuple[Path, Path, Path]:
-    """The files of a result: its classes, its picture, and last its figures."""
-    return folder / f"{name}-classes.csv", folder / f"{name}-confusion.png", folder / f"{name}.json"
-
-
-def write_scores(folder: Path, name: str, scores: Scores, names: list[str], record: dict[str, Any]) -> Path:
-    """Write NAME.json, NAME-classes.csv and NAME-confusion.png into a folder, and return the first.
+def write_scores(files: ResultFiles, scores: Scores, names: list[str], record: dict[str, Any]) -> None:
+    """Write a result's figures, a row for each class and the picture of the confusion matrix.
 
     Args:
         record: what the JSON says besides the figures.
@@ -84,35 +81,33 @@ def write_scores(folder: Path, name: str, scores: Scores, names: list[str], reco
     columns = ["class", "name", "images", "top1", "top5", "predicted", "precision", "most_taken_for"]
     rows, count = _class_rows(scores, names), len(scores.labels)
     record = record | scores.figures() | {"images": count, "classes": len(names)}
-    title = f"{name}: {scores.top1:.1f} % of {count:,} images"
-    return write_result(
-        files_of(folder, name), [columns, *rows], lambda path: _draw(scores, names, title, path), record
-    )
+    title = f"{files.stem}: {scores.top1:.1f} % of {count:,} images"
+    draw = partial(_draw, scores, names, title)
+    write_result(files, [columns, *rows], {files.confusion: draw}, record)
 
 
 def write_result(
-    files: tuple[Path, Path, Path], rows: list[list[Any]], draw: Callable[[Path], None], record: dict[str, Any]
-) -> Path:
-    """Write a result's table, its picture and last its figures (see `files_of`), and return the file of these.
+    files: ResultFiles, rows: list[list[Any]], pictures: Mapping[Path, Callable[[Path], None]], record: dict[str, Any]
+) -> None:
+    """Write a result's table, its pictures and last its figures.
 
     Args:
         rows: of the table; the first names the columns.
-        draw: draws the picture into a file.
+        pictures: some of `files`, and what draws each into a file.
         record: the figures, and what they are of; the date is added.
 
     Raises:
         UserError: when a file cannot be written.
     """
-    table, picture, figures = files
-    figures.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    files.folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(files.classes) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-    with atomic_write(picture) as beside:
-        draw(beside)
+    for path, draw in pictures.items():
+        with atomic_write(path) as beside:
+            draw(beside)
     record = record | {"date": datetime.datetime.now().isoformat(timespec="seconds")}
-    with atomic_write(figures) as beside:
+    with atomic_write(files.figures) as beside:
         beside.write_text(json.dumps(record, indent=1) + "\n")
-    return figures
 
 
 def _class_rows(scores: Scores, names: list[str]) -> list[list[Any]]:

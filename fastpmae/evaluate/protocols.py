@@ -33,7 +33,7 @@ from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.knn import check_neighbours, knn_ranked
 from fastpmae.evaluate.linear import Sweep, best_c, draw_few, held_out, logistic_regression, standardised, train_sweep
 from fastpmae.evaluate.metrics import Scores, rank, write_scores
-from fastpmae.evaluate.result_files import free_name, place_of, stem_of
+from fastpmae.evaluate.result_files import free_files, place_of, stem_of
 from fastpmae.run.images import source_notes
 from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.exits import exit_with_sentence
@@ -95,10 +95,10 @@ class Evaluation:
             **more,
             "seconds": round(time.monotonic() - self.began, 1),
         }
-        stem = free_name(self.folder, stem_of(name, network), record)
-        path = write_scores(self.folder, stem, scores, self.train.names, record)
-        tell(f"{stem}: top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % of {len(scores.labels):,} images")
-        tell(f"wrote {path}, and beside it a row for each class (.csv) and the confusion matrix (.png)")
+        files = free_files(self.folder, stem_of(name, network), record)
+        write_scores(files, scores, self.train.names, record)
+        tell(f"{files.stem}: top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % of {len(scores.labels):,} images")
+        tell(f"wrote {files.figures}, and beside it a row for each class (.csv) and the confusion matrix (.png)")
 
 
 def run_knn(command: Knn, ranks: Ranks) -> None:

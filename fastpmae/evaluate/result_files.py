@@ -4,13 +4,56 @@ import itertools
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastpmae.evaluate.metrics import files_of
 from fastpmae.run.checkpoint import step_of
 from fastpmae.run.folder import run_of
 from fastpmae.run.shards import is_sharded
+
+
+@dataclass(frozen=True)
+class ResultFiles:
+    """Every file that an evaluation may leave for a result, whichever it is of: no evaluation writes another beside.
+
+    Attributes:
+        folder: where they lie.
+        stem: what their names begin with.
+    """
+
+    folder: Path
+    stem: str
+
+    @property
+    def figures(self) -> Path:
+        """The figures and what they are of, as JSON: the file that makes the others a result."""
+        return self.folder / f"{self.stem}.json"
+
+    @property
+    def classes(self) -> Path:
+        """A row for each class."""
+        return self.folder / f"{self.stem}-classes.csv"
+
+    @property
+    def confusion(self) -> Path:
+        """The picture of the confusion matrix."""
+        return self.folder / f"{self.stem}-confusion.png"
+
+    @property
+    def curves(self) -> Path:
+        """The picture of precision by recall."""
+        return self.folder / f"{self.stem}-curves.png"
+
+    @property
+    def overlays(self) -> Path:
+        """Pictures of some of the images, with labels and predictions on them."""
+        return self.folder / f"{self.stem}-overlays.png"
+
+    @property
+    def every(self) -> tuple[Path, ...]:
+        """All of them."""
+        return self.figures, self.classes, self.confusion, self.curves, self.overlays
 
 
 def stem_of(evaluation: str, network: str) -> str:
@@ -18,9 +61,9 @@ def stem_of(evaluation: str, network: str) -> str:
     return "-".join(filter(None, [evaluation, re.sub(r"[^A-Za-z0-9.]+", "-", network)]))
 
 
-def free_name(folder: Path, stem: str, record: dict[str, Any]) -> str:
-    """The name for a result's files: the stem, or, where that holds figures of other images or files that are no
-    result, with these images' name.
+def free_files(folder: Path, stem: str, record: dict[str, Any]) -> ResultFiles:
+    """The files for a result: of that stem, or, where figures of other images or files that are no result bear it, of
+    one with these images' name.
 
     A second data set does not replace the figures of the first, and the same command finds its own files again.
     """
@@ -28,16 +71,16 @@ def free_name(folder: Path, stem: str, record: dict[str, Any]) -> str:
     images = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(path.with_suffix("").parts[-2:])).strip("-")
     others = (f"{stem}-{images}-{number}" for number in itertools.count(2))
     names = itertools.chain([stem, f"{stem}-{images}"], others)
-    return next(name for name in names if _has_room(folder, name, record))
+    each = (ResultFiles(folder, name) for name in names)
+    return next(files for files in each if _has_room(files, record))
 
 
-def _has_room(folder: Path, name: str, record: dict[str, Any]) -> bool:
-    """Whether the files of that name are not there, or are a result of the same images."""
-    files = files_of(folder, name)
-    if not any(map(os.path.lexists, files)):
+def _has_room(files: ResultFiles, record: dict[str, Any]) -> bool:
+    """Whether none of the files is there, or they are a result of the same images."""
+    if not any(map(os.path.lexists, files.every)):
         return True
     try:
-        before = json.loads(files[-1].read_text(encoding="utf-8"))
+        before = json.loads(files.figures.read_text(encoding="utf-8"))
         return _prints(before) == _prints(record)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False

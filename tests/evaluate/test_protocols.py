@@ -22,6 +22,7 @@ from fastpmae.evaluate import protocols
 from fastpmae.evaluate.backbone import features, find_backbone
 from fastpmae.evaluate.datasets import open_labelled
 from fastpmae.evaluate.metrics import Scores, rank, write_scores
+from fastpmae.evaluate.result_files import ResultFiles
 from fastpmae.model.build import make_encoder
 from fastpmae.run.checkpoint import checkpoint_path
 from fastpmae.run.init_weights import start_encoder
@@ -262,9 +263,10 @@ def test_scores_are_scikit_learns(tmp_path: Path):
     assert scores.top5 == pytest.approx(100 * top_k_accuracy_score(labels, untied, k=5))
     np.testing.assert_array_equal(scores.confusion(7).numpy(), confusion_matrix(labels, predicted))
     names = [f"a${number}_" for number in range(7)]  # no formula, whatever is in it
-    path = write_scores(tmp_path / "new", "odd", scores, names, {"more": 1})
-    assert json.loads(path.read_text())["more"] == 1
-    assert sorted(file.name for file in path.parent.iterdir()) == ["odd-classes.csv", "odd-confusion.png", "odd.json"]
+    files = ResultFiles(tmp_path / "new", "odd")
+    write_scores(files, scores, names, {"more": 1})
+    assert json.loads(files.figures.read_text())["more"] == 1
+    assert sorted(file.name for file in files.folder.iterdir()) == ["odd-classes.csv", "odd-confusion.png", "odd.json"]
 
 
 @pytest.mark.slow
@@ -279,7 +281,7 @@ def test_the_files_of_many_classes_are_made_without_their_pairs(tmp_path: Path, 
         ranked = torch.from_numpy(generator.integers(-1, count, size=(300, 5)))
         ranked[:, 0] = torch.where(torch.rand(300) < 0.3, labels, ranked[:, 0].clamp(min=0))
         scores = Scores(labels, ranked)
-        write_scores(tmp_path, f"of{count}", scores, [f"c{number}" for number in range(count)], {})
+        write_scores(ResultFiles(tmp_path, f"of{count}"), scores, [f"c{number}" for number in range(count)], {})
         rows = list(csv.DictReader((tmp_path / f"of{count}-classes.csv").read_text().splitlines()))
         assert len(rows) == count
         assert sum(int(row["predicted"]) for row in rows) == 300

@@ -1,18 +1,20 @@
 """Average precision of detections, as COCO counts it, by faster-coco-eval."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fastpmae.evaluate.dense.extra import imported
 from fastpmae.evaluate.dense.labelled import Detection
 from fastpmae.evaluate.metrics import write_result
+from fastpmae.evaluate.result_files import ResultFiles
 
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 PACKAGE = "faster-coco-eval"
@@ -32,6 +34,17 @@ class Found:
     scores: list[float]
     masks: list[dict[str, Any]] | None = None
 
+    def outlines(self) -> Bool[np.ndarray, "found height width"] | None:
+        """The masks as pixels of the whole image; None where there are none.
+
+        Raises:
+            UserError: where faster-coco-eval is not installed.
+        """
+        if not self.masks:
+            return None
+        decode = imported("faster_coco_eval.core.mask", PACKAGE).decode
+        return np.asarray(decode(self.masks)).transpose(2, 0, 1).astype(bool)
+
 
 @dataclass(frozen=True)
 class BoxScores:
@@ -43,6 +56,8 @@ class BoxScores:
         classes: of each class AP, AP50 and how many objects there are; NaN where there is none.
         curves: of each class the precision at 101 recalls, at an IoU of 0.5, for boxes; NaN where there is no object.
         images: that were tested.
+        by_image: the F1 of each at the score that pictures show, where that is known (see `Matches`); NaN where there
+            is nothing to find and nothing shown.
     """
 
     boxes: dict[str, float]
@@ -50,6 +65,7 @@ class BoxScores:
     classes: list[tuple[float, float, int]]
     curves: Float[np.ndarray, "classes recalls"]
     images: int
+    by_image: Float[np.ndarray, " images"] | None = None
 
     def figures(self) -> dict[str, float]:
         """All figures, those of masks with `mask_` before their names."""
@@ -151,11 +167,18 @@ def _annotations(images: Detection, kind: str) -> dict[str, Any]:
     return {"images": pictures, "annotations": rows, "categories": categories}
 
 
-def write_box_scores(folder: Path, name: str, scores: BoxScores, names: Sequence[str], record: dict[str, Any]) -> Path:
-    """Write NAME.json, NAME-classes.csv and NAME-curves.png into a folder, and return the first.
+def write_box_scores(
+    files: ResultFiles,
+    scores: BoxScores,
+    names: Sequence[str],
+    record: dict[str, Any],
+    draw_overlays: Callable[[Path], None],
+) -> None:
+    """Write a result's figures, a row for each class, the picture of precision by recall, and overlays.
 
     Args:
         record: what the JSON says besides the figures.
+        draw_overlays: draws some of the images into a file.
 
     Raises:
         UserError: when they cannot be written.
@@ -164,10 +187,10 @@ def write_box_scores(folder: Path, name: str, scores: BoxScores, names: Sequence
     for number, (called, (whole, half, objects)) in enumerate(zip(names, scores.classes, strict=True), start=1):
         shown = ["" if math.isnan(value) else f"{value:.2f}" for value in (whole, half)]
         rows.append([number, called, objects, *shown])
-    title = f"{name}: AP50 {scores.boxes.get('ap50', 0):.1f} %"
+    title = f"{files.stem}: AP50 {scores.boxes.get('ap50', 0):.1f} %"
     record = record | scores.figures() | {"images": scores.images, "classes": len(names)}
-    files = folder / f"{name}-classes.csv", folder / f"{name}-curves.png", folder / f"{name}.json"
-    return write_result(files, rows, lambda path: _draw_curves(scores, names, title, path), record)
+    pictures = {files.curves: partial(_draw_curves, scores, names, title), files.overlays: draw_overlays}
+    write_result(files, rows, pictures, record)
 
 
 def _draw_curves(scores: BoxScores, names: Sequence[str], title: str, path: Path) -> None:

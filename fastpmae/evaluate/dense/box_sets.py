@@ -12,7 +12,7 @@ from fastpmae.evaluate.dense.coco import coco_files, read_coco
 from fastpmae.evaluate.dense.labelled import Boxed, Detection
 from fastpmae.evaluate.dense.sets import over_all, split_names, tested_split
 from fastpmae.evaluate.dense.voc import voc_splits
-from fastpmae.evaluate.dense.yolo import read_yolo, yolo_file
+from fastpmae.evaluate.dense.yolo import read_yolo, yolo_file, yolo_folders
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.values import checked
@@ -21,7 +21,7 @@ Masks = Literal["auto", "on", "off"]
 
 LAYOUTS = (
     "JPEGImages/ beside Annotations/ (Pascal VOC), annotations/*.json or */_annotations.coco.json (COCO), or a "
-    "data.yaml (YOLO)"
+    "data.yaml, or images/ beside labels/ with a text file an image (YOLO)"
 )
 
 
@@ -59,6 +59,7 @@ def open_detection(
     else:
         names = tuple(dict.fromkeys(first.names))
         labels = {name: number + 1 for number, name in enumerate(names)}
+    unnamed = ["classes are called by their numbers: a classes.txt beside the label files, or --classes, names them"]
     there = [annotation.outline is not None for file in first.files for annotation in file.annotations]
     if masks == "on" and not (there and all(there)):
         raise UserError(
@@ -75,7 +76,8 @@ def open_detection(
         placed = over_all(partial(place, labels=labels, outlines=outlines), opened.files)
         entries = tuple(entry for entry, _ in placed)
         notes = notes_of([left_out for _, left_out in placed])
-        sets.append(Detection(opened.path, names, entries, outlines, (*notes, *_notes(entries))))
+        told = unnamed if names == tuple(map(str, range(len(names)))) else []
+        sets.append(Detection(opened.path, names, entries, outlines, (*told, *notes, *_notes(entries))))
     if not any(len(entry.objects) for entry in sets[0].entries):
         raise UserError(f"{printable(str(train))}: none of its {len(sets[0]):,} images has a box to train on")
     return sets[0], sets[1] if len(sets) > 1 else None
@@ -122,6 +124,8 @@ def _splits(path: Path) -> tuple[Splits, list[str] | None]:
         return read_yolo(described)
     if listed := voc_splits(path):
         return listed, None
+    if written := yolo_folders(path):
+        return written
     raise UserError(f"{printable(str(path))} holds no images with boxes: {LAYOUTS}")
 
 

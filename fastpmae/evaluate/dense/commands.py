@@ -2,13 +2,14 @@
 
 import dataclasses
 import time
+from functools import partial
 from typing import Any
 
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate.backbone import Backbone, find_backbone
 from fastpmae.evaluate.dense.arguments import Detect, Patches, Segment
 from fastpmae.evaluate.dense.labelled import Detection, Segmentation
-from fastpmae.evaluate.result_files import free_name, place_of, stem_of
+from fastpmae.evaluate.result_files import ResultFiles, free_files, place_of, stem_of
 from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
@@ -68,8 +69,8 @@ class _Run:
             "seconds": round(time.monotonic() - self.began, 1),
         }
 
-    def stem(self, record: dict[str, Any]) -> str:
-        return free_name(self.folder, stem_of(self.name, self.backbone.network), record)
+    def files(self, record: dict[str, Any]) -> ResultFiles:
+        return free_files(self.folder, stem_of(self.name, self.backbone.network), record)
 
 
 def _needed(val: Any, train: Any) -> Any:
@@ -90,7 +91,7 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
     val = _needed(val, train)
     run = _Run(command, ranks, command.config.crop_size)
     run.told(train, val)
-    scores, segmenting = train_segmenter(
+    scores, segmenter = train_segmenter(
         train, val, run.backbone, command.config, run.setting(), ranks,
         resume=command.resume, steps=command.steps, progress=run.progress,
     )  # fmt: skip
@@ -99,16 +100,15 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
     record = run.record(train, val)
     bars = _yardsticks(command, run, train, val) if command.yardsticks else {}
     record["yardsticks"] = bars
-    stem, figures = run.stem(record), scores.figures()
-    path = write_mask_scores(run.folder, stem, scores, train.names, record)
-    draw_segmentations(run.folder / f"{stem}-overlays.png", segmenting, val, scores)
+    files, figures = run.files(record), scores.figures()
+    write_mask_scores(files, scores, train.names, record, partial(draw_segmentations, segmenter, val, scores))
     tell(
-        f"{stem}: mIoU {figures['miou']:.2f} %, pixel accuracy {figures['pixel_accuracy']:.2f} %, class accuracy "
+        f"{files.stem}: mIoU {figures['miou']:.2f} %, pixel accuracy {figures['pixel_accuracy']:.2f} %, class accuracy "
         f"{figures['class_accuracy']:.2f} % of {scores.images:,} images"
     )
     for name, miou in bars.items():
         tell(f"without a network, by {name}: mIoU {miou:.2f} %")
-    tell(f"wrote {path}, and beside it a row for each class (.csv), the confusion matrix and pictures (.png)")
+    tell(f"wrote {files.figures}, and beside it a row for each class (.csv), the confusion matrix and pictures (.png)")
 
 
 def _yardsticks(command: Segment, run: _Run, train: Segmentation, val: Segmentation) -> dict[str, float]:
@@ -133,7 +133,7 @@ def run_detect(command: Detect, ranks: Ranks) -> None:
     val = _needed(val, train)
     run = _Run(command, ranks, 0)
     run.told(train, val)
-    scores, detecting = train_detector(
+    scores, detector = train_detector(
         train, val, run.backbone, command.config, run.setting(), ranks,
         masks={"auto": None, "on": True, "off": False}[command.masks],
         resume=command.resume, steps=command.steps, progress=run.progress,
@@ -141,9 +141,8 @@ def run_detect(command: Detect, ranks: Ranks) -> None:
     if not ranks.is_main:
         return
     record = run.record(train, val)
-    stem, figures = run.stem(record), scores.figures()
-    path = write_box_scores(run.folder, stem, scores, train.names, record)
-    draw_detections(run.folder / f"{stem}-overlays.png", detecting, val)
+    files, figures = run.files(record), scores.figures()
+    write_box_scores(files, scores, train.names, record, partial(draw_detections, detector, val, scores))
     told = [f"{name.replace('_', ' ').replace('ap', 'AP')} {value:.2f} %" for name, value in figures.items()]
-    tell(f"{stem}: {', '.join(told)} of {scores.images:,} images")
-    tell(f"wrote {path}, and beside it a row for each class (.csv), precision by recall, and pictures (.png)")
+    tell(f"{files.stem}: {', '.join(told)} of {scores.images:,} images")
+    tell(f"wrote {files.figures}, and beside it a row for each class (.csv), precision by recall, and pictures (.png)")

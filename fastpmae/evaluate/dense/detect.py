@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,59 +10,30 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from fastpmae.distributed.batch_norm import over_ranks
 from fastpmae.distributed.ranks import Ranks, to_device
 from fastpmae.evaluate.augment import START, drawn_from, take_over_drop_path
 from fastpmae.evaluate.backbone import Backbone
-from fastpmae.evaluate.datasets import half
-from fastpmae.evaluate.dense.average_precision import PACKAGE, BoxScores, Found, average_precision, run_lengths
-from fastpmae.evaluate.dense.box_pictures import draw_boxes
-from fastpmae.evaluate.dense.crops import whole_image
+from fastpmae.evaluate.dense.average_precision import PACKAGE, BoxScores, Found, average_precision
+from fastpmae.evaluate.dense.box_pictures import Sight, draw_boxes
 from fastpmae.evaluate.dense.extra import imported
 from fastpmae.evaluate.dense.labelled import Detection
-from fastpmae.evaluate.dense.order import CROP, PROPOSALS, Place, drawn, fetched
-from fastpmae.evaluate.dense.pyramid import padded, parameter_groups, size_multiple, tapped
+from fastpmae.evaluate.dense.mask_pictures import best_median_worst
+from fastpmae.evaluate.dense.matches import matches_of
+from fastpmae.evaluate.dense.order import CROP, PROPOSALS, Place, drawn
+from fastpmae.evaluate.dense.pyramid import parameter_groups, size_multiple, tapped
 from fastpmae.evaluate.dense.rcnn import Detector
 from fastpmae.evaluate.dense.recipe import DetectConfig
 from fastpmae.evaluate.dense.scenes import Scene, detection_scene
+from fastpmae.evaluate.dense.trained import TrainedDetector
 from fastpmae.evaluate.dense.training import Setting, Task, train_dense
 from fastpmae.evaluate.dense.weights import write_network
+from fastpmae.evaluate.dense.whole_images import judge_images
 from fastpmae.evaluate.finetune_state import describe_backbone
 from fastpmae.run.signals import Stop
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.machine import loader_threads
-
-
-@dataclasses.dataclass(frozen=True)
-class Detecting:
-    """A network and what it needs besides to find objects in whole images."""
-
-    model: Detector
-    backbone: Backbone
-    config: DetectConfig
-    device: torch.device
-
-    @torch.inference_mode()
-    def found(self, planes: UInt8[Tensor, "3 rows columns"], height: int, width: int) -> Found:
-        """The objects in an image that is resized for the test, in pixels of its own size.
-
-        The network is in evaluation mode.
-        """
-        image = self.backbone.normalised(to_device(planes[None], self.device))
-        size = (image.shape[2], image.shape[3])
-        with half(self.device):
-            answer: Any = self.model(padded(image, size_multiple(self.model.backbone.patch_size)), [size])
-        (found,) = answer
-        scale = found["boxes"].new_tensor([width / size[1], height / size[0]] * 2)
-        boxes = found["boxes"].float() * scale
-        masks = None
-        if "masks" in found:
-            pasted = paste_masks_in_image(found["masks"].float(), boxes, (height, width))[:, 0]
-            masks = run_lengths(pasted > 0.5)
-        return Found(boxes.cpu().numpy(), found["labels"].tolist(), found["scores"].tolist(), masks)
 
 
 def make_detector(backbone: Backbone, config: DetectConfig, classes: int, *, masks: bool) -> Detector:
@@ -96,7 +66,7 @@ def train_detector(
     resume: bool = False,
     steps: int | None = None,
     progress: Progress | None = None,
-) -> tuple[BoxScores, Detecting]:
+) -> tuple[BoxScores, TrainedDetector]:
     """Train, test, and leave `detector.safetensors` in the folder (see `train_dense`).
 
     Args:
@@ -117,7 +87,7 @@ def train_detector(
     model = make_detector(backbone, config, len(train.names), masks=masks).to(setting.device)
     model.share(ranks.group)
     over_ranks(model, ranks.group, setting.device)
-    detecting = Detecting(model, backbone, config, setting.device)
+    detector = TrainedDetector(model, backbone, config, setting.device, train.names)
     multiple = size_multiple(model.backbone.patch_size)
 
     def draw(place: Place) -> Scene:
@@ -140,7 +110,7 @@ def train_detector(
         return torch.stack(list(losses.values())).sum()
 
     def evaluate(progress: Progress, stop: Stop) -> BoxScores | None:
-        return evaluate_detector(detecting, val, ranks, progress, stop, workers=setting.workers)
+        return evaluate_detector(detector, val, ranks, progress, stop, workers=setting.workers)
 
     told = {"detect": json.loads(json.dumps(dataclasses.asdict(config))), "classes": list(train.names), "masks": masks}
     record = {
@@ -171,7 +141,7 @@ def train_detector(
         lambda: write_network(setting.folder, "detect", model, backbone, told),
     )
     scores = train_dense(task, setting, resume=resume, steps=steps, progress=progress, ranks=ranks)
-    return scores, detecting
+    return scores, detector
 
 
 def check_labels(images: Detection) -> None:
@@ -189,7 +159,7 @@ def check_labels(images: Detection) -> None:
 
 
 def evaluate_detector(
-    detecting: Detecting,
+    detector: TrainedDetector,
     images: Detection,
     ranks: Ranks,
     progress: Progress,
@@ -198,47 +168,36 @@ def evaluate_detector(
     workers: int = 0,
 ) -> BoxScores | None:
     """The scores on a set of images, which the ranks share; None where a signal came before the end."""
-    detecting.model.eval()
-    mine, stopped = range(ranks.rank, len(images), ranks.size), False
+    detector.model.eval()
     answers: dict[int, Found] = {}
-    read = _read_ahead(images, mine, detecting.config, loader_threads(workers, ranks.local_size))
-    with progress.count(len(mine), "test images"):
-        for number, planes in read:
-            stopped = stop is not None and bool(stop.signal)
-            if stopped:
-                break
-            entry = images.entries[number]
-            answers[number] = detecting.found(planes, entry.height, entry.width)
-            progress.advance()
-    if ranks.max_over_ranks(stopped)[0]:
+
+    def judge(number: int, planes: UInt8[Tensor, "3 rows columns"]) -> None:
+        entry = images.entries[number]
+        answers[number] = detector.found(planes, entry.height, entry.width)
+
+    def read(number: int) -> UInt8[Tensor, "3 rows columns"]:
+        return detector.resized(images.entries[number].read())
+
+    if not judge_images(len(images), read, judge, ranks, progress, stop, workers=workers):
         return None
     if ranks.group is not None:
         shares: list[Any] = [None] * ranks.size
         dist.all_gather_object(shares, answers, ranks.group)
         answers = {number: found for share in shares for number, found in share.items()}
     found = [answers[number] for number in range(len(images))]
-    return ranks.broadcast_from_main(lambda: average_precision(images, found))
+    by_image = [matches_of(entry.objects, each).f1 for entry, each in zip(images.entries, found, strict=True)]
+    scores = ranks.broadcast_from_main(lambda: average_precision(images, found))
+    return dataclasses.replace(scores, by_image=np.array(by_image))
 
 
-def _read_ahead(
-    images: Detection, numbers: range, config: DetectConfig, workers: int
-) -> Iterator[tuple[int, UInt8[Tensor, "3 rows columns"]]]:
-    """Test images, resized."""
-
-    def read(place: Place) -> Tensor:
-        return whole_image(images.entries[place[1]].read(), config.test_short_side, config.long_side)
-
-    for places, planes in fetched(read, ([(0, number)] for number in numbers), workers):
-        yield places[0][1], planes[0]
-
-
-def draw_detections(path: Path, detecting: Detecting, images: Detection) -> None:
-    """A picture of three of the tested images, from the first to the last, with objects and what was found."""
-    detecting.model.eval()
-    rows, config = [], detecting.config
-    for number in sorted({0, len(images) // 2, len(images) - 1}):
+def draw_detections(detector: TrainedDetector, images: Detection, scores: BoxScores, path: Path) -> None:
+    """A picture of the best, a median and the worst of the tested images, by the F1 of what is drawn."""
+    assert scores.by_image is not None
+    detector.model.eval()
+    shown = []
+    for word, number in best_median_worst(scores.by_image).items():
         entry = images.entries[number]
         pixels = entry.read()
-        planes = whole_image(pixels, config.test_short_side, config.long_side)
-        rows.append((entry.name, pixels, entry.objects, detecting.found(planes, entry.height, entry.width)))
-    draw_boxes(path, rows, images.names, f"{len(images):,} images of {images.path.name}")
+        words = f"{word}: F1 {scores.by_image[number]:.1f} %, {entry.name}"
+        shown.append(Sight(words, pixels, detector(pixels), entry.objects))
+    draw_boxes(path, shown, images.names, f"AP50 {scores.boxes.get('ap50', 0):.1f} % of {scores.images:,} images")

@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fastpmae.evaluate.dense.labelled import IGNORE, Mask, Pixels
-from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.printable import printable
 
 MOST_NAMED = 30
@@ -19,19 +18,20 @@ VOID = np.array([40, 40, 40])
 
 @dataclass(frozen=True)
 class Overlay:
-    """One image with its true and its predicted mask."""
+    """One image with its predicted mask, and its true one where that is known."""
 
     title: str
     image: Pixels
-    truth: Mask
     predicted: Mask
+    truth: Mask | None = None
 
 
 def best_median_worst(by_image: Float[np.ndarray, " images"]) -> dict[str, int]:
-    """The places of these images, of those that have a figure; fewer where there are fewer than three."""
+    """The places of these images among those that have a figure, fewer where there are fewer than three; where none has
+    one, the first."""
     order = [place for place in np.argsort(by_image, kind="stable").tolist() if np.isfinite(by_image[place])]
     if not order:
-        return {}
+        return {"first": 0}
     found: dict[str, int] = {}
     for word, place in (("best", order[-1]), ("worst", order[0]), ("median", order[len(order) // 2])):
         if place not in found.values():
@@ -66,7 +66,7 @@ def errors_in_red(image: Pixels, truth: Mask, predicted: Mask) -> Pixels:
 
 
 def write_overlays(path: Path, overlays: Sequence[Overlay], names: Sequence[str], title: str) -> None:
-    """Draw a row for each image, and a key of the classes below.
+    """Draw a row for each image, and a key of the classes below. Of images without a true mask what is predicted alone.
 
     Raises:
         UserError: when the file cannot be written.
@@ -78,19 +78,21 @@ def write_overlays(path: Path, overlays: Sequence[Overlay], names: Sequence[str]
     from fastpmae.plotting import drawable, save_picture
 
     colours = class_colours(len(names))
+    views: list[tuple[str, Callable[[Overlay], Pixels]]] = [
+        ("image", lambda each: each.image),
+        ("prediction", lambda each: painted(each.image, each.predicted, colours)),
+    ]
+    truths = [each.truth for each in overlays if each.truth is not None]
+    if truths:
+        views.insert(1, ("truth", lambda each: painted(each.image, _known(each), colours)))
+        views.append(("errors", lambda each: errors_in_red(each.image, _known(each), each.predicted)))
     ratio = max(overlay.image.shape[0] / overlay.image.shape[1] for overlay in overlays)
     key = -(-min(len(names), MOST_NAMED) // 6) * 0.22
-    height = len(overlays) * (3 * ratio + 0.3) + 0.5 + key
+    height = len(overlays) * (12 / len(views) * ratio + 0.3) + 0.5 + key
     figure = Figure(figsize=(12.4, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(drawable(printable(title)), size=11, parse_math=False)
-    cells = figure.subplots(len(overlays), 4, squeeze=False)
-    views: list[tuple[str, Callable[[Overlay], Pixels]]] = [
-        ("image", lambda each: each.image),
-        ("truth", lambda each: painted(each.image, each.truth, colours)),
-        ("prediction", lambda each: painted(each.image, each.predicted, colours)),
-        ("errors", lambda each: errors_in_red(each.image, each.truth, each.predicted)),
-    ]
+    cells = figure.subplots(len(overlays), len(views), squeeze=False)
     for row, overlay in zip(cells, overlays, strict=True):
         for axes, (word, view) in zip(row, views, strict=True):
             axes.imshow(view(overlay))
@@ -98,11 +100,16 @@ def write_overlays(path: Path, overlays: Sequence[Overlay], names: Sequence[str]
             axes.spines[:].set_visible(False)
             axes.set_title(word, size=8)
         row[0].set_title(drawable(printable(overlay.title)), size=8, parse_math=False)
-    there = np.unique(np.concatenate([part.ravel() for each in overlays for part in (each.truth, each.predicted)]))
+    masks = [*truths, *(each.predicted for each in overlays)]
+    there = np.unique(np.concatenate([mask.ravel() for mask in masks]))
     shown: list[int] = [number for number in there.tolist() if number >= 0][:MOST_NAMED]
     handles = [Patch(color=colours[number] / 255, label=drawable(printable(names[number]))[:24]) for number in shown]
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=7, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    with atomic_write(path) as beside:
-        save_picture(figure, beside, dpi=110)
+    save_picture(figure, path, dpi=110)
+
+
+def _known(overlay: Overlay) -> Mask:
+    """The true mask; void where it is not known."""
+    return np.full_like(overlay.predicted, IGNORE) if overlay.truth is None else overlay.truth

@@ -1,6 +1,8 @@
 """How well predicted masks overlap with true ones: mIoU by the confusion matrix of a whole set, and its files."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastpmae.evaluate.metrics import draw_confusion, files_of, write_result
+from fastpmae.evaluate.metrics import draw_confusion, write_result
+from fastpmae.evaluate.result_files import ResultFiles
 
 
 def confusion_of(
@@ -63,25 +66,29 @@ class MaskScores:
 
 
 def write_mask_scores(
-    folder: Path, name: str, scores: MaskScores, names: tuple[str, ...], record: dict[str, Any]
-) -> Path:
-    """Write NAME.json, NAME-classes.csv and NAME-confusion.png into a folder, and return the first.
+    files: ResultFiles,
+    scores: MaskScores,
+    names: tuple[str, ...],
+    record: dict[str, Any],
+    draw_overlays: Callable[[Path], None],
+) -> None:
+    """Write a result's figures, a row for each class, the picture of the confusion matrix, and overlays.
 
     Args:
         record: what the JSON says besides the figures.
+        draw_overlays: draws some of the images into a file.
 
     Raises:
         UserError: when they cannot be written.
     """
     columns = ["class", "name", "pixels", "iou", "recall", "precision", "predicted", "most_taken_for"]
-    title = f"{name}: {scores.figures()['miou']:.1f} % mIoU of {scores.images:,} images"
+    title = f"{files.stem}: {scores.figures()['miou']:.1f} % mIoU of {scores.images:,} images"
     record = record | scores.figures() | {"images": scores.images, "classes": len(names)}
-    return write_result(
-        files_of(folder, name),
-        [columns, *_class_rows(scores, names)],
-        lambda path: draw_confusion(scores.confusion.numpy(), names, title, "pixels", path),
-        record,
-    )
+    pictures = {
+        files.confusion: partial(draw_confusion, scores.confusion.numpy(), names, title, "pixels"),
+        files.overlays: draw_overlays,
+    }
+    write_result(files, [columns, *_class_rows(scores, names)], pictures, record)
 
 
 def _class_rows(scores: MaskScores, names: tuple[str, ...]) -> list[list[Any]]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from fastpmae.evaluate.dense.patch_features import Kept, PatchNetwork, patch_net
 from fastpmae.evaluate.dense.patch_linear import LinearSettings, train_patch_linear
 from fastpmae.evaluate.dense.sets import open_segmentation
 from fastpmae.evaluate.dense.yardsticks import PositionPrior, colour_features
-from fastpmae.evaluate.result_files import free_name, place_of, stem_of
+from fastpmae.evaluate.result_files import free_files, place_of, stem_of
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
@@ -113,13 +114,9 @@ def run_patches(command: Patches, ranks: Ranks) -> None:
         "shown": {"features": table[0]["features"], "probe": "knn", "k": command.k},
         "seconds": round(time.monotonic() - began, 1),
     }
-    stem = free_name(folder, stem_of("patches", backbone.network), record)
-    path = write_mask_scores(folder, stem, knn, train.names, record)
-    shown = overlays(probing, knn, predict)
-    if shown:
-        title = f"{stem}: {knn.figures()['miou']:.1f} % mIoU of {len(val):,} images"
-        write_overlays(folder / f"{stem}-overlays.png", shown, train.names, title)
-    tell(f"wrote {path}, and beside it the classes (.csv), the confusion matrix and the best and worst images (.png)")
+    files = free_files(folder, stem_of("patches", backbone.network), record)
+    write_mask_scores(files, knn, train.names, record, partial(draw_overlays, probing, knn, predict))
+    tell(f"wrote {files.figures}, and beside it the classes (.csv), the confusion matrix and some images (.png)")
 
 
 def _check(command: Patches) -> None:
@@ -268,15 +265,15 @@ def place_prior(probing: Probing) -> MaskScores:
     return probing.scores("how often each class stands where", predict)
 
 
-def overlays(probing: Probing, scores: MaskScores, predict: Predict) -> list[Overlay]:
-    """The best, the median and the worst image, predicted once more."""
-    if scores.by_image is None:
-        return []
-    found = []
+def draw_overlays(probing: Probing, scores: MaskScores, predict: Predict, path: Path) -> None:
+    """A picture of the best, a median and the worst image, predicted once more."""
+    assert scores.by_image is not None
+    shown = []
     for word, place in best_median_worst(scores.by_image.numpy()).items():
         entry = probing.val.entries[place]
         image, mask = entry.read()
         predicted = predict(entry, place).cpu().numpy().astype(np.int16)
         title = f"{word}: {scores.by_image[place]:.1f} %, {entry.name.rsplit('/', 1)[-1]}"
-        found.append(Overlay(title, image, mask, predicted))
-    return found
+        shown.append(Overlay(title, image, predicted, mask))
+    title = f"{scores.figures()['miou']:.1f} % mIoU of {scores.images:,} images"
+    write_overlays(path, shown, probing.train.names, title)

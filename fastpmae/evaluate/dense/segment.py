@@ -2,65 +2,33 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastpmae.distributed.batch_norm import over_ranks
 from fastpmae.distributed.ranks import Ranks, mean_over_ranks, to_device
 from fastpmae.evaluate.augment import START, drawn_from, take_over_drop_path
 from fastpmae.evaluate.backbone import Backbone
-from fastpmae.evaluate.datasets import half
-from fastpmae.evaluate.dense.crops import segmentation_crop, whole_image
-from fastpmae.evaluate.dense.labelled import IGNORE, Masked, Segmentation
+from fastpmae.evaluate.dense.crops import segmentation_crop
+from fastpmae.evaluate.dense.labelled import IGNORE, Segmentation
 from fastpmae.evaluate.dense.mask_pictures import Overlay, best_median_worst, write_overlays
-from fastpmae.evaluate.dense.order import CROP, Place, drawn, fetched
+from fastpmae.evaluate.dense.order import CROP, Place, drawn
 from fastpmae.evaluate.dense.overlap import MaskScores, confusion_of
 from fastpmae.evaluate.dense.pyramid import parameter_groups, size_multiple, tapped
 from fastpmae.evaluate.dense.recipe import SegmentConfig
+from fastpmae.evaluate.dense.trained import TrainedSegmenter
 from fastpmae.evaluate.dense.training import Setting, Task, train_dense
-from fastpmae.evaluate.dense.upernet import Segmenter, pixel_loss, upsampled
+from fastpmae.evaluate.dense.upernet import Segmenter, pixel_loss
 from fastpmae.evaluate.dense.weights import write_network
-from fastpmae.evaluate.dense.windows import sliding_logits
+from fastpmae.evaluate.dense.whole_images import judge_images
 from fastpmae.evaluate.finetune_state import describe_backbone
 from fastpmae.run.signals import Stop
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.machine import loader_threads
-
-
-@dataclass(frozen=True)
-class Segmenting:
-    """A network and what it needs besides to segment whole images."""
-
-    model: Segmenter
-    backbone: Backbone
-    config: SegmentConfig
-    device: torch.device
-
-    @torch.inference_mode()
-    def logits(
-        self, planes: UInt8[Tensor, "3 rows columns"], height: int, width: int
-    ) -> Float[Tensor, "1 classes height width"]:
-        """What the network makes of an image that is resized for the test, at another size."""
-        image = self.backbone.normalised(to_device(planes[None], self.device))
-        config, patch_size = self.config, self.model.backbone.patch_size
-        least = self.model.backbone.fixed_side or size_multiple(patch_size)
-        with half(self.device):
-            found = sliding_logits(
-                lambda windows: self.model(windows)[0],
-                image,
-                window=config.crop_size,
-                stride=max(1, int(config.crop_size * config.stride)),
-                patch_size=patch_size,
-                least=least,
-            )
-        return found if found.shape[-2:] == (height, width) else upsampled(found, (height, width))
 
 
 def make_segmenter(backbone: Backbone, config: SegmentConfig, classes: int) -> Segmenter:
@@ -95,7 +63,7 @@ def train_segmenter(
     resume: bool = False,
     steps: int | None = None,
     progress: Progress | None = None,
-) -> tuple[MaskScores, Segmenting]:
+) -> tuple[MaskScores, TrainedSegmenter]:
     """Train, test, and leave `segmenter.safetensors` in the folder (see `train_dense`).
 
     Args:
@@ -114,7 +82,7 @@ def train_segmenter(
         )
     model = make_segmenter(backbone, config, len(train.names)).to(setting.device)
     over_ranks(model, ranks.group, setting.device)
-    segmenting = Segmenting(model, backbone, config, setting.device)
+    segmenter = TrainedSegmenter(model, backbone, config, setting.device, train.names)
 
     def draw(place: Place) -> tuple[Tensor, Tensor]:
         pixels, mask = train.entries[place[1]].read()
@@ -127,7 +95,7 @@ def train_segmenter(
         return total + config.auxiliary_weight * pixel_loss(auxiliary, masks, IGNORE)
 
     def evaluate(progress: Progress, stop: Stop) -> MaskScores | None:
-        return evaluate_segmenter(segmenting, val, ranks, progress, stop, workers=setting.workers)
+        return evaluate_segmenter(segmenter, val, ranks, progress, stop, workers=setting.workers)
 
     told = {"segment": json.loads(json.dumps(dataclasses.asdict(config))), "classes": list(train.names)}
     record = {
@@ -155,11 +123,11 @@ def train_segmenter(
         lambda: write_network(setting.folder, "segment", model, backbone, told),
     )
     scores = train_dense(task, setting, resume=resume, steps=steps, progress=progress, ranks=ranks)
-    return scores, segmenting
+    return scores, segmenter
 
 
 def evaluate_segmenter(
-    segmenting: Segmenting,
+    segmenter: TrainedSegmenter,
     images: Segmentation,
     ranks: Ranks,
     progress: Progress,
@@ -168,51 +136,36 @@ def evaluate_segmenter(
     workers: int = 0,
 ) -> MaskScores | None:
     """The scores on a set of images, which the ranks share; None where a signal came before the end."""
-    segmenting.model.eval()
+    segmenter.model.eval()
     classes, count = len(images.names), len(images)
     confusion = torch.zeros(classes, classes, dtype=torch.float64)
     by_image = torch.zeros(count, dtype=torch.float64)
-    mine, stopped = range(ranks.rank, count, ranks.size), False
-    read = _read_ahead(images.entries, mine, segmenting.config, loader_threads(workers, ranks.local_size))
-    with progress.count(len(mine), "test images"):
-        for number, planes, mask in read:
-            stopped = stop is not None and bool(stop.signal)
-            if stopped:
-                break
-            predicted = segmenting.logits(planes, *mask.shape)[0].argmax(dim=0)
-            found = confusion_of(to_device(mask, segmenting.device), predicted, classes)
-            confusion += found
-            by_image[number] = MaskScores(found, 1).iou.nanmean()
-            progress.advance()
-    if ranks.max_over_ranks(stopped)[0]:
+
+    def read(number: int) -> tuple[Tensor, Tensor]:
+        pixels, mask = images.entries[number].read()
+        return segmenter.resized(pixels), torch.from_numpy(mask.astype("int16"))
+
+    def judge(number: int, example: tuple[Tensor, Tensor]) -> None:
+        planes, mask = example
+        predicted = segmenter.logits(planes, *mask.shape)[0].argmax(dim=0)
+        found = confusion_of(to_device(mask, segmenter.device), predicted, classes)
+        confusion.add_(found)
+        by_image[number] = MaskScores(found, 1).iou.nanmean()
+
+    if not judge_images(count, read, judge, ranks, progress, stop, workers=workers):
         return None
-    confusion, by_image = (mean_over_ranks(each, ranks.group) * ranks.size for each in (confusion, by_image))
-    return MaskScores(confusion.round().long(), count, by_image)
+    whole, each = (mean_over_ranks(part, ranks.group) * ranks.size for part in (confusion, by_image))
+    return MaskScores(whole.round().long(), count, each)
 
 
-def _read_ahead(
-    entries: Sequence[Masked], numbers: Sequence[int], config: SegmentConfig, workers: int
-) -> Iterator[tuple[int, UInt8[Tensor, "3 rows columns"], Int[Tensor, "height width"]]]:
-    """Test images, resized, with their masks, which keep their size."""
-
-    def read(place: Place) -> tuple[Tensor, Tensor]:
-        pixels, mask = entries[place[1]].read()
-        return whole_image(pixels, config.short_side, config.long_side), torch.from_numpy(mask.astype("int16"))
-
-    for places, examples in fetched(read, ([(0, number)] for number in numbers), workers):
-        yield places[0][1], *examples[0]
-
-
-def draw_segmentations(path: Path, segmenting: Segmenting, images: Segmentation, scores: MaskScores) -> None:
+def draw_segmentations(segmenter: TrainedSegmenter, images: Segmentation, scores: MaskScores, path: Path) -> None:
     """A picture of the best, a median and the worst of the tested images, by their own mIoU."""
     assert scores.by_image is not None
-    segmenting.model.eval()
+    segmenter.model.eval()
     shown = []
     for word, number in best_median_worst(scores.by_image.numpy()).items():
-        entry, config = images.entries[number], segmenting.config
+        entry = images.entries[number]
         pixels, mask = entry.read()
-        logits = segmenting.logits(whole_image(pixels, config.short_side, config.long_side), *mask.shape)
         words = f"{word}: {scores.by_image[number]:.1f} %, {entry.name}"
-        shown.append(Overlay(words, pixels, mask, logits[0].argmax(dim=0).cpu().numpy().astype(mask.dtype)))
-    if shown:
-        write_overlays(path, shown, images.names, f"{scores.figures()['miou']:.1f} % mIoU of {scores.images:,} images")
+        shown.append(Overlay(words, pixels, segmenter(pixels), mask))
+    write_overlays(path, shown, images.names, f"{scores.figures()['miou']:.1f} % mIoU of {scores.images:,} images")

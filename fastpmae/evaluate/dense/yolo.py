@@ -1,4 +1,4 @@
-"""Boxes as YOLO has them: a text file an image, beside a YAML file that names the classes and the splits."""
+"""Boxes as YOLO has them: a text file an image, and perhaps a YAML file that names the classes and the splits."""
 
 import math
 import os
@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from fastpmae.evaluate.dense.boxes import MOST_BOXES, Annotation, LabelledFile
+from fastpmae.evaluate.dense.classes import MOST_CLASSES
 from fastpmae.evaluate.dense.outlines import MOST_POINTS, Outline
 from fastpmae.evaluate.dense.pairs import IMAGES
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import on_one_line, printable
 from fastpmae_loaders.sources.reading import read_file
+from fastpmae_loaders.sources.splits import split_of_folder
 
 _SIZE = 1 << 24  # bytes
 SPLITS = ("train", "val", "test")
+NAMES = ("classes.txt", "obj.names")
+"""What files of the classes' names, one a line, are called, at the top or among the label files."""
 
 
 def yolo_file(folder: Path) -> Path | None:
@@ -46,6 +50,45 @@ def read_yolo(path: Path) -> tuple[dict[str | None, list[LabelledFile]], list[st
     if not splits:
         raise UserError(f"{printable(str(path))} names no folder of images under train, val or test")
     return splits, names
+
+
+def yolo_folders(folder: Path) -> tuple[dict[str | None, list[LabelledFile]], list[str]] | None:
+    """The splits of a folder without a YAML file, and its classes; None where no image in it has a text file.
+
+    The images lie in images/ or in its split folders, in images/ of each split folder, or all beside their text files.
+    The classes are called by the lines of a classes.txt, or else by their numbers.
+
+    Raises:
+        UserError: where a line of a label file is no box, or is of a class that the classes.txt does not name.
+    """
+    splits = {split: sorted(_images_in(place)) for split, place in _image_folders(folder).items()}
+    labels = [_label_file(image) for images in splits.values() for image in images]
+    if not any(label.is_file() for label in labels):
+        return None
+    places = dict.fromkeys([folder, folder / "labels", *(label.parent for label in labels)])
+    listed = next((place / name for place in places for name in NAMES if (place / name).is_file()), None)
+    names = None if listed is None else _lines(listed)
+    found = {split: [_labelled(image, names) for image in images] for split, images in splits.items() if images}
+    if names is None:
+        numbers = [int(each.name) for files in found.values() for file in files for each in file.annotations]
+        names = [str(number) for number in range(max(numbers, default=-1) + 1)]
+    return found, names
+
+
+def _image_folders(folder: Path) -> dict[str | None, Path]:
+    """The folders of images by split."""
+    own = folder / "images"
+    if own.is_dir():
+        parts = {part.name: part for part in sorted(own.iterdir()) if part.is_dir() and split_of_folder(part.name)}
+        return {**parts} or {None: own}
+    inside = {part.parent.name: part for part in sorted(folder.glob("*/images")) if split_of_folder(part.parent.name)}
+    return {**inside} or {None: folder}
+
+
+def _lines(path: Path) -> list[str]:
+    """The names in a file, one a line."""
+    lines = _text(path).splitlines()
+    return [printable(line.strip()) for line in lines[:MOST_CLASSES] if line.strip()]
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -82,7 +125,11 @@ def _images(root: Path, named: str, path: Path) -> Iterator[Path]:
     folder = root / plain
     if not _is_below(folder, path.parent):
         raise UserError(f"{printable(str(path))}: its folder {printable(named)} is not in {printable(str(root))}")
-    yield from sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES)
+    yield from sorted(_images_in(folder))
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    return (file for file in folder.rglob("*") if file.suffix.lower() in IMAGES)
 
 
 def _is_below(folder: Path, above: Path) -> bool:
@@ -90,7 +137,7 @@ def _is_below(folder: Path, above: Path) -> bool:
     return folder.is_dir() and Path(os.path.normpath(folder)).is_relative_to(os.path.normpath(above))
 
 
-def _labelled(image: Path, names: list[str]) -> LabelledFile:
+def _labelled(image: Path, names: list[str] | None) -> LabelledFile:
     labels = _label_file(image)
     found = tuple(_annotations(labels, names)) if labels.is_file() else ()
     return LabelledFile(str(image), partial(read_file, image), found, shares=True)
@@ -105,15 +152,20 @@ def _label_file(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _annotations(path: Path, names: list[str]) -> Iterator[Annotation]:
-    """The lines of a text file: class, middle and sides of a box; or class and the corners of a polygon."""
+def _text(path: Path) -> str:
     try:
         if path.stat().st_size > _SIZE:
             raise UserError(f"{printable(str(path))} has more than {_SIZE:,} bytes")
-        lines = read_file(path).decode("utf-8", "replace").splitlines()
+        return read_file(path).decode("utf-8", "replace")
     except OSError as error:
         raise UserError(f"{printable(str(path))} cannot be read: {error.strerror or error}") from None
-    for number, line in enumerate(lines[: MOST_BOXES + 1], 1):
+
+
+def _annotations(path: Path, names: list[str] | None) -> Iterator[Annotation]:
+    """The lines of a text file: class, middle and sides of a box; or class and the corners of a polygon. Without names
+    a class is called by its number."""
+    classes = MOST_CLASSES if names is None else len(names)
+    for number, line in enumerate(_text(path).splitlines()[: MOST_BOXES + 1], 1):
         words = line.split()
         if not words:
             continue
@@ -124,13 +176,14 @@ def _annotations(path: Path, names: list[str]) -> Iterator[Annotation]:
                 raise ValueError
         except (ValueError, OverflowError):
             raise UserError(f"{printable(str(path))}, line {number}: it is no class with a box or a polygon") from None
-        if not 0 <= values[0] < len(names):
-            raise UserError(f"{printable(str(path))}, line {number}: class {int(values[0])} of {len(names)} from 0 on")
+        if not 0 <= values[0] < classes:
+            raise UserError(f"{printable(str(path))}, line {number}: class {int(values[0])} of {classes} from 0 on")
+        name = str(int(values[0])) if names is None else names[int(values[0])]
         if len(values) == 5:
             x, y, width, height = values[1:]
-            yield Annotation((x - width / 2, y - height / 2, x + width / 2, y + height / 2), names[int(values[0])])
+            yield Annotation((x - width / 2, y - height / 2, x + width / 2, y + height / 2), name)
         else:
             across, down = values[1::2], values[2::2]
             sound = all(map(math.isfinite, values)) and max(map(abs, values[1:])) <= 10
             outline = Outline(polygons=(tuple(values[1:]),)) if sound else None
-            yield Annotation((min(across), min(down), max(across), max(down)), names[int(values[0])], outline=outline)
+            yield Annotation((min(across), min(down), max(across), max(down)), name, outline=outline)

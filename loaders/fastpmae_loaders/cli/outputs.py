@@ -8,9 +8,10 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import local_path
 
-RUN_FILES = frozenset(
-    ("config.json", "metrics.jsonl", "train.log", "machine.jsonl", ".lock", "report.html", "classifier.safetensors")
-)
+RUN_FILES = frozenset((
+    "config.json", "metrics.jsonl", "train.log", "machine.jsonl", ".lock", "report.html", "classifier.safetensors",
+    "segmenter.safetensors", "detector.safetensors",
+))  # fmt: skip
 RUN_FOLDERS = frozenset(("checkpoints", "eval"))
 RUN_EVENTS = "events.out.tfevents."
 
@@ -57,7 +58,7 @@ def check_no_run_file(out: Path) -> None:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a folder is that of a pretraining or of a classifier's training."""
+    """Whether a folder is that of a pretraining, or of a training that starts from one."""
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir():
         return False

@@ -14,6 +14,7 @@ from fastpmae.evaluate.dense.labelled import Boxed, Detection, Objects
 pytest.importorskip("faster_coco_eval", reason="pip install 'fastpmae[dense]'")
 
 from fastpmae.evaluate.dense.average_precision import Found, average_precision, run_lengths, write_box_scores
+from fastpmae.evaluate.result_files import ResultFiles
 
 SIDE = 200
 PYCOCOTOOLS = {
@@ -123,15 +124,21 @@ def test_nothing_found_is_zero():
     assert scores.masks is None
 
 
+def drawn(path: Path) -> None:
+    path.write_text("drawn")
+
+
 def test_files(tmp_path: Path):
     images, found = toy()
     scores = average_precision(images, found)
-    path = write_box_scores(tmp_path, "detect", scores, images.names, {"evaluation": "detect"})
-    record = json.loads(path.read_text())
+    files = ResultFiles(tmp_path, "detect")
+    write_box_scores(files, scores, images.names, {"evaluation": "detect"}, drawn)
+    record = json.loads(files.figures.read_text())
     assert record["ap50"] == pytest.approx(PYCOCOTOOLS["bbox"][1], abs=1e-3)
     assert record["mask_ap"] == pytest.approx(PYCOCOTOOLS["segm"][0], abs=1e-3)
-    with (tmp_path / "detect-classes.csv").open(encoding="utf-8") as file:
+    with files.classes.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["cell", "platelet", "nowhere"]
     assert rows[2]["ap"] == ""
-    assert (tmp_path / "detect-curves.png").read_bytes().startswith(b"\x89PNG")
+    assert files.overlays.read_text() == "drawn"
+    assert files.curves.read_bytes().startswith(b"\x89PNG")

@@ -307,6 +307,45 @@ def test_yolos_polygons_give_boxes_and_masks(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "layout", ["{part}/{split}/{name}", "{split}/{part}/{name}", "{part}/{split}_{name}", "{split}_{name}"]
+)
+@pytest.mark.parametrize("named", ["", "classes.txt", "labels/classes.txt"])
+def test_yolo_without_a_yaml_file(tmp_path: Path, layout: str, named: str):
+    """Text files in labels/ or beside their images; the classes by number, or as a list names them."""
+    for split, lines in (("train", "2 .5 .5 .2 .5\n0 .25 .5 .5 .5\n"), ("val", "1 .5 .5 .2 .5\n")):
+        write_image(tmp_path / layout.format(part="images", split=split, name="a.jpg"))
+        label = tmp_path / layout.format(part="labels", split=split, name="a.txt")
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text(lines)
+    if named:
+        (tmp_path / named).parent.mkdir(exist_ok=True)
+        (tmp_path / named).write_text("cell\n\nplate \nrod\n")
+    train, val = open_detection(tmp_path)
+    names = ("cell", "plate", "rod") if named else ("0", "1", "2")
+    assert train.names == names
+    assert [name for name, _ in boxes_of(train)][:2] == [names[2], names[0]]
+    assert np.allclose(boxes_of(train)[0][1], (24, 10, 36, 30), atol=1e-4)
+    assert (val is None) == (not layout.startswith(("{part}/{split}/", "{split}/")))
+    assert len(train) == (2 if val is None else 1)
+    assert any("called by their numbers" in note for note in train.notes) == (not named)
+
+
+def test_what_is_wrong_in_a_folder_of_yolos_without_a_yaml_file(tmp_path: Path):
+    write_image(tmp_path / "images" / "a.jpg")
+    with pytest.raises(UserError, match="holds no images with boxes"):
+        open_detection(tmp_path)
+    label = tmp_path / "labels" / "a.txt"
+    label.parent.mkdir()
+    label.write_text("1000000 .5 .5 .1 .1\n")
+    with pytest.raises(UserError, match=r"a\.txt, line 1: class 1000000 of 10000 from 0 on"):
+        open_detection(tmp_path)
+    label.write_text("1 .5 .5 .1 .1\n")
+    (tmp_path / "classes.txt").write_text("cell\n")
+    with pytest.raises(UserError, match=r"a\.txt, line 1: class 1 of 1 from 0 on"):
+        open_detection(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("lines", "words"),
     [
         ("2 .5 .5 .1 .1\n", r"a\.txt, line 1: class 2 of 2 from 0 on"),

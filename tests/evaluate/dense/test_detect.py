@@ -23,7 +23,8 @@ from tests.evaluate.dense.small import DETECT as CONFIG
 pytest.importorskip("faster_coco_eval", reason="pip install 'fastpmae[dense]'")
 
 from fastpmae.evaluate.dense.average_precision import BoxScores
-from fastpmae.evaluate.dense.detect import Detecting, check_labels, evaluate_detector, make_detector, train_detector
+from fastpmae.evaluate.dense.detect import check_labels, evaluate_detector, make_detector, train_detector
+from fastpmae.evaluate.dense.trained import TrainedDetector
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 1, CPU, None)
@@ -95,10 +96,13 @@ def test_a_resumed_training_is_the_same_to_the_bit(tmp_path: Path):
 @pytest.mark.slow
 def test_masks_are_found_where_they_are_learnt(tmp_path: Path):
     model = make_detector(start(tmp_path), CONFIG, 2, masks=True).eval()
-    detecting = Detecting(model, start(tmp_path), dataclasses.replace(CONFIG, score_threshold=0.0), CPU)
-    scores = evaluate_detector(detecting, detection(2, outlines=True), ALONE, Progress())
+    config = dataclasses.replace(CONFIG, score_threshold=0.0)
+    detector = TrainedDetector(model, start(tmp_path), config, CPU, ("red", "blue"))
+    scores = evaluate_detector(detector, detection(2, outlines=True), ALONE, Progress())
     assert scores is not None
     assert scores.masks is not None
+    assert scores.by_image is not None
+    assert scores.by_image.shape == (2,)
     assert set(scores.figures()) >= {"ap", "ap50", "mask_ap", "mask_ap50"}
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastpmae.evaluate.dense.overlap import MaskScores, confusion_of, write_mask_scores
+from fastpmae.evaluate.result_files import ResultFiles
 
 IGNORE = -1
 
@@ -53,17 +54,23 @@ def test_pixels_outside_the_classes_do_not_count():
     assert confusion_of(truth, torch.tensor([[0, 0, 1, 1]]), 2).tolist() == [[1, 0], [1, 0]]
 
 
+def drawn(path: Path) -> None:
+    path.write_text("drawn")
+
+
 def test_files(tmp_path: Path):
     scores = MaskScores(torch.tensor([[8, 2, 0], [0, 0, 0], [5, 0, 5]]), 4)
-    path = write_mask_scores(
-        tmp_path / "out", "patches", scores, ("road", "sky, blue", "car"), {"evaluation": "patches"}
-    )
-    record = json.loads(path.read_text())
+    files = ResultFiles(tmp_path / "out", "patches")
+    names = ("road", "sky, blue", "car")
+    write_mask_scores(files, scores, names, {"evaluation": "patches"}, drawn)
+    record = json.loads(files.figures.read_text())
     assert record["miou"] == pytest.approx(100 * (8 / 15 + 5 / 10) / 2, abs=1e-4)
     assert (record["images"], record["classes"], record["evaluation"]) == (4, 3, "patches")
-    with (path.parent / "patches-classes.csv").open(encoding="utf-8") as file:
+    with files.classes.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["road", "sky, blue", "car"]
     assert rows[1]["iou"] == rows[1]["recall"] == ""
     assert (rows[0]["iou"], rows[0]["recall"], rows[0]["most_taken_for"]) == ("53.33", "80.00", "sky, blue")
-    assert (path.parent / "patches-confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert files.overlays.read_text() == "drawn"
+    assert not files.curves.exists()
+    assert files.confusion.read_bytes().startswith(b"\x89PNG")

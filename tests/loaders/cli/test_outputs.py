@@ -23,7 +23,7 @@ from fastpmae.evaluate.datasets import open_labelled
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS
-from fastpmae.evaluate.result_files import free_name
+from fastpmae.evaluate.result_files import ResultFiles, free_files
 from fastpmae.pictures.report import write_report
 from fastpmae.pictures.view import draw_run, draw_views
 from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint
@@ -258,14 +258,17 @@ def test_a_training_begins_on_nobodys_files(run: Path, small_beton: Path, tmp_pa
 
 
 def test_a_result_takes_a_name_of_its_own_beside_others_files(tmp_path: Path):
+    """Whichever of the files that an evaluation may leave is there."""
     record = {"train": {"path": "/a/birds/train.beton", "fingerprint": "1"}, "val": None}
-    assert free_name(tmp_path, "knn-student", record) == "knn-student"
-    for name in ("knn-student.json", "knn-student-classes.csv", "knn-student-confusion.png"):
-        (tmp_path / name).write_text("mine")
-        assert free_name(tmp_path, "knn-student", record) == "knn-student-birds-train"
-        (tmp_path / name).unlink()
-    (tmp_path / "knn-student.json").write_text(json.dumps(record))
-    assert free_name(tmp_path, "knn-student", record) == "knn-student"  # the same images: renewed
+    files = free_files(tmp_path, "knn-student", record)
+    assert files == ResultFiles(tmp_path, "knn-student")
+    assert len(set(files.every)) == 5
+    for path in files.every:
+        path.write_text("mine")
+        assert free_files(tmp_path, "knn-student", record).stem == "knn-student-birds-train"
+        path.unlink()
+    files.figures.write_text(json.dumps(record))
+    assert free_files(tmp_path, "knn-student", record) == files  # the same images: renewed
 
 
 def test_the_demo_takes_no_folder_of_others(tmp_path: Path):
