@@ -2,16 +2,18 @@
 
 `python -m benchmarks.bench_sets [--quick] [--json F] [--plot F]`. No image is read. A set is its index alone, made up:
 parts of 250,000 images, 84 on a page of 8 MiB, as ImageNet's originals lie. A file is real but for its pixels: header
-and tables, and holes where the images would be. Each is opened in a process of its own, whose peak of memory is
-compared with what it was before. `open` is what has to be done until the first batch can be asked for; `a batch` is
-4,096 places out of the middle of an epoch. Times are the processor's, so that what else runs on the machine counts
-little. The list is the order as it was made before: eight bytes a sample, sorted.
+and tables, and holes where the images would be. A folder's files are empty, and listed as `fastpmae-write` does. Each
+is opened in a process of its own, whose peak of memory is compared with what it was before. `open` is what has to be
+done until the first batch can be asked for; `a batch` is 4,096 places out of the middle of an epoch. Times are the
+processor's, so that what else runs on the machine counts little. The list is the order as it was made before: eight
+bytes a sample, sorted.
 
 Pages are counted for an epoch of 1.28 M images in batches of 4,096: a node reads a page when one of its images is asked
 for, and has it until it was not asked for over eight batches. 1 is each page read once by one node.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,6 +48,11 @@ def made_index(images: int) -> str:
         return Shard(f"part-{number:05d}.beton", count, size, PAGE, 500, 500, f"sha256:{number:064x}", pages)
 
     return SetIndex(tuple(part(number) for number in range(-(-images // PER_PART)))).to_json()
+
+
+def write_index(path: Path, images: int) -> None:
+    """An index of so many images."""
+    path.write_text(made_index(images))
 
 
 def write_hollow(path: Path, images: int) -> None:
@@ -107,6 +114,28 @@ def opened_list(path: str) -> Callable[[int, int], np.ndarray]:
     return lambda start, stop: order[start:stop]
 
 
+def write_folder(path: Path, images: int) -> None:
+    """Empty files, 1,000 in a folder, called as ImageNet's are."""
+    for first in range(0, images, 1000):
+        folder = path / f"n{first // 1000 * 7919 % 10**8:08d}"
+        folder.mkdir(parents=True)
+        for number in range(min(1000, images - first)):
+            (folder / f"{folder.name}_{31 * number}.JPEG").touch()
+
+
+def listed_folder(path: str) -> Callable[[int, int], np.ndarray]:
+    """Lists a folder as `fastpmae-write` does: the numbers of images whose names are those of the files."""
+    from fastpmae_loaders.write.sources import find_images
+
+    items = find_images(path).items
+
+    def places(start: int, stop: int) -> np.ndarray:
+        there = [item.label >= 0 and Path(item.path).name.startswith("n") for item in items[start:stop]]
+        return np.arange(start, stop)[np.array(there)]
+
+    return places
+
+
 def opened_by_ffcv(path: str) -> None:
     """Opens one file as FFCV's own Loader does."""
     from fastpmae_loaders.engines.ffcv_package import import_ffcv
@@ -120,8 +149,11 @@ NAMES = {
     "file": "one file",
     "list": "one file, order listed",
     "ffcv": "one file, FFCV's memory manager",
+    "folder": "a folder's listing",
 }
-WAYS = {"set": opened_set, "file": opened_file, "list": opened_list, "ffcv": opened_by_ffcv}
+WAYS = {
+    "set": opened_set, "file": opened_file, "list": opened_list, "ffcv": opened_by_ffcv, "folder": listed_folder,
+}  # fmt: skip
 
 
 def child(way: str, path: str, images: int) -> None:
@@ -138,7 +170,7 @@ def child(way: str, path: str, images: int) -> None:
     places = WAYS[way](path)
     seconds = time.process_time() - start
     times, sound, last = [], True, np.empty(0, np.int64)
-    for number in range(20 if places else 0):
+    for number in range(min(20, images // 2 // BATCH) if places else 0):
         first = images // 2 + number * BATCH
         start = time.process_time()
         last = places(first, first + BATCH)
@@ -178,14 +210,11 @@ def opening_rows(sizes: Sequence[tuple[str, int]], rounds: int) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="fastpmae-sets-") as folder:
         for kind, images in sizes:
             path = Path(folder) / f"{kind}-{images}"
-            if kind == "set":
-                path.write_text(made_index(images))
-            else:
-                write_hollow(path, images)
-            ways = ("set",) if kind == "set" else ("list", "file", "ffcv") if images <= LARGE else ("list", "file")
+            {"set": write_index, "file": write_hollow, "folder": write_folder}[kind](path, images)
+            ways = (kind,) if kind != "file" else ("list", "file", "ffcv") if images <= LARGE else ("list", "file")
             turns = rounds if images <= LARGE else 1
             found = {way: [measured(way, path, images) for _ in range(turns)] for way in ways}
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
             first = found[ways[0]]
             for way in ways:
                 rows += _rows_of(found[way], way, images, None if way == ways[0] else first)
@@ -203,7 +232,7 @@ def _rows_of(found: list[Opened], way: str, images: int, first: list[Opened] | N
         make_row(case, "memory", "MB", [run.memory for run in found], "cpu", gate, memory),
     ]
     times = [value for run in found for value in run.times]
-    if times:
+    if times and way != "folder":
         rows.append(make_row(case, f"a batch of {BATCH}", "CPU-ms", times, "cpu", gate))
     return rows
 
@@ -255,8 +284,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     options = arguments("bench_sets", __doc__ or "").parse_args(words)
     sizes = [("set", 10**6), ("set", 10**7), ("file", IMAGENET)]
-    if not options.quick:
-        sizes += [("set", 10**9), ("file", 10**7)]
+    sizes += [("folder", 10**4)] if options.quick else [("set", 10**9), ("file", 10**7), ("folder", 10**6)]
     rows = opening_rows(sizes, 1 if options.quick else 3) + page_rows(IMAGENET)
     return finish(rows, f"Sets and large files on {processor_name()}", options.json, options.plot)
 

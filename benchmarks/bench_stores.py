@@ -61,52 +61,60 @@ def rate(samples: object, batch: int) -> tuple[float, int]:
     return len(order) / seconds, hash(order.tobytes())
 
 
+def rows_of(folder: Path, images: int, rounds: int, batch: int, latency_ms: int) -> list[Row]:
+    """Every case, in turns, of a made file of so many images in `folder`; the first round is left out."""
+    (folder / "data" / BUCKET).mkdir(parents=True)
+    local = folder / "data" / BUCKET / "images.beton"
+    write_file(local, images)
+    half = str(max(8 * PAGE, local.stat().st_size // 2))
+    caches = {"cold": "10GB", "warm": "10GB", "half": half}
+
+    def from_store(case: str) -> tuple[float, int]:
+        place = folder / f"cache-{case}"
+        if case == "cold":
+            shutil.rmtree(place, ignore_errors=True)
+        return rate(open_samples(f"s3://{BUCKET}/images.beton", cache=CacheSettings(place, caches[case])), batch)
+
+    cases: dict[str, Callable[[], tuple[float, int]]] = {"local file": lambda: rate(local, batch)}
+    cases |= {f"S3, {case} cache": lambda case=case: from_store(case) for case in caches}
+    seen: dict[str, list[tuple[float, int]]] = {case: [] for case in cases}
+    requests: dict[str, list[float]] = {case: [] for case in cases}
+    with faulty_server(folder / "data", latency_ms=latency_ms) as server, told(server):
+        for number in range(rounds + 1):
+            for case, run in cases.items():
+                before = _requests(server.log)
+                found = run()
+                if number:
+                    seen[case].append(found)
+                    requests[case].append(float(_requests(server.log) - before))
+    device, rows = processor_name(), list[Row]()
+    truth = seen["local file"][0][1]
+    pages = -(-local.stat().st_size // PAGE)
+    rates = {case: [speed for speed, _ in found] for case, found in seen.items()}
+    for case, found in seen.items():
+        gate = all(digest == truth for _, digest in found)
+        baseline = None if case == "local file" else ("local file", rates["local file"])
+        rows.append(make_row(case, "rate", "images/s", rates[case], device, gate, baseline, more_is_better=True))
+        if baseline:
+            hits = [100 * max(0.0, 1 - count / pages) for count in requests[case]]
+            rows.append(make_row(case, "pages from the cache", "%", hits, device, gate))
+    return rows
+
+
+def _requests(log: Path) -> int:
+    """How many parts of files a server has sent."""
+    return len(re.findall(rb"GET .* 206", log.read_bytes()))
+
+
 def main(words: Sequence[str] | None = None) -> int:
+    """The command line."""
     parser = arguments("bench_stores", "Images a second from a store against the local file.")
     parser.add_argument("--latency-ms", type=int, default=LATENCY_MS, help=f"of each answer ({LATENCY_MS})")
     options = parser.parse_args(words)
     images, rounds, batch = (1200, 2, 64) if options.quick else (4000, 5, 128)
-    folder = Path(tempfile.mkdtemp(prefix="fastpmae-stores-"))
-    try:
-        (folder / "data" / BUCKET).mkdir(parents=True)
-        local = folder / "data" / BUCKET / "images.beton"
-        write_file(local, images)
-        half = str(max(8 * PAGE, local.stat().st_size // 2))
-        caches = {"cold": "10GB", "warm": "10GB", "half": half}
-
-        def from_store(case: str) -> tuple[float, int]:
-            place = folder / f"cache-{case}"
-            if case == "cold":
-                shutil.rmtree(place, ignore_errors=True)
-            return rate(open_samples(f"s3://{BUCKET}/images.beton", cache=CacheSettings(place, caches[case])), batch)
-
-        cases: dict[str, Callable[[], tuple[float, int]]] = {"local file": lambda: rate(local, batch)}
-        cases |= {f"S3, {case} cache": lambda case=case: from_store(case) for case in caches}
-        seen: dict[str, list[tuple[float, int]]] = {case: [] for case in cases}
-        requests: dict[str, list[float]] = {case: [] for case in cases}
-        with faulty_server(folder / "data", latency_ms=options.latency_ms) as server, told(server):
-            for number in range(rounds + 1):
-                for case, run in cases.items():
-                    before = len(re.findall(rb"GET .* 206", server.log.read_bytes()))
-                    found = run()
-                    asked = len(re.findall(rb"GET .* 206", server.log.read_bytes())) - before
-                    if number:
-                        seen[case].append(found)
-                        requests[case].append(float(asked))
-        device, rows = processor_name(), list[Row]()
-        truth = seen["local file"][0][1]
-        pages = -(-local.stat().st_size // PAGE)
-        rates = {case: [speed for speed, _ in found] for case, found in seen.items()}
-        for case, found in seen.items():
-            gate = all(digest == truth for _, digest in found)
-            baseline = None if case == "local file" else ("local file", rates["local file"])
-            rows.append(make_row(case, "rate", "images/s", rates[case], device, gate, baseline, more_is_better=True))
-            if baseline:
-                hits = [100 * max(0.0, 1 - count / pages) for count in requests[case]]
-                rows.append(make_row(case, "pages from the cache", "%", hits, device, gate))
-        return finish(rows, "Images a second from a store", options.json, options.plot)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="fastpmae-stores-") as folder:
+        rows = rows_of(Path(folder), images, rounds, batch, options.latency_ms)
+    return finish(rows, "Images a second from a store", options.json, options.plot)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.bench_sets import made_index, opened_file, opened_list, opened_set, page_rows, write_hollow
+from benchmarks.bench_sets import (
+    listed_folder,
+    made_index,
+    opened_file,
+    opened_list,
+    opened_set,
+    page_rows,
+    write_folder,
+    write_hollow,
+)
 from fastpmae_loaders import Beton
 
 
@@ -18,6 +27,11 @@ def test_all_ways_give_one_order(tmp_path: Path):
     assert sorted(listed.tolist()) == list(range(10_000))
     assert (opened_file(str(file))(0, 10_000) == listed).all()
     assert (opened_set(str(index))(0, 10_000) == listed).all()
+
+
+def test_a_folder_is_listed_as_a_whole(tmp_path: Path):
+    write_folder(tmp_path / "folder", 2300)
+    assert (listed_folder(str(tmp_path / "folder"))(0, 2300) == np.arange(2300)).all()
 
 
 @pytest.mark.parametrize("nodes", [8, 32])

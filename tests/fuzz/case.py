@@ -20,7 +20,7 @@ import numpy as np
 
 from fastpmae_loaders.errors import RunError, UserError
 
-KINDS = ("beton", "tables", "weights", "checkpoints", "decoder")
+KINDS = ("beton", "sets", "tables", "weights", "checkpoints", "shards", "decoder")
 ENVIRONMENT = {"decoder": {"NUMBA_BOUNDSCHECK": "1"}}
 """What a kind's worker has in its environment beside ours; what numba compiles for it is then kept apart."""
 STREAM = 50

@@ -36,11 +36,11 @@ class Target(Protocol):
         ...
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
+        """Bytes of a file; None where there is none. UserError where it cannot be read."""
         ...
 
     def remove(self, name: str) -> None:
-        """See that there is no file of this name."""
+        """See that there is no file of this name. UserError where it cannot be removed."""
         ...
 
 
@@ -64,17 +64,25 @@ class FolderTarget:
         except FileNotFoundError:
             return None
         except (OSError, UserError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{printable(str(path))} cannot be read: {reason}") from None
+            raise _cannot_be(path, "read", error) from None
 
     def size(self, name: str) -> int | None:
         try:
             return (self._folder / name).stat().st_size
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise _cannot_be(self._folder / name, "read", error) from None
 
     def remove(self, name: str) -> None:
-        (self._folder / name).unlink(missing_ok=True)
+        try:
+            (self._folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise _cannot_be(self._folder / name, "removed", error) from None
+
+
+def _cannot_be(path: Path, what: str, error: Exception) -> UserError:
+    return UserError(f"{printable(str(path))} cannot be {what}: {getattr(error, 'strerror', None) or error}")
 
 
 def open_target(out: str | os.PathLike[str] | Address) -> Target:
