@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fastpmae.presets import PRESETS, preset
     from fastpmae.train import pretrain
     from fastpmae_loaders.errors import RunError, UserError
+    from fastpmae_loaders.write.finish import finish_set
+    from fastpmae_loaders.write.sets import write_set
     from fastpmae_loaders.write.write import write_beton
 
 __version__ = "0.1.0"
@@ -37,9 +39,11 @@ _HOMES = {
     "RunError": "fastpmae_loaders.errors",
     "UserError": "fastpmae_loaders.errors",
     "export_encoder": "fastpmae.export.export",
+    "finish_set": "fastpmae_loaders.write.finish",
     "knn_accuracy": "fastpmae.evaluate.knn",
     "pretrain": "fastpmae.train",
     "write_beton": "fastpmae_loaders.write.write",
+    "write_set": "fastpmae_loaders.write.sets",
 }
 
 __all__ = [  # noqa: RUF022
@@ -49,6 +53,7 @@ __all__ = [  # noqa: RUF022
     "UserError",
     "embed_images",
     "export_encoder",
+    "finish_set",
     "knn_accuracy",
     "load_encoder",
     "load_detector",
@@ -57,6 +62,7 @@ __all__ = [  # noqa: RUF022
     "read_config",
     "pretrain",
     "write_beton",
+    "write_set",
 ]
 
 

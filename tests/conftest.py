@@ -1,8 +1,9 @@
 """Images and settings that every test may use."""
 
+import itertools
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # Networks in the tests are so small that a second thread costs more than it brings, and tests run side by side.
@@ -21,7 +22,11 @@ import torch
 
 import tests.typed  # noqa: F401 - before any module whose annotations it has checked
 from fastpmae import Config, write_beton
+from fastpmae_loaders.stores.address import Address, parse_address
 from tests.made import tiny_settings, write_tree
+from tests.stores import BUCKET, Server, s3_server, told
+
+_places = itertools.count()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,6 +50,21 @@ def small_beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     write_beton(write_tree(folder / "tree", 44), folder / "small.beton")
     return folder / "small.beton"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An S3 server, which starts once: tests that end it, or that it must be empty for, start their own."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def place(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
+    """An empty folder of that server, which the environment names; this machine's folder of caches is the test's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    with told(s3):
+        yield parse_address(f"s3://{BUCKET}/test-{next(_places)}")
 
 
 @pytest.fixture

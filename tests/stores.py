@@ -5,6 +5,7 @@ installed is skipped.
 """
 
 import contextlib
+import http.server
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpmae_loaders.stores.address import parse_address
+from fastpmae_loaders.stores.address import Address, parse_address
 from fastpmae_loaders.stores.client import Store
 
 KEY, SECRET = "TESTKEYID0000", "TESTSECRET0000"
@@ -158,6 +160,53 @@ def faulty_server(folder: Path, *, latency_ms: int = 0, error_rate: float = 0.0,
         server.kill()
 
 
+@contextlib.contextmanager
+def unlisted_server(folder: Path) -> Iterator[dict[str, str]]:
+    """A folder's folders as buckets of which nobody may list the files: S3 then answers 403 for what is missing.
+
+    Yields what a program's environment says of it. Whoever asks is not looked at.
+    """
+
+    class Files(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer(body=True)
+
+        def _answer(self, body: bool = False) -> None:
+            path = folder / self.path.partition("?")[0].lstrip("/")
+            there = path.is_file()
+            data = path.read_bytes() if there else b"<Error><Code>AccessDenied</Code></Error>"
+            total, status = len(data), 200 if there else 403
+            asked = self.headers.get("Range", "").removeprefix("bytes=")
+            start, end = 0, total
+            if there and asked:
+                first, _, last = asked.partition("-")
+                start, end, status = int(first), min(total, int(last or total) + 1), 206
+            self.send_response(status)
+            self.send_header("Content-Length", str(end - start))
+            self.send_header("ETag", f'"{total}"')
+            self.send_header("Last-Modified", "Sun, 29 Nov 2026 00:00:00 GMT")
+            if status == 206:
+                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{total}")
+            self.end_headers()
+            if body:
+                self.wfile.write(data[start:end])
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield Server(server.server_port, [], folder).environment
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def _posted(place: str) -> bool:
     try:
         with urllib.request.urlopen(urllib.request.Request(place, method="POST"), timeout=5) as answer:
@@ -166,11 +215,19 @@ def _posted(place: str) -> bool:
         return False
 
 
+def put_folder(folder: Path, address: Address) -> None:
+    """The files of a folder in a store."""
+    store = Store(address)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            store.put(f"{address.key}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
 @contextlib.contextmanager
-def told(server: Server) -> Iterator[None]:
+def told(server: Server | dict[str, str]) -> Iterator[None]:
     """Within it this process's environment names the server."""
     before = dict(os.environ)
-    os.environ.update(server.environment)
+    os.environ.update(server if isinstance(server, dict) else server.environment)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ PACKAGES = {
     "fastpmae_loaders.adapters": "loaders/fastpmae_loaders/adapters",
     "fastpmae_kernels": "kernels/fastpmae_kernels",
 }
-ELSEWHERE = {"fastpmae": {"UserError", "RunError", "write_beton"}}
+ELSEWHERE = {"fastpmae": {"UserError", "RunError", "write_beton", "write_set", "finish_set"}}
 """What another package's page describes."""
 
 

@@ -9,7 +9,7 @@ from fastpmae.config import Config
 from fastpmae_loaders import Samples, open_samples
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.folders import EncodedImages
-from fastpmae_loaders.mixture import split_weight
+from fastpmae_loaders.mixture import Mixture, split_weight
 
 
 def open_images(config: Config) -> Samples:
@@ -39,10 +39,13 @@ def _absolute(source: str) -> str:
 
 
 def source_notes(images: Samples) -> list[str]:
-    """What a user should know of how a folder or tar shards were understood; of a .beton nothing."""
+    """What a user should know of how a folder, tar shards or a set in a store were understood; of others nothing."""
+    if isinstance(images, Mixture):
+        return [note for source in images.sources for note in source_notes(source)]
+    notes: list[str] = list(getattr(images, "notes", ()))
     if not isinstance(images, EncodedImages):
-        return []
-    notes, left_out = list(images.notes), images.left_out
+        return notes
+    left_out = images.left_out
     if left_out:
         name, reason = left_out[0]
         notes.append(f"warning: {len(left_out):,} images are left out (the first: {name}: {reason})")

@@ -14,7 +14,7 @@ import numpy as np
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import Beton
-from fastpmae_loaders.sources.beton_set import is_set, open_set
+from fastpmae_loaders.sources.beton_set import BetonSet, is_set, open_set
 from fastpmae_loaders.sources.listing import Files, Item, Listing, helper_notes, list_folder
 from fastpmae_loaders.sources.pictures import ImageError, look
 from fastpmae_loaders.sources.reading import FILE_LIMIT
@@ -157,6 +157,19 @@ class TarShards(EncodedImages):
         super().__init__(root, listing)
 
 
+def open_beton(path: str | os.PathLike[str], cache: CacheSettings | None = None) -> Beton | BetonSet:
+    """A .beton file, or a set of them, on this machine or at an address in a store.
+
+    Raises:
+        UserError: where there is none, or it is not sound.
+    """
+    if is_address(path):
+        from fastpmae_loaders.sources.remote_beton import open_remote
+
+        return open_remote(path, cache)
+    return open_set(path) if is_set(path) else Beton(path)
+
+
 def open_samples(
     path: "Samples | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
     split: str | None = None,
@@ -179,9 +192,7 @@ def open_samples(
             return cast("Samples", path)
         raise UserError(f"{path!r} names no images: give a path, or images that are open")
     if is_address(path):
-        from fastpmae_loaders.sources.remote_beton import open_remote
-
-        return open_remote(path, cache)
+        return open_beton(path, cache)
     root = _existing(path)
     if root.is_file():
         return TarShards(root) if root.suffix.lower() == ".tar" else Beton(root)

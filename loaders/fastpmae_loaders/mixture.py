@@ -15,7 +15,6 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.order import Chosen, FileOrder, Order, PageOrder, Pages, pages_of, shuffled_order
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton_set import BetonSet
-from fastpmae_loaders.sources.duplicates import duplicates_before
 from fastpmae_loaders.sources.places import Column, Largest, Places, by_names
 
 _WHOLE = 1 << 24
@@ -246,9 +245,7 @@ def order_of(
     elif not page_order:
         order = shuffled_order(seed, epoch, count)
     elif isinstance(samples, BetonSet) and indices is None:
-        starts = samples.page_starts
-        left = starts if left_out is None else starts - duplicates_before(left_out, starts)
-        order = PageOrder(seed, epoch, Pages(left, left_out=left_out, all_starts=starts))
+        order = PageOrder(seed, epoch, Pages(samples.page_starts, left_out=left_out))
     else:
         page_of = samples.page_of
         order = PageOrder(seed, epoch, pages_of(np.asarray(page_of) if indices is None else page_of[indices]))

@@ -5,6 +5,7 @@ other in that order. So a group is made from the numbers of its pages whenever a
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,8 +14,11 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.jit.compiled import kernel
 from fastpmae_loaders.jit.philox import uniform_pair
 from fastpmae_loaders.sampling import EPOCH_ORDER, PAGE_ORDER, check_key
+from fastpmae_loaders.sources.duplicates import are_duplicates, duplicates_before
 
 PAGES_TOGETHER = 32
+_STRETCH = 1 << 15
+"""Groups of pages whose samples are counted at a time."""
 
 
 @kernel
@@ -30,33 +34,30 @@ class Pages:
     """Which samples lie together, of n samples on P pages.
 
     `starts` int64 [P + 1]: page p holds the samples starts[p] ... starts[p + 1] - 1, or, where `members` int64 [n] is
-    given, those that stand there in it, by ascending number. Where some of the samples are left out, `left_out` uint8
-    [ceil(all / 8)] has a bit for each of all, the first in the lowest bit of the first; `all_starts` int64 [P + 1] are
-    the pages' starts among all, and `starts` those among the samples that are left.
+    given, those that stand there in it, by ascending number. Without `members`, `left_out` uint8 [ceil(n / 8)] may have
+    a bit for each sample, the first in the lowest bit of the first: no order shows those whose bit is 1.
     """
 
     starts: np.ndarray
     members: np.ndarray | None = None
     left_out: np.ndarray | None = None
-    all_starts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @property
-    def samples(self) -> int:
-        """Of all pages."""
-        return int(self.starts[-1])
+    @cached_property
+    def shown_before(self) -> np.ndarray:
+        """How many samples of the pages before each page, and of all, are shown: int64 [P + 1]."""
+        return self.starts if self.left_out is None else self.starts - duplicates_before(self.left_out, self.starts)
 
     def together(self, pages: np.ndarray) -> np.ndarray:
-        """The samples of some pages, by ascending number: int64 [m]."""
-        pages = np.sort(pages)
-        starts = self.starts if self.all_starts is None else self.all_starts
+        """The samples of some pages that are shown, by ascending number: int64 [m]."""
+        pages, starts = np.sort(pages), self.starts
         count = starts[pages + 1] - starts[pages]
         ends = np.cumsum(count)
         places = np.arange(ends[-1]) + np.repeat(starts[pages] - (ends - count), count)
         if self.left_out is not None:
-            places = places[(self.left_out[places >> 3] >> (places & 7).astype(np.uint8)) & 1 == 0]
+            places = places[~are_duplicates(self.left_out, places)]
         return places if self.members is None else np.sort(self.members[places])
 
 
@@ -78,13 +79,14 @@ class PageOrder:
     def __init__(self, seed: int, epoch: int, pages: Pages, together: int = PAGES_TOGETHER) -> None:
         check_key(seed, epoch)
         self._key, self._pages, self._together = (seed, epoch), pages, together
-        shuffled = np.arange(len(pages), dtype=np.int64)
-        _shuffle(seed, epoch, 0, PAGE_ORDER, shuffled)
-        count = pages.starts[shuffled + 1] - pages.starts[shuffled]
-        self._shuffled = shuffled.astype(np.int32) if len(pages) < 2**31 else shuffled
-        groups = np.add.reduceat(count, np.arange(0, len(pages), together)) if len(pages) else count
-        self._edges = np.concatenate([[0], np.cumsum(groups)])
-        self._last: tuple[int, np.ndarray] = (-1, count)
+        self._shuffled = _shuffled(seed, epoch, PAGE_ORDER, len(pages))
+        groups = [np.zeros(1, np.int64)]
+        for start in range(0, len(pages), _STRETCH * together):
+            some = self._shuffled[start : start + _STRETCH * together]
+            count = pages.shown_before[some + 1] - pages.shown_before[some]
+            groups.append(np.add.reduceat(count, np.arange(0, len(some), together)))
+        self._edges = np.cumsum(np.concatenate(groups))
+        self._last: tuple[int, np.ndarray] = (-1, self._edges)
 
     def __len__(self) -> int:
         return int(self._edges[-1])
@@ -110,7 +112,7 @@ class PageOrder:
 
 
 class ListedOrder:
-    """An order that is kept as the list that it is: int64 [n]."""
+    """An order that is kept as the list that it is: int32 or int64 [n]."""
 
     def __init__(self, listed: np.ndarray) -> None:
         self._listed = listed
@@ -120,7 +122,7 @@ class ListedOrder:
 
     def places(self, start: int, stop: int) -> np.ndarray:
         """See PageOrder."""
-        return self._listed[start:stop]
+        return self._listed[start:stop].astype(np.int64)
 
 
 class FileOrder:
@@ -138,11 +140,22 @@ class FileOrder:
 
 
 def shuffled_order(seed: int, epoch: int, count: int) -> ListedOrder:
-    """Samples 0 ... count-1 shuffled as a whole, wherever they lie: a permutation keyed by (seed, epoch)."""
+    """Samples 0 ... count-1 shuffled as a whole, wherever they lie: a permutation keyed by (seed, epoch).
+
+    It is kept as a list, of 4 bytes a sample up to 2^31 samples, else 8. It is a Fisher-Yates shuffle: what stands at a
+    place depends on every exchange before, so it cannot be computed for one place alone. A keyed permutation that can,
+    such as a Feistel network, is another order, and runs that began with this one would not resume with their bits.
+    Data for which a list is too large go page by page, where nothing is kept for a sample.
+    """
     check_key(seed, epoch)
-    listed = np.arange(count, dtype=np.int64)
-    _shuffle(seed, epoch, 0, EPOCH_ORDER, listed)
-    return ListedOrder(listed)
+    return ListedOrder(_shuffled(seed, epoch, EPOCH_ORDER, count))
+
+
+def _shuffled(seed: int, epoch: int, purpose: int, count: int) -> np.ndarray:
+    """The numbers 0 ... count-1 shuffled: int32 where they fit, else int64 [count]."""
+    values = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+    _shuffle(seed, epoch, 0, purpose, values)
+    return values
 
 
 @runtime_checkable

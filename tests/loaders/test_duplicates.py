@@ -11,12 +11,12 @@ from fastpmae_loaders import PairedViews, PlainViews, UserError
 from fastpmae_loaders.errors import BetonError
 from fastpmae_loaders.order import PageOrder, Pages
 from fastpmae_loaders.sources.beton_set import BetonSet, open_set
-from fastpmae_loaders.sources.duplicates import DUPLICATES, duplicates_before, duplicates_file
-from fastpmae_loaders.sources.remote_beton import open_remote
+from fastpmae_loaders.sources.duplicates import DUPLICATES, duplicates_file
+from fastpmae_loaders.sources.remote_beton import RemoteSet, open_remote
 from fastpmae_loaders.sources.set_index import read_index
 from fastpmae_loaders.stores.cache import CacheSettings
 from tests.loaders.test_sets import loader, make_parts
-from tests.stores import BUCKET, faulty_server, told
+from tests.stores import BUCKET, faulty_server, told, unlisted_server
 
 LEFT_OUT = np.array([0, 4, 8, 9, 20, 28])
 KEPT = np.setdiff1d(np.arange(29), LEFT_OUT)
@@ -97,6 +97,25 @@ def test_of_a_set_in_a_store(sets: tuple[Path, Path], tmp_path: Path) -> None:
             ]
 
 
+def test_a_store_that_refuses_what_is_missing_has_a_set_without_notes(
+    sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, folder in zip(("plain", "noted"), sets, strict=True):
+        shutil.copytree(folder, tmp_path / "data" / BUCKET / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    with unlisted_server(tmp_path / "data") as environment, told(environment):
+        plain, noted = (open_remote(f"s3://{BUCKET}/{name}") for name in ("plain", "noted"))
+        assert isinstance(plain, RemoteSet)
+        assert isinstance(noted, RemoteSet)
+        assert (plain.shown, noted.shown) == (29, 23)
+        (note,) = plain.notes
+        assert "duplicates.bits is refused" in note
+        assert noted.notes == ()
+        assert bytes(plain.payload(3)) == bytes(open_set(sets[0]).payload(3))
+        with pytest.raises(UserError, match="refuses these credentials"):
+            open_remote(f"s3://{BUCKET}/nothing")
+
+
 def test_notes_on_another_index_are_refused_at_the_opening(sets: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copytree(sets[1], tmp_path / "set")
     other = make_parts(tmp_path / "made", broken=(3,)) / "set"
@@ -110,8 +129,8 @@ def test_notes_on_another_index_are_refused_at_the_opening(sets: tuple[Path, Pat
 def test_pages_that_lose_all_their_samples() -> None:
     bits = np.packbits([0, 0, 1, 1, 0, 1, 0, 0, 1], bitorder="little")
     starts = np.array([0, 2, 4, 9])
-    pages = Pages(starts - duplicates_before(bits, starts), left_out=bits, all_starts=starts)
-    assert pages.samples == 5
+    pages = Pages(starts, left_out=bits)
+    assert pages.shown_before.tolist() == [0, 2, 2, 5]
     assert pages.together(np.array([2, 1])).tolist() == [4, 6, 7]
     assert pages.together(np.array([1])).tolist() == []
     for epoch in range(4):

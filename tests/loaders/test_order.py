@@ -77,8 +77,9 @@ def test_what_is_left_out_is_never_shown() -> None:
     out[:40] = True
     page_of = PAGES["in the file's order"]
     whole = pages_of(page_of).starts
-    kept = np.concatenate([[0], np.cumsum(~out)])[whole]
-    order = PageOrder(3, 2, Pages(kept, left_out=np.packbits(out, bitorder="little"), all_starts=whole), 4)
+    pages = Pages(whole, left_out=np.packbits(out, bitorder="little"))
+    assert pages.shown_before.tolist() == np.concatenate([[0], np.cumsum(~out)])[whole].tolist()
+    order = PageOrder(3, 2, pages, 4)
     assert len(order) == (~out).sum()
     shown = order.places(0, len(order))
     assert sorted(shown.tolist()) == np.flatnonzero(~out).tolist()

@@ -7,8 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,22 +18,8 @@ from fastpmae_loaders.stores import client
 from fastpmae_loaders.stores.address import Address, parse_address
 from fastpmae_loaders.stores.client import Store
 from tests.made import REPOSITORY
-from tests.stores import BUCKET, Server, faulty_server, s3_server, told
+from tests.stores import BUCKET, faulty_server, s3_server, told
 from tests.test_train import flags_of
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
-        yield server
-
-
-@pytest.fixture
-def place(s3: Server, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Address]:
-    """An empty folder of the server's; the cache of this machine is the test's own."""
-    with told(s3):
-        os.environ["XDG_CACHE_HOME"] = str(tmp_path / "caches")
-        yield parse_address(f"s3://{BUCKET}/runs/{request.node.name[:40].strip('[]')}")
 
 
 def names(place: Address) -> list[str]:

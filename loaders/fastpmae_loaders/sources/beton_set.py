@@ -84,8 +84,12 @@ class BetonSet:
     @cached_property
     def page_starts(self) -> np.ndarray:
         """int64 [P + 1]; of a part whose pages the index does not tell, pages of as many images as its bytes fill."""
-        counts = [_images_of_pages(shard) for shard in self.index.shards]
-        return np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
+        shards = self.index.shards
+        starts, end = np.zeros(sum(map(_pages, shards)) + 1, np.int64), 0
+        for shard in shards:
+            begin, end = end, end + _pages(shard)
+            starts[begin + 1 : end + 1] = starts[begin] + _ends_of_pages(shard)
+        return starts
 
     @cached_property
     def identity(self) -> str:
@@ -189,12 +193,16 @@ def _beside(folder: Path | Address, shard: Shard) -> Beton:
     return Beton(folder / shard.name)
 
 
-def _images_of_pages(shard: Shard) -> np.ndarray:
-    pages = np.asarray(shard.pages, np.int64)
-    if len(pages):
-        return pages
-    count = min(shard.images, -(-shard.bytes // shard.page_size))
-    return np.diff(np.arange(count + 1) * shard.images // count)
+def _pages(shard: Shard) -> int:
+    return len(shard.pages) or min(shard.images, -(-shard.bytes // shard.page_size))
+
+
+def _ends_of_pages(shard: Shard) -> np.ndarray:
+    """How many images of a part lie on each of its pages and those before it."""
+    if len(shard.pages):
+        return np.cumsum(shard.pages, dtype=np.int64)
+    count = _pages(shard)
+    return np.arange(1, count + 1) * shard.images // count
 
 
 def is_set(folder: str | os.PathLike[str]) -> bool:

@@ -1,6 +1,6 @@
 """A .beton file, or a set of them, in a store: its tables are read at once, its pages when a batch asks for them."""
 
-import contextlib
+import hashlib
 import os
 from functools import partial
 
@@ -14,7 +14,7 @@ from fastpmae_loaders.sources.places import Places
 from fastpmae_loaders.sources.set_index import INDEX, LARGEST_INDEX, SetIndex, Shard, read_index
 from fastpmae_loaders.stores.address import Address, parse_address
 from fastpmae_loaders.stores.cache import PAGE, CacheSettings
-from fastpmae_loaders.stores.client import Missing, Store
+from fastpmae_loaders.stores.client import Missing, Refused, Store
 from fastpmae_loaders.stores.pages import CachedFile
 from fastpmae_loaders.stores.prefetch import side_by_side
 from fastpmae_loaders.stores.reader import Reader
@@ -59,6 +59,16 @@ class RemoteBeton(Beton):
         payload.setflags(write=False)
         return payload
 
+    def digest(self) -> str:
+        """ "sha256:…" of the whole file, all of which is fetched for it. UserError where it cannot be had."""
+        found, count = hashlib.sha256(), -(-self.nbytes // PAGE)
+        for page in range(count):
+            self._file.ahead(np.arange(page, min(page + self.window, count)))
+            start, size = page * PAGE, min(PAGE, self.nbytes - page * PAGE)
+            with self._file.held(np.array([start]), np.array([size])):
+                found.update(os.pread(self.descriptor, size, start))
+        return f"sha256:{found.hexdigest()}"
+
     def ahead(self, indices: np.ndarray) -> int:
         """Have the pages of some images fetched; how many were not there."""
         pages = self._file.pages_of(self.pointer[indices].astype(np.int64), self.size[indices].astype(np.int64))
@@ -80,14 +90,21 @@ class RemoteBeton(Beton):
 
 
 class RemoteSet(BetonSet):
-    """A set of .beton files in a store; see BetonSet."""
+    """A set of .beton files in a store; see BetonSet. `notes`: sentences about how it was understood."""
 
-    def __init__(self, index: SetIndex, address: Address, reader: Reader, duplicates: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        index: SetIndex,
+        address: Address,
+        reader: Reader,
+        duplicates: np.ndarray | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(index, address, partial(_part, reader, address), duplicates)
-        self._reader = reader
+        self._reader, self.notes = reader, notes
 
     def __reduce__(self):
-        return RemoteSet, (self.index, self.path, self._reader, self.duplicates)
+        return RemoteSet, (self.index, self.path, self._reader, self.duplicates, self.notes)
 
     @property
     def window(self) -> int:
@@ -138,19 +155,28 @@ def open_remote(address: str | os.PathLike[str], settings: CacheSettings | None 
         return RemoteBeton(reader.file(address), reader)
     if address.suffix in (".tar", ".parquet", ".arrow"):
         raise UserError(f"{address}: in a store .beton files and sets of them are read; fastpmae-write makes one of it")
-    found: list[bytes] = []
-    reader = Reader(address, settings, lambda store: found.extend(_notes(store, address)))
-    index = read_index(found[0], str(address / INDEX))
-    duplicates = read_duplicates(found[1], index, str(address / DUPLICATES)) if found[1:] else None
-    return RemoteSet(index, address, reader, duplicates)
+    found: list[tuple[bytes, bytes | None, tuple[str, ...]]] = []
+    reader = Reader(address, settings, lambda store: found.append(_beside(store, address)))
+    told, noted, notes = found[0]
+    index = read_index(told, str(address / INDEX))
+    duplicates = None if noted is None else read_duplicates(noted, index, str(address / DUPLICATES))
+    return RemoteSet(index, address, reader, duplicates, notes)
 
 
-def _notes(store: Store, address: Address) -> list[bytes]:
-    """A set's index, and its duplicates where they are noted."""
-    notes = [_whole(store, address / INDEX)]
-    with contextlib.suppress(Missing):
-        notes.append(_whole(store, address / DUPLICATES))
-    return notes
+def _beside(store: Store, address: Address) -> tuple[bytes, bytes | None, tuple[str, ...]]:
+    """A set's index, its duplicates where they are noted, and what is to be said of them."""
+    index = _whole(store, address / INDEX)
+    try:
+        return index, _whole(store, address / DUPLICATES), ()
+    except Missing:
+        return index, None, ()
+    except Refused:
+        # whoever may not list a bucket is answered so of what is not there, and the index could be read
+        note = (
+            f"{address / DUPLICATES} is refused, as stores do with what is not there where a bucket may not be listed: "
+            "no image is left out"
+        )
+        return index, None, (note,)
 
 
 def _whole(store: Store, file: Address) -> bytes:

@@ -40,8 +40,8 @@ class Shard:
 
     `images` in it, `bytes` of the file, `page_size` as its header says, `height` and `width`, the largest sides of any
     of its images, and `digest`, "sha256:" and the 64 hexadecimal digits of the file's bytes. `pages`, where they are
-    known, are the images of each of its pages that holds any, in the file's order: uint32 [pages]. Then the images lie
-    in the file as they are numbered; it is empty where that is not so.
+    known, are the images of each of its pages that holds any, in the file's order: [pages] of the smallest unsigned
+    type that has room for them. Then the images lie in the file as they are numbered; it is empty where that is not so.
     """
 
     name: str
@@ -56,6 +56,8 @@ class Shard:
 
     def __post_init__(self) -> None:
         pages = np.array(self.pages, np.uint32)
+        # nothing else of a set grows with its images
+        pages = pages.astype(np.min_scalar_type(pages.max(initial=0)))
         pages.setflags(write=False)
         object.__setattr__(self, "pages", pages)
 
@@ -104,7 +106,7 @@ def read_index(source: bytes | str | os.PathLike[str], where: str | None = None)
     if len(blob) > LARGEST_INDEX:
         raise BetonError(f"{where} has {len(blob):,} bytes, more than the {LARGEST_INDEX:,} that are read")
     try:
-        found = json.loads(blob, object_pairs_hook=_without_doubles)
+        found = json.loads(blob, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else short(str(error))
         raise BetonError(f"{where} is no index of a set: {reason}") from None
@@ -142,11 +144,20 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         raise BetonError(f"{printable(os.fspath(path))} cannot be read: {error.strerror or error}") from None
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("an object in it has the same key twice")
+    if (counts := _counts(found.get("pages"))) is not None:
+        found["pages"] = counts  # as soon as it is read: as a list it takes eight times the bytes
     return found
+
+
+def _counts(pages: Any) -> np.ndarray | None:
+    """A list of whole numbers above 0, of 32 bits, as an array of the smallest type; None where it is no such list."""
+    if not isinstance(pages, list) or set(map(type, pages)) != {int} or min(pages) < 1 or max(pages) >= 2**32:
+        return None
+    return np.array(pages, np.min_scalar_type(max(pages)))
 
 
 def _index(found: Any) -> SetIndex:
@@ -202,13 +213,15 @@ def shard_from(entry: Any, where: str = "the part") -> Shard:
     if not _DIGEST.fullmatch(entry["digest"]):
         raise BetonError(f'the digest of {where} is {_shown(entry["digest"])}, and should be "sha256:" and 64 digits')
     pages = entry.get("pages", ())
-    if pages != ():
-        if not isinstance(pages, list) or set(map(type, pages)) != {int} or min(pages) < 1 or sum(pages) != images:
+    if not isinstance(pages, tuple):
+        counts = pages if isinstance(pages, np.ndarray) else _counts(pages)
+        if counts is None or int(counts.sum()) != images:
             raise BetonError(
                 f'the "pages" of {where} are no list of whole numbers above 0 whose sum is its {images:,} images'
             )
-        if len(pages) > -(-size // page):
-            raise BetonError(f"{where} has {len(pages):,} pages of images, more than its {size:,} bytes hold")
+        if len(counts) > -(-size // page):
+            raise BetonError(f"{where} has {len(counts):,} pages of images, more than its {size:,} bytes hold")
+        pages = counts
     return Shard(entry["name"], images, size, page, height, width, entry["digest"], pages)
 
 

@@ -40,6 +40,8 @@ RECORD = np.dtype([("here", "u1"), ("", "u1", 3), ("crc", "<u4"), ("used", "<u4"
 OPEN = 1 << 40
 """The place in a file of records that whoever has the file open keeps locked."""
 _MARK = "fastpmae-cache"
+_BESIDE = frozenset(("copies", "runs", "sources", "writing"))
+"""Folders that others of our modules keep in a cache's folder, maybe before there is a cache."""
 _UNITS = {"": 1} | {
     letter + more: base**power for power, letter in enumerate("KMGT", 1) for more, base in (("", 1000), ("I", 1024))
 }
@@ -99,7 +101,7 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
             mark = folder / _MARK
             if not mark.exists():
-                if any(path.name != "runs" for path in folder.iterdir()):
+                if any(path.name not in _BESIDE for path in folder.iterdir()):
                     raise UserError(f"--cache {shown} holds other files: name a new or empty folder, which is its own")
                 mark.touch()
             self._try_to_drop()

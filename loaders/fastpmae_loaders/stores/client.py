@@ -60,6 +60,10 @@ class Missing(StoreError):
     """A file that is not there."""
 
 
+class Refused(StoreError):
+    """A request that the store does not allow; S3 says so of what is missing too, where a bucket must not be listed."""
+
+
 class Changed(StoreError):
     """A file that is no longer the version that was opened, or that was to be made new and is there."""
 
@@ -219,6 +223,8 @@ class Store:
                 raise Changed(f"{where} is there already, or is no longer the file that was opened") from None
             except (obstore.exceptions.BaseError, OSError, ValueError, RuntimeError) as error:
                 reason, passing = _reason(error)
+                if reason.startswith(_REFUSED):
+                    raise Refused(f"{where}: {reason}") from None
                 left = began + self.deadline - time.monotonic()
                 if not passing:
                     raise StoreError(f"{where}: {reason}") from None
@@ -335,6 +341,7 @@ def _profile() -> dict[str, str]:
     )
 
 
+_REFUSED = "the store refuses these credentials"
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([A-Za-z]{3,60})</Code>")
 
@@ -358,7 +365,7 @@ def _reason(error: BaseException) -> tuple[str, bool]:
             False,
         )
     if kind in ("PermissionDeniedError", "UnauthenticatedError") or (status and status[1] in ("401", "403")):
-        return f"the store refuses these credentials{f' ({code[1]})' if code else ''}", False
+        return f"{_REFUSED}{f' ({code[1]})' if code else ''}", False
     if code and code[1] == "NoSuchBucket":
         return "there is no such bucket", False
     if status:

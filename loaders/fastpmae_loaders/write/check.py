@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from fastpmae_loaders.cli.progress import Progress
-from fastpmae_loaders.errors import BetonError
+from fastpmae_loaders.errors import BetonError, UserError
+from fastpmae_loaders.folders import open_beton
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, RAW, Beton
 from fastpmae_loaders.sources.jpeg import turbo_available, turbo_decode
+from fastpmae_loaders.sources.set_index import file_digest
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.write.workers import Failure, WorkerPool
 
 
@@ -19,7 +22,7 @@ from fastpmae_loaders.write.workers import Failure, WorkerPool
 class Checked:
     """What is in a file, and (sample index, reason) of each image that is not as it should be."""
 
-    path: Path
+    path: Path | Address
     samples: int
     bad: list[tuple[int, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -30,13 +33,19 @@ class Checked:
 
 
 def check_beton(
-    path: str | os.PathLike[str], workers: int = 1, timeout: float = 60.0, progress: Progress | None = None
+    path: Beton | str | os.PathLike[str], workers: int = 1, timeout: float = 60.0, progress: Progress | None = None
 ) -> Checked:
-    """Decodes every image of a file, whatever is in it. BetonError when its header or tables are unsound."""
-    beton = Beton(path)
-    checked = Checked(Path(path), len(beton), lines=_describe(beton))
-    progress = progress or Progress()
-    setup = ("fastpmae_loaders.write.check:sample_checker", (str(path),), max(1, min(workers, len(beton))), timeout)
+    """Decodes every image of a file, whatever is in it. BetonError when its header or tables are unsound.
+
+    A file in a store that is not open yet is fetched first, so that a store that fails is no image's damage: UserError
+    says so.
+    """
+    beton, progress = path if isinstance(path, Beton) else open_file(path), progress or Progress()
+    if isinstance(beton.path, Address) and beton is not path:
+        digest_of(beton)
+    checked = Checked(beton.path, len(beton), lines=_describe(beton))
+    named = str(beton.path)
+    setup = ("fastpmae_loaders.write.check:sample_checker", (named,), max(1, min(workers, len(beton))), timeout)
     with WorkerPool(*setup, tell=progress.tell) as pool, progress.count(len(beton), "images"):
         for index, result in pool.in_order(range(len(beton)), group_size=32):
             if isinstance(result, Failure):
@@ -45,9 +54,23 @@ def check_beton(
     return checked
 
 
+def open_file(path: str | os.PathLike[str]) -> Beton:
+    """A single .beton file, here or in a store. UserError for a set."""
+    beton = open_beton(path)
+    if not isinstance(beton, Beton):
+        raise UserError(f"{printable(str(path))} is a set of .beton files: name one of its parts")
+    return beton
+
+
+def digest_of(beton: Beton) -> str:
+    """ "sha256:…" of a file's bytes. UserError where it cannot be read."""
+    digest = getattr(beton, "digest", None)
+    return file_digest(beton.path) if digest is None else digest()
+
+
 def sample_checker(path: str):
     """What a worker process calls for each index: None for a sound sample, UserError otherwise."""
-    beton = Beton(path)
+    beton = open_file(path)
     prefix = f"{beton.path}: "
 
     def check(place: int, index: int) -> None:
@@ -89,5 +112,5 @@ def _describe(beton: Beton) -> list[str]:
     return [
         f"  {labels}; {modes[JPG]:,} JPEG, {modes[RAW]:,} raw{coded}",
         f"  smallest and largest image: {shapes}; median of the longer side {int(np.median(longer))}",
-        f"  {beton.data.size:,} bytes, {int(beton.size.sum()):,} of them images; pages of {beton.page_size:,} bytes",
+        f"  {beton.nbytes:,} bytes, {int(beton.size.sum()):,} of them images; pages of {beton.page_size:,} bytes",
     ]

@@ -16,11 +16,11 @@ from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import say, tell
 from fastpmae_loaders.errors import BetonError, UserError
+from fastpmae_loaders.folders import open_beton
 from fastpmae_loaders.machine import usable_cores
 from fastpmae_loaders.printable import printable, short
-from fastpmae_loaders.sources.beton_set import is_set, open_set
-from fastpmae_loaders.sources.set_index import file_digest
-from fastpmae_loaders.write.check import check_beton
+from fastpmae_loaders.sources.beton_set import BetonSet
+from fastpmae_loaders.write.check import check_beton, digest_of
 from fastpmae_loaders.write.finish import BAD, WrittenSet, finish_set
 from fastpmae_loaders.write.images import ImageSettings
 from fastpmae_loaders.write.jpegs import write_jpegs
@@ -100,7 +100,7 @@ class Command:
     out: Annotated[str | None, Positional, tyro.conf.arg(metavar="OUT.beton")] = None
     """The file to write; with --shards a folder."""
     check: Annotated[str | None, tyro.conf.arg(metavar="F.beton")] = None
-    """Read a .beton file, or a set's folder, back and decode every image in it, instead of writing one."""
+    """Read a .beton file or a set, here or in a store, back and decode every image in it, instead of writing one."""
     to_jpeg: bool = False
     """Write SRC, a .beton of coefficients, as a .beton of JPEGs: the same coefficients and pixels, for any reader."""
     images: Annotated[ImageSettings, tyro.conf.arg(name="")] = field(default_factory=ImageSettings)
@@ -271,8 +271,9 @@ def _check(file: str, options: Writing) -> int:
     count = options.workers if options.workers is not None else min(usable_cores(), MOST_WORKERS)
     check_numbers(count, None, PAGE_SIZE, options.timeout)
     progress = Progress(live=True)
-    if is_set(file):
-        return _check_set(file, count, options.timeout, progress)
+    samples = open_beton(file)
+    if isinstance(samples, BetonSet):
+        return _check_set(samples, count, options.timeout, progress)
     checked = check_beton(file, workers=count, timeout=options.timeout, progress=progress)
     for index, reason in checked.bad:
         say(f"bad: sample {index}: {printable(reason)}")
@@ -283,16 +284,15 @@ def _check(file: str, options: Writing) -> int:
     return 0
 
 
-def _check_set(folder: str, workers: int, timeout: float, progress: Progress) -> int:
+def _check_set(samples: BetonSet, workers: int, timeout: float, progress: Progress) -> int:
     """Every part against the index, its digest too, and every image in it."""
-    samples, wrong = open_set(folder), 0
-    shards = samples.index.shards
+    folder, shards, wrong = str(samples.path), samples.index.shards, 0
     for number, shard in enumerate(shards):
         try:
-            path = samples.part(number).path
-            if file_digest(path) != shard.digest:
-                raise BetonError(f"{path}: its bytes are not those that the index was made for")
-            bad = check_beton(path, workers=workers, timeout=timeout, progress=progress).bad
+            part = samples.part(number)
+            if digest_of(part) != shard.digest:
+                raise BetonError(f"{part.path}: its bytes are not those that the index was made for")
+            bad = check_beton(part, workers=workers, timeout=timeout, progress=progress).bad
         except BetonError as error:
             say(f"bad: {error}")
             wrong += 1

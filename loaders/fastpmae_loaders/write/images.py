@@ -39,7 +39,8 @@ class ImageSettings(Typed):
     proportion: float = 0.5
     """Share of the images that `--mode proportion` stores as JPEGs."""
     seed: int = 0
-    """Decides which images `--mode proportion` stores as JPEGs: drawn by the seed and the place in the source."""
+    """Decides which images `--mode proportion` stores as JPEGs: drawn by the seed and an image's name in the source, so
+    that one file and the parts of a set store an image alike."""
     max_pixels: int = PIXEL_LIMIT
     """Refuse source images of more pixels, or that decode to more than 16 bytes for each of these, as decompression
     bombs."""
@@ -60,11 +61,11 @@ class ImageSettings(Typed):
         if self.white is not None and not 1 <= self.white < 2**32:
             raise UserError(f"--white is {self.white:g}; it must lie between 1 and 2^32, as 4095 of 12 bits")
 
-    def as_jpeg(self, place: int) -> bool:
-        """Whether the image at this place in the source is stored as JPEG."""
+    def as_jpeg(self, name: bytes) -> bool:
+        """Whether the image of this name in the source is stored as JPEG."""
         if self.mode != "proportion":
             return self.mode != "raw"
-        digest = hashlib.blake2b(f"{self.seed}/{place}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(b"%d/%b" % (self.seed, name), digest_size=8).digest()
         return int.from_bytes(digest, "big") < self.proportion * 2**64
 
 
@@ -85,14 +86,14 @@ class StoredImage:
     digest: bytes = b""
 
 
-def store(data: bytes, settings: ImageSettings, place: int = 0) -> StoredImage:
-    """The stored form of an image file's bytes; `place` is its place in the source.
+def store(data: bytes, settings: ImageSettings, name: bytes = b"") -> StoredImage:
+    """The stored form of an image file's bytes; `name` is what it is called in the source (see `name_in`).
 
     Raises ImageError with the reason when the bytes are no sound picture within the limits.
     """
     if not data:
         raise ImageError("the file is empty")
-    as_jpeg = settings.as_jpeg(place)
+    as_jpeg = settings.as_jpeg(name)
     with warnings.catch_warnings(record=True) as complaints:
         warnings.simplefilter("always")
         image, orientation = _load(data, settings.max_pixels)

@@ -147,7 +147,7 @@ def _written(part: Part, out: str, settings: PartSettings, workers: int) -> Mani
         manifest = done_already(part, target, settings.force)
         if manifest is not None:
             return manifest
-        with worker_pool(settings, workers, _nowhere) as pool:
+        with worker_pool(settings, part, workers, _nowhere) as pool:
             return write_part(part, target, settings, pool, Progress())
     except BadImages as bad:
         return bad.bad

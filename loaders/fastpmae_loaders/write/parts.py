@@ -44,9 +44,9 @@ class _NoImages(Exception):
     """A part comes out empty. Never leaves this module."""
 
 
-def hashing_converter(settings: ImageSettings) -> Callable[[int, Item], StoredImage]:
+def hashing_converter(settings: ImageSettings, base: str = "") -> Callable[[int, Item], StoredImage]:
     """What a worker process calls for each item: as `converter`, and the hash of what is stored."""
-    converted = converter(settings)
+    converted = converter(settings, base)
 
     def hashed(place: int, item: Item) -> StoredImage:
         stored = converted(place, item)
@@ -55,11 +55,13 @@ def hashing_converter(settings: ImageSettings) -> Callable[[int, Item], StoredIm
     return hashed
 
 
-def worker_pool(settings: PartSettings, workers: int, tell: Callable[[str], None]) -> WorkerPool:
-    """The processes that convert the images of any number of parts: an image that kills its process costs itself."""
+def worker_pool(settings: PartSettings, part: Part, workers: int, tell: Callable[[str], None]) -> WorkerPool:
+    """The processes that convert the images of any number of parts like this one: an image that kills its process costs
+    itself.
+    """
     prepare_judge(settings.images)
     task = "fastpmae_loaders.write.parts:hashing_converter"
-    return WorkerPool(task, (settings.images,), workers, settings.timeout, tell=tell)
+    return WorkerPool(task, (settings.images, f"{part.source.base}/"), workers, settings.timeout, tell=tell)
 
 
 def done_already(part: Part, target: Target, force: bool) -> Manifest | None:

@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from fastpmae_loaders.write.images import ImageSettings
 from fastpmae_loaders.write.shards import check_shards, shard_ranges
@@ -23,6 +22,7 @@ from fastpmae_loaders.write.sources import (
     list_files,
     list_found,
     look_into,
+    name_in,
     spread,
 )
 
@@ -164,9 +164,4 @@ def _entries(found: Found, whole: Listing | None) -> Iterable[bytes]:
         return
     base = f"{found.base}/"
     for item in whole.items:
-        yield b"\0".join((os.fsencode(item.path.removeprefix(base)), _where(item), b"%d" % item.label))
-
-
-def _where(item: Item) -> bytes:
-    values: tuple[Any, ...] = () if item.kind == "bad" else item.where
-    return repr(values).encode("utf-8", "backslashreplace")
+        yield b"%b\0%d" % (name_in(base, item), item.label)

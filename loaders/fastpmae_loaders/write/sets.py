@@ -112,7 +112,7 @@ def _write_here(
         for part in parts:
             manifest = done_already(part, target, settings.force)
             if manifest is None:
-                pool = pool or worker_pool(settings, workers, progress.tell)
+                pool = pool or worker_pool(settings, part, workers, progress.tell)
                 try:
                     manifest = write_part(part, target, settings, pool, progress)
                 except BadImages as bad:

@@ -30,6 +30,7 @@ __all__ = [
     "list_files",
     "list_found",
     "look_into",
+    "name_in",
     "nothing_in",
     "read_item",
     "spread",
@@ -190,6 +191,12 @@ def spread(listing: Listing, limit: int | None) -> None:
     if limit is not None and limit < len(listing.items):
         every = len(listing.items) / limit
         listing.items = [listing.items[int((place + 0.5) * every)] for place in range(limit)]
+
+
+def name_in(base: str, item: Item) -> bytes:
+    """What an image is called in a source whose files lie below `base`, which ends in "/", wherever that is."""
+    where = () if item.kind == "bad" else item.where
+    return os.fsencode(item.path.removeprefix(base)) + b"\0" + repr(where).encode("utf-8", "backslashreplace")
 
 
 def read_item(item: Item) -> bytes:

@@ -18,7 +18,16 @@ from fastpmae_loaders.stores.address import Address, place_of
 from fastpmae_loaders.values import NAME_MAX, checked, local_path
 from fastpmae_loaders.write.images import ImageSettings, StoredImage, prepare_judge, store
 from fastpmae_loaders.write.pages import LARGEST_PAGE, PageWriter
-from fastpmae_loaders.write.sources import Item, Listing, SourceSettings, list_found, look_into, read_item, spread
+from fastpmae_loaders.write.sources import (
+    Item,
+    Listing,
+    SourceSettings,
+    list_found,
+    look_into,
+    name_in,
+    read_item,
+    spread,
+)
 from fastpmae_loaders.write.store_target import StoreTarget
 from fastpmae_loaders.write.table_reader import confine
 from fastpmae_loaders.write.workers import Failure, WorkerPool
@@ -103,7 +112,7 @@ def write_beton(
     listed = list_found(found)
     spread(listed, limit)
     prepare_judge(images)
-    setup = ("fastpmae_loaders.write.write:converter", (images,), count, timeout)
+    setup = ("fastpmae_loaders.write.write:converter", (images, f"{found.base}/"), count, timeout)
     with found.present({item.path for item in listed.items if item.kind != "bad"}):
         if isinstance(place, Path):
             return write_listed(listed, source, place, setup, skip_bad, force, page_size, progress)
@@ -186,15 +195,15 @@ def told_dark(dark: list[tuple[str, int]]) -> str:
     )
 
 
-def converter(settings: ImageSettings):
-    """What a worker process calls for each item: read it, make it what is stored."""
+def converter(settings: ImageSettings, base: str = ""):
+    """What a worker process calls for each item: read it, make it what is stored. `base` is as of `name_in`."""
     Image.MAX_IMAGE_PIXELS = None  # ours is asked in its place, before anything is decoded
     prepare_judge(settings)
 
     def converted(place: int, item: Item) -> StoredImage:
         if item.kind in ("parquet", "arrow"):
             confine(item.path, settings.max_pixels)
-        return store(read_item(item), settings, place)
+        return store(read_item(item), settings, name_in(base, item))
 
     return converted
 

@@ -162,6 +162,16 @@ def test_damage_anywhere_is_an_index_or_a_sentence():
     assert all(map(str.isprintable, refused))
 
 
+@pytest.mark.parametrize(("most", "dtype"), [(84, np.uint8), (300, np.uint16), (70_000, np.uint32)])
+def test_a_page_takes_as_many_bytes_as_its_images_need(most: int, dtype: type):
+    counts = [most, 1, most]
+    shard = Shard("a.beton", sum(counts), 1 << 30, 1 << 23, 5, 5, "sha256:" + 64 * "0", counts)
+    (read,) = read_index(SetIndex((shard,)).to_json().encode()).shards
+    for kept in (shard, read):
+        assert np.asarray(kept.pages).dtype == dtype
+        assert np.asarray(kept.pages).tolist() == counts
+
+
 def test_a_file_that_is_missing_or_a_folder(tmp_path: Path):
     for path in (tmp_path / "index.json", tmp_path):
         with pytest.raises(BetonError, match="cannot be read"):

@@ -270,15 +270,15 @@ def test_a_jpeg_that_only_pillow_finds_sound_is_encoded_anew() -> None:
     assert np.array_equal(raw(damaged), np.asarray(Image.open(io.BytesIO(damaged))))
 
 
-def test_proportion_is_drawn_by_seed_and_place() -> None:
+def test_proportion_is_drawn_by_seed_and_name() -> None:
     half = ImageSettings(mode="proportion", proportion=0.3, seed=5)
-    drawn = [half.as_jpeg(place) for place in range(4000)]
+    drawn = [half.as_jpeg(b"%d.jpg" % number) for number in range(4000)]
     assert 0.27 < np.mean(drawn) < 0.33
-    assert drawn == [half.as_jpeg(place) for place in range(4000)]
+    assert drawn == [half.as_jpeg(b"%d.jpg" % number) for number in range(4000)]
     other = ImageSettings(mode="proportion", proportion=0.3, seed=6)
-    assert drawn != [other.as_jpeg(place) for place in range(4000)]
-    assert all(ImageSettings(mode="proportion", proportion=1.0).as_jpeg(place) for place in range(99))
-    assert not any(ImageSettings(mode="proportion", proportion=0.0).as_jpeg(place) for place in range(99))
+    assert drawn != [other.as_jpeg(b"%d.jpg" % number) for number in range(4000)]
+    assert all(ImageSettings(mode="proportion", proportion=1.0).as_jpeg(b"%d.jpg" % number) for number in range(99))
+    assert not any(ImageSettings(mode="proportion", proportion=0.0).as_jpeg(b"%d.jpg" % number) for number in range(99))
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,25 @@ def test_a_set_holds_what_one_file_holds(tree: Path, whole: Path, tmp_path: Path
         assert (shard.bytes, shard.digest) == (len(content), f"sha256:{hashlib.sha256(content).hexdigest()}")
 
 
+def test_each_image_is_stored_alike_in_one_file_and_in_parts(tree: Path, tmp_path: Path) -> None:
+    """--mode proportion draws by an image's name: also where a part knows nothing of the images before its own."""
+    for name, source in (("folder", tree), ("tar", shards(tmp_path / "tars", [3, 9, 1, 6]))):
+        drawn = {"mode": "proportion", "proportion": 0.4, "seed": 3, "workers": 1}
+        write_beton(source, tmp_path / f"{name}.beton", **drawn)
+        one = Beton(tmp_path / f"{name}.beton").mode.tolist()
+        assert set(one) == {0, 1}
+        for parts in (2, 5):
+            out = tmp_path / f"{name}-{parts}"
+            write_set(source, out, parts, **drawn)
+            stored = [Beton(out / shard.name) for shard in read_index(out / "index.json").shards]
+            assert [mode for part in stored for mode in part.mode.tolist()] == one
+    # wherever the source lies, and whatever part of it is taken
+    shutil.copytree(tree, tmp_path / "elsewhere")
+    write_beton(tmp_path / "elsewhere", tmp_path / "again.beton", **drawn, limit=7)
+    some = Beton(tmp_path / "again.beton").mode.tolist()
+    assert some == [Beton(tmp_path / "folder.beton").mode.tolist()[int((place + 0.5) * 3)] for place in range(7)]
+
+
 def test_three_processes_and_a_finish_write_the_same_bytes(tree: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     running = [
@@ -196,11 +215,11 @@ def test_an_image_that_ends_its_process_costs_itself(
     """A worker's decoder that dies at one image: as one that crashes, or takes all memory."""
     monkeypatch.setattr(
         "fastpmae_loaders.write.parts.worker_pool",
-        lambda settings, workers, tell: _pool("tests.programs.deadly_converter:deadly", settings, workers, tell),
+        lambda settings, part, workers, tell: _pool("tests.programs.deadly_converter:deadly", settings, workers, tell),
     )
     monkeypatch.setattr(
         "fastpmae_loaders.write.sets.worker_pool",
-        lambda settings, workers, tell: _pool("tests.programs.deadly_converter:deadly", settings, workers, tell),
+        lambda settings, part, workers, tell: _pool("tests.programs.deadly_converter:deadly", settings, workers, tell),
     )
     written = write_set(tree, tmp_path / "set", 4, workers=1, skip_bad=True)
     assert written is not None

@@ -1,9 +1,7 @@
 """Sources and targets in a store: the bytes of the local ones, exactly once, and what cannot be is refused."""
 
-import itertools
 import json
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,30 +13,7 @@ from fastpmae_loaders.write.finish import finish_set
 from fastpmae_loaders.write.sets import write_set
 from fastpmae_loaders.write.write import write_beton
 from tests.made import write_tree
-from tests.stores import BUCKET, Server, s3_server, told
-
-_numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
-        yield server
-
-
-@pytest.fixture
-def place(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
-    """An empty folder of the server's; this machine's own folders are the test's."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    with told(s3):
-        yield parse_address(f"s3://{BUCKET}/test-{next(_numbers)}")
-
-
-def put_folder(folder: Path, address: Address) -> None:
-    store = Store(address)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            store.put(f"{address.key}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+from tests.stores import BUCKET, put_folder
 
 
 def contents(address: Address) -> dict[str, bytes]:
