@@ -14,6 +14,7 @@ from fastpmae_loaders.cli.process import begin
 if TYPE_CHECKING:
     from fastpmae.config import Config
     from fastpmae.config_file import read_config
+    from fastpmae.evaluate.dense.loading import load_detector, load_segmenter
     from fastpmae.evaluate.features import embed_images, load_encoder
     from fastpmae.evaluate.knn import knn_accuracy
     from fastpmae.export.export import export_encoder
@@ -33,6 +34,8 @@ _HOMES = {
     "read_config": "fastpmae.config_file",
     "embed_images": "fastpmae.evaluate.features",
     "load_encoder": "fastpmae.evaluate.features",
+    "load_detector": "fastpmae.evaluate.dense.loading",
+    "load_segmenter": "fastpmae.evaluate.dense.loading",
     "RunError": "fastpmae_loaders.errors",
     "UserError": "fastpmae_loaders.errors",
     "export_encoder": "fastpmae.export.export",
@@ -53,6 +56,8 @@ __all__ = [  # noqa: RUF022
     "finish_set",
     "knn_accuracy",
     "load_encoder",
+    "load_detector",
+    "load_segmenter",
     "preset",
     "read_config",
     "pretrain",

@@ -17,9 +17,10 @@ import docstring_parser
 import tyro
 
 from fastpmae.config import Config
-from fastpmae.evaluate.cli import Common, Finetune, Knn, Linear, Lowshot, Patches, Probe
-from fastpmae.evaluate.dense.arguments import DenseCommon, Detect, Segment
-from fastpmae.evaluate.dense.recipe import DETECT_PRESETS, SEGMENT_PRESETS, DenseConfig, DetectConfig, SegmentConfig
+from fastpmae.evaluate.arguments import Training
+from fastpmae.evaluate.cli import Finetune, Knn, LabelledCommon, Linear, Lowshot, Patches, Probe
+from fastpmae.evaluate.dense.arguments import DenseCommon, Detect, Predict, Segment
+from fastpmae.evaluate.dense.recipe import DETECT_PRESETS, SEGMENT_PRESETS, DetectConfig, SegmentConfig
 from fastpmae.evaluate.features import embed_command
 from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.export.export import export_command
@@ -44,7 +45,7 @@ def settings() -> str:
 
 def evaluation() -> str:
     """One table for the flags that every evaluation has, for each subcommand's own, and for fine-tuning's settings."""
-    lines = ["**every subcommand**", "", *_table(Common), ""]
+    lines = ["**every subcommand**", "", *_table(LabelledCommon), ""]
     for name, kind in (
         ("knn", Knn), ("linear", Linear), ("lowshot", Lowshot), ("probe", Probe), ("finetune", Finetune)
     ):  # fmt: skip
@@ -60,26 +61,21 @@ def evaluation() -> str:
 
 def dense() -> str:
     """The same for dense tasks, with the values of the presets of the paper."""
-    paper = SEGMENT_PRESETS["paper"]
-    both, own = _table(DenseConfig, paper), _table(SegmentConfig, paper)
     tables = [
         ("**data and network**", _table(DenseCommon)),
         (f"**patches**: {Patches.__doc__}", _table(Patches)),
         (f"**segment**: {Segment.__doc__}", _table(Segment)),
-        ("**segment**, with the values of `--preset paper`", [*both, *own[len(HEAD) :]]),
-    ]
-    paper = DETECT_PRESETS["paper"]
-    both, own = _table(DenseConfig, paper), _table(DetectConfig, paper)
-    tables += [
+        ("**segment**, with the values of `--preset paper`", _table(SegmentConfig, SEGMENT_PRESETS["paper"])),
         (f"**detect**: {Detect.__doc__}", _table(Detect)),
-        ("**detect**, with the values of `--preset paper`", [*both, *own[len(HEAD) :]]),
+        ("**detect**, with the values of `--preset paper`", _table(DetectConfig, DETECT_PRESETS["paper"])),
+        (f"**predict**: {Predict.__doc__}", _table(Predict)),
     ]
     return "\n".join(line for title, table in tables for line in (title, "", *table, ""))
 
 
 def flags(*kinds: Any) -> str:
     """One table for the flags of some dataclasses and functions."""
-    rows = [row for kind in kinds for row in (_table if isinstance(kind, type) else _table_of_function)(kind)[2:]]
+    rows = [row for kind in kinds for row in (_own_table if isinstance(kind, type) else _table_of_function)(kind)[2:]]
     return "\n".join([*HEAD, *rows, ""])
 
 
@@ -91,12 +87,20 @@ def _table(kind: type, values: Any = None) -> list[str]:
     lines, hints, texts = [*HEAD], get_type_hints(kind, include_extras=True), _help_texts(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        inherited = field.name not in kind.__annotations__
-        if inherited or _is_positional(hint) or any(map(dataclasses.is_dataclass, _alternatives(hint))):
+        if Training in _alternatives(hint):
+            lines += _table(Training)[len(HEAD) :]
+            continue
+        if _is_positional(hint) or any(map(dataclasses.is_dataclass, _alternatives(hint))):
             continue
         value = field.default if values is None else getattr(values, field.name)
         lines.append(_row(field.name, hint, value, texts[field.name]))
     return lines
+
+
+def _own_table(kind: type) -> list[str]:
+    """The same without what a dataclass has of others, which have tables of their own."""
+    own = {f"| `--{name.replace('_', '-')}` |" for name in kind.__annotations__}
+    return [row for row in _table(kind) if row in HEAD or any(map(row.startswith, own))]
 
 
 def _table_of_function(function: Callable[..., Any]) -> list[str]:
@@ -170,7 +174,14 @@ def rewritten() -> dict[Path, str]:
 
 
 def _help_texts(kind: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass."""
+    """The docstring under each field of a dataclass, the nearest where classes above it have the field too."""
+    texts: dict[str, str] = {}
+    for above in reversed(kind.__mro__[:-1]):
+        texts |= _own_texts(above)
+    return texts
+
+
+def _own_texts(kind: type) -> dict[str, str]:
     texts = {}
     for node in ast.parse(inspect.getsource(sys.modules[kind.__module__])).body:
         if isinstance(node, ast.ClassDef) and node.name == kind.__name__:

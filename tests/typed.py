@@ -31,8 +31,9 @@ COMPILERS = {"compiled", "helper", "intrinsic", "jit", "kernel", "overload", "pi
 PACKAGES = {"fastpmae", "fastpmae_kernels", "fastpmae_loaders"}
 # tyro's mark of what a command line has yet to give stands in its fields
 UNFINISHED = {
-    ("fastpmae.evaluate.cli", "Common.__init__"),
+    ("fastpmae.evaluate.cli", "LabelledCommon.__init__"),
     ("fastpmae.evaluate.dense.arguments", "DenseCommon.__init__"),
+    ("fastpmae.evaluate.dense.arguments", "Predict.__init__"),
 }
 
 # beartype picks the item of a list that it looks at by Python's own generator, whose state our checkpoints keep

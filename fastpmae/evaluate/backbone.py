@@ -344,7 +344,9 @@ def _of_timm(name: str, image_size: int) -> Backbone:
     def build(classes: int = 0, pool: Pool = "class", drop_path: float = 0.0) -> nn.Module:
         more: dict[str, Any] = {"img_size": image_size} if image_size else {}
         if classes:
-            more |= {"global_pool": "avg" if pool == "mean" else "token", "drop_path_rate": drop_path}
+            more["global_pool"] = "avg" if pool == "mean" else "token"
+        if classes or drop_path:
+            more["drop_path_rate"] = drop_path
         model = timm.create_model(name, pretrained=True, num_classes=classes, **more)
         if classes:
             start_head(model)

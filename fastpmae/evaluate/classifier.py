@@ -17,6 +17,7 @@ from fastpmae.evaluate.augment import START, drawn_from
 from fastpmae.evaluate.backbone import features
 from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.recipe import FinetuneConfig
+from fastpmae.evaluate.vit_arguments import timm_arguments_of
 from fastpmae.weights.tensor_file import save_tensors
 from fastpmae_loaders.files import atomic_write
 
@@ -129,34 +130,3 @@ def write_classifier(setting: Setting, model: nn.Module, config: FinetuneConfig)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(setting.folder / "classifier.safetensors") as beside:
         save_tensors(tensors, beside, header)
-
-
-def timm_arguments_of(model: VisionTransformer) -> dict[str, Any]:
-    """What `timm.create_model` needs to build a ViT of these sizes with its classifier."""
-    vit: Any = model
-    # What timm made by a name may have parts that no size tells (another activation, a norm before the blocks).
-    made = getattr(vit, "pretrained_cfg", None) or {}
-    parts: dict[str, Any] = {}
-    if not isinstance(vit.blocks[0].ls1, nn.Identity):
-        parts["init_values"] = 1e-5  # that there is a LayerScale; its values are among the weights
-    if not isinstance(vit.blocks[0].attn.q_norm, nn.Identity):
-        parts["qk_norm"] = True
-    if vit.no_embed_class:
-        parts["no_embed_class"] = True
-    if vit.num_reg_tokens:
-        parts["reg_tokens"] = vit.num_reg_tokens
-    if not vit.has_class_token:
-        parts["class_token"] = False
-    return {
-        "model_name": made.get("architecture") or "vit_base_patch16_224",
-        "img_size": vit.patch_embed.img_size[0],
-        "patch_size": vit.patch_embed.patch_size[0],
-        "embed_dim": vit.embed_dim,
-        "depth": len(vit.blocks),
-        "num_heads": vit.blocks[0].attn.num_heads,
-        "mlp_ratio": vit.blocks[0].mlp.fc1.out_features / vit.embed_dim,
-        "global_pool": vit.global_pool,
-        "fc_norm": isinstance(vit.fc_norm, nn.LayerNorm),
-        "num_classes": vit.num_classes,
-        **parts,
-    }

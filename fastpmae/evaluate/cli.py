@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from fastpmae.evaluate.backbone import Which
+from fastpmae.evaluate.arguments import UNTOUCHED, Common, Training
 from fastpmae.evaluate.datasets import Engine
-from fastpmae.evaluate.dense.arguments import DenseCommon, Detect, Patches, Segment
+from fastpmae.evaluate.dense.arguments import DenseCommon, Detect, Patches, Predict, Segment
 from fastpmae.evaluate.dense.recipe import detect_preset, segment_preset
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.linear import RATES
@@ -23,42 +23,29 @@ NEIGHBOURS = (10, 20)
 
 
 @dataclass(frozen=True)
-class Common:
-    """What every evaluation is told."""
+class LabelledCommon(Common):
+    """What every evaluation on labelled images is told."""
 
-    weights: Annotated[str, tyro.conf.Positional]
-    """A run folder or checkpoint of ours, the folder of a fine-tuning or an export, a safetensors file, a .pth of MAE,
-    SdAE, DINO, iBOT, MoCo v3, BEiT and many others, or timm:NAME for a model that timm fetches."""
     train: Path
     """Labelled images to train on: a .beton file, a folder of images, or tar shards. A folder with a train and a val
     folder in it holds both sets."""
     val: Path | None = None
     """Labelled images to test on; by default those of a val folder in --train."""
-    network: Which = "auto"
-    """Whose encoder, where the file holds several; auto takes our student, and of others what they evaluate."""
-    out: Path | None = None
-    """Folder for the result; by default `eval` in the run's folder, and NAME-eval beside a file."""
     image_size: int = 0
     """Side of the images in pixels, with positions interpolated; 0 takes the network's own."""
     crop_ratio: float = 0.875
     """The shorter side is resized to the image size over this ratio, rounded down, and the centre cut out."""
-    heads: int = 0
-    """Attention heads, where the weights do not tell and the width is unusual."""
     engine: Engine = "auto"
     """What decodes the images: auto, native (.beton only), ffcv (.beton only), dali or torch."""
     feature_batch: int = 64
     """Images at a time through a frozen network, and in every test."""
-    workers: int = 0
-    """Loader threads; 0 takes all cores that may be used."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
 
 
 @dataclass(frozen=True)
 class Knn:
     """k nearest neighbours by cosine, each voting with exp(similarity / temperature), as DINO does."""
 
-    common: Annotated[Common, tyro.conf.arg(name="")]
+    common: Annotated[LabelledCommon, tyro.conf.arg(name="")]
     k: tuple[int, ...] = NEIGHBOURS
     """How many neighbours vote; each is tried. Without this flag only as many as there are images."""
     temperature: float = 0.07
@@ -71,7 +58,7 @@ class Knn:
 class Linear:
     """A linear classifier of frozen features, computed once: a sweep of learning rates, or logistic regression."""
 
-    common: Annotated[Common, tyro.conf.arg(name="")]
+    common: Annotated[LabelledCommon, tyro.conf.arg(name="")]
     method: Literal["sgd", "adamw", "logistic"] = "sgd"
     """How the classifier is trained; logistic solves the regression with an L2 penalty instead."""
     rates: tuple[float, ...] = RATES
@@ -97,46 +84,28 @@ class Linear:
 class Probe:
     """MAE's linear probe: random crops, a BatchNorm without parameters, LARS; the network stays frozen."""
 
-    common: Annotated[Common, tyro.conf.arg(name="")]
+    common: Annotated[LabelledCommon, tyro.conf.arg(name="")]
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = PROBE
-    resume: bool = False
-    """Resume the training in --out."""
-    steps: int | None = None
-    """Stop after so many optimizer steps in all; changes no schedule."""
-    deterministic: bool = False
-    """Compute the same bits each time on a GPU too, somewhat slower."""
-    tensorboard: bool = True
-    """Write TensorBoard events."""
-    wandb: bool = False
-    """Log to Weights & Biases too, where it is installed."""
+    training: Annotated[Training, tyro.conf.arg(name="")] = UNTOUCHED
 
 
 @dataclass(frozen=True)
 class Finetune:
     """The whole network with a classifier, by a preset whose settings are flags."""
 
-    common: Annotated[Common, tyro.conf.arg(name="")]
+    common: Annotated[LabelledCommon, tyro.conf.arg(name="")]
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
     preset: str = "paper"
     """Settings to start from: paper (section 4.1), paper-a and paper-a-large (appendix A), small and small-1000 (small
     data sets), or deit."""
-    resume: bool = False
-    """Resume the training in --out."""
-    steps: int | None = None
-    """Stop after so many optimizer steps in all; changes no schedule."""
-    deterministic: bool = False
-    """Compute the same bits each time on a GPU too, somewhat slower."""
-    tensorboard: bool = True
-    """Write TensorBoard events."""
-    wandb: bool = False
-    """Log to Weights & Biases too, where it is installed."""
+    training: Annotated[Training, tyro.conf.arg(name="")] = UNTOUCHED
 
 
 @dataclass(frozen=True)
 class Lowshot:
     """Logistic regression and k-NN on frozen features with few labels, drawn class by class."""
 
-    common: Annotated[Common, tyro.conf.arg(name="")]
+    common: Annotated[LabelledCommon, tyro.conf.arg(name="")]
     shares: tuple[float, ...] = (0.01, 0.1)
     """Shares of the labels to draw, each evaluated on its own."""
     draws: int = 3
@@ -149,7 +118,7 @@ class Lowshot:
     """Seed of the first draw; the others take the seeds after it."""
 
 
-Command = Knn | Linear | Probe | Lowshot | Finetune | Patches | Segment | Detect
+Command = Knn | Linear | Probe | Lowshot | Finetune | Patches | Segment | Detect | Predict
 
 DESCRIPTION = """Evaluate the features of a network. Prints top-1 and top-5, or mIoU, and writes a JSON result, a row
 for each class and the confusion matrix beside the checkpoint.
@@ -171,7 +140,7 @@ def read_command(arguments: Sequence[str]) -> Command:
 
     config = finetune_preset(preset("finetune")).using(**(rate if "finetune" in words[:1] else {}))
     probe = PROBE.using(**(rate if "probe" in words[:1] else {}))
-    unknown = Common(weights=tyro.MISSING, train=tyro.MISSING)
+    unknown = LabelledCommon(weights=tyro.MISSING, train=tyro.MISSING)
     dense = DenseCommon(weights=tyro.MISSING, train=tyro.MISSING)
     defaults: dict[str, Command] = {
         "knn": Knn(unknown),
@@ -182,6 +151,7 @@ def read_command(arguments: Sequence[str]) -> Command:
         "patches": Patches(dense),
         "segment": Segment(dense, segment_preset(preset("segment"))),
         "detect": Detect(dense, detect_preset(preset("detect"))),
+        "predict": Predict(weights=tyro.MISSING, images=tyro.MISSING, out=tyro.MISSING),
     }
     kinds = tuple(
         Annotated[type(default), tyro.conf.subcommand(name, default=default)] for name, default in defaults.items()

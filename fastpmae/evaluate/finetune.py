@@ -18,12 +18,12 @@ from fastpmae.distributed.ranks import Ranks, to_device
 from fastpmae.evaluate.augment import Mixing, RandAugment, take_over_drop_path
 from fastpmae.evaluate.classifier import Probe, make_classifier, make_optimizer, make_schedule, write_classifier
 from fastpmae.evaluate.datasets import engine_for, half
-from fastpmae.evaluate.finetune_state import Setting, recorded_setting, take_up
+from fastpmae.evaluate.finetune_state import Setting, begin, recorded_setting, take_up
 from fastpmae.evaluate.finetune_step import ClassifierTraining, batches_of_epoch, make_loader, train_step
 from fastpmae.evaluate.metrics import Scores, rank
 from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.run.folder import lock_folder
-from fastpmae.run.log import About, Log
+from fastpmae.run.log import About
 from fastpmae.run.session import Session, open_session
 from fastpmae.run.signals import Stop
 from fastpmae_loaders import PlainViews
@@ -153,17 +153,10 @@ def set_up(
         str(setting.train.samples.path), config.batch_size, config.epochs, record, setting.tensorboard, setting.wandb,
         progress.tell,
     )  # fmt: skip
-    session.begin(
-        setting.folder,
-        # The row of an epoch that is still to be tested may be there, of a training that was killed after it.
-        Log(setting.folder, about, step - training.lacks_row(step), last, is_main=ranks.is_main),
-        step=step,
-        last_step=last,
-        keep=1,
-        save_every=config.save_every,
-        saved_step=step or None,
-        sentences=[f"{complaint}; continuing after step {step}" for complaint in complaints],
-    )
+    begin(
+        session, setting.folder, about, step=step, last_step=last, lacks_row=training.lacks_row(step),
+        save_every=config.save_every, complaints=complaints,
+    )  # fmt: skip
     return training
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.renamed import refuse_old_classifier
 from fastpmae.run.checkpoint import Checkpoint, CheckpointError, digest, newest_checkpoint, require
 from fastpmae.run.init_weights import TUNED, few
-from fastpmae.run.log import read_rows
+from fastpmae.run.log import About, Log, read_rows
+from fastpmae.run.session import Session
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.values import Typed
 
@@ -91,18 +93,9 @@ def take_up(
     Returns the steps that are done, the sum and number of losses since the last row, and a sentence for each damaged
     checkpoint that was passed over.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
-    checkpoint, complaints = newest_checkpoint(setting.folder)
-    if checkpoint is None and not complaints:
-        check_no_others_files(setting.folder, {"epoch", "lr", "loss"}, "classifier's")
-    if not resume:
-        if checkpoint is not None or complaints:
-            raise UserError(f"{setting.folder} already holds a training: add --resume to continue it")
-        return 0, sums, []
+    checkpoint, complaints = found_checkpoint(setting.folder, resume, {"epoch", "lr", "loss"}, "classifier's")
     if checkpoint is None:
-        if complaints:
-            raise UserError("; ".join(complaints))
-        return 0, sums, []
+        return 0, torch.zeros(2, dtype=torch.float64), []
     before, progress = checkpoint.progress["config"], checkpoint.progress
     refuse_old_classifier(before, str(checkpoint.path))
     recorded = [before.get(part, {}) for part in ("finetune", "backbone")]
@@ -121,6 +114,56 @@ def take_up(
         raise CheckpointError(f"{checkpoint.path} stands after a step that this training does not have")
     _scatter(checkpoint, config, model, optimizer, ema)
     return progress["step"], torch.tensor(losses, dtype=torch.float64), complaints
+
+
+def found_checkpoint(folder: Path, resume: bool, columns: set[str], whose: str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest sound checkpoint of a folder, where a training goes on there, and a sentence for each damaged one.
+
+    Args:
+        columns, whose: see `check_no_others_files`.
+
+    Raises:
+        UserError: where all are damaged, there are others' files, or there is a training and `resume` is not given.
+    """
+    checkpoint, complaints = newest_checkpoint(folder)
+    if checkpoint is None and not complaints:
+        check_no_others_files(folder, columns, whose)
+    elif not resume:
+        raise UserError(f"{folder} already holds a training: add --resume to continue it")
+    elif checkpoint is None:
+        raise UserError("; ".join(complaints))
+    return checkpoint, complaints
+
+
+def begin(
+    session: Session,
+    folder: Path,
+    about: About,
+    *,
+    step: int,
+    last_step: int,
+    lacks_row: bool,
+    save_every: float,
+    complaints: Sequence[str],
+) -> None:
+    """Start a session of a training that goes on after a step, or begins with the first one.
+
+    Args:
+        lacks_row: whether the row of that step is still to be tested and written. It may be there all the same, of a
+            training that was killed after it.
+        save_every: minutes between two checkpoints.
+        complaints: about damaged checkpoints that were passed over.
+    """
+    session.begin(
+        folder,
+        Log(folder, about, step - lacks_row, last_step, is_main=session.ranks.is_main),
+        step=step,
+        last_step=last_step,
+        keep=1,
+        save_every=save_every,
+        saved_step=step or None,
+        sentences=[f"{complaint}; continuing after step {step}" for complaint in complaints],
+    )
 
 
 def are_numbers(losses: Any) -> bool:

@@ -14,9 +14,9 @@ from fastpmae.evaluate.backbone import find_backbone
 from fastpmae.evaluate.cli import (
     NEIGHBOURS,
     Command,
-    Common,
     Finetune,
     Knn,
+    LabelledCommon,
     Linear,
     Lowshot,
     Patches,
@@ -24,9 +24,10 @@ from fastpmae.evaluate.cli import (
     read_command,
 )
 from fastpmae.evaluate.datasets import Labelled, extract, needed, open_labelled
-from fastpmae.evaluate.dense.arguments import Detect, Segment
+from fastpmae.evaluate.dense.arguments import Detect, Predict, Segment
 from fastpmae.evaluate.dense.commands import run_detect, run_segment
 from fastpmae.evaluate.dense.patches import run_patches
+from fastpmae.evaluate.dense.predictions import run_predict
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
@@ -46,7 +47,7 @@ from fastpmae_loaders.values import local_path
 class Evaluation:
     """Network, images and folder of one command, found before anything is computed; the first rank speaks."""
 
-    def __init__(self, common: Common, ranks: Ranks):
+    def __init__(self, common: LabelledCommon, ranks: Ranks):
         self.common = common
         self.began = time.monotonic()
         if common.out is not None:
@@ -235,7 +236,7 @@ def run_lowshot(command: Lowshot, ranks: Ranks) -> None:
 
 def run_training(command: Probe | Finetune, ranks: Ranks) -> None:
     """`fastpmae-eval probe` and `finetune`."""
-    common = command.common
+    common, training = command.common, command.training
     evaluation = Evaluation(common, ranks)
     tune_allocator(evaluation.device)
     name = "probe" if isinstance(command, Probe) else "finetune"
@@ -253,12 +254,12 @@ def run_training(command: Probe | Finetune, ranks: Ranks) -> None:
         common.crop_ratio,
         common.feature_batch,
         frozen=isinstance(command, Probe),
-        deterministic=command.deterministic,
-        tensorboard=command.tensorboard,
-        wandb=command.wandb,
+        deterministic=training.deterministic,
+        tensorboard=training.tensorboard,
+        wandb=training.wandb,
     )
     scores = train_classifier(
-        setting, command.config, resume=command.resume, steps=command.steps, progress=evaluation.progress, ranks=ranks
+        setting, command.config, resume=training.resume, steps=training.steps, progress=evaluation.progress, ranks=ranks
     )
     # As it was carried out: of few images a probe takes fewer in a step.
     config = command.config.fitted(len(evaluation.train.labels), ranks.size) if setting.frozen else command.config
@@ -272,7 +273,8 @@ def run_command(command: Command) -> None:
     Raises:
         UserError: for what does not fit.
     """
-    with join_ranks(command.common.device) as ranks:
+    device = command.device if isinstance(command, Predict) else command.common.device
+    with join_ranks(device) as ranks:
         if ranks.size > 1 and not isinstance(command, Probe | Finetune | Segment | Detect):
             name = type(command).__name__.lower()
             raise UserError(f"fastpmae-eval {name} is computed by one process: start it without torchrun")
@@ -291,6 +293,8 @@ def run_command(command: Command) -> None:
                 run_segment(command, ranks)
             case Detect():
                 run_detect(command, ranks)
+            case Predict():
+                run_predict(command)
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from fastpmae.evaluate.features import Network
-from fastpmae.export.model_card import loading_lines, model_card, portable
+from fastpmae.export.model_card import loading_lines, model_card, portable, without_folders
 from fastpmae.export.network import Export, at_size, read_export
 from fastpmae.export.transformers import image_config, model_config, transformers_names
 from fastpmae.weights.tensor_file import save_tensors
@@ -41,11 +41,13 @@ def export_encoder(
     """Write an encoder to a .safetensors file, or to a folder with settings and a model card.
 
     Args:
-        checkpoint: a checkpoint or a run folder; or what `fastpmae-eval finetune` left, which has a classifier.
+        checkpoint: a checkpoint or a run folder; or what `fastpmae-eval finetune` left, which has a classifier, or
+            `segment` or `detect`, of which "plain" writes the whole network.
         out: a name that ends in .safetensors makes a file, any other a folder.
         network: whose encoder.
         format: timm's names (a folder opens with `timm.create_model("local-dir:FOLDER")`); a folder that
-            transformers' `from_pretrained` opens; or the checkpoint's own tensors under `encoder.`.
+            transformers' `from_pretrained` opens; or the checkpoint's own tensors under `encoder.`. Of a segmenter or a
+            detector the last is what `fastpmae.load_segmenter` and `load_detector` open.
         image_size: interpolate the positions for images of this side; 0 keeps the run's own.
         with_head: with "plain", the projection head and the prototypes too, under `head.`.
         force: replace files that are there; the checkpoint itself and files of a run never are. The command does so
@@ -61,10 +63,15 @@ def export_encoder(
     Raises:
         UserError: when the checkpoint cannot be used, the format cannot hold it, or the file not be written.
     """
-    checkpoint, out = Path(checkpoint), Path(out)
-    export = at_size(read_export(checkpoint, network, with_head), image_size)
-    if with_head and format != "plain":
-        raise UserError(f"the projection head fits only into --format plain, not into {format}")
+    return _exported(Path(checkpoint), Path(out), network, format, image_size, with_head, force).arguments
+
+
+def _exported(
+    checkpoint: Path, out: Path, network: Network, format: Format, image_size: int, with_head: bool, force: bool
+) -> Export:
+    export = read_export(checkpoint, network, with_head)
+    _check_format(export, format, image_size, with_head)
+    export = at_size(export, image_size)
     tensors = {name: tensor.contiguous() for name, tensor in export.tensors.items()}
     header = {
         "format": "pt",
@@ -73,13 +80,15 @@ def export_encoder(
         "std": json.dumps(export.std),
         "crop_ratio": json.dumps(export.crop_ratio),
     }
+    if export.dense is not None and format == "plain":
+        header = export.dense.told() | {"backbone": without_folders(export.dense.source)}
     if out.suffix == ".safetensors":
         if format == "huggingface":
             raise UserError(f"{out}: what transformers opens is a folder; leave .safetensors out of the name")
         check_output(out, force=force, inputs=[export.source])
         with atomic_write(out, force) as beside:
             save_tensors(_plain(export) if format == "plain" else tensors, beside, header)
-        return export.arguments
+        return export
     files: dict[str, Any] = {}
     size = export.arguments["img_size"]
     if format == "huggingface":
@@ -92,7 +101,8 @@ def export_encoder(
         files = {"config.json": _timm_config(export)}
     else:
         tensors = _plain(export)
-        files = {"config.json": export.arguments | {"run": None if export.config is None else portable(export.config)}}
+        said = {"run": None if export.config is None else portable(export.config)}
+        files = {"config.json": export.arguments | said if export.dense is None else export.dense.settings()}
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
     texts["README.md"] = model_card(out.name, format, export)
     for name in (MODEL, *texts):
@@ -106,7 +116,25 @@ def export_encoder(
         save_tensors(tensors, places[MODEL], header)
         for name, text in texts.items():
             places[name].write_text(text, encoding="utf-8", errors="backslashreplace")
-    return export.arguments
+    return export
+
+
+def _check_format(export: Export, format: Format, image_size: int, with_head: bool) -> None:
+    """Raise UserError where a format does not hold what is asked for."""
+    if with_head and format != "plain":
+        raise UserError(f"the projection head fits only into --format plain, not into {format}")
+    if export.dense is None:
+        return
+    if format == "plain" and image_size not in (0, export.dense.image_size):
+        raise UserError(
+            f"--image-size {image_size}: a {export.network} is exported as it was trained; of its encoder alone, with "
+            "--format timm, positions can be interpolated"
+        )
+    if format != "plain" and "model_name" not in export.arguments:
+        raise UserError(
+            f"{export.source}: its encoder has relative positions, which a plain ViT lacks; --format plain writes the "
+            f"whole {export.network}"
+        )
 
 
 @contextlib.contextmanager
@@ -165,6 +193,8 @@ def _timm_config(export: Export) -> dict[str, Any]:
 
 
 def _plain(export: Export) -> dict[str, Tensor]:
+    if export.dense is not None:
+        return {name: tensor.contiguous() for name, tensor in export.dense.tensors.items()}
     tensors = {f"encoder.{name}": tensor.contiguous() for name, tensor in export.tensors.items()}
     return tensors | {f"head.{name}": tensor.contiguous() for name, tensor in export.more.items()}
 
@@ -181,18 +211,19 @@ def export_command(
     """Write the encoder of a run for other programs, and print the lines that load it.
 
     Args:
-        checkpoint: A checkpoint or a run folder, or the folder of a fine-tuning, whose classifier goes along.
+        checkpoint: A checkpoint or a run folder, or the folder of a fine-tuning, whose classifier goes along, or of a
+            segmentation or detection.
         out: A name that ends in .safetensors makes a file; any other a folder with settings and a model card.
         network: The network whose encoder is written.
-        format: Layout of the export: for timm, for transformers (a folder), or plain, the checkpoint's own tensors.
+        format: Layout of the export: for timm, for transformers (a folder), or plain, the checkpoint's own tensors; of
+            a segmenter or detector the whole network.
         image_size: Interpolate the positions for images of this side; 0 keeps the run's own.
         with_head: Write the projection head and the prototypes too (with --format plain).
         force: Replace files that are there, but for CKPT itself and files of a run.
     """
-    arguments = export_encoder(
-        checkpoint, out, network, format=format, image_size=image_size, with_head=with_head, force=force
-    )
-    tell("\n".join(loading_lines(out, format, arguments)))
+    export = _exported(checkpoint, out, network, format, image_size, with_head, force)
+    dense = "" if export.dense is None else export.network
+    tell("\n".join(loading_lines(out, format, export.arguments, dense)))
 
 
 def main() -> int:

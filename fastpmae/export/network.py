@@ -1,18 +1,21 @@
 """The network on its way out: its tensors under timm's names, its sizes, and where it comes from."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fastpmae.config import Config
+from fastpmae.evaluate.backbone import BIASES
+from fastpmae.evaluate.dense.weights import WORDS, NetworkFile, kind_of, network_file, read_network
 from fastpmae.evaluate.features import Network, encoder_of
 from fastpmae.export.classifier import read_tuned
 from fastpmae.model.build import SHAPES, Shape, shape_of
 from fastpmae.model.patches import IMAGENET_MEAN, IMAGENET_STD
 from fastpmae.run.checkpoint import find_checkpoint
 from fastpmae.run.init_weights import fit_positions, position_prefix, tuned_weights
+from fastpmae.weights.foreign import PATCHES
 from fastpmae_loaders.errors import UserError
 
 
@@ -31,8 +34,9 @@ class Export:
         config: the run's settings, where it is a run's.
         mean, std: by which its images are normalised.
         crop_ratio: of whole images, as they are evaluated and a classifier was tested.
-        finetune: the settings of a classifier's training.
-        backbone: what the classifier's training started from, in words.
+        finetune: the settings of a tuned network's training.
+        backbone: what that training started from, in words.
+        dense: the segmenter or detector whose encoder it is.
     """
 
     tensors: dict[str, Tensor]
@@ -48,6 +52,7 @@ class Export:
     crop_ratio: float = 0.875
     finetune: dict[str, Any] | None = None
     backbone: str = ""
+    dense: NetworkFile | None = None
 
 
 def timm_arguments(config: Config) -> dict[str, Any]:
@@ -70,7 +75,14 @@ def timm_arguments(config: Config) -> dict[str, Any]:
 
 
 def read_export(path: Path, network: Network, with_head: bool = False) -> Export:
-    """The network of a checkpoint, a run folder, or a fine-tuning's folder. Raises UserError where there is none."""
+    """The network of a checkpoint, a run folder, or what a training left: a classifier, or the encoder of a segmenter
+    or detector. Raises UserError where there is none."""
+    file = network_file(path)
+    if kind_of(file) is not None:
+        if with_head or network != "student":
+            flag = "--with-head" if with_head else f"--network {network}"
+            raise UserError(f"{flag}: {path} holds one network of a dense task and no run's; leave it out")
+        return _of_dense(read_network(file))
     tuned = tuned_weights(path)
     if tuned is not None:
         if with_head or network != "student":
@@ -91,6 +103,28 @@ def read_export(path: Path, network: Network, with_head: bool = False) -> Export
     return Export(
         encoder.state_dict(), timm_arguments(config), shape, checkpoint.path, network, None, head, config
     )  # fmt: skip
+
+
+def _of_dense(file: NetworkFile) -> Export:
+    encoder = file.encoder
+    arguments = file.arguments or _sizes_of_beit(encoder, file.image_size)
+    shape = Shape(*(arguments[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")))
+    return Export(
+        encoder, arguments, shape, file.path, WORDS[file.kind], None, {}, None, file.mean, file.std,
+        finetune=asdict(file.config), backbone=file.source, dense=file,
+    )  # fmt: skip
+
+
+def _sizes_of_beit(encoder: dict[str, Tensor], image_size: int) -> dict[str, Any]:
+    """The sizes of a network that timm's arguments of a plain ViT do not describe; without a `model_name`."""
+    try:
+        width, _, patch, _ = encoder[PATCHES].shape
+        hidden, heads = encoder["blocks.0.mlp.fc1.weight"].shape[0], encoder[BIASES].shape[1]
+    except (KeyError, IndexError, ValueError):
+        raise UserError("its encoder is neither a plain ViT nor a BEiT") from None
+    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
+    sizes = {"img_size": image_size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+    return sizes | {"mlp_ratio": hidden / max(1, width), "num_classes": 0}
 
 
 def at_size(export: Export, image_size: int) -> Export:

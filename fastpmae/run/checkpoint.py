@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from fastpmae.config import Config
 from fastpmae.config_file import config_from
-from fastpmae.distributed.dtensor import distribute_like
 from fastpmae.model.build import build_student
 from fastpmae.model.phases import Phase, phase_after
 from fastpmae.model.teachers import Teachers
 from fastpmae.run.progress import CheckpointError, parsed_progress
-from fastpmae.run.shards import SUFFIX, Described, Shards, check_files, is_sharded, read_index
+from fastpmae.run.shards import SUFFIX, Described, Shards, WholeTensors, check_files, is_sharded, read_index
 from fastpmae.weights.file_kind import is_safetensors, other_file, unsound
 from fastpmae.weights.tensor_file import save_file
 from fastpmae_loaders.errors import RunError, UserError
@@ -49,7 +48,7 @@ class Checkpoint:
     """A checkpoint as read: tensors by name, on the CPU, and the run's progress as plain values."""
 
     path: Path
-    tensors: Mapping[str, Tensor]
+    tensors: Shards | WholeTensors
     progress: dict[str, Any]
 
     @property
@@ -84,17 +83,12 @@ class Checkpoint:
 
     def described(self, prefix: str) -> dict[str, Described]:
         """Shapes and types of the same tensors."""
-        if isinstance(self.tensors, Shards):
-            found = self.tensors.described
-        else:
-            found = {name: (tensor.shape, tensor.dtype) for name, tensor in self.tensors.items()}
-        return {name[len(prefix) + 1 :]: like for name, like in found.items() if name.startswith(prefix + ".")}
+        found = self.tensors.described.items()
+        return {name[len(prefix) + 1 :]: like for name, like in found if name.startswith(prefix + ".")}
 
     def part_like(self, prefix: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of the same tensors those of `like`, on its devices and sharded as it is."""
-        if isinstance(self.tensors, Shards):
-            return self.tensors.like(prefix, like)
-        return {name: distribute_like(self.tensors[f"{prefix}.{name}"], tensor) for name, tensor in like.items()}
+        return self.tensors.like(prefix, like)
 
 
 def settings_in(progress: dict[str, Any], path: Path, *, decoder_matters: bool = True) -> Config:
@@ -246,7 +240,7 @@ def read_checkpoint(path: Path, rank: int = 0, ranks: int = 1) -> Checkpoint:
     header, progress = _header(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = WholeTensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         sound = digest(tensors, header["progress"]) == header["digest"]
     except (safetensors.SafetensorError, OSError, RuntimeError, *ODD) as error:
         raise CheckpointError(f"{path} is damaged: {on_one_line(str(error))}") from None

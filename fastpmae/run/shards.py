@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastpmae.distributed.dtensor import distribute_like
 from fastpmae.run.progress import CheckpointError, parsed_progress
 from fastpmae_loaders.errors import RunError, UserError
 from fastpmae_loaders.files import atomic_folder
@@ -167,6 +168,19 @@ def check_files(path: Path, index: Index, rank: int = 0, ranks: int = 1) -> None
                 raise CheckpointError(f"{path} is damaged: {name} does not match its digest")
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+class WholeTensors(dict[str, Tensor]):
+    """The tensors of a checkpoint in one file, by name, to be asked for as those of `Shards` are."""
+
+    @property
+    def described(self) -> dict[str, Described]:
+        """Shape and type of each tensor."""
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in self.items()}
+
+    def like(self, prefix: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under a prefix, sharded and placed as those of `like` are."""
+        return {name: distribute_like(self[f"{prefix}.{name}"], tensor) for name, tensor in like.items()}
 
 
 class Shards(Mapping[str, Tensor]):

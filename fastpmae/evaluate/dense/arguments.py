@@ -1,4 +1,4 @@
-"""What `fastpmae-eval patches`, `segment` and `detect` are told on the command line."""
+"""What `fastpmae-eval patches`, `segment`, `detect` and `predict` are told on the command line."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,33 +6,20 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastpmae.evaluate.backbone import Which
+from fastpmae.evaluate.arguments import UNTOUCHED, Common, Training
 from fastpmae.evaluate.dense.recipe import DetectConfig, SegmentConfig
 
 
 @dataclass(frozen=True)
-class DenseCommon:
+class DenseCommon(Common):
     """What every evaluation of dense tasks is told."""
 
-    weights: Annotated[str, tyro.conf.Positional]
-    """A run folder or checkpoint of ours, the folder of a fine-tuning or an export, a safetensors file, a .pth of MAE,
-    SdAE, DINO, iBOT, MoCo v3, BEiT and many others, or timm:NAME for a model that timm fetches."""
     train: Path
     """Labelled images to train on. A folder with a training and a validation split holds both sets."""
     val: Path | None = None
     """Labelled images to test on; by default those of the validation split in --train."""
     classes: Path | None = None
     """JSON file that names the classes: number, colour or name to name; null ignores one."""
-    network: Which = "auto"
-    """Whose encoder, where the file holds several; auto takes our student, and of others what they evaluate."""
-    out: Path | None = None
-    """Folder for the result; by default `eval` in the run's folder, and NAME-eval beside a file."""
-    heads: int = 0
-    """Attention heads, where the weights do not tell and the width is unusual."""
-    workers: int = 0
-    """Threads that prepare images; 0 takes all cores that may be used."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +35,7 @@ class Segment:
     yardsticks: bool = True
     """Print what can be reached without a network too: patches told apart by colour and place, and how often each
     class stands where."""
-    resume: bool = False
-    """Resume the training in --out."""
-    steps: int | None = None
-    """Stop after so many optimizer steps in all; changes no schedule."""
-    deterministic: bool = False
-    """Compute the same bits each time on a GPU too, somewhat slower."""
-    tensorboard: bool = True
-    """Write TensorBoard events."""
-    wandb: bool = False
-    """Log to Weights & Biases too, where it is installed."""
+    training: Annotated[Training, tyro.conf.arg(name="")] = UNTOUCHED
 
 
 @dataclass(frozen=True)
@@ -71,16 +49,7 @@ class Detect:
     images)."""
     masks: Literal["auto", "on", "off"] = "auto"
     """Learn the outlines of objects too (Mask R-CNN); auto does where the training set has them."""
-    resume: bool = False
-    """Resume the training in --out."""
-    steps: int | None = None
-    """Stop after so many optimizer steps in all; changes no schedule."""
-    deterministic: bool = False
-    """Compute the same bits each time on a GPU too, somewhat slower."""
-    tensorboard: bool = True
-    """Write TensorBoard events."""
-    wandb: bool = False
-    """Log to Weights & Biases too, where it is installed."""
+    training: Annotated[Training, tyro.conf.arg(name="")] = UNTOUCHED
 
 
 @dataclass(frozen=True)
@@ -116,3 +85,20 @@ class Patches:
     again."""
     seed: int = 0
     """Seed of the random weights, the linear layer, and what is drawn."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """What a trained segmenter or detector makes of images of yours: classes of pixels or boxes, and pictures."""
+
+    weights: Annotated[Path, tyro.conf.Positional]
+    """The folder that segment or detect left, the network's file in it, or what `fastpmae-export --format plain` made
+    of it."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files, and folders of them."""
+    out: Path
+    """Folder for the results: NAME-overlay.png of each image, with NAME-labels.png or NAME-objects.json."""
+    force: bool = False
+    """Replace results that are there."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""

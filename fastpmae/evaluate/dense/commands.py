@@ -40,14 +40,14 @@ class _Run:
     def setting(self) -> Any:
         from fastpmae.evaluate.dense.training import Setting
 
-        command = self.command
+        training = self.command.training
         return Setting(
             self.folder,
             self.ranks.device,
             self.common.workers,
-            command.deterministic,
-            command.tensorboard,
-            command.wandb,
+            training.deterministic,
+            training.tensorboard,
+            training.wandb,
         )
 
     def told(self, train: Segmentation | Detection, val: Segmentation | Detection) -> None:
@@ -93,7 +93,7 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
     run.told(train, val)
     scores, segmenter = train_segmenter(
         train, val, run.backbone, command.config, run.setting(), ranks,
-        resume=command.resume, steps=command.steps, progress=run.progress,
+        resume=command.training.resume, steps=command.training.steps, progress=run.progress,
     )  # fmt: skip
     if not ranks.is_main:
         return
@@ -136,7 +136,7 @@ def run_detect(command: Detect, ranks: Ranks) -> None:
     scores, detector = train_detector(
         train, val, run.backbone, command.config, run.setting(), ranks,
         masks={"auto": None, "on": True, "off": False}[command.masks],
-        resume=command.resume, steps=command.steps, progress=run.progress,
+        resume=command.training.resume, steps=command.training.steps, progress=run.progress,
     )  # fmt: skip
     if not ranks.is_main:
         return

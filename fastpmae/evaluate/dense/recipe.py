@@ -119,8 +119,9 @@ class SegmentConfig(DenseConfig):
             self._require(0 <= getattr(self, name) <= 16384, name, "between 0 and 16384")
         self._require(self.channels >= 0, "channels", "at least 0")
         self._require(0 < self.scale[0] <= self.scale[1] <= 16, "scale", "two factors, 0 < smallest <= largest <= 16")
-        for name in ("cat_max_ratio", "stride"):
-            self._require(0 < getattr(self, name) <= 1, name, "in (0, 1]")
+        self._require(0 < self.cat_max_ratio <= 1, "cat_max_ratio", "in (0, 1]")
+        # of a smaller one the windows of a test are too many to count
+        self._require(0.05 <= self.stride <= 1, "stride", "between 0.05 and 1")
         self._require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self._require(self.auxiliary_weight >= 0, "auxiliary_weight", "at least 0")
 

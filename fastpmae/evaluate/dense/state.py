@@ -11,11 +11,11 @@ from fastpmae.evaluate.dense.recipe import DenseConfig
 from fastpmae.evaluate.finetune_state import (
     STATES,
     are_numbers,
-    check_no_others_files,
+    found_checkpoint,
     other_network,
     restore_optimizer,
 )
-from fastpmae.run.checkpoint import CheckpointError, newest_checkpoint, require
+from fastpmae.run.checkpoint import CheckpointError, require
 from fastpmae_loaders.errors import UserError
 
 
@@ -43,16 +43,9 @@ def take_up_dense(
     Raises:
         UserError: where the folder holds another training, or this one and `resume` is not given.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
-    checkpoint, complaints = newest_checkpoint(folder)
-    if checkpoint is None and not complaints:
-        check_no_others_files(folder, {"step", "epoch", "lr", "loss"}, f"{kind} training's")
-    if not resume and (checkpoint is not None or complaints):
-        raise UserError(f"{folder} already holds a training: add --resume to continue it")
+    checkpoint, complaints = found_checkpoint(folder, resume, {"step", "epoch", "lr", "loss"}, f"{kind} training's")
     if checkpoint is None:
-        if complaints:
-            raise UserError("; ".join(complaints))
-        return 0, sums, []
+        return 0, torch.zeros(2, dtype=torch.float64), []
     before, progress = checkpoint.progress["config"], checkpoint.progress
     if kind not in before:
         raise UserError(f"{folder} holds another kind of training: choose another --out")

@@ -23,9 +23,9 @@ from fastpmae.evaluate.dense.order import Place, fetched, places_of, set_dropped
 from fastpmae.evaluate.dense.recipe import DenseConfig
 from fastpmae.evaluate.dense.state import take_up_dense
 from fastpmae.evaluate.dense.upernet import ChannelDropout
-from fastpmae.evaluate.finetune_state import collect_state
+from fastpmae.evaluate.finetune_state import begin, collect_state
 from fastpmae.run.folder import lock_folder
-from fastpmae.run.log import About, Log
+from fastpmae.run.log import About
 from fastpmae.run.session import Session, open_session
 from fastpmae.run.signals import Stop
 from fastpmae_loaders.cli.progress import Progress
@@ -223,17 +223,10 @@ def set_up(
         str(task.record["train"]["path"]), config.batch_size, epochs, task.record, setting.tensorboard, setting.wandb,
         progress.tell,
     )  # fmt: skip
-    session.begin(
-        setting.folder,
-        # The row of a step that is still to be tested may be there, of a training that was killed after it.
-        Log(setting.folder, about, step - training.lacks_row(step), last, is_main=ranks.is_main),
-        step=step,
-        last_step=last,
-        keep=1,
-        save_every=config.save_every,
-        saved_step=step or None,
-        sentences=[f"{complaint}; continuing after step {step}" for complaint in complaints],
-    )
+    begin(
+        session, setting.folder, about, step=step, last_step=last, lacks_row=training.lacks_row(step),
+        save_every=config.save_every, complaints=complaints,
+    )  # fmt: skip
     return training
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from fastpmae import UserError
 from fastpmae.evaluate.cli import read_command
 from fastpmae.evaluate.dense.arguments import Segment
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS
+from fastpmae.evaluate.result_files import ResultFiles
 from tests.evaluate.dense.made import scene, start
 from tests.test_train import environment
 
@@ -64,6 +66,8 @@ def test_a_folder_in_a_network_and_figures_out(tmp_path: Path):
     assert (out / "segment-confusion.png").exists()
     assert (out / "segment-overlays.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "segmenter.safetensors").exists()
+    # whichever file begins with the result's name is one that another result would not replace
+    assert set(out.glob("segment.*")) | set(out.glob("segment-*")) <= set(ResultFiles(out, "segment").every)
     assert (out / "train.log").read_text().splitlines()[-1].startswith("step 4/4: loss")
 
 
@@ -79,6 +83,21 @@ def test_presets_are_taken_by_their_command():
         read_command(["finetune", "w", "--train", "t", "--preset", "mae"])
     other = read_command(["finetune", "w", "--train", "t", "--preset", "small"])
     assert getattr(other, "config", None) == FINETUNE_PRESETS["small"]
+
+
+def test_every_flag_that_the_page_names_is_there():
+    """In a table of the page itself, or of `fastpmae-plan` and torchrun."""
+    page = (Path(__file__).parents[3] / "docs/dense.md").read_text()
+    flags = set(re.findall(r"^\| `--([a-z0-9-]+)` \|", page, re.MULTILINE)) | {
+        "model",
+        "gpu",
+        "gpus",
+        "images",
+        "format",
+    }
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", page)) - {"nproc-per-node"}
+    assert len(named) > 20
+    assert {name for name in named if name not in flags and name.removeprefix("no-") not in flags} == set()
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,150 @@
+"""`fastpmae-eval predict`: what a trained segmenter or detector makes of a user's own images, as files and pictures."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastpmae.evaluate.dense.arguments import Predict
+from fastpmae.evaluate.dense.average_precision import Found
+from fastpmae.evaluate.dense.box_pictures import Sight, draw_boxes
+from fastpmae.evaluate.dense.labelled import Mask
+from fastpmae.evaluate.dense.loading import load_network
+from fastpmae.evaluate.dense.mask_pictures import Overlay, class_colours, write_overlays
+from fastpmae.evaluate.dense.pairs import IMAGES
+from fastpmae.evaluate.dense.trained import TrainedDetector, TrainedSegmenter, pixels_of
+from fastpmae_loaders.cli.outputs import check_no_run_file, check_output
+from fastpmae_loaders.cli.progress import Progress
+from fastpmae_loaders.cli.terminal import tell
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import atomic_write
+from fastpmae_loaders.printable import printable
+from fastpmae_loaders.values import local_path
+
+CLASSES = "classes.json"
+"""The classes of label maps by their numbers, as `--classes` takes them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """An image, and where its results go."""
+
+    image: Path
+    picture: Path
+    result: Path
+
+
+def run_predict(command: Predict) -> None:
+    """`fastpmae-eval predict`.
+
+    Raises:
+        UserError: where there is no such network or image, or a result is there already.
+    """
+    network = load_network(local_path(command.weights), command.device)
+    ending = "labels.png" if isinstance(network, TrainedSegmenter) else "objects.json"
+    places = _places(command.images, command.out, ending)
+    outputs = [path for place in places for path in (place.picture, place.result)]
+    if isinstance(network, TrainedSegmenter):
+        outputs.append(command.out / CLASSES)
+    _check(outputs, command)
+    progress = Progress(live=True)
+    with progress.count(len(places), "images"):
+        for place in places:
+            place.picture.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(network, TrainedSegmenter):
+                _segment(network, place, command.force)
+            else:
+                _detect(network, place, command.force)
+            progress.advance()
+    if isinstance(network, TrainedSegmenter):
+        names = {str(number): name for number, name in enumerate(network.names)}
+        _write_json(command.out / CLASSES, names, command.force)
+    tell(f"wrote NAME-overlay.png and NAME-{ending} of {len(places):,} images into {printable(str(command.out))}")
+
+
+def _segment(segmenter: TrainedSegmenter, place: _Place, force: bool) -> None:
+    pixels = pixels_of(place.image)
+    mask = segmenter(pixels)
+    with atomic_write(place.result, force) as beside:
+        _label_map(mask, len(segmenter.names)).save(beside, format="PNG")
+    shown = [Overlay(place.image.name, pixels, mask)]
+    with atomic_write(place.picture, force) as beside:
+        write_overlays(beside, shown, segmenter.names, f"{pixels.shape[1]} x {pixels.shape[0]} pixels")
+
+
+def _label_map(mask: Mask, classes: int) -> Image.Image:
+    """The numbers of the classes, in the colours of the pictures where a palette has room for them."""
+    if classes > 256:
+        return Image.fromarray(mask.astype(np.uint16))
+    found = Image.fromarray(mask.astype(np.uint8))
+    found.putpalette(class_colours(classes).tobytes())
+    return found
+
+
+def _detect(detector: TrainedDetector, place: _Place, force: bool) -> None:
+    pixels = pixels_of(place.image)
+    found = detector(pixels)
+    said = {"width": pixels.shape[1], "height": pixels.shape[0], "objects": objects_of(found, detector.names)}
+    _write_json(place.result, said, force)
+    with atomic_write(place.picture, force) as beside:
+        title = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
+        draw_boxes(beside, [Sight(place.image.name, pixels, found)], detector.names, title)
+
+
+def objects_of(found: Found, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """What was found as JSON tells it, the surest first: `label` from 1 on, `name`, `score`, `box` (left, top, right,
+    bottom in pixels), and COCO's `segmentation` where there are masks."""
+    rows: list[dict[str, Any]] = []
+    for place in np.argsort(-np.asarray(found.scores), kind="stable").tolist():
+        label = found.labels[place]
+        box = [round(float(corner), 2) for corner in found.boxes[place]]
+        row = {"label": label, "name": names[label - 1], "score": round(found.scores[place], 4), "box": box}
+        if found.masks is not None:
+            size, counts = found.masks[place]["size"], found.masks[place]["counts"]
+            text = counts.decode("ascii") if isinstance(counts, bytes) else counts
+            row["segmentation"] = {"size": [int(side) for side in size], "counts": text}
+        rows.append(row)
+    return rows
+
+
+def _write_json(path: Path, said: Any, force: bool) -> None:
+    with atomic_write(path, force) as beside:
+        beside.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+
+
+def _places(given: Iterable[Path], out: Path, ending: str) -> list[_Place]:
+    """The images that a user names, and those below the folders among them; results lie as the images do."""
+    places: dict[Path, _Place] = {}
+    for path in map(local_path, given):
+        if not path.exists():
+            raise UserError(f"{printable(str(path))} does not exist")
+        images = sorted(filter(_is_image, path.rglob("*"))) if path.is_dir() else [path]
+        if not images:
+            raise UserError(f"{printable(str(path))} holds no images ({', '.join(IMAGES)})")
+        for image in images:
+            stem = (image.relative_to(path) if path.is_dir() else Path(image.name)).with_suffix("")
+            if stem in places:
+                both = f"{printable(str(places[stem].image))} and {printable(str(image))}"
+                raise UserError(f"{both} would have results of one name: give one at a time")
+            picture, result = (out / stem.with_name(f"{stem.name}-{end}") for end in ("overlay.png", ending))
+            places[stem] = _Place(image, picture, result)
+    return list(places.values())
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGES and path.is_file()
+
+
+def _check(outputs: Iterable[Path], command: Predict) -> None:
+    """See before any work that nothing is in the way, but for results where --force is given."""
+    if command.out.exists() and not command.out.is_dir():
+        raise UserError(f"--out {printable(str(command.out))} is a file; name a folder")
+    for path in outputs:
+        if path.parent.is_dir():
+            check_output(path, force=command.force, inputs=[image for image in command.images if image.is_file()])
+        else:
+            check_no_run_file(path)
