@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 from fastpmae.settings.rates import check_one_rate, peak_rate, with_one_rate
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.stores.address import Address, parse_address
+from fastpmae_loaders.stores.address import Address, parse_address, place_of
 from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.values import Typed, local_path
 
@@ -45,9 +45,7 @@ class Data(Typed):
     """Stop when more than this share of the images seen, and at least four of them, do not decode."""
 
     def __post_init__(self) -> None:
-        address = Address.of_text(self.beton)
-        if address is not None:
-            object.__setattr__(self, "beton", (str(address),))
+        object.__setattr__(self, "beton", _named(self.beton))
         super().__post_init__()
         _ = self.cached
 
@@ -237,10 +235,11 @@ class Run(Typed):
     """Seed of views, masks, order of images, initial weights and stochastic depth."""
     steps: int | None = None
     """Stop after so many optimizer steps in all; changes no schedule."""
-    init: Path | None = None
-    """Start the encoder from the weights in this file (MAE's, timm's or our own)."""
+    init: str | None = None
+    """Start the encoder from the weights in this file (MAE's, timm's or our own), here or in a store."""
     resume: str | None = None
-    """Resume the run in --out ("auto", the default when no value follows) or from this checkpoint."""
+    """Resume the run in --out ("auto", the default when no value follows) or from this checkpoint. That of a run in a
+    store takes the run up there, and needs no --out."""
     accept_changes: bool = False
     """Resume although settings differ from those that the run was started with."""
     log_every: int = 20
@@ -253,9 +252,10 @@ class Run(Typed):
     """Number of older checkpoints to keep beside the newest."""
     eval_every: int = 0
     """Epochs between two evaluations (k-NN, linear probe) of the student and every teacher, one at the end; 0: none."""
-    eval_train: Path | None = None
-    """Labelled images whose features --eval-every learns from; by default the run's own."""
-    eval_val: Path | None = None
+    eval_train: Path | tuple[str, ...] | None = None
+    """Labelled images whose features --eval-every learns from, wherever those of --beton may lie; by default the run's
+    own."""
+    eval_val: Path | tuple[str, ...] | None = None
     """Labelled images that --eval-every classifies; by default those that it learns from, each left out once."""
     profile: int = 0
     """Write a trace of so many steps, by torch's profiler and after a warm-up, into the run folder; 0 does not."""
@@ -269,10 +269,19 @@ class Run(Typed):
         if address is not None:
             object.__setattr__(self, "upload", str(address))
             object.__setattr__(self, "out", None)
+        object.__setattr__(self, "eval_train", _named(self.eval_train))
+        object.__setattr__(self, "eval_val", _named(self.eval_val))
         super().__post_init__()
         if self.upload is not None:
             object.__setattr__(self, "upload", str(parse_address(self.upload)))
-        if self.resume is not None:
+        if self.init is not None:
+            object.__setattr__(self, "init", str(place_of(self.init)))
+        named = Address.of_text(self.resume)
+        if named is not None:
+            object.__setattr__(self, "resume", str(named))
+            if self.out is None and self.upload is None:
+                object.__setattr__(self, "upload", str(run_at(named)))
+        elif self.resume is not None:
             local_path(self.resume)
 
 
@@ -360,10 +369,21 @@ class Config(Typed):
         return {name: value for group in self.groups().values() for name, value in group.items()}
 
 
+def run_at(address: Address) -> Address:
+    """The run that an address belongs to: of a checkpoint's the folder around its folder, else the address itself."""
+    return address.parent.parent if address.parent.name == "checkpoints" else address
+
+
 def settings_by_name() -> dict[str, str]:
     """Each setting's name and the group it belongs to."""
     hints = get_type_hints(Config)
     return {leaf.name: group for group, kind in hints.items() for leaf in dataclasses.fields(kind)}
+
+
+def _named(images: Any) -> Any:
+    """Sources of images, before they are typed, of which an address stands among several: it is no path."""
+    address = Address.of_text(images)
+    return images if address is None else (str(address),)
 
 
 def _plain(value: Any) -> Any:

@@ -36,6 +36,7 @@ from fastpmae.run.images import fingerprint, open_images
 from fastpmae.run.log import Log, Meter, about_run
 from fastpmae.run.malloc import tune_allocator
 from fastpmae.run.session import Session, open_session
+from fastpmae.run.stored_run import resumed_from
 from fastpmae.run.telemetry import peak_memory
 from fastpmae.run.uploads import Uploads, open_uploads
 from fastpmae_loaders import PairedViews, Samples
@@ -201,6 +202,7 @@ def open_pretraining(config: Config, session: Session) -> Pretraining:
     if config.efficiency.teacher_precision == "fp8":
         check_fp8_device(ranks.device)
     uploads = open_uploads(config, ranks)
+    resumed_from(config)  # what lies in a store comes to every machine
     images = open_images(config)
     config, remarks = shared_out(resolve(config, ranks.device, images), ranks.size)
     steps_per_epoch = steps_in_epoch(images, config, ranks)

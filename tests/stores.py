@@ -174,6 +174,12 @@ def unlisted_server(folder: Path) -> Iterator[dict[str, str]]:
         def do_GET(self) -> None:
             self._answer(body=True)
 
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
         def _answer(self, body: bool = False) -> None:
             path = folder / self.path.partition("?")[0].lstrip("/")
             there = path.is_file()

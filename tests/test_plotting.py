@@ -68,7 +68,7 @@ def test_views_of_any_names(tmp_path: Path, monkeypatch):
     settings = ViewSettings(image_size=64, patch_size=16)
     for end in ("png", "pdf", "svg"):
         out = draw_views(tmp_path / "图$像.beton", tmp_path / f"v.{end}", samples=3, settings=settings, engine="torch")
-        assert out.stat().st_size > 10_000
+        assert Path(out).stat().st_size > 10_000
 
 
 @pytest.mark.slow

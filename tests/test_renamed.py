@@ -190,7 +190,7 @@ def test_a_run_with_a_peak_rate_goes_on_with_it(tiny: Config, capsys: pytest.Cap
     assert say(loop.main, [*flags, "--blr", str(1e-3 * 256 / 8)], capsys)[0] == 0
     assert "--blr was 0.032 and is now 0.01" in say(loop.main, [*flags, "--blr", "1e-2"], capsys)[1]
     assert read_checkpoint(checkpoint_path(folder, 4)).config.optimizer.peak_lr == 1e-3
-    assert "peak learning rate 0.001" in write_report(folder).read_text()
+    assert "peak learning rate 0.001" in Path(write_report(folder)).read_text()
 
 
 def old_finetune(settings: dict[str, Any]) -> dict[str, Any]:

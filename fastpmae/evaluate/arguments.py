@@ -15,15 +15,16 @@ class Common:
 
     weights: Annotated[str, tyro.conf.Positional]
     """A run folder or checkpoint of ours, the folder of a fine-tuning or an export, a safetensors file, a .pth of MAE,
-    SdAE, DINO, iBOT, MoCo v3, BEiT and many others, or timm:NAME for a model that timm fetches."""
-    train: Path
+    SdAE, DINO, iBOT, MoCo v3, BEiT and many others, each also at an address in a store, or timm:NAME for a model that
+    timm fetches."""
+    train: Path | str
     """Labelled images to train on."""
-    val: Path | None = None
+    val: Path | str | None = None
     """Labelled images to test on."""
     network: Which = "auto"
     """Whose encoder, where the file holds several; auto takes our student, and of others what they evaluate."""
     out: Path | None = None
-    """Folder for the result; by default `eval` in the run's folder, and NAME-eval beside a file."""
+    """Folder for the result, here or in a store; by default `eval` in the run's folder, and NAME-eval beside a file."""
     heads: int = 0
     """Attention heads, where the weights do not tell and the width is unusual."""
     workers: int = 0

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +25,12 @@ from fastpmae.run.init_weights import (
     tuned_weights,
     weights_file,
 )
+from fastpmae.run.stored_run import brought_here, in_words
 from fastpmae.weights.foreign import PATCHES, Foreign, read_foreign
 from fastpmae_kernels.backend import written_on
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable, short
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import checked, local_path
 
 Which = Literal["auto", "student", "labelling_teacher", "reconstruction_teacher", "random"]
@@ -70,8 +72,8 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
 
     Args:
         weights: our checkpoint or run folder, the folder of a fine-tuning or an export, a safetensors file, a .pth of
-            anybody's ViT (see `fastpmae.weights.foreign`), or `timm:` and the name of a pretrained model, which timm
-            fetches.
+            anybody's ViT (see `fastpmae.weights.foreign`), each also at an address in a store, or `timm:` and the name
+            of a pretrained model, which timm fetches.
         which: of a file with several networks; "auto" takes our student, and of others what they evaluate themselves.
         image_size: 0 takes the one that it was trained with.
         heads: 0 takes the usual number for the width, where the weights do not tell.
@@ -85,6 +87,11 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
         if heads:
             raise UserError(f"--heads {heads}: timm knows how many attention heads {weights} has; leave it out")
         return _of_timm(weights.removeprefix("timm:"), image_size)
+    named = Address.of_text(weights)
+    if named is not None:
+        with brought_here(named) as copy:
+            found = find_backbone(str(copy), which, image_size=image_size, heads=heads)
+        return replace(found, source=in_words(found.source, copy, named))
     path = weights_file(local_path(weights))
     tuned = tuned_weights(path)
     if tuned is None and (path.is_dir() or is_ours(path)):

@@ -26,10 +26,11 @@ NEIGHBOURS = (10, 20)
 class LabelledCommon(Common):
     """What every evaluation on labelled images is told."""
 
-    train: Path
-    """Labelled images to train on: a .beton file, a folder of images, or tar shards. A folder with a train and a val
-    folder in it holds both sets."""
-    val: Path | None = None
+    train: Annotated[str, tyro.conf.arg(metavar="IMAGES")]
+    """Labelled images to train on: a .beton file or a set of them, here or in a store (s3://, gs://, az://, https://),
+    a folder of images, or tar shards; in quotes several of these. A folder with a train and a val folder in it holds
+    both sets."""
+    val: Annotated[str | None, tyro.conf.arg(metavar="IMAGES")] = None
     """Labelled images to test on; by default those of a val folder in --train."""
     image_size: int = 0
     """Side of the images in pixels, with positions interpolated; 0 takes the network's own."""
@@ -39,6 +40,10 @@ class LabelledCommon(Common):
     """What decodes the images: auto, native (.beton only), ffcv (.beton only), dali or torch."""
     feature_batch: int = 64
     """Images at a time through a frozen network, and in every test."""
+    cache: Path | None = None
+    """Folder that keeps parts of images in a store; by default fastpmae/stores in the user's folder of caches."""
+    cache_size: str = "100GB"
+    """Size up to which that folder grows, as 200GB or 1.5TiB; what was not used for longest goes first."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sources.splits import TRAIN_SPLITS, are_splits, split_of_folder
+from fastpmae_loaders.stores.address import Address
+from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.values import checked
 
 Engine = Literal["auto", "native", "ffcv", "dali", "torch"]
@@ -48,11 +50,19 @@ class Labelled:
 
 
 @checked
-def open_labelled(train: Path | tuple[str, ...], val: Path | None) -> tuple[Labelled, Labelled | None]:
+def open_labelled(
+    train: Address | Path | str | tuple[str, ...],
+    val: Address | Path | str | tuple[str, ...] | None,
+    cache: CacheSettings | None = None,
+) -> tuple[Labelled, Labelled | None]:
     """The images to learn from and the images to test on.
 
     Where `val` is None and `train` is a folder with a training and a validation split, those are taken. Classes are
     told apart by their names where both sets have names, and by their numbers otherwise.
+
+    Args:
+        train, val: whatever `open_samples` opens; of several sources each image counts once.
+        cache: what keeps parts of sets in stores on this machine.
 
     Raises:
         UserError: for sets that cannot be opened or have no labels, or a validation class that is not trained on.
@@ -70,8 +80,8 @@ def open_labelled(train: Path | tuple[str, ...], val: Path | None) -> tuple[Labe
         samples = open_samples(train, own[0] if split is not None and len(own) == 1 else None)
         rest = None if split is None else open_samples(train, split)
     else:
-        samples = open_samples(train)
-        rest = None if val is None else open_samples(val)
+        samples = open_samples(train, cache=cache)
+        rest = None if val is None else open_samples(val, cache=cache)
     train_set = _labelled(samples)
     if rest is None:
         return train_set, None

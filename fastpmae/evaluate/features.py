@@ -16,24 +16,28 @@ from fastpmae.model.build import check, make_encoder, make_student
 from fastpmae.model.vit import Encoder
 from fastpmae.run.checkpoint import Checkpoint, check_fits, find_checkpoint, require
 from fastpmae.run.init_weights import tuned_weights
-from fastpmae_loaders import Beton, PlainViews
+from fastpmae.run.stored_run import brought_here
+from fastpmae_loaders import PlainViews, Samples, open_samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae_loaders.cli.outputs import check_output
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
+from fastpmae_loaders.engines.base import Located
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.machine import loader_threads
-from fastpmae_loaders.sources.beton_set import is_set, open_set
+from fastpmae_loaders.mixture import read_by, sources_named
+from fastpmae_loaders.stores.address import Address
+from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.values import checked
+from fastpmae_loaders.write.outputs import open_output
 
 Network = Literal["student", "labelling_teacher", "reconstruction_teacher", "random"]
 Pool = Literal["class", "mean"]
 
 
 @checked
-def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encoder, Config]:
-    """An encoder of a checkpoint or run folder, in evaluation mode on the CPU, and the run's settings.
+def load_encoder(path: Address | Path | str, network: Network = "student") -> tuple[Encoder, Config]:
+    """An encoder of a checkpoint or run folder, also at an address, in evaluation mode on the CPU, and the run's
+    settings.
 
     Args:
         network: whose encoder; "random" draws the weights from the run's seed, for comparison.
@@ -41,9 +45,12 @@ def load_encoder(path: Path | str, network: Network = "student") -> tuple[Encode
     Raises:
         UserError: when the checkpoint cannot be read or the run has no such teacher.
     """
-    if tuned_weights(Path(path)) is not None:
-        raise UserError(f"{path} holds a fine-tuned network: fastpmae-eval and fastpmae-export take it, this does not")
-    return encoder_of(find_checkpoint(Path(path)), network)
+    with brought_here(path) as here:
+        if tuned_weights(here) is not None:
+            raise UserError(
+                f"{path} holds a fine-tuned network: fastpmae-eval and fastpmae-export take it, this does not"
+            )
+        return encoder_of(find_checkpoint(here), network)
 
 
 def encoder_of(checkpoint: Checkpoint, network: Network) -> tuple[Encoder, Config]:
@@ -87,8 +94,8 @@ def features(
 
 @checked
 def embed_images(
-    checkpoint: Path | str,
-    beton: Path | str,
+    checkpoint: Address | Path | str,
+    beton: Samples | Address | Path | str | tuple[str, ...],
     *,
     network: Network = "student",
     pool: Pool = "class",
@@ -96,16 +103,20 @@ def embed_images(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: int = 0,
     crop_ratio: float = 0.875,
+    cache: CacheSettings | None = None,
     progress: Progress | None = None,
 ) -> tuple[Float[np.ndarray, "images dim"], Int[np.ndarray, " images"]]:
     """Features of every image of a .beton or a set of them, resized and cut at the centre, in the file's order.
 
     Args:
-        checkpoint: a checkpoint or a run folder.
+        checkpoint: a checkpoint or a run folder, here or in a store.
+        beton: whatever `open_samples` opens: images in a store too, and of several sources each image once, in the
+            order of the sources.
         network: whose encoder (see `load_encoder`).
         pool: the class token, or the mean of the patch tokens.
         workers: loader threads; 0 takes all cores.
         crop_ratio: the shorter side is resized to the image size over this ratio, rounded down, and the centre cut out.
+        cache: what keeps parts of images in stores on this machine.
         progress: counts the images.
 
     Returns:
@@ -118,13 +129,13 @@ def embed_images(
     chosen = choose_device(device)
     encoder.to(chosen)
     rows, labels = [], []
-    progress, images = progress or Progress(), open_set(beton) if is_set(beton) else Beton(beton)
+    progress, images = progress or Progress(), open_samples(beton, cache=cache)
     views = PlainViews(
         images,
         batch_size,
         image_size=config.views.image_size,
         crop_ratio=crop_ratio,
-        engine=config.data.loader,
+        engine=config.data.loader if isinstance(images, Located) else "torch",
         workers=loader_threads(workers),
         pin_memory=chosen.type == "cuda",
     )
@@ -137,8 +148,8 @@ def embed_images(
 
 
 def embed_command(
-    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")],
-    beton: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="F.beton")],
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")],
+    beton: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="F.beton")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.npz")],
     network: Network = "student",
     pool: Pool = "class",
@@ -146,13 +157,15 @@ def embed_command(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: int = 0,
     crop_ratio: float = 0.875,
+    cache: Path | None = None,
+    cache_size: str = "100GB",
     force: bool = False,
 ) -> None:
     """Write the frozen features of every image of a .beton to OUT.npz, as `features` [n, dim] and `labels` [n].
 
     Args:
-        checkpoint: A checkpoint or a run folder.
-        beton: The .beton file of the images.
+        checkpoint: A checkpoint or a run folder. It, the images and OUT.npz may lie in a store (s3://, gs://, az://).
+        beton: The .beton file of the images, a set of them, a folder or tar shards; in quotes several of these.
         out: The .npz file to write.
         network: The network whose encoder is used; "random" draws its weights from the run's seed.
         pool: Features to write: the class token, or the mean of the patch tokens.
@@ -160,23 +173,28 @@ def embed_command(
         device: Where to compute.
         workers: Loader threads; 0 takes all cores.
         crop_ratio: The shorter side is resized to the image size over this ratio, rounded down, and the centre cut out.
+        cache: Folder that keeps parts of images in a store; by default fastpmae/stores in the user's folder of caches.
+        cache_size: Size up to which that folder grows, as 200GB or 1.5TiB.
         force: Replace OUT.npz if it exists, but no file of a run and nothing that is read here.
     """
-    check_output(out, force=force, inputs=[checkpoint, beton] if checkpoint.is_file() else [beton])
+    images = sources_named(beton)
+    read = [*read_by(images), *([] if Path(checkpoint).is_dir() else [checkpoint])]
+    output = open_output(out, force=force, inputs=read)
     rows, labels = embed_images(
         checkpoint,
-        beton,
+        images,
         network=network,
         pool=pool,
         batch_size=batch_size,
         device=device,
         workers=workers,
         crop_ratio=crop_ratio,
+        cache=CacheSettings(cache, cache_size),
         progress=Progress(live=True),
     )
-    with atomic_write(out, force) as beside, beside.open("wb") as file:
+    with output.writing() as beside, beside.open("wb") as file:
         np.savez(file, features=rows, labels=labels)
-    tell(f"{out}: {rows.shape[0]} features of {rows.shape[1]} numbers")
+    tell(f"{output.place}: {rows.shape[0]} features of {rows.shape[1]} numbers")
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ from fastpmae.run.folder import lock_folder
 from fastpmae.run.log import About
 from fastpmae.run.session import Session, open_session
 from fastpmae.run.signals import Stop
+from fastpmae.run.uploads import take_up_at
 from fastpmae_loaders import PlainViews
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import Interrupted, UserError
@@ -84,7 +85,8 @@ def train_classifier(
         ranks.broadcast_from_main(lambda: write_classifier(setting, training.tested, config))
         scores = scores or evaluate_classifier(training, progress, session.stop)
         if scores is None:
-            raise Interrupted(session.stop.signal, session.step, session.last_step, setting.folder)
+            raise Interrupted(session.stop.signal, session.step, session.last_step, session.place)
+        session.finish()
         return scores
 
 
@@ -120,6 +122,7 @@ def set_up(
     """Networks, images and folder of a training, from the start or from where its checkpoint stands."""
     ranks = session.ranks
     setting = dataclasses.replace(setting, workers=loader_threads(setting.workers, ranks.local_size))
+    uploads = take_up_at(setting.upload, setting.folder, ranks, resume=resume)
     for remark in session.lock(lock_folder(setting.folder)):
         progress.tell(remark)
     loader = session.enter(make_loader(setting, config, ranks))
@@ -155,7 +158,7 @@ def set_up(
     )  # fmt: skip
     begin(
         session, setting.folder, about, step=step, last_step=last, lacks_row=training.lacks_row(step),
-        save_every=config.save_every, complaints=complaints,
+        save_every=config.save_every, complaints=complaints, uploads=uploads,
     )  # fmt: skip
     return training
 

@@ -20,7 +20,9 @@ from fastpmae.run.checkpoint import Checkpoint, CheckpointError, digest, newest_
 from fastpmae.run.init_weights import TUNED, few
 from fastpmae.run.log import About, Log, read_rows
 from fastpmae.run.session import Session
+from fastpmae.run.uploads import Uploads
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import Typed
 
 STATES = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}, "lars": {"momentum_buffer"}}
@@ -50,6 +52,8 @@ class Setting(Typed):
     """Write TensorBoard events."""
     wandb: bool = False
     """Log to Weights & Biases too."""
+    upload: Address | None = None
+    """Where checkpoints, the log and the result are taken to."""
 
 
 def recorded_setting(setting: Setting, config: FinetuneConfig) -> dict[str, Any]:
@@ -145,6 +149,7 @@ def begin(
     lacks_row: bool,
     save_every: float,
     complaints: Sequence[str],
+    uploads: Uploads | None,
 ) -> None:
     """Start a session of a training that goes on after a step, or begins with the first one.
 
@@ -153,6 +158,7 @@ def begin(
             training that was killed after it.
         save_every: minutes between two checkpoints.
         complaints: about damaged checkpoints that were passed over.
+        uploads: take what is written to an address.
     """
     session.begin(
         folder,
@@ -163,6 +169,7 @@ def begin(
         save_every=save_every,
         saved_step=step or None,
         sentences=[f"{complaint}; continuing after step {step}" for complaint in complaints],
+        uploads=uploads,
     )
 
 

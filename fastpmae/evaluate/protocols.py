@@ -34,34 +34,42 @@ from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.knn import check_neighbours, knn_ranked
 from fastpmae.evaluate.linear import Sweep, best_c, draw_few, held_out, logistic_regression, standardised, train_sweep
 from fastpmae.evaluate.metrics import Scores, rank, write_scores
-from fastpmae.evaluate.result_files import free_files, place_of, stem_of
+from fastpmae.evaluate.result_files import ResultFolder, free_files, named_folder, place_of, stem_of
 from fastpmae.run.images import source_notes
 from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.values import local_path
+from fastpmae_loaders.mixture import sources_named
+from fastpmae_loaders.stores.cache import CacheSettings
 
 
 class Evaluation:
-    """Network, images and folder of one command, found before anything is computed; the first rank speaks."""
+    """Network, images and folder of one command, found before anything is computed; the first rank speaks.
 
-    def __init__(self, common: LabelledCommon, ranks: Ranks):
+
+    Args:
+        training: the name of one that has a folder of its own.
+    """
+
+    def __init__(self, common: LabelledCommon, ranks: Ranks, training: str = ""):
         self.common = common
         self.began = time.monotonic()
-        if common.out is not None:
-            local_path(common.out)
+        named = named_folder(common.out)
         self.progress = Progress(live=ranks.is_main)
         self.device = ranks.device
-        self.train, self.val = open_labelled(common.train, common.val)
+        cache = CacheSettings(common.cache, common.cache_size)
+        val = None if common.val is None else sources_named(common.val)
+        self.train, self.val = open_labelled(sources_named(common.train), val, cache)
         for images in (self.train, self.val):
             for note in source_notes(images.samples) if images else ():
                 self.progress.tell(note)
         self.backbone = find_backbone(common.weights, common.network, image_size=common.image_size, heads=common.heads)
-        self.folder = common.out or place_of(common.weights)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--out {self.folder} is a file; name a folder")
+        place = named or place_of(common.weights)
+        if training and named is None:
+            place = place / "-".join(filter(None, [training, self.backbone.network]))
+        self.results = ResultFolder(place, named=named is not None, lasts=bool(training), is_main=ranks.is_main)
 
     def features(self, images: Labelled, pools: tuple[Pool, ...]) -> list[Float[Tensor, "images dim"]]:
         """Frozen features of a set, on the device that computes with them."""
@@ -96,10 +104,12 @@ class Evaluation:
             **more,
             "seconds": round(time.monotonic() - self.began, 1),
         }
-        files = free_files(self.folder, stem_of(name, network), record)
+        files = free_files(self.results.path, stem_of(name, network), record)
         write_scores(files, scores, self.train.names, record)
+        path = self.results.called(files.figures)
+        self.results.publish()
         tell(f"{files.stem}: top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % of {len(scores.labels):,} images")
-        tell(f"wrote {files.figures}, and beside it a row for each class (.csv) and the confusion matrix (.png)")
+        tell(f"wrote {path}, and beside it a row for each class (.csv) and the confusion matrix (.png)")
 
 
 def run_knn(command: Knn, ranks: Ranks) -> None:
@@ -237,17 +247,15 @@ def run_lowshot(command: Lowshot, ranks: Ranks) -> None:
 def run_training(command: Probe | Finetune, ranks: Ranks) -> None:
     """`fastpmae-eval probe` and `finetune`."""
     common, training = command.common, command.training
-    evaluation = Evaluation(common, ranks)
-    tune_allocator(evaluation.device)
     name = "probe" if isinstance(command, Probe) else "finetune"
+    evaluation = Evaluation(common, ranks, name)
+    tune_allocator(evaluation.device)
     val = needed(evaluation.val, evaluation.train)
-    folder = common.out or evaluation.folder / "-".join(filter(None, [name, evaluation.backbone.network]))
-    evaluation.folder = folder
     setting = Setting(
         evaluation.backbone,
         evaluation.train,
         val,
-        folder,
+        evaluation.results.path,
         evaluation.device,
         common.engine,
         common.workers,
@@ -257,6 +265,7 @@ def run_training(command: Probe | Finetune, ranks: Ranks) -> None:
         deterministic=training.deterministic,
         tensorboard=training.tensorboard,
         wandb=training.wandb,
+        upload=evaluation.results.address,
     )
     scores = train_classifier(
         setting, command.config, resume=training.resume, steps=training.steps, progress=evaluation.progress, ranks=ranks

@@ -4,13 +4,24 @@ import itertools
 import json
 import os
 import re
+import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
+from fastpmae.config import run_at
 from fastpmae.run.checkpoint import step_of
 from fastpmae.run.folder import run_of
 from fastpmae.run.shards import is_sharded
+from fastpmae.run.stored_run import LARGEST_RESULT, is_checkpoint, local_copy, local_folder
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.stores import address as stores
+from fastpmae_loaders.stores.address import Address
+from fastpmae_loaders.stores.cache import CacheSettings
+from fastpmae_loaders.stores.client import StoreError
+from fastpmae_loaders.write.store_target import StoreTarget
 
 
 @dataclass(frozen=True)
@@ -91,13 +102,95 @@ def _prints(record: dict[str, Any]) -> list[str | None]:
     return [None if record[part] is None else record[part]["fingerprint"] for part in ("train", "val")]
 
 
-def place_of(weights: str) -> Path:
-    """Where results go by default: beside a run's checkpoints, or beside the file."""
+def place_of(weights: str) -> Path | Address:
+    """Where results go by default: beside a run's checkpoints, or beside the file; of https:// into a folder here."""
     if weights.startswith("timm:"):
         return Path("eval") / weights.removeprefix("timm:").replace("/", "-").replace(":", "-")
+    named = Address.of_text(weights)
+    if named is not None:
+        return _beside(named)
     path = Path(weights)
     run = run_of(path)
     if run is None:
         return path.parent / f"{path.stem}-eval"
     # A checkpoint that was named has results of its own; a run folder's are those of its newest one.
     return run / "eval" / f"step-{step_of(path):08d}" if path.is_file() or is_sharded(path) else run / "eval"
+
+
+def _beside(named: Address) -> Path | Address:
+    """The same of weights in a store."""
+    copy = local_copy(named)
+    if named.scheme in ("https", "http"):
+        return Path("eval") / copy.stem
+    if is_checkpoint(named):
+        return run_at(named) / "eval" / f"step-{step_of(copy):08d}"
+    if (copy / "metrics.jsonl").exists() or (copy / "checkpoints").exists():
+        return named / "eval"
+    return named.parent / f"{Path(named.name).stem}-eval"
+
+
+def named_folder(out: Path | None) -> Path | Address | None:
+    """What --out names, which may be an address. UserError for one that is none."""
+    return None if out is None else stores.place_of(out)
+
+
+class ResultFolder:
+    """Where the files of a result are written: a folder of this machine, or one that is taken to an address.
+
+    Args:
+        place: the folder, or the address.
+        named: whether the user has said so; else it follows from the weights.
+        lasts: at an address, keep the folder of this machine when the process ends, as a training is resumed from it.
+        is_main: whether this process writes.
+
+    Attributes:
+        path: the folder of this machine; of an address it holds the results that are there already.
+        address: the address, if it is one.
+
+    Raises:
+        UserError: where the folder is a file, or the address cannot be written, within 20 s.
+    """
+
+    def __init__(self, place: Path | Address, *, named: bool, lasts: bool = False, is_main: bool = True) -> None:
+        self._before: dict[str, bytes] = {}
+        if isinstance(place, Path):
+            self.path, self.address = place, None
+            if place.exists() and not place.is_dir():
+                raise UserError(f"--out {place} is a file; name a folder")
+            return
+        self.address = place
+        try:
+            self._target = StoreTarget(place)
+        except StoreError as error:
+            words = "" if named else "; by default the result lies beside the weights: name another folder with --out"
+            raise UserError(f"{error}{words}") from None
+        if lasts:
+            self.path = local_folder(place, CacheSettings())
+            self.path.mkdir(parents=True, exist_ok=True)
+        else:
+            self.path = Path(mkdtemp(prefix="fastpmae-results-"))
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        if is_main:
+            self._bring()
+
+    def _bring(self) -> None:
+        for name in list(self._target.names()):
+            if "/" not in name and name.endswith(".json") and (self._target.size(name) or 0) <= LARGEST_RESULT:
+                found = self._target.read(name)
+                if found is not None:
+                    self._before[name] = found
+                    (self.path / name).write_bytes(found)
+
+    def publish(self) -> None:
+        """Take what was written to the address; the JSON last, by which others find it. UserError where that fails."""
+        if self.address is None:
+            return
+        files = [path for path in self.path.iterdir() if path.is_file() and not path.name.startswith(".")]
+        for path in sorted(files, key=lambda path: path.suffix == ".json"):
+            before = self._before.get(path.name)
+            if before is None or before != path.read_bytes():
+                self._target.put(path.name, path)
+
+    def called(self, path: Path) -> Path | Address:
+        """What a file in the folder is called for the user."""
+        return path if self.address is None else self.address / path.name

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,13 +14,16 @@ from fastpmae.evaluate.features import Network
 from fastpmae.export.model_card import loading_lines, model_card, portable, without_folders
 from fastpmae.export.network import Export, at_size, read_export
 from fastpmae.export.transformers import image_config, model_config, transformers_names
+from fastpmae.run.stored_run import brought_here
 from fastpmae.weights.tensor_file import save_tensors
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.outputs import check_no_run_file, check_output
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
+from fastpmae_loaders.stores.address import Address, place_of
 from fastpmae_loaders.values import checked
+from fastpmae_loaders.write.outputs import open_output
 
 Format = Literal["timm", "huggingface", "plain"]
 
@@ -29,8 +32,8 @@ MODEL = "model.safetensors"
 
 @checked
 def export_encoder(
-    checkpoint: Path | str,
-    out: Path | str,
+    checkpoint: Address | Path | str,
+    out: Address | Path | str,
     network: Network = "student",
     *,
     format: Format = "timm",
@@ -41,9 +44,9 @@ def export_encoder(
     """Write an encoder to a .safetensors file, or to a folder with settings and a model card.
 
     Args:
-        checkpoint: a checkpoint or a run folder; or what `fastpmae-eval finetune` left, which has a classifier, or
-            `segment` or `detect`, of which "plain" writes the whole network.
-        out: a name that ends in .safetensors makes a file, any other a folder.
+        checkpoint: a checkpoint or a run folder, here or in a store; or what `fastpmae-eval finetune` left, which has a
+            classifier, or `segment` or `detect`, of which "plain" writes the whole network.
+        out: a name that ends in .safetensors makes a file, any other a folder; it may be an address.
         network: whose encoder.
         format: timm's names (a folder opens with `timm.create_model("local-dir:FOLDER")`); a folder that
             transformers' `from_pretrained` opens; or the checkpoint's own tensors under `encoder.`. Of a segmenter or a
@@ -63,13 +66,20 @@ def export_encoder(
     Raises:
         UserError: when the checkpoint cannot be used, the format cannot hold it, or the file not be written.
     """
-    return _exported(Path(checkpoint), Path(out), network, format, image_size, with_head, force).arguments
+    return _exported(checkpoint, place_of(out), network, format, image_size, with_head, force).arguments
 
 
 def _exported(
-    checkpoint: Path, out: Path, network: Network, format: Format, image_size: int, with_head: bool, force: bool
+    checkpoint: Address | Path | str,
+    place: Path | Address,
+    network: Network,
+    format: Format,
+    image_size: int,
+    with_head: bool,
+    force: bool,
 ) -> Export:
-    export = read_export(checkpoint, network, with_head)
+    with brought_here(checkpoint) as here:
+        export = read_export(here, network, with_head)
     _check_format(export, format, image_size, with_head)
     export = at_size(export, image_size)
     tensors = {name: tensor.contiguous() for name, tensor in export.tensors.items()}
@@ -82,11 +92,10 @@ def _exported(
     }
     if export.dense is not None and format == "plain":
         header = export.dense.told() | {"backbone": without_folders(export.dense.source)}
-    if out.suffix == ".safetensors":
+    if place.suffix == ".safetensors":
         if format == "huggingface":
-            raise UserError(f"{out}: what transformers opens is a folder; leave .safetensors out of the name")
-        check_output(out, force=force, inputs=[export.source])
-        with atomic_write(out, force) as beside:
+            raise UserError(f"{place}: what transformers opens is a folder; leave .safetensors out of the name")
+        with open_output(place, force=force, inputs=[export.source, checkpoint]).writing() as beside:
             save_tensors(_plain(export) if format == "plain" else tensors, beside, header)
         return export
     files: dict[str, Any] = {}
@@ -104,15 +113,8 @@ def _exported(
         said = {"run": None if export.config is None else portable(export.config)}
         files = {"config.json": export.arguments | said if export.dense is None else export.dense.settings()}
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
-    texts["README.md"] = model_card(out.name, format, export)
-    for name in (MODEL, *texts):
-        if out.is_dir():
-            check_output(out / name, force=force, inputs=[export.source])
-        else:
-            check_no_run_file(out / name)
-    with _folder(out), contextlib.ExitStack() as stack:
-        # All of them are written before the first takes its name.
-        places = {name: stack.enter_context(atomic_write(out / name, force)) for name in (*texts, MODEL)}
+    texts["README.md"] = model_card(place.name, format, export)
+    with _writing(place, (*texts, MODEL), force, export.source) as places:
         save_tensors(tensors, places[MODEL], header)
         for name, text in texts.items():
             places[name].write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -135,6 +137,23 @@ def _check_format(export: Export, format: Format, image_size: int, with_head: bo
             f"{export.source}: its encoder has relative positions, which a plain ViT lacks; --format plain writes the "
             f"whole {export.network}"
         )
+
+
+@contextlib.contextmanager
+def _writing(out: Path | Address, names: Sequence[str], force: bool, source: Path) -> Iterator[dict[str, Path]]:
+    """Places for the files of a folder, here or in a store: all are written before the first takes its name."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(out, Address):
+            outputs = [open_output(out / name, force=force, inputs=[source]) for name in names]
+            yield {name: stack.enter_context(output.writing()) for name, output in zip(names, outputs, strict=True)}
+            return
+        for name in names:
+            if out.is_dir():
+                check_output(out / name, force=force, inputs=[source])
+            else:
+                check_no_run_file(out / name)
+        stack.enter_context(_folder(out))
+        yield {name: stack.enter_context(atomic_write(out / name, force)) for name in names}
 
 
 @contextlib.contextmanager
@@ -200,7 +219,7 @@ def _plain(export: Export) -> dict[str, Tensor]:
 
 
 def export_command(
-    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")],
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     network: Network = "student",
     format: Format = "timm",
@@ -212,7 +231,7 @@ def export_command(
 
     Args:
         checkpoint: A checkpoint or a run folder, or the folder of a fine-tuning, whose classifier goes along, or of a
-            segmentation or detection.
+            segmentation or detection. It and OUT may lie in a store (s3://, gs://, az://).
         out: A name that ends in .safetensors makes a file; any other a folder with settings and a model card.
         network: The network whose encoder is written.
         format: Layout of the export: for timm, for transformers (a folder), or plain, the checkpoint's own tensors; of
@@ -221,9 +240,13 @@ def export_command(
         with_head: Write the projection head and the prototypes too (with --format plain).
         force: Replace files that are there, but for CKPT itself and files of a run.
     """
-    export = _exported(checkpoint, out, network, format, image_size, with_head, force)
+    place = place_of(out)
+    export = _exported(checkpoint, place, network, format, image_size, with_head, force)
     dense = "" if export.dense is None else export.network
-    tell("\n".join(loading_lines(out, format, export.arguments, dense)))
+    if isinstance(place, Address):
+        tell(f"wrote {place}; on a disk, as {place.name}, it is loaded so:")
+    shown = place.name if isinstance(place, Address) else place
+    tell("\n".join(loading_lines(shown, format, export.arguments, dense)))
 
 
 def main() -> int:

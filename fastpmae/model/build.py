@@ -170,8 +170,6 @@ def check(config: Config) -> None:
         (config.run.log_every >= 1, f"--log-every {config.run.log_every}: at least 1"),
         (config.run.keep >= 0, f"--keep {config.run.keep}: 0 or more"),
         (config.run.eval_every >= 0, f"--eval-every {config.run.eval_every}: epochs, 0 or more"),
-        (config.run.upload is None or not efficiency.sharded_checkpoints,
-         f"--sharded-checkpoints with --out {config.run.upload}: no store takes such checkpoints; leave one out"),
         (config.run.eval_every == 0 or not efficiency.shard,
          "--eval-every needs whole networks, which --shard has not: evaluate its checkpoints with fastpmae-eval"),
         (config.run.save_steps >= 0, f"--save-steps {config.run.save_steps}: 0 or more"),

@@ -5,6 +5,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,18 +25,19 @@ from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, find_checkp
 from fastpmae.run.images import sources
 from fastpmae.run.log import read_rows
 from fastpmae.run.results import DenseResult, Evaluated, Result, dense_results_in, results_in
+from fastpmae.run.stored_run import brought_here
 from fastpmae.templating import html_page
 from fastpmae_loaders import open_samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae_loaders.cli.outputs import check_output
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import atomic_write
-from fastpmae_loaders.mixture import split_weight
+from fastpmae_loaders.mixture import read_by, sources_named, split_weight
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.reading import read_file
+from fastpmae_loaders.stores.address import Address, is_address, place_of
 from fastpmae_loaders.values import checked
+from fastpmae_loaders.write.outputs import Output, open_output
 
 CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("loss", {"loss": "total", "loss_m": "L_m, reconstruction", "loss_c": "L_c, class labels",
@@ -64,14 +66,14 @@ MOST_MARKS = 20
 
 @checked
 def write_report(
-    run: Path,
-    out: Path | None = None,
-    beton: Path | None = None,
+    run: Address | Path,
+    out: Address | Path | None = None,
+    beton: Address | Path | str | tuple[str, ...] | None = None,
     samples: int = 6,
     progress: Progress | None = None,
     force: bool = True,
-) -> Path:
-    """Write a run's report and return where it is.
+) -> Path | Address:
+    """Write a run's report and return where it is. Run, report and images may lie at addresses.
 
     Args:
         out: report.html in the run's folder by default; it appears whole or not at all.
@@ -86,34 +88,50 @@ def write_report(
     """
     if not 1 <= samples <= 64:
         raise UserError(f"--samples {samples} make no picture: draw between 1 and 64")
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run} is no run folder: there is no config.json in it")
+    with brought_here(run) as here:
+        if not (here / "config.json").is_file():
+            raise UserError(f"{run} is no run folder: there is no config.json in it")
+        config = read_config(here / "config.json", decoder_matters=False)
+        images = [] if beton is None else read_by(beton)
+        output = _output(run, out, force, [*images, *(split_weight(source)[0] for source in sources(config))])
+        progress = progress or Progress()
+        with progress.count(4, "parts"):
+            rows = read_rows(here / "metrics.jsonl")
+            progress.advance()
+            pictures, remark = _pictures(here, run.name, config, beton, samples, progress)
+            page = _page(here, run.name, config, rows, pictures, remark)
+            with output.writing() as beside:
+                beside.write_text(page, encoding="utf-8", errors="backslashreplace")
+            progress.advance()
+    return output.place
+
+
+def _output(
+    run: Address | Path, out: Address | Path | None, force: bool, inputs: Sequence[str | os.PathLike[str]]
+) -> Output:
+    """Where the report goes. A run's own is renewed without `force`."""
     target = out or run / "report.html"
-    config = read_config(run / "config.json", decoder_matters=False)
-    own = target.parent.resolve() / target.name == run.resolve() / "report.html"
-    if not own:
-        check_output(target, force=force, inputs=[Path(path) for path in (beton, *sources(config)) if path])
-    progress = progress or Progress()
-    with progress.count(4, "parts"):
-        rows = read_rows(run / "metrics.jsonl")
-        progress.advance()
-        pictures, remark = _pictures(run, config, beton, samples, progress)
-        page = _page(run, config, rows, pictures, remark)
-        with atomic_write(target, force or own) as beside:
-            beside.write_text(page, encoding="utf-8", errors="backslashreplace")
-        progress.advance()
-    return target
+    if isinstance(target, Address):
+        return open_output(target, force=force or target == run / "report.html", inputs=inputs)
+    if isinstance(run, Path) and target.parent.resolve() / target.name == run.resolve() / "report.html":
+        return Output(target, True, None)
+    return open_output(target, force=force, inputs=inputs)
 
 
 def _pictures(
-    run: Path, config: Config, named: Path | None, samples: int, progress: Progress
+    run: Path,
+    name: str,
+    config: Config,
+    named: Address | Path | str | tuple[str, ...] | None,
+    samples: int,
+    progress: Progress,
 ) -> tuple[dict[str, str], str]:  # fmt: skip
     """Drawn pictures as PNG data by their titles, and a sentence on what is missing."""
     if not checkpoints_in(run):
         return {}, "There is no checkpoint yet, so there are no pictures of what was learnt."
     beton = named or config.data.beton
     named_by_run = [split_weight(source)[0] for source in sources(config)]
-    if beton is None or not (named or all(Path(source).exists() for source in named_by_run)):
+    if beton is None or not (named or all(is_address(source) or Path(source).exists() for source in named_by_run)):
         return (
             {},
             f"Its images ({' '.join(sources(config))}) are not here, so there are no pictures of what was learnt: "
@@ -125,8 +143,13 @@ def _pictures(
     except UserError as refused:
         # damaged files, networks that this version does not have: what was logged is shown all the same
         return {}, f"There are no pictures of what was learnt: {refused}."
-    images = open_samples(beton)
-    title = printable(f"{run.name} · {images.path.name}")
+    try:
+        images = open_samples(beton)
+    except UserError as refused:
+        if named or not any(map(is_address, named_by_run)):
+            raise
+        return {}, f"Its images cannot be read, so there are no pictures of what was learnt: {refused}."
+    title = printable(f"{name} · {images.path.name}")
     pictures = {
         "What was learnt of a few images": _png(
             draw_analysis(analyse(checkpoint, images, min(samples, len(images))), title)
@@ -147,12 +170,14 @@ def _png(figure: Figure) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _page(run: Path, config: Config, rows: list[dict[str, float]], pictures: dict[str, str], remark: str) -> str:
+def _page(
+    run: Path, name: str, config: Config, rows: list[dict[str, float]], pictures: dict[str, str], remark: str
+) -> str:
     known = config.run.preset in PRESETS
     return html_page(
         "fastpmae.pictures",
         "report.html.j2",
-        name=printable(run.name),
+        name=printable(name),
         summary=_summary(run, config),
         figures=list(_figures(config, rows)) if rows else [],
         evaluations=[_evaluation(result) for result in results_in(run / "eval")],
@@ -284,22 +309,24 @@ def _curves(rows: Sequence[dict[str, float]]) -> Figure:
 
 
 def report_command(
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     out: Path | None = None,
-    beton: Path | None = None,
+    beton: str | None = None,
     samples: int = 6,
     force: bool = False,
 ) -> None:
     """Write what a run did and learnt as one HTML file: figures, curves, evaluations, pictures, settings.
 
     Args:
-        run: The run's folder; it may still be running.
-        out: The .html file to write; by default RUN/report.html.
-        beton: Images for the pictures; by default the run's own.
+        run: The run's folder, here or in a store (s3://, gs://, az://); it may still be running.
+        out: The .html file to write, here or in a store; by default RUN/report.html.
+        beton: Images for the pictures, here or in a store, in quotes of several sources; by default the run's own.
         samples: How many images the pictures show, 1 to 64.
         force: Replace OUT if it exists, but no other file of a run; RUN/report.html is renewed without it.
     """
-    tell(f"wrote {write_report(run, out, beton, samples, Progress(live=True), force)}")
+    images = None if beton is None else sources_named(beton)
+    target = None if out is None else place_of(out)
+    tell(f"wrote {write_report(place_of(run), target, images, samples, Progress(live=True), force)}")
 
 
 def main() -> int:

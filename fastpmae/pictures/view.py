@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,17 +17,19 @@ from matplotlib.patheffects import withStroke
 
 from fastpmae.plotting import save_picture
 from fastpmae.renamed import refuse_old_flags
-from fastpmae_loaders import Batch, Beton, PairedViews, Samples, ViewSettings, open_samples
+from fastpmae_loaders import Batch, PairedViews, Samples, ViewSettings, open_samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae_loaders.cli.outputs import check_output
 from fastpmae_loaders.cli.terminal import tell
+from fastpmae_loaders.engines.base import Located
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
+from fastpmae_loaders.engines.torch_engine import decode
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import atomic_write
+from fastpmae_loaders.mixture import read_by, sources_named
 from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sampling import BLURRED, GRAY, JITTER, SIGMA, SOLARISED
-from fastpmae_loaders.stores.address import Address
+from fastpmae_loaders.stores.address import Address, place_of
 from fastpmae_loaders.values import checked
+from fastpmae_loaders.write.outputs import Output, open_output
 
 SIMPLE, COMPLEX = "#1c7ed6", "#e8590c"
 INK, QUIET, HIDDEN = "#212529", "#868e96", "#dee2e6"
@@ -39,8 +42,8 @@ CELL = 2.15
 
 @checked
 def draw_views(
-    beton: Beton | str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    beton: Samples | Address | str | os.PathLike[str] | tuple[str, ...],
+    out: Address | str | os.PathLike[str],
     *,
     samples: int = 6,
     index: tuple[int, ...] = (),
@@ -49,13 +52,14 @@ def draw_views(
     settings: ViewSettings | None = None,
     engine: str = DEFAULT_ENGINE,
     force: bool = True,
-) -> Path:
-    """Draw some samples of a .beton as the trainer's loader shows them in one epoch.
+) -> Path | Address:
+    """Draw some samples of a .beton, or of whatever else `open_samples` opens, as the loader shows them in one epoch.
 
     Args:
-        out: a .png, .pdf or .svg file; it appears whole or not at all.
+        out: a .png, .pdf or .svg file, here or at an address; it appears whole or not at all.
         samples: how many, from the start of the epoch's order.
         index: these samples of the file instead.
+        engine: that decodes the images; of files that are no .beton Pillow does in place of the default.
         force: replace `out`, but no file of a run and nothing that is read here.
 
     Returns:
@@ -64,35 +68,37 @@ def draw_views(
     Raises:
         UserError: for files that cannot be read or written, and samples that the file does not hold.
     """
-    target = _target(out, force, [beton.path if isinstance(beton, Beton) else Path(beton)])
+    output = _output(out, force, read_by(beton))
     _check_count(len(index) or samples)
-    beton = beton if isinstance(beton, Beton) else Beton(Path(beton))
+    images = open_samples(beton)
     settings = settings or ViewSettings()
-    with PairedViews(beton, 1, engine, settings, seed) as views:
+    if engine == DEFAULT_ENGINE and not isinstance(images, Located):
+        engine = "torch"
+    with PairedViews(images, 1, engine, settings, seed) as views:
         views.set_epoch(epoch)
         wanted = np.array(index or views.order(epoch)[:samples], np.int64)
         batch = views.batch_of(wanted)
-    figure = _figure(beton, batch, settings, printable(f"{beton.path.name} · seed {seed} · epoch {epoch}"))
-    with atomic_write(target, force) as beside:
+    figure = _figure(images, batch, settings, printable(f"{images.path.name} · seed {seed} · epoch {epoch}"))
+    with output.writing() as beside:
         save_picture(figure, beside, dpi=130)
-    return target
+    return output.place
 
 
 @checked
 def draw_run(
-    run: str | os.PathLike[str],
-    images: Samples | str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    run: Address | str | os.PathLike[str],
+    images: Samples | Address | str | os.PathLike[str] | tuple[str, ...],
+    out: Address | str | os.PathLike[str],
     *,
     picture: Literal["analysis", "prototypes"] = "analysis",
     samples: int = 6,
     index: tuple[int, ...] = (),
     force: bool = True,
-) -> Path:
-    """Draw what a run has learnt, by its newest checkpoint or the one named.
+) -> Path | Address:
+    """Draw what a run has learnt, by its newest checkpoint or the one named. Each may lie at an address.
 
     Args:
-        images: whatever the run could be trained on: a .beton, a folder, tar shards.
+        images: whatever the run could be trained on: a .beton, a set, a folder, tar shards, or several of these.
         picture: "analysis": for each image what the student sees, the cosine of each predicted token and its target,
             nearest-patch matches coloured by whether geometry agrees, the class token's attention, and the principal
             components of the patch features. "prototypes": the patches nearest to the most used prototypes.
@@ -110,28 +116,28 @@ def draw_run(
     from fastpmae.pictures.analysis import analyse, prototype_use
     from fastpmae.pictures.figures import draw_analysis, draw_prototypes
     from fastpmae.run.checkpoint import find_checkpoint
+    from fastpmae.run.stored_run import brought_here
 
-    given = Path(images) if isinstance(images, str | os.PathLike) else images.path
-    target = _target(out, force, [given, *([Path(run)] if Path(run).is_file() else [])])
+    output = _output(out, force, [*read_by(images), *([] if Path(run).is_dir() else [run])])
     _check_count(len(index) or samples)
     images = open_samples(images)
     title = printable(f"{Path(run).name} · {images.path.name}")
-    checkpoint = find_checkpoint(Path(run))
-    if picture == "analysis":
-        figure = draw_analysis(analyse(checkpoint, images, samples, index), title)
-    else:
-        figure = draw_prototypes(prototype_use(checkpoint, images), title)
-    with atomic_write(target, force) as beside:
+    with brought_here(run if isinstance(run, Address) else os.fspath(run)) as here:
+        checkpoint = find_checkpoint(here)
+        if picture == "analysis":
+            figure = draw_analysis(analyse(checkpoint, images, samples, index), title)
+        else:
+            figure = draw_prototypes(prototype_use(checkpoint, images), title)
+    with output.writing() as beside:
         save_picture(figure, beside, dpi=130)
-    return target
+    return output.place
 
 
-def _target(out: str | os.PathLike[str], force: bool, inputs: list[Path | Address]) -> Path:
-    target = Path(out)
-    if target.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UserError(f"{target} must end in .png, .pdf or .svg")
-    check_output(target, force=force, inputs=[path for path in inputs if isinstance(path, Path)])
-    return target
+def _output(out: Address | str | os.PathLike[str], force: bool, inputs: Sequence[str | os.PathLike[str]]) -> Output:
+    place = place_of(out)
+    if place.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UserError(f"{place} must end in .png, .pdf or .svg")
+    return open_output(place, force=force, inputs=inputs)
 
 
 def _check_count(samples: int) -> None:
@@ -139,7 +145,7 @@ def _check_count(samples: int) -> None:
         raise UserError(f"{samples} samples make no picture: draw between 1 and 64")
 
 
-def _figure(beton: Beton, batch: Batch, settings: ViewSettings, title: str) -> Figure:
+def _figure(images: Samples, batch: Batch, settings: ViewSettings, title: str) -> Figure:
     count = len(batch)
     gap, caption, top, bottom = 0.12, 0.26, 0.78, 0.5
     width = len(PANELS) * CELL + (len(PANELS) + 1) * gap
@@ -160,8 +166,8 @@ def _figure(beton: Beton, batch: Batch, settings: ViewSettings, title: str) -> F
         figure.text((x + CELL / 2) / width, 1 - 0.57 / height, name, size=9.5, weight="bold", color=colour, ha="center")
     for row in range(count):
         y = height - top - row * (CELL + caption) - CELL
-        captions = _captions(beton, batch, row)
-        for column, picture in enumerate(_pictures(beton, batch, settings, row)):
+        captions = _captions(images, batch, row)
+        for column, picture in enumerate(_pictures(images, batch, settings, row)):
             x = gap + column * (CELL + gap)
             axes = figure.add_axes((x / width, y / height, CELL / width, CELL / height))
             axes.imshow(picture, interpolation="antialiased")
@@ -177,7 +183,7 @@ def _figure(beton: Beton, batch: Batch, settings: ViewSettings, title: str) -> F
     return figure
 
 
-def _pictures(beton: Beton, batch: Batch, settings: ViewSettings, row: int) -> list[np.ndarray]:
+def _pictures(images: Samples, batch: Batch, settings: ViewSettings, row: int) -> list[np.ndarray]:
     """The five panels of a row, uint8 [H, W, 3]."""
     simple = batch.simple[row].permute(1, 2, 0).numpy()
     complex_ = batch.complex[row].permute(1, 2, 0).numpy()
@@ -198,7 +204,9 @@ def _pictures(beton: Beton, batch: Batch, settings: ViewSettings, row: int) -> l
     if patch >= 8:
         for picture in (student, tinted):
             picture[::patch] = picture[:, ::patch] = 255
-    return [beton.decode(int(batch.index[row])), simple, complex_, student.astype(np.uint8), tinted.astype(np.uint8)]
+    original = decode(images, int(batch.index[row]))
+    assert original is not None  # a view of it is there
+    return [original, simple, complex_, student.astype(np.uint8), tinted.astype(np.uint8)]
 
 
 def _draw_boxes(axes: Axes, batch: Batch, row: int) -> None:
@@ -211,10 +219,10 @@ def _draw_boxes(axes: Axes, batch: Batch, row: int) -> None:
         axes.add_patch(box)
 
 
-def _captions(beton: Beton, batch: Batch, row: int) -> list[str]:
+def _captions(images: Samples, batch: Batch, row: int) -> list[str]:
     height, width = batch.source_size[row].tolist()
     label = int(batch.label[row])
-    names = beton.class_names
+    names = images.class_names
     name = short(names[label]) if names and 0 <= label < len(names) else f"label {label}" if label >= 0 else ""
     if len(name) > 24:
         name = name[:23] + "…"
@@ -246,7 +254,7 @@ def _legend(settings: ViewSettings) -> list[Patch]:
 
 
 def view_command(
-    beton: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="F.beton")],
+    beton: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="F.beton")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.png")],
     samples: int = 6,
     index: tuple[int, ...] = (),
@@ -258,7 +266,7 @@ def view_command(
     folds: int = 3,
     complex_recipe: Literal["coin", "t1", "t2"] = "coin",
     engine: Literal["native", "ffcv", "dali", "torch"] = DEFAULT_ENGINE,
-    run: Path | None = None,
+    run: str | None = None,
     picture: Literal["views", "analysis", "prototypes"] | None = None,
     force: bool = False,
 ) -> None:
@@ -267,7 +275,8 @@ def view_command(
     With --run, what that run has learnt of them instead; sizes, seed and engine are then the run's own.
 
     Args:
-        beton: The .beton file of the images; with --run also a folder or tar shards.
+        beton: The .beton file of the images, a set of them, a folder or tar shards; in quotes several of these, as in
+            "a.beton:0.7 b/:0.3". The images, the run and the picture may lie in a store (s3://, gs://, az://).
         out: The picture to write: .png, .pdf or .svg.
         samples: How many samples, from the start of the epoch's order.
         index: Numbers of the samples to draw, instead of the first ones.
@@ -284,9 +293,10 @@ def view_command(
             and "prototypes" the patches nearest to the most used prototypes.
         force: Replace OUT.png if it exists, but no file of a run and nothing that is read here.
     """
+    images = sources_named(beton)
     if run is not None and picture != "views":
-        draw_run(run, beton, out, picture=picture or "analysis", samples=samples, index=index, force=force)
-        tell(f"wrote {out}")
+        wrote = draw_run(run, images, out, picture=picture or "analysis", samples=samples, index=index, force=force)
+        tell(f"wrote {wrote}")
         return
     if run is None and picture in ("analysis", "prototypes"):
         raise UserError(f"--picture {picture} needs --run RUN: the run that has learnt something")
@@ -297,8 +307,8 @@ def view_command(
         folds=folds,
         complex_recipe=complex_recipe,
     )
-    draw_views(
-        beton,
+    wrote = draw_views(
+        images,
         out,
         samples=samples,
         index=index,
@@ -308,7 +318,7 @@ def view_command(
         engine=engine,
         force=force,
     )
-    tell(f"wrote {out}")
+    tell(f"wrote {wrote}")
 
 
 def main() -> int:

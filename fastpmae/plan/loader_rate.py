@@ -13,8 +13,8 @@ from torch import Tensor
 from fastpmae.config import Config
 from fastpmae.model.build import view_settings, views_needed
 from fastpmae.photographs import PHOTOGRAPHS, open_photograph
-from fastpmae.run.images import sources
-from fastpmae_loaders import PairedViews
+from fastpmae.run.images import open_images, sources
+from fastpmae_loaders import PairedViews, Samples
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.write.pages import PageWriter
 from fastpmae_loaders.write.write import PAGE_SIZE
@@ -45,7 +45,7 @@ def measure(config: Config, seconds: float = 2.0) -> LoaderRate:
         UserError: for images that cannot be read, or an engine that is not installed.
     """
     if config.data.beton:
-        return _measure(config, config.data.beton, seconds, " ".join(sources(config)))
+        return _measure(config, open_images(config), seconds, " ".join(sources(config)))
     with TemporaryDirectory(prefix="fastpmae-plan-") as folder:
         path = Path(folder) / "made.beton"
         write_made_images(path, BATCH)
@@ -72,11 +72,11 @@ def _room(size: tuple[int, int]) -> list[tuple[int, int]]:
     return [(size[0], WIDTH), (size[1], HEIGHT)]
 
 
-def _measure(config: Config, path: Path | tuple[str, ...], seconds: float, source: str) -> LoaderRate:
+def _measure(config: Config, images: Path | Samples, seconds: float, source: str) -> LoaderRate:
     cores = loader_threads(config.efficiency.workers)
     on_device = config.efficiency.augment_on != "cpu"
     with PairedViews(
-        path,
+        images,
         BATCH,
         engine=config.data.loader,
         settings=view_settings(config),

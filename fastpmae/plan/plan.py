@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from rich.console import Console
 
 from fastpmae.config import Config
@@ -36,10 +37,10 @@ from fastpmae.pretraining.cli import Command, parse
 from fastpmae.pretraining.data import shared_out
 from fastpmae.run.images import open_images, sources
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae_loaders.cli.outputs import check_output
 from fastpmae_loaders.cli.progress import Bar
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import atomic_write
+from fastpmae_loaders.mixture import split_weight
+from fastpmae_loaders.write.outputs import open_output
 
 IMAGENET = 1_281_167
 
@@ -81,10 +82,10 @@ class Plan(Command):
     """Gbit/s that a machine sends to others; by default the usual machine's."""
     jitter: float = JITTER
     """ASSUMPTION: how much a GPU's step varies, as a share of it; every step waits for the slowest."""
-    json: Path | None = None
-    """Write every figure to this file."""
-    plot: Path | None = None
-    """Draw the scaling to this .png, .pdf or .svg."""
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write every figure to this file, here or in a store."""
+    plot: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Draw the scaling to this .png, .pdf or .svg, here or in a store."""
     force: bool = False
     """Replace the files of --json and --plot if they exist, but no file of a run and nothing that is read here."""
 
@@ -222,7 +223,7 @@ def _gpu(options: Plan) -> Gpu:
         (_positive(options.cores), f"--cores {options.cores}: at least 1"),
         (_positive(options.network), f"--network {options.network} is no number above 0"),
         (0 <= options.jitter < 1, f"--jitter {options.jitter} is not in [0, 1)"),
-        (options.plot is None or options.plot.suffix.lower() in (".png", ".pdf", ".svg"),
+        (options.plot is None or Path(options.plot).suffix.lower() in (".png", ".pdf", ".svg"),
          f"--plot {options.plot} must end in .png, .pdf or .svg"),
     ]  # fmt: skip
     for fits, sentence in rules:
@@ -329,12 +330,13 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def plan(options: Plan) -> None:
     """Make a plan, print it, and write the files that are asked for."""
-    given = [Path(path) for path in (options.config, *sources(options.settings)) if path]
-    for out in (options.json, options.plot):
-        if out is not None:
-            check_output(out, force=options.force, inputs=given)
+    given = [path for path in (options.config, *(split_weight(each)[0] for each in sources(options.settings))) if path]
     if options.json is not None and options.json == options.plot:
         raise UserError(f"--json and --plot both name {options.json}: give each a file of its own")
+    figures, picture = (
+        None if out is None else open_output(out, force=options.force, inputs=given)
+        for out in (options.json, options.plot)
+    )
     stages = phases_of(options.settings)
     smaller = [
         each
@@ -344,11 +346,11 @@ def plan(options: Plan) -> None:
     ]
     with _progress(len(stages) + len(smaller)) as tell:
         report = make_plan(options, tell)
-    if options.json is not None:
-        with atomic_write(options.json, options.force) as beside:
+    if figures is not None:
+        with figures.writing() as beside:
             beside.write_text(json.dumps(as_json(report), indent=1) + "\n")
-    if options.plot is not None:
-        with atomic_write(options.plot, options.force) as beside:
+    if picture is not None:
+        with picture.writing() as beside:
             draw(report, beside)
     show(report, _console())
 

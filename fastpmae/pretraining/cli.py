@@ -16,13 +16,11 @@ from fastpmae.renamed import SETTINGS, refuse_old_flags
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, read_progress, settings_in
 from fastpmae.run.folder import run_of
 from fastpmae.run.shards import is_sharded
-from fastpmae.run.uploads import bring_back, local_folder
+from fastpmae.run.stored_run import brought_here, resumed_from
 from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.words import last_value, numbers_on, with_values
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
-from fastpmae_loaders.stores.address import is_address, parse_address
-from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.values import Typed, local_path
 
 DESCRIPTION = f"""Pretrain a vision transformer with Pseudo-MAE on a .beton file.
@@ -36,8 +34,8 @@ class Command(Typed):
     """What stands on the command line."""
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
-    config: Path | None = None
-    """Start from the settings in this file (a run's config.json) instead of a preset."""
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Start from the settings in this file (a run's config.json), here or in a store, instead of a preset."""
 
 
 Given = TypeVar("Given", bound=Command)
@@ -79,18 +77,16 @@ def _base(words: list[str]) -> Config:
     if config is not None:
         if name is not None:
             raise UserError("--config and --preset both name the settings to start from: leave one out")
-        return read_config(Path(config))
+        with brought_here(config) as file:
+            return read_config(file)
     if name is not None:
         return preset(name)
     if resume is not None:
-        upload = out if is_address(out) else last_value(words, "--upload")
-        if resume == "auto" and upload is not None:
-            named = last_value(words, "--cache")
-            cached = CacheSettings(None if named is None else Path(named))
-            out = str(local_folder(parse_address(upload), cached)) if out == upload or out is None else out
-            bring_back(parse_address(upload), Path(out))
-        path = Path(out) if resume == "auto" and out is not None else Path(resume)
-        return settings_of_run(path).using(steps=None)
+        places = {"resume": resume, "out": out} | {
+            name: last_value(words, f"--{name}") for name in ("upload", "cache") if f"--{name}" in words
+        }
+        path = resumed_from(PRESETS["paper"].using(**places))
+        return settings_of_run(Path(resume) if path is None else path).using(steps=None)
     return PRESETS["paper"]
 
 

@@ -10,10 +10,11 @@ from fastpmae.model.fp8 import use_fp8
 from fastpmae.model.teachers import Teachers, make_teachers
 from fastpmae.model.vit import Student
 from fastpmae.run.init_weights import start_encoder
+from fastpmae.run.stored_run import brought_here
 
 
 def make_networks(
-    config: Config, total_steps: int, device: torch.device, init: Path | None
+    config: Config, total_steps: int, device: torch.device, init: Path | str | None
 ) -> tuple[Student, Teachers]:
     """Student and teachers on the device, all weights from the run's seed, so that every rank starts alike.
 
@@ -22,12 +23,13 @@ def make_networks(
 
     Args:
         total_steps: of the whole run, which the momentum schedules stretch over.
-        init: weights that the encoder starts from instead.
+        init: weights that the encoder starts from instead, on this machine or at an address.
     """
     generator = torch.Generator().manual_seed(config.run.seed)
     student = make_student(config, generator)
     if init is not None:
-        start_encoder(student.encoder, init)
+        with brought_here(init, config.data.cached) as weights:
+            start_encoder(student.encoder, weights)
     teachers = make_teachers(student, config.teacher, total_steps, config.optimizer.epochs, generator)
     for network in (student, *teachers.modules().values()):
         network.to(device)

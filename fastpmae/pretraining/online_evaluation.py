@@ -63,7 +63,7 @@ class OnlineEvaluation:
             return
         train = run.eval_train or config.data.beton
         assert train is not None
-        self.train, self.val = open_labelled(train, run.eval_val)
+        self.train, self.val = open_labelled(train, run.eval_val, config.data.cached)
         if len(self.train.labels) <= NEIGHBOURS:
             raise UserError(
                 f"--eval-every asks {NEIGHBOURS} neighbours, and {train} holds {len(self.train.labels)} images"

@@ -258,6 +258,11 @@ def read_progress(path: Path) -> dict[str, Any]:
     return read_index(path).progress if is_sharded(local_path(path)) else _header(path)[1]
 
 
+def identity_of(path: Path) -> str:
+    """A text that another checkpoint does not have; no tensor is read. CheckpointError as `read_checkpoint`."""
+    return read_index(path).digest if is_sharded(local_path(path)) else _header(path)[0]["digest"]
+
+
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest sound checkpoint of a run folder, and a sentence for each damaged one that was passed over."""
     complaints = []

@@ -147,10 +147,11 @@ class ShardSaver(Saver):
     Args:
         ranks: all of them make one, at the same time.
         keep: older checkpoints to keep beside the newest.
+        written: on each rank, told of each checkpoint that all have written.
     """
 
-    def __init__(self, ranks: Ranks, keep: int):
-        super().__init__(ranks.device, keep)
+    def __init__(self, ranks: Ranks, keep: int, *, written: Callable[[Path], None] = lambda path: None):
+        super().__init__(ranks.device, keep, written=written)
         self.first = ranks.is_main
         self.group = ranks.group_apart()
 

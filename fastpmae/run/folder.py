@@ -30,7 +30,7 @@ from fastpmae.run.checkpoint import (
 )
 from fastpmae.run.images import absolute, source_notes
 from fastpmae.run.shards import is_sharded
-from fastpmae.run.uploads import local_folder
+from fastpmae.run.stored_run import local_folder, resumed_from
 from fastpmae.settings.rates import rate_changes
 from fastpmae_loaders import Samples
 from fastpmae_loaders.engines.base import by_page
@@ -114,7 +114,7 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int, told: Seque
     if resume is None:
         return OpenRun(folder, None, [*told])
     remarks: list[str] = []
-    path = folder if resume == "auto" else Path(resume)
+    path = resumed_from(config) or folder
     if resume == "auto" or (path.is_dir() and not is_sharded(path)):
         checkpoint, complaints = newest_checkpoint(path)
         remarks = [f"passed over a checkpoint: {complaint}" for complaint in complaints]

@@ -12,16 +12,10 @@ from fastpmae.model.vit import Encoder
 from fastpmae.renamed import refuse_old_classifier
 from fastpmae.run.checkpoint import FORMAT, CheckpointError, checkpoints_in, find_checkpoint, read_progress
 from fastpmae.run.shards import is_sharded
+from fastpmae.run.stored_run import EXPORTED, TUNED
 from fastpmae.weights.foreign import PATCHES, check_real, read_foreign
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import short
-
-EXPORTED = ("model.safetensors", "pytorch_model.bin")
-"""What the weights in a folder are called, here and on the hub."""
-TUNED = {
-    "finetune": "classifier.safetensors", "segment": "segmenter.safetensors", "detect": "detector.safetensors",
-}  # fmt: skip
-"""What each kind of training of a whole network leaves in its folder, under the name of its settings."""
 
 
 def start_encoder(encoder: Encoder, path: Path) -> None:

@@ -18,6 +18,7 @@ from fastpmae.run.signals import Stop
 from fastpmae.run.telemetry import StepTrace, garbage_between_steps
 from fastpmae.run.uploads import Uploads
 from fastpmae_loaders.errors import Interrupted
+from fastpmae_loaders.stores.address import Address
 
 Entered = TypeVar("Entered")
 State = Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
@@ -89,8 +90,9 @@ class Session:
         self.sharded = sharded
         written = {} if uploads is None else {"written": uploads.checkpoint}
         self.uploads = uploads if uploads is None else self.enter(uploads)
+        self.ranks.broadcast_from_main(lambda: None if uploads is None else uploads.leave_past(step))
         if sharded:
-            self.saver = self.enter(ShardSaver(self.ranks, keep))
+            self.saver = self.enter(ShardSaver(self.ranks, keep, **written))
         else:
             self.saver = self.enter(Saver(self.ranks.device, keep, is_main=self.ranks.is_main, **written))
         for sentence in sentences:
@@ -156,8 +158,12 @@ class Session:
                 self.save(state)
             self.wait()
             self.finish()
-            place = self.folder if self.uploads is None else self.uploads.address
-            raise Interrupted(self.signal, self.step, self.last_step, place)
+            raise Interrupted(self.signal, self.step, self.last_step, self.place)
+
+    @property
+    def place(self) -> Path | Address:
+        """Where who resumes it says that it lies."""
+        return self.folder if self.uploads is None else self.uploads.address
 
     def finish(self) -> None:
         """Until all that is to be in a store is there. Raises RunError where it could not be taken there."""

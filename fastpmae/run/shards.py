@@ -109,10 +109,11 @@ def _digest_of(index: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """What a checkpoint's index says: of each file its bytes and SHA-256, and the run's progress as JSON."""
+    """What a checkpoint's index says: of each file its bytes and SHA-256, the run's progress, and its own digest."""
 
     files: dict[str, tuple[int, str]]
     progress: dict[str, Any]
+    digest: str
 
 
 def read_index(path: Path) -> Index:
@@ -131,7 +132,8 @@ def read_index(path: Path) -> Index:
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise CheckpointError(f"{file} is no index of a fastpmae checkpoint")
         files, told = index.get("files"), index.get("progress")
-        if index.pop("digest", None) != _digest_of(index) or not isinstance(files, dict) or not isinstance(told, str):
+        own = index.pop("digest", None)
+        if own != _digest_of(index) or not isinstance(files, dict) or not isinstance(told, str):
             raise CheckpointError(f"{path} is damaged: its index does not match its digest")
         for name, identity in files.items():
             kinds = [type(part) for part in identity] if isinstance(identity, list) else None
@@ -143,7 +145,7 @@ def read_index(path: Path) -> Index:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {on_one_line(str(error))}") from None
-    return Index({name: (size, digest) for name, (size, digest) in files.items()}, parsed_progress(told, path))
+    return Index({name: (size, digest) for name, (size, digest) in files.items()}, parsed_progress(told, path), own)
 
 
 def check_files(path: Path, index: Index, rank: int = 0, ranks: int = 1) -> None:

@@ -1,132 +1,98 @@
-"""A run's folder kept at an address in a store: checkpoints and the log go there as they are written, and come back.
+"""A run's folder kept at an address in a store: checkpoints and the log go there as they are written.
 
-A checkpoint counts when its marker is there, which is written after the last of its parts: `step-00000100.safetensors`
-beside `step-00000100.whole`. What is in the store is what `--resume` finds, on any machine.
+What is in the store is what `--resume` finds, on any machine (see `stored_run`).
 """
 
-import contextlib
-import hashlib
-import json
-import re
 import threading
-from dataclasses import dataclass
+import uuid
 from pathlib import Path
 from types import TracebackType
 
 from fastpmae.config import Config
 from fastpmae.distributed.ranks import Ranks
+from fastpmae.run.stored_run import (
+    LOGS,
+    PAST,
+    WHOLE,
+    Stored,
+    bring_back,
+    key_in,
+    local_folder,
+    marker_of,
+    whole_checkpoints,
+)
 from fastpmae_loaders.errors import RunError, UserError
-from fastpmae_loaders.files import atomic_write
-from fastpmae_loaders.locks import lock
 from fastpmae_loaders.stores.address import Address, parse_address
-from fastpmae_loaders.stores.cache import CacheSettings
-from fastpmae_loaders.stores.client import Closed, Missing, Store, StoreError
+from fastpmae_loaders.stores.client import Closed, Store, StoreError
 
-CHECKPOINT = re.compile(r"checkpoints/step-(\d{8,15})\.(safetensors|whole)")
-LOGS = ("config.json", "metrics.jsonl", "train.log", "machine.jsonl")
 _AFTER_A_SIGNAL = 10.0
 """Seconds for which requests are tried again when the run is told to end: its machine may be taken away soon."""
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint in a store: the step that it was written after, and its bytes."""
-
-    step: int
-    size: int
-
-
-def local_folder(address: Address, settings: CacheSettings) -> Path:
-    """Where on this machine the run at an address has its folder."""
-    name = hashlib.sha256(str(address).encode()).hexdigest()[:12]
-    return settings.place / "runs" / f"{address.name or address.bucket}-{name}"
-
-
 def open_uploads(config: Config, ranks: Ranks) -> "Uploads | None":
-    """What takes a run to the address that --upload says, on the main rank; None on the others, and without one.
-
-    The address is tried: a marker is written there and deleted. Where the run is resumed, its newest checkpoint comes
-    back to every machine.
-
-    Raises:
-        UserError: on every rank where nothing can be written there, or a run is there that is not to be resumed.
-    """
+    """What takes a run to the address that --upload says (see `uploads_to`); None without one."""
     if config.run.upload is None:
         return None
-    address, made = parse_address(config.run.upload), list[Uploads]()
+    address = parse_address(config.run.upload)
     folder = config.run.out or local_folder(address, config.data.cached)
+    uploads = uploads_to(address, folder, ranks, keep=config.run.keep, resumes=config.run.resume is not None)
+    if config.efficiency.sharded_checkpoints and ranks.size > ranks.local_size:
+        _check_shared(folder, ranks)
+    return uploads
+
+
+def uploads_to(address: Address, folder: Path, ranks: Ranks, *, keep: int, resumes: bool) -> "Uploads | None":
+    """What takes a training's folder to an address, on the main rank; None on the others.
+
+    The address is tried: a marker is written there and deleted.
+
+    Args:
+        keep: older checkpoints to keep there beside the newest.
+        resumes: whether the training goes on with what is there.
+
+    Raises:
+        UserError: on every rank where nothing can be written there, or a training is there that is not to be resumed.
+    """
+    made = list[Uploads]()
 
     def open_main() -> None:
         store = Store(address)
         store.try_to_write(address)
-        if config.run.resume is None and whole_checkpoints(store, address):
+        if not resumes and whole_checkpoints(store, address):
             raise UserError(f"{address} already holds a run: add --resume to continue it, or choose another --out")
-        made.append(Uploads(store, address, folder, config.run.keep))
+        made.append(Uploads(store, address, folder, keep))
 
     ranks.broadcast_from_main(open_main)
-    if config.run.resume == "auto":
-        bring_back(address, folder)
     return made[0] if made else None
 
 
-def whole_checkpoints(store: Store, address: Address) -> list[Stored]:
-    """The checkpoints at an address whose markers are there and say their size, newest first. Raises StoreError."""
-    sizes: dict[tuple[int, str], int] = {}
-    for key, size in store.files(f"{address.key}/checkpoints".removeprefix("/")):
-        found = CHECKPOINT.fullmatch(key.removeprefix(address.key).removeprefix("/"))
-        if found:
-            sizes[int(found[1]), found[2]] = size
-    steps = sorted((step for step, kind in sizes if kind == "whole" and (step, "safetensors") in sizes), reverse=True)
-    return [Stored(step, sizes[step, "safetensors"]) for step in steps]
+def take_up_at(address: Address | None, folder: Path, ranks: Ranks, *, resume: bool) -> "Uploads | None":
+    """The same for a training that takes up its newest checkpoint where it is resumed: it comes to every machine."""
+    if address is None:
+        return None
+    uploads = uploads_to(address, folder, ranks, keep=1, resumes=resume)
+    if resume:
+        bring_back(address, folder)
+    return uploads
 
 
-def bring_back(address: Address, folder: Path) -> None:
-    """Have the newest whole checkpoint at an address in the local folder, with the log; what is there is not asked for.
+def _check_shared(folder: Path, ranks: Ranks) -> None:
+    """UserError, on every rank, where the machines of a run do not write to one folder."""
+    mark = folder / f".seen-{uuid.uuid4().hex[:16]}"
 
-    Processes of one machine may call it at once: one does the work.
+    def leave() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        return mark.name
 
-    Raises:
-        UserError: where the store cannot be read, or the folder not be written.
-    """
-    checkpoints = folder / "checkpoints"
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        with (folder / ".bringing").open("w") as alone:
-            lock(alone, wait=True)
-            store = Store(address)
-            found = store.first_try(lambda store: whole_checkpoints(store, address), address.key)
-            for stored in found[:1]:
-                _bring_checkpoint(store, address, stored, checkpoints)
-            for name in LOGS:
-                if found and not (folder / name).exists():
-                    with contextlib.suppress(Missing), atomic_write(folder / name) as beside:
-                        beside.write_bytes(store.read(_key(address, name)))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
-
-
-def _bring_checkpoint(store: Store, address: Address, stored: Stored, checkpoints: Path) -> None:
-    name = f"step-{stored.step:08d}.safetensors"
-    path = checkpoints / name
-    with contextlib.suppress(FileNotFoundError):
-        if path.stat().st_size == stored.size:
-            return
-    marker = store.read(_key(address, f"checkpoints/{Path(name).with_suffix('.whole')}"))
-    try:
-        told = json.loads(bytes(marker[:4096]))["bytes"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        told = None
-    if told != stored.size:
-        raise UserError(f"{address}/checkpoints/{name} is not what its marker says: it is damaged, or being written")
-    with atomic_write(path) as beside, beside.open("wb") as file:
-        part = 64 << 20
-        for start in range(0, stored.size, part):
-            count = min(part, stored.size - start)
-            file.write(store.read(_key(address, f"checkpoints/{name}"), start, count))
-
-
-def _key(address: Address, name: str) -> str:
-    return f"{address.key}/{name}".removeprefix("/")
+    name = ranks.broadcast_from_main(leave)
+    (missing,) = ranks.max_over_ranks(not (folder / name).exists())
+    mark.unlink(missing_ok=True)
+    if missing:
+        raise UserError(
+            f"--sharded-checkpoints: {folder} is another folder on each machine, and all ranks write to one: name a "
+            "folder that all machines see with --out, and the address with --upload"
+        )
 
 
 class Uploads:
@@ -226,21 +192,33 @@ class Uploads:
                     self._untold.append(f"warning: {path.name} could not be taken to {self.address}: {failed}")
                 self._changed.notify_all()
 
+    def leave_past(self, step: int) -> None:
+        """Checkpoints after a step, which the run went on from, count no more: the newest is the run's own.
+
+        Their files stay until the run writes a checkpoint of the same name. Raises StoreError.
+        """
+        for stored in whole_checkpoints(self.store, self.address):
+            if stored.step > step:
+                self.store.put(self._key(stored.marker + PAST), b"the run went on from a checkpoint before this one\n")
+                self.store.delete(self._key(stored.marker + WHOLE))
+
     def _take(self, path: Path) -> None:
-        size = path.stat().st_size
-        self.store.put(self._key(path.name), path)
-        marker = {"format": "fastpmae-checkpoint", "bytes": size}
-        self.store.put(self._key(path.with_suffix(".whole").name), (json.dumps(marker) + "\n").encode())
+        marker = marker_of(path)
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            self.store.put(self._key(file.relative_to(path.parent).as_posix()), file)
+        stored = Stored(path.name, {})
+        self.store.put(self._key(stored.marker + WHOLE), marker)
+        self.store.delete(self._key(stored.marker + PAST))
         self._take_logs()
         for old in whole_checkpoints(self.store, self.address)[self.keep + 1 :]:
             # first the marker: what is half removed counts as nothing
-            self.store.delete(self._key(f"step-{old.step:08d}.whole"))
-            self.store.delete(self._key(f"step-{old.step:08d}.safetensors"))
+            for name in (old.marker + WHOLE, *old.files):
+                self.store.delete(self._key(name))
 
     def _take_logs(self) -> None:
         for name in LOGS:
             if (self.folder / name).exists():
-                self.store.put(_key(self.address, name), (self.folder / name).read_bytes())
+                self.store.put(key_in(self.address, name), (self.folder / name).read_bytes())
 
     def _key(self, name: str) -> str:
-        return _key(self.address, f"checkpoints/{name}")
+        return key_in(self.address, f"checkpoints/{name}")

@@ -16,6 +16,7 @@ from fastpmae_loaders.order import Chosen, FileOrder, Order, PageOrder, Pages, p
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton_set import BetonSet
 from fastpmae_loaders.sources.places import Column, Largest, Places, by_names
+from fastpmae_loaders.stores.address import is_address
 
 _WHOLE = 1 << 24
 """Weights are rounded to parts of it, so that every count below is exact."""
@@ -41,6 +42,24 @@ def split_weight(source: str) -> tuple[str, float | None]:
     if not 0 < weight < math.inf:
         raise UserError(f"{printable(source)}: the weight {found[2]} must be above 0 and finite")
     return found[1], weight
+
+
+def sources_named(text: str) -> str | tuple[str, ...]:
+    """What one word of a command line names: a source of images, or several in quotes, as in `"a.beton:0.7 b/:0.3"`."""
+    words = () if os.path.lexists(text) else tuple(text.split())
+    several = len(words) > 1 and all(is_address(name) or os.path.lexists(name) for name, _ in map(split_weight, words))
+    return words if several else text
+
+
+def read_by(images: "Samples | str | os.PathLike[str] | Sequence[str]") -> list[str | os.PathLike[str]]:
+    """The files, folders and addresses that `open_samples` reads of these, without weights."""
+    if isinstance(images, str | os.PathLike):
+        return [split_weight(images)[0]] if isinstance(images, str) else [images]
+    if isinstance(images, Mixture):
+        return [path for source in images.sources for path in read_by(source)]
+    if hasattr(images, "payload"):
+        return [images.path]  # pyright: ignore[reportAttributeAccessIssue] - of images that are open
+    return [split_weight(name)[0] for name in images]  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class Mixture:

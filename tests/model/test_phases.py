@@ -193,7 +193,7 @@ def test_every_reader_takes_a_checkpoint_of_either_phase(whole: Path, phased: Co
 @pytest.mark.slow
 def test_the_report_of_a_run_in_its_first_phase(phased: Config):
     run = pretrain(phased.using(steps=2))
-    page = write_report(run).read_text(encoding="utf-8")
+    page = Path(write_report(run)).read_text(encoding="utf-8")
     assert "What was learnt of a few images" in page
     assert "Patches nearest" not in page
 

@@ -142,8 +142,8 @@ def test_a_run_without_labels(tiny: Config, small_beton: Path, tmp_path: Path):
 
 def test_what_cannot_be_drawn(small_beton: Path, tmp_path: Path):
     with pytest.raises(UserError, match="--picture analysis needs --run"):
-        view_command(small_beton, tmp_path / "out.png", picture="analysis")
+        view_command(str(small_beton), tmp_path / "out.png", picture="analysis")
     with pytest.raises(UserError, match="no sound checkpoint"):
-        view_command(small_beton, tmp_path / "out.png", run=tmp_path)
+        view_command(str(small_beton), tmp_path / "out.png", run=str(tmp_path))
     with pytest.raises(UserError, match="no sample 44"):
-        view_command(small_beton, tmp_path / "out.png", run=tmp_path, index=(44,), picture="views")
+        view_command(str(small_beton), tmp_path / "out.png", run=str(tmp_path), index=(44,), picture="views")

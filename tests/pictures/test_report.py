@@ -60,7 +60,7 @@ def test_in_a_browser(tiny: Config, small_beton: Path, tmp_path: Path):
     record = {"evaluation": "knn", "network": "student", "top1": 61.25, "top5": 90.0, "images": 44}
     (folder / "eval/knn-student.json").write_text(json.dumps(record))
     (folder / "eval/other.json").write_text("[1")
-    page = write_report(folder, beton=small_beton, samples=2)
+    page = Path(write_report(folder, beton=small_beton, samples=2))
     assert page == folder / "report.html"
     seen, picture = browse(page, tmp_path)
     # a name is text, whatever is in it
@@ -96,7 +96,7 @@ def test_evaluations_can_be_told_apart(tiny: Config, tmp_path: Path):
     for name, more in results.items():
         (folder / "eval" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "eval" / f"{name}.json").write_text(json.dumps(more if name == "odd" else record | more))
-    text = write_report(folder).read_text()
+    text = Path(write_report(folder)).read_text()
     table = text.split('id="evaluations">')[1].split("</table>")[0]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
     assert [(row[0], row[4]) for row in rows] == [
@@ -111,7 +111,7 @@ def test_evaluations_can_be_told_apart(tiny: Config, tmp_path: Path):
     (folder / "eval" / "patches.json").write_text(json.dumps(plain | masks))
     (folder / "eval" / "detect.json").write_text(json.dumps(plain | {"evaluation": "detect", "ap": 31.0, "ap50": 56.0}))
     (folder / "eval" / "broken.json").write_text(json.dumps(plain | masks | {"miou": float("nan")}))
-    text = write_report(folder).read_text()
+    text = Path(write_report(folder)).read_text()
     assert len(text.split('id="evaluations">')[1].split("</table>")[0].split("<tr>")) == 6
     dense = text.split('id="dense">')[1].split("</table>")[0]
     found = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in dense.split("<tr>")[2:]]
@@ -135,7 +135,7 @@ def test_a_number_of_samples_that_makes_no_picture(tiny: Config, samples: int):
 def test_a_run_that_has_just_begun(tiny: Config, tmp_path: Path):
     folder = pretrain(tiny.using(steps=1))
     shutil.rmtree(folder / "checkpoints")
-    text = write_report(folder, tmp_path / "early.html").read_text()
+    text = Path(write_report(folder, tmp_path / "early.html")).read_text()
     assert "no checkpoint yet" in text
     assert "Fewer than two rows" in text
 
@@ -168,7 +168,7 @@ def test_images_that_have_gone(tiny: Config, small_beton: Path, tmp_path: Path):
     shutil.copy(small_beton, beton)
     folder = pretrain(tiny.using(beton=beton, steps=2))
     beton.unlink()
-    assert "are not here" in write_report(folder).read_text()
+    assert "are not here" in Path(write_report(folder)).read_text()
     with pytest.raises(UserError, match=r"none\.beton"):
         write_report(folder, tmp_path / "other.html", beton=tmp_path / "none.beton")
     assert not (tmp_path / "other.html").exists()
@@ -186,7 +186,7 @@ def test_a_run_whose_decoder_had_no_class_token(tiny: Config, small_beton: Path,
         groups["network"]["decoder_class_token"] = False
     write_checkpoint(checkpoint, found.tensors, found.progress, keep=0)
     (folder / "config.json").write_text(json.dumps(settings))
-    page = write_report(folder, tmp_path / "old.html").read_text()
+    page = Path(write_report(folder, tmp_path / "old.html")).read_text()
     assert 'id="curves"' in page
     assert "newest checkpoint: step 2" in page
     assert "<code>teachers</code></td><td>&#34;reconstruction&#34;" in page
@@ -203,11 +203,11 @@ def test_a_damaged_newest_checkpoint_costs_no_report(tiny: Config, tmp_path: Pat
     folder = pretrain(tiny.using(loader="torch", steps=2, save_steps=1, keep=5))
     newest, sound = checkpoints_in(folder)
     newest.write_bytes(newest.read_bytes()[:100])
-    page = write_report(folder, tmp_path / "sound.html").read_text()
+    page = Path(write_report(folder, tmp_path / "sound.html")).read_text()
     assert "newest checkpoint: step 1" in page
     assert 'id="picture-' in page
     sound.unlink()
-    page = write_report(folder, tmp_path / "none.html").read_text()
+    page = Path(write_report(folder, tmp_path / "none.html")).read_text()
     assert 'id="curves"' in page
     (remark,) = re.findall(r'id="remark">(.*?)</p>', page)
     assert "there is no sound checkpoint" in remark
@@ -223,7 +223,7 @@ def test_a_folder_of_images(tiny: Config, tmp_path: Path):
         def advance(self, count: int = 1) -> None:
             done.append(count)
 
-    text = write_report(folder, samples=2, progress=Counted()).read_text()
+    text = Path(write_report(folder, samples=2, progress=Counted())).read_text()
     assert done == [1, 1, 1, 1]
     assert "are not here" not in text
     assert text.count("<img ") == 2  # one row makes no curves
@@ -257,7 +257,7 @@ def test_rows_of_strangers(kind: str, tiny: Config, tmp_path: Path):
     path.write_text("\n".join([sound[0], ROWS[kind], sound[1]]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text = write_report(tmp_path).read_text()
+        text = Path(write_report(tmp_path)).read_text()
     assert "<b>2</b>steps" in text
     assert 'id="curves"' in text
     log._drop_rows_past(path, 1)

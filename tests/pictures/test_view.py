@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def test_epochs_differ_and_repeat(small_beton, tmp_path):
 
     def draw(epoch: int) -> bytes:
         options = {"index": (1, 2), "epoch": epoch, "settings": settings, "engine": "torch"}
-        return draw_views(small_beton, tmp_path / "views.png", **options).read_bytes()
+        return Path(draw_views(small_beton, tmp_path / "views.png", **options)).read_bytes()
 
     assert draw(0) == draw(0) != draw(1)
 

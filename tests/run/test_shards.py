@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastpmae import Config, RunError, UserError, load_encoder, pretrain
+from fastpmae import Config, RunError, load_encoder, pretrain
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.pretraining.cli import settings_of_run
 from fastpmae.run import shards
@@ -226,8 +226,3 @@ def test_either_form_goes_on_with_the_others_run_to_the_bit(tiny: Config, tmp_pa
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         weights = load_encoder(path)[0].state_dict()
         assert all(torch.equal(tensor, expected[f"student.encoder.{key}"]) for key, tensor in weights.items())
-
-
-def test_a_store_is_refused_at_the_start(tiny: Config):
-    with pytest.raises(UserError, match=r"--sharded-checkpoints with --out s3://bucket/run: .* leave one out"):
-        pretrain(tiny.using(upload="s3://bucket/run", sharded_checkpoints=True))

@@ -12,12 +12,14 @@ import pytest
 
 from fastpmae import Config, pretrain
 from fastpmae.run import uploads
-from fastpmae.run.checkpoint import read_checkpoint
+from fastpmae.run.checkpoint import read_checkpoint, write_checkpoint
+from fastpmae.run.stored_run import Stored, bring_back, whole_checkpoints
 from fastpmae_loaders.errors import RunError, UserError
 from fastpmae_loaders.stores import client
 from fastpmae_loaders.stores.address import Address, parse_address
 from fastpmae_loaders.stores.client import Store
 from tests.made import REPOSITORY
+from tests.run.test_checkpoint_writer import made, progress
 from tests.stores import BUCKET, faulty_server, s3_server, told
 from tests.test_train import flags_of
 
@@ -61,7 +63,7 @@ def test_what_is_not_whole_is_no_checkpoint(place):
     store = Store(place)
     for name in ("2.safetensors", "2.whole", "4.safetensors", "6.whole"):
         store.put(f"{place.key}/checkpoints/step-0000000{name}", b"x")
-    assert uploads.whole_checkpoints(store, place) == [uploads.Stored(2, 1)]
+    assert whole_checkpoints(store, place) == [Stored("step-00000002.safetensors", {"step-00000002.safetensors": 1})]
 
 
 def test_a_marker_that_says_another_size_is_refused(place, tmp_path):
@@ -69,7 +71,7 @@ def test_a_marker_that_says_another_size_is_refused(place, tmp_path):
     store.put(f"{place.key}/checkpoints/step-00000002.safetensors", b"x")
     store.put(f"{place.key}/checkpoints/step-00000002.whole", b'{"bytes": 3}')
     with pytest.raises(UserError, match="not what its marker says"):
-        uploads.bring_back(place, tmp_path / "run")
+        bring_back(place, tmp_path / "run")
 
 
 def test_a_bucket_that_cannot_be_written_is_refused_at_once(short, place, monkeypatch):
@@ -90,9 +92,8 @@ def test_a_store_that_goes_away_leaves_a_whole_run_here(tmp_path, short):
         address = parse_address(f"s3://{BUCKET}/run")
         store = Store(address)
         store.deadline = 1.0
-        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
         path = tmp_path / "run" / "checkpoints" / "step-00000002.safetensors"
-        path.write_bytes(b"x")
+        write_checkpoint(path, made(), progress(2), 1)
         with uploads.Uploads(store, address, tmp_path / "run", 1) as taken:
             server.kill()
             taken.checkpoint(path)
@@ -103,7 +104,7 @@ def test_a_store_that_goes_away_leaves_a_whole_run_here(tmp_path, short):
             store.deadline = 60.0
             taken.checkpoint(path)
             taken.finish()
-        assert uploads.whole_checkpoints(Store(address), address) == [uploads.Stored(2, 1)]
+        assert [stored.step for stored in whole_checkpoints(Store(address), address)] == [2]
 
 
 @pytest.mark.slow
@@ -120,12 +121,12 @@ def test_a_signal_takes_the_last_checkpoint_there_and_the_command_goes_on_from_i
         said = process.stderr.read()
     assert process.returncode == 128 + signal.SIGTERM, said
     assert f"--resume --out {place}" in said
-    (stored,) = uploads.whole_checkpoints(Store(place), place)
+    (stored,) = whole_checkpoints(Store(place), place)
     shutil.rmtree(tmp_path / "caches")
     again = [sys.executable, "-m", "fastpmae.train", "--resume", "--out", str(place), "--steps", str(stored.step + 1)]
     done = subprocess.run(again, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
-    assert uploads.whole_checkpoints(Store(place), place)[0].step == stored.step + 1
+    assert whole_checkpoints(Store(place), place)[0].step == stored.step + 1
 
 
 @pytest.mark.slow

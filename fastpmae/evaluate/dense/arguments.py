@@ -15,7 +15,7 @@ class DenseCommon(Common):
     """What every evaluation of dense tasks is told."""
 
     train: Path
-    """Labelled images to train on. A folder with a training and a validation split holds both sets."""
+    """Labelled images of this machine to train on. A folder with a training and a validation split holds both sets."""
     val: Path | None = None
     """Labelled images to test on; by default those of the validation split in --train."""
     classes: Path | None = None

@@ -9,12 +9,11 @@ from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate.backbone import Backbone, find_backbone
 from fastpmae.evaluate.dense.arguments import Detect, Patches, Segment
 from fastpmae.evaluate.dense.labelled import Detection, Segmentation
-from fastpmae.evaluate.result_files import ResultFiles, free_files, place_of, stem_of
+from fastpmae.evaluate.result_files import ResultFiles, ResultFolder, free_files, named_folder, place_of, stem_of
 from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.values import local_path
 
 
 class _Run:
@@ -25,16 +24,15 @@ class _Run:
         self.command, self.common, self.ranks = command, common, ranks
         self.name = "segment" if isinstance(command, Segment) else "detect"
         self.began = time.monotonic()
-        if common.out is not None:
-            local_path(common.out)
+        named = named_folder(common.out)
         self.progress = Progress(live=ranks.is_main)
         self.backbone: Backbone = find_backbone(
             common.weights, common.network, image_size=image_size, heads=common.heads
         )
         within = "-".join(filter(None, [self.name, self.backbone.network]))
-        self.folder = common.out or place_of(common.weights) / within
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--out {self.folder} is a file; name a folder")
+        place = named or place_of(common.weights) / within
+        self.results = ResultFolder(place, named=named is not None, lasts=True, is_main=ranks.is_main)
+        self.folder = self.results.path
         tune_allocator(ranks.device)
 
     def setting(self) -> Any:
@@ -48,6 +46,7 @@ class _Run:
             training.deterministic,
             training.tensorboard,
             training.wandb,
+            self.results.address,
         )
 
     def told(self, train: Segmentation | Detection, val: Segmentation | Detection) -> None:
@@ -102,13 +101,17 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
     record["yardsticks"] = bars
     files, figures = run.files(record), scores.figures()
     write_mask_scores(files, scores, train.names, record, partial(draw_segmentations, segmenter, val, scores))
+    run.results.publish()
     tell(
         f"{files.stem}: mIoU {figures['miou']:.2f} %, pixel accuracy {figures['pixel_accuracy']:.2f} %, class accuracy "
         f"{figures['class_accuracy']:.2f} % of {scores.images:,} images"
     )
     for name, miou in bars.items():
         tell(f"without a network, by {name}: mIoU {miou:.2f} %")
-    tell(f"wrote {files.figures}, and beside it a row for each class (.csv), the confusion matrix and pictures (.png)")
+    tell(
+        f"wrote {run.results.called(files.figures)}, and beside it a row for each class (.csv), the confusion matrix "
+        "and pictures (.png)"
+    )
 
 
 def _yardsticks(command: Segment, run: _Run, train: Segmentation, val: Segmentation) -> dict[str, float]:
@@ -143,6 +146,10 @@ def run_detect(command: Detect, ranks: Ranks) -> None:
     record = run.record(train, val)
     files, figures = run.files(record), scores.figures()
     write_box_scores(files, scores, train.names, record, partial(draw_detections, detector, val, scores))
+    run.results.publish()
     told = [f"{name.replace('_', ' ').replace('ap', 'AP')} {value:.2f} %" for name, value in figures.items()]
     tell(f"{files.stem}: {', '.join(told)} of {scores.images:,} images")
-    tell(f"wrote {files.figures}, and beside it a row for each class (.csv), precision by recall, and pictures (.png)")
+    tell(
+        f"wrote {run.results.called(files.figures)}, and beside it a row for each class (.csv), precision by recall, "
+        "and pictures (.png)"
+    )

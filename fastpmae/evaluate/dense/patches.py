@@ -23,12 +23,11 @@ from fastpmae.evaluate.dense.patch_features import Kept, PatchNetwork, patch_net
 from fastpmae.evaluate.dense.patch_linear import LinearSettings, train_patch_linear
 from fastpmae.evaluate.dense.sets import open_segmentation
 from fastpmae.evaluate.dense.yardsticks import PositionPrior, colour_features
-from fastpmae.evaluate.result_files import free_files, place_of, stem_of
+from fastpmae.evaluate.result_files import ResultFolder, free_files, named_folder, place_of, stem_of
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
-from fastpmae_loaders.values import local_path
 
 Predict = Callable[[Masked, int], Int[Tensor, "height width"]]
 """The classes of an image's pixels; it is told the image's place in the validation set too."""
@@ -81,9 +80,9 @@ def run_patches(command: Patches, ranks: Ranks) -> None:
     for note in dict.fromkeys((*train.notes, *val.notes)):
         progress.tell(note)
     backbone = find_backbone(common.weights, common.network, heads=common.heads)
-    folder = common.out or place_of(common.weights)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; name a folder")
+    named = named_folder(common.out)
+    results = ResultFolder(named or place_of(common.weights), named=named is not None)
+    folder = results.path
     probing = Probing(command, train, val, ranks.device, progress)
     network = patch_network(backbone, ranks.device)
     table: list[dict[str, object]] = []
@@ -116,12 +115,14 @@ def run_patches(command: Patches, ranks: Ranks) -> None:
     }
     files = free_files(folder, stem_of("patches", backbone.network), record)
     write_mask_scores(files, knn, train.names, record, partial(draw_overlays, probing, knn, predict))
-    tell(f"wrote {files.figures}, and beside it the classes (.csv), the confusion matrix and some images (.png)")
+    results.publish()
+    tell(
+        f"wrote {results.called(files.figures)}, and beside it the classes (.csv), the confusion matrix and some "
+        "images (.png)"
+    )
 
 
 def _check(command: Patches) -> None:
-    if command.common.out is not None:
-        local_path(command.common.out)
     if not 1 <= command.k <= 100_000:
         raise UserError(f"--k {command.k}: name how many neighbours, 1 to 100,000")
     if not command.temperature > 0:

@@ -28,9 +28,11 @@ from fastpmae.run.folder import lock_folder
 from fastpmae.run.log import About
 from fastpmae.run.session import Session, open_session
 from fastpmae.run.signals import Stop
+from fastpmae.run.uploads import take_up_at
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import Interrupted, RunError, UserError
 from fastpmae_loaders.machine import loader_threads
+from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import Typed
 
 
@@ -48,6 +50,8 @@ class Setting(Typed):
     """Write TensorBoard events."""
     wandb: bool = False
     """Log to Weights & Biases too."""
+    upload: Address | None = None
+    """Where checkpoints, the log and the result are taken to."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,8 @@ def train_dense(
         ranks.broadcast_from_main(task.write)
         scores = scores or task.evaluate(progress, session.stop)
         if scores is None:
-            raise Interrupted(session.stop.signal, session.step, session.last_step, setting.folder)
+            raise Interrupted(session.stop.signal, session.step, session.last_step, session.place)
+        session.finish()
         return scores
 
 
@@ -205,6 +210,7 @@ def set_up(
 ) -> DenseTraining:
     """Network, optimizer and folder of a training, from the start or from where its checkpoint stands."""
     ranks, config, model = session.ranks, task.config, task.model
+    uploads = take_up_at(setting.upload, setting.folder, ranks, resume=resume)
     for remark in session.lock(lock_folder(setting.folder)):
         progress.tell(remark)
     optimizer = torch.optim.AdamW(task.groups, lr=config.lr, betas=config.betas)
@@ -225,7 +231,7 @@ def set_up(
     )  # fmt: skip
     begin(
         session, setting.folder, about, step=step, last_step=last, lacks_row=training.lacks_row(step),
-        save_every=config.save_every, complaints=complaints,
+        save_every=config.save_every, complaints=complaints, uploads=uploads,
     )  # fmt: skip
     return training
 

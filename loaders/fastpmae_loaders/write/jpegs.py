@@ -6,15 +6,16 @@ coefficients keep their bytes.
 """
 
 import os
-from pathlib import Path
 
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import usable_cores
 from fastpmae_loaders.printable import printable
-from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG, Beton
+from fastpmae_loaders.sources.beton import COEFFICIENTS, JPG
 from fastpmae_loaders.sources.listing import Item, Listing
+from fastpmae_loaders.stores.address import Address, place_of
 from fastpmae_loaders.values import checked
+from fastpmae_loaders.write.check import open_file
 from fastpmae_loaders.write.images import StoredImage
 from fastpmae_loaders.write.write import (
     MOST_WORKERS,
@@ -22,15 +23,15 @@ from fastpmae_loaders.write.write import (
     TIMEOUT,
     Written,
     check_numbers,
-    check_out,
-    write_listed,
+    target_of,
+    write_there,
 )
 
 
 @checked
 def write_jpegs(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
+    out: str | os.PathLike[str] | Address,
     *,
     workers: int | None = None,
     skip_bad: bool = False,
@@ -45,11 +46,11 @@ def write_jpegs(
 
     Raises UserError where `source` holds no coefficients, and what `write_beton` raises.
     """
-    out = Path(out)
+    place = place_of(out)
     count = workers if workers is not None else min(usable_cores(), MOST_WORKERS)
     check_numbers(count, None, page_size, timeout)
-    check_out(Path(source), out, force)
-    beton = Beton(source)
+    target = target_of(source, place, force)
+    beton = open_file(source)
     if not (beton.mode == COEFFICIENTS).any():
         raise UserError(
             f"{printable(str(source))} holds no coefficients, which --to-jpeg makes JPEGs again: use it as it is"
@@ -57,9 +58,9 @@ def write_jpegs(
     path = str(beton.path)
     items = [Item("sample", path, (index,), int(label)) for index, label in enumerate(beton.label)]
     setup = ("fastpmae_loaders.write.jpegs:sample_converter", (path,), count, timeout)
-    return write_listed(
-        Listing(items, class_names=beton.class_names),
-        source, out, setup, skip_bad, force, max(page_size, beton.page_size), progress or Progress(),
+    return write_there(
+        place, target, Listing(items, class_names=beton.class_names),
+        source, setup, skip_bad, force, max(page_size, beton.page_size), progress or Progress(),
     )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def sample_converter(path: str):
     from fastpmae_loaders.native.damage import damage_of
     from fastpmae_loaders.native.jpeg_writer import to_jpeg
 
-    beton = Beton(path)
+    beton = open_file(path)
 
     def converted(place: int, item: Item) -> StoredImage:
         (index,) = item.where

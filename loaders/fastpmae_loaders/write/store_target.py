@@ -47,6 +47,10 @@ class StoreTarget:
         # it lies in the store: here nobody asks for it
         (self._scratch / name).unlink(missing_ok=True)
 
+    def put(self, name: str, file: Path) -> None:
+        """Put a file of this machine there, whole or not at all. UserError where it cannot be written."""
+        self._store.put(self._key(name), file)
+
     def read(self, name: str) -> bytes | None:
         size = self.size(name)
         if size is None:

@@ -99,13 +99,8 @@ def write_beton(
     images = replace(images or ImageSettings(), **settings)
     count = workers if workers is not None else min(usable_cores(), MOST_WORKERS)
     check_numbers(count, limit, page_size, timeout)
-    place, origin = place_of(out), place_of(source)
-    if isinstance(place, Address):
-        target = _file_target(place, force)
-    elif isinstance(origin, Address):
-        check_output(place, force=force)
-    else:
-        check_out(origin, place, force)
+    place = place_of(out)
+    target = target_of(source, place, force)
     progress = progress or Progress()
     progress.phase(f"Looking for images in {printable(str(source))}")
     found = look_into(source, listing)
@@ -114,24 +109,49 @@ def write_beton(
     prepare_judge(images)
     setup = ("fastpmae_loaders.write.write:converter", (images, f"{found.base}/"), count, timeout)
     with found.brought(listed):
-        if isinstance(place, Path):
-            return write_listed(listed, source, place, setup, skip_bad, force, page_size, progress)
-        with target.writing(place.name) as beside:
-            written = write_listed(listed, source, beside, setup, skip_bad, force, page_size, progress)
-            if written.bad:
-                with target.writing(bad_list_path(Path(place.name)).name) as copy:
-                    copy.write_bytes(bad_list_path(beside).read_bytes())
-        return replace(written, path=place)
+        return write_there(place, target, listed, source, setup, skip_bad, force, page_size, progress)
 
 
-def _file_target(address: Address, force: bool) -> StoreTarget:
-    """Where a file at an address is written to. UserError where it is there already and not to be replaced."""
-    if not address.name:
-        raise UserError(f"{address} names a bucket and no file: write {address}/NAME.beton")
-    target = StoreTarget(address.parent)
-    if not force and target.size(address.name) is not None:
-        raise UserError(f"{address} exists already; --force replaces it")
+def target_of(source: str | os.PathLike[str], place: Path | Address, force: bool) -> StoreTarget | None:
+    """The folder in a store that a file is put in; None for one of this machine. UserError where it may not be written,
+    as where it is there already and not to be replaced."""
+    origin = place_of(source)
+    if isinstance(place, Path):
+        if isinstance(origin, Address):
+            check_output(place, force=force)
+        else:
+            check_out(origin, place, force)
+        return None
+    if not place.name:
+        raise UserError(f"{place} names a bucket and no file: write {place}/NAME.beton")
+    if place == origin:
+        raise UserError(f"{place} is the source itself; name another file to write")
+    target = StoreTarget(place.parent)
+    if not force and target.size(place.name) is not None:
+        raise UserError(f"{place} exists already; --force replaces it")
     return target
+
+
+def write_there(
+    place: Path | Address,
+    target: StoreTarget | None,
+    found: Listing,
+    source: str | os.PathLike[str],
+    setup: tuple[str, tuple[Any, ...], int, float],
+    skip_bad: bool,
+    force: bool,
+    page_size: int,
+    progress: Progress,
+) -> Written:
+    """`write_listed` to a file of this machine, or to one that is then put in the store."""
+    if target is None or isinstance(place, Path):
+        return write_listed(found, source, Path(place), setup, skip_bad, force, page_size, progress)
+    with target.writing(place.name) as beside:
+        written = write_listed(found, source, beside, setup, skip_bad, force, page_size, progress)
+        if written.bad:
+            with target.writing(bad_list_path(Path(place.name)).name) as copy:
+                copy.write_bytes(bad_list_path(beside).read_bytes())
+    return replace(written, path=place)
 
 
 def write_listed(

@@ -155,7 +155,7 @@ def test_pictures(own: Path, tmp_path: Path, small_beton: Path):
         draw_run(own, images, picture, force=True)
     out = tmp_path / "views.png"
     out.write_bytes(before)
-    draws: list[Callable[..., Path]] = [
+    draws: list[Callable[..., object]] = [
         lambda **more: draw_views(small_beton, out, samples=1, engine="torch", **more),
         lambda **more: draw_run(own, small_beton, out, samples=1, **more),
     ]
