@@ -177,13 +177,17 @@ class Store:
         """
         if address.scheme in ("https", "http"):
             raise StoreError(f"{address}: https:// can only be read from; name an address with s3://, gs:// or az://")
-        marker = f"{address.key}/.try-{uuid.uuid4().hex[:16]}".removeprefix("/")
+        name = f"/.try-{uuid.uuid4().hex[:16]}"
+        marker = f"{address.key}{name}".removeprefix("/")
 
         def write_and_delete(store: "Store") -> None:
             store.put(marker, b"whether fastpmae may write here\n")
             store.delete(marker)
 
-        self.first_try(write_and_delete, address.key)
+        try:
+            self.first_try(write_and_delete, address.key)
+        except StoreError as error:  # the user named no such file
+            raise type(error)(str(error).replace(name, "")) from None
 
     @property
     def closed(self) -> bool:
