@@ -120,7 +120,7 @@ def test_a_linear_layer_learns_what_is_linear_and_passes_void_over():
 def test_what_a_picture_shows():
     assert best_median_worst(np.array([3.0, np.nan, 1.0, 2.0])) == {"best": 0, "median": 3, "worst": 2}
     assert best_median_worst(np.array([3.0])) == {"best": 0}
-    assert best_median_worst(np.array([np.nan])) == {}
+    assert best_median_worst(np.array([np.nan])) == {"first": 0}
     colours = class_colours(20)
     assert len({tuple(colour) for colour in colours.tolist()}) == 20
     assert colours[0].tolist() == [128, 0, 0]
