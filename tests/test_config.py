@@ -306,10 +306,8 @@ def test_using_converts_what_loses_nothing() -> None:
         ({"resume": True}, "resume is True; expected a text or None"),
         ({"beton": 3}, "beton is 3; expected a path or several values, each a text or None"),
         ({"model": None}, "model is None; expected a text"),
-        *(({name: "s3://bucket/run"}, "s3://bucket/run: s3:// is not supported")
-          for name in ("init", "resume", "eval_train", "eval_val")),
         *(({name: "hdfs://bucket/run"}, "hdfs://bucket/run: hdfs:// is not supported")
-          for name in ("beton", "out", "upload")),
+          for name in ("beton", "out", "upload", "init", "resume", "eval_train", "eval_val")),
         ({"out": Path("s3://key:word@bucket/run")}, "holds no credentials"),
         ({"cache_size": "much"}, "a cache's size is 'much'"),
     ],
@@ -340,9 +338,9 @@ def test_a_course_is_checked_as_settings_are() -> None:
             dataclasses.replace(FINETUNE_PRESETS["small"], **{name: value})
 
 
-@pytest.mark.parametrize("words", [["--out", "hf://b/run"], ["--out=hf://b/run"], ["--resume", "gs://b/run"],
+@pytest.mark.parametrize("words", [["--out", "hf://b/run"], ["--out=hf://b/run"], ["--resume", "hf://b/run"],
                                    ["--config", "hf://b/c.json"], ["--beton", "hf://b/x.beton"],
-                                   ["--init", "s3://b/w.pth"]])  # fmt: skip
+                                   ["--init", "hf://b/w.pth"]])  # fmt: skip
 def test_addresses_on_the_command_line(words: list[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^\w+://b/\S+: \w+:// is not supported"):

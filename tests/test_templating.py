@@ -53,8 +53,9 @@ def test_a_card_makes_text_of_everything_that_is_not_marked(word: str) -> None:
         network = dict.fromkeys(("depth", "embed_dim", "num_heads", "patch_size", "img_size"), text)
         return text_page(
             "fastpmae.export", "model_card.md.j2", plain, library=None, task=text, name=text, network=network,
-            what=text, source=text, normalisation=text, loading=Markup("# as it is"), timm=text, results=[[text] * 6],
-            dense=[[text] * 4], classes=[text, text], backbone=text, finetune=None, pretraining=None,
+            whole=False, what=text, source=text, normalisation=text, loading=Markup("# as it is"), timm=text,
+            results=[[text] * 6], dense=[[text] * 4], classes=[text, text], backbone=text, finetune=None,
+            pretraining=None,
         )  # fmt: skip
 
     assert card(word) == card("WORD").replace("WORD", plain(word))

@@ -32,6 +32,7 @@ from fastpmae.run.malloc import tune_allocator
 from fastpmae.train import pretrain
 from fastpmae_loaders import Beton, PlainViews
 from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import Interrupted, UserError
@@ -325,7 +326,7 @@ def show_summary(run: Path, rows: list[dict[str, float]], found: list[Accuracy],
 
 def main() -> int:
     """`python -m fastpmae.demo.demo`."""
-    return exit_with_sentence("demo", lambda: tyro.cli(demo, prog="python -m fastpmae.demo.demo"))
+    return exit_with_sentence("demo", lambda: tyro.cli(demo, prog="python -m fastpmae.demo.demo", registry=HELP_TEXTS))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import gc
+import importlib
 import os
 import re
 import time
@@ -174,6 +175,8 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"], patience: float = 10.0) -
         on_gpu = chosen.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(chosen)
+        # Imported while there is a group, as DDP would, its functions keep the group for good, as a default value.
+        importlib.import_module("torch.distributed.nn.functional")
         limit = timedelta(minutes=patience)
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         voice.attempt = meet(store, rank, size, limit)

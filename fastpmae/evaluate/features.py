@@ -19,6 +19,7 @@ from fastpmae.run.init_weights import tuned_weights
 from fastpmae.run.stored_run import brought_here
 from fastpmae_loaders import PlainViews, Samples, open_samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.engines.base import Located
@@ -199,7 +200,9 @@ def embed_command(
 
 def main() -> int:
     """`fastpmae-embed`."""
-    return exit_with_sentence("fastpmae-embed", lambda: tyro.cli(embed_command, prog="fastpmae-embed"))
+    return exit_with_sentence(
+        "fastpmae-embed", lambda: tyro.cli(embed_command, prog="fastpmae-embed", registry=HELP_TEXTS)
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from fastpmae.export.transformers import image_config, model_config, transformer
 from fastpmae.run.stored_run import brought_here
 from fastpmae.weights.tensor_file import save_tensors
 from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.outputs import check_no_run_file, check_output
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
@@ -251,7 +252,9 @@ def export_command(
 
 def main() -> int:
     """`fastpmae-export`."""
-    return exit_with_sentence("fastpmae-export", lambda: tyro.cli(export_command, prog="fastpmae-export"))
+    return exit_with_sentence(
+        "fastpmae-export", lambda: tyro.cli(export_command, prog="fastpmae-export", registry=HELP_TEXTS)
+    )
 
 
 if __name__ == "__main__":

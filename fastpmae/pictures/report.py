@@ -29,6 +29,7 @@ from fastpmae.run.stored_run import brought_here
 from fastpmae.templating import html_page
 from fastpmae_loaders import open_samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
@@ -331,7 +332,9 @@ def report_command(
 
 def main() -> int:
     """`fastpmae-report`."""
-    return exit_with_sentence("fastpmae-report", lambda: tyro.cli(report_command, prog="fastpmae-report"))
+    return exit_with_sentence(
+        "fastpmae-report", lambda: tyro.cli(report_command, prog="fastpmae-report", registry=HELP_TEXTS)
+    )
 
 
 if __name__ == "__main__":

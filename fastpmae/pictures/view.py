@@ -19,6 +19,7 @@ from fastpmae.plotting import save_picture
 from fastpmae.renamed import refuse_old_flags
 from fastpmae_loaders import Batch, PairedViews, Samples, ViewSettings, open_samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
+from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.engines.base import Located
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
@@ -326,7 +327,7 @@ def main() -> int:
 
     def run() -> None:
         refuse_old_flags(sys.argv[1:], {})
-        tyro.cli(view_command, prog="fastpmae-view")
+        tyro.cli(view_command, prog="fastpmae-view", registry=HELP_TEXTS)
 
     return exit_with_sentence("fastpmae-view", run)
 

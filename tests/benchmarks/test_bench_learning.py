@@ -64,7 +64,7 @@ def test_what_comes_after_mae_begins_with_its_encoder(small_beton, tmp_path, mon
     first, second = given
     assert (first.teacher.teachers, first.optimizer.epochs, first.run.init) == ("none", 15, None)
     assert (second.teacher.teachers, second.optimizer.epochs) == ("reconstruction", 10)
-    assert second.run.init == first.run.out
+    assert second.run.init == str(first.run.out)
     assert (first.run.seed, second.run.seed, result.seconds) == (5, 5, 10.0)
     assert evening.epochs_in_the_same_time("mae-dual") == 6
     assert evening.epochs_in_the_same_time("mae") == 30

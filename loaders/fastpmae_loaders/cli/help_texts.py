@@ -1,24 +1,30 @@
-"""The docstrings under the fields of a command's dataclasses, as the help texts of its flags."""
+"""The docstrings of a command's dataclasses and functions, as the help texts of its flags."""
 
 import dataclasses
+import inspect
 import re
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import docstring_parser
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 HELP_TEXTS = ConstructorRegistry()
 """For `tyro.cli(registry=...)`: a help text of several lines in the source is one paragraph.
 
-tyro alone keeps the end of a line that an indented one follows, as is every second line of a field's docstring.
+tyro alone keeps the end of a line that an indented one follows, as is every second line of a field's docstring, and of
+an argument's every line but the first.
 """
 _reading: list[Any] = []
 
 
 @HELP_TEXTS.struct_rule
 def with_help_texts(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """tyro's own reading of a dataclass, with our help texts; None for other types."""
+    """tyro's own reading of a dataclass or a function, with our help texts; None for other types."""
+    if inspect.isfunction(info.type):
+        return _of_function(info.type)
     if not dataclasses.is_dataclass(info.type) or info.type in _reading:
         return None
     _reading.append(info.type)  # tyro's own rule is asked with this one out of the way
@@ -35,14 +41,31 @@ def with_help_texts(info: StructTypeInfo) -> StructConstructorSpec | None:
     return dataclasses.replace(found, fields=fields)
 
 
+def _of_function(function: Callable[..., Any]) -> StructConstructorSpec:
+    """A function's arguments, as flags."""
+    hints = get_type_hints(function, include_extras=True)
+    fields = tuple(
+        StructFieldSpec(
+            name,
+            hints[name],
+            tyro.MISSING if argument.default is argument.empty else argument.default,
+            helptext=partial(_help_text, function, name),
+        )
+        for name, argument in inspect.signature(function).parameters.items()
+    )
+    return StructConstructorSpec(function, fields)
+
+
 @cache
-def _docstrings(kind: type) -> dict[str, str]:
-    """The docstrings of a dataclass's fields, and of those that it inherits, by name."""
-    kinds = [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]
+def _docstrings(kind: Any) -> dict[str, str]:
+    """By name, what a function says of its arguments, or a dataclass of its fields and of those that it inherits."""
+    kinds = [kind]
+    if not inspect.isfunction(kind):
+        kinds = [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]
     params = [param for base in kinds for param in docstring_parser.parse_from_object(base).params]
     return {param.arg_name: param.description for param in params if param.description}
 
 
-def _help_text(kind: type, name: str) -> str | None:
+def _help_text(kind: Any, name: str) -> str | None:
     text = _docstrings(kind).get(name)
     return text and "\n\n".join(" ".join(part.split()) for part in re.split(r"\n\s*\n", text.strip()))
