@@ -88,8 +88,14 @@ def test_a_check_finds_one_wrong_number_among_many_and_no_number():
 
 @pytest.mark.slow
 def test_peak_memory_is_that_of_a_matrix_held():
-    """From the same command that the benchmark runs: the form with both logits matrices holds at least those."""
-    peaks = {name: json.loads(bench_kernels._measured(name, "cpu"))["peak"] for name in ("loss", "loss-with-logits")}
+    """From the same command that the benchmark runs: the form with both logits matrices holds at least those.
+
+    What the system took from the process before, and it needs again, is counted too: the least of three is the loss's.
+    """
+    peaks = {
+        name: min(json.loads(bench_kernels._measured(name, "cpu"))["peak"] for _ in range(3))
+        for name in ("loss", "loss-with-logits")
+    }
     matrix = 64 * 147 * 4096 * 4
     assert 2 * matrix < peaks["loss-with-logits"] < 3 * matrix
     assert peaks["loss"] < matrix
