@@ -44,6 +44,8 @@ TEACHERS_TAKE = 2.0
 """As many times as long as an epoch of pixels takes one of two teachers, here and about."""
 FEWEST = 3
 """Epochs, below which a schedule of its own would teach nothing."""
+OVERTIME = 4 / 3
+"""How many times the minutes asked for a training may take, so that a schedule ends on a machine that became slower."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def demo(
         folder: Where the demo images and .beton files are, or are written to.
         out: Run folder; by default a new one, runs/<date>-demo.
         steps: Stop after so many steps.
-        minutes: Stop the training after so long. A slow machine trains for fewer epochs, so that schedules end in time.
+        minutes: How long to train, about: a slow machine trains for fewer epochs. It is stopped after a third more.
     """
     if out is not None:
         local_path(out)  # it reads its run back
@@ -100,13 +102,14 @@ def demo(
     tune_allocator(device)
     first_epoch = len(Beton(train)) // config.optimizer.batch_size
     early: list[Accuracy] = []
-    with _TimeLimit(minutes) as limit:
+    with _TimeLimit(60 * OVERTIME * minutes) as limit:
         try:
             pretrain(config.using(out=run, steps=min(first_epoch, first_epoch if steps is None else steps)))
             if steps is None or steps > first_epoch:
                 tell("demo: looking at the features after the first epoch")
                 early = accuracies(train, validation, {"after the first epoch": network_of(run)}, device)
-                rest = config if steps else fitting(config, len(Beton(train)), rows_of(run), limit.left)
+                left = 60 * minutes - limit.elapsed
+                rest = config if steps else fitting(config, len(Beton(train)), rows_of(run), left)
                 if rest is not config:
                     tell(
                         f"demo: {rest.optimizer.epochs} epochs instead of {config.optimizer.epochs}, as many as this "
@@ -116,7 +119,7 @@ def demo(
         except Interrupted:
             if not limit.passed:
                 raise
-            tell(f"demo: stopped after {minutes:g} minutes; `fastpmae-train --resume {run}` continues it")
+            tell(f"demo: stopped after {OVERTIME * minutes:.2g} minutes; `fastpmae-train --resume {run}` continues it")
     tell("demo: comparing the features with those of a random start")
     networks = {"pretrained": network_of(run), "random start": network_of(run, "random")}
     found = accuracies(train, validation, networks, device)
@@ -132,15 +135,15 @@ def fitting(config: Config, images: int, rows: list[dict[str, float]], seconds: 
         rows: that were logged in that epoch.
         seconds: left for the rest.
     """
-    rate = sorted(row["images_per_second"] for row in rows)[len(rows) // 2]
+    # an upper quartile: what has just been installed may still be on its way to the disk, and slow the first steps
+    rate = sorted(row["images_per_second"] for row in rows)[3 * len(rows) // 4]
 
     def takes(count: int) -> float:
         shorter = config.using(epochs=count)
         first = pixel_epochs(shorter)
         return (first - 1 + TEACHERS_TAKE * (count - first)) * images / rate
 
-    # a machine may be slower later on
-    known = [count for count in range(FEWEST, config.optimizer.epochs) if takes(count) <= 0.9 * seconds]
+    known = [count for count in range(FEWEST, config.optimizer.epochs) if takes(count) <= seconds]
     return config if takes(config.optimizer.epochs) <= seconds or not known else config.using(epochs=known[-1])
 
 
@@ -157,17 +160,17 @@ def usable_device() -> Literal["auto", "cpu"]:
 class _TimeLimit:
     """Sends this process SIGUSR1 once the time is over: the trainer then finishes its step and saves."""
 
-    def __init__(self, minutes: float):
-        self.seconds = 60 * minutes
+    def __init__(self, seconds: float):
+        self.seconds = seconds
         self.passed = False
-        self.end = time.monotonic() + self.seconds
+        self.start = time.monotonic()
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     @property
-    def left(self) -> float:
-        """Seconds until then."""
-        return self.end - time.monotonic()
+    def elapsed(self) -> float:
+        """Seconds since it was set."""
+        return time.monotonic() - self.start
 
     def _watch(self) -> None:
         wait = self.seconds
