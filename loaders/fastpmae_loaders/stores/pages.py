@@ -207,11 +207,14 @@ class CachedFile:
             self._pages.hold(page)
         try:
             self._pages.touch(pages)
-            missing = [page for page in numbers if not self._pages.is_there(page)]
-            if missing:
+            # More than once where a page was fetched ahead and dropped again before its task, which makes room for
+            # others, has ended: from the second time on it is held.
+            while missing := [page for page in numbers if not self._pages.is_there(page)]:
                 keys = [(self, page) for page in missing]
                 self._fetcher.ask([(key, self._page_task(key[1])) for key in keys])
                 self._fetcher.wait(keys)
+                if self._damage is not None:
+                    break
         except BaseException:
             self.release(pages)
             raise

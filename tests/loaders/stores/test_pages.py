@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.stores import pages as pages_module
-from fastpmae_loaders.stores.cache import PAGE, Cache, CacheSettings, bytes_of
+from fastpmae_loaders.stores.cache import PAGE, Cache, CacheSettings, bytes_of, drop_page
 from fastpmae_loaders.stores.client import Store
 from fastpmae_loaders.stores.reader import Reader
 from tests.made import REPOSITORY
@@ -101,6 +102,25 @@ def test_the_cache_keeps_to_its_size_and_what_is_held_stays(place, tmp_path):
         assert file.missing() >= 6
         reader.store.read = lambda *_, **__: pytest.fail("was dropped")
         assert read_held(file, 13 * PAGE, 100) == content[13 * PAGE : 13 * PAGE + 100]
+
+
+def test_a_page_dropped_before_its_fetch_has_ended_is_fetched_again(place, data, tmp_path):
+    """Whoever holds it meanwhile waits for the task that has fetched it, and finds nothing of it when that ends."""
+    with Reader(place / "file", settings(tmp_path)) as reader:
+        file = reader.file(place / "file")
+        dropped, may_end = threading.Event(), threading.Event()
+
+        def drop(count: int) -> None:
+            if not dropped.is_set():
+                assert drop_page(file.path.parent, 1) > 0
+                dropped.set()
+                assert may_end.wait(20)
+
+        reader.cache.added = drop
+        assert file.ahead(np.array([1])) == 1
+        assert dropped.wait(20)
+        threading.Timer(0.5, may_end.set).start()
+        assert read_held(file, PAGE, PAGE) == data[PAGE : 2 * PAGE]
 
 
 def test_a_page_that_is_damaged_on_the_disk_is_fetched_again(place, data, tmp_path):
