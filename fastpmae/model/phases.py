@@ -36,7 +36,8 @@ class Phase:
 
 def describe_phase(phase: Phase) -> str:
     """What is about to be learnt, and when."""
-    epochs = f"epochs {phase.first_epoch + 1} to {phase.last_epoch}"
+    first, last = phase.first_epoch + 1, phase.last_epoch
+    epochs = f"epochs {first} to {last}" if first < last else f"epoch {last}"
     if phase.name == "pixels":
         return f"{epochs}: the student reconstructs pixels, without a teacher"
     return f"{epochs}: teachers ({phase.config.teacher.teachers}), which begin as the encoder is now"

@@ -10,8 +10,10 @@ from fastpmae_loaders import ViewSettings
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import short
 
-ENTRY = re.compile(r"(?P<size>[1-9][0-9]{0,3})(?::(?P<share>[0-9]{0,3}\.?[0-9]{1,17}(?:e-[0-9]{1,2})?))?", re.ASCII)
-"""SIZE or SIZE:SHARE."""
+ENTRY = re.compile(r"(?P<size>[1-9][0-9]{0,3})(?::(?P<share>(?:[0-9]+\.?|[0-9]*\.[0-9]+)(?:e-[0-9]+)?))?", re.ASCII)
+"""SIZE or SIZE:SHARE, with a share as Python writes a float."""
+LONGEST = 40
+"""Letters of an entry."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,13 @@ def _entries(config: Config) -> list[tuple[int, float]]:
     given = config.views.progressive_resolution or (str(last),)
     found: list[tuple[int, float]] = []
     for place, entry in enumerate(given):
-        parts = ENTRY.fullmatch(entry)
+        parts = ENTRY.fullmatch(entry) if len(entry) <= LONGEST else None
+        if parts is None and len(entry.split()) > 1:
+            raise _refused(config, f"{short(entry)} is one word: leave out the quotes, or the comma")
         if parts is None:
-            raise _refused(config, f"{short(entry)} is neither SIZE:SHARE nor a last SIZE, such as 128:0.5 224")
+            raise _refused(
+                config, f"{short(entry) or repr(entry)} is neither SIZE:SHARE nor a last SIZE, such as 128:0.5 224"
+            )
         is_last = place == len(given) - 1
         if is_last and parts["share"]:
             raise _refused(config, f"the last size takes what is left of the epochs: {parts['size']} without a share")

@@ -51,6 +51,10 @@ def _array_at(address: int, *shape: int, kind: Any = np.uint8) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(kind).reshape(shape)
 
 
+class _Ending(Exception):
+    """The interpreter is at its end, and takes no work any more."""
+
+
 class _Memory:
     """What one thread decodes in, for the largest image of a file."""
 
@@ -83,6 +87,8 @@ class _Decoding:
             batch = _array_at(target, count, *shape)
             try:
                 self._decode_batch(_array_at(images, count, 6, kind=np.int64), batch, workers)
+            except _Ending:  # a loader that was left in mid-epoch: nobody sees the batch
+                batch[:] = 0
             except Exception as error:  # nothing may escape into compiled code; FFCV would wait for ever
                 batch[:] = 0
                 warnings.warn(f"a batch does not decode and is shown black: {error}", RuntimeWarning, stacklevel=1)
@@ -113,7 +119,11 @@ class _Decoding:
                 while (row := int(fetch_add(counter))) < len(images):
                     self._show(images[row], boxes[row], batch[row], memory)
 
-        for done in [self._pool.submit(work) for _ in range(min(workers, len(images)))]:
+        try:
+            parts = [self._pool.submit(work) for _ in range(min(workers, len(images)))]
+        except RuntimeError as error:  # nobody but the interpreter shuts the pool down
+            raise _Ending from error
+        for done in parts:
             done.result()
 
     @contextmanager
@@ -136,6 +146,10 @@ class _Decoding:
         address, size, height, width, mode, index = map(int, image)
         pixels = memory.pixels[: 3 * height * width].reshape(height, width, 3)
         try:
+            top, left, tall, wide = box
+            if min(top, left) < 0 or min(tall, wide) < 1 or top + tall > height or left + wide > width:
+                # OpenCV, which FFCV resizes by, would end the process
+                raise ImageError(f"its {width}x{height} pixels have no crop of {wide}x{tall} at ({left}, {top})")
             _decode(_array_at(address, size), mode, box, pixels, memory)
         except ImageError as error:
             target[:] = 0
@@ -178,7 +192,9 @@ class _Cropping(_Decoding):
     get_crop_generator: Any
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
-        """Memory for what goes out alone: where an image is decoded is a thread's own."""
+        """Memory for what goes out alone: where an image is decoded is a thread's own; ValueError for no pixels."""
+        if min(self.output_size) < 1:
+            raise ValueError(f"output_size is {self.output_size}; expected two sides of at least one pixel")
         self._shape = (int(self.output_size[0]), int(self.output_size[1]), 3)
         state = replace(previous_state, jit_mode=True, shape=self._shape, dtype=np.dtype("u1"))
         return state, _query(self._shape, np.dtype("u1"))
@@ -205,4 +221,9 @@ class RandomResizedCropRGBImageDecoder(_Cropping, _fields.RandomResizedCropRGBIm
 
 
 class CenterCropRGBImageDecoder(_Cropping, _fields.CenterCropRGBImageDecoder):
-    """The middle of each image, resized as FFCV does (`output_size`, `ratio` of the shorter side)."""
+    """The middle of each image, resized as FFCV does (`output_size`, `ratio` of the shorter side, up to 1)."""
+
+    def __init__(self, output_size: tuple[int, int], ratio: float) -> None:
+        super().__init__(output_size, ratio)
+        if not 0 < ratio <= 1:
+            raise ValueError(f"ratio is {ratio}; expected a share of the shorter side, above 0 and at most 1")

@@ -36,8 +36,7 @@ def atomic_write(path: Path, force: bool = True) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            if path.is_dir():
-                raise UserError(f"{printable(str(path))} is a folder; name the file to write")
+            check_replaceable(path)
             remove_partial(path.parent)
             folder, alive = claim_partial(path)
             # Closed first: a folder with an open file in it cannot be removed on NFS.
@@ -56,6 +55,17 @@ def atomic_write(path: Path, force: bool = True) -> Iterator[Path]:
         except OSError as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{printable(str(path))} cannot be written: {reason}") from None
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UserError where what has a name is neither a file nor nothing: a folder, a device, a pipe, a socket.
+
+    A link counts as what it leads to, and one that leads nowhere as nothing. OSError where that cannot be seen.
+    """
+    if path.is_dir():
+        raise UserError(f"{printable(str(path))} is a folder; name the file to write")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{printable(str(path))} is a device, a pipe or a socket; name a file to write")
 
 
 @contextlib.contextmanager

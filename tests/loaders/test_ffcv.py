@@ -49,6 +49,48 @@ def test_ffcvs_loader_shows_what_pillow_shows(workers: int, tmp_path: Path):
     assert read["drawn"].any(axis=(1, 2, 3)).all()
 
 
+ODD_CROPS = """
+import sys
+from ffcv.fields.decoders import IntDecoder
+from ffcv.loader import Loader, OrderOption
+from ffcv.transforms import ToTensor
+from fastpmae_loaders.ffcv import CenterCropRGBImageDecoder, RandomResizedCropRGBImageDecoder
+for size, ratio in (((32, 32), 1.5), ((32, 32), 0.0)):
+    try:
+        CenterCropRGBImageDecoder(size, ratio)
+    except ValueError as error:
+        print(error)
+def loader(decoder, order):
+    return Loader(sys.argv[1], batch_size=2, num_workers=2, order=order, drop_last=False,
+                  pipelines={"image": [decoder, ToTensor()], "label": [IntDecoder(), ToTensor()]})
+try:
+    loader(RandomResizedCropRGBImageDecoder((0, 8)), OrderOption.SEQUENTIAL)
+except ValueError as error:
+    print(error)
+for images, labels in loader(CenterCropRGBImageDecoder((32, 32), 0.9), OrderOption.SEQUENTIAL):
+    print(images.reshape(len(images), -1).amax(1).bool().tolist())
+for _ in loader(RandomResizedCropRGBImageDecoder((64, 64)), OrderOption.SEQUENTIAL):
+    break
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not turbo_available(), reason="ffcv is not installed")
+def test_crops_that_there_are_not_and_an_epoch_that_is_left(tmp_path: Path):
+    """OpenCV would end the process at the former, and the interpreter takes no work at its end."""
+    sizes = [(40, 30), (1, 37), *10 * [(40, 30)]]
+    file = write_beton(tmp_path / "f.beton", [encoded(made_image(1, *size), 0, 90) for size in sizes], sizes)
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    words = [sys.executable, "-c", ODD_CROPS, str(file)]
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.split(";")[0] for line in lines[:3]] == ["ratio is 1.5", "ratio is 0.0", "output_size is (0, 8)"]
+    assert lines[3:] == ["[True, False]", *5 * ["[True, True]"]]
+    assert "sample 1 does not decode and is shown black: its 1x37 pixels have no crop of 0x0" in done.stderr
+    assert "cannot schedule" not in done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1
+
+
 @pytest.mark.slow
 def test_it_says_what_is_missing():
     program = "import sys; sys.modules['ffcv'] = None; import fastpmae_loaders.ffcv"

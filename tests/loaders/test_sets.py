@@ -195,7 +195,7 @@ DAMAGE = {
     "missing": (lambda path: path.unlink(), "does not exist"),
     "cut short": (lambda path: os.truncate(path, path.stat().st_size - 10), "truncated|damaged"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "another file": (lambda path: path.write_bytes((path.parent / "part-1.beton").read_bytes()), "its images is 9"),
+    "another file": (lambda path: path.write_bytes((path.parent / "part-1.beton").read_bytes()), "its images: 9"),
     "noise": (lambda path: path.write_bytes(bytes(range(256)) * 40), "not a .beton file"),
 }
 

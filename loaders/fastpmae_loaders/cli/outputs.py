@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.files import check_replaceable
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.values import local_path
 
@@ -30,8 +31,7 @@ def check_output(out: Path, *, force: bool = False, inputs: Iterable[Path] = ())
     local_path(out)
     name = printable(str(out))
     try:
-        if out.is_dir():
-            raise UserError(f"{name} is a folder; name the file to write")
+        check_replaceable(out)
         if not out.parent.is_dir():
             raise UserError(f"{name} cannot be written: there is no folder {printable(str(out.parent))}")
         check_no_run_file(out)

@@ -99,7 +99,8 @@ def _put_block(coefficients, place, last, out, at, line):
     Below 0 for values that no baseline JPEG may have, and that to_jpeg could not write.
     """
     codes, exceptions, before = 0, 0, 0
-    if abs(np.int64(coefficients[place])) > LARGEST_VALUE + 1:
+    # so that no two of a picture differ by more than a JPEG's codes can say
+    if not -LARGEST_VALUE - 1 <= np.int64(coefficients[place]) <= LARGEST_VALUE:
         return -1
     for k in range(1, last + 1):
         value = np.int64(coefficients[place + np.int64(UNFOLDED[k])])

@@ -7,6 +7,7 @@ from fastpmae_loaders.native.decoder import NARROWEST
 from fastpmae_loaders.native.headers import BLOCK
 
 OTHER_DIGEST = "its coefficients are not those that were written: the digest says otherwise"
+IMPOSSIBLE = "its coefficients are none that a JPEG may have"
 _HEADER = FIXED - 8
 
 

@@ -96,7 +96,7 @@ def write_scan(data, height, width, boxes, out, codes, work):
                 tables = codes[0:2] if part == 0 else codes[2:4]
                 value = np.int64(work.coefficients[place])
                 size = _size(value - work.before[part])
-                if size > 11 or abs(value) > LARGEST_VALUE + 1:
+                if size > 11 or not -LARGEST_VALUE - 1 <= value <= LARGEST_VALUE:
                     return -1
                 at, window, used = _put(out, at, window, used, tables[0, size], value - work.before[part], size)
                 work.before[part] = value

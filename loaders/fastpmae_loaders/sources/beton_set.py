@@ -170,7 +170,7 @@ class BetonSet:
         told |= {"height": int(beton.height.max()), "width": int(beton.width.max())}
         for name, value in told.items():
             if value != getattr(shard, name):
-                raise BetonError(f"{where}: its {name} is {value:,}, and the index says {getattr(shard, name):,}")
+                raise BetonError(f"{where}: its {name}: {value:,}, and the index says {getattr(shard, name):,}")
         names = self.class_names
         if names is not None:
             unknown = sorted(set(beton.class_names or ()) - set(names))

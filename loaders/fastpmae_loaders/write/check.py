@@ -82,10 +82,14 @@ def sample_checker(path: str):
         if beton.mode[index] == COEFFICIENTS:
             # with numba, which nothing else here needs
             from fastpmae_loaders.native.coefficients import is_whole
-            from fastpmae_loaders.native.damage import OTHER_DIGEST
+            from fastpmae_loaders.native.damage import IMPOSSIBLE, OTHER_DIGEST
+            from fastpmae_loaders.native.jpeg_writer import to_jpeg
 
-            if not is_whole(beton.payload(index).tobytes()):
+            packed, height, width = beton.payload(index).tobytes(), int(beton.height[index]), int(beton.width[index])
+            if not is_whole(packed):
                 raise BetonError(OTHER_DIGEST)
+            if to_jpeg(packed, height, width) is None:
+                raise BetonError(IMPOSSIBLE)
         if beton.mode[index] == JPG:
             from fastpmae_loaders.native.decoder import is_sound
 

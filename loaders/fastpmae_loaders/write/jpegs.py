@@ -68,7 +68,7 @@ def sample_converter(path: str):
     """What a worker process calls for each sample: its image as it is stored from now on."""
     # numba, which the process that starts this one does not need
     from fastpmae_loaders.native.coefficients import is_whole
-    from fastpmae_loaders.native.damage import damage_of
+    from fastpmae_loaders.native.damage import IMPOSSIBLE, damage_of
     from fastpmae_loaders.native.jpeg_writer import to_jpeg
 
     beton = open_file(path)
@@ -81,7 +81,7 @@ def sample_converter(path: str):
             return StoredImage(mode, width, height, payload, kept=True)
         jpeg = to_jpeg(payload, height, width) if is_whole(payload) else None
         if jpeg is None:
-            raise UserError(damage_of(payload, height, width) or "its coefficients are none that a JPEG may have")
+            raise UserError(damage_of(payload, height, width) or IMPOSSIBLE)
         return StoredImage(JPG, width, height, jpeg, kept=False)
 
     return converted

@@ -10,7 +10,7 @@ from PIL import Image
 from fastpmae_loaders.cli.outputs import check_no_run_file, check_output
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import atomic_write
+from fastpmae_loaders.files import atomic_write, check_replaceable
 from fastpmae_loaders.machine import usable_cores
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import Beton
@@ -275,8 +275,7 @@ def check_out(source: Path, out: Path, force: bool) -> None:
         local_path(path)
     name = printable(str(out))
     try:
-        if out.is_dir():
-            raise UserError(f"{name} is a folder; name the file to write")
+        check_replaceable(out)
         _check_bad_list(source, out)
         if os.path.lexists(out):
             if not force:

@@ -27,6 +27,7 @@ from fastpmae.pictures.report import write_report
 from fastpmae.pictures.view import draw_run, draw_views
 from fastpmae.run.checkpoint import checkpoints_in, find_checkpoint
 from fastpmae_loaders.cli.outputs import check_output
+from fastpmae_loaders.files import atomic_write
 from tests.made import module_of, tiny_settings, write_tree
 
 
@@ -43,6 +44,10 @@ def own(run: Path, tmp_path: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_to_device(path: Path, force: bool) -> None:
+    write_beton(path.parent / "images", path, force=force)
 
 
 def test_force_replaces_what_is_no_input_and_no_runs(tmp_path: Path, own: Path):
@@ -65,6 +70,13 @@ def test_force_replaces_what_is_no_input_and_no_runs(tmp_path: Path, own: Path):
     check_output(tmp_path / "images/new.png", inputs=[tmp_path / "images"])
     with pytest.raises(UserError, match="is a folder"):
         check_output(tmp_path / "images", force=True)
+    os.mkfifo(tmp_path / "pipe.beton")
+    for refuse in (check_output, write_to_device):
+        with pytest.raises(UserError, match="is a device, a pipe or a socket; name a file to write"):
+            refuse(tmp_path / "pipe.beton", force=True)
+    with pytest.raises(UserError, match="is a device, a pipe or a socket"), atomic_write(tmp_path / "pipe.beton"):
+        pass
+    assert (tmp_path / "pipe.beton").is_fifo()
     with pytest.raises(UserError, match="there is no folder"):
         check_output(tmp_path / "none/out.bin")
     with pytest.raises(UserError, match=r"s3:// is not supported"):
