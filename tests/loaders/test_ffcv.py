@@ -79,7 +79,9 @@ for _ in loader(RandomResizedCropRGBImageDecoder((64, 64)), OrderOption.SEQUENTI
 def test_crops_that_there_are_not_and_an_epoch_that_is_left(tmp_path: Path):
     """OpenCV would end the process at the former, and the interpreter takes no work at its end."""
     sizes = [(40, 30), (1, 37), *10 * [(40, 30)]]
-    file = write_beton(tmp_path / "f.beton", [encoded(made_image(1, *size), 0, 90) for size in sizes], sizes)
+    file = write_beton(
+        tmp_path / "f.beton", [encoded(made_image(1, 40, 30).resize(size), 0, 90) for size in sizes], sizes
+    )
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
     words = [sys.executable, "-c", ODD_CROPS, str(file)]
     done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
