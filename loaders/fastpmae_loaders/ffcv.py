@@ -224,6 +224,6 @@ class CenterCropRGBImageDecoder(_Cropping, _fields.CenterCropRGBImageDecoder):
     """The middle of each image, resized as FFCV does (`output_size`, `ratio` of the shorter side, up to 1)."""
 
     def __init__(self, output_size: tuple[int, int], ratio: float) -> None:
-        super().__init__(output_size, ratio)
+        super().__init__(output_size, ratio)  # pyright: ignore[reportCallIssue]
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio is {ratio}; expected a share of the shorter side, above 0 and at most 1")
