@@ -12,6 +12,7 @@ from typing import IO
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.locks import lock
 from fastpmae_loaders.printable import printable
+from fastpmae_loaders.values import check_replaceable
 
 PARTIAL = ".partial-"
 """What the hidden folders of unfinished files begin with."""
@@ -55,17 +56,6 @@ def atomic_write(path: Path, force: bool = True) -> Iterator[Path]:
         except OSError as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{printable(str(path))} cannot be written: {reason}") from None
-
-
-def check_replaceable(path: Path) -> None:
-    """Raise UserError where what has a name is neither a file nor nothing: a folder, a device, a pipe, a socket.
-
-    A link counts as what it leads to, and one that leads nowhere as nothing. OSError where that cannot be seen.
-    """
-    if path.is_dir():
-        raise UserError(f"{printable(str(path))} is a folder; name the file to write")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{printable(str(path))} is a device, a pipe or a socket; name a file to write")
 
 
 @contextlib.contextmanager

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import check_replaceable
 from fastpmae_loaders.printable import printable
-from fastpmae_loaders.values import local_path
+from fastpmae_loaders.values import check_replaceable, local_path
 
 RUN_FILES = frozenset((
     "config.json", "metrics.jsonl", "train.log", "machine.jsonl", ".lock", "report.html", "classifier.safetensors",

@@ -10,12 +10,12 @@ from PIL import Image
 from fastpmae_loaders.cli.outputs import check_no_run_file, check_output
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.files import atomic_write, check_replaceable
+from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.machine import usable_cores
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import Beton
 from fastpmae_loaders.stores.address import Address, place_of
-from fastpmae_loaders.values import NAME_MAX, checked, local_path
+from fastpmae_loaders.values import NAME_MAX, check_replaceable, checked, local_path
 from fastpmae_loaders.write.images import ImageSettings, StoredImage, prepare_judge, store
 from fastpmae_loaders.write.pages import LARGEST_PAGE, PageWriter
 from fastpmae_loaders.write.sources import (
