@@ -23,6 +23,10 @@ MOST_OPEN = 128
 """Parts that are kept open; each takes one file descriptor, of 1,024 that many systems give a process."""
 
 
+_MANY = 10_000_000
+"""Images, above which a set's index is not believed unseen."""
+
+
 class BetonSet:
     """The images of a set's parts, numbered through. n is the number of images; everything is read-only.
 
@@ -207,7 +211,13 @@ def _ends_of_pages(shard: Shard) -> np.ndarray:
 
 def is_set(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a set's index."""
-    return Path(folder, INDEX).is_file()
+    place = Path(folder)
+    if (place / INDEX).is_file():
+        return True
+    if (place / "plan.json").is_file() and next(place.glob("part-*.beton"), None) is not None:
+        shown = printable(str(place))
+        raise UserError(f"{shown} has parts of a set and no {INDEX}: end it by fastpmae-write {shown} --finish")
+    return False
 
 
 def open_set(folder: str | os.PathLike[str]) -> BetonSet:
@@ -218,5 +228,19 @@ def open_set(folder: str | os.PathLike[str]) -> BetonSet:
     """
     path = local_path(folder)
     index = read_index(path / INDEX)
+    if sum(shard.images for shard in index.shards) > _MANY:
+        _check_largest(path, index)
     known = (path / DUPLICATES).exists()
     return BetonSet(index, path, duplicates=read_duplicates(path / DUPLICATES, index) if known else None)
+
+
+def _check_largest(folder: Path, index: SetIndex) -> None:
+    """Hold the largest part against the size of its file: no memory is asked for by an index's word alone."""
+    shard = max(index.shards, key=lambda shard: shard.bytes)
+    where = f"{printable(str(folder))}, part {shard.name}"
+    try:
+        size = (folder / shard.name).stat().st_size
+    except OSError as error:
+        raise BetonError(f"{where} cannot be read: {error.strerror}") from None
+    if size != shard.bytes:
+        raise BetonError(f"{where}: its bytes: {size:,}, and the index says {shard.bytes:,}")

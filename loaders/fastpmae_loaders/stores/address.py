@@ -101,7 +101,7 @@ def parse_address(path: str | os.PathLike[str] | Address) -> Address:
         )
     shown = printable(f"{scheme}://{rest}")
     web = scheme in ("https", "http")
-    if web and ("?" in rest or "#" in rest):
+    if "?" in rest or (web and "#" in rest):
         before = printable(re.split("[?#]", rest)[0])
         raise UserError(
             f"{scheme}://{before}?…: an address is written into logs, and what follows a ? often holds credentials: "

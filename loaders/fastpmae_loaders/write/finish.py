@@ -98,8 +98,8 @@ def whole_manifests(target: Target, plan: str, parts: int) -> list[Manifest]:
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else "")
         raise UserError(
-            f"{target.shown}: {len(missing):,} of {parts:,} parts are missing: {shown}; write them first with the "
-            "command that wrote the others"
+            f"{target.shown}: {len(missing):,} of {parts:,} parts are missing or not whole: {shown}; write them first "
+            "with the command that wrote the others"
         )
     return manifests
 

@@ -11,7 +11,7 @@ from typing import Any
 from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sources.set_index import Shard, shard_from
-from fastpmae_loaders.write.shards import MOST_SHARDS, part_name
+from fastpmae_loaders.write.shards import MOST_SHARDS, number_of, part_name
 from fastpmae_loaders.write.targets import Target
 
 PLAN = "plan.json"
@@ -107,12 +107,40 @@ def follow(target: Target, plan: str, parts: int, force: bool = False) -> None:
                 f"{target.shown} holds a set, or parts of one, of {known[1]:,} parts with other settings or of a "
                 "source with other files: name another folder, or replace it with --force"
             )
+        names = list(target.names())
+        if known is None and not force:
+            # a set whose plan is lost, or was never copied along; or another process has begun this one just now
+            strange = _strange(target, plan, parts, names)
+            if strange is not None and read_plan(target) != (plan, parts):
+                raise UserError(
+                    f"{target.shown} holds a set, or parts of one, of which no {PLAN} tells that it is this one "
+                    f"({strange}): name another folder, or replace it with --force"
+                )
         target.remove("index.json")
+        if force:
+            for name in names:
+                number = number_of(name)
+                if number is not None and number >= parts:
+                    target.remove(name)
         found = {"format": _PLAN_FORMAT, "version": _VERSION, "plan": plan, "parts": parts}
         with target.writing(PLAN) as beside:
             beside.write_text(json.dumps(found, sort_keys=True) + "\n", encoding="utf-8")
         if read_plan(target) != (plan, parts):
             raise UserError(f"somebody else began another set in {target.shown} at the same time: name another folder")
+
+
+def _strange(target: Target, plan: str, parts: int, names: list[str]) -> str | None:
+    """A file of a set that no manifest of this plan speaks of; None where there is none."""
+    ours = set[int]()
+    for name in names:
+        number = number_of(name)
+        if number is not None and name.endswith(".json"):
+            manifest = read_manifest(target, number)
+            if number >= parts or manifest is None or manifest.plan != plan:
+                return name
+            ours.add(number)
+    strange = (name for name in names if number_of(name) is not None and number_of(name) not in ours)
+    return next(strange, None) or ("index.json" if "index.json" in names and not ours else None)
 
 
 def read_plan(target: Target) -> tuple[str, int] | None:

@@ -1,5 +1,7 @@
 """Which images of a sorted listing go into which part of a set, and what the files of a part are called."""
 
+import re
+
 from fastpmae_loaders.errors import UserError
 
 MOST_SHARDS = 100_000
@@ -27,3 +29,9 @@ def check_shards(shards: int) -> None:
 def part_name(number: int, suffix: str = "beton") -> str:
     """The file name of a set's part, counted from 0; of its hashes (`hashes`) or its manifest (`json`)."""
     return f"part-{number:05d}.{suffix}"
+
+
+def number_of(name: str) -> int | None:
+    """The number of the part that a file of this name is of, as `part_name` writes it; None where it is of none."""
+    found = re.fullmatch(r"part-([0-9]{5,7})\.(?:beton|hashes|json)", name)
+    return int(found[1]) if found else None

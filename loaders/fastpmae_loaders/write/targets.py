@@ -1,6 +1,7 @@
 """Where a set is written to: a folder, in which each file appears whole or not at all."""
 
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -43,6 +44,10 @@ class Target(Protocol):
         """See that there is no file of this name. UserError where it cannot be removed."""
         ...
 
+    def names(self) -> Iterable[str]:
+        """The names of all files. UserError where they cannot be listed."""
+        ...
+
 
 class FolderTarget:
     """A folder of this machine, or one that all machines share."""
@@ -73,6 +78,12 @@ class FolderTarget:
             return None
         except OSError as error:
             raise _cannot_be(self._folder / name, "read", error) from None
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(path.name for path in self._folder.iterdir())
+        except OSError as error:
+            raise _cannot_be(self._folder, "read", error) from None
 
     def remove(self, name: str) -> None:
         try:
@@ -118,12 +129,12 @@ def check_target(source: str | os.PathLike[str] | Address, out: str | os.PathLik
         _check_stored(place, origin)
         return
     folder, name = place, printable(str(place))
-    if not folder.is_dir() or isinstance(origin, Address):
-        return
-    if origin.exists():
+    if isinstance(origin, Path) and origin.exists():
         within, around = folder.resolve(), origin.resolve()
         if within == around or within.is_relative_to(around) or around.is_relative_to(within):
             raise UserError(f"{name} and the source lie in each other; name another folder for the set")
+    if not folder.is_dir():
+        return
     with os.scandir(folder) as entries:
         other = next((entry.name for entry in entries if not _is_of_a_set(entry.name)), None)
     if other is not None:

@@ -49,6 +49,8 @@ def test_a_path_made_of_an_address_is_still_one():
         ("s3://b/a\nb", "plain names"),
         ("s3://b/" + "x" * 1025, "so long a name"),
         ("https://host/a?X-Amz-Signature=SECRET", "often holds credentials"),
+        ("s3://bucket/a.beton?X-Amz-Signature=SECRET", "often holds credentials"),
+        ("az://container/a.beton?sig=SECRET", "often holds credentials"),
         ("https://KEY:SECRET@host/a", "holds no credentials"),
         ("s3://KEY:SECRET@bucket/a", "holds no credentials"),
     ],

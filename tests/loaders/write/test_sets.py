@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpmae_loaders.errors import UserError
+from fastpmae_loaders import open_samples
+from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.sources.beton import Beton
 from fastpmae_loaders.sources.set_index import read_index
 from fastpmae_loaders.write.finish import finish_set
@@ -153,7 +154,9 @@ def test_what_is_there_is_kept_and_what_is_missing_written(tree: Path, whole: Pa
     (out / "part-00001.json").unlink()
     (out / "part-00002.beton").write_bytes(b"cut short")
     (out / "part-00003.hashes").unlink()
-    with pytest.raises(UserError, match=r"3 of 4 parts are missing: part-00001.beton, part-00002.beton, part-00003"):
+    with pytest.raises(
+        UserError, match=r"3 of 4 parts are missing or not whole: part-00001.beton, part-00002.beton, part-00003"
+    ):
         finish_set(out)
     write_set(tree, out, 4, workers=1)
     assert contents(out) == contents(whole)
@@ -255,6 +258,77 @@ def test_another_plan_is_refused_and_replaced_with_force(tree: Path, whole: Path
     shutil.copytree(tree, elsewhere)
     assert write_set(elsewhere, tmp_path / "same", 4, workers=1) is not None
     assert digests(tmp_path / "same") == digests(whole)
+
+
+def test_a_set_without_its_plan_is_nobodys_to_overwrite(tree: Path, whole: Path, tmp_path: Path) -> None:
+    """Parts and an index are all that a reader needs, and so all that may have been copied."""
+    out = tmp_path / "published"
+    out.mkdir()
+    for path in whole.iterdir():
+        if path.suffix == ".beton" or path.name == "index.json":
+            shutil.copy(path, out)
+    for name in ("plan.json", "part-00001.json"):
+        before = contents(out)
+        with pytest.raises(UserError, match=r"of which no plan\.json tells that it is this one .*--force"):
+            write_set(tree, out, 4, workers=1)
+        assert contents(out) == before
+        shutil.copy(whole / name, out)
+        (out / "plan.json").unlink(missing_ok=True)
+    for lost, more in (("plan.json", {"shards": 2}), ("plan.json", {"shards": 4, "quality": 90})):
+        other = tmp_path / f"lost-{len(more)}"
+        shutil.copytree(whole, other)
+        (other / lost).unlink()
+        before = contents(other)
+        with pytest.raises(UserError, match="holds a set, or parts of one, of which no"):
+            write_set(tree, other, workers=1, **more)  # pyright: ignore[reportArgumentType]
+        assert contents(other) == before
+        assert write_set(tree, other, 4, workers=1) is not None
+        assert contents(other) == contents(whole)
+    assert write_set(tree, out, 4, workers=1, force=True) is not None
+    assert contents(out) == contents(whole)
+
+
+def test_a_set_of_fewer_parts_leaves_none_of_the_others(tree: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(whole, out)
+    assert write_set(tree, out, 2, workers=1, force=True) is not None
+    assert sorted(contents(out)) == sorted(
+        ["plan.json", "index.json", *(f"part-0000{i}.{kind}" for i in range(2) for kind in ("beton", "hashes", "json"))]
+    )
+
+
+def test_a_set_in_its_source_is_refused_from_the_first_part_on(tree: Path, tmp_path: Path) -> None:
+    source = tmp_path / "tree"
+    shutil.copytree(tree, source)
+    for part in ((0, 2), (1, 2)):
+        with pytest.raises(UserError, match="lie in each other"):
+            write_set(source, source / "set", 2, part=part, workers=1)
+    assert not (source / "set").exists()
+
+
+def test_parts_without_an_index_say_what_is_missing(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(whole, out)
+    (out / "index.json").unlink()
+    with pytest.raises(
+        UserError, match=r"set has parts of a set and no index\.json: end it by fastpmae-write .* --finish"
+    ):
+        open_samples(out)
+
+
+def test_an_index_is_not_believed_that_asks_for_all_memory(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(whole, out)
+    index = json.loads((out / "index.json").read_text())
+    more = 7_000_000_000_000 - index["shards"][1]["images"]
+    index["shards"][1] |= {"images": 7_000_000_000_000, "bytes": 1 << 48}
+    index["shards"][1].pop("pages", None)
+    index["images"] += more
+    (out / "index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        BetonError, match=r"part-00001\.beton: its bytes: [0-9,]+, and the index says 281,474,976,710,656"
+    ):
+        open_samples(out)
 
 
 def test_folders_that_are_refused(tree: Path, tmp_path: Path) -> None:
