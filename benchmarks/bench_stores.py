@@ -4,7 +4,8 @@
 after it is asked; it shares the machine's cores with the loader, so what is measured is what the loader itself costs,
 and not how fast a network is. The cases take turns. `cold` has an empty cache in each round, `warm` one that holds the
 file, and `half` one of half the file's size, in which nothing is left of an epoch when the next one comes to it. Each
-epoch is page by page. The check: every batch has the images of the local file, in its order."""
+epoch is page by page. The check: every batch has the images of the local file, in its order.
+"""
 
 import os
 import re

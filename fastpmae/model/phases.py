@@ -5,7 +5,7 @@ from typing import Literal
 
 from fastpmae.config import Config
 from fastpmae.model.build import pixel_epochs, warmup_epochs
-from fastpmae.model.resolutions import Resolution, resolutions_of
+from fastpmae.model.resolutions import Resolution, describe_epochs, resolutions_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Phase:
 
 def describe_phase(phase: Phase) -> str:
     """What is about to be learnt, and when."""
-    first, last = phase.first_epoch + 1, phase.last_epoch
-    epochs = f"epochs {first} to {last}" if first < last else f"epoch {last}"
+    epochs = describe_epochs(phase.first_epoch, phase.last_epoch)
     if phase.name == "pixels":
         return f"{epochs}: the student reconstructs pixels, without a teacher"
     return f"{epochs}: teachers ({phase.config.teacher.teachers}), which begin as the encoder is now"

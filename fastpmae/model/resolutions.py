@@ -49,10 +49,16 @@ def resolutions_of(config: Config) -> tuple[Resolution, ...]:
     return tuple(found)
 
 
+def describe_epochs(first_epoch: int, last_epoch: int) -> str:
+    """Epochs counted from 0, without the last, as who reads a log counts them: from 1, with the last."""
+    first = first_epoch + 1
+    return f"epochs {first} to {last_epoch}" if first < last_epoch else f"epoch {last_epoch}"
+
+
 def describe_resolution(resolution: Resolution) -> str:
     """How large the views are, and when."""
-    first, last = resolution.first_epoch + 1, resolution.last_epoch
-    return f"epoch{f's {first} to {last}' if first < last else f' {last}'}: views of {resolution.size} pixels"
+    epochs = describe_epochs(resolution.first_epoch, resolution.last_epoch)
+    return f"{epochs}: views of {resolution.size} pixels"
 
 
 def at_size(config: Config, resolution: Resolution) -> Config:

@@ -55,6 +55,17 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise UserError where what has a name is neither a file nor nothing: a folder, a device, a pipe, a socket.
+
+    A link counts as what it leads to, and one that leads nowhere as nothing. OSError where that cannot be seen.
+    """
+    if path.is_dir():
+        raise UserError(f"{printable(str(path))} is a folder; name the file to write")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{printable(str(path))} is a device, a pipe or a socket; name a file to write")
+
+
 def typed(value: Any, kind: Any, where: str, *, strict: bool = False) -> Any:
     """`value` as `kind` says, the annotation of a setting or an argument.
 
@@ -247,14 +258,3 @@ def _shown(value: Any) -> str:
     except ValueError:  # a number of more digits than Python writes
         text = f"of the kind {type(value).__name__}, and very long"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
-
-
-def check_replaceable(path: Path) -> None:
-    """Raise UserError where what has a name is neither a file nor nothing: a folder, a device, a pipe, a socket.
-
-    A link counts as what it leads to, and one that leads nowhere as nothing. OSError where that cannot be seen.
-    """
-    if path.is_dir():
-        raise UserError(f"{printable(str(path))} is a folder; name the file to write")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{printable(str(path))} is a device, a pipe or a socket; name a file to write")

@@ -228,7 +228,7 @@ def open_set(folder: str | os.PathLike[str]) -> BetonSet:
     """
     path = local_path(folder)
     index = read_index(path / INDEX)
-    if sum(shard.images for shard in index.shards) > _MANY:
+    if index.images > _MANY:
         _check_largest(path, index)
     known = (path / DUPLICATES).exists()
     return BetonSet(index, path, duplicates=read_duplicates(path / DUPLICATES, index) if known else None)

@@ -79,13 +79,14 @@ def sample_checker(path: str):
         except BetonError as error:
             reason = str(error).removeprefix(prefix).removeprefix(f"sample {index}: ")
             raise BetonError(reason) from None
+        height, width = int(beton.height[index]), int(beton.width[index])
         if beton.mode[index] == COEFFICIENTS:
             # with numba, which nothing else here needs
             from fastpmae_loaders.native.coefficients import is_whole
             from fastpmae_loaders.native.damage import IMPOSSIBLE, OTHER_DIGEST
             from fastpmae_loaders.native.jpeg_writer import to_jpeg
 
-            packed, height, width = beton.payload(index).tobytes(), int(beton.height[index]), int(beton.width[index])
+            packed = beton.payload(index).tobytes()
             if not is_whole(packed):
                 raise BetonError(OTHER_DIGEST)
             if to_jpeg(packed, height, width) is None:
@@ -93,7 +94,7 @@ def sample_checker(path: str):
         if beton.mode[index] == JPG:
             from fastpmae_loaders.native.decoder import is_sound
 
-            payload, height, width = beton.payload(index), int(beton.height[index]), int(beton.width[index])
+            payload = beton.payload(index)
             if is_sound(payload, height, width) is False:
                 raise BetonError("the JPEG is damaged: its codes make no sense, or end too soon")
             if turbo_available() and turbo_decode(payload, width, height) is None:

@@ -107,7 +107,7 @@ def follow(target: Target, plan: str, parts: int, force: bool = False) -> None:
                 f"{target.shown} holds a set, or parts of one, of {known[1]:,} parts with other settings or of a "
                 "source with other files: name another folder, or replace it with --force"
             )
-        names = list(target.names())
+        names = sorted(target.names())
         if known is None and not force:
             # a set whose plan is lost, or was never copied along; or another process has begun this one just now
             strange = _strange(target, plan, parts, names)
@@ -119,8 +119,7 @@ def follow(target: Target, plan: str, parts: int, force: bool = False) -> None:
         target.remove("index.json")
         if force:
             for name in names:
-                number = number_of(name)
-                if number is not None and number >= parts:
+                if (number_of(name) or 0) >= parts:
                     target.remove(name)
         found = {"format": _PLAN_FORMAT, "version": _VERSION, "plan": plan, "parts": parts}
         with target.writing(PLAN) as beside:

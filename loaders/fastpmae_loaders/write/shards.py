@@ -32,6 +32,6 @@ def part_name(number: int, suffix: str = "beton") -> str:
 
 
 def number_of(name: str) -> int | None:
-    """The number of the part that a file of this name is of, as `part_name` writes it; None where it is of none."""
-    found = re.fullmatch(r"part-([0-9]{5,7})\.(?:beton|hashes|json)", name)
+    """The number of the part that a file of this name is of, however many digits it has; None where it is of none."""
+    found = re.fullmatch(r"part-([0-9]{1,9})\.(?:beton|hashes|json)", name)
     return int(found[1]) if found else None

@@ -1,7 +1,7 @@
 """Where a set is written to: a folder, in which each file appears whole or not at all."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -13,6 +13,7 @@ from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.reading import read_file
 from fastpmae_loaders.stores.address import Address, is_address, parse_address, place_of
 from fastpmae_loaders.values import local_path
+from fastpmae_loaders.write.shards import number_of
 from fastpmae_loaders.write.store_target import StoreTarget
 
 
@@ -79,9 +80,10 @@ class FolderTarget:
         except OSError as error:
             raise _cannot_be(self._folder / name, "read", error) from None
 
-    def names(self) -> list[str]:
+    def names(self) -> Iterator[str]:
         try:
-            return sorted(path.name for path in self._folder.iterdir())
+            with os.scandir(self._folder) as entries:
+                yield from (entry.name for entry in entries)
         except OSError as error:
             raise _cannot_be(self._folder, "read", error) from None
 
@@ -133,14 +135,8 @@ def check_target(source: str | os.PathLike[str] | Address, out: str | os.PathLik
         within, around = folder.resolve(), origin.resolve()
         if within == around or within.is_relative_to(around) or around.is_relative_to(within):
             raise UserError(f"{name} and the source lie in each other; name another folder for the set")
-    if not folder.is_dir():
-        return
-    with os.scandir(folder) as entries:
-        other = next((entry.name for entry in entries if not _is_of_a_set(entry.name)), None)
-    if other is not None:
-        raise UserError(
-            f"{name} holds other files, such as {printable(other)}: a set is written to a new or an empty folder"
-        )
+    if folder.is_dir():
+        _check_names(FolderTarget(folder))
 
 
 def _check_stored(address: Address, origin: Path | Address) -> None:
@@ -149,15 +145,18 @@ def _check_stored(address: Address, origin: Path | Address) -> None:
         ours, theirs = f"/{address.key}/", f"/{origin.key}/"
         if ours.startswith(theirs) or theirs.startswith(ours):
             raise UserError(f"{address} and the source lie in each other; name another folder for the set")
-    other = next((name for name in StoreTarget(address).names() if not _is_of_a_set(name)), None)
+    _check_names(StoreTarget(address))
+
+
+def _check_names(target: Target) -> None:
+    other = next((name for name in target.names() if not _is_of_a_set(name)), None)
     if other is not None:
         raise UserError(
-            f"{address} holds other files, such as {printable(other)}: a set is written to a new or an empty folder"
+            f"{target.shown} holds other files, such as {printable(other)}: a set is written to a new or an empty "
+            "folder"
         )
 
 
 def _is_of_a_set(name: str) -> bool:
-    if name.startswith(PARTIAL) or name in ("plan.json", "index.json", "duplicates.bits", "bad.txt"):
-        return True
-    stem, _, suffix = name.partition(".")
-    return stem.startswith("part-") and stem[5:].isdigit() and suffix in ("beton", "hashes", "json")
+    named = name in ("plan.json", "index.json", "duplicates.bits", "bad.txt")
+    return named or name.startswith(PARTIAL) or number_of(name) is not None
