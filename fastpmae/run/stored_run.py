@@ -117,23 +117,31 @@ def bring_back(address: Address, folder: Path, name: str | None = None) -> None:
         UserError: where the store cannot be read, or the folder not be written.
     """
     checkpoints = folder / "checkpoints"
+    store = Store(address)
+    if not folder.exists() and not _wanted(store, address, name):
+        return  # and what is refused leaves no folder
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         with (folder / ".bringing").open("w") as alone:
             lock(alone, wait=True)
-            store = Store(address)
-            found = store.first_try(lambda store: whole_checkpoints(store, address), address.key)
-            wanted = found[:1] if name is None else [each for each in found if each.name == name]
-            if name is not None and not wanted:
-                raise UserError(f"{address}/checkpoints/{name} is no whole checkpoint{_others(found)}")
+            wanted = _wanted(store, address, name)
             for stored in wanted:
                 _bring_checkpoint(store, address, stored, checkpoints)
             for log in LOGS:
-                if found and not (folder / log).exists():
+                if wanted and not (folder / log).exists():
                     with contextlib.suppress(Missing), atomic_write(folder / log) as beside:
                         beside.write_bytes(store.read(key_in(address, log)))
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+def _wanted(store: Store, address: Address, name: str | None) -> list[Stored]:
+    """The checkpoint of this name, or else the newest, at an address; none where there is no run."""
+    found = store.first_try(lambda store: whole_checkpoints(store, address), address.key)
+    wanted = found[:1] if name is None else [each for each in found if each.name == name]
+    if name is not None and not wanted:
+        raise UserError(f"{address}/checkpoints/{name} is no whole checkpoint{_others(found)}")
+    return wanted
 
 
 def _others(found: Iterable[Stored]) -> str:

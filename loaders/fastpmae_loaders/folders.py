@@ -180,7 +180,7 @@ def open_samples(
 
     At an address in a store (s3://bucket/set) lies a .beton file or a set of them; `cache` says where its pages are
     kept on this machine. Samples that are open already come back as they are. Several paths are a Mixture of what lies
-    there; a weight may stand behind each (`a.beton:0.7`).
+    there; a weight may stand behind each (`a.beton:0.7`), and behind one alone it says nothing.
 
     Raises:
         UserError: where it is none of these, or a folder of both images and shards.
@@ -191,6 +191,10 @@ def open_samples(
         if hasattr(path, "payload"):
             return cast("Samples", path)
         raise UserError(f"{path!r} names no images: give a path, or images that are open")
+    if isinstance(path, str | Path):
+        from fastpmae_loaders.mixture import split_weight
+
+        path, _ = split_weight(str(path))
     if is_address(path):
         return open_beton(path, cache)
     root = _existing(path)
@@ -212,6 +216,9 @@ def _mixed(paths: Sequence[str | os.PathLike[str]], cache: CacheSettings | None)
     from fastpmae_loaders.mixture import Mixture, split_weight
 
     sources = [split_weight(os.fspath(path)) for path in paths]
+    for source, _ in sources:
+        if not is_address(source):
+            _existing(source)
     weights = [weight for _, weight in sources if weight is not None]
     if len(sources) == 1:
         return open_samples(sources[0][0], cache=cache)
@@ -228,6 +235,12 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError):
         exists = False
     if not exists:
+        before, _, behind = str(root).rpartition(":")
+        if before and os.path.lexists(before):
+            raise UserError(
+                f"{printable(before)} exists, and {printable(behind)!r} behind it is no weight: expected a number "
+                "above 0, as in a.beton:0.7"
+            )
         raise UserError(f"{printable(str(root))} does not exist")
     return root
 

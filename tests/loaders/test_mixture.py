@@ -117,6 +117,22 @@ def test_a_weight_is_above_0(weight: str) -> None:
         split_weight(f"a.beton:{weight}")
 
 
+@pytest.mark.parametrize("behind", ["nan", "inf", "0,7", "", "half"])
+def test_what_is_behind_a_source_and_no_weight_is_told(behind: str, tmp_path: Path) -> None:
+    (tmp_path / "a.beton").touch()
+    (tmp_path / "b.beton").touch()
+    wrong = f"{tmp_path / 'a.beton'}:{behind}"
+    for sources in (wrong, [wrong], [f"{tmp_path / 'b.beton'}:0.3", wrong]):
+        with pytest.raises(UserError, match=rf"a.beton exists, and {behind!r} behind it is no weight: expected a num"):
+            open_samples(sources)
+
+
+def test_a_weight_behind_one_source_alone_says_nothing(files: Path) -> None:
+    path = str(files / "small.beton")
+    for source in (f"{path}:0.7", [f"{path}:1"], Path(f"{path}:2")):
+        assert open_samples(source).path == Path(path)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_parts(tmp_path_factory.mktemp("mixed") / "sources")

@@ -74,6 +74,15 @@ def test_a_checkpoint_goes_to_a_store_and_comes_back(place, tmp_path, sharded):
     assert not [key for key, _ in Store(place).files(f"{place.key}/checkpoints") if "00000002" in key]
 
 
+def test_what_is_refused_leaves_no_folder(place, tmp_path):
+    name = checkpoint_path(tmp_path, 1).name
+    for address, wanted in ((Address("s3", "no-such-bucket", "run"), None), (place / "none", name)):
+        with pytest.raises(UserError):
+            bring_back(address, tmp_path / "run", wanted)
+    bring_back(place / "none", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_shards_without_their_marker_or_in_part_are_no_checkpoint(place, tmp_path):
     path = write(tmp_path / "run", 4, sharded=True)
     put_folder(path, place / "checkpoints" / path.name)

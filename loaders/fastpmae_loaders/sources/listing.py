@@ -158,6 +158,7 @@ class Files:
         self.tables: list[str] = []
         self.others = 0
         self.packed: list[str] = []
+        self.betons: list[str] = []
         self.bad: list[Item] = []
         self.helpers: Counter[str] = Counter()
         self._twice: list[list[str]] = []
@@ -259,7 +260,7 @@ class Files:
                 self.others += 1
         elif name.startswith("._"):  # macOS keeps a file's attributes under the file's own suffix
             self.others += 1
-        elif known or (suffix not in _OTHER_SUFFIXES and not _is_container(suffix) and _looks_like_image(path)):
+        elif known or (suffix not in _OTHER_SUFFIXES and not is_container(name) and _looks_like_image(path)):
             images.append(name)
         elif suffix in _TAR_SUFFIXES:
             self.tars.append(relative)
@@ -269,6 +270,8 @@ class Files:
             self.others += 1
             if name.lower().endswith(_PACKED_SUFFIXES):
                 self.packed.append(relative)
+            elif suffix == ".beton":
+                self.betons.append(relative)
 
     def _unusable(self, path: str, reason: str) -> None:
         self.bad.append(Item("bad", path, (reason,), -1))
@@ -304,8 +307,9 @@ def _known_files(folder: str) -> int:
     return sum(name.lower().endswith(_KNOWN_SUFFIXES) for _, _, files in os.walk(folder) for name in files)
 
 
-def _is_container(suffix: str) -> bool:
-    return suffix in _TAR_SUFFIXES or suffix in _TABLE_SUFFIXES
+def is_container(name: str) -> bool:
+    """Whether a file of this name is a tar shard or a table, which may hold any number of images."""
+    return name.lower().endswith((*_TAR_SUFFIXES, *_TABLE_SUFFIXES))
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -96,6 +96,7 @@ class Cache:
         if not sys.platform.startswith("linux") or not available():
             raise UserError("reading from an object store takes Linux, whose locks and sparse files its cache needs")
         self.folder, self.limit = folder, limit
+        self._over = False
         shown = printable(str(folder))
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,18 +118,18 @@ class Cache:
             return place
         beside = self.folder / f".partial-{uuid.uuid4().hex[:16]}"
         beside.mkdir()
-        for kind, page in (("pages", PAGE), ("tables", TABLE)):
-            with (beside / kind).open("wb") as file:
-                file.truncate(stat.size)
-            with (beside / f"{kind}.records").open("wb") as file:
-                file.truncate(-(-stat.size // page) * RECORD.itemsize)
-        about = {"address": str(address), "version": stat.mark, "bytes": stat.size}
-        (beside / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
         try:
+            for kind, page in (("pages", PAGE), ("tables", TABLE)):
+                with (beside / kind).open("wb") as file:
+                    file.truncate(stat.size)
+                with (beside / f"{kind}.records").open("wb") as file:
+                    file.truncate(-(-stat.size // page) * RECORD.itemsize)
+            about = {"address": str(address), "version": stat.mark, "bytes": stat.size}
+            (beside / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
             beside.rename(place)
-        except OSError:  # another process was first
+        except OSError:
             shutil.rmtree(beside, ignore_errors=True)
-            if not place.is_dir():
+            if not place.is_dir():  # else another process was first
                 raise
         return place
 
@@ -138,6 +139,11 @@ class Cache:
             usage[0] += count
             over = usage[0] > self.limit
         if over:
+            self.drop(self.limit - self.limit // 10)
+
+    def let_go(self) -> None:
+        """Pages are no longer held: drop some where too many were held for the limit to be kept."""
+        if self._over:
             self.drop(self.limit - self.limit // 10)
 
     def drop(self, target: int) -> int:
@@ -161,6 +167,7 @@ class Cache:
                 used -= self._drop_leftovers()
             with self._usage() as usage:
                 usage[0] = used
+            self._over = used > self.limit
             return used
 
     @contextlib.contextmanager

@@ -88,6 +88,13 @@ class SparseFile:
             self.known[page] = zlib.crc32(self.read(start, size).data) == int(self.records["crc"][page])
         return bool(self.known[page])
 
+    def forget_damaged(self) -> bool:
+        """Whether a page has not the bytes that were written for it; such pages count as missing from then on."""
+        self.known[:] = False
+        sound = [self.is_sound(page) for page in range(len(self.known))]
+        self.records["here"][~np.array(sound, np.bool_)] = 0
+        return not all(sound)
+
     def range_of(self, page: int) -> tuple[int, int]:
         """A page's first byte, and how many it has."""
         return page * self.page, min(self.page, self.size - page * self.page)
@@ -226,6 +233,7 @@ class CachedFile:
         """Let go of pages that were held."""
         for page in pages.tolist():
             self._pages.release(page)
+        self._cache.let_go()
 
     def ahead(self, pages: np.ndarray) -> int:
         """Have pages fetched, in this order, after what is waited for; how many were not there."""
@@ -322,10 +330,14 @@ class CachedFile:
                     return
                 with self.path.open("rb") as file:
                     found = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-                self._checked = True
                 if found == self._digest:
+                    self._checked = True
                     (self.path.parent / _checked_name(self._digest)).touch()
                     return
+                # it is the disk's fault where a page is not what came from the store
+                if self._pages.forget_damaged():
+                    return
+                self._checked = True
                 self._pages.records["here"][:] = 0
             finally:
                 self.release(pages)

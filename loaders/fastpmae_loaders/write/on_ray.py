@@ -18,7 +18,7 @@ from fastpmae_loaders.write.manifests import Manifest
 from fastpmae_loaders.write.parts import PartSettings, done_already, worker_pool, write_part
 from fastpmae_loaders.write.plan import Part
 from fastpmae_loaders.write.shards import part_name
-from fastpmae_loaders.write.targets import Target, open_target
+from fastpmae_loaders.write.targets import open_target
 from fastpmae_loaders.write.write import BadImages
 
 CLIENT_PORT = 10001
@@ -91,7 +91,6 @@ def write_on_ray(
     on: str,
     parts: Iterator[Part],
     out: str,
-    target: Target,
     settings: PartSettings,
     workers: int,
     failures: list[BadImages],
@@ -108,10 +107,6 @@ def write_on_ray(
         task = ray.remote(num_cpus=workers, max_retries=_TRIES - 1)(_written)
         waiting: dict[Any, int] = {}
         for part in parts:
-            manifest = done_already(part, target, settings.force)
-            if manifest is not None:
-                yield manifest
-                continue
             while len(waiting) >= max(2, _AHEAD * int(ray.cluster_resources().get("CPU", 1)) // workers):
                 yield from _next(ray, waiting, failures)
             waiting[task.remote(part, out, settings, workers)] = part.number

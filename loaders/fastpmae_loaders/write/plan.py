@@ -1,8 +1,9 @@
-"""What goes into which part of a set: decided by the names of the source's files, the same on every machine.
+"""What goes into which part of a set: decided by the source's files, the same on every machine.
 
 A folder's images are listed, since their labels come of all folders together, and cut into parts of equal numbers. Tar
 shards and tables are cut without being opened: whole files where the parts divide them, else a share of one, so that
-100 files make 8 parts or 4,096.
+100 files make 8 parts or 4,096. A set would lose images of one that grows between two parts, so their sizes are part of
+the plan.
 """
 
 import hashlib
@@ -11,7 +12,10 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.write.images import ImageSettings
 from fastpmae_loaders.write.shards import check_shards, shard_ranges
 from fastpmae_loaders.write.sources import (
@@ -29,9 +33,13 @@ from fastpmae_loaders.write.sources import (
 
 @dataclass(frozen=True)
 class Stretch:
-    """A share of a file's n images: from `first` n / `parts` on to before `last` n / `parts`, both rounded down."""
+    """A share of a file's n images: from `first` n / `parts` on to before `last` n / `parts`, both rounded down.
+
+    size: of the file in bytes, as it was planned with.
+    """
 
     name: str
+    size: int
     first: int
     last: int
     parts: int
@@ -62,13 +70,19 @@ class Part:
         return {str(self.source.base / stretch.name) for stretch in self.stretches}
 
     def list(self) -> Listing:
-        """Its images, in order. UserError where the files cannot be understood."""
+        """Its images, in order. UserError where the files cannot be understood, or are not those of the plan."""
         if self.listing is not None:
             return self.listing
         if not self.stretches:
             return Listing(list(self.bad))
         listing = list_files(self.source, [stretch.name for stretch in self.stretches])
         of_file = {str(self.source.base / stretch.name): stretch for stretch in self.stretches}
+        for path, stretch in of_file.items():
+            if Path(path).stat().st_size != stretch.size:
+                raise UserError(
+                    f"{printable(path)} has changed since the set was begun: its parts would lose images, or hold some "
+                    "twice; write the set anew when the source stays as it is"
+                )
         counts = Counter(item.path for item in listing.items if item.kind != "bad")
         places: Counter[str] = Counter()
         taken: list[Item] = []
@@ -89,7 +103,8 @@ class Part:
 class Plan:
     """How a source becomes a set of `parts`.
 
-    digest: of all that decides about the bytes of the set but the images themselves: names in the source, and settings.
+    digest: of all that decides about the bytes of the set but the images themselves: names in the source, sizes of its
+        tar shards and tables, and settings.
     passed_over: files that are none of the images.
     """
 
@@ -100,6 +115,7 @@ class Plan:
     _source: Found
     _listing: Listing | None
     _ranges: list[range]
+    _sizes: list[int]
 
     def part(self, number: int) -> Part:
         """What the part of this number, from 0, is made of."""
@@ -108,18 +124,18 @@ class Plan:
         if self._listing is not None:
             own = [self._listing.items[place] for place in self._ranges[number]]
             return Part(number, self.digest, Listing(own, self._listing.class_names), source)
-        stretches = tuple(_stretches(self._source.names, number, number + 1, self.parts))
+        stretches = tuple(_stretches(self._source.names, self._sizes, number, number + 1, self.parts))
         bad = tuple(self._source.files.bad) if number + 1 == self.parts else ()
         return Part(number, self.digest, None, source, stretches, bad)
 
 
-def _stretches(names: list[str], first: int, last: int, parts: int) -> Iterable[Stretch]:
+def _stretches(names: list[str], sizes: list[int], first: int, last: int, parts: int) -> Iterable[Stretch]:
     """The share from first/parts to last/parts of all files, each of which counts as much as another."""
     begin, end = first * len(names), last * len(names)
     for place in range(begin // parts, -(-end // parts)):
         share = max(begin - place * parts, 0), min(end - place * parts, parts)
         if share[0] < share[1]:
-            yield Stretch(names[place], *share, parts)
+            yield Stretch(names[place], sizes[place], *share, parts)
 
 
 def plan_set(
@@ -151,16 +167,18 @@ def plan_set(
         "classes": whole.class_names if whole else None,
     }
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
-    for entry in _entries(found, whole):
+    sizes = [found.size_of(name) for name in found.names] if whole is None else []
+    for entry in _entries(found, sizes, whole):
         digest.update(entry + b"\0\0")
     notes = whole.notes if whole else found.files.notes() + found.notes
-    return Plan(parts, digest.hexdigest(), whole.passed_over if whole else found.others, notes, found, whole, ranges)
+    passed_over = whole.passed_over if whole else found.others
+    return Plan(parts, digest.hexdigest(), passed_over, notes, found, whole, ranges, sizes)
 
 
-def _entries(found: Found, whole: Listing | None) -> Iterable[bytes]:
+def _entries(found: Found, sizes: list[int], whole: Listing | None) -> Iterable[bytes]:
     """What there is in a source, by names relative to it: it may lie elsewhere on another machine."""
     if whole is None:
-        yield from map(os.fsencode, found.names)
+        yield from (b"%b\0%d" % (os.fsencode(name), size) for name, size in zip(found.names, sizes, strict=True))
         return
     base = f"{found.base}/"
     for item in whole.items:

@@ -10,7 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import IO, Any
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import PARTIAL, claim_partial, remove_partial
 from fastpmae_loaders.printable import printable
-from fastpmae_loaders.sources.listing import Item
+from fastpmae_loaders.sources.listing import Item, is_container
 from fastpmae_loaders.sources.names import Names
 from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.stores.cache import CacheSettings
@@ -42,6 +42,8 @@ class RemoteSource:
 
     address: Address
     folder: Path
+    sizes: dict[str, int] = field(default_factory=dict, kw_only=True)
+    """Of each tar shard or table its bytes, by its name relative to the source, where it was looked for."""
 
     def bring(self, names: Iterable[str]) -> None:
         """Have these files, by names relative to the source, on this machine.
@@ -52,6 +54,14 @@ class RemoteSource:
         store = Store(self.address)
         wanted = [name for name in dict.fromkeys(names) if not self._is_here(name)]
         side_by_side([partial(self._bring, store, name) for name in wanted], _THREADS)
+
+    @contextlib.contextmanager
+    def by_address(self) -> Iterator[None]:
+        """Within it a UserError that names files of the folder names their addresses instead."""
+        try:
+            yield
+        except UserError as error:
+            raise type(error)(str(error).replace(printable(str(self.folder)), str(self.address))) from None
 
     def name_of(self, item: Item) -> str:
         """What an image's file is called in the source."""
@@ -151,31 +161,40 @@ def list_source(address: Address) -> tuple[RemoteSource, Path, Names]:
         UserError: where the store cannot be read, or there is nothing.
     """
     store = Store(address)
-    alone, names = store.first_try(lambda store: _names(store, address), address.key)
+    alone, names, sizes = store.first_try(lambda store: _names(store, address), address.key)
     parent = CacheSettings().place / "sources"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         remove_partial(parent)
         place, alive = claim_partial(parent / (address.name or address.bucket))
         atexit.register(_remove, place, alive)
-        source = RemoteSource(address.parent if alone else address, place / (address.name or address.bucket))
+        folder = place / (address.name or address.bucket)
+        source = RemoteSource(address.parent if alone else address, folder, sizes=sizes)
         source.folder.mkdir()
     except OSError as error:
         raise UserError(f"{printable(str(parent))} cannot be written: {error.strerror or error}") from None
     return source, source.folder / names[0] if alone else source.folder, names
 
 
-def _names(store: Store, address: Address) -> tuple[bool, Names]:
-    """Whether there is one file alone, and the names of all."""
-    names = Names()
+def _names(store: Store, address: Address) -> tuple[bool, Names, dict[str, int]]:
+    """Whether there is one file alone, the names of all, and the bytes of those that hold many images."""
+    names, sizes = Names(), dict[str, int]()
     if address.suffix in (".tar", ".parquet", ".arrow") or address.scheme in ("https", "http"):
         with contextlib.suppress(Missing):
-            store.stat(address.key)
+            sizes[address.name] = store.stat(address.key).size
             names.add("", [address.name])
-            return True, names
+            return True, names, sizes
     prefix = address.key and address.key + "/"
-    found = (key.removeprefix(prefix) for key, size in store.files(address.key) if size)
-    for folder, some in groupby(found, lambda name: name.rpartition("/")[0]):
+
+    def found() -> Iterator[str]:
+        for key, size in store.files(address.key):
+            name = key.removeprefix(prefix)
+            if size:
+                if is_container(name):
+                    sizes[name] = size
+                yield name
+
+    for folder, some in groupby(found(), lambda name: name.rpartition("/")[0]):
         own = [name[len(folder) + (folder != "") :] for name in some]
         parts = [*(folder.split("/") if folder else ()), *own]
         for part in parts:
@@ -187,7 +206,7 @@ def _names(store: Store, address: Address) -> tuple[bool, Names]:
         names.add(folder, own)
     if not len(names):
         raise Missing(f"{address} does not exist, or holds no files")
-    return False, names
+    return False, names, sizes
 
 
 def _remove(place: Path, alive: IO[bytes]) -> None:

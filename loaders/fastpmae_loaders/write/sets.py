@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from fastpmae_loaders.cli.progress import Progress
@@ -71,18 +72,21 @@ def write_set(
     follow(target, plan.digest, shards, force)
     how = PartSettings(images, page_size, timeout, skip_bad, force)
     failures: list[BadImages] = []
-    parts = map(plan.part, numbers)
+    kept: list[Manifest] = []
+    parts = _not_there(map(plan.part, numbers), target, force, kept)
     told = set(plan.notes)
     if on == "local":
         done = _write_here(parts, target, how, count, progress, failures)
     else:
-        done = _counted(write_on_ray(on, parts, str(out), target, how, count, failures), shards, progress)
-    for manifest in done:
+        done = _counted(write_on_ray(on, parts, str(out), how, count, failures), shards, kept, progress)
+    for manifest in chain(done, kept):
         for note in manifest.notes:
             if note not in told:
                 progress.tell(note)
                 told.add(note)
     raise_bad(failures, len(numbers))
+    if kept:
+        progress.tell(_told_kept(target, len(kept), len(numbers)))
     return None if part is not None else finish(target, plan.digest, shards, deduplicate)
 
 
@@ -98,6 +102,25 @@ def share(shards: int, part: tuple[int, int] | None) -> range:
     return range(number * shards // of, (number + 1) * shards // of)
 
 
+def _not_there(parts: Iterator[Part], target: Target, force: bool, kept: list[Manifest]) -> Iterator[Part]:
+    """The parts that are to be written; the manifests of the others go to `kept`."""
+    for part in parts:
+        manifest = done_already(part, target, force)
+        if manifest is None:
+            yield part
+        else:
+            kept.append(manifest)
+
+
+def _told_kept(target: Target, kept: int, parts: int) -> str:
+    """That parts were kept: a part is known by names, and an image that was replaced under its name is not seen."""
+    which = "The part was" if parts == 1 else "1 part was" if kept == 1 else f"{kept:,} of {parts:,} parts were"
+    return (
+        f"{which} in {target.shown} already, from files of the same names with the same settings, and kept. Where "
+        "images were replaced under their names, write the set into another folder."
+    )
+
+
 def _write_here(
     parts: Iterator[Part],
     target: Target,
@@ -110,25 +133,25 @@ def _write_here(
     pool = None
     try:
         for part in parts:
-            manifest = done_already(part, target, settings.force)
-            if manifest is None:
-                pool = pool or worker_pool(settings, part, workers, progress.tell)
-                try:
-                    manifest = write_part(part, target, settings, pool, progress)
-                except BadImages as bad:
-                    failures.append(bad)
-                    continue
-                progress.tell(describe(manifest))
+            pool = pool or worker_pool(settings, part, workers, progress.tell)
+            try:
+                manifest = write_part(part, target, settings, pool, progress)
+            except BadImages as bad:
+                failures.append(bad)
+                continue
+            progress.tell(describe(manifest))
             yield manifest
     finally:
         if pool is not None:
             pool.close()
 
 
-def _counted(manifests: Iterator[Manifest], parts: int, progress: Progress) -> Iterator[Manifest]:
+def _counted(manifests: Iterator[Manifest], parts: int, kept: list[Manifest], progress: Progress) -> Iterator[Manifest]:
+    counted = 0
     with progress.count(parts, "parts"):
-        for manifest in manifests:
-            progress.advance()
+        for written, manifest in enumerate(manifests, 1):
+            progress.advance(written + len(kept) - counted)
+            counted = written + len(kept)
             yield manifest
 
 

@@ -101,9 +101,19 @@ class Found:
         known = sum(len(names) for names in (self.files.images, self.files.tars, self.files.tables))
         return self.files.others + known - len(taken[self.kind])
 
+    def size_of(self, name: str) -> int:
+        """Bytes of a tar shard or table; -1 where it cannot be told."""
+        if self.remote is not None:
+            return self.remote.sizes.get(name, -1)
+        try:
+            return (self.base / name).stat().st_size
+        except OSError:
+            return -1
+
     def without_files(self) -> "Found":
         """The same with no names of files in it, which may be many."""
-        return replace(self, files=Files(None), names=[], notes=[])
+        remote = None if self.remote is None else replace(self.remote, sizes={})
+        return replace(self, files=Files(None), names=[], notes=[], remote=remote)
 
 
 def look_into(path: str | os.PathLike[str], settings: SourceSettings | None = None) -> Found:
@@ -131,11 +141,12 @@ def look_into(path: str | os.PathLike[str], settings: SourceSettings | None = No
             f"fastpmae-write --check {quoted}, or name the images that it was written from"
         )
     files = Files(root if stored is None else base, stored)
-    kind = settings.kind or _kind_of(root, files)
-    if kind == "folder":
-        return Found(root, base, kind, files, [], [], settings, remote)
-    every = files.tars if kind == "tar" else files.tables
-    names, notes = choose_split(every, splits_of_files(every), settings.split, root)
+    with remote.by_address() if remote is not None else nullcontext():
+        kind = settings.kind or _kind_of(root, files)
+        names, notes = list[str](), list[str]()
+        if kind != "folder":
+            every = files.tars if kind == "tar" else files.tables
+            names, notes = choose_split(every, splits_of_files(every), settings.split, root)
     return Found(root, base, kind, files, names, notes, settings, remote)
 
 
@@ -161,6 +172,11 @@ def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = 
 
 def list_found(found: Found) -> Listing:
     """All images of a source. Raises UserError where there are none."""
+    with found.remote.by_address() if found.remote is not None else nullcontext():
+        return _listed(found)
+
+
+def _listed(found: Found) -> Listing:
     root, files, settings = found.root, found.files, found.settings
     if found.kind == "folder":
         source, notes = list_folder(root, files, settings.split, settings.flat)
@@ -181,6 +197,11 @@ def nothing_in(found: Found, listing: Listing) -> str:
         return (
             f"{printable(str(root))} holds no images, but packed files such as {printable(files.packed[0])}: "
             "unpack them first (tar shards must be plain .tar files)"
+        )
+    if files.betons:
+        return (
+            f"{printable(str(root))} holds no images, but .beton files such as {printable(files.betons[0])}, which are "
+            "written already: train on them as they are, or name the images that they were written from"
         )
     if found.kind == "tar":
         return no_images(root, listing)

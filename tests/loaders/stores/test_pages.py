@@ -1,6 +1,7 @@
 """Files of a store by way of the cache: the same bytes, whatever was dropped, killed, damaged or replaced meanwhile."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 
 from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.stores import pages as pages_module
-from fastpmae_loaders.stores.cache import PAGE, Cache, CacheSettings, bytes_of, drop_page
+from fastpmae_loaders.stores.cache import PAGE, RECORD, Cache, CacheSettings, bytes_of, drop_page
 from fastpmae_loaders.stores.client import Store
 from fastpmae_loaders.stores.reader import Reader
 from tests.made import REPOSITORY
@@ -163,6 +164,48 @@ def test_the_digest_of_a_whole_file_is_looked_at_once(place, data, tmp_path):
             pass
         wait_for(lambda: any((tmp_path / "cache").rglob("checked-*")))
         assert file.missing() == 0
+
+
+def test_what_the_disk_has_damaged_is_not_laid_to_the_store(place, data, tmp_path):
+    digest = "sha256:" + hashlib.sha256(data).hexdigest()
+    with Reader(place / "file", settings(tmp_path)) as reader:
+        file = reader.file(place / "file", digest)
+        assert read_held(file, 2 * PAGE, 10) == data[2 * PAGE : 2 * PAGE + 10]
+        with file.path.open("r+b") as sparse:
+            sparse.seek(2 * PAGE + 77)
+            sparse.write(b"damage")
+        with file.held(np.arange(1, 6) * PAGE, np.full(5, 1)):
+            pass
+        records = file.path.with_name("pages.records")
+        wait_for(lambda: np.fromfile(records, RECORD)["here"].tolist() == [1, 1, 0, 1, 1, 1])
+        assert not any((tmp_path / "cache").rglob("checked-*"))
+        assert read_held(file, 2 * PAGE, 1000) == data[2 * PAGE : 2 * PAGE + 1000]
+        wait_for(lambda: any((tmp_path / "cache").rglob("checked-*")))
+
+
+def test_what_was_held_beyond_the_size_goes_when_it_is_let_go(place, tmp_path):
+    Store(place).put(f"{place.key}/file", made(14 * PAGE))
+    limit = 8 * PAGE
+    with Reader(place / "file", settings(tmp_path, str(limit))) as reader:
+        file = reader.file(place / "file")
+        with file.held(np.arange(14) * PAGE, np.full(14, PAGE)):
+            assert file.missing() == 0
+        wait_for(lambda: sum(512 * path.stat().st_blocks for path in (tmp_path / "cache").rglob("pages")) <= limit)
+
+
+def test_a_disk_that_takes_no_such_file_is_left_as_it_was(place, data, tmp_path, monkeypatch):
+    """As under `ulimit -f`."""
+    folder = tmp_path / "cache"
+    Cache(folder, 1 << 30)
+    before = sorted(folder.iterdir())
+
+    def refuse(*_):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("pathlib.Path.rename", refuse)
+    with Reader(place / "file", settings(tmp_path)) as reader, pytest.raises(UserError, match="File too large"):
+        reader.file(place / "file")
+    assert sorted(folder.iterdir()) == before
 
 
 def test_a_file_of_another_digest_is_told(place, data, tmp_path):

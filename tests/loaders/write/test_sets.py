@@ -46,7 +46,7 @@ def jpeg(seed: int) -> bytes:
 
 def shards(folder: Path, counts: list[int], label: str = "{number}") -> Path:
     """Tar shards of so many images each, with labels in .cls files."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     number = 0
     for place, count in enumerate(counts):
         with tarfile.open(folder / f"{place:03d}.tar", "w") as archive:
@@ -406,13 +406,43 @@ def test_manifests_of_strangers(tree: Path, whole: Path, tmp_path: Path, content
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.parametrize("grown", ["between two parts", "after the plan"])
+def test_a_tar_that_grows_meanwhile_loses_no_image_in_silence(grown: str, tmp_path: Path) -> None:
+    """Each part takes a share of what a tar holds: of another number of images another one."""
+    source = shards(tmp_path / "tars", [40, 30])
+    plan = plan_set(source, 5, ImageSettings())
+    if grown == "between two parts":
+        assert write_set(source, tmp_path / "set", 5, workers=1, part=(0, 2)) is None
+    assert len(plan.part(4).list().items) == 12
+    shards(source, [40, 41])
+    if grown == "between two parts":
+        with pytest.raises(UserError, match="of a source with other files"):
+            write_set(source, tmp_path / "set", 5, workers=1, part=(1, 2))
+    assert len(plan.part(0).list().items) == 16
+    with pytest.raises(UserError, match=r"1.tar has changed since the set was begun: its parts would lose images"):
+        plan.part(4).list()
+
+
+def test_parts_that_are_kept_are_spoken_of(tree: Path, whole: Path, tmp_path: Path) -> None:
+    """An image that was replaced under its name is not seen, so nobody is to think that it was."""
+    out = tmp_path / "set"
+    shutil.copytree(whole, out)
+    again = command(tree, out, "--shards", 4, "--workers", 1)
+    assert again.returncode == 0, again.stderr
+    said = again.stdout + again.stderr
+    assert f"4 of 4 parts were in {out} already, from files of the same names with the same settings, and kept." in said
+    (out / "part-00001.json").unlink()
+    again = command(tree, out, "--shards", 4, "--workers", 1)
+    assert f"3 of 4 parts were in {out} already" in again.stdout + again.stderr
+
+
 def test_shares_of_the_parts() -> None:
     for parts, processes in [(4096, 64), (10, 3), (3, 10), (1, 1)]:
         numbers = [number for place in range(processes) for number in share(parts, (place, processes))]
         assert numbers == list(range(parts))
 
 
-def test_a_plan_is_by_names_alone(tmp_path: Path) -> None:
+def test_a_plan_opens_no_file(tmp_path: Path) -> None:
     """Shards are not opened for it: they may be terabytes, far away."""
     folder = tmp_path / "tars"
     folder.mkdir()

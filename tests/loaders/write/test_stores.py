@@ -10,6 +10,8 @@ from fastpmae_loaders import UserError
 from fastpmae_loaders.stores.address import Address, parse_address
 from fastpmae_loaders.stores.client import Store
 from fastpmae_loaders.write.finish import finish_set
+from fastpmae_loaders.write.images import ImageSettings
+from fastpmae_loaders.write.plan import plan_set
 from fastpmae_loaders.write.sets import write_set
 from fastpmae_loaders.write.write import write_beton
 from tests.made import write_tree
@@ -78,6 +80,19 @@ def test_a_set_from_a_store_to_a_store_has_the_local_bytes_and_is_written_once(k
     assert json.loads(contents(place / "set")["index.json"])["images"] == 14
 
 
+def test_a_tar_that_grows_in_a_store_between_two_parts_is_told(tars, tree, place):
+    put_folder(tars, place / "raw")
+    assert write_set(str(place / "raw"), str(place / "set"), 4, part=(0, 2), workers=1) is None
+    plan = plan_set(str(place / "raw"), 4, ImageSettings())
+    with tarfile.open(tars / "2.tar", "a") as archive:
+        archive.add(next(tree.rglob("*.jpg")), "more.jpg")
+    put_folder(tars, place / "raw")
+    with pytest.raises(UserError, match="of a source with other files"):
+        write_set(str(place / "raw"), str(place / "set"), 4, part=(1, 2), workers=1)
+    with pytest.raises(UserError, match=r"2.tar has changed since the set was begun"):
+        plan.part(3).list()
+
+
 def test_one_tar_in_a_store_is_a_source(tars, place, tmp_path):
     put_folder(tars, place / "raw")
     local = write_beton(tars / "1.tar", tmp_path / "local.beton", workers=1)
@@ -88,8 +103,14 @@ def test_one_tar_in_a_store_is_a_source(tars, place, tmp_path):
 
 def test_what_cannot_be_is_refused(tree, place, tmp_path):
     put_folder(tree, place / "raw")
+    write_set(tree, str(place / "set"), 2, workers=1)
     for source, out, words in (
         (place / "nothing", tmp_path / "x.beton", "does not exist, or holds no files"),
+        (
+            place / "set",
+            tmp_path / "x.beton",
+            f"{place}/set holds no images, but .beton files such as part-0",
+        ),
         (tree, Address("s3", BUCKET), "names a bucket and no file"),
         (tree, parse_address("https://example.org/x.beton"), "can only be read from"),
     ):
