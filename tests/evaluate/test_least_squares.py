@@ -65,4 +65,4 @@ def test_rows_are_counted_to_the_end():
     progress = Progress()
     for test in (None, features):
         least_squares_predict(features, labels, 4, test, chunk_bytes=1, progress=progress)
-        assert progress._done == progress._total > 0
+        assert progress._count.done == progress._count.total > 0

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import IO, Any, cast
 
 from fastpmae_loaders.cli.terminal import say, stderr
@@ -77,16 +78,27 @@ class Bar:
             say(sentence)
 
 
+@dataclass
+class _Count:
+    """What is counted: `done` of `total`, of which `first` were done when the rate begins."""
+
+    total: int
+    unit: str
+    bar: Bar
+    started: float
+    told: float
+    done: int = 0
+    first: int = 0
+    ended: float = 0.0
+
+
 class Progress:
     """Counts things done. With `live` it shows them on stderr; without, it is silent."""
 
     def __init__(self, live: bool = False):
         self._live = live
-        self._done = self._total = self._first = 0
-        self._unit = "images"
-        self._started = self._told = self._ended = 0.0
-        self._bar: Bar | None = None
-        self._pause = _SECONDS_BETWEEN_LINES
+        self._count = _Count(0, "images", Bar(0, shown=False), 0.0, 0.0)
+        """The count that is going on, or was the last."""
 
     def phase(self, text: str) -> None:
         """Says what is being done, in a terminal: elsewhere the first line of progress is soon enough."""
@@ -95,39 +107,52 @@ class Progress:
 
     def tell(self, sentence: str) -> None:
         """A line for the user that must not break the bar."""
-        if not self._live:
-            return
-        (self._bar.tell if self._bar is not None else say)(sentence)
+        if self._live:
+            self._count.bar.tell(sentence)
 
     @contextlib.contextmanager
     def count(self, total: int, unit: str) -> Iterator[None]:
-        """Within it, `advance` counts up to `total`."""
-        self._done, self._first, self._total, self._unit = 0, 0, total, unit
-        self._started = self._told = time.monotonic()
+        """Within it, `advance` counts up to `total`.
+
+        A count within a count, such as a test in the midst of a training, is shown alone meanwhile, and its time is
+        none of the other's.
+        """
+        outer, now = self._count, time.monotonic()
+        going_on = outer.total > 0 and not outer.ended
+        if going_on:
+            outer.bar.stop()
+        self._count = count = _Count(total, unit, Bar(total, shown=self._live), now, now)
         try:
-            with Bar(total, shown=self._live) as self._bar:
-                self._pause = _SECONDS_BETWEEN_UPDATES if self._bar.live else _SECONDS_BETWEEN_LINES
+            with count.bar:
                 yield
         finally:
-            self._bar = None
-            self._ended = time.monotonic()
+            count.ended = time.monotonic()
+            count.bar = Bar(0, shown=False)
+            if going_on:
+                outer.started += count.ended - now
+                outer.told = count.ended
+                self._count = outer
+                outer.bar.__enter__()
 
     def advance(self, count: int = 1) -> None:
         """One more is done, or `count` more."""
-        if not self._done:  # the rate leaves out the time that worker processes take to start
-            self._started = self._told = time.monotonic()
-            self._first = count
-        self._done += count
-        if not self._live or time.monotonic() < self._told + self._pause:
+        counted, now = self._count, time.monotonic()
+        if not counted.done:  # the rate leaves out the time that worker processes take to start
+            counted.started = counted.told = now
+            counted.first = count
+        counted.done += count
+        pause = _SECONDS_BETWEEN_UPDATES if counted.bar.live else _SECONDS_BETWEEN_LINES
+        if not self._live or now < counted.told + pause:
             return
-        self._told = time.monotonic()
-        if self._bar is not None and self._bar.live:
-            self._bar.update(self._done, note=self.rate())
+        counted.told = now
+        if counted.bar.live:
+            counted.bar.update(counted.done, note=self.rate())
         else:
-            say(f"{self._done:,} of {self._total:,} {self._unit}, {self.rate()}")
+            say(f"{counted.done:,} of {counted.total:,} {counted.unit}, {self.rate()}")
 
     def rate(self) -> str:
         """Done per second, since the first was; of what takes seconds, how many each takes."""
-        end = self._ended if self._ended > self._started else time.monotonic()
-        rate = max(self._done - self._first, 0) / max(end - self._started, 1e-9)
-        return f"{1 / rate:,.1f} s each" if 0 < rate < 1 else f"{rate:,.0f} {self._unit}/s"
+        counted = self._count
+        end = counted.ended or time.monotonic()
+        rate = max(counted.done - counted.first, 0) / max(end - counted.started, 1e-9)
+        return f"{1 / rate:,.1f} s each" if 0 < rate < 1 else f"{rate:,.0f} {counted.unit}/s"

@@ -31,6 +31,47 @@ def test_nothing_done_has_no_rate():
         assert counted.rate() == "0 parts/s"
 
 
+def test_a_count_within_a_count_is_no_part_of_it(monkeypatch, capsys):
+    """A training tests itself in its midst, and goes on counting its own images after that."""
+    now = 50.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    counted = Progress(live=True)
+    with counted.count(8, "images"):
+        for _ in range(4):
+            counted.advance()
+            now += 10
+        with counted.count(2, "test images"):
+            for _ in range(2):
+                counted.advance()
+                now += 100
+        assert counted.rate() == "13.3 s each"
+        for _ in range(4):
+            counted.advance()
+            now += 10
+    assert counted.rate() == "11.4 s each"
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == ["2 of 8 images, 10.0 s each", "3 of 8 images, 10.0 s each", "4 of 8 images, 10.0 s each"]
+    assert said[3] == "2 of 2 test images, 100.0 s each"
+    assert said[-1] == "8 of 8 images, 10.0 s each"
+
+
+def test_the_bar_of_a_count_comes_back_after_one_within_it(monkeypatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_UPDATES", 0.0)
+    counted = Progress(live=True)
+    with counted.count(8, "images"):
+        counted.advance(3)
+        with counted.count(5, "test images"):
+            counted.advance(2)
+        within = len(stream.getvalue())
+        counted.advance(4)
+    assert "3/8" in stream.getvalue()[:within]
+    assert "2/5" in stream.getvalue()[:within]
+    assert "7/8" in stream.getvalue()[within:]
+    assert "2/5" not in stream.getvalue()[within:]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
