@@ -55,8 +55,12 @@ class Server:
 
     def start(self) -> None:
         """Start it, and wait until it listens."""
+        # weed would ask everybody for keys that it finds there
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+            )
         until(lambda: listens(self.port), self.process, self.log)
 
     def kill(self) -> None:
@@ -110,19 +114,22 @@ def program(name: str) -> str:
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path) -> Iterator[Server]:
-    """An S3 server with one empty bucket, `BUCKET`; it has ranges, parts and conditional writes."""
+def s3_server(folder: Path, *, keys: bool = True) -> Iterator[Server]:
+    """An S3 server with one empty bucket, `BUCKET`; it has ranges, parts and conditional writes.
+
+    Without `keys` it looks at nobody's credentials, and so takes requests of Google's store too, whose XML is S3's.
+    """
     weed = program("weed")
     folder.mkdir(parents=True, exist_ok=True)
     s3, filer, *others = free_ports(8)
-    keys = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
-    (folder / "keys.json").write_text(json.dumps({"identities": [keys]}))
+    owner = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
+    (folder / "keys.json").write_text(json.dumps({"identities": [owner]}))
     (folder / "data").mkdir(exist_ok=True)
     names = ["master.port", "volume.port", "s3.port.grpc", "filer.port.grpc", "master.port.grpc", "volume.port.grpc"]
     ports = {"s3.port": s3, "filer.port": filer} | dict(zip(names, others, strict=True))
     command = [
         weed, "server", "-s3", "-dir", str(folder / "data"), "-ip", "127.0.0.1", "-ip.bind", "127.0.0.1",
-        "-s3.config", str(folder / "keys.json"), "-master.volumeSizeLimitMB=64", "-volume.max=50",
+        *(["-s3.config", str(folder / "keys.json")] if keys else []), "-master.volumeSizeLimitMB=64", "-volume.max=50",
         # two catalogues that would listen on ports of their own, and end a second server of the machine
         "-s3.port.iceberg=0", "-s3.port.lance=0",
         *(f"-{name}={port}" for name, port in ports.items()),

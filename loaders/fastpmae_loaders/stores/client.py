@@ -3,7 +3,6 @@
 What a store answers is put into words of our own: its own text may hold a key's name or a signature.
 """
 
-import configparser
 import os
 import random
 import re
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.stores.address import Address
+from fastpmae_loaders.stores.opening import ENDPOINTS, KEYS, open_bucket
 
 Answer = TypeVar("Answer")
 
@@ -23,17 +23,11 @@ FIRST_TRY = 20.0
 """Seconds in which a store must answer when a program starts."""
 DEADLINE = 300.0
 """Seconds for which a request is tried again later on."""
-_CONNECT, _STALL, _WHOLE = "5s", "20s", "120s"
 _LONGEST_PAUSE = 8.0
 _PAUSES = random.Random()
 """Not the program's own generator, from which a training on the main thread draws meanwhile."""
 UPLOAD_PART = 8 << 20
 _MOST_PARTS = 9000  # S3 takes 10,000
-
-_MISSING = (
-    "{address}: reading from and writing to object stores needs the package obstore, which is not installed here: "
-    "pip install 'fastpmae-loaders[stores]'"
-)
 
 
 class Closed(Exception):
@@ -83,7 +77,7 @@ class Store:
         self.deadline = deadline
         self._closed = threading.Event()
         self._process = os.getpid()
-        self._store = _open(address)
+        self._store = open_bucket(address)
 
     def stat(self, key: str) -> Stat:
         """Size and version of a file. Raises Missing, StoreError."""
@@ -114,14 +108,9 @@ class Store:
 
     def files(self, prefix: str) -> Iterator[tuple[str, int]]:
         """(key, size) of every file below a folder, in the order of their keys. Raises StoreError."""
-        begin = prefix and prefix.removesuffix("/") + "/"
-        after: str | None = None
-        while True:
-            chunk = self._patiently(prefix, lambda obstore, after=after: self._some(obstore, begin, after))
+        listing = _Listing(self._store, prefix and prefix.removesuffix("/") + "/")
+        while chunk := self._patiently(prefix, listing.more):
             yield from ((entry["path"], int(entry["size"])) for entry in chunk)
-            if not chunk:
-                return
-            after = chunk[-1]["path"]
 
     def put(self, key: str, data: bytes | Path, *, new: bool = False) -> None:
         """Write a file, whole or not at all; what is large goes in parts.
@@ -162,9 +151,12 @@ class Store:
             return _aside(lambda: act(self), FIRST_TRY, self._closed)
         except TimeoutError:
             where = self.address / key if key else self.address
+            name = {"az": "account", "https": "host", "http": "host"}.get(where.scheme, "bucket")
+            hint = f"the {name}'s name"
+            if where.scheme in ENDPOINTS:
+                hint += f", to the endpoint that the environment names ({ENDPOINTS[where.scheme]}, say)"
             raise StoreError(
-                f"{where} cannot be reached: no answer within {FIRST_TRY:g} s. See to the network, to the endpoint "
-                "that the environment names (AWS_ENDPOINT_URL, say), and to the bucket's name"
+                f"{where} cannot be reached: no answer within {FIRST_TRY:g} s. See to {hint}, and to the network"
             ) from None
         finally:
             self.deadline = patience
@@ -198,11 +190,6 @@ class Store:
         """Give up every request that waits or is under way. Harmless when done twice."""
         self._closed.set()
 
-    def _some(self, obstore: Any, prefix: str, after: str | None) -> list[Any]:
-        """The next thousand entries of a folder, in order; stores list in the order of keys."""
-        stream = obstore.list(self._store, prefix or None, offset=after, chunk_size=1000)
-        return sorted(next(iter(stream), []), key=lambda entry: entry["path"])
-
     def _patiently(self, key: str, request: Callable[[Any], Answer]) -> Answer:
         """The answer to a request, tried again where it fails for a while."""
         import obstore
@@ -222,11 +209,13 @@ class Store:
                     return _aside(lambda: request(obstore), None, self._closed)
                 return request(obstore)
             except FileNotFoundError as error:
-                raise Missing(_missing(where, str(error))) from None
+                code = _CODE.search(str(error))
+                what = _NO_BUCKET.get(code[1]) if code else None
+                raise Missing(f"{where}: {what}" if what else f"{where} does not exist") from None
             except (obstore.exceptions.PreconditionError, obstore.exceptions.AlreadyExistsError):
                 raise Changed(f"{where} is there already, or is no longer the file that was opened") from None
             except (obstore.exceptions.BaseError, OSError, ValueError, RuntimeError) as error:
-                reason, passing = _reason(error)
+                reason, passing = _reason(error, where.scheme)
                 if reason.startswith(_REFUSED):
                     raise Refused(f"{where}: {reason}") from None
                 left = began + self.deadline - time.monotonic()
@@ -240,6 +229,38 @@ class Store:
                 # drawn, so that ranks that failed together do not come back together
                 self._closed.wait(min(left, pause * _PAUSES.uniform(0.5, 1.5)))
                 pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+class _Listing:
+    """A folder of a store, listed by the thousand; where a request for more fails, the next goes on behind the last.
+
+    One stream is kept for all of it: not every store can begin behind a name, and of one that cannot (Azure's, as
+    obstore asks it, may begin anew with each request) the names that were there before are passed over.
+    """
+
+    def __init__(self, store: Any, prefix: str) -> None:
+        self._store, self._prefix = store, prefix
+        self._stream: Iterator[Any] | None = None
+        self._after: str | None = None
+        self._begun: str | None = None
+
+    def more(self, obstore: Any) -> list[Any]:
+        """The next entries in order; none at the end."""
+        try:
+            if self._stream is None:
+                self._begun = self._after
+                found = obstore.list(self._store, self._prefix or None, offset=self._begun, chunk_size=1000)
+                self._stream = iter(found)
+            while chunk := next(self._stream, []):
+                new = [entry for entry in chunk if self._begun is None or entry["path"] > self._begun]
+                if new:
+                    new.sort(key=lambda entry: entry["path"])
+                    self._after = new[-1]["path"]
+                    return new
+        except BaseException:
+            self._stream = None
+            raise
+        return []
 
 
 def _aside(work: Callable[[], Answer], seconds: float | None, closed: threading.Event) -> Answer:
@@ -271,92 +292,13 @@ def _aside(work: Callable[[], Answer], seconds: float | None, closed: threading.
     return found
 
 
-def _open(address: Address) -> Any:
-    """obstore's own object for a bucket."""
-    try:
-        import obstore.store as stores
-    except ImportError:
-        raise UserError(_MISSING.format(address=address)) from None
-    # a fault that is gone at once need not come back to Python; what lasts is tried again here, where it can be ended
-    retry = {"max_retries": 2, "backoff": {"init_backoff": _seconds(0.05), "max_backoff": _seconds(0.5), "base": 2}}
-    client: dict[str, Any] = {"connect_timeout": _CONNECT, "read_timeout": _STALL, "timeout": _WHOLE}
-    common: dict[str, Any] = {"retry_config": retry | {"retry_timeout": _seconds(10)}, "client_options": client}
-    try:
-        if address.scheme == "s3":
-            settings = _profile() if "AWS_ACCESS_KEY_ID" not in os.environ else {}
-            endpoint = (
-                settings.get("endpoint")
-                or os.environ.get("AWS_ENDPOINT_URL_S3", "")
-                or os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", ""))
-            )
-            client["allow_http"] = endpoint.startswith("http://")
-            return stores.S3Store(address.bucket, **settings, **common)
-        if address.scheme == "gs":
-            return stores.GCSStore(address.bucket, **common)
-        if address.scheme == "az":
-            return stores.AzureStore(address.bucket, **common)
-        client["allow_http"] = address.scheme == "http"
-        return stores.HTTPStore.from_url(str(Address(address.scheme, address.bucket)), **common)
-    except Exception as error:
-        raise StoreError(f"{address} cannot be opened: {_reason(error)[0]}") from None
-
-
-def _seconds(count: float) -> Any:
-    from datetime import timedelta
-
-    return timedelta(seconds=count)
-
-
-def _profile() -> dict[str, str]:
-    """Keys, region and endpoint of the AWS profile in use, from the files that its own tools read; obstore does not."""
-    name = os.environ.get("AWS_PROFILE", os.environ.get("AWS_DEFAULT_PROFILE", "default"))
-    home = Path("~/.aws").expanduser()
-    files = {
-        os.environ.get("AWS_SHARED_CREDENTIALS_FILE", home / "credentials"): name,
-        os.environ.get("AWS_CONFIG_FILE", home / "config"): name if name == "default" else f"profile {name}",
-    }
-    wanted = {
-        "aws_access_key_id": "access_key_id",
-        "aws_secret_access_key": "secret_access_key",
-        "aws_session_token": "session_token",
-        "region": "region",
-        "endpoint_url": "endpoint",
-    }
-    found: dict[str, str] = {}
-    for path, section in files.items():
-        parser = configparser.ConfigParser(interpolation=None, strict=False)
-        try:
-            parser.read(path, encoding="utf-8")
-            values = dict(parser[section]) if section in parser else {}
-        except (configparser.Error, OSError, UnicodeDecodeError):
-            raise UserError(f"{path} is no file of AWS profiles that can be read") from None
-        found |= {ours: values[theirs] for theirs, ours in wanted.items() if values.get(theirs)}
-    variables = {
-        "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
-        "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
-    }
-    for setting, names in variables.items():
-        if any(os.environ.get(variable) for variable in names):
-            found.pop(setting, None)
-    return (
-        found
-        if "access_key_id" in found and "secret_access_key" in found
-        else {setting: found[setting] for setting in ("region", "endpoint") if setting in found}
-    )
-
-
 _REFUSED = "the store refuses these credentials"
-_STATUS = re.compile(r"status code: (\d{3})")
+_STATUS = re.compile(r"(?:status code: |\(code: )(\d{3})")  # the latter of Azure's store, which deletes in batches
 _CODE = re.compile(r"<Code>([A-Za-z]{3,60})</Code>")
+_NO_BUCKET = {"NoSuchBucket": "there is no such bucket", "ContainerNotFound": "there is no such container"}
 
 
-def _missing(where: Address, text: str) -> str:
-    if "NoSuchBucket" in text:
-        return f"{where}: there is no such bucket"
-    return f"{where} does not exist"
-
-
-def _reason(error: BaseException) -> tuple[str, bool]:
+def _reason(error: BaseException, scheme: str) -> tuple[str, bool]:
     """Why a request failed, in words of our own, and whether it may do better in a while."""
     text = str(error)
     status = _STATUS.search(text)
@@ -364,14 +306,14 @@ def _reason(error: BaseException) -> tuple[str, bool]:
     kind = type(error).__name__
     if "169.254.169.254" in text or "metadata.google.internal" in text:
         return (
-            "no credentials were found, neither in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, "
-            "AZURE_STORAGE_ACCOUNT_NAME and so on), nor in a profile, nor from this machine's own role",
+            f"no credentials were found, neither in the environment ({KEYS.get(scheme, '')}), nor from this machine's "
+            "own role",
             False,
         )
     if kind in ("PermissionDeniedError", "UnauthenticatedError") or (status and status[1] in ("401", "403")):
         return f"{_REFUSED}{f' ({code[1]})' if code else ''}", False
-    if code and code[1] == "NoSuchBucket":
-        return "there is no such bucket", False
+    if code and code[1] in _NO_BUCKET:
+        return _NO_BUCKET[code[1]], False
     if status:
         number = int(status[1])
         passing = number >= 500 or number in (408, 425, 429)
@@ -388,6 +330,4 @@ def _reason(error: BaseException) -> tuple[str, bool]:
         return "this kind of store cannot do that", False
     if kind in ("UnknownConfigurationKeyError", "InvalidPathError") or isinstance(error, ValueError):
         return "a setting of the environment, or the name, is none that such a store takes", False
-    if "Missing" in text and "Configuration" not in text:
-        return "a setting is missing, such as the account's name in the environment", False
     return "the connection to the store broke", True

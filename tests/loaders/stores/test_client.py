@@ -41,19 +41,29 @@ def test_a_file_is_uploaded_from_the_disk(place, tmp_path):
     assert bytes(store.read(f"{place.key}/file")) == data
 
 
-def test_a_folder_of_many_files_is_listed_whole_and_in_order(place):
+@pytest.mark.parametrize("begins_behind", [True, False])
+def test_a_listing_that_breaks_goes_on_where_it_was(place, monkeypatch, begins_behind):
+    import obstore
+
     store = Store(place)
-    for number in range(5):
+    for number in range(7):
         store.put(f"{place.key}/{number:03d}", b"x")
     store.put(f"{place.key}-other/000", b"x")
-    some = client.Store._some
-    keys = []
-    try:
-        client.Store._some = lambda self, obstore, prefix, after: some(self, obstore, prefix, after)[:2]
-        keys = [key for key, _ in store.files(place.key)]
-    finally:
-        client.Store._some = some
-    assert keys == [f"{place.key}/{number:03d}" for number in range(5)]
+    real, asked = obstore.list, []
+
+    def breaking(bucket, prefix, *, offset, chunk_size):
+        asked.append(offset)
+        # Azure's store begins anew
+        found = real(bucket, prefix, offset=offset if begins_behind else None, chunk_size=2)
+        for count, chunk in enumerate(found, 1):
+            yield chunk
+            if len(asked) < 3 and count == len(asked):
+                raise obstore.exceptions.GenericError("kind: Connect")
+
+    monkeypatch.setattr(obstore, "list", breaking)
+    assert [key for key, _ in store.files(place.key)] == [f"{place.key}/{number:03d}" for number in range(7)]
+    assert asked[0] is None
+    assert len(asked) == 3
 
 
 def test_another_version_and_a_shorter_file_are_told(place):
@@ -115,7 +125,18 @@ def test_a_store_that_is_not_there_is_refused_in_time(monkeypatch):
 
 def test_without_credentials_the_sentence_says_where_they_are_looked_for(no_profile, monkeypatch):
     text = "Error performing PUT http://169.254.169.254/latest/api/token - Server returned non-2xx status code: 403"
-    assert client._reason(Exception(text))[0].startswith("no credentials were found")
+    for scheme, name in (("s3", "AWS_ACCESS_KEY_ID"), ("gs", "GOOGLE_"), ("az", "AZURE_STORAGE_ACCOUNT_KEY")):
+        said, passing = client._reason(Exception(text), scheme)
+        assert said.startswith("no credentials were found")
+        assert name in said
+        assert not passing
+
+
+def test_what_azures_store_answers_is_understood():
+    text = "Server returned non-2xx status code: 404 Not Found: <Error><Code>ContainerNotFound</Code></Error>"
+    assert client._reason(Exception(text), "az") == ("there is no such container", False)
+    text = "Bulk delete request failed for key a: This request is not authorized (code: 403)"
+    assert client._reason(Exception(text), "az") == ("the store refuses these credentials", False)
 
 
 def test_a_server_that_fails_now_and_then_is_asked_again(tmp_path):
@@ -175,5 +196,6 @@ def test_a_file_of_the_web_is_read(tmp_path):
 
 def test_a_setting_that_no_store_takes_is_a_sentence(monkeypatch):
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
     with pytest.raises(UserError, match="az://container/x cannot be opened"):
         Store(parse_address("az://container/x"))
