@@ -24,7 +24,7 @@ import tests.typed  # noqa: F401 - before any module whose annotations it has ch
 from fastpmae import Config, write_beton
 from fastpmae_loaders.stores.address import Address, parse_address
 from tests.made import tiny_settings, write_tree
-from tests.stores import BUCKET, Server, s3_server, told
+from tests.stores import BUCKET, Server, s3_server
 
 _places = itertools.count()
 
@@ -60,11 +60,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def place(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
+def place(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Address:
     """An empty folder of that server, which the environment names; this machine's folder of caches is the test's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    with told(s3):
-        yield parse_address(f"s3://{BUCKET}/test-{next(_places)}")
+    # what a test changes of it is undone before it is, in one stack
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return parse_address(f"s3://{BUCKET}/test-{next(_places)}")
 
 
 @pytest.fixture
