@@ -40,7 +40,7 @@ class _Within(Progress):
 
     def advance(self, count: int = 1) -> None:
         super().advance(count)
-        self.show(f"evaluation: {self._done:,} of {self._total:,} {self._unit}")
+        self.show(f"evaluation: {self.so_far()}")
         if self.stop.signal:
             raise _Stopped
 

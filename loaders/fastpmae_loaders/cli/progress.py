@@ -148,7 +148,11 @@ class Progress:
         if counted.bar.live:
             counted.bar.update(counted.done, note=self.rate())
         else:
-            say(f"{counted.done:,} of {counted.total:,} {counted.unit}, {self.rate()}")
+            say(f"{self.so_far()}, {self.rate()}")
+
+    def so_far(self) -> str:
+        """How many are done of how many."""
+        return f"{self._count.done:,} of {self._count.total:,} {self._count.unit}"
 
     def rate(self) -> str:
         """Done per second, since the first was; of what takes seconds, how many each takes."""
