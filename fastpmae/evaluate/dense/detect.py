@@ -198,6 +198,6 @@ def draw_detections(detector: TrainedDetector, images: Detection, scores: BoxSco
     for word, number in best_median_worst(scores.by_image).items():
         entry = images.entries[number]
         pixels = entry.read()
-        words = f"{word}: F1 {scores.by_image[number]:.1f} %, {entry.name}"
+        words = f"{word}: F1 {scores.by_image[number]:.1f} %, {entry.name.rsplit('/', 1)[-1]}"
         shown.append(Sight(words, pixels, detector(pixels), entry.objects))
     draw_boxes(path, shown, images.names, f"AP50 {scores.boxes.get('ap50', 0):.1f} % of {scores.images:,} images")

@@ -99,7 +99,8 @@ def write_overlays(path: Path, overlays: Sequence[Overlay], names: Sequence[str]
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             axes.set_title(word, size=8)
-        row[0].set_title(drawable(printable(overlay.title)), size=8, parse_math=False)
+        row[0].set_title("")
+        row[0].set_title(drawable(printable(overlay.title))[:60], size=8, parse_math=False, loc="left")
     masks = [*truths, *(each.predicted for each in overlays)]
     there = np.unique(np.concatenate([mask.ravel() for mask in masks]))
     shown: list[int] = [number for number in there.tolist() if number >= 0][:MOST_NAMED]

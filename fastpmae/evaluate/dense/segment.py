@@ -166,6 +166,6 @@ def draw_segmentations(segmenter: TrainedSegmenter, images: Segmentation, scores
     for word, number in best_median_worst(scores.by_image.numpy()).items():
         entry = images.entries[number]
         pixels, mask = entry.read()
-        words = f"{word}: {scores.by_image[number]:.1f} %, {entry.name}"
+        words = f"{word}: {scores.by_image[number]:.1f} %, {entry.name.rsplit('/', 1)[-1]}"
         shown.append(Overlay(words, pixels, segmenter(pixels), mask))
     write_overlays(path, shown, images.names, f"{scores.figures()['miou']:.1f} % mIoU of {scores.images:,} images")
