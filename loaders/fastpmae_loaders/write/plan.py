@@ -75,6 +75,10 @@ class Part:
             return self.listing
         if not self.stretches:
             return Listing(list(self.bad))
+        with self.source.named():
+            return self._listed()
+
+    def _listed(self) -> Listing:
         listing = list_files(self.source, [stretch.name for stretch in self.stretches])
         of_file = {str(self.source.base / stretch.name): stretch for stretch in self.stretches}
         for path, stretch in of_file.items():

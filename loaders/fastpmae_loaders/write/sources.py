@@ -101,6 +101,10 @@ class Found:
         known = sum(len(names) for names in (self.files.images, self.files.tars, self.files.tables))
         return self.files.others + known - len(taken[self.kind])
 
+    def named(self) -> AbstractContextManager[None]:
+        """Within it a UserError names the source's files as the user does, wherever they are on this machine."""
+        return nullcontext() if self.remote is None else self.remote.by_address()
+
     def size_of(self, name: str) -> int:
         """Bytes of a tar shard or table; -1 where it cannot be told."""
         if self.remote is not None:
@@ -172,7 +176,7 @@ def find_images(path: str | os.PathLike[str], settings: SourceSettings | None = 
 
 def list_found(found: Found) -> Listing:
     """All images of a source. Raises UserError where there are none."""
-    with found.remote.by_address() if found.remote is not None else nullcontext():
+    with found.named():
         return _listed(found)
 
 
