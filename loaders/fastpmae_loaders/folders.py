@@ -216,14 +216,13 @@ def _mixed(paths: Sequence[str | os.PathLike[str]], cache: CacheSettings | None)
     from fastpmae_loaders.mixture import Mixture, split_weight
 
     sources = [split_weight(os.fspath(path)) for path in paths]
-    for source, _ in sources:
-        if not is_address(source):
-            _existing(source)
     weights = [weight for _, weight in sources if weight is not None]
     if len(sources) == 1:
-        return open_samples(sources[0][0], cache=cache)
+        return open_samples(paths[0], cache=cache)
     if weights and len(weights) < len(sources):
         without = next(source for source, weight in sources if weight is None)
+        if not is_address(without):  # what stands behind it may be meant for a weight
+            _existing(without)
         raise UserError(f"{printable(without)} has no weight and others have: give one to each, as in {without}:0.5")
     return Mixture([open_samples(source, cache=cache) for source, _ in sources], weights or None)
 

@@ -79,7 +79,7 @@ def write_overlays(path: Path, overlays: Sequence[Overlay], names: Sequence[str]
 
     colours = class_colours(len(names))
     views: list[tuple[str, Callable[[Overlay], Pixels]]] = [
-        ("image", lambda each: each.image),
+        ("", lambda each: each.image),
         ("prediction", lambda each: painted(each.image, each.predicted, colours)),
     ]
     truths = [each.truth for each in overlays if each.truth is not None]
@@ -99,7 +99,6 @@ def write_overlays(path: Path, overlays: Sequence[Overlay], names: Sequence[str]
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             axes.set_title(word, size=8)
-        row[0].set_title("")
         row[0].set_title(drawable(printable(overlay.title))[:60], size=8, parse_math=False, loc="left")
     masks = [*truths, *(each.predicted for each in overlays)]
     there = np.unique(np.concatenate([mask.ravel() for mask in masks]))

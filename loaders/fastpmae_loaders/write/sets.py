@@ -1,7 +1,7 @@
 """`fastpmae-write SRC OUT/ --shards N`: a source becomes a set of .beton files, by one process, by many, or on Ray."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -73,12 +73,18 @@ def write_set(
     how = PartSettings(images, page_size, timeout, skip_bad, force)
     failures: list[BadImages] = []
     kept: list[Manifest] = []
-    parts = _not_there(map(plan.part, numbers), target, force, kept)
+
+    def keep(manifest: Manifest) -> None:
+        kept.append(manifest)
+        if on != "local":  # where parts are counted, and not their images
+            progress.advance()
+
+    parts = _not_there(map(plan.part, numbers), target, force, keep)
     told = set(plan.notes)
     if on == "local":
         done = _write_here(parts, target, how, count, progress, failures)
     else:
-        done = _counted(write_on_ray(on, parts, str(out), how, count, failures), shards, kept, progress)
+        done = _counted(write_on_ray(on, parts, str(out), how, count, failures), shards, progress)
     for manifest in chain(done, kept):
         for note in manifest.notes:
             if note not in told:
@@ -102,14 +108,14 @@ def share(shards: int, part: tuple[int, int] | None) -> range:
     return range(number * shards // of, (number + 1) * shards // of)
 
 
-def _not_there(parts: Iterator[Part], target: Target, force: bool, kept: list[Manifest]) -> Iterator[Part]:
-    """The parts that are to be written; the manifests of the others go to `kept`."""
+def _not_there(parts: Iterator[Part], target: Target, force: bool, keep: Callable[[Manifest], None]) -> Iterator[Part]:
+    """The parts that are to be written; `keep` takes the manifests of the others."""
     for part in parts:
         manifest = done_already(part, target, force)
         if manifest is None:
             yield part
         else:
-            kept.append(manifest)
+            keep(manifest)
 
 
 def _told_kept(target: Target, kept: int, parts: int) -> str:
@@ -146,12 +152,10 @@ def _write_here(
             pool.close()
 
 
-def _counted(manifests: Iterator[Manifest], parts: int, kept: list[Manifest], progress: Progress) -> Iterator[Manifest]:
-    counted = 0
+def _counted(manifests: Iterator[Manifest], parts: int, progress: Progress) -> Iterator[Manifest]:
     with progress.count(parts, "parts"):
-        for written, manifest in enumerate(manifests, 1):
-            progress.advance(written + len(kept) - counted)
-            counted = written + len(kept)
+        for manifest in manifests:
+            progress.advance()
             yield manifest
 
 

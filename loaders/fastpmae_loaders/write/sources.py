@@ -103,7 +103,7 @@ class Found:
 
     def named(self) -> AbstractContextManager[None]:
         """Within it a UserError names the source's files as the user does, wherever they are on this machine."""
-        return nullcontext() if self.remote is None else self.remote.by_address()
+        return _named(self.remote)
 
     def size_of(self, name: str) -> int:
         """Bytes of a tar shard or table; -1 where it cannot be told."""
@@ -118,6 +118,10 @@ class Found:
         """The same with no names of files in it, which may be many."""
         remote = None if self.remote is None else replace(self.remote, sizes={})
         return replace(self, files=Files(None), names=[], notes=[], remote=remote)
+
+
+def _named(remote: RemoteSource | None) -> AbstractContextManager[None]:
+    return nullcontext() if remote is None else remote.by_address()
 
 
 def look_into(path: str | os.PathLike[str], settings: SourceSettings | None = None) -> Found:
@@ -145,7 +149,7 @@ def look_into(path: str | os.PathLike[str], settings: SourceSettings | None = No
             f"fastpmae-write --check {quoted}, or name the images that it was written from"
         )
     files = Files(root if stored is None else base, stored)
-    with remote.by_address() if remote is not None else nullcontext():
+    with _named(remote):
         kind = settings.kind or _kind_of(root, files)
         names, notes = list[str](), list[str]()
         if kind != "folder":
