@@ -20,6 +20,7 @@ from fastpmae_loaders.sources.pictures import ImageError, look
 from fastpmae_loaders.sources.reading import FILE_LIMIT
 from fastpmae_loaders.sources.splits import choose_split, splits_of_files
 from fastpmae_loaders.sources.tar import list_shards, no_images
+from fastpmae_loaders.sources.weighted import split_weight
 from fastpmae_loaders.stores.address import is_address
 from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.values import checked, local_path
@@ -192,8 +193,6 @@ def open_samples(
             return cast("Samples", path)
         raise UserError(f"{path!r} names no images: give a path, or images that are open")
     if isinstance(path, str | Path):
-        from fastpmae_loaders.mixture import split_weight
-
         path, _ = split_weight(str(path))
     if is_address(path):
         return open_beton(path, cache)
@@ -213,7 +212,7 @@ def open_samples(
 
 def _mixed(paths: Sequence[str | os.PathLike[str]], cache: CacheSettings | None) -> "Samples":
     """The mixture of what lies at some paths; one alone is itself."""
-    from fastpmae_loaders.mixture import Mixture, split_weight
+    from fastpmae_loaders.mixture import Mixture
 
     sources = [split_weight(os.fspath(path)) for path in paths]
     weights = [weight for _, weight in sources if weight is not None]

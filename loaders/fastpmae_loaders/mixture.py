@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,35 +12,16 @@ from fastpmae_loaders.engines.base import Located, Samples, check_whole, digest,
 from fastpmae_loaders.engines.lookahead import Fetched
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.order import Chosen, FileOrder, Order, PageOrder, Pages, pages_of, shuffled_order
-from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton_set import BetonSet
 from fastpmae_loaders.sources.places import Column, Largest, Places, by_names
+from fastpmae_loaders.sources.weighted import split_weight
 from fastpmae_loaders.stores.address import is_address
 
 _WHOLE = 1 << 24
 """Weights are rounded to parts of it, so that every count below is exact."""
-_WEIGHT = re.compile(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
-_HOST = re.compile(r"https?://[^/]*")
 
 OrderOf = Callable[[Samples, int], Order]
 """The order of a source's images in an epoch of its own."""
-
-
-def split_weight(source: str) -> tuple[str, float | None]:
-    """A source and the weight behind it: `a.beton:0.7` is ("a.beton", 0.7); the weight is None without a `:NUMBER`.
-
-    What lies at a path of that whole name is meant by it, and behind a host alone stands its port.
-
-    Raises:
-        UserError: for a weight that is not above 0 or not finite.
-    """
-    found = _WEIGHT.fullmatch(source)
-    if found is None or os.path.lexists(source) or _HOST.fullmatch(source):
-        return source, None
-    weight = float(found[2])
-    if not 0 < weight < math.inf:
-        raise UserError(f"{printable(source)}: the weight {found[2]} must be above 0 and finite")
-    return found[1], weight
 
 
 def sources_named(text: str) -> str | tuple[str, ...]:
