@@ -15,12 +15,11 @@ import numpy as np
 from jaxtyping import Float
 
 from fastpmae.evaluate.dense.labelled import Boxed, Objects, Outlines, Pixels
-from fastpmae.evaluate.dense.masks import turned
+from fastpmae.evaluate.dense.masks import Frame, frame_of, turned
 from fastpmae.evaluate.dense.outlines import Outline, outline_of
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable, short
-from fastpmae_loaders.sources.beton import JPG
-from fastpmae_loaders.sources.pictures import load, look, open_image, orientation_of, upright_rgb
+from fastpmae_loaders.sources.pictures import load, open_image, upright_rgb
 
 MOST_BOXES = 100_000
 """In an image."""
@@ -91,7 +90,8 @@ def place(file: LabelledFile, labels: Mapping[str, int], outlines: bool) -> tupl
     """
     if len(file.annotations) > MOST_BOXES:
         raise UserError(f"{printable(file.name)} has {len(file.annotations):,} boxes, more than {MOST_BOXES:,}")
-    height, width, orientation, stored = _frame(file)
+    frame = _frame(file)
+    height, width, orientation, stored = frame.height, frame.width, frame.orientation, frame.stored
     said = file.said_size
     if said is not None and said not in ((width, height), stored):
         raise UserError(
@@ -130,12 +130,12 @@ def place(file: LabelledFile, labels: Mapping[str, int], outlines: bool) -> tupl
     areas = [own if own is not None and math.isfinite(own) and own >= 0 else area for own, area in both]
     read_outlines = None
     if outlines:
-        frame = (height, width) if orientation == 1 else (stored[1], stored[0])
+        drawn_on = (height, width) if orientation == 1 else (stored[1], stored[0])
         drawn = tuple(annotation.outline for annotation in kept)
         for outline in drawn:
-            if outline is None or (outline.runs and outline.size != frame):
+            if outline is None or (outline.runs and outline.size != drawn_on):
                 raise UserError(f"{printable(file.name)} has a box without a mask, or with one of another size")
-        read_outlines = partial(_outlines, drawn, frame, orientation, file.shares)
+        read_outlines = partial(_outlines, drawn, drawn_on, orientation, file.shares)
     objects = Objects(
         placed,
         np.array([labels[annotation.name] for annotation in kept], np.int64),
@@ -160,22 +160,15 @@ def _outlines(
     return np.stack(found)
 
 
-def _frame(file: LabelledFile) -> tuple[int, int, int, tuple[int, int]]:
-    """Height and width of the upright image, its orientation, and (width, height) as it is stored."""
+def _frame(file: LabelledFile) -> Frame:
     try:
         data = file.read()
     except (OSError, UserError) as error:
         raise UserError(f"{printable(file.name)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        mode, height, width = look(io.BytesIO(data))
-        if mode == JPG:
-            return height, width, 1, (width, height)
-        image = open_image(io.BytesIO(data))
-        # Pillow turns a TIFF itself
-        orientation = 1 if image.format == "TIFF" else orientation_of(image)
+        return frame_of(data)
     except UserError as error:
         raise UserError(f"{printable(file.name)} {error}") from None
-    return height, width, orientation, (height, width) if orientation >= 5 else (width, height)
 
 
 def _pixels(file: LabelledFile, height: int, width: int) -> Pixels:

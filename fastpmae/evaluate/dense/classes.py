@@ -20,6 +20,8 @@ MOST_ID = 2**24 - 1
 """Of a mask's numbers, and of a colour that is written as one."""
 VOID = 255
 """What most masks write for pixels of no class."""
+VOID_16 = 65535
+"""The same of masks of 16 bits."""
 _COLOUR = re.compile(r"#([0-9a-fA-F]{6})|(\d{1,3})[ ,]+(\d{1,3})[ ,]+(\d{1,3})", re.ASCII)
 _SIZE = 1 << 24
 
@@ -166,7 +168,7 @@ def _number(key: str) -> int | None:
 
 
 def as_they_are(ids: Iterable[int], ignore: Sequence[int] = ()) -> tuple[MaskClasses, list[str]]:
-    """The numbers that masks hold as classes, 255 as void; and what a user should know of that.
+    """The numbers that masks hold as classes, 255 and 65535 as void; and what a user should know of that.
 
     Raises:
         UserError: where 255 may as well be a class, or nothing is left.
@@ -177,15 +179,16 @@ def as_they_are(ids: Iterable[int], ignore: Sequence[int] = ()) -> tuple[MaskCla
             'the masks hold no numbers but 0 and 255: say what 255 is, with --classes FILE ({"0": "background", '
             '"255": "object"}) or --ignore 255'
         )
-    notes = [] if VOID not in found else ["255 in the masks is taken for void; --classes FILE says otherwise"]
-    classes = [number for number in found if number != VOID]
+    void = [number for number in found if number in (VOID, VOID_16)]
+    notes = [f"{number} in the masks is taken for void; --classes FILE says otherwise" for number in void]
+    classes = [number for number in found if number not in void]
     if not classes:
         raise UserError("the masks hold nothing but what is ignored")
     if len(classes) > MOST_CLASSES:
         raise UserError(f"the masks hold {len(classes):,} numbers, more than {MOST_CLASSES:,} classes: name them")
     places = {number: place for place, number in enumerate(classes)}
     names = tuple(map(str, classes))
-    return MaskClasses(names, places | dict.fromkeys((VOID, *ignore), IGNORE)), notes
+    return MaskClasses(names, places | dict.fromkeys((VOID, *void, *ignore), IGNORE)), notes
 
 
 def known_classes(names: Sequence[str], first: int, ignore: Sequence[int] = (), void: Iterable[int] = (VOID,)) -> (

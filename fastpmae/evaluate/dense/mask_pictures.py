@@ -12,6 +12,8 @@ from fastpmae_loaders.printable import printable
 
 MOST_NAMED = 30
 """Classes in the key below the pictures."""
+TALLEST = 2.0
+"""A picture's height by its width at most: a taller image is drawn smaller."""
 WRONG = np.array([214, 39, 40])
 VOID = np.array([40, 40, 40])
 
@@ -86,7 +88,7 @@ def write_overlays(path: Path, overlays: Sequence[Overlay], names: Sequence[str]
     if truths:
         views.insert(1, ("truth", lambda each: painted(each.image, _known(each), colours)))
         views.append(("errors", lambda each: errors_in_red(each.image, _known(each), each.predicted)))
-    ratio = max(overlay.image.shape[0] / overlay.image.shape[1] for overlay in overlays)
+    ratio = min(TALLEST, max(overlay.image.shape[0] / overlay.image.shape[1] for overlay in overlays))
     key = -(-min(len(names), MOST_NAMED) // 6) * 0.22
     height = len(overlays) * (12 / len(views) * ratio + 0.3) + 0.5 + key
     figure = Figure(figsize=(12.4, height), layout="constrained")

@@ -2,20 +2,25 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int, Shaped
+from PIL import Image
 
 from fastpmae.evaluate.dense.classes import MaskClasses
 from fastpmae.evaluate.dense.labelled import Mask, Pixels
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
-from fastpmae_loaders.sources.pictures import load, look, open_image, upright_rgb
+from fastpmae_loaders.sources.beton import JPG
+from fastpmae_loaders.sources.pictures import load, look, open_image, orientation_of, upright_rgb
 
 LOSSLESS = ("PNG", "BMP", "DIB", "TIFF", "GIF", "PPM")
 _LOSSY_TIFF = ("jpeg", "old-jpeg", "webp")
+_RAW = re.compile(r"[1L](?:;([24]?)(I?)R?)?")
+"""Pillow's word for how gray is stored: so many bits, and inverted where white is 0."""
 Read = Callable[[], bytes]
 
 
@@ -47,19 +52,73 @@ def decode_mask(data: bytes, coloured: bool = False) -> tuple[Int[np.ndarray, "h
             f"is {image.format}, which changes numbers as it is stored: masks come as PNG, and no other file can be "
             "made right again"
         )
+    drawn = _drawn(image)
     orientation = load(image)
     if coloured:
         if image.mode not in ("RGB", "RGBA", "P"):
-            raise UserError(f"holds numbers ({image.mode}), and --classes names colours")
+            raise UserError(f"holds no colours ({image.mode}), and --classes names colours")
         red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int32), 2, 0)
         return red << 16 | green << 8 | blue, orientation
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-        raise UserError(f"holds colours ({image.mode}): name the class of each with --classes FILE")
+        known = image.mode in ("RGB", "RGBA")
+        way = "name the class of each with --classes FILE" if known else "masks hold whole numbers, or colours in RGB"
+        raise UserError(f"holds {'colours' if known else 'values of another kind'} ({image.mode}): {way}")
     # of a palette's image these are the places in the palette, where convert("L") would give how bright each colour is
-    ids = np.asarray(image).astype(np.int32)
+    ids = np.asarray(image).astype(np.int64)
     if ids.min() < 0:
         raise UserError("holds a number below 0")
-    return ids, orientation
+    most, largest, inverted = drawn
+    if most != largest:
+        ids = (ids * most + largest // 2) // largest
+    return (most - ids if inverted else ids).astype(np.int32), orientation
+
+
+def _drawn(image: Image.Image) -> tuple[int, int, bool]:
+    """How Pillow will draw the numbers of a mask that it has not decoded yet: the largest that the file may store, the
+    value that this one becomes, and whether 0 becomes that value instead."""
+    largest = {"1": 1, "L": 255}.get(image.mode, 65535)
+    tile = getattr(image, "tile", None) or [(None, None, None, "")]
+    arguments = tile[0][3]
+    raw, *more = arguments if isinstance(arguments, tuple) else (arguments,)
+    if image.format == "PPM" and image.mode in ("L", "I") and more and isinstance(more[0], int):
+        return more[0], largest, False
+    stored = _RAW.fullmatch(raw) if isinstance(raw, str) and image.mode in ("1", "L") else None
+    if stored is None:
+        return largest, largest, False
+    return 2 ** int(stored[1]) - 1 if stored[1] else largest, largest, stored[2] == "I"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How the pixels of an image lie in its file.
+
+    Attributes:
+        height, width: of the upright image.
+        orientation: that turns it upright, 1 to 8; of a TIFF, which Pillow turns itself, 1.
+        stored: (width, height) in the file.
+    """
+
+    height: int
+    width: int
+    orientation: int
+    stored: tuple[int, int]
+
+    def as_image(
+        self, rows: Shaped[np.ndarray, "height width"], own: int
+    ) -> Shaped[np.ndarray, "_height _width"]:  # fmt: skip
+        """A mask turned upright: by the orientation of its own where it has one (`own` is not 1), or else as the image
+        is, unless its size shows that it was drawn on the upright image."""
+        return turned(rows, self.orientation if own == 1 and rows.shape == self.stored[::-1] else own)
+
+
+def frame_of(data: bytes) -> Frame:
+    """The frame of an image by its headers. UserError with the end of a sentence about the file."""
+    mode, height, width = look(io.BytesIO(data))
+    if mode == JPG:
+        return Frame(height, width, 1, (width, height))
+    image = open_image(io.BytesIO(data))
+    orientation = 1 if image.format == "TIFF" else orientation_of(image)
+    return Frame(height, width, orientation, (height, width) if orientation >= 5 else (width, height))
 
 
 @dataclass(frozen=True)
@@ -114,33 +173,33 @@ def contents(pair: Pair, coloured: bool = False) -> Contents:
     data = pair.mask_bytes()
     ids, own = _mask(pair, data, coloured)
     try:
-        _, height, width = look(io.BytesIO(pair.image_bytes()))
+        frame = frame_of(pair.image_bytes())
     except UserError as error:
         raise UserError(f"{printable(pair.image_name)} {error}") from None
-    sizes = (turned(ids, own).shape, ids.shape[::-1]) if own == 1 else (turned(ids, own).shape,)
-    if (height, width) not in sizes:
-        raise _two_sizes(pair, (height, width), sizes[0])
+    size = frame.as_image(ids, own).shape
+    if (frame.height, frame.width) != size:
+        raise _two_sizes(pair, (frame.height, frame.width), size)
     return Contents(tuple(np.unique(ids).tolist()), hashlib.sha256(data).hexdigest()[:16])
 
 
 def read_pair(pair: Pair, classes: MaskClasses) -> tuple[Pixels, Mask]:
     """The image in RGB and the class of each of its pixels, both upright.
 
-    A mask with an orientation of its own is turned by that. One without is turned as its image is, unless its size
-    shows that it was drawn on the upright image.
+    The mask is turned as `Frame.as_image` says.
 
     Raises:
         UserError: where one of the files is not sound, they are of two sizes, or the mask holds what is no class.
     """
     try:
         image = open_image(io.BytesIO(pair.image_bytes()))
-        stored = image.size[::-1]
+        stored = image.size
         orientation = load(image)
         pixels = np.array(upright_rgb(image, orientation))
     except UserError as error:
         raise UserError(f"{printable(pair.image_name)} {error}") from None
     ids, own = _mask(pair, pair.mask_bytes(), classes.coloured)
-    ids = turned(ids, orientation if own == 1 and ids.shape == stored else own)
+    height, width = pixels.shape[:2]
+    ids = Frame(height, width, orientation, stored).as_image(ids, own)
     if ids.shape != pixels.shape[:2]:
         raise _two_sizes(pair, pixels.shape[:2], ids.shape)
     try:

@@ -1,7 +1,7 @@
 """Folders of images and masks: which files belong together, of which split, and what their numbers mean by default."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,12 +48,15 @@ def pairs_in(folder: Path) -> Pairs | None:
         return _voc(folder, there)
     masks = next((there[name] for name in MASK_FOLDERS if name in there), None)
     if "images" in there and masks is not None:
-        splits = {name: name for name in _folders(there["images"]) if name in _folders(masks)}
-        known = {name for name in splits if split_of_folder(name)}
-        if known:
+        known = {name: _split_of(name, _folders(masks)) for name in _folders(there["images"]) if split_of_folder(name)}
+        if any(known.values()):
             found = Pairs("folders", {})
-            for name in sorted(known):
-                found.splits[name] = _matched(there["images"] / name, masks / name, found.notes)
+            for name, own in known.items():
+                if own is None:
+                    left_out = printable(str(there["images"] / name))
+                    found.notes.append(f"warning: {left_out} has no masks: it is left out")
+                else:
+                    found.splits[name] = _matched(there["images"] / name, masks / own, found.notes)
         else:
             found = Pairs("folders", {})
             found.splits[None] = _matched(there["images"], masks, found.notes)
@@ -64,6 +67,17 @@ def pairs_in(folder: Path) -> Pairs | None:
         return None
     notes = [note for part in parts.values() for note in part.notes]
     return Pairs("folders", {name: part.splits[None] for name, part in sorted(parts.items())}, notes)
+
+
+def _split_of(name: str, others: Sequence[str]) -> str | None:
+    """The folder of the same split among others: of one name, or val beside validation."""
+    alike = (other for other in others if _canonical(other) == _canonical(name))
+    return name if name in others else next(alike, None)
+
+
+def _canonical(name: str) -> str | None:
+    word = split_of_folder(name)
+    return "val" if word in ("valid", "validation") else word
 
 
 def pairs_in_split(folder: Path) -> Pairs | None:
@@ -82,6 +96,22 @@ def _folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError as error:
         raise UserError(f"{printable(str(folder))} cannot be read: {error.strerror or error}") from None
+
+
+def visible(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """The files in a folder with one of these ends, in capitals or not, hidden ones left out; none where it is none."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and not path.name.startswith("."))
+
+
+def images_below(folder: Path) -> Iterator[Path]:
+    """The images below a folder, hidden ones and those in hidden folders left out."""
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(IMAGES) and not name.startswith("."):
+                yield Path(where, name)
 
 
 def _files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
@@ -167,6 +197,7 @@ def _voc(folder: Path, there: dict[str, Path]) -> Pairs:
     pictures, masks = _files(there["jpegimages"], IMAGES), _files(there["segmentationclass"], MASKS)
     found.splits = listed_splits(
         folder / "ImageSets" / "Segmentation",
+        pictures,
         lambda name: _pair(pictures[name], masks[name]) if name in pictures and name in masks else None,
     )
     if not found.splits:
@@ -180,12 +211,14 @@ def _voc(folder: Path, there: dict[str, Path]) -> Pairs:
     return found
 
 
-def listed_splits(folder: Path, of: Callable[[str], Pair | None]) -> dict[str | None, list[Pair]]:
+def listed_splits(
+    folder: Path, known: Container[str], of: Callable[[str], Pair | None]
+) -> dict[str | None, list[Pair]]:  # fmt: skip
     """The pairs that VOC's lists of names (train.txt, val.txt, ...) hold. UserError for a name without files."""
     found: dict[str | None, list[Pair]] = {}
-    for path in sorted(folder.glob("*.txt")) if folder.is_dir() else []:
+    for path in visible(folder, (".txt",)):
         pairs = []
-        for name in names_listed(path):
+        for name in names_listed(path, known):
             pair = of(name)
             if pair is None:
                 raise UserError(f"{printable(str(path))} names {printable(name)}, whose image or mask is not there")
@@ -195,9 +228,14 @@ def listed_splits(folder: Path, of: Callable[[str], Pair | None]) -> dict[str | 
     return found
 
 
-def names_listed(path: Path) -> list[str]:
-    """The first word of each line of a list, each once."""
-    return list(dict.fromkeys(words[0] for line in _lines(path) if (words := line.split())))
+def names_listed(path: Path, known: Container[str]) -> list[str]:
+    """The names in a list, each once: each line's, or its first word, behind which lists of one class have a number.
+
+    Args:
+        known: names that there are, which may have spaces in them.
+    """
+    lines = [line.strip() for line in _lines(path)]
+    return list(dict.fromkeys(line if line in known else line.split()[0] for line in lines if line))
 
 
 def _lines(path: Path) -> list[str]:

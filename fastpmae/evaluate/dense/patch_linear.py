@@ -29,6 +29,8 @@ class LinearSettings:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise UserError(f"--steps {self.steps} and --step-images {self.batch_size} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed} must be between 0 and 2**63 - 1")
         if not self.rate > 0 or self.weight_decay < 0:
             raise UserError(f"--lr {self.rate} must be above 0, and --weight-decay {self.weight_decay} not below")
 

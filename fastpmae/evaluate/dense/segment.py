@@ -73,8 +73,10 @@ def train_segmenter(
         The last test's scores, and the network.
 
     Raises:
-        UserError, RunError, Interrupted: as `train_dense`; and UserError for a batch of one image.
+        UserError, RunError, Interrupted: as `train_dense`; and UserError for one class, or a batch of one image.
     """
+    if len(train.names) < 2:
+        raise UserError(f"{train.path} holds no two classes ({', '.join(train.names)}): there is nothing to tell apart")
     if config.micro_batch < 2:
         raise UserError(
             f"--batch-size {config.batch_size} with --accumulate {config.accumulate} computes one image at a time, and "

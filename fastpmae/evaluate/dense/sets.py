@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from fastpmae.evaluate.datasets import VAL_SPLITS
 from fastpmae.evaluate.dense.classes import (
+    MOST_ID,
     MaskClasses,
     Said,
     as_they_are,
@@ -19,13 +20,13 @@ from fastpmae.evaluate.dense.classes import (
     mask_classes,
     read_classes,
 )
-from fastpmae.evaluate.dense.labelled import Masked, Segmentation
+from fastpmae.evaluate.dense.labelled import IGNORE, Masked, Segmentation
 from fastpmae.evaluate.dense.masks import Contents, Pair, contents, read_pair
 from fastpmae.evaluate.dense.pairs import Pairs, pairs_in
 from fastpmae.evaluate.dense.tables import pairs_in_tables
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
-from fastpmae_loaders.printable import printable
+from fastpmae_loaders.printable import printable, short
 from fastpmae_loaders.sources.splits import TRAIN_SPLITS, split_of_folder
 from fastpmae_loaders.values import checked
 
@@ -53,6 +54,9 @@ def open_segmentation(
     Raises:
         UserError: for folders of no known layout, files that are not sound, and numbers that are no class.
     """
+    for number in ignore:
+        if not 0 <= number <= MOST_ID:
+            raise UserError(f"--ignore {short(str(number))}: a number of a mask is between 0 and {MOST_ID}")
     said = None if classes is None else read_classes(classes)
     first, second = _split_pairs(train, val)
     coloured = _coloured(said, first, ignore)
@@ -64,6 +68,8 @@ def open_segmentation(
         for pair, of_mask in zip(pairs, held, strict=True):
             if strange := set(of_mask.ids) - table.places.keys():
                 raise UserError(f"{printable(pair.mask_name)} {table.unknown(strange)}")
+        if all(table.places[number] == IGNORE for of_mask in held for number in of_mask.ids):
+            raise UserError(f"{printable(str(path))}: its {len(held):,} masks hold nothing but what is ignored")
         entries = tuple(
             Masked(pair.image_name, partial(read_pair, pair, table), of_mask.digest)
             for pair, of_mask in zip(pairs, held, strict=True)

@@ -65,3 +65,14 @@ def test_pictures(tmp_path: Path):
     for name in ("masks.png", "boxes.png", "own-masks.png", "own-boxes.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 500
+
+
+@pytest.mark.parametrize(("height", "width"), [(20_000, 1), (1, 20_000), (900, 5)])
+def test_thin_images_make_no_giant_picture(tmp_path: Path, height: int, width: int):
+    pixels, mask = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.int16)
+    write_overlays(tmp_path / "masks.png", [Overlay("a", pixels, mask, mask)] * 3, ("a", "b"), "three")
+    found = Found(np.zeros((0, 4), np.float32), [], [])
+    draw_boxes(tmp_path / "boxes.png", [Sight("a", pixels, found)] * 3, ("a", "b"), "three")
+    for name in ("masks.png", "boxes.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert max(picture.size) < 4000

@@ -365,3 +365,67 @@ def test_what_is_no_such_folder_is_a_sentence(tmp_path: Path):
     (tmp_path / "images" / "00.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
     with pytest.raises(UserError, match=r"00\.jpg does not decode|00\.jpg not an image|00\.jpg"):
         open_segmentation(tmp_path)
+
+
+def test_a_mask_that_lies_on_its_side_is_refused_when_a_set_is_opened(tmp_path: Path):
+    """One that is as its image lies in the file is turned with it; of an upright image there is no such excuse."""
+    (mask,) = write_pairs(tmp_path, [0, 1], count=1)
+    write(tmp_path / "masks" / "00.png", mask.T.copy())
+    with pytest.raises(UserError, match=r"00\.png is 30x40 pixels and its image 40x30"):
+        open_segmentation(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write(tmp_path / "images" / "00.jpg", made_image(0, HEIGHT, WIDTH), exif=exif)
+    for stored in (mask, np.rot90(mask)):  # drawn on the upright image, and on the pixels of the file
+        write(tmp_path / "masks" / "00.png", stored)
+        train, _ = open_segmentation(tmp_path)
+        assert (masks_of(train)[0] == mask).all()
+
+
+def test_splits_of_one_meaning_belong_together(tmp_path: Path):
+    for split in ("train", "val"):
+        write_pairs(tmp_path / "x" / split, [0, 1])
+        for part in ("images", "masks"):
+            (tmp_path / part).mkdir(exist_ok=True)
+            other = "validation" if (part, split) == ("masks", "val") else split
+            (tmp_path / "x" / split / part).rename(tmp_path / part / other)
+    write(tmp_path / "images" / "test" / "00.jpg", made_image(0, WIDTH, HEIGHT))
+    train, val = open_segmentation(tmp_path)
+    assert val is not None
+    assert (len(train), len(val)) == (2, 2)
+    assert any("test has no masks: it is left out" in note for note in train.notes)
+
+
+def test_names_with_spaces_in_lists(tmp_path: Path):
+    for name in ("my image", "b"):
+        write(tmp_path / "JPEGImages" / f"{name}.jpg", made_image(0, WIDTH, HEIGHT))
+        write(tmp_path / "SegmentationClass" / f"{name}.png", ids(0, [0, 1]))
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("my image\nb\n")
+    (lists / "._train.txt").write_bytes(b"\0\5\x16\7")  # as macOS leaves them beside files on other disks
+    train, _ = open_segmentation(tmp_path)
+    assert [Path(entry.name).stem for entry in train.entries] == ["my image", "b"]
+
+
+@pytest.mark.parametrize("number", [-1, 2**24, 10**20])
+def test_what_no_mask_holds_is_not_ignored(tmp_path: Path, number: int):
+    write_pairs(tmp_path, [0, 1])
+    with pytest.raises(UserError, match=f"--ignore {number}: a number of a mask is between 0 and 16777215"):
+        open_segmentation(tmp_path, ignore=(number,))
+
+
+def test_masks_in_which_nothing_counts_are_refused(tmp_path: Path):
+    write_pairs(tmp_path / "train", [0, 1, 255])
+    write_pairs(tmp_path / "val", [255])
+    with pytest.raises(UserError, match="its 2 masks hold nothing but what is ignored"):
+        open_segmentation(tmp_path / "train", tmp_path / "val")
+
+
+def test_void_of_16_bits(tmp_path: Path):
+    for number, mask in enumerate(write_pairs(tmp_path, [0, 1, 2])):
+        wide = np.where(mask == 2, 65535, mask.astype(np.uint16)).astype(np.uint16)
+        write(tmp_path / "masks" / f"{number:02d}.png", wide)
+    train, _ = open_segmentation(tmp_path)
+    assert train.names == ("0", "1")
+    assert "65535 in the masks is taken for void; --classes FILE says otherwise" in train.notes
