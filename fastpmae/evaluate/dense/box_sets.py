@@ -27,11 +27,12 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class _Opened:
-    """The images of one split, and the classes in the order that their files have them in."""
+    """The images of one split, the classes in the order that their files have them in, and what to know of both."""
 
     path: Path
     files: list[LabelledFile]
     names: list[str]
+    notes: tuple[str, ...] = ()
 
 
 @checked
@@ -56,6 +57,9 @@ def open_detection(
     if classes is not None:
         names, places = numbered(read_classes(classes))
         labels = {key: number + 1 for key, number in places.items()}  # what is ignored becomes 0
+        used = {annotation.name for file in first.files for annotation in file.annotations}
+        if not used & labels.keys() and used <= set(names):  # a list of the names in the files
+            labels = {name: number + 1 for number, name in enumerate(names)}
     else:
         names = tuple(dict.fromkeys(first.names))
         labels = {name: number + 1 for number, name in enumerate(names)}
@@ -66,6 +70,9 @@ def open_detection(
             f"--masks on: of the {len(there):,} boxes of {printable(str(train))} {there.count(False):,} have no mask"
         )
     outlines = masks != "off" and bool(there) and all(there)
+    partly = [f"warning: {there.count(False):,} of {len(there):,} boxes have no mask: boxes alone are learnt"]
+    if masks == "off" or all(there) or not any(there):
+        partly = []
     sets = []
     for opened in (first, second):
         if opened is None:
@@ -77,9 +84,13 @@ def open_detection(
         entries = tuple(entry for entry, _ in placed)
         notes = notes_of([left_out for _, left_out in placed])
         told = unnamed if names == tuple(map(str, range(len(names)))) else []
+        told = [*opened.notes, *told, *(partly if opened is first else [])]
         sets.append(Detection(opened.path, names, entries, outlines, (*told, *notes, *_notes(entries))))
-    if not any(len(entry.objects) for entry in sets[0].entries):
-        raise UserError(f"{printable(str(train))}: none of its {len(sets[0]):,} images has a box to train on")
+    for part, purpose in zip(sets, ("train on", "test on"), strict=False):
+        if not any((~entry.objects.crowd).any() for entry in part.entries):
+            why = "".join(f"; {note.removeprefix('warning: ')}" for note in part.notes if note not in unnamed)
+            where = printable(str(part.path))
+            raise UserError(f"{where}: none of its {len(part):,} images has a box to {purpose}{why}")
     return sets[0], sets[1] if len(sets) > 1 else None
 
 
@@ -91,13 +102,15 @@ def _notes(entries: tuple[Boxed, ...]) -> list[str]:
 
 
 def _opened(train: Path, val: Path | None) -> tuple[_Opened, _Opened | None]:
-    splits, names = _splits(train)
+    notes: list[str] = []
+    splits, names = _splits(train, notes)
     own, other = split_names(splits, train, val is None)
-    first = _Opened(train, *_files(splits[own], names))
+    first = _Opened(train, *_files(splits[own], names), tuple(notes))
     if val is None:
         return first, None if other == "" else _Opened(train, *_files(splits[other], names))
-    others, other_names = _splits(val)
-    return first, _Opened(val, *_files(others[tested_split(others, val)], other_names))
+    notes = []
+    others, other_names = _splits(val, notes)
+    return first, _Opened(val, *_files(others[tested_split(others, val)], other_names), tuple(notes))
 
 
 def _files(split: list[LabelledFile] | Path, names: list[str] | None) -> tuple[list[LabelledFile], list[str]]:
@@ -112,8 +125,8 @@ def _files(split: list[LabelledFile] | Path, names: list[str] | None) -> tuple[l
 Splits = dict[str | None, list[LabelledFile]] | dict[str | None, Path]
 
 
-def _splits(path: Path) -> tuple[Splits, list[str] | None]:
-    """What lies at a path, by split; the names of the classes where a file lists them."""
+def _splits(path: Path, notes: list[str]) -> tuple[Splits, list[str] | None]:
+    """What lies at a path, by split; the names of the classes where a file lists them. Adds what to know of it."""
     if not path.exists():
         raise UserError(f"{printable(str(path))} does not exist")
     if path.is_file():
@@ -122,7 +135,7 @@ def _splits(path: Path) -> tuple[Splits, list[str] | None]:
         return found, None
     if described := yolo_file(path):
         return read_yolo(described)
-    if listed := voc_splits(path):
+    if listed := voc_splits(path, notes=notes):
         return listed, None
     if written := yolo_folders(path):
         return written

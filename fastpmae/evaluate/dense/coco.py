@@ -21,15 +21,15 @@ def coco_files(folder: Path) -> dict[str | None, Path] | None:
 
     None where there are none.
     """
-    inside = [path for path in sorted((folder / "annotations").glob("*.json")) if path.is_file()]
+    inside = [path for path in sorted((folder / "annotations").glob("[!.]*.json")) if path.is_file()]
     if inside:
         boxes = [path for path in inside if path.stem.startswith("instances")] or inside
         named = {_split_of(path.stem): path for path in boxes}
         return {None: boxes[0]} if named.keys() == {None} and len(boxes) == 1 else _named(named)
-    beside = sorted(folder.glob("*/_annotations.coco.json"))
+    beside = sorted(folder.glob("[!.]*/_annotations.coco.json"))
     if beside:
         return {path.parent.name: path for path in beside}
-    own = [path for path in sorted(folder.glob("*.json")) if path.stem.startswith(("_annotations", "instances"))]
+    own = [path for path in sorted(folder.glob("[!.]*.json")) if path.stem.startswith(("_annotations", "instances"))]
     return {None: own[0]} if len(own) == 1 else None
 
 
@@ -52,7 +52,11 @@ def read_coco(path: Path) -> Split:
     try:
         said = json.loads(read_file(path))
         images, annotations, categories = (said[part] for part in ("images", "annotations", "categories"))
-        names = {_id(each["id"]): printable(str(each["name"])) for each in categories}
+        if not all(isinstance(part, list) for part in (images, annotations, categories)):
+            raise TypeError("images, annotations and categories must be lists")
+        if not all(isinstance(each["name"], str) for each in categories):
+            raise TypeError("a category has no name")
+        names = {_id(each["id"]): printable(each["name"]) for each in categories}
         files = {_id(each["id"]): str(each["file_name"]) for each in images}
         sizes = {_id(each["id"]): (int(each.get("width") or 0), int(each.get("height") or 0)) for each in images}
     except OSError as error:
@@ -71,7 +75,7 @@ def read_coco(path: Path) -> Split:
             annotation = _annotation(each, names)
             found[_id(each["image_id"])].append(annotation)
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, UserError) as error:
-            told = f"something that is not there ({error})" if isinstance(error, KeyError) else str(error)
+            told = f"lacks {error}, or names an image that is not there" if isinstance(error, KeyError) else str(error)
             number = each.get("id") if isinstance(each, dict) else None
             raise UserError(f"{where}: annotation {place} (id {short(str(number))}) {on_one_line(told, 200)}") from None
     root = _root(path, next(iter(files.values())))

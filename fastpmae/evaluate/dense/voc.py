@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from fastpmae.evaluate.dense.boxes import Annotation, LabelledFile
-from fastpmae.evaluate.dense.pairs import IMAGES, names_listed
+from fastpmae.evaluate.dense.pairs import IMAGES, names_listed, visible
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import on_one_line, printable, short
 from fastpmae_loaders.sources.reading import read_file
@@ -14,24 +14,27 @@ _SIZE = 1 << 24  # bytes
 _LISTS = ("ImageSets", "Main")
 
 
-def voc_splits(folder: Path, only: Path | None = None) -> dict[str | None, list[LabelledFile]] | None:
+def voc_splits(
+    folder: Path, only: Path | None = None, notes: list[str] | None = None
+) -> dict[str | None, list[LabelledFile]] | None:
     """The images of a folder with JPEGImages and Annotations in it, or with XML files beside the images; by split.
 
     None where it is neither.
 
     Args:
         only: the list of names to take, instead of all that lie in ImageSets/Main.
+        notes: gets a sentence where images are left out.
 
     Raises:
         UserError: for files that are not sound, or that belong to no image.
     """
     annotations, images = folder / "Annotations", folder / "JPEGImages"
     if not (annotations.is_dir() and images.is_dir()):
-        if not any(folder.glob("*.xml")):
-            return None
         annotations = images = folder
-    pictures = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in IMAGES}
-    files = {path.stem: path for path in sorted(annotations.glob("*.xml"))}
+    files = {path.stem: path for path in visible(annotations, (".xml",))}
+    if images == folder and not files:
+        return None
+    pictures = {path.stem: path for path in visible(images, IMAGES)}
     known: dict[str, LabelledFile] = {}  # an image may stand in several lists
 
     def labelled(name: str, where: Path) -> LabelledFile:
@@ -42,12 +45,15 @@ def voc_splits(folder: Path, only: Path | None = None) -> dict[str | None, list[
         return known[name]
 
     if only is not None:
-        return {None: [labelled(name, only) for name in names_listed(only)]}
-    lists = [path for path in sorted(folder.joinpath(*_LISTS).glob("*.txt")) if "_" not in path.stem]
+        return {None: [labelled(name, only) for name in names_listed(only, pictures)]}
+    lists = [path for path in visible(folder.joinpath(*_LISTS), (".txt",)) if "_" not in path.stem]
     found: dict[str | None, list[LabelledFile]] = {}
     for path in lists:
-        found[path.stem] = [labelled(name, path) for name in names_listed(path)]
+        found[path.stem] = [labelled(name, path) for name in names_listed(path, pictures)]
     found = {split: named for split, named in found.items() if named}
+    if not found and (lonely := sorted(pictures.keys() - files.keys())) and notes is not None:
+        first = printable(str(pictures[lonely[0]]))
+        notes.append(f"warning: {len(lonely):,} images without an XML file are left out (the first: {first})")
     return found or {None: [labelled(name, annotations) for name in files]}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastpmae.evaluate.dense.boxes import MOST_BOXES, Annotation, LabelledFile
 from fastpmae.evaluate.dense.classes import MOST_CLASSES
 from fastpmae.evaluate.dense.outlines import MOST_POINTS, Outline
-from fastpmae.evaluate.dense.pairs import IMAGES
+from fastpmae.evaluate.dense.pairs import images_below
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import on_one_line, printable
 from fastpmae_loaders.sources.reading import read_file
@@ -61,7 +61,7 @@ def yolo_folders(folder: Path) -> tuple[dict[str | None, list[LabelledFile]], li
     Raises:
         UserError: where a line of a label file is no box, or is of a class that the classes.txt does not name.
     """
-    splits = {split: sorted(_images_in(place)) for split, place in _image_folders(folder).items()}
+    splits = {split: list(images_below(place)) for split, place in _image_folders(folder).items()}
     labels = [_label_file(image) for images in splits.values() for image in images]
     if not any(label.is_file() for label in labels):
         return None
@@ -87,8 +87,12 @@ def _image_folders(folder: Path) -> dict[str | None, Path]:
 
 def _lines(path: Path) -> list[str]:
     """The names in a file, one a line."""
-    lines = _text(path).splitlines()
-    return [printable(line.strip()) for line in lines[:MOST_CLASSES] if line.strip()]
+    lines = [line.strip() for line in _text(path).rstrip().splitlines()]
+    if "" in lines:
+        raise UserError(
+            f"{printable(str(path))}, line {lines.index('') + 1}: it is empty, and each line is the name of a class"
+        )
+    return [printable(line) for line in lines[:MOST_CLASSES]]
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -125,11 +129,7 @@ def _images(root: Path, named: str, path: Path) -> Iterator[Path]:
     folder = root / plain
     if not _is_below(folder, path.parent):
         raise UserError(f"{printable(str(path))}: its folder {printable(named)} is not in {printable(str(root))}")
-    yield from sorted(_images_in(folder))
-
-
-def _images_in(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.rglob("*") if file.suffix.lower() in IMAGES)
+    yield from images_below(folder)
 
 
 def _is_below(folder: Path, above: Path) -> bool:
@@ -149,14 +149,16 @@ def _label_file(image: Path) -> Path:
     places = [place for place, part in enumerate(parts[:-1]) if part == "images"]
     if places:
         parts[places[-1]] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    found = Path(*parts).with_suffix(".txt")
+    capitals = found.with_suffix(".TXT")
+    return capitals if not found.is_file() and capitals.is_file() else found
 
 
 def _text(path: Path) -> str:
     try:
         if path.stat().st_size > _SIZE:
             raise UserError(f"{printable(str(path))} has more than {_SIZE:,} bytes")
-        return read_file(path).decode("utf-8", "replace")
+        return read_file(path).decode("utf-8-sig", "replace")
     except OSError as error:
         raise UserError(f"{printable(str(path))} cannot be read: {error.strerror or error}") from None
 

@@ -281,7 +281,7 @@ def test_yolo(tmp_path: Path):
         )
         lines += f"{number} {' '.join(map(repr, shares))}\n"
     write_yolo(tmp_path, lines)
-    write_yolo(tmp_path, "", "val")
+    write_yolo(tmp_path, "1 .5 .5 .5 .5\n", "val")
     write_image(tmp_path / "val" / "images" / "b.jpg")
     train, val = open_detection(tmp_path)
     assert val is not None
@@ -290,13 +290,13 @@ def test_yolo(tmp_path: Path):
     assert (first[0], second[0]) == ("cell", "plate")
     assert np.allclose([first[1], second[1]], [box for _, box in BOXES], atol=1e-4)
     # without a text file an image is one without boxes
-    assert [len(entry.objects) for entry in val.entries] == [0, 0]
+    assert [len(entry.objects) for entry in val.entries] == [1, 0]
 
 
 def test_yolos_polygons_give_boxes_and_masks(tmp_path: Path):
     pytest.importorskip("faster_coco_eval", reason="polygons are drawn by faster-coco-eval")
-    write_yolo(tmp_path, "0 0.1 0.25 0.5 0.25 0.5 0.75 0.1 0.75\n")
-    write_yolo(tmp_path, "", "val")
+    for split in ("train", "val"):
+        write_yolo(tmp_path, "0 0.1 0.25 0.5 0.25 0.5 0.75 0.1 0.75\n", split)
     train, _ = open_detection(tmp_path)
     assert np.allclose(boxes_of(train)[0][1], (6, 10, 30, 30), atol=1e-4)
     read = train.entries[0].objects.outlines
@@ -319,7 +319,7 @@ def test_yolo_without_a_yaml_file(tmp_path: Path, layout: str, named: str):
         label.write_text(lines)
     if named:
         (tmp_path / named).parent.mkdir(exist_ok=True)
-        (tmp_path / named).write_text("cell\n\nplate \nrod\n")
+        (tmp_path / named).write_text("cell\nplate \nrod\n\n")
     train, val = open_detection(tmp_path)
     names = ("cell", "plate", "rod") if named else ("0", "1", "2")
     assert train.names == names
@@ -409,5 +409,88 @@ def test_what_holds_no_boxes_is_a_sentence(tmp_path: Path):
     with pytest.raises(UserError, match="holds no images with boxes: JPEGImages/ beside"):
         open_detection(tmp_path)
     write_voc(tmp_path, "a", [])
-    with pytest.raises(UserError, match="none of its 1 images has a box to train on"):
+    with pytest.raises(UserError, match=r"none of its 1 images has a box to train on"):
         open_detection(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("said", [None, 5, {"a": 1}, "x"])
+def test_parts_of_a_coco_file_that_are_no_lists(tmp_path: Path, part: str, said: object):
+    write_coco(tmp_path, coco([{"category_id": 5, "bbox": [1, 1, 9, 9]}]) | {part: said})
+    with pytest.raises(UserError, match=r"train\.json is no JSON of COCO: .* must be lists"):
+        open_detection(tmp_path)
+
+
+def test_a_category_without_a_name(tmp_path: Path):
+    write_coco(tmp_path, coco([]) | {"categories": [{"id": 1, "name": None}]})
+    with pytest.raises(UserError, match="a category has no name"):
+        open_detection(tmp_path)
+
+
+def test_one_object_without_a_mask_is_spoken_of(tmp_path: Path):
+    whole = {"category_id": 5, "bbox": [1, 1, 9, 9], "segmentation": [[1, 1, 10, 1, 10, 10]]}
+    write_coco(tmp_path, coco([whole, whole | {"segmentation": []}]))
+    train, _ = open_detection(tmp_path)
+    assert not train.has_outlines
+    assert "warning: 1 of 2 boxes have no mask: boxes alone are learnt" in train.notes
+    assert not any("no mask" in note for note in open_detection(tmp_path, masks="off")[0].notes)
+
+
+def test_label_files_in_capitals_and_hidden_ones(tmp_path: Path):
+    """Also what macOS and notebooks leave beside a user's files, and the mark that Windows begins a text with."""
+    write_yolo(tmp_path / "yolo", "\ufeff0 .5 .5 .5 .5\n")
+    (tmp_path / "yolo/train/labels/a.txt").rename(tmp_path / "yolo/train/labels/a.TXT")
+    write_yolo(tmp_path / "yolo", "0 .5 .5 .5 .5\n", "val")
+    write_voc(tmp_path / "voc", "a", BOXES)
+    (tmp_path / "voc/Annotations/a.xml").rename(tmp_path / "voc/Annotations/a.XML")
+    write_image(tmp_path / "voc/JPEGImages/b.jpg")
+    for folder in ("yolo/train/images", "voc/JPEGImages"):
+        (tmp_path / folder / "._a.jpg").write_bytes(b"\0\5\x16\7")
+        write_image(tmp_path / folder / ".ipynb_checkpoints" / "a.jpg")
+    (tmp_path / "voc/Annotations/._a.xml").write_bytes(b"\0\5\x16\7")
+    yolo, voc = (open_detection(tmp_path / name)[0] for name in ("yolo", "voc"))
+    assert [len(entry.objects) for entry in yolo.entries] == [1]
+    assert boxes_of(voc) == BOXES
+    assert any("1 images without an XML file are left out" in note and "b.jpg" in note for note in voc.notes)
+
+
+def test_names_with_spaces_in_a_list(tmp_path: Path):
+    write_voc(tmp_path, "my image", BOXES)
+    path = tmp_path / "ImageSets" / "Main" / "train.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("my image\n")
+    assert len(open_detection(tmp_path)[0]) == 1
+
+
+def test_an_empty_line_between_classes(tmp_path: Path):
+    write_image(tmp_path / "images" / "a.jpg")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("1 .5 .5 .5 .5\n")
+    (tmp_path / "classes.txt").write_text("x\n\nz\n")
+    with pytest.raises(UserError, match=r"classes\.txt, line 2: it is empty"):
+        open_detection(tmp_path)
+
+
+@pytest.mark.parametrize("more", ["", "<difficult>1</difficult>"])
+def test_sets_in_which_nothing_counts(tmp_path: Path, more: str):
+    write_voc(tmp_path / "whole", "a", BOXES)
+    write_voc(tmp_path / "empty", "a", BOXES if more else [], more)
+    with pytest.raises(UserError, match=r"none of its 1 images has a box to test on; [12] "):
+        open_detection(tmp_path / "whole", tmp_path / "empty")
+    with pytest.raises(UserError, match=r"none of its 1 images has a box to train on; [12] "):
+        open_detection(tmp_path / "empty")
+
+
+def test_boxes_in_pixels_where_shares_belong(tmp_path: Path):
+    write_yolo(tmp_path, "0 .5 .5 .5 .5\n", "val")
+    write_yolo(tmp_path, "0 30 20 10 10\n")
+    with pytest.raises(UserError, match="has a box to train on; 1 boxes outside their image are left out"):
+        open_detection(tmp_path)
+
+
+def test_a_list_of_the_names_in_the_files(tmp_path: Path):
+    write_voc(tmp_path, "a", BOXES)
+    (tmp_path / "classes.json").write_text('["plate", "cell"]')
+    train, _ = open_detection(tmp_path, classes=tmp_path / "classes.json")
+    assert train.names == ("plate", "cell")
+    assert boxes_of(train) == BOXES
