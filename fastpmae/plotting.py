@@ -1,6 +1,7 @@
 """Pictures with names in any script, written to the same bytes each time."""
 
 import functools
+import logging
 from pathlib import Path
 from typing import IO, Any
 
@@ -9,6 +10,9 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
+
+# that the font which has a sign lacks the weight asked for is no news to a user
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 UNKNOWN = "□"
 """Stands for a sign that no font of this machine has."""

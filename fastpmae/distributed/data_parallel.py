@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +22,8 @@ def average_gradients(network: nn.Module, *, static_graph: bool) -> DistributedD
     # torch has renamed the switch.
     known = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # Of a 1 x 1 kernel torch knows two orders in memory, which are the same; it warns that they differ.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     settings: dict[str, Any] = {"gradient_as_bucket_view": True, switch: False}
     return DistributedDataParallel(network, static_graph=static_graph, **settings)
 

@@ -1,5 +1,6 @@
 """How well predictions fit labels, and the files that say so: figures, a row for each class, the confusion matrix."""
 
+import contextlib
 import csv
 import datetime
 import json
@@ -100,14 +101,16 @@ def write_result(
         UserError: when a file cannot be written.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(files.classes) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-    for path, draw in pictures.items():
-        with atomic_write(path) as beside:
-            draw(beside)
     record = record | {"date": datetime.datetime.now().isoformat(timespec="seconds")}
-    with atomic_write(files.figures) as beside:
-        beside.write_text(json.dumps(record, indent=1) + "\n")
+    # They take their names together when all are drawn, the figures last: a process that is ended while it draws leaves
+    # no part of a result, whose name the same command would then take for another's.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(atomic_write(files.figures)).write_text(json.dumps(record, indent=1) + "\n")
+        for path, draw in reversed(list(pictures.items())):
+            draw(stack.enter_context(atomic_write(path)))
+        beside = stack.enter_context(atomic_write(files.classes))
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
 
 
 def _class_rows(scores: Scores, names: list[str]) -> list[list[Any]]:

@@ -273,7 +273,10 @@ def run_training(command: Probe | Finetune, ranks: Ranks) -> None:
     # As it was carried out: of few images a probe takes fewer in a step.
     config = command.config.fitted(len(evaluation.train.labels), ranks.size) if setting.frozen else command.config
     if ranks.is_main:
-        evaluation.finish(name, scores, {"finetune": dataclasses.asdict(config), "peak_lr": config.peak_lr})
+        if training.steps is not None:
+            tell(f"after step {training.steps:,} at most, as --steps says; --resume without it ends the training")
+        told = {"finetune": dataclasses.asdict(config), "peak_lr": config.peak_lr, "steps": training.steps}
+        evaluation.finish(name, scores, told)
 
 
 def run_command(command: Command) -> None:

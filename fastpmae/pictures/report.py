@@ -23,6 +23,7 @@ from fastpmae.plotting import save_picture
 from fastpmae.presets import PRESETS
 from fastpmae.run.checkpoint import CheckpointError, checkpoints_in, find_checkpoint, read_progress
 from fastpmae.run.images import sources
+from fastpmae.run.init_weights import check_pretrained
 from fastpmae.run.log import read_rows
 from fastpmae.run.results import DenseResult, Evaluated, Result, dense_results_in, results_in
 from fastpmae.run.stored_run import brought_here
@@ -90,6 +91,7 @@ def write_report(
     if not 1 <= samples <= 64:
         raise UserError(f"--samples {samples} make no picture: draw between 1 and 64")
     with brought_here(run) as here:
+        check_pretrained(here)
         if not (here / "config.json").is_file():
             raise UserError(f"{run} is no run folder: there is no config.json in it")
         config = read_config(here / "config.json", decoder_matters=False)

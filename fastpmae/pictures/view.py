@@ -117,6 +117,7 @@ def draw_run(
     from fastpmae.pictures.analysis import analyse, prototype_use
     from fastpmae.pictures.figures import draw_analysis, draw_prototypes
     from fastpmae.run.checkpoint import find_checkpoint
+    from fastpmae.run.init_weights import check_pretrained
     from fastpmae.run.stored_run import brought_here
 
     output = _output(out, force, [*read_by(images), *([] if Path(run).is_dir() else [run])])
@@ -124,6 +125,7 @@ def draw_run(
     images = open_samples(images)
     title = printable(f"{Path(run).name} · {images.path.name}")
     with brought_here(run if isinstance(run, Address) else os.fspath(run)) as here:
+        check_pretrained(here)
         checkpoint = find_checkpoint(here)
         if picture == "analysis":
             figure = draw_analysis(analyse(checkpoint, images, samples, index), title)

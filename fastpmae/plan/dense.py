@@ -345,8 +345,12 @@ def show(plan: DensePlan, options: SegmentPlan | DetectPlan, console: Console) -
     )
     console.print(
         f"ASSUMED: {common.efficiency_of_peak:.0%} of the dense peak (--efficiency-of-peak). A step takes "
-        f"{1000 * plan.seconds:,.0f} ms, the training {plan.hours:,.1f} hours, without tests and messages between GPUs"
+        f"{1000 * plan.seconds:,.0f} ms, the training {_duration(plan.hours)}, without tests and messages between GPUs"
     )
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
 
 
 def run(words: Sequence[str], console: Console) -> None:
@@ -365,9 +369,11 @@ def run(words: Sequence[str], console: Console) -> None:
 def _read(words: Sequence[str]) -> SegmentPlan | DetectPlan:
     kind, arguments = words[0], list(words[1:])
     preset = last_value(with_values(arguments), "--preset") or "paper"
-    default: Any = SegmentPlan(Common(), segment_preset(preset))
+    default: Any
     if kind == "detect":
         default = DetectPlan(Common(), detect_preset(preset))
+    else:
+        default = SegmentPlan(Common(), segment_preset(preset))
     return tyro.cli(
         tyro.conf.configure(tyro.conf.OmitArgPrefixes)(type(default)),
         prog=f"fastpmae-plan {kind}",

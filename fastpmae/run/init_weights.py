@@ -127,6 +127,17 @@ def tuned_weights(path: Path) -> Path | None:
     )
 
 
+def check_pretrained(path: Path) -> None:
+    """Raise UserError where a path is what `fastpmae-eval` has trained, and no pretraining run."""
+    tuned = tuned_weights(path)
+    if tuned is not None:
+        kind = next(kind for kind, name in TUNED.items() if name == tuned.name)
+        raise UserError(
+            f"{path} is what fastpmae-eval {kind} left, and no pretraining run: its figures and pictures lie in its "
+            f"folder, as {kind}-*"
+        )
+
+
 def timm_arguments_in(header: dict[str, str]) -> dict[str, object]:
     """timm's arguments in the header of a file of ours; nothing where there are none."""
     try:

@@ -60,6 +60,15 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
+    ("kind", "preset"),
+    [*(("segment", preset) for preset in SEGMENT_PRESETS), *(("detect", preset) for preset in DETECT_PRESETS)],
+)
+def test_every_preset_has_a_plan(kind: str, preset: str):
+    presets = SEGMENT_PRESETS if kind == "segment" else DETECT_PRESETS
+    assert read([kind, "--preset", preset]).config == presets[preset]
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["segment", "--model", "vit_odd"], "--model vit_odd: there is no such model"),
@@ -67,6 +76,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             ["segment", "--preset", "vitdet"],
             "--preset vitdet: there is no such preset; choose one of paper, mae",
         ),
+        (["detect", "--preset", "mae"], "--preset mae: there is no such preset; choose one of paper, vitdet"),
         (["detect", "--gpus", "5"], "--batch-size 32 does not share out over 5 GPUs"),
         (["segment", "--classes", "0"], "--classes 0: at least 1"),
         (["segment", "--gpu", "abacus"], "--gpu abacus: nothing is known of it"),

@@ -26,9 +26,12 @@ class _Run:
         self.began = time.monotonic()
         named = named_folder(common.out)
         self.progress = Progress(live=ranks.is_main)
-        self.backbone: Backbone = find_backbone(
-            common.weights, common.network, image_size=image_size, heads=common.heads
-        )
+        try:
+            self.backbone: Backbone = find_backbone(
+                common.weights, common.network, image_size=image_size, heads=common.heads
+            )
+        except UserError as error:
+            raise type(error)(str(error).replace("--image-size", "--crop-size")) from None
         within = "-".join(filter(None, [self.name, self.backbone.network]))
         place = named or place_of(common.weights) / within
         self.results = ResultFolder(place, named=named is not None, lasts=True, is_main=ranks.is_main)
@@ -54,17 +57,28 @@ class _Run:
         for note in dict.fromkeys([*train.notes, *val.notes]):
             self.progress.tell(note)
 
-    def record(self, train: Segmentation | Detection, val: Segmentation | Detection) -> dict[str, Any]:
-        """What a result says besides its figures."""
+    def record(
+        self, train: Segmentation | Detection, val: Segmentation | Detection, image_size: int, iterations: int
+    ) -> dict[str, Any]:
+        """What a result says besides its figures.
+
+        Args:
+            image_size: of the test, in pixels.
+            iterations: of the whole training.
+        """
+        steps = self.command.training.steps
+        if steps is not None and steps < iterations:
+            tell(f"after step {steps:,} of {iterations:,}, as --steps says; --resume without it ends the training")
         return {
             "evaluation": self.name,
             "weights": self.common.weights,
             "source": self.backbone.source,
             "network": self.backbone.network,
-            "image_size": self.backbone.image_size,
+            "image_size": image_size,
             "train": train.describe(),
             "val": val.describe(),
             self.name: dataclasses.asdict(self.command.config),
+            "steps": iterations if steps is None else min(steps, iterations),
             "seconds": round(time.monotonic() - self.began, 1),
         }
 
@@ -96,7 +110,7 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
     )  # fmt: skip
     if not ranks.is_main:
         return
-    record = run.record(train, val)
+    record = run.record(train, val, command.config.crop_size, command.config.iterations)
     bars = _yardsticks(command, run, train, val) if command.yardsticks else {}
     record["yardsticks"] = bars
     files, figures = run.files(record), scores.figures()
@@ -136,6 +150,8 @@ def run_detect(command: Detect, ranks: Ranks) -> None:
     val = _needed(val, train)
     run = _Run(command, ranks, 0)
     run.told(train, val)
+    for remark in command.config.remarks(len(train)):
+        run.progress.tell(remark)
     scores, detector = train_detector(
         train, val, run.backbone, command.config, run.setting(), ranks,
         masks={"auto": None, "on": True, "off": False}[command.masks],
@@ -143,7 +159,7 @@ def run_detect(command: Detect, ranks: Ranks) -> None:
     )  # fmt: skip
     if not ranks.is_main:
         return
-    record = run.record(train, val)
+    record = run.record(train, val, command.config.test_short_side, command.config.iterations_for(len(train)))
     files, figures = run.files(record), scores.figures()
     write_box_scores(files, scores, train.names, record, partial(draw_detections, detector, val, scores))
     run.results.publish()

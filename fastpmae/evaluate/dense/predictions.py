@@ -12,10 +12,10 @@ from PIL import Image
 from fastpmae.evaluate.dense.arguments import Predict
 from fastpmae.evaluate.dense.average_precision import Found
 from fastpmae.evaluate.dense.box_pictures import Sight, draw_boxes
-from fastpmae.evaluate.dense.labelled import Mask
+from fastpmae.evaluate.dense.labelled import Mask, Pixels
 from fastpmae.evaluate.dense.loading import load_network
 from fastpmae.evaluate.dense.mask_pictures import Overlay, class_colours, write_overlays
-from fastpmae.evaluate.dense.pairs import IMAGES
+from fastpmae.evaluate.dense.pairs import IMAGES, images_below
 from fastpmae.evaluate.dense.trained import TrainedDetector, TrainedSegmenter, pixels_of
 from fastpmae_loaders.cli.outputs import check_no_run_file, check_output
 from fastpmae_loaders.cli.progress import Progress
@@ -44,6 +44,8 @@ def run_predict(command: Predict) -> None:
     Raises:
         UserError: where there is no such network or image, or a result is there already.
     """
+    if not command.images:
+        raise UserError("name images, or folders of them, after the network")
     network = load_network(local_path(command.weights), command.device)
     ending = "labels.png" if isinstance(network, TrainedSegmenter) else "objects.json"
     places = _places(command.images, command.out, ending)
@@ -52,22 +54,34 @@ def run_predict(command: Predict) -> None:
         outputs.append(command.out / CLASSES)
     _check(outputs, command)
     progress = Progress(live=True)
+    bad = []
     with progress.count(len(places), "images"):
         for place in places:
-            place.picture.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(network, TrainedSegmenter):
-                _segment(network, place, command.force)
+            try:
+                pixels = pixels_of(place.image)
+            except UserError as error:  # one of thousands does not end the others
+                bad.append(str(error))
             else:
-                _detect(network, place, command.force)
+                place.picture.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(network, TrainedSegmenter):
+                    _segment(network, pixels, place, command.force)
+                else:
+                    _detect(network, pixels, place, command.force)
             progress.advance()
+    if len(bad) == len(places):
+        raise UserError(
+            bad[0] if len(bad) == 1 else f"none of the {len(bad):,} images can be read; the first: {bad[0]}"
+        )
     if isinstance(network, TrainedSegmenter):
         names = {str(number): name for number, name in enumerate(network.names)}
         _write_json(command.out / CLASSES, names, command.force)
-    tell(f"wrote NAME-overlay.png and NAME-{ending} of {len(places):,} images into {printable(str(command.out))}")
+    for sentence in bad:
+        tell(f"warning: left out: {sentence}")
+    done = len(places) - len(bad)
+    tell(f"wrote NAME-overlay.png and NAME-{ending} of {done:,} images into {printable(str(command.out))}")
 
 
-def _segment(segmenter: TrainedSegmenter, place: _Place, force: bool) -> None:
-    pixels = pixels_of(place.image)
+def _segment(segmenter: TrainedSegmenter, pixels: Pixels, place: _Place, force: bool) -> None:
     mask = segmenter(pixels)
     with atomic_write(place.result, force) as beside:
         _label_map(mask, len(segmenter.names)).save(beside, format="PNG")
@@ -85,8 +99,7 @@ def _label_map(mask: Mask, classes: int) -> Image.Image:
     return found
 
 
-def _detect(detector: TrainedDetector, place: _Place, force: bool) -> None:
-    pixels = pixels_of(place.image)
+def _detect(detector: TrainedDetector, pixels: Pixels, place: _Place, force: bool) -> None:
     found = detector(pixels)
     said = {"width": pixels.shape[1], "height": pixels.shape[0], "objects": objects_of(found, detector.names)}
     _write_json(place.result, said, force)
@@ -122,7 +135,7 @@ def _places(given: Iterable[Path], out: Path, ending: str) -> list[_Place]:
     for path in map(local_path, given):
         if not path.exists():
             raise UserError(f"{printable(str(path))} does not exist")
-        images = sorted(filter(_is_image, path.rglob("*"))) if path.is_dir() else [path]
+        images = sorted(images_below(path)) if path.is_dir() else [path]
         if not images:
             raise UserError(f"{printable(str(path))} holds no images ({', '.join(IMAGES)})")
         for image in images:
@@ -133,10 +146,6 @@ def _places(given: Iterable[Path], out: Path, ending: str) -> list[_Place]:
             picture, result = (out / stem.with_name(f"{stem.name}-{end}") for end in ("overlay.png", ending))
             places[stem] = _Place(image, picture, result)
     return list(places.values())
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGES and path.is_file()
 
 
 def _check(outputs: Iterable[Path], command: Predict) -> None:

@@ -113,7 +113,9 @@ class SegmentConfig(DenseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.iterations >= 1, "iterations", "at least 1")
-        self._require(self.warmup_iterations <= self.iterations, "warmup_iterations", f"at most {self.iterations}")
+        self._require(
+            self.warmup_iterations <= self.iterations, "warmup_iterations", f"at most --iterations {self.iterations}"
+        )
         self._require(1 <= self.crop_size <= 4096, "crop_size", "between 1 and 4096")
         for name in ("short_side", "long_side"):
             self._require(0 <= getattr(self, name) <= 16384, name, "between 0 and 16384")
@@ -189,6 +191,22 @@ class DetectConfig(DenseConfig):
     def iterations_for(self, images: int) -> int:
         """Optimizer steps of the whole training."""
         return max(1, round(self.epochs * images / self.batch_size))
+
+    def remarks(self, images: int) -> list[str]:
+        """What a user should know of a learning rate that does not go as the settings say, with so many images."""
+        steps, late = self.iterations_for(images), [each for each in self.milestones if each >= self.epochs]
+        remarks = []
+        if self.warmup_iterations >= steps:
+            remarks.append(
+                f"warning: --warmup-iterations {self.warmup_iterations:,} last longer than the {steps:,} steps of the "
+                "training: the learning rate does not reach --lr"
+            )
+        if late:
+            remarks.append(
+                f"warning: --milestones {_shown(tuple(late))} lie past --epochs {self.epochs:g}: the learning rate "
+                "does not fall there"
+            )
+        return remarks
 
     def rate(self, step: int, images: int) -> float:
         """The learning rate's share of its peak at a step: a linear warm-up, and a tenth after each milestone."""

@@ -125,3 +125,13 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="--masks on: made has boxes alone"):
         train(tmp_path, masks=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_learning_rate_that_does_not_go_as_the_settings_say_is_spoken_of():
+    config = DetectConfig(epochs=3, milestones=(2, 10, 13), warmup_iterations=100, batch_size=4)
+    assert config.remarks(40) == [
+        "warning: --warmup-iterations 100 last longer than the 30 steps of the training: the learning rate does not "
+        "reach --lr",
+        "warning: --milestones 10.0 13.0 lie past --epochs 3: the learning rate does not fall there",
+    ]
+    assert not dataclasses.replace(config, epochs=14).remarks(400)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastpmae.evaluate.dense.overlap import MaskScores, confusion_of, write_mask_scores
-from fastpmae.evaluate.result_files import ResultFiles
+from fastpmae.evaluate.result_files import ResultFiles, free_files
 
 IGNORE = -1
 
@@ -56,6 +56,26 @@ def test_pixels_outside_the_classes_do_not_count():
 
 def drawn(path: Path) -> None:
     path.write_text("drawn")
+
+
+def test_a_result_that_was_not_drawn_to_its_end_leaves_no_part(tmp_path: Path):
+    """So that the same command's next result has the same name, wherever the first one was ended."""
+    scores, names = MaskScores(torch.tensor([[8, 2], [0, 5]]), 4), ("road", "car")
+    record = {"train": {"path": "a", "fingerprint": "1"}, "val": {"path": "b", "fingerprint": "2"}}
+    files = free_files(tmp_path, "segment", record)
+
+    def ended(_: Path) -> None:
+        assert not any(path.exists() for path in files.every)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_mask_scores(files, scores, names, record, ended)
+    assert not list(tmp_path.iterdir())
+    for _ in range(2):
+        files = free_files(tmp_path, "segment", record)
+        assert files.stem == "segment"
+        write_mask_scores(files, scores, names, record, drawn)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_files(tmp_path: Path):

@@ -19,6 +19,8 @@ from fastpmae.evaluate import protocols
 from fastpmae.evaluate.dense.labelled import Detection
 from fastpmae.evaluate.dense.overlap import MaskScores, confusion_of
 from fastpmae.evaluate.dense.training import Setting
+from fastpmae.pictures.report import write_report
+from fastpmae.pictures.view import draw_run
 from fastpmae.run.init_weights import header_of
 from tests.evaluate.dense.made import detection, scene, segmentation, start
 from tests.evaluate.dense.small import DETECT, SEGMENT
@@ -263,8 +265,20 @@ def test_one_command_for_images_of_ones_own(
         assert each["segmentation"]["size"] == [40, 56]
     assert (boxes / "a-overlay.png").read_bytes().startswith(b"\x89PNG")
 
+    # one bad image of a folder does not end the others
+    (tmp_path / "images" / "day" / "bad.png").write_bytes(b"no image")
+    (tmp_path / "images" / "._a.png").write_bytes(b"hidden")
+    capsys.readouterr()
+    assert predict(monkeypatch, detected[0], tmp_path / "images", "--out", tmp_path / "some") == 0
+    said = capsys.readouterr()
+    assert "bad.png" in said.out + said.err
+    assert "of 2 images into" in said.out
+    assert len(list((tmp_path / "some").rglob("*-objects.json"))) == 2
+
     Image.fromarray(scene(32)[0]).save(tmp_path / "images" / "a.jpg")
     for words, sentence in (
+        ([segmented[0]], "name images, or folders of them"),
+        ([segmented[0], tmp_path / "images" / "day" / "bad.png"], "bad.png"),
         ([segmented[0], tmp_path / "images"], "would have results of one name"),
         ([segmented[0], tmp_path / "nowhere"], "nowhere does not exist"),
         ([tmp_path / "images", tmp_path / "images"], "is no segmenter and no detector"),
@@ -272,3 +286,14 @@ def test_one_command_for_images_of_ones_own(
         assert predict(monkeypatch, *words, "--out", tmp_path / "other") == 2
         assert sentence in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
+
+
+def test_it_is_no_pretraining_run(segmented: tuple[Path, MaskScores], tmp_path: Path):
+    sentence = "is what fastpmae-eval segment left, and no pretraining run: its figures and pictures lie in its folder"
+    (tmp_path / "images").mkdir()
+    Image.fromarray(scene(0)[0]).save(tmp_path / "images" / "a.png")
+    with pytest.raises(UserError, match=sentence):
+        write_report(segmented[0], tmp_path / "report.html")
+    with pytest.raises(UserError, match=sentence):
+        draw_run(segmented[0], tmp_path / "images", tmp_path / "view.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
