@@ -70,9 +70,9 @@ def open_detection(
             f"--masks on: of the {len(there):,} boxes of {printable(str(train))} {there.count(False):,} have no mask"
         )
     outlines = masks != "off" and bool(there) and all(there)
-    partly = [f"warning: {there.count(False):,} of {len(there):,} boxes have no mask: boxes alone are learnt"]
-    if masks == "off" or all(there) or not any(there):
-        partly = []
+    partly = []
+    if masks == "auto" and any(there) and not all(there):
+        partly = [f"warning: {there.count(False):,} of {len(there):,} boxes have no mask: boxes alone are learnt"]
     sets = []
     for opened in (first, second):
         if opened is None:

@@ -174,12 +174,12 @@ def as_they_are(ids: Iterable[int], ignore: Sequence[int] = ()) -> tuple[MaskCla
         UserError: where 255 may as well be a class, or nothing is left.
     """
     found = sorted(set(ids) - set(ignore))
-    if found in ([0, VOID], [VOID]):
-        raise UserError(
-            'the masks hold no numbers but 0 and 255: say what 255 is, with --classes FILE ({"0": "background", '
-            '"255": "object"}) or --ignore 255'
-        )
     void = [number for number in found if number in (VOID, VOID_16)]
+    if void and set(found) <= {0, *void}:
+        raise UserError(
+            f"the masks hold no numbers but 0 and {void[0]}: say what {void[0]} is, with --classes FILE "
+            f'({{"0": "background", "{void[0]}": "object"}}) or --ignore {void[0]}'
+        )
     notes = [f"{number} in the masks is taken for void; --classes FILE says otherwise" for number in void]
     classes = [number for number in found if number not in void]
     if not classes:

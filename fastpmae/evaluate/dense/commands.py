@@ -57,18 +57,23 @@ class _Run:
         for note in dict.fromkeys([*train.notes, *val.notes]):
             self.progress.tell(note)
 
+    def steps_of(self, iterations: int) -> int:
+        """How many steps of a training were done; says so where --steps ended it."""
+        steps = self.command.training.steps
+        if steps is None or steps >= iterations:
+            return iterations
+        tell(f"after step {steps:,} of {iterations:,}, as --steps says; --resume without it ends the training")
+        return steps
+
     def record(
-        self, train: Segmentation | Detection, val: Segmentation | Detection, image_size: int, iterations: int
+        self, train: Segmentation | Detection, val: Segmentation | Detection, image_size: int, steps: int
     ) -> dict[str, Any]:
         """What a result says besides its figures.
 
         Args:
             image_size: of the test, in pixels.
-            iterations: of the whole training.
+            steps: of the training.
         """
-        steps = self.command.training.steps
-        if steps is not None and steps < iterations:
-            tell(f"after step {steps:,} of {iterations:,}, as --steps says; --resume without it ends the training")
         return {
             "evaluation": self.name,
             "weights": self.common.weights,
@@ -78,7 +83,7 @@ class _Run:
             "train": train.describe(),
             "val": val.describe(),
             self.name: dataclasses.asdict(self.command.config),
-            "steps": iterations if steps is None else min(steps, iterations),
+            "steps": steps,
             "seconds": round(time.monotonic() - self.began, 1),
         }
 
@@ -110,7 +115,8 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
     )  # fmt: skip
     if not ranks.is_main:
         return
-    record = run.record(train, val, command.config.crop_size, command.config.iterations)
+    config = command.config
+    record = run.record(train, val, config.crop_size, run.steps_of(config.iterations))
     bars = _yardsticks(command, run, train, val) if command.yardsticks else {}
     record["yardsticks"] = bars
     files, figures = run.files(record), scores.figures()
@@ -159,7 +165,8 @@ def run_detect(command: Detect, ranks: Ranks) -> None:
     )  # fmt: skip
     if not ranks.is_main:
         return
-    record = run.record(train, val, command.config.test_short_side, command.config.iterations_for(len(train)))
+    config = command.config
+    record = run.record(train, val, config.test_short_side, run.steps_of(config.iterations_for(len(train))))
     files, figures = run.files(record), scores.figures()
     write_box_scores(files, scores, train.names, record, partial(draw_detections, detector, val, scores))
     run.results.publish()

@@ -429,3 +429,7 @@ def test_void_of_16_bits(tmp_path: Path):
     train, _ = open_segmentation(tmp_path)
     assert train.names == ("0", "1")
     assert "65535 in the masks is taken for void; --classes FILE says otherwise" in train.notes
+    for number, mask in enumerate(write_pairs(tmp_path, [0, 1])):
+        write(tmp_path / "masks" / f"{number:02d}.png", mask.astype(np.uint16) * 65535)
+    with pytest.raises(UserError, match="hold no numbers but 0 and 65535: say what 65535 is"):
+        open_segmentation(tmp_path)
