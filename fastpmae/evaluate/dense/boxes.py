@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fastpmae.evaluate.dense.labelled import Boxed, Objects, Outlines, Pixels
-from fastpmae.evaluate.dense.masks import Frame, frame_of, turned
+from fastpmae.evaluate.dense.masks import Frame, frame_of, sentence_about, turned
 from fastpmae.evaluate.dense.outlines import Outline, outline_of
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable, short
@@ -168,15 +168,17 @@ def _frame(file: LabelledFile) -> Frame:
     try:
         return frame_of(data)
     except UserError as error:
-        raise UserError(f"{printable(file.name)} {error}") from None
+        raise sentence_about(file.name, error) from None
 
 
 def _pixels(file: LabelledFile, height: int, width: int) -> Pixels:
     try:
         image = open_image(io.BytesIO(file.read()))
         pixels = np.array(upright_rgb(image, load(image)))
-    except (OSError, UserError) as error:
-        raise UserError(f"{printable(file.name)} {getattr(error, 'strerror', None) or error}") from None
+    except UserError as error:
+        raise sentence_about(file.name, error) from None
+    except OSError as error:
+        raise UserError(f"{printable(file.name)} cannot be read: {error.strerror or error}") from None
     if pixels.shape != (height, width, 3):
         raise UserError(f"{printable(file.name)} is another image than when it was opened")
     return pixels

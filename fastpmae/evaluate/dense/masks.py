@@ -15,7 +15,7 @@ from fastpmae.evaluate.dense.labelled import Mask, Pixels
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton import JPG
-from fastpmae_loaders.sources.pictures import load, look, open_image, orientation_of, upright_rgb
+from fastpmae_loaders.sources.pictures import ImageError, load, look, open_image, orientation_of, upright_rgb
 
 LOSSLESS = ("PNG", "BMP", "DIB", "TIFF", "GIF", "PPM")
 _LOSSY_TIFF = ("jpeg", "old-jpeg", "webp")
@@ -144,6 +144,11 @@ class Pair:
         return _bytes(self.read_mask, self.mask_name)
 
 
+def sentence_about(name: str, error: UserError) -> UserError:
+    """What is wrong with a file, with its name before it."""
+    return UserError(f"{printable(name)}{':' if isinstance(error, ImageError) else ''} {error}")
+
+
 def _bytes(read: Read, name: str) -> bytes:
     try:
         return read()
@@ -175,7 +180,7 @@ def contents(pair: Pair, coloured: bool = False) -> Contents:
     try:
         frame = frame_of(pair.image_bytes())
     except UserError as error:
-        raise UserError(f"{printable(pair.image_name)} {error}") from None
+        raise sentence_about(pair.image_name, error) from None
     size = frame.as_image(ids, own).shape
     if (frame.height, frame.width) != size:
         raise _two_sizes(pair, (frame.height, frame.width), size)
@@ -196,7 +201,7 @@ def read_pair(pair: Pair, classes: MaskClasses) -> tuple[Pixels, Mask]:
         orientation = load(image)
         pixels = np.array(upright_rgb(image, orientation))
     except UserError as error:
-        raise UserError(f"{printable(pair.image_name)} {error}") from None
+        raise sentence_about(pair.image_name, error) from None
     ids, own = _mask(pair, pair.mask_bytes(), classes.coloured)
     height, width = pixels.shape[:2]
     ids = Frame(height, width, orientation, stored).as_image(ids, own)
@@ -205,14 +210,14 @@ def read_pair(pair: Pair, classes: MaskClasses) -> tuple[Pixels, Mask]:
     try:
         return pixels, np.ascontiguousarray(classes.apply(ids))
     except UserError as error:
-        raise UserError(f"{printable(pair.mask_name)} {error}") from None
+        raise sentence_about(pair.mask_name, error) from None
 
 
 def _mask(pair: Pair, data: bytes, coloured: bool) -> tuple[Int[np.ndarray, "height width"], int]:
     try:
         return decode_mask(data, coloured)
     except UserError as error:
-        raise UserError(f"{printable(pair.mask_name)} {error}") from None
+        raise sentence_about(pair.mask_name, error) from None
 
 
 def _two_sizes(pair: Pair, image: tuple[int, ...], mask: tuple[int, ...]) -> UserError:
