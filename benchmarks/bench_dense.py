@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import SHARED, Row, arguments, device_name, finish, make_row, unpack
+from benchmarks.common import SHARED, Row, arguments, device_name, finish, make_row, renew_tables, unpack
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae_loaders.errors import RunError, UserError
+from fastpmae_loaders.errors import RunError
 
 CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist")
 NETWORKS = ("student", "random")
@@ -129,15 +129,6 @@ def lines_of(found: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> Iterato
             yield f"| `{task}` | {SHOWN[figure]} | {' | '.join(cells)} |"
 
 
-def write_page(page: Path, lines: Sequence[str]) -> None:
-    """Replace the tables in a page. UserError for a page without their place."""
-    before, found, rest = page.read_text().partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not (found and closed):
-        raise UserError(f"{page} has no place for these tables: put the lines {BEGIN} and {END} where they belong")
-    page.write_text("\n".join([f"{before}{BEGIN}", *lines, "", f"{END}{after}"]))
-
-
 def rows_of(found: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> list[Row]:
     rows = []
     for (task, network), by_seed in found.items():
@@ -173,7 +164,7 @@ def bench() -> int:
     lines = list(lines_of(found))
     print("\n".join(lines))
     if given.page is not None:
-        write_page(given.page, lines)
+        renew_tables(given.page, BEGIN, END, lines)
     return finish(rows_of(found), "Dense tasks with and without pretraining", given.json, given.plot)
 
 

@@ -208,6 +208,15 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def renew_tables(page: Path, begin: str, end: str, lines: Sequence[str]) -> None:
+    """Replace what stands between two lines of a page. UserError for a page without them."""
+    before, found, rest = page.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise UserError(f"{page} has no place for these tables: put the lines {begin} and {end} where they belong")
+    page.write_text("\n".join([f"{before}{begin}", *lines, "", f"{end}{after}"]))
+
+
 def draw(rows: Sequence[Row], title: str, file: Path) -> None:
     """How many times better each case is than its baseline."""
     import matplotlib

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Row, device_name, make_row, save
+from benchmarks.common import Row, device_name, make_row, renew_tables, save
 from benchmarks.learning_cases import AFTER_MAE, BESIDE_MAE, CASES, TABLES
 from benchmarks.learning_judge import POOLS, Judged, interval
-from fastpmae_loaders.errors import UserError
 
 UNTRAINED = ("random", "thumbnails")
 TITLES = {
@@ -115,8 +114,4 @@ def write_page(page: Path, base: str, lines: Sequence[str]) -> None:
         UserError: for a page without them.
     """
     begin, end = f"<!-- {base}: written by benchmarks/bench_learning.py -->", f"<!-- end of {base} -->"
-    before, found, rest = page.read_text().partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise UserError(f"{page} has no place for these tables: put the lines {begin} and {end} where they belong")
-    page.write_text("\n".join([f"{before}{begin}", *lines, "", f"{end}{after}"]))
+    renew_tables(page, begin, end, lines)

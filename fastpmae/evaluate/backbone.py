@@ -67,7 +67,9 @@ class Backbone:
 
 
 @checked
-def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, heads: int = 0) -> Backbone:
+def find_backbone(
+    weights: str, which: Which = "auto", *, image_size: int = 0, heads: int = 0, size_flag: str = "--image-size"
+) -> Backbone:
     """The network that a user names: a run folder, a file, or `timm:NAME`.
 
     Args:
@@ -76,6 +78,7 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
             of a pretrained model, which timm fetches.
         which: of a file with several networks; "auto" takes our student, and of others what they evaluate themselves.
         image_size: 0 takes the one that it was trained with.
+        size_flag: what the user chooses it by.
         heads: 0 takes the usual number for the width, where the weights do not tell.
 
     Raises:
@@ -90,14 +93,14 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
     named = Address.of_text(weights)
     if named is not None:
         with brought_here(named) as copy:
-            found = find_backbone(str(copy), which, image_size=image_size, heads=heads)
+            found = find_backbone(str(copy), which, image_size=image_size, heads=heads, size_flag=size_flag)
         return replace(found, source=in_words(found.source, copy, named))
     path = weights_file(local_path(weights))
     tuned = tuned_weights(path)
     if tuned is None and (path.is_dir() or is_ours(path)):
         if heads:
             raise UserError(f"--heads {heads}: the settings of {path} say how many it has; leave it out")
-        return _of_run(path, "student" if which == "auto" else which, image_size)
+        return _of_run(path, "student" if which == "auto" else which, image_size, size_flag)
     path = tuned or path
     if which == "random":
         raise UserError(f"--network random draws the start of a run of ours, and {path} is none")
@@ -112,6 +115,7 @@ def find_backbone(weights: str, which: Which = "auto", *, image_size: int = 0, h
         image_size,
         _heads_of(found, path, heads),
         _normalisation_of(found, path),
+        size_flag,
     )
 
 
@@ -177,14 +181,14 @@ def _three(said: str) -> tuple[float, float, float]:
     return float(red), float(green), float(blue)
 
 
-def _of_run(path: Path, network: Network, image_size: int) -> Backbone:
+def _of_run(path: Path, network: Network, image_size: int, size_flag: str) -> Backbone:
     checkpoint = find_checkpoint(path)
     encoder, config = encoder_of(checkpoint, network)
     tensors = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
     size = image_size or config.views.image_size
     normal = IMAGENET_MEAN, IMAGENET_STD
     source = f"{config.run.preset}, {checkpoint.path}"
-    return _of_tensors(tensors, source, network, size, shape_of(config.network).heads, normal)
+    return _of_tensors(tensors, source, network, size, shape_of(config.network).heads, normal, size_flag)
 
 
 def _of_tensors(
@@ -194,6 +198,7 @@ def _of_tensors(
     image_size: int,
     heads: int,
     normal: tuple[tuple[float, ...], tuple[float, ...]],
+    size_flag: str,
 ) -> Backbone:
     """A plain ViT, or a BEiT where there are position biases, of the sizes that the tensors have."""
     source = printable(source)
@@ -216,10 +221,10 @@ def _of_tensors(
         trained = patch * round((tensors["pos_embed"].shape[1] - prefix) ** 0.5)
     size = image_size or trained
     if size % patch or size < patch:
-        raise UserError(f"--image-size {size} is no multiple of the network's patches of {patch} pixels")
+        raise UserError(f"{size_flag} {size} is no multiple of the network's patches of {patch} pixels")
     if size > LARGEST_IMAGE:
         raise UserError(
-            f"{source} is for images of {size:,} pixels a side, more than {LARGEST_IMAGE:,}: choose with --image-size"
+            f"{source} is for images of {size:,} pixels a side, more than {LARGEST_IMAGE:,}: choose with {size_flag}"
         )
 
     def build(classes: int = 0, pool: Pool = "class", drop_path: float = 0.0) -> nn.Module:

@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Float
 
 from fastpmae.evaluate.dense.labelled import Boxed, Objects, Outlines, Pixels
-from fastpmae.evaluate.dense.masks import Frame, frame_of, sentence_about, turned
+from fastpmae.evaluate.dense.masks import sentence_about, turned
 from fastpmae.evaluate.dense.outlines import Outline, outline_of
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable, short
-from fastpmae_loaders.sources.pictures import load, open_image, upright_rgb
+from fastpmae_loaders.sources.pictures import Frame, frame_of, load, open_image, upright_rgb
 
 MOST_BOXES = 100_000
 """In an image."""
@@ -91,7 +91,8 @@ def place(file: LabelledFile, labels: Mapping[str, int], outlines: bool) -> tupl
     if len(file.annotations) > MOST_BOXES:
         raise UserError(f"{printable(file.name)} has {len(file.annotations):,} boxes, more than {MOST_BOXES:,}")
     frame = _frame(file)
-    height, width, orientation, stored = frame.height, frame.width, frame.orientation, frame.stored
+    height, width, orientation = frame.height, frame.width, frame.orientation
+    stored = frame.stored[::-1]
     said = file.said_size
     if said is not None and said not in ((width, height), stored):
         raise UserError(
@@ -166,7 +167,7 @@ def _frame(file: LabelledFile) -> Frame:
     except (OSError, UserError) as error:
         raise UserError(f"{printable(file.name)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        return frame_of(data)
+        return frame_of(io.BytesIO(data))
     except UserError as error:
         raise sentence_about(file.name, error) from None
 

@@ -26,12 +26,9 @@ class _Run:
         self.began = time.monotonic()
         named = named_folder(common.out)
         self.progress = Progress(live=ranks.is_main)
-        try:
-            self.backbone: Backbone = find_backbone(
-                common.weights, common.network, image_size=image_size, heads=common.heads
-            )
-        except UserError as error:
-            raise type(error)(str(error).replace("--image-size", "--crop-size")) from None
+        self.backbone: Backbone = find_backbone(
+            common.weights, common.network, image_size=image_size, heads=common.heads, size_flag="--crop-size"
+        )
         within = "-".join(filter(None, [self.name, self.backbone.network]))
         place = named or place_of(common.weights) / within
         self.results = ResultFolder(place, named=named is not None, lasts=True, is_main=ranks.is_main)

@@ -14,8 +14,7 @@ from fastpmae.evaluate.dense.classes import MaskClasses
 from fastpmae.evaluate.dense.labelled import Mask, Pixels
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
-from fastpmae_loaders.sources.beton import JPG
-from fastpmae_loaders.sources.pictures import ImageError, load, look, open_image, orientation_of, upright_rgb
+from fastpmae_loaders.sources.pictures import ImageError, frame_of, load, open_image, upright_rgb
 
 LOSSLESS = ("PNG", "BMP", "DIB", "TIFF", "GIF", "PPM")
 _LOSSY_TIFF = ("jpeg", "old-jpeg", "webp")
@@ -88,37 +87,16 @@ def _drawn(image: Image.Image) -> tuple[int, int, bool]:
     return 2 ** int(stored[1]) - 1 if stored[1] else largest, largest, stored[2] == "I"
 
 
-@dataclass(frozen=True)
-class Frame:
-    """How the pixels of an image lie in its file.
+def _turned_as_image(
+    ids: Int[np.ndarray, "height width"], own: int, orientation: int, stored: tuple[int, int]
+) -> Int[np.ndarray, "_height _width"]:  # fmt: skip
+    """A mask turned upright: by the orientation of its own where it has one (`own` is not 1), or else as its image is,
+    unless its size shows that it was drawn on the upright image.
 
-    Attributes:
-        height, width: of the upright image.
-        orientation: that turns it upright, 1 to 8; of a TIFF, which Pillow turns itself, 1.
-        stored: (width, height) in the file.
+    Args:
+        orientation, stored: of the image, and its (height, width) in the file.
     """
-
-    height: int
-    width: int
-    orientation: int
-    stored: tuple[int, int]
-
-    def as_image(
-        self, rows: Shaped[np.ndarray, "height width"], own: int
-    ) -> Shaped[np.ndarray, "_height _width"]:  # fmt: skip
-        """A mask turned upright: by the orientation of its own where it has one (`own` is not 1), or else as the image
-        is, unless its size shows that it was drawn on the upright image."""
-        return turned(rows, self.orientation if own == 1 and rows.shape == self.stored[::-1] else own)
-
-
-def frame_of(data: bytes) -> Frame:
-    """The frame of an image by its headers. UserError with the end of a sentence about the file."""
-    mode, height, width = look(io.BytesIO(data))
-    if mode == JPG:
-        return Frame(height, width, 1, (width, height))
-    image = open_image(io.BytesIO(data))
-    orientation = 1 if image.format == "TIFF" else orientation_of(image)
-    return Frame(height, width, orientation, (height, width) if orientation >= 5 else (width, height))
+    return turned(ids, orientation if own == 1 and ids.shape == stored else own)
 
 
 @dataclass(frozen=True)
@@ -178,10 +156,10 @@ def contents(pair: Pair, coloured: bool = False) -> Contents:
     data = pair.mask_bytes()
     ids, own = _mask(pair, data, coloured)
     try:
-        frame = frame_of(pair.image_bytes())
+        frame = frame_of(io.BytesIO(pair.image_bytes()))
     except UserError as error:
         raise sentence_about(pair.image_name, error) from None
-    size = frame.as_image(ids, own).shape
+    size = _turned_as_image(ids, own, frame.orientation, frame.stored).shape
     if (frame.height, frame.width) != size:
         raise _two_sizes(pair, (frame.height, frame.width), size)
     return Contents(tuple(np.unique(ids).tolist()), hashlib.sha256(data).hexdigest()[:16])
@@ -190,21 +168,20 @@ def contents(pair: Pair, coloured: bool = False) -> Contents:
 def read_pair(pair: Pair, classes: MaskClasses) -> tuple[Pixels, Mask]:
     """The image in RGB and the class of each of its pixels, both upright.
 
-    The mask is turned as `Frame.as_image` says.
+    The mask is turned as `_turned_as_image` says.
 
     Raises:
         UserError: where one of the files is not sound, they are of two sizes, or the mask holds what is no class.
     """
     try:
         image = open_image(io.BytesIO(pair.image_bytes()))
-        stored = image.size
+        stored = image.height, image.width
         orientation = load(image)
         pixels = np.array(upright_rgb(image, orientation))
     except UserError as error:
         raise sentence_about(pair.image_name, error) from None
     ids, own = _mask(pair, pair.mask_bytes(), classes.coloured)
-    height, width = pixels.shape[:2]
-    ids = Frame(height, width, orientation, stored).as_image(ids, own)
+    ids = _turned_as_image(ids, own, orientation, stored)
     if ids.shape != pixels.shape[:2]:
         raise _two_sizes(pair, pixels.shape[:2], ids.shape)
     try:

@@ -105,27 +105,23 @@ def visible(folder: Path, endings: tuple[str, ...]) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and not path.name.startswith("."))
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """The images below a folder, hidden ones and those in hidden folders left out."""
-    for where, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(IMAGES) and not name.startswith("."):
-                yield Path(where, name)
-
-
-def _files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
-    """The files below a folder by their name without its end, below the folder; those of hidden folders left out."""
-    found: dict[str, Path] = {}
+def files_below(folder: Path, endings: tuple[str, ...]) -> Iterator[Path]:
+    """The files below a folder with one of these ends, hidden ones and those in hidden folders left out."""
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if name.lower().endswith(endings) and not name.startswith("."):
-                path = Path(where, name)
-                stem = path.relative_to(folder).with_suffix("").as_posix()
-                if stem in found:
-                    raise UserError(f"{printable(str(path))} and {printable(found[stem].name)} have one name")
-                found[stem] = path
+                yield Path(where, name)
+
+
+def _files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
+    """The same by their names without the end, below the folder."""
+    found: dict[str, Path] = {}
+    for path in files_below(folder, endings):
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            raise UserError(f"{printable(str(path))} and {printable(found[stem].name)} have one name")
+        found[stem] = path
     return found
 
 

@@ -15,7 +15,7 @@ from fastpmae.evaluate.dense.box_pictures import Sight, draw_boxes
 from fastpmae.evaluate.dense.labelled import Mask, Pixels
 from fastpmae.evaluate.dense.loading import load_network
 from fastpmae.evaluate.dense.mask_pictures import Overlay, class_colours, write_overlays
-from fastpmae.evaluate.dense.pairs import IMAGES, images_below
+from fastpmae.evaluate.dense.pairs import IMAGES, files_below
 from fastpmae.evaluate.dense.trained import TrainedDetector, TrainedSegmenter, pixels_of
 from fastpmae_loaders.cli.outputs import check_no_run_file, check_output
 from fastpmae_loaders.cli.progress import Progress
@@ -135,7 +135,7 @@ def _places(given: Iterable[Path], out: Path, ending: str) -> list[_Place]:
     for path in map(local_path, given):
         if not path.exists():
             raise UserError(f"{printable(str(path))} does not exist")
-        images = sorted(images_below(path)) if path.is_dir() else [path]
+        images = sorted(files_below(path, IMAGES)) if path.is_dir() else [path]
         if not images:
             raise UserError(f"{printable(str(path))} holds no images ({', '.join(IMAGES)})")
         for image in images:

@@ -10,7 +10,7 @@ from typing import Any
 from fastpmae.evaluate.dense.boxes import MOST_BOXES, Annotation, LabelledFile
 from fastpmae.evaluate.dense.classes import MOST_CLASSES
 from fastpmae.evaluate.dense.outlines import MOST_POINTS, Outline
-from fastpmae.evaluate.dense.pairs import images_below
+from fastpmae.evaluate.dense.pairs import IMAGES, files_below
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import on_one_line, printable
 from fastpmae_loaders.sources.reading import read_file
@@ -61,7 +61,7 @@ def yolo_folders(folder: Path) -> tuple[dict[str | None, list[LabelledFile]], li
     Raises:
         UserError: where a line of a label file is no box, or is of a class that the classes.txt does not name.
     """
-    splits = {split: sorted(images_below(place)) for split, place in _image_folders(folder).items()}
+    splits = {split: sorted(files_below(place, IMAGES)) for split, place in _image_folders(folder).items()}
     labels = [_label_file(image) for images in splits.values() for image in images]
     if not any(label.is_file() for label in labels):
         return None
@@ -129,7 +129,7 @@ def _images(root: Path, named: str, path: Path) -> Iterator[Path]:
     folder = root / plain
     if not _is_below(folder, path.parent):
         raise UserError(f"{printable(str(path))}: its folder {printable(named)} is not in {printable(str(root))}")
-    yield from sorted(images_below(folder))
+    yield from sorted(files_below(folder, IMAGES))
 
 
 def _is_below(folder: Path, above: Path) -> bool:

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import IO, Any
@@ -204,12 +205,35 @@ def decode_jpeg(payload: bytes, height: int, width: int) -> np.ndarray:
         return np.ascontiguousarray(image.convert("RGB"))
 
 
-def look(file: IO[bytes]) -> tuple[int, int, int]:
-    """(storage mode, height, width) of an image file as it will be decoded: upright. Reads headers alone.
+@dataclass(frozen=True)
+class Frame:
+    """What the headers of an image file say of its pixels.
 
-    The mode is 0 for a JPEG that any decoder reads as the upright picture it is, else 2. ImageError says
-    what is wrong, also of more pixels than a .beton may hold.
+    Attributes:
+        mode: 0 for a JPEG that any decoder reads as the upright picture it is, else 2.
+        height, width: of the upright image.
+        orientation: that turns it upright, 1 to 8; of a TIFF, which Pillow turns itself, 1.
     """
+
+    mode: int
+    height: int
+    width: int
+    orientation: int = 1
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """(height, width) as they lie in the file."""
+        return (self.width, self.height) if self.orientation in _SIDEWAYS else (self.height, self.width)
+
+
+def look(file: IO[bytes]) -> tuple[int, int, int]:
+    """(storage mode, height, width) of an image file as it will be decoded: upright. ImageError as `frame_of`."""
+    frame = frame_of(file)
+    return frame.mode, frame.height, frame.width
+
+
+def frame_of(file: IO[bytes]) -> Frame:
+    """Reads headers alone. ImageError says what is wrong, also of more pixels than a .beton may hold."""
     head = file.read(_HEAD)
     if not head:
         raise ImageError("the file is empty")
@@ -217,7 +241,7 @@ def look(file: IO[bytes]) -> tuple[int, int, int]:
     if head.startswith(b"\xff\xd8\xff"):
         mode, size, turned = _look_at_jpeg(file, head)
         if mode == JPG and not turned:
-            return mode, *_within_limits(*size)
+            return Frame(mode, *_within_limits(*size))
     file.seek(0)
     image = open_image(file)
     if image.format == "PNG":
@@ -232,7 +256,7 @@ def look(file: IO[bytes]) -> tuple[int, int, int]:
     width, height = image.size
     if orientation in _SIDEWAYS:
         width, height = height, width
-    return mode if orientation == 1 else ENCODED, *_within_limits(height, width)
+    return Frame(mode if orientation == 1 else ENCODED, *_within_limits(height, width), orientation)
 
 
 def _look_at_jpeg(file: IO[bytes], head: bytes) -> tuple[int, tuple[int, int], bool]:

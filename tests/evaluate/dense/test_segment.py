@@ -163,3 +163,9 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"does not share out evenly over 2 ranks x --accumulate 2"):
         train(tmp_path, dataclasses.replace(CONFIG, batch_size=6, accumulate=2), ranks=Ranks(0, 2, 2, CPU, None))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_side_that_the_patches_do_not_divide_is_told_by_the_flag_that_it_was_given_with(tmp_path: Path):
+    start(tmp_path)
+    with pytest.raises(UserError, match="--crop-size 30 is no multiple of the network's patches of 8 pixels"):
+        find_backbone(str(tmp_path / "vit.pth"), heads=2, image_size=30, size_flag="--crop-size")
