@@ -2,13 +2,13 @@
 
 `python -m benchmarks.bench_learning [--train F.beton --val F.beton] [--cases dual sdae ...] [--seeds 0 1] [--epochs 10]
 [--equal steps|time] [--base config.json] [--quick] [--page docs/learning.md]`. Without --train and --val it takes
-`tiny_imagenet_20`. Each run lies in a folder of its own under --out and is judged once, in a small file in --results:
-a run that was stopped goes on, one whose file is there is read, so that evenings add up. What is judged: 10-NN
-(cosine, majority) on the validation images and leave-one-out on the training images, and logistic regression, of the
-class token and of the mean of the patch tokens; against a random start and 8 x 8 thumbnails. Differences come with a
-paired bootstrap's 95 % interval over images. With `--equal time` every case gets as many epochs as fit in the time of
-the base's; `mae-sdae` and `mae-dual` then spend the first half of it on MAE. What a run is worth and its curve are in
-the files of --results, the rows of the table in that of --json.
+`tiny_imagenet_20`, or with `--images camvid` crops of CamVid's frames. Each run lies in a folder of its own under --out
+and is judged once, in a small file in --results: a run that was stopped goes on, one whose file is there is read, so
+that evenings add up. What is judged: 10-NN (cosine, majority) on the validation images and leave-one-out on the
+training images, and logistic regression, of the class token and of the mean of the patch tokens; against a random start
+and 8 x 8 thumbnails. Differences come with a paired bootstrap's 95 % interval over images. With `--equal time` every
+case gets as many epochs as fit in the time of the base's; `mae-sdae` and `mae-dual` then spend the first half of it on
+MAE. What a run is worth and its curve are in the files of --results, the rows of the table in that of --json.
 
 With `--device cuda` runs, features and judges are on the GPU; passes are compiled, as CUDA graphs unless --compile-mode
 says otherwise, since steps of small images are short.
@@ -23,14 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    SHARED,
-    add_device,
-    arguments,
-    finish,
-    unpack,
-)
+from benchmarks.common import add_device, arguments, finish
 from benchmarks.learning_cases import BASE, CASES, TABLES
+from benchmarks.learning_images import OVERLAPPING, SETS
 from benchmarks.learning_judge import (
     POOLS,
     Images,
@@ -60,9 +55,7 @@ from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_write
 from fastpmae_loaders.machine import loader_threads
-from fastpmae_loaders.write.write import write_beton
 
-IMAGES = SHARED / "tiny_imagenet_20.tar"
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CURVE = ("step", "epoch", "loss", "loss_m", "loss_c", "loss_p")
 LONGEST_CURVE = 300
@@ -229,19 +222,6 @@ def _as_one(rows: list[dict[str, float]]) -> dict[str, float]:
     return {"step": last["step"], "epoch": last["epoch"], "seconds": sum(row["seconds"] for row in rows)} | losses
 
 
-def default_betons(folder: Path) -> tuple[Path, Path]:
-    """`tiny_imagenet_20` as two .beton files."""
-    if not IMAGES.exists():
-        raise UserError(f"{IMAGES} is not there: name labelled .beton files with --train and --val")
-    files = folder / "train.beton", folder / "val.beton"
-    if not all(file.exists() for file in files):
-        folder.mkdir(parents=True, exist_ok=True)
-        unpack(IMAGES, folder)
-        for file in files:
-            write_beton(folder / "tiny_imagenet_20" / file.stem, file, force=True)
-    return files
-
-
 def for_device(base: Config, device: torch.device, mode: str | None) -> Config:
     """The base's settings as a run of this device takes them: on a GPU compiled, as CUDA graphs unless told.
 
@@ -260,6 +240,8 @@ def bench() -> int:
     parser = arguments("bench_learning", (__doc__ or "").split("\n\n")[0])
     add_device(parser)
     parser.add_argument("--compile-mode", metavar="MODE", choices=MODES, help=f"on a GPU: {', '.join(MODES)}")
+    parser.add_argument("--images", choices=list(SETS), default="tiny-imagenet",
+                        help="a set in ../shared to pretrain and judge on (tiny-imagenet)")  # fmt: skip
     parser.add_argument("--train", type=Path, metavar="F.beton", help="labelled images to pretrain and judge on")
     parser.add_argument("--val", type=Path, metavar="F.beton", help="labelled images to test on")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(TABLES[6]), metavar="CASE",
@@ -283,7 +265,7 @@ def bench() -> int:
     halves = [name for name in given.cases if CASES[name].after]
     if halves and given.equal != "time":
         raise UserError(f"{', '.join(halves)} shares its time with another case: say --equal time")
-    data = (given.train, given.val) if given.train else default_betons(given.out / "data")
+    data = (given.train, given.val) if given.train else SETS[given.images](given.out / given.images)
     base = read_config(Path(given.base)) if Path(given.base).is_file() else preset(given.base)
     if base.optimizer.pixel_epochs:
         raise UserError(f"--base {given.base} begins with pixels already: take one without --pixel-epochs")
@@ -308,14 +290,16 @@ def bench() -> int:
         comparable = same_time.get(one.case) if one.equal == "time" else base.optimizer.epochs
         if one.case in UNTRAINED or one.epochs == comparable:
             found.setdefault((one.case, one.equal), []).append(one)
-    lines = list(lines_of(found, given.compare))
+    judged_on = "val" if given.images in OVERLAPPING and not given.train else "train"
+    lines = list(lines_of(found, given.compare, judged_on))
     print("\n".join(lines))
     if given.page is not None:
-        write_page(given.page, Path(given.base).stem, lines)
+        write_page(given.page, results.name, lines)
     title = f"Features after {base.optimizer.epochs} epochs of {len(evening.train.labels)} images"
     return finish(
-        as_rows(found, device.type), title, given.json, given.plot, lambda _, words, file: picture(found, words, file)
-    )
+        as_rows(found, device.type), title, given.json, given.plot,
+        lambda _, words, file: picture(found, words, file, judged_on),
+    )  # fmt: skip
 
 
 def main() -> int:

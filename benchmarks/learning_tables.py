@@ -11,13 +11,19 @@ from benchmarks.learning_judge import POOLS, Judged, interval
 
 UNTRAINED = ("random", "thumbnails")
 TITLES = {
-    "knn_train": "10-NN, leave one out", "linear_val": "linear, val", "linear_cv": "linear, 5-fold",
+    "knn_train": "10-NN, leave one out", "knn_val": "10-NN, val",
+    "linear_cv": "linear, 5-fold", "linear_val": "linear, val",
     "finetune_val": "fine-tuned, val", "class": "class token", "mean": "mean of patches",
 }  # fmt: skip
 
 
-def lines_of(found: dict[tuple[str, str], list[Judged]], compared: str = "dual") -> Iterator[str]:
-    """Markdown: a table for each of the paper's, for equal steps and for equal time; how far the case is ahead."""
+def lines_of(
+    found: dict[tuple[str, str], list[Judged]], compared: str = "dual", judged_on: str = "train"
+) -> Iterator[str]:
+    """Markdown: a table for each of the paper's, for equal steps and for equal time; how far the case is ahead.
+
+    `judged_on` says which images are shown: `train`, each left out once, or `val`.
+    """
     for equal in ("steps", "time"):
         known = {name: runs for (name, kind), runs in found.items() if kind == equal or name in UNTRAINED}
         if equal == "time" and "dual" not in known:
@@ -29,17 +35,18 @@ def lines_of(found: dict[tuple[str, str], list[Judged]], compared: str = "dual")
                 continue
             yield from ("", f"**Table {number}, equal {equal}**", "")
             rows = [name for name in [*(UNTRAINED if number == 6 else ()), *there] if known.get(name)]
-            columns = columns_of([run for name in rows for run in known[name] if name not in UNTRAINED])
+            columns = columns_of([run for name in rows for run in known[name] if name not in UNTRAINED], judged_on)
             yield f"| case | seeds | epochs | {' | '.join(map(title_of, columns))} | paper |"
             yield "|---" * (4 + len(columns)) + "|"
             for name in rows:
                 yield _line(name, known[name], known[compared], columns)
 
 
-def columns_of(runs: Sequence[Judged]) -> list[str]:
+def columns_of(runs: Sequence[Judged], judged_on: str) -> list[str]:
     """The most exact measures that all runs of a table have, of both poolings, and fine-tuning if any has it."""
-    linear = "linear_cv" if all("linear_cv/class" in run.right for run in runs) else "linear_val"
-    shown = [f"{measure}/{pool}" for measure in ("knn_train", linear) for pool in POOLS]
+    crossed = judged_on == "train" and all("linear_cv/class" in run.right for run in runs)
+    measures = f"knn_{judged_on}", "linear_cv" if crossed else "linear_val"
+    shown = [f"{measure}/{pool}" for measure in measures for pool in POOLS]
     return shown + [key for key in ("finetune_val",) if any(key in run.right for run in runs)]
 
 
@@ -66,8 +73,8 @@ def _line(name: str, runs: list[Judged], compared: list[Judged], columns: Sequen
     return f"| {case.title if case else name} | {len(runs)} | {runs[0].epochs} | {' | '.join(cells)} | {paper} |"
 
 
-def picture(found: dict[tuple[str, str], list[Judged]], title: str, file: Path) -> None:
-    """Each case's 10-NN on the training images, a mark for each seed and pooling."""
+def picture(found: dict[tuple[str, str], list[Judged]], title: str, file: Path, judged_on: str = "train") -> None:
+    """Each case's 10-NN on the training images, or on the others; a mark for each seed and pooling."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,7 +85,7 @@ def picture(found: dict[tuple[str, str], list[Judged]], title: str, file: Path) 
     for equal, colour in (("steps", "tab:blue"), ("time", "tab:orange")):
         for pool, marker in zip(POOLS, "xo", strict=True):
             dots = [
-                (100 * one.share(f"knn_train/{pool}"), place)
+                (100 * one.share(f"knn_{judged_on}/{pool}"), place)
                 for place, name in enumerate(names)
                 for one in found.get((name, equal), [])
             ]
@@ -86,7 +93,7 @@ def picture(found: dict[tuple[str, str], list[Judged]], title: str, file: Path) 
                 label = f"{TITLES[pool]}, equal {equal}"
                 axes.scatter(*zip(*dots, strict=True), color=colour, marker=marker, label=label, alpha=0.7)
     axes.set_yticks(range(len(names)), [CASES[name].title if name in CASES else name for name in names])
-    axes.set(xlabel="10-NN on the training images, leave one out, %", title=title)
+    axes.set(xlabel=f"{TITLES[f'knn_{judged_on}']}, %", title=title)
     axes.grid(axis="x", alpha=0.3)
     axes.invert_yaxis()
     axes.legend(fontsize="small")
@@ -107,11 +114,11 @@ def as_rows(found: dict[tuple[str, str], list[Judged]], device: str = "cpu") -> 
     return rows
 
 
-def write_page(page: Path, base: str, lines: Sequence[str]) -> None:
-    """Replace the tables of a base's runs in a page, between the markers that name it.
+def write_page(page: Path, results: str, lines: Sequence[str]) -> None:
+    """Replace the tables of a folder of results in a page, between the markers that name it.
 
     Raises:
         UserError: for a page without them.
     """
-    begin, end = f"<!-- {base}: written by benchmarks/bench_learning.py -->", f"<!-- end of {base} -->"
+    begin, end = f"<!-- {results}: written by benchmarks/bench_learning.py -->", f"<!-- end of {results} -->"
     renew_tables(page, begin, end, lines)

@@ -177,6 +177,10 @@ def test_tables_and_page(tmp_path):
     (row_of_dual,) = [line for line in others if line.startswith("| Pseudo-MAE")]
     assert row_of_dual.count("-10.0 (") == 4
     assert not any("(" in line.removeprefix("| SdAE") for line in others if line.startswith("| SdAE"))
+    assert "10-NN, leave one out: class token" in lines[3]
+    of_others = list(lines_of(found, judged_on="val"))
+    assert "10-NN, val: class token" in of_others[3]
+    assert "linear, val: class token" in of_others[3]
     page = tmp_path / "page.md"
     marker = "<!-- {}: written by benchmarks/bench_learning.py -->\n{}\n<!-- end of {} -->\n"
     page.write_text("a\n" + marker.format("other", "kept", "other") + marker.format("base", "old", "base") + "z\n")
