@@ -8,7 +8,8 @@ that evenings add up. What is judged: 10-NN (cosine, majority) on the validation
 training images, and logistic regression, of the class token and of the mean of the patch tokens; against a random start
 and 8 x 8 thumbnails. Differences come with a paired bootstrap's 95 % interval over images. With `--equal time` every
 case gets as many epochs as fit in the time of the base's; `mae-sdae` and `mae-dual` then spend the first half of it on
-MAE. What a run is worth and its curve are in the files of --results, the rows of the table in that of --json.
+MAE. With equal steps they all begin from one run of MAE, of --mae-epochs. What a run is worth and its curve are in the
+files of --results, the rows of the table in that of --json.
 
 With `--device cuda` runs, features and judges are on the GPU; passes are compiled, as CUDA graphs unless --compile-mode
 says otherwise, since steps of small images are short.
@@ -74,11 +75,12 @@ class Evening:
         results: Path,
         workers: int,
         device: torch.device | str = "cpu",
+        mae_epochs: int = 0,
     ):
         self.device = torch.device(device)
         self.betons = train, val
         self.base = base.using(beton=train, workers=workers, device=self.device.type)
-        self.out, self.results = out, results
+        self.out, self.results, self.mae_epochs = out, results, mae_epochs
         for folder in (out, results):
             folder.mkdir(parents=True, exist_ok=True)
         side = base.views.image_size
@@ -108,7 +110,8 @@ class Evening:
             runs: list[Path] = []
             start = CASES[name].after
             if start is not None:
-                runs.append(self._pretrained(start, seed, "half", self._epochs(start, half=True)))
+                first = self.mae_epochs or self._epochs(start, half=True)
+                runs.append(self._pretrained(start, seed, "first" if self.mae_epochs else "half", first))
             runs.append(self._pretrained(name, seed, equal, epochs, init=runs[0] if runs else None))
             encoder, _ = load_encoder(runs[-1])
             right = judge(features_of(encoder, self.train, self.val, self.device), self.train, self.val, self.device)
@@ -250,6 +253,8 @@ def bench() -> int:
                         help="whose lead over each case the tables give (dual)")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the runs (0)")
     parser.add_argument("--epochs", type=int, default=10, help="of the base's schedule (10)")
+    parser.add_argument("--mae-epochs", type=int, default=0, metavar="EPOCHS",
+                        help="with equal steps: of the one run that the cases mae-... begin from")  # fmt: skip
     parser.add_argument("--equal", choices=("steps", "time"), default="steps", help="what the cases have in common")
     parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS",
                         help="fine-tune every run too, with the preset `small` and so many epochs (not)")  # fmt: skip
@@ -262,9 +267,12 @@ def bench() -> int:
     device = choose_device(given.device)
     if (given.train is None) != (given.val is None):
         raise UserError("--train and --val go together")
-    halves = [name for name in given.cases if CASES[name].after]
-    if halves and given.equal != "time":
-        raise UserError(f"{', '.join(halves)} shares its time with another case: say --equal time")
+    later = [name for name in given.cases if CASES[name].after]
+    if later and (given.equal == "time") == bool(given.mae_epochs):
+        raise UserError(f"{', '.join(later)} comes after MAE: say --equal time, or --mae-epochs with equal steps")
+    first = [name for name in given.cases if CASES[name].pixels_first]
+    if first and given.equal != "time":
+        raise UserError(f"{', '.join(first)} gives half of its time to pixels: say --equal time")
     data = (given.train, given.val) if given.train else SETS[given.images](given.out / given.images)
     base = read_config(Path(given.base)) if Path(given.base).is_file() else preset(given.base)
     if base.optimizer.pixel_epochs:
@@ -272,7 +280,7 @@ def bench() -> int:
     base = for_device(base.using(epochs=1 if given.quick else given.epochs), device, given.compile_mode)
     results = given.results or given.out
     workers = given.workers or (loader_threads() if device.type == "cuda" else 1)
-    evening = Evening(base, *data, given.out, results, workers, device)
+    evening = Evening(base, *data, given.out, results, workers, device, given.mae_epochs)
     for name in UNTRAINED:
         for seed in given.seeds if name == "random" else [0]:
             evening.untrained(name, seed)

@@ -4,8 +4,9 @@ The base is Pseudo-MAE with two teachers. A case differs from it in what its row
 images, views, learning rate and number of steps are the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class LearningCase:
     paper: float | None = None
     """Top-1 on ImageNet-1k that the paper gives the row, fine-tuned, with ViT-S."""
     after: str | None = None
-    """The case that has the first half of the time, and whose encoder this one starts from."""
+    """The case whose encoder this one starts from: with half of the time, or as many epochs as told."""
     as_long_as: str | None = None
     """The case whose steps take as long, where that is another's."""
     pixels_first: bool = False
@@ -66,28 +67,43 @@ def _weights(class_share: float, patch_share: float, token_share: float = 1.0) -
     return changes
 
 
-def _after_mae(case: str, title: str, changes: dict[str, Any]) -> LearningCase:
-    """Teachers that begin as MAE's encoder, and so may follow the student sooner."""
-    soon = changes | {"reconstruction_momentum": (0.7, 0.99)}
-    return LearningCase(f"mae-{case}", f"MAE, then {title}", lambda _: soon, after="mae", as_long_as=case)
-
-
-def _pixels_first(case: str, title: str, changes: dict[str, Any]) -> LearningCase:
-    """The same in one run."""
-    soon = {"reconstruction_momentum": (0.7, 0.99)} | changes
-    return LearningCase(
-        f"pixels-{case}", f"pixels, then {title}", lambda _: soon, as_long_as=_LIKE.get(case, case), pixels_first=True
-    )
-
-
-_LIKE = {"dual-formed": "dual", "dual-formed-centred": "dual", "no-class": "dual"}
-"""A sharper label takes no longer, nor does one that no loss reads."""
 _FORMED: dict[str, Any] = {"class_epsilon": 0.025, "labelling_momentum": (0.99, 1.0)}
 _SDAE: dict[str, Any] = {
     "teachers": "reconstruction",
     "lambda_c": 0.0,
     "lambda_p": 0.0,
 }
+_LATER: dict[str, tuple[str, dict[str, Any]]] = {
+    "sdae": ("the reconstruction teacher alone", _SDAE),
+    "dual": ("two teachers", {}),
+    "dual-formed": ("two teachers, labels that form", _FORMED),
+    "dual-centred": ("the same, the bottleneck centred", _FORMED | {"center_bottleneck": True}),
+    "dual-frozen": (
+        "two teachers, prototypes as DINO's", {"prototype_init": "uniform", "freeze_prototypes": 1, "epsilon": 0.04},
+    ),
+    "dual-light": ("two teachers, labels at 0.03", {"lambda_c": 0.03, "lambda_p": 0.03}),
+    "no-class": ("two teachers, no class labels", {"lambda_c": 0.0}),
+    "no-patch": ("two teachers, no patch labels", {"lambda_p": 0.0}),
+}  # fmt: skip
+"""What pixels can be followed by: a title, and the settings that differ from the base's."""
+
+
+def _after_pixels() -> Iterator[LearningCase]:
+    """Teachers that begin as MAE's encoder, and so may follow the student sooner: after a run of MAE, and in one run.
+
+    A sharper label takes no longer, nor does one that no loss reads: all but `sdae` are timed as `dual`.
+    """
+    for name, (title, changes) in _LATER.items():
+        soon, timed = {"reconstruction_momentum": (0.7, 0.99)} | changes, "sdae" if name == "sdae" else "dual"
+        settings = partial(_same, soon)
+        yield LearningCase(f"mae-{name}", f"MAE, then {title}", settings, after="mae", as_long_as=timed)
+        yield LearningCase(f"pixels-{name}", f"pixels, then {title}", settings, as_long_as=timed, pixels_first=True)
+
+
+def _same(changes: dict[str, Any], _: Config) -> dict[str, Any]:
+    """Changes that no base's settings enter."""
+    return changes
+
 
 _MAE: dict[str, Any] = {"teachers": "none", "target": "pixels", "lambda_c": 0.0, "lambda_p": 0.0, "drop_path": 0.0}
 
@@ -129,21 +145,16 @@ CASES: dict[str, LearningCase] = {
         LearningCase("weights-1-1-0", "no patch labels (1, 1, 0)", _weights(1, 0), 74.23),
         LearningCase("weights-0-1-1", "no reconstruction (0, 1, 1)", _weights(1, 1, 0), 74.09),
         LearningCase("progressive-resolution", "MAE, smaller views in its first half", _smaller_first),
-        _after_mae("sdae", "the reconstruction teacher alone", _SDAE),
-        _after_mae("dual", "two teachers", {}),
         LearningCase("dual-formed", "two teachers, labels that form", lambda _: _FORMED, as_long_as="dual"),
-        _pixels_first("sdae", "the reconstruction teacher alone", _SDAE),
-        _pixels_first("dual", "two teachers", {}),
-        _pixels_first("dual-formed", "two teachers, labels that form", _FORMED),
-        _pixels_first("no-class", "two teachers, no class labels", {"lambda_c": 0.0}),
+        *_after_pixels(),
         LearningCase("one-fold", "one fold for the teachers", lambda _: {"folds": 1}),
         LearningCase("simple-view", "simple view for the labelling teacher", lambda _: {"labelling_view": "simple"}),
     )
 }
 AFTER_MAE = ("dual-formed", *(name for name, case in CASES.items() if case.after or case.pixels_first))
-"""Not in the paper: shown beside Table 6, at equal time."""
+"""Not in the paper: shown beside Table 6."""
 BESIDE_MAE = ("progressive-resolution",)
-"""Not in the paper either: shown beside Table 6, at equal steps and at equal time."""
+"""Not in the paper either, but without teachers: shown before the others."""
 TABLES: dict[int, tuple[str, ...]] = {
     6: ("mae", "sdae", "single-step", "single-epoch", "dual"),
     7: ("momentum-0.96", "dual"),

@@ -29,7 +29,7 @@ def lines_of(
         if equal == "time" and "dual" not in known:
             known["dual"] = found.get(("dual", "steps"), [])
         for number, names in TABLES.items():
-            more = {(6, "steps"): BESIDE_MAE, (6, "time"): (*BESIDE_MAE, *AFTER_MAE)}.get((number, equal), ())
+            more = (*BESIDE_MAE, *AFTER_MAE) if number == 6 else ()
             there = [name for name in (*names, *more) if name in known]
             if not set(there) - {"dual"} or not known.get(compared):
                 continue

@@ -66,8 +66,40 @@ def test_what_comes_after_mae_begins_with_its_encoder(small_beton, tmp_path, mon
     assert (second.teacher.teachers, second.optimizer.epochs) == ("reconstruction", 10)
     assert second.run.init == str(first.run.out)
     assert (first.run.seed, second.run.seed, result.seconds) == (5, 5, 10.0)
-    assert evening.epochs_in_the_same_time("mae-dual") == 6
+    assert evening.epochs_in_the_same_time("mae-dual") == evening.epochs_in_the_same_time("mae-no-patch") == 6
     assert evening.epochs_in_the_same_time("mae") == 30
+
+
+@pytest.mark.slow
+def test_at_equal_steps_all_come_after_one_run_of_mae(small_beton, tmp_path, monkeypatch):
+    given = []
+    for name, value in (("load_encoder", (None, None)), ("features_of", {}), ("seconds_of", [2.0]), ("curve_of", [])):
+        monkeypatch.setattr(f"benchmarks.bench_learning.{name}", lambda *_, value=value: value)
+    monkeypatch.setattr("benchmarks.bench_learning.pretrain", lambda config: given.append(config) or config.run.out)
+    base = BASE.using(epochs=4)
+    evening = Evening(base, small_beton, small_beton, tmp_path / "runs", tmp_path / "results", 1, mae_epochs=7)
+    for name in ("mae-sdae", "mae-dual-formed"):
+        assert evening.trained(name, 2, "steps", 4).epochs == 4
+    first, sdae, again, formed = given
+    assert first == again
+    assert (first.teacher.teachers, first.optimizer.epochs) == ("none", 7)
+    assert sdae.run.init == formed.run.init == str(first.run.out)
+    assert (sdae.teacher.teachers, sdae.optimizer.epochs) == ("reconstruction", 4)
+    assert (formed.teacher.teachers, formed.loss.class_epsilon, formed.optimizer.epochs) == ("dual", 0.025, 4)
+
+
+@pytest.mark.parametrize(
+    ("case", "more", "sentence"),
+    [
+        ("mae-dual", [], "mae-dual comes after MAE: say --equal time, or --mae-epochs with equal steps"),
+        ("mae-sdae", ["--equal", "time", "--mae-epochs", "3"], "mae-sdae comes after MAE: say --equal time, or"),
+        ("pixels-dual", [], "pixels-dual gives half of its time to pixels: say --equal time"),
+    ],
+)
+def test_cases_that_share_their_time_say_what_they_need(case, more, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_learning", "--cases", case, *more])
+    assert main() == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_smaller_views_first_are_timed_by_each_size(small_beton, tmp_path, monkeypatch):
