@@ -38,6 +38,7 @@ from fastpmae.pretraining.data import shared_out
 from fastpmae.run.images import open_images, sources
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.progress import Bar
+from fastpmae_loaders.engines.base import shown
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.mixture import split_weight
 from fastpmae_loaders.write.outputs import open_output
@@ -241,7 +242,7 @@ def _positive(number: float | None) -> bool:
 def _epoch_images(options: Plan) -> int:
     if options.images is not None:
         return options.images
-    return IMAGENET if not options.settings.data.beton else len(open_images(options.settings))
+    return IMAGENET if not options.settings.data.beton else shown(open_images(options.settings))
 
 
 def _loader_rate(options: Plan) -> LoaderRate:

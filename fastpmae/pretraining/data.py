@@ -12,8 +12,10 @@ from fastpmae.config import Config
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import shape_of, view_settings, views_needed
 from fastpmae.pretraining.data_wait import DeviceWait, HostWait, Wait
+from fastpmae.run.images import counted
 from fastpmae_kernels import photometric
 from fastpmae_loaders import Batch, DaliSettings, PairedViews, Samples, uniforms
+from fastpmae_loaders.engines.base import shown
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
 
@@ -71,12 +73,13 @@ def batches_ahead(size: int, config: Config) -> int:
 def steps_in_epoch(images: Samples, config: Config, ranks: Ranks) -> int:
     """Steps of an epoch. Raises UserError when there is less than one batch, or it cannot be shared out evenly."""
     micro_batch_size(config, ranks)
-    if len(images) < config.optimizer.batch_size:
+    count = shown(images)
+    if count < config.optimizer.batch_size:
         raise UserError(
-            f"{images.path} holds {len(images)} images, less than one batch of {config.optimizer.batch_size}: "
+            f"{images.path} holds {counted(images)}, less than one batch of {config.optimizer.batch_size}: "
             "choose a smaller --batch-size"
         )
-    return len(images) // config.optimizer.batch_size
+    return count // config.optimizer.batch_size
 
 
 def make_loader(images: Samples, config: Config, ranks: Ranks) -> PairedViews:

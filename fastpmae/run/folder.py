@@ -28,7 +28,7 @@ from fastpmae.run.checkpoint import (
     read_checkpoint,
     step_of,
 )
-from fastpmae.run.images import absolute, source_notes
+from fastpmae.run.images import absolute, counted, source_notes
 from fastpmae.run.shards import is_sharded
 from fastpmae.run.stored_run import local_folder, resumed_from
 from fastpmae.settings.rates import rate_changes
@@ -287,7 +287,7 @@ def describe_run(
     lines = [
         f"{config.run.preset}: {config.network.model}, {parameters:.1f} M parameters, "
         f"on {ranks.device} x {ranks.size} in {config.efficiency.precision}{', sharded' * sharded}",
-        f"{len(images)} images in {images.path}: {steps_per_epoch} steps of {optimizer.batch_size} an epoch, "
+        f"{counted(images)} in {images.path}: {steps_per_epoch} steps of {optimizer.batch_size} an epoch, "
         f"{optimizer.epochs} epoch{'s' * (optimizer.epochs != 1)}, peak learning rate {optimizer.peak_lr:.4g}",
         *source_notes(images),
     ]

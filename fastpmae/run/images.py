@@ -7,6 +7,7 @@ import numpy as np
 
 from fastpmae.config import Config
 from fastpmae_loaders import Samples, open_samples
+from fastpmae_loaders.engines.base import shown
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.folders import EncodedImages
 from fastpmae_loaders.mixture import Mixture, split_weight
@@ -52,6 +53,13 @@ def source_notes(images: Samples) -> list[str]:
         name, reason = left_out[0]
         notes.append(f"warning: {len(left_out):,} images are left out (the first: {name}: {reason})")
     return notes
+
+
+def counted(images: Samples) -> str:
+    """How many images there are, in words, with the duplicates of a set that no epoch shows."""
+    duplicates = len(images) - shown(images)
+    left_out = f", {duplicates} of them duplicates that are left out" if duplicates else ""
+    return f"{len(images)} images{left_out}"
 
 
 def fingerprint(images: Samples) -> str:

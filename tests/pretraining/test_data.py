@@ -1,6 +1,8 @@
 """What the trainer asks of its loader: the views that are looked at, colours where they are wanted."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +10,15 @@ import torch
 from fastpmae import PRESETS, Config
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.build import views_needed
+from fastpmae.plan.plan import Plan, make_plan
 from fastpmae.pretraining.data import batches_ahead, make_loader, shared_out
 from fastpmae.run.folder import resolve
 from fastpmae.train import pretrain
 from fastpmae_loaders import Beton, DaliSettings, machine
 from fastpmae_loaders.engines import runner
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.write.sets import write_set
+from tests.made import write_tree
 
 
 @pytest.mark.parametrize(
@@ -55,6 +60,28 @@ def test_colours_on_the_device_train_alike(tiny: Config, tmp_path) -> None:
     here = losses(tiny.using(steps=3, out=tmp_path / "here"))
     there = losses(tiny.using(steps=3, out=tmp_path / "there", augment_on="device"))
     assert here == pytest.approx(there, rel=5e-3)
+
+
+@pytest.mark.slow
+def test_duplicates_of_a_set_are_no_part_of_an_epoch(tiny: Config, tmp_path: Path, capsys) -> None:
+    """A run over the end of its epochs, alone and in a mixture; 15 images of which 4 are copies."""
+    tree = write_tree(tmp_path / "tree", 11)
+    for number in range(4):
+        shutil.copy(tree / "class_1" / "0004.jpg", tree / "class_2" / f"again-{number}.jpg")
+    write_set(tree, tmp_path / "set", 3, workers=1, deduplicate=True)
+    config = tiny.using(beton=tmp_path / "set", batch_size=4, log_every=1, epochs=2, warmup_epochs=0.0)
+    assert len(losses(config.using(out=tmp_path / "run"))) == 2 * (11 // 4)
+    assert f"15 images, 4 of them duplicates that are left out in {tmp_path / 'set'}: 2 steps of 4" in one_line(capsys)
+    write_set(tree, tmp_path / "whole", 1, workers=1)
+    mixed = config.using(beton=(f"{tmp_path / 'set'}:1", f"{tmp_path / 'whole'}:1"), out=tmp_path / "mixed")
+    assert len(losses(mixed)) == 2 * ((11 + 15) // 4)
+    assert make_plan(Plan(config, loader_rate=100.0)).steps == 2 * (11 // 4)
+    with pytest.raises(UserError, match="15 images, 4 of them duplicates that are left out, less than one batch of 12"):
+        pretrain(config.using(batch_size=12, out=tmp_path / "none"))
+
+
+def one_line(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("size", "ahead"), [(1, 64), (16, 32), (64, 8), (100, 6), (768, 2)])
