@@ -53,3 +53,5 @@ def _shard(student: Student, teachers: Teachers, ranks: Ranks) -> None:
         # Apart again after every pass, unlike a root by default: a teacher follows the student share by share.
         apart(*teacher.encoder.blocks, teacher.encoder, teacher.head)
         register_fsdp_forward_method(teacher.encoder, "encode_folds")
+        if teacher.head is not None:
+            register_fsdp_forward_method(teacher.head, "uncentred")

@@ -55,6 +55,9 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "grows", "ranks": 1, "settings": {"steps": 10, "epochs": 2, **GROWING}},
     {"name": "grows-on-two", "ranks": 2, "settings": {"steps": 5, "epochs": 2, **GROWING}},
     {"name": "grows-on-two", "ranks": 2, "settings": {"steps": 10, "epochs": 2, "resume": "auto", **GROWING}},
+    # features that are centred over the images of all ranks, each of which has its share of the weights
+    {"name": "centred", "ranks": 1, "settings": {"steps": 3, "center_bottleneck": True}},
+    {"name": "centred-shards", "ranks": 2, "settings": {"steps": 3, "center_bottleneck": True, "shard": True}},
     {"name": "refused", "ranks": 2, "settings": {"steps": 10}, "rank_1_refuses": True},
     {"name": "full", "ranks": 2, "settings": {"steps": 10, "save_steps": 2}, "disk_is_full": True},
 ]  # fmt: skip
@@ -111,6 +114,17 @@ def test_ranks_and_parts_compute_what_one_process_computes(forked: tuple[Path, s
             for figure in (*LOSSES, "grad_norm"):
                 assert one[figure] == pytest.approx(other[figure], rel=1e-5), figure
         assert_same_weights(folder / "one", folder / name, steps)
+
+
+@pytest.mark.slow
+def test_a_centred_bottleneck_in_shards(forked: tuple[Path, str]):
+    folder, _ = forked
+    alone, shards = rows_of(folder / "centred"), rows_of(folder / "centred-shards")
+    assert len(alone) == len(shards) == 3
+    for one, other in zip(alone, shards, strict=True):
+        for figure in (*LOSSES, "grad_norm"):
+            assert one[figure] == pytest.approx(other[figure], rel=1e-5), figure
+    assert_same_weights(folder / "centred", folder / "centred-shards", 3)
 
 
 @pytest.mark.slow
