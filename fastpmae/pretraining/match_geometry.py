@@ -14,8 +14,9 @@ from fastpmae.run.device_metrics import Figures, to_host
 from fastpmae_kernels.match import fold_of
 from fastpmae_loaders import Batch
 
-MOST_IMAGES = 256
-"""So many images of a batch are looked at; they tell as much as all of them."""
+MOST_PAIRS = 256 * 147**2
+"""So many pairs of masked patches are looked at, those of 256 images of 224 pixels in patches of 16: they tell as much
+as all of them, and at 1,024 pixels all would take gigabytes."""
 VIEWS = {"simple": 0, "complex": 1}
 
 
@@ -39,8 +40,8 @@ def match_geometry(batch: Batch, match: Int[Tensor, "batch masked"], config: Con
 
 def geometry_figures(batch: Batch, match: Int[Tensor, "batch masked"], config: Config) -> Figures:
     """The figures of `match_geometry`, without waiting for the device."""
-    match = match[:MOST_IMAGES]
-    hits, candidates = masked_overlaps(batch, config, MOST_IMAGES)
+    match = match[: max(1, MOST_PAIRS // match.shape[1] ** 2)]
+    hits, candidates = masked_overlaps(batch, config, len(match))
     share = (hits & candidates).sum(dim=2) / candidates.sum(dim=1)
     reachable = share > 0
     matched = hits.gather(2, match.unsqueeze(2)).squeeze(2)

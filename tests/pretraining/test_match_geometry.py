@@ -85,6 +85,16 @@ def test_figures_are_those_counted_one_pair_at_a_time(scope: str, view: int):
         assert figures["match_same_place"] == pytest.approx(same / reachable)
 
 
+def test_so_many_pairs_are_looked_at_and_one_image_at_least(monkeypatch: pytest.MonkeyPatch):
+    """12 masked patches an image: 144 pairs. The crops of the first two images lie apart, those of the others agree."""
+    apart, together = [[0, 0, 8, 8], [20, 20, 8, 8]], [[0, 0, 8, 8], [0, 0, 8, 8]]
+    batch = batch_with([apart] * 2 + [together] * 4, [[False, False]] * 6)
+    match = torch.arange(12).expand(6, 12)
+    for most, reachable in ((6 * 144, 4 / 6), (4 * 144, 2 / 4), (3 * 144 - 1, 0), (143, 0)):
+        monkeypatch.setattr("fastpmae.pretraining.match_geometry.MOST_PAIRS", most)
+        assert match_geometry(batch, match, tiny_config())["match_reachable"] == pytest.approx(reachable)
+
+
 def test_rectangles_are_what_the_loader_cuts_out(small_beton: Path):
     """A picture whose colours tell its places: each patch of each view shows the colours of its own rectangle."""
     settings = ViewSettings(image_size=64, patch_size=16)
