@@ -62,6 +62,7 @@ def pretrain(config: Config) -> Path:
             with contextlib.ExitStack() as stack:
                 for stage in stages_of(run, phase, session, stack):
                     train(run, stage, session)
+                del stage  # its networks and moments, before those of the next phase are made
         session.wait()
         session.log.say(f"done: {session.step} of {run.total_steps} steps, in {session.folder}")
         session.finish()
@@ -86,14 +87,13 @@ def train(run: "Pretraining", stage: "Stage", session: Session) -> None:
                 training.teachers.update_ema(training.student, "epoch", phase_epoch)
 
             session.advance(epoch, stage.prefetcher.take_failed())
-            ends_phase = session.step == stage.end_step
             # a row of its own for the last steps of a size of views, which is never mixed with another
             on_grid = session.step % run.config.run.log_every == 0 or session.step == stage.change_step
             if on_grid or session.ends:
                 write_row(stage, session, done, lr, partial=not on_grid)
             del done  # its logits would stay beside those of the next step
             # After a step that was not finite nothing is saved: the last good checkpoint stays the newest.
-            if (session.is_due or ends_phase) and not meter.is_bad():
+            if (session.is_due or session.step == stage.end_step) and not meter.is_bad():
                 session.save(stage.state)
             if ends_epoch and run.online_evaluation.is_due(epoch + 1) and not session.signal:
                 # A signal ends it soon; the resumed run makes up for it.

@@ -9,6 +9,7 @@ from torch import nn
 from fastpmae.config import CUDA_GRAPHS, Config
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.vit import Blocks
+from fastpmae.run.telemetry import collect_everything
 
 StepFunction = Callable[..., Any]
 
@@ -70,12 +71,13 @@ def compile_anew(config: Config, ranks: Ranks) -> bool:
     Returns:
         Whether anything is compiled.
     """
+    compiled = is_compiled(config, ranks)
+    if compiled:
+        torch.compiler.reset()
+    collect_everything()  # networks in shards are cycles, which would stay beside the next phase's
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
-    if not is_compiled(config, ranks):
-        return False
-    torch.compiler.reset()
-    return True
+    return compiled
 
 
 def _compile_blocks(network: nn.Module, **how: Any) -> None:

@@ -88,6 +88,8 @@ def train_step(
             (found.total / accumulate).backward()
         losses.append(found.stack().detach())
         index.append(batch.index)
+        if number < accumulate:
+            del found, targets, batch  # their logits would stay beside those of the next
     mean_losses = torch.stack(losses).mean(dim=0)
     before_update()
     if epoch < config.optimizer.freeze_prototypes:

@@ -27,6 +27,13 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def collect_everything() -> None:
+    """Collect garbage among what `garbage_between_steps` found there at its start, too."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 @contextlib.contextmanager
 def garbage_between_steps() -> Iterator[Callable[[int], None]]:
     """Within it Python looks for garbage where it is told to, and not in the middle of a step; then as before.

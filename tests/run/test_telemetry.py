@@ -2,6 +2,7 @@
 
 import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from fastpmae import Config, UserError, pretrain
 from fastpmae.config_file import read_config
 from fastpmae.run import telemetry
 from fastpmae.run.log import About, Log
-from fastpmae.run.telemetry import garbage_between_steps, peak_memory
+from fastpmae.run.telemetry import collect_everything, garbage_between_steps, peak_memory
 
 
 class Circle:
@@ -131,3 +132,15 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_training(
 def test_a_trace_of_fewer_steps_than_none_is_refused(tiny: Config):
     with pytest.raises(UserError, match="--profile -1: 0 or more"):
         pretrain(tiny.using(profile=-1))
+
+
+def test_what_was_there_at_the_start_can_be_collected_too():
+    circle = Circle()
+    gone = weakref.ref(circle)
+    with garbage_between_steps() as after:
+        del circle
+        after(telemetry.COLLECT_EVERY)
+        assert gone() is not None
+        collect_everything()
+        assert gone() is None
+        assert gc.get_freeze_count() > 0
