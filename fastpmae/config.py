@@ -195,8 +195,9 @@ class Optimizer(Typed):
     """Epochs of linear learning-rate warm-up; by default 20 % of all."""
     pixel_epochs: float = 0.0
     """Epochs at the start, of those of --epochs, in which the student learns to reconstruct pixels without a teacher,
-    as in MAE; below 1 a share of them, with an epoch at least on either side. Teachers, decoder, head and optimizer
-    then begin anew with its encoder, and all schedules with them. Says nothing where --teachers is none."""
+    as in MAE; below 1 a share of them, with an epoch at least on either side. Teachers (with --teacher-init copy),
+    decoder, head and optimizer then begin anew with its encoder, and all schedules with them. Says nothing where
+    --teachers is none."""
     weight_decay: float = 0.05
     """Weight decay of AdamW; not applied to biases, norms and tokens."""
     decay_tokens: bool = False

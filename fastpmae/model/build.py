@@ -213,6 +213,32 @@ def check(config: Config) -> None:
         check_fp8_sizes(shape.width, int(shape.width * shape.mlp_ratio))
 
 
+def check_label_schedules(config: Config) -> None:
+    """Whether what is told of labels fits the epochs that have them: asked where a run begins, since it may go on.
+
+    Raises:
+        UserError: for a schedule that is longer than they are, and for settings of labels where there are none.
+    """
+    loss, freeze = config.loss, config.optimizer.freeze_prototypes
+    given = {
+        "--class-epsilon": loss.class_epsilon is not None, "--warmup-epsilon": loss.warmup_epsilon is not None,
+        "--center-bottleneck": loss.center_bottleneck, "--freeze-prototypes": freeze > 0,
+    }  # fmt: skip
+    if config.teacher.teachers not in ("dual", "single"):
+        if any(given.values()):
+            flags = " and ".join(flag for flag in given if given[flag])
+            raise UserError(f"--teachers {config.teacher.teachers} gives no pseudo labels: leave out {flags}")
+        return
+    first = pixel_epochs(config)
+    epochs = config.optimizer.epochs - first
+    there = f"of --epochs {config.optimizer.epochs}, {epochs} have labels" + f", after {first} of pixels" * (first > 0)
+    # frozen for as long as there are labels, they would never be trained
+    if freeze >= epochs:
+        raise UserError(f"--freeze-prototypes {freeze} leaves no epoch in which prototypes are trained: {there}")
+    if loss.warmup_epsilon_epochs > epochs:
+        raise UserError(f"--warmup-epsilon-epochs {loss.warmup_epsilon_epochs} never reaches --epsilon: {there}")
+
+
 def _check_numbers(config: Config) -> None:
     """Refuse what no rule could reason about: numbers that are not finite, sizes below 1."""
     for name, value in config.flat().items():

@@ -39,7 +39,9 @@ def describe_phase(phase: Phase) -> str:
     epochs = describe_epochs(phase.first_epoch, phase.last_epoch)
     if phase.name == "pixels":
         return f"{epochs}: the student reconstructs pixels, without a teacher"
-    return f"{epochs}: teachers ({phase.config.teacher.teachers}), which begin as the encoder is now"
+    teachers = phase.config.teacher
+    start = "as the encoder is now" if teachers.teacher_init == "copy" else "at random"
+    return f"{epochs}: teachers ({teachers.teachers}), which begin {start}"
 
 
 def phases_of(config: Config) -> tuple[Phase, ...]:

@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from fastpmae.config import Config
-from fastpmae.model.build import SHAPES, check, shape_of
+from fastpmae.model.build import SHAPES, check, check_label_schedules, shape_of
 from fastpmae.model.phases import Phase, phases_of, resolutions_in
 from fastpmae.model.resolutions import Resolution, at_size
 from fastpmae.plan.costs import Costs, flops_of_an_image, step_costs
@@ -101,6 +101,7 @@ def make_plan(options: Plan, tell: Callable[[str], None] = lambda _: None) -> Re
         UserError: for settings that make no run, a GPU nobody knows, images that cannot be read.
     """
     check(options.settings)
+    check_label_schedules(options.settings)
     gpu = _gpu(options)
     options = replace(options, settings=shared_out(options.settings, options.gpus)[0])
     # the last phase needs most: with its teachers the plan is made, and the time of a first one is added

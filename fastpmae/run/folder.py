@@ -17,7 +17,7 @@ from torch import nn
 from fastpmae.config import Config, settings_by_name
 from fastpmae.config_file import read_config, write_config
 from fastpmae.distributed.ranks import Ranks, has_bf16
-from fastpmae.model.build import pixel_epochs, warmup_epochs
+from fastpmae.model.build import check_label_schedules, pixel_epochs, warmup_epochs
 from fastpmae.model.phases import phase_after
 from fastpmae.model.resolutions import canonical
 from fastpmae.run.checkpoint import (
@@ -112,6 +112,7 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int, told: Seque
         raise UserError(f"{folder} already holds a run: add --resume to continue it, or choose another --out")
     _check_no_others_files(folder)
     if resume is None:
+        check_label_schedules(config)
         return OpenRun(folder, None, [*told])
     remarks: list[str] = []
     path = resumed_from(config) or folder
@@ -123,6 +124,7 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int, told: Seque
     if checkpoint is None:
         if remarks or resume != "auto":
             raise UserError("; ".join([f"there is no sound checkpoint in {path}", *remarks]))
+        check_label_schedules(config)
         return OpenRun(folder, None, [*told, f"nothing to resume in {folder}: starting anew"])
     before = checkpoint.progress["steps_per_epoch"]
     if before != steps_per_epoch:

@@ -1,6 +1,7 @@
 """Runs of two phases: pixels first, then teachers, in one run that is the same whenever it is stopped."""
 
 import dataclasses
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fastpmae import Config, UserError, embed_images, load_encoder, pretrain
 from fastpmae.config_file import read_config
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.export.network import read_export
-from fastpmae.model.build import check
+from fastpmae.model.build import check, check_label_schedules
 from fastpmae.model.phases import Phase, describe_phase, phase_after, phases_of
 from fastpmae.pictures.analysis import analyse, prototype_use
 from fastpmae.pictures.report import write_report
@@ -124,6 +125,57 @@ def test_each_phase_is_the_run_that_its_settings_make_alone(whole: Path, phased:
     assert [row["phase"] for row in rows] == [1 if row["step"] <= half else 2 for row in rows]
     assert all(row["loss"] == row["loss"] and "class_divergence" in row for row in second)
     assert second[0]["labelling_momentum"] == pytest.approx(phased.teacher.labelling_momentum[0], abs=0.01)
+
+
+@pytest.mark.slow
+def test_the_first_phases_networks_are_gone_before_the_seconds_are_made(
+    phased: Config, monkeypatch: pytest.MonkeyPatch
+):
+    students: list[weakref.ref] = []
+
+    def made(*arguments: Any) -> Any:
+        assert [student() for student in students] == [None] * len(students)
+        networks = make_networks(*arguments)
+        students.append(weakref.ref(networks[0]))
+        return networks
+
+    monkeypatch.setattr("fastpmae.train.make_networks", made)
+    pretrain(phased)
+    assert len(students) == 2
+
+
+WITHOUT_LABELS = {"teachers": "reconstruction", "lambda_c": 0.0, "lambda_p": 0.0}
+
+
+def test_the_log_says_how_the_teachers_begin():
+    copied, random = (Config().using(epochs=4, pixel_epochs=2, teacher_init=init) for init in ("copy", "random"))
+    assert describe_phase(phases_of(copied)[1]).endswith("which begin as the encoder is now")
+    assert describe_phase(phases_of(random)[1]).endswith("which begin at random")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"freeze_prototypes": 4}, "--freeze-prototypes 4 leaves no epoch .* --epochs 10, 4 have labels, after 6 of"),
+        ({"warmup_epsilon": 0.03, "warmup_epsilon_epochs": 5}, "-epochs 5 never reaches --epsilon: of --epochs 10, 4"),
+        ({"freeze_prototypes": 10, "pixel_epochs": 0}, "of --epochs 10, 10 have labels$"),
+        (WITHOUT_LABELS | {"class_epsilon": 0.025, "center_bottleneck": True},
+         "--teachers reconstruction gives no pseudo labels: leave out --class-epsilon and --center-bottleneck"),
+    ],
+)  # fmt: skip
+def test_label_schedules_are_held_against_the_epochs_with_labels(settings: dict[str, Any], sentence: str):
+    config = Config().using(**{"epochs": 10, "pixel_epochs": 6} | settings)
+    check(config)  # a run that was begun so before is read
+    with pytest.raises(UserError, match=sentence):
+        check_label_schedules(config)
+    check_label_schedules(Config().using(epochs=10, pixel_epochs=6, freeze_prototypes=3))
+
+
+@pytest.mark.slow
+def test_a_run_does_not_begin_with_schedules_that_do_not_fit(phased: Config, tmp_path: Path):
+    with pytest.raises(UserError, match="--freeze-prototypes 2 leaves no epoch"):
+        pretrain(phased.using(freeze_prototypes=2))
+    assert not phased.run.out.exists()
 
 
 @pytest.mark.slow
