@@ -30,6 +30,8 @@ def collapse_metrics(
     are in nats, to be read against `entropy_limit` = log P. A divergence is what of a label loss the student could
     still learn, in nats: the loss is the entropy of the labels, which nothing lowers, and their divergence from what
     the student says. Where it is near 0 from the start, there is nothing in the labels that the student does not know.
+    A class token has the mean label of its image's folds to learn (equation 4), and it is that label's entropy which
+    counts: what the folds say apart from their mean is `class_fold_divergence`, which no student can learn.
 
     Args:
         label_losses: of class and patch tokens, for this micro-batch; without them no divergence is told.
@@ -50,15 +52,19 @@ def collapse_figures(
     limits: dict[str, float] = {}
     for name, labels in (("class", targets.class_labels), ("patch", targets.patch_labels)):
         if labels is not None:
-            used, entropy = _labels(labels)
+            of_patches = name == "patch"
+            folds = 1 if of_patches else labels.logits.rows() // len(targets.reconstruction)
+            used, entropy, of_mean = _labels(labels, folds)
             numbers += [used, entropy.mean(dtype=torch.float64)]
             names += [f"{name}_prototypes_used", f"{name}_label_entropy"]
             limits["entropy_limit"] = math.log(len(labels.logv))
+            if folds > 1:
+                numbers.append(of_mean.mean(dtype=torch.float64) - entropy.mean(dtype=torch.float64))
+                names.append("class_fold_divergence")
             if label_losses is not None:
-                of_patches = name == "patch"
                 if of_patches and match is not None:  # the loss reads the labels of the matched patches
-                    entropy = entropy.view(match.shape).gather(1, match)
-                numbers.append(label_losses[of_patches].double() - entropy.mean(dtype=torch.float64))
+                    of_mean = of_mean.view(match.shape).gather(1, match)
+                numbers.append(label_losses[of_patches].double() - of_mean.mean(dtype=torch.float64))
                 names.append(f"{name}_divergence")
     matrices: list[Tensor] = []
     ranks: list[str] = []
@@ -110,7 +116,7 @@ class FlatLabels:
 
 def label_entropy(labels: PseudoLabels) -> float:
     """Mean entropy of the pseudo labels, in nats."""
-    return _labels(labels)[1].mean(dtype=torch.float64).item()
+    return _labels(labels, 1)[1].mean(dtype=torch.float64).item()
 
 
 def token_std(tokens: Float[Tensor, "tokens dim"]) -> tuple[float, float]:
@@ -134,12 +140,14 @@ def effective_rank(covariance: Float64[Tensor, "dim dim"]) -> float:
     return math.exp(-torch.xlogy(share, share).sum().item())
 
 
-def _labels(labels: PseudoLabels) -> tuple[Float64[Tensor, ""], Float[Tensor, " rows"]]:
-    """How many prototypes are in use, and the entropy of each label."""
+def _labels(
+    labels: PseudoLabels, together: int
+) -> tuple[Float64[Tensor, ""], Float[Tensor, " rows"], Float[Tensor, " means"]]:
+    """How many prototypes are in use, the entropy of each label, and of the mean of so many labels at a time."""
     logv = labels.logv
     used = torch.zeros(len(logv), dtype=torch.bool, device=logv.device)
-    entropies = []
-    count = max(1, AT_ONCE.get(logv.device.type, AT_ONCE["cpu"]) // len(logv))
+    entropies, of_means = [], []
+    count = max(1, AT_ONCE.get(logv.device.type, AT_ONCE["cpu"]) // len(logv) // together) * together
     # The same memory for all parts: fresh pages cost a CPU more than the sums in them.
     logits, weights = torch.empty(2, count, len(logv), dtype=torch.float32, device=logv.device)
     for rows in labels.logits.split(count):
@@ -149,7 +157,11 @@ def _labels(labels: PseudoLabels) -> tuple[Float64[Tensor, ""], Float[Tensor, " 
         weight = torch.exp(logit, out=weights[: len(rows)])
         norm = weight.sum(dim=1)
         entropies.append(norm.log() - logit.mul_(weight).sum(dim=1) / norm)
-    return used.sum(dtype=torch.float64), torch.cat(entropies)
+        if together > 1:
+            mean = weight.div_(norm.unsqueeze(1)).view(-1, together, len(logv)).mean(dim=1)
+            of_means.append(-torch.xlogy(mean, mean).sum(dim=1))
+    entropy = torch.cat(entropies)
+    return used.sum(dtype=torch.float64), entropy, torch.cat(of_means) if of_means else entropy
 
 
 def _token_std(tokens: Float[Tensor, "tokens dim"]) -> tuple[Float64[Tensor, ""], Float64[Tensor, "dim dim"]]:

@@ -169,20 +169,22 @@ def test_a_divergence_is_the_loss_without_the_entropy_of_its_labels():
     tokens = torch.randn(batch, masked, 6, generator=generator)
     figures = collapse_metrics(Targets(tokens, tokens, tokens, of_class, of_patch), losses, match)
 
-    def divergence(labels: PseudoLabels, teacher: torch.Tensor, student: torch.Tensor) -> float:
-        label = torch.softmax(teacher.double() / labels.epsilon + labels.logv.double(), dim=1)
-        return (
-            (label * (label.log() - torch.log_softmax(student.double() / temperature, dim=1))).sum(dim=1).mean().item()
-        )
+    def label_of(labels: PseudoLabels, teacher: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(teacher.double() / labels.epsilon + labels.logv.double(), dim=1)
+
+    def divergence(label: torch.Tensor, student: torch.Tensor) -> float:
+        said = torch.log_softmax(student.double() / temperature, dim=1)
+        return (label * (label.log() - said)).sum(dim=1).mean().item()
 
     rows = (match + masked * torch.arange(batch)[:, None]).flatten()
-    matched = PseudoLabels(of_patch.logits, of_patch.logv, of_patch.epsilon)
-    assert figures["class_divergence"] == pytest.approx(
-        divergence(of_class, teacher_class, student_class.repeat_interleave(folds, 0)), rel=1e-5
-    )
+    of_folds = label_of(of_class, teacher_class)
+    of_image = of_folds.view(batch, folds, -1).mean(dim=1)
+    assert figures["class_divergence"] == pytest.approx(divergence(of_image, student_class), rel=1e-5)
     assert figures["patch_divergence"] == pytest.approx(
-        divergence(matched, teacher_patch[rows], student_patch), rel=1e-5
+        divergence(label_of(of_patch, teacher_patch[rows]), student_patch), rel=1e-5
     )
+    apart = of_folds.log() - of_image.log().repeat_interleave(folds, 0)
+    assert figures["class_fold_divergence"] == pytest.approx((of_folds * apart).sum(1).mean().item(), rel=1e-5)
     assert "class_divergence" not in collapse_metrics(Targets(tokens, tokens, tokens, of_class, of_patch))
 
 
