@@ -9,6 +9,7 @@ from torch import nn
 from fastpmae.config import CUDA_GRAPHS, Config
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.model.vit import Blocks
+from fastpmae.pretraining.step import label_losses
 from fastpmae.run.telemetry import collect_everything
 
 StepFunction = Callable[..., Any]
@@ -22,7 +23,8 @@ def compile_step(
     networks: Iterable[nn.Module] = (),
     backend: str = "inductor",
 ) -> tuple[StepFunction, StepFunction]:
-    """The step's two functions as the loop calls them, each as one graph where they are compiled.
+    """The step's two functions as the loop calls them, each as one graph where they are compiled, but for the losses of
+    labels whose temperature warms up.
 
     Across ranks the student is inside a module of torch's that is not to be compiled: dynamo makes one graph of what
     stands before it, of the student and of the losses each. With --shard the blocks alone are compiled, each between
@@ -43,8 +45,11 @@ def compile_step(
         for network in networks:
             _compile_blocks(network, backend=backend, mode=mode, fullgraph=whole)
         return teacher_forward, student_loss
+    one_graph = ranks.group is None
+    if config.loss.warmup_epsilon is not None:
+        student_loss, one_graph = _with_labels_outside(student_loss), False
     compiled_teacher = torch.compile(teacher_forward, backend=backend, mode=mode, fullgraph=whole)
-    compiled_student = torch.compile(student_loss, backend=backend, mode=mode, fullgraph=whole and ranks.group is None)
+    compiled_student = torch.compile(student_loss, backend=backend, mode=mode, fullgraph=whole and one_graph)
     if efficiency.compile_mode not in CUDA_GRAPHS or not on_gpu:
         return compiled_teacher, compiled_student
 
@@ -54,6 +59,19 @@ def compile_step(
         return compiled_teacher(*arguments)
 
     return first_of_a_step, compiled_student
+
+
+def _with_labels_outside(student_loss: StepFunction) -> StepFunction:
+    """The function with the losses of labels left out of its graph, which would hold for one temperature alone.
+
+    A temperature that warms up is another in each epoch: the function would be compiled as often, until torch gives up.
+    """
+    outside = torch.compiler.disable(label_losses)
+
+    def run(*arguments: Any) -> Any:
+        return student_loss(*arguments, outside)
+
+    return run
 
 
 def is_compiled(config: Config, ranks: Ranks) -> bool:

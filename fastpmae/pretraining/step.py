@@ -1,7 +1,7 @@
 """The work of one training step as functions of networks and a batch: no state, no host syncs, no logging."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -146,14 +146,36 @@ def epsilons(loss: Loss, epoch: int) -> tuple[float, float]:
     return share * of_class, share * loss.epsilon
 
 
+def label_losses(
+    class_logits: PrototypeLogits,
+    patch_logits: PrototypeLogits,
+    targets: Targets,
+    match: Int[Tensor, "batch masked"],
+    folds: int,
+    temperature: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """L_c and L_p of the student's logits (equations 3 and 4)."""
+    assert targets.class_labels is not None
+    assert targets.patch_labels is not None
+    return (
+        class_loss(class_logits, targets.class_labels, folds, temperature),
+        patch_loss(patch_logits, targets.patch_labels, match, temperature),
+    )
+
+
 def student_loss(
     student: nn.Module,
     batch: Batch,
     drop_path_scale: Float[Tensor, "batch depth 2"] | None,
     targets: Targets,
     config: Config,
+    losses_of_labels: Callable[..., tuple[Float[Tensor, ""], Float[Tensor, ""]]] = label_losses,
 ) -> Losses:
-    """The student's predictions and the three losses (equations 1 to 5)."""
+    """The student's predictions and the three losses (equations 1 to 5).
+
+    Args:
+        losses_of_labels: `label_losses`, or the same outside the graph that this becomes.
+    """
     loss = config.loss
     predicted, class_logits, patch_logits = student(
         batch.simple, batch.visible, batch.folds, drop_path_scale, config.efficiency.prototypes_chunk
@@ -162,13 +184,13 @@ def student_loss(
         reconstruction = pixel_loss(predicted, targets.reconstruction)
     else:
         reconstruction = reconstruction_loss(predicted, targets.reconstruction, loss.cosine_axis, batch.fold_sizes)
-    if targets.class_labels is None or targets.patch_labels is None or targets.label_tokens is None:
+    if targets.label_tokens is None:
         nothing = torch.zeros_like(reconstruction)
         return Losses(loss.lambda_m * reconstruction, reconstruction, nothing, nothing)
     match = nearest_patch(
         predicted.detach(), targets.label_tokens, loss.match_metric, loss.match_scope, batch.fold_sizes
     )
-    of_class = class_loss(class_logits, targets.class_labels, len(batch.fold_sizes), loss.student_temperature)
-    of_patch = patch_loss(patch_logits, targets.patch_labels, match, loss.student_temperature)
+    folds = len(batch.fold_sizes)
+    of_class, of_patch = losses_of_labels(class_logits, patch_logits, targets, match, folds, loss.student_temperature)
     total = loss.lambda_m * reconstruction + loss.lambda_c * of_class + loss.lambda_p * of_patch
     return Losses(total, reconstruction, of_class, of_patch, match)

@@ -152,6 +152,35 @@ def graphs_of(function: Any, *arguments: Any) -> tuple[torch.fx.Graph, torch.fx.
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own, which it hides
+def test_a_temperature_that_warms_up_compiles_nothing_anew():
+    """Twelve epochs of a step, each with a temperature of its own: torch compiles a function eight times at most."""
+    config = tiny_config("paper", warmup_epsilon=0.02, warmup_epsilon_epochs=12, depth=1)
+
+    def totals(passes: tuple[Callable[..., Any], Callable[..., Any]]) -> list[float]:
+        student, teachers = tiny_networks(config, 4)
+        for network in (student, *teachers.modules().values()):
+            network.float()
+        optimizer, found = make_optimizer(student, config), []
+        for epoch in range(12):
+            torch._dynamo.config.error_on_recompile = epoch > 0
+            batch = made_batch(epoch, 3, (4, 4, 4))
+            targets = assign_pseudo_labels([passes[0](teachers, batch, config)], config, epoch=epoch)[0]
+            losses = passes[1](student, batch, drop_path_scale_of(config, 3, epoch).float(), targets, config)
+            losses.total.backward()
+            update(optimizer, losses.total.detach(), 1e-3, 0.0, ALONE)
+            found.append(losses.total.item())
+        return found
+
+    plain = totals((teacher_forward, student_loss))
+    with watched():
+        compiled = config.using(compile="on")
+        assert totals(compile_step(teacher_forward, student_loss, compiled, ALONE, backend="aot_eager")) == (
+            pytest.approx(plain, rel=1e-5)
+        )
+
+
+@pytest.mark.slow
 def test_the_compiled_step_copies_no_gradient_of_logits():
     """Of the student's patch logits one matrix is made, and none in the backward pass."""
     config = tiny_config(prototypes=1000, depth=1, drop_path=0.0)
