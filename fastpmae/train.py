@@ -23,25 +23,25 @@ from fastpmae.pretraining.collapse import FlatLabels, collapse_figures
 from fastpmae.pretraining.compile import compile_anew, compile_step
 from fastpmae.pretraining.data import Prefetcher, make_loader, shared_out, steps_in_epoch
 from fastpmae.pretraining.match_geometry import geometry_figures
-from fastpmae.pretraining.networks import make_networks
+from fastpmae.pretraining.networks import encoder_of, make_networks
 from fastpmae.pretraining.online_evaluation import OnlineEvaluation
 from fastpmae.pretraining.optimizer import learning_rate, make_optimizer
 from fastpmae.pretraining.parallel import wrap_parallel
 from fastpmae.pretraining.step import student_loss, teacher_forward
 from fastpmae.pretraining.train_step import Done, Training, train_step
-from fastpmae.run.checkpoint import checkpoints_in, collect_state, read_checkpoint, read_progress, restore_state
+from fastpmae.run.checkpoint import collect_state, read_checkpoint, read_progress, restore_state
 from fastpmae.run.device_metrics import to_host
 from fastpmae.run.folder import DECODER, OpenRun, describe_run, lock_run, open_run, recorded, resolve, write_machine
 from fastpmae.run.images import fingerprint, open_images
 from fastpmae.run.log import Log, Meter, about_run
 from fastpmae.run.malloc import tune_allocator
-from fastpmae.run.session import Session, open_session
+from fastpmae.run.session import Session, open_session, stop_if_bad
 from fastpmae.run.stored_run import resumed_from
 from fastpmae.run.telemetry import peak_memory
 from fastpmae.run.uploads import Uploads, open_uploads
 from fastpmae_loaders import PairedViews, Samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
-from fastpmae_loaders.errors import RunError, UserError
+from fastpmae_loaders.errors import UserError
 
 
 def pretrain(config: Config) -> Path:
@@ -57,12 +57,12 @@ def pretrain(config: Config) -> Path:
     check(config)
     ranks = join_ranks(config.efficiency.device, config.efficiency.rank_timeout)
     with open_session(ranks, config.efficiency.deterministic) as session:
-        run = open_pretraining(config, session)
+        run, before = open_pretraining(config, session), None
         for phase in run.phases_left():
             with contextlib.ExitStack() as stack:
-                for stage in stages_of(run, phase, session, stack):
+                for stage in stages_of(run, phase, session, stack, before):
                     train(run, stage, session)
-                del stage  # its networks and moments, before those of the next phase are made
+                    before = stage
         session.wait()
         session.log.say(f"done: {session.step} of {run.total_steps} steps, in {session.folder}")
         session.finish()
@@ -217,34 +217,38 @@ def open_pretraining(config: Config, session: Session) -> Pretraining:
     )
 
 
-def stages_of(run: Pretraining, phase: Phase, session: Session, stack: contextlib.ExitStack) -> Iterator[Stage]:
+def stages_of(
+    run: Pretraining, phase: Phase, session: Session, stack: contextlib.ExitStack, before: Stage | None
+) -> Iterator[Stage]:
     """What is left of a phase, each stage when the one before is done.
 
     Args:
         stack: what is to be left at the phase's end.
+        before: the last stage of the phase before, in this start.
     """
-    first, *later = run.resolutions_left(phase)
-    stage = set_up(run, phase, first, session, stack)
+    stage = set_up(run, phase, session, stack, before)
     begin(run, stage, session)
     yield stage
-    for resolution in later:
+    for resolution in run.resolutions_left(phase)[1:]:
         stage = change_size(stage, resolution, session, stack)
         yield stage
 
 
 def set_up(
-    run: Pretraining, phase: Phase, resolution: Resolution, session: Session, stack: contextlib.ExitStack
+    run: Pretraining, phase: Phase, session: Session, stack: contextlib.ExitStack, before: Stage | None
 ) -> Stage:
-    """Loader and networks of a phase: from the run's checkpoint where it is of this phase, else from their start."""
-    config, ranks = phase.config, session.ranks
+    """Loader and networks of a phase: from the run's checkpoint where it is of this phase, else from their start, or
+    around the encoder of the phase before."""
+    config, ranks, resolution = phase.config, session.ranks, run.resolutions_left(phase)[0]
     first_step, end_step = (run.steps_per_epoch * epoch for epoch in (phase.first_epoch, phase.last_epoch))
-    newest, is_first = run.opened.checkpoint, phase == run.phases_left()[0]
-    if not is_first:  # the phase before has ended with a checkpoint, in this start or an earlier one
-        session.wait()
-        newest = session.newest or newest
+    resumed, init, bad_images = run.opened.checkpoint, config.run.init, 0
+    if before is not None:
+        session.wait()  # until the checkpoint that the phase before has ended with is written
+        # Its encoder by way of memory: other machines may not see the file, which the main rank alone has written.
+        resumed, init, bad_images = None, encoder_of(before.training.student), before.prefetcher.bad_images
         compile_anew(config, ranks)
-    resumed = newest if is_first else None
-    init = newest if phase.first_epoch > 0 else config.run.init
+    elif resumed is not None:
+        bad_images = read_progress(resumed)["bad_images"]
     loader = stack.enter_context(make_loader(run.images, at_size(config, resolution), ranks))
     torch.manual_seed(config.run.seed)
     shard = config.efficiency.shard and ranks.group is not None
@@ -255,9 +259,7 @@ def set_up(
     optimizer = make_optimizer(student, config)
     labels = config.teacher.teachers in ("dual", "single")
     meter = Meter(ranks.device, loader.batch_size * config.optimizer.accumulate, labels=labels)
-    prefetcher = Prefetcher(loader, config, ranks.device)
-    if newest is not None:
-        prefetcher.bad_images = read_progress(newest)["bad_images"]
+    prefetcher = Prefetcher(loader, config, ranks.device, bad_images)
     if resumed is not None:
         checkpoint = read_checkpoint(resumed, ranks.rank, ranks.size)
         restore_state(checkpoint, student, teachers, optimizer)
@@ -369,19 +371,6 @@ def write_row(stage: Stage, session: Session, done: Done, lr: float, *, partial:
         return found
 
     session.log.row(figures, on_host, stage.prefetcher.take_wait(), partial=partial)
-
-
-def stop_if_bad(meter: Meter, session: Session) -> None:
-    """Raise RunError, on every rank, when a step since the start was not finite."""
-    if meter.is_bad():
-        session.wait()
-        samples = sorted(set(session.ranks.all_gather(meter.bad_index).tolist()))
-        newest = next(iter(checkpoints_in(session.folder)), "none yet")
-        raise RunError(
-            f"the loss or a gradient of step {int(meter.bad_step) + 1} is not finite (its update was skipped). "
-            f"Samples of that step: {samples}. Last good checkpoint: {newest}. "
-            "A lower --blr (or --lr), --clip-grad 1 or --precision fp32 usually helps"
-        )
 
 
 def main() -> int:

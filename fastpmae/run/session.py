@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from fastpmae.distributed.ranks import Ranks
-from fastpmae.run.checkpoint import checkpoint_path
+from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in
 from fastpmae.run.checkpoint_writer import Saver, ShardSaver
 from fastpmae.run.deterministic import deterministic
-from fastpmae.run.log import Log
+from fastpmae.run.log import Log, Meter
 from fastpmae.run.signals import Stop
 from fastpmae.run.telemetry import StepTrace, garbage_between_steps
 from fastpmae.run.uploads import Uploads
-from fastpmae_loaders.errors import Interrupted
+from fastpmae_loaders.errors import Interrupted, RunError
 from fastpmae_loaders.stores.address import Address
 
 Entered = TypeVar("Entered")
@@ -40,8 +40,6 @@ class Session:
     folder: Path
     log: Log
     saver: Saver
-    newest: Path | None = None
-    """The checkpoint that was saved last."""
 
     def __init__(self, stack: contextlib.ExitStack, stop: Stop, ranks: Ranks):
         self.stack, self.stop, self.ranks = stack, stop, ranks
@@ -143,8 +141,8 @@ class Session:
         self.log.settle()
         self.wait()
         tensors, values = state()
-        self.newest = checkpoint_path(self.folder, self.step, sharded=self.sharded)
-        self.saver.save(self.newest, tensors, {"step": self.step} | values)
+        path = checkpoint_path(self.folder, self.step, sharded=self.sharded)
+        self.saver.save(path, tensors, {"step": self.step} | values)
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def wait(self) -> None:
@@ -169,6 +167,19 @@ class Session:
         """Until all that is to be in a store is there. Raises RunError where it could not be taken there."""
         if self.uploads is not None:
             self.uploads.finish(signalled=bool(self.signal))
+
+
+def stop_if_bad(meter: Meter, session: Session) -> None:
+    """Raise RunError, on every rank, when a step since the start was not finite."""
+    if meter.is_bad():
+        session.wait()
+        samples = sorted(set(session.ranks.all_gather(meter.bad_index).tolist()))
+        newest = next(iter(checkpoints_in(session.folder)), "none yet")
+        raise RunError(
+            f"the loss or a gradient of step {int(meter.bad_step) + 1} is not finite (its update was skipped). "
+            f"Samples of that step: {samples}. Last good checkpoint: {newest}. "
+            "A lower --blr (or --lr), --clip-grad 1 or --precision fp32 usually helps"
+        )
 
 
 @contextlib.contextmanager

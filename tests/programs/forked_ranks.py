@@ -2,7 +2,8 @@
 
 `python -m tests.programs.forked_ranks CONFIG FOLDER SCENARIOS`. The scenarios are a list in JSON of objects with `name`
 (of the run's folder), `ranks`, `settings`, and as wanted `of_first` (settings of the first rank alone),
-`rank_1_refuses`, `disk_is_full`. For each a line is printed: its name, and how its ranks have ended.
+`rank_1_refuses`, `disk_is_full`, and `apart`: each rank is on a machine of its own, where the folder has the same
+name and lies in `machine-RANK`. For each a line is printed: its name, and how its ranks have ended.
 """
 
 import json
@@ -38,6 +39,11 @@ def run(config: Config, folder: Path, scenario: dict[str, Any], rank: int, port:
     if size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if scenario.get("apart"):
+        (folder / f"machine-{rank}").mkdir(exist_ok=True)
+        os.chdir(folder / f"machine-{rank}")
+        os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        folder = Path()
     settings = scenario["settings"] | (scenario.get("of_first", {}) if rank == 0 else {})
     if scenario.get("rank_1_refuses") and rank == 1:
         fastpmae.train.student_loss = refuse

@@ -1,0 +1,41 @@
+"""Machines that share no disk are one run: what one of them has written the others do not look for on their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastpmae import Config, pretrain
+from fastpmae.config_file import write_config
+from tests.distributed.test_several_ranks import LOSSES, assert_same_weights, settings
+from tests.test_train import environment, rows_of
+
+
+def on_machines(config: Config, folder: Path, *scenarios: dict[str, Any]) -> tuple[list[list[int]], str]:
+    """How the ranks of each scenario have ended, each on a machine of its own, and what they said."""
+    write_config(config, folder / "config.json")
+    told = json.dumps([{"name": "run", "ranks": 2, "apart": True} | scenario for scenario in scenarios])
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.programs.forked_ranks", folder / "config.json", folder, told],
+        env={**environment(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    return [json.loads(line)[1] for line in result.stdout.splitlines()], result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_what_follows_pixels_begins_alike_on_every_machine(small_beton: Path, tmp_path: Path, shard: bool):
+    config = settings(small_beton).using(epochs=2, pixel_epochs=1, shard=shard)
+    ended, said = on_machines(config, tmp_path, {"settings": {}})
+    assert ended == [[0, 0]], said
+    alone, together = pretrain(config.using(shard=False, out=tmp_path / "alone")), tmp_path / "machine-0" / "run"
+    for one, other in zip(rows_of(alone), rows_of(together), strict=True):
+        for figure in (name for name in LOSSES if name in one):
+            assert one[figure] == pytest.approx(other[figure], rel=1e-5), figure
+    assert_same_weights(alone, together, 10)
