@@ -140,7 +140,7 @@ def set_up(
     ema = ModelEmaV3(model, decay, use_warmup=True, warmup_power=0.75) if decay else None
     mixing = Mixing(config, len(setting.train.names), setting.device)
     record = recorded_setting(setting, config)
-    step, sums, complaints = take_up(setting, config, resume, record, steps_per_epoch, model, optimizer, ema)
+    step, sums, complaints = take_up(setting, config, resume, record, steps_per_epoch, model, optimizer, ema, ranks)
     parallel = model
     if ranks.group is not None:
         parallel = average_gradients(model, static_graph=config.accumulate == 1)

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate.backbone import Backbone
 from fastpmae.evaluate.datasets import Engine, Labelled
 from fastpmae.evaluate.recipe import FinetuneConfig
 from fastpmae.renamed import refuse_old_classifier
-from fastpmae.run.checkpoint import Checkpoint, CheckpointError, digest, newest_checkpoint, require
+from fastpmae.run.checkpoint import Checkpoint, CheckpointError, digest, newest_checkpoint, read_checkpoint, require
 from fastpmae.run.init_weights import TUNED, few
 from fastpmae.run.log import About, Log, read_rows
 from fastpmae.run.session import Session
@@ -91,13 +92,14 @@ def take_up(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: ModelEmaV3 | None,
+    ranks: Ranks,
 ) -> tuple[int, Float[Tensor, " 2"], list[str]]:
     """Take the folder's newest sound checkpoint up.
 
     Returns the steps that are done, the sum and number of losses since the last row, and a sentence for each damaged
     checkpoint that was passed over.
     """
-    checkpoint, complaints = found_checkpoint(setting.folder, resume, {"epoch", "lr", "loss"}, "classifier's")
+    checkpoint, complaints = found_checkpoint(setting.folder, resume, {"epoch", "lr", "loss"}, "classifier's", ranks)
     if checkpoint is None:
         return 0, torch.zeros(2, dtype=torch.float64), []
     before, progress = checkpoint.progress["config"], checkpoint.progress
@@ -120,8 +122,12 @@ def take_up(
     return progress["step"], torch.tensor(losses, dtype=torch.float64), complaints
 
 
-def found_checkpoint(folder: Path, resume: bool, columns: set[str], whose: str) -> tuple[Checkpoint | None, list[str]]:
+def found_checkpoint(
+    folder: Path, resume: bool, columns: set[str], whose: str, ranks: Ranks
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest sound checkpoint of a folder, where a training goes on there, and a sentence for each damaged one.
+
+    It is that which the first rank finds: another machine's folder may hold a newer one.
 
     Args:
         columns, whose: see `check_no_others_files`.
@@ -129,14 +135,24 @@ def found_checkpoint(folder: Path, resume: bool, columns: set[str], whose: str) 
     Raises:
         UserError: where all are damaged, there are others' files, or there is a training and `resume` is not given.
     """
-    checkpoint, complaints = newest_checkpoint(folder)
-    if checkpoint is None and not complaints:
-        check_no_others_files(folder, columns, whose)
-    elif not resume:
-        raise UserError(f"{folder} already holds a training: add --resume to continue it")
-    elif checkpoint is None:
-        raise UserError("; ".join(complaints))
-    return checkpoint, complaints
+    found: list[Checkpoint] = []
+
+    def find() -> tuple[Path | None, list[str]]:
+        checkpoint, complaints = newest_checkpoint(folder)
+        if checkpoint is None and not complaints:
+            check_no_others_files(folder, columns, whose)
+        elif not resume:
+            raise UserError(f"{folder} already holds a training: add --resume to continue it")
+        elif checkpoint is None:
+            raise UserError("; ".join(complaints))
+        else:
+            found.append(checkpoint)
+        return None if checkpoint is None else checkpoint.path, complaints
+
+    path, complaints = ranks.broadcast_from_main(find)
+    if path is None:
+        return None, complaints
+    return found[0] if found else read_checkpoint(path), complaints
 
 
 def begin(

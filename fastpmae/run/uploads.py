@@ -10,6 +10,7 @@ from types import TracebackType
 
 from fastpmae.config import Config
 from fastpmae.distributed.ranks import Ranks
+from fastpmae.run.checkpoint import CheckpointError, identity_of, newest_checkpoint
 from fastpmae.run.stored_run import (
     LOGS,
     PAST,
@@ -73,7 +74,51 @@ def take_up_at(address: Address | None, folder: Path, ranks: Ranks, *, resume: b
     uploads = uploads_to(address, folder, ranks, keep=1, resumes=resume)
     if resume:
         bring_back(address, folder)
+        if ranks.size > ranks.local_size:
+            newest = ranks.broadcast_from_main(lambda: _newest_in(folder))
+            on_every_machine(newest, address, folder, uploads, ranks)
     return uploads
+
+
+def on_every_machine(
+    checkpoint: Path | None, address: Address | None, folder: Path, uploads: "Uploads | None", ranks: Ranks
+) -> None:
+    """See that each machine has the checkpoint that the main rank goes on from, where there is one.
+
+    That may be newer than all in the store: its run was ended before it was there. It is taken there now, and comes to
+    the other machines.
+
+    Raises:
+        UserError: on every rank where a machine cannot have it.
+    """
+    if checkpoint is None or ranks.size == ranks.local_size:
+        return
+    identity, is_own = ranks.broadcast_from_main(
+        lambda: (identity_of(checkpoint), checkpoint.parent == folder / "checkpoints")
+    )
+
+    def is_missing() -> bool:
+        try:
+            missing = identity_of(checkpoint) != identity
+        except CheckpointError:
+            missing = True
+        return bool(ranks.max_over_ranks(missing)[0])
+
+    missing = is_missing()
+    if missing and is_own and address is not None:
+        ranks.broadcast_from_main(lambda: None if uploads is None else uploads.take_now(checkpoint))
+        bring_back(address, folder, checkpoint.name)
+        missing = is_missing()
+    if missing:
+        raise UserError(
+            f"the first machine goes on from {checkpoint}, which another machine does not have: name a folder that all "
+            "machines see with --out, or an address in a store"
+        )
+
+
+def _newest_in(folder: Path) -> Path | None:
+    checkpoint, _ = newest_checkpoint(folder)
+    return None if checkpoint is None else checkpoint.path
 
 
 def _check_shared(folder: Path, ranks: Ranks) -> None:
@@ -124,6 +169,13 @@ class Uploads:
                 self._thread = threading.Thread(target=self._work, name="fastpmae-upload", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+
+    def take_now(self, path: Path) -> None:
+        """Take a checkpoint to the store and return when it is there. Raises UserError where that cannot be done."""
+        try:
+            self._take(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
     def remarks(self) -> list[str]:
         """Sentences for the user since the last call."""

@@ -10,6 +10,9 @@ import pytest
 
 from fastpmae import Config, pretrain
 from fastpmae.config_file import write_config
+from fastpmae.run.stored_run import whole_checkpoints
+from fastpmae_loaders.stores.address import Address
+from fastpmae_loaders.stores.client import Store
 from tests.distributed.test_several_ranks import LOSSES, assert_same_weights, settings
 from tests.test_train import environment, rows_of
 
@@ -39,3 +42,30 @@ def test_what_follows_pixels_begins_alike_on_every_machine(small_beton: Path, tm
         for figure in (name for name in LOSSES if name in one):
             assert one[figure] == pytest.approx(other[figure], rel=1e-5), figure
     assert_same_weights(alone, together, 10)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_not_in_the_store_yet_goes_there_and_to_every_machine(
+    small_beton: Path, tmp_path: Path, place: Address
+):
+    config = settings(small_beton).using(out="run", upload=str(place), save_steps=2, keep=9)
+    first, said = on_machines(config, tmp_path, {"settings": {"steps": 4}})
+    assert first == [[0, 0]], said
+    # as a run leaves it that is killed between writing a checkpoint and the end of taking it there
+    Store(place).delete(f"{place.key}/checkpoints/step-00000004.whole")
+    second, said = on_machines(config, tmp_path, {"settings": {"steps": 6, "resume": "auto"}})
+    assert second == [[0, 0]], said
+    assert [stored.step for stored in whole_checkpoints(Store(place), place)] == [6, 4, 2]
+    assert (tmp_path / "machine-1" / "run" / "checkpoints" / "step-00000004.safetensors").exists()
+    rows = rows_of(tmp_path / "machine-0" / "run")
+    alone = rows_of(pretrain(config.using(steps=6, out=tmp_path / "alone", upload=None)))
+    for one, other in zip(alone, rows, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_machine_alone_has_is_told_once(small_beton: Path, tmp_path: Path):
+    config = settings(small_beton)
+    ended, said = on_machines(config, tmp_path, {"settings": {"steps": 1}}, {"settings": {"resume": "auto"}})
+    assert ended == [[0, 0], [2, 2]], said
+    assert said.count("the first machine goes on from run/checkpoints/step-00000001.safetensors, which another") == 1

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate.dense.recipe import DenseConfig
 from fastpmae.evaluate.finetune_state import (
     STATES,
@@ -28,6 +29,7 @@ def take_up_dense(
     iterations: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
 ) -> tuple[int, Float[Tensor, " 2"], list[str]]:
     """Take the folder's newest sound checkpoint up.
 
@@ -43,7 +45,9 @@ def take_up_dense(
     Raises:
         UserError: where the folder holds another training, or this one and `resume` is not given.
     """
-    checkpoint, complaints = found_checkpoint(folder, resume, {"step", "epoch", "lr", "loss"}, f"{kind} training's")
+    checkpoint, complaints = found_checkpoint(
+        folder, resume, {"step", "epoch", "lr", "loss"}, f"{kind} training's", ranks
+    )
     if checkpoint is None:
         return 0, torch.zeros(2, dtype=torch.float64), []
     before, progress = checkpoint.progress["config"], checkpoint.progress

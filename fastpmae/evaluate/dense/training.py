@@ -215,7 +215,7 @@ def set_up(
         progress.tell(remark)
     optimizer = torch.optim.AdamW(task.groups, lr=config.lr, betas=config.betas)
     step, sums, complaints = take_up_dense(
-        setting.folder, task.kind, config, resume, task.record, task.iterations, model, optimizer
+        setting.folder, task.kind, config, resume, task.record, task.iterations, model, optimizer, ranks
     )
     parallel = model
     if ranks.group is not None:
