@@ -38,7 +38,7 @@ from fastpmae.run.malloc import tune_allocator
 from fastpmae.run.session import Session, open_session, stop_if_bad
 from fastpmae.run.stored_run import resumed_from
 from fastpmae.run.telemetry import peak_memory
-from fastpmae.run.uploads import Uploads, on_every_machine, open_uploads
+from fastpmae.run.uploads import Uploads, check_shared, on_every_machine, open_uploads
 from fastpmae_loaders import PairedViews, Samples
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.errors import UserError
@@ -210,6 +210,8 @@ def open_pretraining(config: Config, session: Session) -> Pretraining:
     online_evaluation = OnlineEvaluation(config, ranks)
     identity = fingerprint(images)
     opened = ranks.broadcast_from_main(lambda: open_run(config, identity, steps_per_epoch, remarks))
+    if config.efficiency.sharded_checkpoints:
+        check_shared(opened.folder, ranks)
     address = None if config.run.upload is None else parse_address(config.run.upload)
     on_every_machine(opened.checkpoint, address, opened.folder, uploads, ranks)
     step = 0 if opened.checkpoint is None else read_progress(opened.checkpoint)["step"]

@@ -36,10 +36,7 @@ def open_uploads(config: Config, ranks: Ranks) -> "Uploads | None":
         return None
     address = parse_address(config.run.upload)
     folder = config.run.out or local_folder(address, config.data.cached)
-    uploads = uploads_to(address, folder, ranks, keep=config.run.keep, resumes=config.run.resume is not None)
-    if config.efficiency.sharded_checkpoints and ranks.size > ranks.local_size:
-        _check_shared(folder, ranks)
-    return uploads
+    return uploads_to(address, folder, ranks, keep=config.run.keep, resumes=config.run.resume is not None)
 
 
 def uploads_to(address: Address, folder: Path, ranks: Ranks, *, keep: int, resumes: bool) -> "Uploads | None":
@@ -121,22 +118,29 @@ def _newest_in(folder: Path) -> Path | None:
     return None if checkpoint is None else checkpoint.path
 
 
-def _check_shared(folder: Path, ranks: Ranks) -> None:
+def check_shared(folder: Path, ranks: Ranks) -> None:
     """UserError, on every rank, where the machines of a run do not write to one folder."""
-    mark = folder / f".seen-{uuid.uuid4().hex[:16]}"
+    if ranks.size == ranks.local_size:
+        return
+    mark, is_new = folder / f".seen-{uuid.uuid4().hex[:16]}", not folder.exists()
 
     def leave() -> str:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            raise UserError(f"--out {folder} cannot be written: {error.strerror or error}") from None
         return mark.name
 
     name = ranks.broadcast_from_main(leave)
     (missing,) = ranks.max_over_ranks(not (folder / name).exists())
     mark.unlink(missing_ok=True)
     if missing:
+        if ranks.is_main and is_new:
+            folder.rmdir()
         raise UserError(
             f"--sharded-checkpoints: {folder} is another folder on each machine, and all ranks write to one: name a "
-            "folder that all machines see with --out, and the address with --upload"
+            "folder that all machines see with --out (and the address of a run in a store with --upload)"
         )
 
 

@@ -69,3 +69,13 @@ def test_a_checkpoint_that_one_machine_alone_has_is_told_once(small_beton: Path,
     ended, said = on_machines(config, tmp_path, {"settings": {"steps": 1}}, {"settings": {"resume": "auto"}})
     assert ended == [[0, 0], [2, 2]], said
     assert said.count("the first machine goes on from run/checkpoints/step-00000001.safetensors, which another") == 1
+
+
+@pytest.mark.slow
+def test_shards_that_would_lie_on_several_disks_are_refused(small_beton: Path, tmp_path: Path):
+    ended, said = on_machines(
+        settings(small_beton).using(sharded_checkpoints=True), tmp_path, {"settings": {"steps": 1}}
+    )
+    assert ended == [[2, 2]], said
+    assert said.count("--sharded-checkpoints: run is another folder on each machine") == 1
+    assert not list(tmp_path.glob("machine-*/run")), "what is refused leaves no folder"
