@@ -340,6 +340,35 @@ def test_one_process_at_a_time_in_a_folder(tiny: Config):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("resume", ["auto", None])
+def test_a_checkpoint_that_a_run_writes_while_another_start_looks_is_not_set_aside(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str | None
+):
+    """Ctrl-C, a slow save, and the command again at once: the old process saves before the new one has the lock."""
+    longer = pretrain(tiny.using(steps=3, out=tmp_path / "longer"))
+    assert tiny.run.out is not None
+    last = checkpoint_path(tiny.run.out, 3)
+    if resume:
+        pretrain(tiny.using(steps=2))
+    make = loop.make_networks
+
+    def make_while_the_other_saves(*arguments: Any) -> Any:
+        last.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkpoint_path(longer, 3), last)
+        return make(*arguments)
+
+    monkeypatch.setattr(loop, "make_networks", make_while_the_other_saves)
+    with pytest.raises(UserError, match=r"has written step-00000003\.safetensors since this start"):
+        pretrain(tiny.using(steps=5, resume=resume))
+    assert checkpoints_in(tiny.run.out)[0] == last
+    assert not list(last.parent.glob("past-*"))
+    assert len(rows_of(tiny.run.out)) == 2 if resume else not (tiny.run.out / "config.json").exists()
+    monkeypatch.undo()
+    pretrain(tiny.using(steps=5, resume="auto"))
+    assert [row["step"] for row in rows_of(tiny.run.out)][-2:] == [4, 5]
+
+
+@pytest.mark.slow
 def test_a_run_needs_no_locks(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     """Lustre mounted without flock: one remark, and nothing that says that the folder is another's."""
 

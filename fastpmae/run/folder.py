@@ -56,11 +56,16 @@ ROUNDING_SETTINGS = ("compile", "compile_mode", "attention", "activation_checkpo
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run folder that is ours to write to, and the checkpoint to go on from."""
+    """A run folder that is ours to write to, and the checkpoint to go on from.
+
+    Attributes:
+        looked_at: the checkpoints that were in the folder when that one was chosen.
+    """
 
     folder: Path
     checkpoint: Path | None
     remarks: list[str]
+    looked_at: list[Path]
 
 
 def resolve(config: Config, device: torch.device, images: Samples) -> Config:
@@ -113,9 +118,9 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int, told: Seque
     _check_no_others_files(folder)
     if resume is None:
         check_label_schedules(config)
-        return OpenRun(folder, None, [*told])
+        return OpenRun(folder, None, [*told], checkpoints_in(folder))
     remarks: list[str] = []
-    path = resumed_from(config) or folder
+    path, looked_at = resumed_from(config) or folder, checkpoints_in(folder)
     if resume == "auto" or (path.is_dir() and not is_sharded(path)):
         checkpoint, complaints = newest_checkpoint(path)
         remarks = [f"passed over a checkpoint: {complaint}" for complaint in complaints]
@@ -125,7 +130,7 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int, told: Seque
         if remarks or resume != "auto":
             raise UserError("; ".join([f"there is no sound checkpoint in {path}", *remarks]))
         check_label_schedules(config)
-        return OpenRun(folder, None, [*told, f"nothing to resume in {folder}: starting anew"])
+        return OpenRun(folder, None, [*told, f"nothing to resume in {folder}: starting anew"], looked_at)
     before = checkpoint.progress["steps_per_epoch"]
     if before != steps_per_epoch:
         raise UserError(
@@ -149,7 +154,7 @@ def open_run(config: Config, fingerprint: str, steps_per_epoch: int, told: Seque
             "JPEGs are decoded by the accurate DCT from here on, as every other loader does: the steps before saw "
             "pixels that were 0.8/255 darker on average"
         )
-    return OpenRun(folder, checkpoint.path, [*told, *remarks, f"resumed from {checkpoint.path}"])
+    return OpenRun(folder, checkpoint.path, [*told, *remarks, f"resumed from {checkpoint.path}"], looked_at)
 
 
 def _check_no_others_files(folder: Path) -> None:
@@ -179,10 +184,16 @@ def lock_run(run: OpenRun, config: Config) -> Iterator[list[str]]:
         Remarks for the user.
 
     Raises:
-        UserError: when another process trains there, or the folder cannot be written.
+        UserError: when another process trains there, or has done so since the checkpoint was chosen, or the folder
+            cannot be written.
     """
     checkpoints = run.folder / "checkpoints"
     with lock_folder(run.folder) as remarks:
+        if new := [path for path in checkpoints_in(run.folder) if path not in run.looked_at]:
+            raise UserError(
+                f"another process was still training in {run.folder}, and has written {new[0].name} since this start "
+                "has looked for a checkpoint: start again, with --resume, to go on from it"
+            )
         if run.checkpoint is not None and run.checkpoint.parent.resolve() == checkpoints.resolve():
             past = [path for path in checkpoints_in(run.folder) if step_of(path) > step_of(run.checkpoint)]
             aside = checkpoints / f"past-{run.checkpoint.stem}"
