@@ -29,7 +29,7 @@ from fastpmae.pretraining.optimizer import learning_rate, make_optimizer
 from fastpmae.pretraining.parallel import wrap_parallel
 from fastpmae.pretraining.step import student_loss, teacher_forward
 from fastpmae.pretraining.train_step import Done, Training, train_step
-from fastpmae.run.checkpoint import collect_state, read_checkpoint, read_progress, restore_state
+from fastpmae.run.checkpoint import collect_state, read_checkpoint, read_progress, restore_state, settings_before
 from fastpmae.run.device_metrics import to_host
 from fastpmae.run.folder import DECODER, OpenRun, describe_run, lock_run, open_run, recorded, resolve, write_machine
 from fastpmae.run.images import fingerprint, open_images
@@ -203,9 +203,10 @@ def open_pretraining(config: Config, session: Session) -> Pretraining:
     if config.efficiency.teacher_precision == "fp8":
         check_fp8_device(ranks.device)
     uploads = open_uploads(config, ranks)
-    resumed_from(config)  # what lies in a store comes to every machine
+    path = resumed_from(config)  # what lies in a store comes to every machine
+    before = ranks.broadcast_from_main(lambda: settings_before(path))
     images = open_images(config)
-    config, remarks = shared_out(resolve(config, ranks.device, images), ranks.size)
+    config, remarks = shared_out(resolve(config, ranks.device, images, before), ranks.size)
     steps_per_epoch = steps_in_epoch(images, config, ranks)
     online_evaluation = OnlineEvaluation(config, ranks)
     identity = fingerprint(images)

@@ -291,6 +291,26 @@ def test_resume_lists_changed_settings_and_refuses(tiny: Config, small_beton: Pa
 
 
 @pytest.mark.slow
+def test_what_a_run_was_left_to_decide_is_decided_once(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The command of a requeued job names a preset, whose `auto` another machine would decide otherwise."""
+    whole = pretrain(tiny.using(steps=4, page_order="on", augment_on="device", out=tmp_path / "whole"))
+    assert tiny.run.out is not None
+    # as on a machine with less memory, and a GPU
+    monkeypatch.setattr("fastpmae.run.folder.by_page", lambda images: True)
+    pretrain(tiny.using(steps=2, augment_on="device"))
+    monkeypatch.undo()
+    assert called(*flags_of(tiny), "--steps", "4", "--resume") == 0, capsys.readouterr().err
+    assert_same_run(tiny.run.out, whole, 4)
+    settled = read_checkpoint(checkpoint_path(tiny.run.out, 4)).config
+    assert (settled.data.page_order, settled.efficiency.augment_on) == ("on", "device")
+    # what is named is meant
+    assert called(*flags_of(tiny), "--steps", "4", "--resume", "--page-order", "off") == 2
+    assert "--page-order was on and is now off" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_resume_refuses_other_images(tiny: Config, tmp_path: Path):
     pretrain(tiny.using(steps=1))
     other = tmp_path / "other.beton"

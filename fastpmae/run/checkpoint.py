@@ -103,6 +103,21 @@ def settings_in(progress: dict[str, Any], path: Path, *, decoder_matters: bool =
     return config if "decay_tokens" in settings.get("optimizer", {}) else config.using(decay_tokens=False)
 
 
+def settings_before(path: Path | None) -> Config | None:
+    """The settings of the run that a start goes on with; None where there is none that can be read.
+
+    Args:
+        path: of a checkpoint, or of a run folder, whose newest counts.
+    """
+    if path is None:
+        return None
+    is_folder = path.is_dir() and not is_sharded(path)
+    for checkpoint in checkpoints_in(path) if is_folder else [path]:
+        with contextlib.suppress(UserError):
+            return settings_in(read_progress(checkpoint), checkpoint)
+    return None
+
+
 def checkpoint_path(folder: Path, step: int, *, sharded: bool = False) -> Path:
     """Where the checkpoint after `step` steps lies in a run folder, as a file or as a folder of shards."""
     return folder / "checkpoints" / f"step-{step:08d}{SUFFIX if sharded else '.safetensors'}"

@@ -46,6 +46,8 @@ COMPARED_GROUPS = ("views", "network", "teacher", "loss", "optimizer")
 COMPARED_SETTINGS = (
     "seed", "precision", "teacher_precision", "page_order", "loader", "hw_decoder_load", "augment_on", "deterministic",
 )  # fmt: skip
+LEFT_TO_US = ("page_order", "precision", "augment_on")
+"""Those of them that may be `auto`, which then depends on the machine."""
 # These decode to the same bits.
 ALIKE_LOADERS = ("native", "ffcv", "torch")
 DECODER = "accurate DCT"
@@ -68,11 +70,17 @@ class OpenRun:
     looked_at: list[Path]
 
 
-def resolve(config: Config, device: torch.device, images: Samples) -> Config:
+def resolve(config: Config, device: torch.device, images: Samples, before: Config | None = None) -> Config:
     """The settings with everything that was left to us decided, as the run folder records them.
 
     What would depend on the machine is decided once, so that a run goes on the same on another.
+
+    Args:
+        before: the settings of the run that goes on.
     """
+    if before is not None:
+        now, decided = config.flat(), before.flat()
+        config = config.using(**{name: decided[name] for name in LEFT_TO_US if now[name] == "auto"})
     page_order = config.data.page_order
     if page_order == "auto":
         page_order = "on" if by_page(images) else "off"
