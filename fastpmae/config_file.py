@@ -17,11 +17,11 @@ def write_config(config: Config, path: Path) -> None:
     path.write_text(json.dumps(config.groups(), indent=2) + "\n", encoding="utf-8")
 
 
-def read_config(path: Path, *, decoder_matters: bool = True) -> Config:
+def read_config(path: Path, *, recorded: bool = False, decoder_matters: bool = True) -> Config:
     """The settings in a file of `write_config`, or in one written by hand that names only some of them.
 
     Args:
-        decoder_matters: see `config_from`.
+        recorded, decoder_matters: see `config_from`.
 
     Raises:
         UserError: for a file that is not JSON, an unknown setting or a value of the wrong kind.
@@ -33,13 +33,15 @@ def read_config(path: Path, *, decoder_matters: bool = True) -> Config:
         raise UserError(f"the config {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"the config {path} is not JSON: {error}") from None
-    return config_from(groups, str(path), decoder_matters=decoder_matters)
+    return config_from(groups, str(path), recorded=recorded, decoder_matters=decoder_matters)
 
 
-def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Config:
+def config_from(groups: Any, source: str, *, recorded: bool = False, decoder_matters: bool = True) -> Config:
     """A Config from nested plain values; `source` names where they come from in the errors.
 
     Args:
+        recorded: a run has written them, with all settings that its version had, and its preset is a name: what they
+            lack was not there yet, and is off. Otherwise the preset gives what they lack.
         decoder_matters: False where it is of no interest what decoder a run had, as its encoder's use and its log are.
     """
     hints, changes = get_type_hints(Config), dict[str, Any]()
@@ -47,7 +49,7 @@ def config_from(groups: Any, source: str, *, decoder_matters: bool = True) -> Co
         raise UserError(f"{source} does not hold groups of settings, like {{'optimizer': {{'epochs': 100}}}}")
     refuse_old_settings(groups, source)
     preset_name = groups.get("run", {}).get("preset")
-    config = preset(preset_name) if isinstance(preset_name, str) else Config()
+    config = preset(preset_name) if isinstance(preset_name, str) and not recorded else Config()
     for group, settings in groups.items():
         if group not in hints:
             raise UserError(f"{source} has a group {short(group)!r}; the groups are {', '.join(hints)}")

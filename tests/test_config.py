@@ -17,6 +17,7 @@ from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE, FinetuneConfig
 from fastpmae.model.build import SHAPES, check, shape_of, view_settings, warmup_epochs
 from fastpmae.model.phases import phases_of
 from fastpmae.pretraining.cli import read_command
+from fastpmae.run.checkpoint import settings_in
 from fastpmae.run.folder import folder_of
 from fastpmae.settings.rates import rate_changes
 
@@ -502,6 +503,21 @@ def test_a_file_may_name_a_preset_and_a_few_settings(tmp_path: Path) -> None:
     assert read_config(tmp_path / "c.json") == PRESETS["sdae"].using(epochs=5, blr=1.0)
     (tmp_path / "c.json").write_text("{}")
     assert read_config(tmp_path / "c.json") == Config()
+
+
+def test_what_a_run_has_recorded_is_not_completed_from_todays_preset(tmp_path: Path) -> None:
+    """What an earlier version wrote lacks the settings that came later, which its preset may have by now."""
+    groups = PRESETS["demo"].groups()
+    del groups["optimizer"]["pixel_epochs"], groups["optimizer"]["decay_tokens"]
+    expected = PRESETS["demo"].using(pixel_epochs=0.0, decay_tokens=False)
+    assert settings_in({"config": groups}, tmp_path) == expected
+    # and a preset that is gone is a name
+    groups["run"]["preset"] = "gone"
+    assert settings_in({"config": groups}, tmp_path) == expected.using(preset="gone")
+    (tmp_path / "c.json").write_text(json.dumps(groups))
+    assert read_config(tmp_path / "c.json", recorded=True) == expected.using(preset="gone")
+    with pytest.raises(UserError, match="there is no preset 'gone'"):
+        read_config(tmp_path / "c.json")
 
 
 @pytest.mark.parametrize(

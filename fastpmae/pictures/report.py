@@ -95,7 +95,7 @@ def write_report(
         check_pretrained(here)
         if not (here / "config.json").is_file():
             raise UserError(f"{run} is no run folder: there is no config.json in it")
-        config = read_config(here / "config.json", decoder_matters=False)
+        config = read_config(here / "config.json", recorded=True, decoder_matters=False)
         images = [] if beton is None else read_by(beton)
         output = _output(run, out, force, [*images, *(split_weight(source)[0] for source in sources(config))])
         progress = progress or Progress()

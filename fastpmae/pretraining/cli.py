@@ -105,7 +105,7 @@ def settings_of_run(path: Path) -> Config:
         with contextlib.suppress(CheckpointError):  # a damaged one is reported when the run is resumed
             return settings_in(read_progress(checkpoint), checkpoint)
     config = path / "config.json"
-    return read_config(config) if config.exists() else PRESETS["paper"]
+    return read_config(config, recorded=True) if config.exists() else PRESETS["paper"]
 
 
 def _printable(config: Config) -> Config:

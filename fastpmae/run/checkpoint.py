@@ -97,10 +97,7 @@ def settings_in(progress: dict[str, Any], path: Path, *, decoder_matters: bool =
     Raises:
         UserError: for settings that make no Config (see `config_from`).
     """
-    settings = progress["config"]
-    config = config_from(settings, str(path), decoder_matters=decoder_matters)
-    # The presets of MAE and SdAE decay tokens by now; the run did not, and goes on as it began.
-    return config if "decay_tokens" in settings.get("optimizer", {}) else config.using(decay_tokens=False)
+    return config_from(progress["config"], str(path), recorded=True, decoder_matters=decoder_matters)
 
 
 def settings_before(path: Path | None) -> Config | None:

@@ -172,7 +172,7 @@ def _check_no_others_files(folder: Path) -> None:
     if config.exists():
         try:
             groups = json.loads(config.read_text(encoding="utf-8"))
-            ours = isinstance(groups, dict) and groups.keys() == read_config(config).groups().keys()
+            ours = isinstance(groups, dict) and groups.keys() == read_config(config, recorded=True).groups().keys()
         except (UserError, OSError, ValueError, RecursionError):
             ours = False
         if not ours and not checkpoints_in(folder):
