@@ -78,16 +78,24 @@ def write_shards(
         except CheckpointException as error:
             raise RunError(f"{path} cannot be written: {_reason(error)}") from None
         number = 1 if group is None else group.rank() + 1
-        own = {file.name: _identity(file) for file in sorted(Path(place[0]).glob(f"shard-{number:05d}-*"))}
-        shards: list[dict[str, list[Any]]] = [own]
+        own: dict[str, list[Any]] = {}
+        told: str | None = None
+        try:
+            own = {file.name: _identity(file) for file in sorted(Path(place[0]).glob(f"shard-{number:05d}-*"))}
+        except OSError as error:  # told to all: who waits in this group waits for a day
+            told = f"{path} cannot be written: {error.strerror or error}"
+        shards = [(own, told)]
         if group is not None:
-            shards = [{} for _ in range(group.size())]
-            dist.all_gather_object(shards, own, group=group)
+            shards = [(own, told)] * group.size()
+            dist.all_gather_object(shards, (own, told), group=group)
+        for _, reason in shards:
+            if reason is not None:
+                raise RunError(reason)
         if is_main:
-            files = {name: identity for some in shards for name, identity in some.items()}
+            files = {name: identity for some, _ in shards for name, identity in some.items()}
             index = {"format": FORMAT, "files": files, "progress": json.dumps(progress)}
-            told = json.dumps(index | {"digest": _digest_of(index)}, indent=1, sort_keys=True)
-            (Path(place[0]) / INDEX).write_text(told + "\n", encoding="utf-8")
+            text = json.dumps(index | {"digest": _digest_of(index)}, indent=1, sort_keys=True)
+            (Path(place[0]) / INDEX).write_text(text + "\n", encoding="utf-8")
 
 
 def _reason(error: BaseException) -> str:

@@ -60,6 +60,8 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "centred-shards", "ranks": 2, "settings": {"steps": 3, "center_bottleneck": True, "shard": True}},
     {"name": "refused", "ranks": 2, "settings": {"steps": 10}, "rank_1_refuses": True},
     {"name": "full", "ranks": 2, "settings": {"steps": 10, "save_steps": 2}, "disk_is_full": True},
+    {"name": "unread", "ranks": 2, "rank_1_cannot_read": True,
+     "settings": {"steps": 10, "save_steps": 2, "sharded_checkpoints": True, "rank_timeout": 1.0}},
 ]  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def forked(small_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
         timeout=500,
     )
     ended = [json.loads(line)[1] for line in result.stdout.splitlines()]
-    assert ended == [[0] * scenario["ranks"] for scenario in SCENARIOS[:-2]] + [[1, 2], [1, 1]], result.stderr
+    assert ended == [[0] * scenario["ranks"] for scenario in SCENARIOS[:-3]] + [[1, 2], [1, 1], [1, 1]], result.stderr
     return folder, result.stderr
 
 
@@ -165,9 +167,10 @@ def test_views_grow_alike_on_any_number_of_ranks(forked: tuple[Path, str]):
 def test_an_error_on_one_rank_is_one_sentence(forked: tuple[Path, str]):
     _, said = forked
     assert said.count("fastpmae-train: error: rank 1 does not like its images\n") == 1
-    # The first rank's disk, of which all hear at the same step, and the first alone speaks.
-    assert said.count("cannot be written: No space left on device. Last checkpoint: none yet\n") == 1
-    assert said.count("fastpmae-train: ") == 2
+    # The first rank's disk, of which all hear at the same step, and the first alone speaks; of another's as well.
+    full = "safetensors cannot be written: No space left on device. Last checkpoint: none yet\n"
+    assert [said.count(full), said.count(full.replace("safetensors", "shards"))] == [1, 1]
+    assert said.count("fastpmae-train: ") == 3
     assert "Traceback" not in said
 
 

@@ -2,8 +2,9 @@
 
 `python -m tests.programs.forked_ranks CONFIG FOLDER SCENARIOS`. The scenarios are a list in JSON of objects with `name`
 (of the run's folder), `ranks`, `settings`, and as wanted `of_first` (settings of the first rank alone),
-`rank_1_refuses`, `disk_is_full`, and `apart`: each rank is on a machine of its own, where the folder has the same
-name and lies in `machine-RANK`. For each a line is printed: its name, and how its ranks have ended.
+`rank_1_refuses`, `disk_is_full`, `rank_1_cannot_read` (its shards, once they are written), and `apart`: each rank is on
+a machine of its own, where the folder has the same name and lies in `machine-RANK`. For each a line is printed: its
+name, and how its ranks have ended.
 """
 
 import json
@@ -18,6 +19,7 @@ import torch.distributed.fsdp
 
 import fastpmae.pretraining.collapse
 import fastpmae.run.checkpoint
+import fastpmae.run.shards
 import fastpmae.train
 from fastpmae import Config, UserError, pretrain, read_config
 from fastpmae.distributed.ranks import Ranks
@@ -47,6 +49,8 @@ def run(config: Config, folder: Path, scenario: dict[str, Any], rank: int, port:
     settings = scenario["settings"] | (scenario.get("of_first", {}) if rank == 0 else {})
     if scenario.get("rank_1_refuses") and rank == 1:
         fastpmae.train.student_loss = refuse
+    if scenario.get("rank_1_cannot_read") and rank == 1:
+        fastpmae.run.shards._identity = full
     if scenario.get("disk_is_full"):
         fastpmae.run.checkpoint.save_file = full
 
