@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastpmae.config import Config, run_at
 from fastpmae.run.checkpoint import CheckpointError, identity_of
+from fastpmae.run.trackers import WANDB_ID
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.files import atomic_folder, atomic_write
 from fastpmae_loaders.locks import lock
@@ -22,7 +23,7 @@ from fastpmae_loaders.stores.cache import CacheSettings
 from fastpmae_loaders.stores.client import Missing, Refused, Store, StoreError
 from fastpmae_loaders.stores.copies import copy_here, fetch_file
 
-LOGS = ("config.json", "metrics.jsonl", "train.log", "machine.jsonl")
+LOGS = ("config.json", "metrics.jsonl", "train.log", "machine.jsonl", WANDB_ID)
 """What a run's folder holds besides its checkpoints."""
 EXPORTED = ("model.safetensors", "pytorch_model.bin")
 """What the weights in a folder are called, here and on the hub."""
