@@ -30,8 +30,8 @@ def shared_out(config: Config, ranks: int) -> tuple[Config, list[str]]:
     """Settings whose --accumulate shares the batch out over this many ranks, and a remark where it is not as asked for.
 
     The next larger one is taken, so that a rank never computes more images at a time than it was asked to. With
-    `--sinkhorn-over step` the numbers stay the same; else the micro-batches are others, and a run that was started with
-    different ones refuses to be resumed.
+    `--sinkhorn-over step`, or without pseudo labels, the numbers stay the same; else the micro-batches are others, and
+    a run that was started with different ones refuses to be resumed.
 
     Raises:
         UserError: where no --accumulate does; it names numbers of ranks that fit.

@@ -281,8 +281,9 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str) -> lis
     """What a resumed run would compute differently, one phrase each."""
     before, now, groups = checkpoint.config.flat(), config.flat(), settings_by_name()
     compared = COMPARED_SETTINGS + ROUNDING_SETTINGS * (before["deterministic"] and now["deterministic"])
-    if before["sinkhorn_over"] == now["sinkhorn_over"] == "step":  # micro-batches only decide what is held at a time
-        before["accumulate"] = now["accumulate"]
+    unlabelled = before["teachers"] == now["teachers"] and now["teachers"] in ("none", "reconstruction")
+    if unlabelled or before["sinkhorn_over"] == now["sinkhorn_over"] == "step":
+        before["accumulate"] = now["accumulate"]  # micro-batches only decide what is held at a time
     if before["loader"] in ALIKE_LOADERS and now["loader"] in ALIKE_LOADERS:
         before["loader"] = now["loader"]
     changes = [

@@ -229,3 +229,17 @@ def test_parts_that_balance_over_the_step_are_no_changed_setting(tiny: Config):
     pretrain(tiny.using(steps=1))
     folder = pretrain(tiny.using(steps=2, accumulate=2, resume="auto"))
     assert [row["step"] for row in rows_of(folder)] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teachers", ["none", "reconstruction"])
+def test_parts_without_labels_are_no_changed_setting(tiny: Config, tmp_path: Path, teachers: Any):
+    """There is nothing to balance: the parts of a step make the whole batch, to rounding."""
+    target = "pixels" if teachers == "none" else "tokens"
+    method = tiny.using(teachers=teachers, target=target, lambda_c=0.0, lambda_p=0.0, warmup_epochs=0.0)
+    whole = rows_of(pretrain(method.using(steps=4, out=tmp_path / "whole")))
+    pretrain(method.using(steps=2))
+    parts = rows_of(pretrain(method.using(steps=4, accumulate=4, resume="auto")))
+    for one, other in zip(whole, parts, strict=True):
+        for figure in ("loss", "loss_m", "grad_norm"):
+            assert one[figure] == pytest.approx(other[figure], rel=1e-5), figure
