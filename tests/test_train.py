@@ -837,6 +837,32 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(tiny: Config, tmp_path:
     assert not torch.equal(*states)
 
 
+@pytest.mark.slow
+def test_a_run_that_was_started_with_relative_paths_goes_on_in_another_folder(
+    tiny: Config, small_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    weights = checkpoint_path(pretrain(tiny.using(steps=1, out=tmp_path / "weights")), 1)
+    first, second = (tmp_path / name for name in ("first", "second"))
+    for folder in (first, second):
+        folder.mkdir()
+    shutil.copy(small_beton, first / "small.beton")
+    shutil.copy(weights, first / "weights.safetensors")
+    monkeypatch.chdir(first)
+    relative = tiny.using(
+        beton="small.beton", eval_train="small.beton", eval_val=("small.beton",), eval_every=1, cache="cache",
+        init="weights.safetensors", steps=5,
+    )  # fmt: skip
+    assert tiny.run.out is not None
+    pretrain(relative)
+    monkeypatch.chdir(second)
+    assert called("--resume", "--out", str(tiny.run.out), "--steps", "10") == 0, capsys.readouterr().err
+    assert [row["step"] for row in rows_of(tiny.run.out) if "knn_student" in row] == [5, 10]
+    settled = read_checkpoint(checkpoint_path(tiny.run.out, 10)).config
+    assert (settled.data.beton, settled.data.cache) == (first / "small.beton", first / "cache")
+    assert settled.run.init == str(first / "weights.safetensors")
+    assert (settled.run.eval_train, settled.run.eval_val) == (first / "small.beton", (str(first / "small.beton"),))
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

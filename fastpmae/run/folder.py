@@ -93,9 +93,8 @@ def resolve(config: Config, device: torch.device, images: Samples, before: Confi
     if config.teacher.teachers == "dual" and not (config.loss.lambda_c or config.loss.lambda_p):
         # without a loss that reads its labels, the labelling teacher would only cost time
         config = config.using(teachers="reconstruction")
-    # absolute, so that the run can be taken up from any folder
-    config = config.using(beton=absolute(config, images))
     return config.using(
+        **absolute(config, images),
         precision=precision,
         page_order=page_order,
         augment_on=augment_on,

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,17 +29,32 @@ def sources(config: Config) -> tuple[str, ...]:
     return beton if isinstance(beton, tuple) else () if beton is None else (str(beton),)
 
 
-def absolute(config: Config, images: Samples) -> Path | tuple[str, ...] | None:
-    """Where the run's images lie, so that they are found from any folder; weights stay behind the sources."""
-    if not isinstance(config.data.beton, tuple):
+def absolute(config: Config, images: Samples) -> dict[str, Any]:
+    """The settings that name files to read, from the root on, so that a run can be taken up from any folder."""
+    data, run = config.data, config.run
+    beton = data.beton
+    if not isinstance(beton, tuple):
         assert isinstance(images.path, Path)  # an address stands in a tuple
-        return images.path.resolve()
-    return tuple(_absolute(source) for source in config.data.beton)
+        beton = images.path
+    return {
+        "beton": _absolute(beton),
+        "eval_train": _absolute(run.eval_train),
+        "eval_val": _absolute(run.eval_val),
+        # as it is called: each machine of a run may have another disk behind that name
+        "cache": data.cache and data.cache.absolute(),
+        "init": run.init if run.init is None or "://" in run.init else str(Path(run.init).resolve()),
+    }
 
 
-def _absolute(source: str) -> str:
-    path, _ = split_weight(source)
-    return source if "://" in path else str(Path(path).resolve()) + source[len(path) :]
+def _absolute(images: Path | tuple[str, ...] | None) -> Path | tuple[str, ...] | None:
+    """Where images lie, from the root on; weights stay behind the sources."""
+    if not isinstance(images, tuple):
+        return images and images.resolve()
+    paths = [split_weight(source)[0] for source in images]
+    return tuple(
+        source if "://" in path else str(Path(path).resolve()) + source[len(path) :]
+        for source, path in zip(images, paths, strict=True)
+    )
 
 
 def source_notes(images: Samples) -> list[str]:
