@@ -189,7 +189,7 @@ class Stage:
         tensors = collect_state(training.student, training.teachers, training.optimizer)
         return tensors | self.meter.state(training.ranks.group), {
             "steps_per_epoch": self.run.steps_per_epoch,
-            "bad_images": self.prefetcher.bad_images,
+            "bad_images": training.ranks.sum_over_ranks(self.prefetcher.bad_images),
             "loader": self.loader.state_dict(),
             "decoder": DECODER,
             "fingerprint": self.run.fingerprint,
@@ -254,7 +254,7 @@ def set_up(
         resumed, init, bad_images = None, encoder_of(before.training.student), before.prefetcher.bad_images
         compile_anew(config, ranks)
     elif resumed is not None:
-        bad_images = read_progress(resumed)["bad_images"]
+        bad_images = read_progress(resumed)["bad_images"] if ranks.is_main else 0  # the ranks' are added up
     loader = stack.enter_context(make_loader(run.images, at_size(config, resolution), ranks))
     torch.manual_seed(config.run.seed)
     shard = config.efficiency.shard and ranks.group is not None
@@ -356,7 +356,7 @@ def write_row(stage: Stage, session: Session, done: Done, lr: float, *, partial:
         "step": session.step,
         "epoch": session.step / stage.run.steps_per_epoch,
         "lr": lr,
-        "bad_images": stage.prefetcher.bad_images,
+        "bad_images": ranks.sum_over_ranks(stage.prefetcher.bad_images),
         "peak_memory_gib": round(peak_memory(ranks.device), 3),
     } | teachers.momenta(step, step // stage.run.steps_per_epoch)
     if stage.phase.number is not None:

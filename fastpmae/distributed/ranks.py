@@ -64,6 +64,14 @@ class Ranks:
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         return tuple(largest.tolist())
 
+    def sum_over_ranks(self, number: int) -> int:
+        """The sum of the ranks' numbers, the same on all of them."""
+        if self.group is None:
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total, group=self.group)
+        return int(total)
+
     def broadcast_from_main(self, function: Callable[[], Result]) -> Result:
         """What `function` returns on the first rank, on every rank; a UserError or RunError is raised on all."""
         if self.group is None:

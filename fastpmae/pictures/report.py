@@ -242,7 +242,7 @@ def _figures(config: Config, rows: list[dict[str, float]]) -> Iterator[tuple[str
     waits = [row["data_wait"] for row in rows if "data_wait" in row]
     if waits:
         yield "waiting for data", f"{100 * sum(waits) / len(waits):.1f} %"
-    yield "images that do not decode", f"{last.get('bad_images', 0):.0f}"
+    yield "times that an image did not decode", f"{last.get('bad_images', 0):.0f}"
 
 
 def _stage(row: dict[str, float]) -> tuple[float, int]:

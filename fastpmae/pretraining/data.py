@@ -120,9 +120,10 @@ def stochastic_depth(config: Config, epoch: int, index: np.ndarray) -> Float[Ten
 
 
 class Prefetcher:
-    """Micro-batches on the device; counts the time that it waited for them and the images that did not decode.
+    """Micro-batches on the device; counts the time that it waited for them and how often an image did not decode.
 
     Args:
+        bad_images: of this rank so far; an image counts each time, so that one that is bad counts once an epoch.
         wait: the clock; by default the device's own.
     """
 

@@ -1,34 +1,21 @@
 """Machines that share no disk are one run: what one of them has written the others do not look for on their own."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastpmae import Config, pretrain
-from fastpmae.config_file import write_config
 from fastpmae.run.stored_run import whole_checkpoints
 from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.stores.client import Store
-from tests.distributed.test_several_ranks import LOSSES, assert_same_weights, settings
-from tests.test_train import environment, rows_of
+from tests.distributed.test_several_ranks import LOSSES, assert_same_weights, run_forked, settings
+from tests.test_train import rows_of
 
 
 def on_machines(config: Config, folder: Path, *scenarios: dict[str, Any]) -> tuple[list[list[int]], str]:
     """How the ranks of each scenario have ended, each on a machine of its own, and what they said."""
-    write_config(config, folder / "config.json")
-    told = json.dumps([{"name": "run", "ranks": 2, "apart": True} | scenario for scenario in scenarios])
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.programs.forked_ranks", folder / "config.json", folder, told],
-        env={**environment(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    return [json.loads(line)[1] for line in result.stdout.splitlines()], result.stderr
+    return run_forked(config, folder, [{"name": "run", "ranks": 2, "apart": True} | scenario for scenario in scenarios])
 
 
 @pytest.mark.slow

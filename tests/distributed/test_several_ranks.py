@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastpmae import Config, pretrain
+from fastpmae import Config, pretrain, write_beton
 from fastpmae.config_file import write_config
 from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of
-from tests.made import REPOSITORY, tiny_settings
+from tests.made import REPOSITORY, tiny_settings, write_tree
 from tests.test_train import environment, flags_of, killed_at_end, rows_of, wait_for
 
 LOSSES = ("loss", "loss_m", "loss_c", "loss_p")
@@ -69,17 +69,22 @@ SCENARIOS: list[dict[str, Any]] = [
 def forked(small_beton: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of all scenarios' runs, and what they said."""
     folder = tmp_path_factory.mktemp("ranks")
-    write_config(settings(small_beton), folder / "config.json")
+    ended, said = run_forked(settings(small_beton), folder, SCENARIOS)
+    assert ended == [[0] * scenario["ranks"] for scenario in SCENARIOS[:-3]] + [[1, 2], [1, 1], [1, 1]], said
+    return folder, said
+
+
+def run_forked(config: Config, folder: Path, scenarios: list[dict[str, Any]]) -> tuple[list[list[int]], str]:
+    """How the ranks of each scenario have ended, and what all of them said."""
+    write_config(config, folder / "config.json")
     result = subprocess.run(
-        [sys.executable, "-m", "tests.programs.forked_ranks", folder / "config.json", folder, json.dumps(SCENARIOS)],
+        [sys.executable, "-m", "tests.programs.forked_ranks", folder / "config.json", folder, json.dumps(scenarios)],
         env={**environment(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,
     )
-    ended = [json.loads(line)[1] for line in result.stdout.splitlines()]
-    assert ended == [[0] * scenario["ranks"] for scenario in SCENARIOS[:-3]] + [[1, 2], [1, 1], [1, 1]], result.stderr
-    return folder, result.stderr
+    return [json.loads(line)[1] for line in result.stdout.splitlines()], result.stderr
 
 
 def settings(beton: Path) -> Config:
@@ -243,3 +248,24 @@ def test_parts_without_labels_are_no_changed_setting(tiny: Config, tmp_path: Pat
     for one, other in zip(whole, parts, strict=True):
         for figure in ("loss", "loss_m", "grad_norm"):
             assert one[figure] == pytest.approx(other[figure], rel=1e-5), figure
+
+
+@pytest.mark.slow
+def test_images_that_do_not_decode_are_those_of_all_ranks(tmp_path: Path):
+    """Also when a run goes on: each rank has seen its own, and the checkpoint holds the sum."""
+    tree, beton = write_tree(tmp_path / "tree", 44), tmp_path / "some.beton"
+    write_beton(tree, beton)
+    data = bytearray(beton.read_bytes())
+    for number in range(0, 44, 4):
+        image = next(tree.glob(f"*/{number:04d}.jpg")).read_bytes()
+        place = data.index(image)
+        data[place : place + len(image)] = bytes(len(image))
+    beton.write_bytes(data)
+    config = settings(beton).using(bad_fraction=1.0)
+    steps = [{"steps": 3}, {"steps": 7, "resume": "auto"}]
+    ended, said = run_forked(config, tmp_path, [{"name": "two", "ranks": 2, "settings": some} for some in steps])
+    assert ended == [[0, 0]] * 2, said
+    alone = [row["bad_images"] for row in rows_of(pretrain(config.using(steps=7, out=tmp_path / "alone")))]
+    assert alone[0] < alone[2] < alone[6]
+    assert [row["bad_images"] for row in rows_of(tmp_path / "two")] == alone
+    assert read_checkpoint(checkpoint_path(tmp_path / "two", 7)).progress["bad_images"] == alone[6]
