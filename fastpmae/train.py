@@ -58,12 +58,13 @@ def pretrain(config: Config) -> Path:
     check(config)
     ranks = join_ranks(config.efficiency.device, config.efficiency.rank_timeout)
     with open_session(ranks, config.efficiency.deterministic) as session:
-        run, before = open_pretraining(config, session), None
+        run, before = open_pretraining(config, session), []
         for phase in run.phases_left():
             with contextlib.ExitStack() as stack:
                 for stage in stages_of(run, phase, session, stack, before):
                     train(run, stage, session)
-                    before = stage
+                before = [stage]
+                del stage
         session.wait()
         session.log.say(f"done: {session.step} of {run.total_steps} steps, in {session.folder}")
         session.finish()
@@ -224,13 +225,14 @@ def open_pretraining(config: Config, session: Session) -> Pretraining:
 
 
 def stages_of(
-    run: Pretraining, phase: Phase, session: Session, stack: contextlib.ExitStack, before: Stage | None
+    run: Pretraining, phase: Phase, session: Session, stack: contextlib.ExitStack, before: list[Stage]
 ) -> Iterator[Stage]:
     """What is left of a phase, each stage when the one before is done.
 
     Args:
         stack: what is to be left at the phase's end.
-        before: the last stage of the phase before, in this start.
+        before: the last stage of the phase before, in this start, where there is one. It is taken from the list, so
+            that its networks and moments go before others are made.
     """
     stage = set_up(run, phase, session, stack, before)
     begin(run, stage, session)
@@ -240,18 +242,18 @@ def stages_of(
         yield stage
 
 
-def set_up(
-    run: Pretraining, phase: Phase, session: Session, stack: contextlib.ExitStack, before: Stage | None
-) -> Stage:
+def set_up(run: Pretraining, phase: Phase, session: Session, stack: contextlib.ExitStack, before: list[Stage]) -> Stage:
     """Loader and networks of a phase: from the run's checkpoint where it is of this phase, else from their start, or
     around the encoder of the phase before."""
     config, ranks, resolution = phase.config, session.ranks, run.resolutions_left(phase)[0]
     first_step, end_step = (run.steps_per_epoch * epoch for epoch in (phase.first_epoch, phase.last_epoch))
     resumed, init, bad_images = run.opened.checkpoint, config.run.init, 0
-    if before is not None:
+    if before:
         session.wait()  # until the checkpoint that the phase before has ended with is written
         # Its encoder by way of memory: other machines may not see the file, which the main rank alone has written.
-        resumed, init, bad_images = None, encoder_of(before.training.student), before.prefetcher.bad_images
+        last = before.pop()
+        resumed, init, bad_images = None, encoder_of(last.training.student), last.prefetcher.bad_images
+        del last
         compile_anew(config, ranks)
     elif resumed is not None:
         bad_images = read_progress(resumed)["bad_images"] if ranks.is_main else 0  # the ranks' are added up
