@@ -14,11 +14,13 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -30,6 +32,8 @@ from fastpmae_loaders.stores.client import Stat
 from fastpmae_loaders.stores.range_locks import available, lock_range, unlock_range
 from fastpmae_loaders.values import Typed
 
+Answer = TypeVar("Answer")
+
 PAGE = 8 << 20
 """Bytes of a request and of what is kept or dropped at a time: some 84 photographs."""
 TABLE = 256 << 10
@@ -40,6 +44,8 @@ RECORD = np.dtype([("here", "u1"), ("", "u1", 3), ("crc", "<u4"), ("used", "<u4"
 OPEN = 1 << 40
 """The place in a file of records that whoever has the file open keeps locked."""
 _MARK = "fastpmae-cache"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What writing to a disk without room ends in."""
 _BESIDE = frozenset(("copies", "runs", "sources", "writing"))
 """Folders that others of our modules keep in a cache's folder, maybe before there is a cache."""
 _UNITS = {"": 1} | {
@@ -97,6 +103,7 @@ class Cache:
             raise UserError("reading from an object store takes Linux, whose locks and sparse files its cache needs")
         self.folder, self.limit = folder, limit
         self._over = False
+        self._alone = threading.Lock()
         shown = printable(str(folder))
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,8 +112,8 @@ class Cache:
                 if any(path.name not in _BESIDE for path in folder.iterdir()):
                     raise UserError(f"--cache {shown} holds other files: name a new or empty folder, which is its own")
                 mark.touch()
-            self._try_to_drop()
             self._clear()
+            self.with_room(self._try_to_drop)
         except OSError as error:
             raise UserError(f"--cache {shown} cannot be written: {error.strerror or error}") from None
 
@@ -123,7 +130,8 @@ class Cache:
                 with (beside / kind).open("wb") as file:
                     file.truncate(stat.size)
                 with (beside / f"{kind}.records").open("wb") as file:
-                    file.truncate(-(-stat.size // page) * RECORD.itemsize)
+                    # allocated: that a page is there or dropped can then be noted on a disk that is full, too
+                    os.posix_fallocate(file.fileno(), 0, -(-stat.size // page) * RECORD.itemsize)
             about = {"address": str(address), "version": stat.mark, "bytes": stat.size}
             (beside / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
             beside.rename(place)
@@ -152,23 +160,55 @@ class Cache:
         Another process that does so already is left to it.
         """
         with (self.folder / ".drop").open("w") as alone:
+            return target if lock(alone) is False else self._dropped_to(self._measure(), target)
+
+    def with_room(self, work: Callable[[], Answer]) -> Answer:
+        """What `work` gives, which writes; while the disk is full, pages are dropped and it is tried again.
+
+        Raises:
+            OSError: of `work`; for a full disk once nothing is left to drop.
+        """
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+        # one thread at a time: several would take the room from each other
+        with self._alone:
+            while True:
+                made = self._make_room()
+                try:
+                    return work()
+                except OSError as error:
+                    if error.errno not in FULL or not made:
+                        raise
+
+    def _make_room(self) -> bool:
+        """Drop a quarter of what is kept, two pages at least; whether there is more room now."""
+        with (self.folder / ".drop").open("w") as alone:
             if lock(alone) is False:
-                return target
+                # who has it drops pages: there is room, or nothing to drop, when it is done
+                lock(alone, wait=True)
+                return True
             used = self._measure()
-            victims = []
-            for place in self._entries():
-                records = _records_of(place)
-                victims += [(int(records["used"][page]), place, int(page)) for page in np.flatnonzero(records["here"])]
-            for _, place, page in sorted(victims, key=lambda victim: victim[0]):
-                if used <= target:
-                    break
-                used -= drop_page(place, page)
-            if used > target:
-                used -= self._drop_leftovers()
-            with self._usage() as usage:
-                usage[0] = used
-            self._over = used > self.limit
-            return used
+            return self._dropped_to(used, used - max(used // 4, 2 * PAGE)) < used
+
+    def _dropped_to(self, used: int, target: int) -> int:
+        """See `drop`, of a cache that takes `used` bytes. The caller holds the lock."""
+        victims = []
+        for place in self._entries():
+            records = _records_of(place)
+            victims += [(int(records["used"][page]), place, int(page)) for page in np.flatnonzero(records["here"])]
+        for _, place, page in sorted(victims, key=lambda victim: victim[0]):
+            if used <= target:
+                break
+            used -= drop_page(place, page)
+        if used > target:
+            used -= self._drop_leftovers()
+        with self._usage() as usage:
+            usage[0] = used
+        self._over = used > self.limit
+        return used
 
     @contextlib.contextmanager
     def _usage(self) -> Iterator[np.ndarray]:
@@ -178,7 +218,8 @@ class Cache:
             lock(descriptor, wait=True)
             usage = np.frombuffer(os.pread(descriptor, 8, 0).ljust(8, b"\0"), np.int64).copy()
             yield usage
-            os.pwrite(descriptor, usage.tobytes(), 0)
+            with contextlib.suppress(OSError):  # of a disk that is full: who makes room there measures anew
+                os.pwrite(descriptor, usage.tobytes(), 0)
         finally:
             os.close(descriptor)
 

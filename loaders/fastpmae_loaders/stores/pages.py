@@ -8,6 +8,7 @@ machine, has left is believed when its CRC-32 is right.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import threading
@@ -22,27 +23,29 @@ import numpy as np
 from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.printable import printable
 from fastpmae_loaders.stores.address import Address
-from fastpmae_loaders.stores.cache import OPEN, PAGE, RECORD, TABLE, Cache
+from fastpmae_loaders.stores.cache import FULL, OPEN, PAGE, RECORD, TABLE, Answer, Cache, punch
 from fastpmae_loaders.stores.client import Changed, Closed, Stat, Store
 from fastpmae_loaders.stores.prefetch import Fetcher
 from fastpmae_loaders.stores.range_locks import lock_range, unlock_range
 
 _FETCHING = 1 << 41
 """The places in a file of records, one a page, that whoever fetches a page keeps locked."""
+_FIELDS = {name: (field[0], field[1]) for name, field in (RECORD.fields or {}).items()}
 
 
 class SparseFile:
-    """One sparse file with its records, as the cache has made them (see `Cache.entry`). Everything is shared."""
+    """One sparse file with its records, as the cache has made them (see `Cache.entry`). Everything is shared.
+
+    The records are not mapped: writing to a map ends the process where the disk is full.
+    """
 
     def __init__(self, place: Path, kind: str, size: int, page: int) -> None:
         self.path, self.size, self.page = place / kind, size, page
         count = -(-size // page)
-        records = place / f"{kind}.records"
         self.descriptor = os.open(self.path, os.O_RDWR)
         weakref.finalize(self, os.close, self.descriptor).atexit = False
-        self.locks = os.open(records, os.O_RDWR)
+        self.locks = os.open(place / f"{kind}.records", os.O_RDWR)
         weakref.finalize(self, os.close, self.locks).atexit = False
-        self.records = np.memmap(records, RECORD, mode="r+", shape=(count,))
         self.known = np.zeros(count, np.bool_)
         """Pages whose bytes this process has fetched or checked."""
         self._held: dict[int, int] = {}
@@ -75,25 +78,37 @@ class SparseFile:
             else:
                 unlock_range(self.locks, page)
 
+    @property
+    def here(self) -> np.ndarray:
+        """Which pages are there by their records: uint8 [pages]."""
+        count = len(self.known)
+        return np.frombuffer(_read_whole(self.locks, 0, count * RECORD.itemsize, self.path), RECORD)["here"]
+
     def is_there(self, page: int) -> bool:
         """Whether a page that is held can be read, as far as this process knows."""
-        return bool(self.known[page] and self.records["here"][page])
+        return bool(self.known[page] and self._record(page)["here"])
 
     def is_sound(self, page: int) -> bool:
         """Whether a page is there, by the CRC-32 of its bytes where this process does not know it yet."""
-        if not self.records["here"][page]:
+        record = self._record(page)
+        if not record["here"]:
             return False
         if not self.known[page]:
             start, size = self.range_of(page)
-            self.known[page] = zlib.crc32(self.read(start, size).data) == int(self.records["crc"][page])
+            self.known[page] = zlib.crc32(self.read(start, size).data) == int(record["crc"])
         return bool(self.known[page])
 
     def forget_damaged(self) -> bool:
         """Whether a page has not the bytes that were written for it; such pages count as missing from then on."""
         self.known[:] = False
-        sound = [self.is_sound(page) for page in range(len(self.known))]
-        self.records["here"][~np.array(sound, np.bool_)] = 0
-        return not all(sound)
+        damaged = [page for page in range(len(self.known)) if not self.is_sound(page)]
+        for page in damaged:
+            self.forget(page)
+        return bool(damaged)
+
+    def forget(self, page: int) -> None:
+        """A page counts as missing from now on."""
+        self._note(page, "here", 0)
 
     def range_of(self, page: int) -> tuple[int, int]:
         """A page's first byte, and how many it has."""
@@ -101,7 +116,11 @@ class SparseFile:
 
     def touch(self, pages: np.ndarray) -> None:
         """Note that pages are used now."""
-        self.records["used"][pages] = int(time.time())
+        now = int(time.time())
+        # the records of an old cache may not be allocated: its pages are not there, and the disk may be full
+        with contextlib.suppress(OSError):
+            for page in pages.tolist():
+                self._note(page, "used", now)
 
     def fetch(self, page: int, get: Callable[[int, int], memoryview], stopped: Callable[[], bool]) -> int:
         """See that a page is there and sound; how many bytes were written for it. The caller holds it."""
@@ -113,12 +132,16 @@ class SparseFile:
             start, size = self.range_of(page)
             if self.is_sound(page):
                 return 0
-            self.records["here"][page] = 0
+            self.forget(page)
             data = get(start, size)
-            self._write(data, start)
-            self.records["crc"][page] = zlib.crc32(data)
-            self.records["used"][page] = int(time.time())
-            self.records["here"][page] = 1
+            try:
+                self._write(data, start)
+            except OSError:
+                punch(self.descriptor, start, size)  # a part of a page is room that nobody else would give back
+                raise
+            self._note(page, "crc", zlib.crc32(data))
+            self._note(page, "used", int(time.time()))
+            self._note(page, "here", 1)
             self.known[page] = True
             return size
         finally:
@@ -126,13 +149,16 @@ class SparseFile:
 
     def read(self, start: int, size: int) -> np.ndarray:
         """Bytes of pages that are there: uint8 [size]."""
-        data = np.empty(size, np.uint8)
-        place = 0
-        while place < size and (count := os.preadv(self.descriptor, [data.data[place:]], start + place)):
-            place += count
-        if place < size:
-            raise OSError(errno.EIO, f"{self.path} has become shorter")
-        return data
+        return _read_whole(self.descriptor, start, size, self.path)
+
+    def _record(self, page: int) -> np.void:
+        at = page * RECORD.itemsize
+        return np.frombuffer(_read_whole(self.locks, at, RECORD.itemsize, self.path), RECORD)[0]
+
+    def _note(self, page: int, field: str, value: int) -> None:
+        # this field alone: others may write the rest of the record meanwhile
+        kind, place = _FIELDS[field]
+        os.pwrite(self.locks, value.to_bytes(kind.itemsize, "little"), page * RECORD.itemsize + place)
 
     def _write(self, data: memoryview, start: int) -> None:
         place = 0
@@ -143,8 +169,8 @@ class SparseFile:
 class CachedFile:
     """A file in a store, read by way of a cache. Its methods may be called by any number of threads.
 
-    Attributes: `address`; `size` in bytes; `path` and `descriptor` of the sparse file that pages of images are in;
-    `tables`, the path of the one that tables are in.
+    Attributes: `address`; `size` in bytes; `path` and `descriptor` of the sparse file that pages of images are in. It
+    takes two file descriptors.
 
     Args:
         digest: "sha256:…" of the whole file, where it is known: it is looked at when all pages are there together.
@@ -158,11 +184,10 @@ class CachedFile:
     ) -> None:
         self.address, self.size = address, stat.size
         self._store, self._stat, self._cache, self._fetcher, self._digest = store, stat, cache, fetcher, digest
-        try:
-            self._pages, self._tables = self._opened()
-        except OSError as error:
-            raise UserError(f"--cache {printable(str(cache.folder))} cannot be written: {error.strerror}") from None
-        self.path, self.descriptor, self.tables = self._pages.path, self._pages.descriptor, self._tables.path
+        with self._told():
+            self._pages = self._opened()
+        self.path, self.descriptor = self._pages.path, self._pages.descriptor
+        self._known_tables = np.zeros(-(-self.size // TABLE), np.bool_)
         self._damage: str | None = None
         self._checked = digest is None or (self.path.parent / _checked_name(digest)).exists()
         self._whole = threading.Lock()
@@ -171,17 +196,21 @@ class CachedFile:
         """Bytes of a table, uint8 [size], which are kept apart from the images. StoreError where they cannot be had."""
         if size == 0:
             return np.empty(0, np.uint8)
-        tables = self._tables
-        pages = tables.pages_of(np.array([start]), np.array([size]))
-        # what is missing comes in few requests, each of a run of neighbours
-        missing = np.array([page for page in pages if not tables.is_sound(int(page))], np.int64)
+        # opened for this read alone: the many parts of a set would take two descriptors more each
+        with self._told():
+            tables = SparseFile(self.path.parent, "tables", self.size, TABLE)
+            tables.known = self._known_tables
+            pages = tables.pages_of(np.array([start]), np.array([size]))
+            # what is missing comes in few requests, each of a run of neighbours
+            missing = np.array([page for page in pages if not tables.is_sound(int(page))], np.int64)
         runs = np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1) if len(missing) else []
         most = PAGE // TABLE
         parts = [run[place : place + most] for run in runs for place in range(0, len(run), most)]
-        tasks = [((self, "tables", int(part[0]), len(part)), self._table_task(part)) for part in parts]
+        tasks = [((self, "tables", int(part[0]), len(part)), self._table_task(tables, part)) for part in parts]
         self._fetcher.ask(tasks)
         self._fetcher.wait([key for key, _ in tasks])
-        return tables.read(start, size)
+        with self._told():
+            return tables.read(start, size)
 
     @contextlib.contextmanager
     def held(self, start: np.ndarray, size: np.ndarray) -> Iterator[None]:
@@ -244,16 +273,16 @@ class CachedFile:
 
     def missing(self) -> int:
         """How many pages are not there."""
-        return int((self._pages.records["here"] == 0).sum())
+        return int((self._pages.here == 0).sum())
 
-    def _opened(self) -> tuple[SparseFile, SparseFile]:
-        """Both sparse files, of a folder that nobody removes while they are open."""
+    def _opened(self) -> SparseFile:
+        """The sparse file of images, in a folder that nobody removes while it is open."""
         while True:
-            place = self._cache.entry(self.address, self._stat)
+            place = self._cache.with_room(lambda: self._cache.entry(self.address, self._stat))
             with contextlib.suppress(FileNotFoundError):
                 pages = SparseFile(place, "pages", self.size, PAGE)
                 if lock_range(pages.locks, OPEN, shared=True) and (place / "pages.records").exists():
-                    return pages, SparseFile(place, "tables", self.size, TABLE)
+                    return pages
 
     def _get(self, start: int, size: int) -> memoryview:
         try:
@@ -267,22 +296,23 @@ class CachedFile:
     def _page_task(self, page: int) -> Callable[[], None]:
         def work() -> None:
             pages = self._pages
+            get = functools.cache(self._get)  # what has come is not asked for again while room is made for it
             pages.hold(page)
             try:
-                written = self._on_disk(lambda: pages.fetch(page, self._get, lambda: self._store.closed))
+                written = self._on_disk(lambda: pages.fetch(page, get, lambda: self._store.closed))
             finally:
                 pages.release(page)
             if written:
-                self._cache.added(written)
-                if not self._checked:
-                    self._check_whole()
+                with self._told():
+                    self._cache.added(written)
+                    if not self._checked:
+                        self._check_whole()
 
         return work
 
-    def _table_task(self, part: np.ndarray) -> Callable[[], None]:
+    def _table_task(self, tables: SparseFile, part: np.ndarray) -> Callable[[], None]:
         def work() -> None:
-            tables, first = self._tables, int(part[0])
-            begin = first * TABLE
+            begin = int(part[0]) * TABLE
             data = self._get(begin, min(self.size, (int(part[-1]) + 1) * TABLE) - begin)
 
             def cut(start: int, size: int) -> memoryview:
@@ -290,29 +320,34 @@ class CachedFile:
 
             closed = lambda: self._store.closed  # noqa: E731
             written = sum(self._on_disk(lambda page=int(page): tables.fetch(page, cut, closed)) for page in part)
-            self._cache.added(written)
+            with self._told():
+                self._cache.added(written)
 
         return work
 
-    def _on_disk(self, work: Callable[[], int]) -> int:
-        """What `work` gives; a disk that is full gets room once."""
+    def _on_disk(self, work: Callable[[], Answer]) -> Answer:
+        """What `work` gives, with room on the disk (see `Cache.with_room`)."""
+        with self._told():
+            return self._cache.with_room(work)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Within it what the disk refuses is told as a UserError."""
         try:
-            return work()
+            yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"--cache {printable(str(self._cache.folder))}: {error.strerror or error}") from None
-        self._cache.drop(self._cache.limit // 2)
-        try:
-            return work()
-        except OSError as error:
-            raise UserError(
-                f"--cache {printable(str(self._cache.folder))} cannot be written: {error.strerror}. Give a smaller "
-                "--cache-size, or another folder"
-            ) from None
+            shown = f"--cache {printable(str(self._cache.folder))}"
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise UserError(
+                    f"{shown}: no further file can be opened ({error.strerror}). Raise the limit of open files before "
+                    "the start: ulimit -n 65536"
+                ) from None
+            hint = ". Give a smaller --cache-size, or another folder" if error.errno in FULL else ""
+            raise UserError(f"{shown} cannot be written: {error.strerror or error}{hint}") from None
 
     def _check_whole(self) -> None:
         """Look at the digest of the whole file, once its last pages are there."""
-        here = self._pages.records["here"]
+        here = self._pages.here
         missing = np.flatnonzero(here == 0)
         # those that hold tables alone are never asked for
         if 0 < len(missing) <= 2 and np.isin(missing, (0, len(here) - 1)).all():
@@ -326,7 +361,7 @@ class CachedFile:
             for page in pages.tolist():
                 self._pages.hold(page)
             try:
-                if not self._pages.records["here"].all():
+                if not self._pages.here.all():
                     return
                 with self.path.open("rb") as file:
                     found = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
@@ -338,7 +373,8 @@ class CachedFile:
                 if self._pages.forget_damaged():
                     return
                 self._checked = True
-                self._pages.records["here"][:] = 0
+                for page in pages.tolist():
+                    self._pages.forget(page)
             finally:
                 self.release(pages)
             self._damage = (
@@ -347,6 +383,17 @@ class CachedFile:
             )
         finally:
             self._whole.release()
+
+
+def _read_whole(descriptor: int, start: int, size: int, path: Path) -> np.ndarray:
+    """Bytes of an open file, uint8 [size]. OSError where it ends before."""
+    data = np.empty(size, np.uint8)
+    place = 0
+    while place < size and (count := os.preadv(descriptor, [data.data[place:]], start + place)):
+        place += count
+    if place < size:
+        raise OSError(errno.EIO, f"{path} has become shorter")
+    return data
 
 
 def _checked_name(digest: str | None) -> str:
