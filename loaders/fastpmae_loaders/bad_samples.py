@@ -24,6 +24,7 @@ class BadSamples:
     def __init__(self, samples: Samples, count: int, fraction: float, after: Callable[[int], int]) -> None:
         self._samples, self._count, self._fraction, self._after = samples, count, fraction, after
         self._tried = np.zeros(-(-len(samples) // 8), np.uint8)  # a bit each
+        self._tried_count = 0
         self._failed: dict[int, None] = {}
 
     @property
@@ -53,12 +54,10 @@ class BadSamples:
             while index != shown[row]:
                 failed.append(index)
                 index = self._after(index)
-        for some in (wanted, shown, failed):
-            numbers = np.asarray(some, np.int64)
-            np.bitwise_or.at(self._tried, numbers >> 3, np.uint8(1) << (numbers & 7).astype(np.uint8))
+        self._note(np.concatenate([wanted, shown, np.asarray(failed, np.int64)]))
         self._failed.update(dict.fromkeys(failed))
-        tried = int(np.bitwise_count(self._tried).sum()) if len(self._failed) >= FEW else 0
-        if tried and len(self._failed) > self._fraction * tried:
+        tried = self._tried_count
+        if len(self._failed) >= FEW and len(self._failed) > self._fraction * tried:
             check_whole(samples, unchanged=True)
             first = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self._failed) > 10 else "")
             raise UserError(
@@ -66,3 +65,10 @@ class BadSamples:
                 f"above the limit of {self._fraction:.3g}; {advice(samples, self.failed[0])}, or raise bad_fraction"
             )
         return failed
+
+    def _note(self, tried: np.ndarray) -> None:
+        """Count samples that have been tried, each once: by the bits that are new, whatever number there is of all."""
+        numbers = np.unique(tried)
+        place, bit = numbers >> 3, np.uint8(1) << (numbers & 7).astype(np.uint8)
+        self._tried_count += int(np.count_nonzero(self._tried[place] & bit == 0))
+        np.bitwise_or.at(self._tried, place, bit)
