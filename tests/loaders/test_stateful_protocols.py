@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +109,40 @@ def test_lightning_goes_on_within_an_epoch(lightning: Any, stop_after: int, mixe
     assert seen == expected[:stop_after]
     fit(seen, ckpt_path=tmp_path / "last.ckpt")
     assert seen == expected
+
+
+def test_a_second_fit_begins_anew_and_a_checkpoint_is_gone_to(monkeypatch: pytest.MonkeyPatch, mixed: Path):
+    class Module:
+        def __init__(self) -> None:
+            pass
+
+    stand_in = SimpleNamespace(LightningDataModule=Module)
+    monkeypatch.setattr("fastpmae_loaders.adapters.lightning._lightning", lambda: stand_in)
+    module = lightning_data_module(lambda rank, ranks: adapter(mixed, rank, ranks))
+    module.trainer = SimpleNamespace(global_rank=0, world_size=1)
+
+    def fit(steps: int, first_epoch: int = 0) -> list[list[int]]:
+        """As Lightning does: each epoch is named before it."""
+        loader, seen = module.train_dataloader(), []
+        epochs = itertools.count(first_epoch)
+        while len(seen) < steps:
+            loader.set_epoch(next(epochs))
+            seen += labels(itertools.islice(loader, steps - len(seen)))
+        return seen
+
+    straight = adapter(mixed)
+    expected = list(itertools.chain.from_iterable(labels(straight) for _ in range(2)))
+    assert fit(BATCHES + 2) == expected[: BATCHES + 2]
+    module.teardown("fit")
+    state = module.state_dict()
+    assert (state["epoch"], state["batch"]) == (1, 2)
+    assert fit(BATCHES) == expected[:BATCHES]
+    module.teardown("fit")
+    module.load_state_dict(state)
+    assert module.state_dict() == state
+    assert fit(BATCHES - 2, 1) == expected[BATCHES + 2 :]
+    module.teardown("fit")
+    assert fit(2) == expected[:2]
 
 
 def test_without_lightning_a_sentence(monkeypatch: pytest.MonkeyPatch, mixed: Path):

@@ -32,6 +32,8 @@ def lightning_data_module(train: MakeLoader, val: MakeLoader | None = None) -> A
     loader's position: a checkpoint within an epoch, by Lightning's own `ModelCheckpoint`, is resumed at the next batch,
     with the views that an uninterrupted run would have shown, also on another number of ranks.
 
+    A fit without a checkpoint begins at the first epoch, whatever the module was used for before.
+
     Args:
         train: makes the training loader of a rank; the batch size is that of one rank.
         val: likewise for validation, which begins anew each time.
@@ -45,26 +47,27 @@ def lightning_data_module(train: MakeLoader, val: MakeLoader | None = None) -> A
         def __init__(self) -> None:
             super().__init__()
             self.loader: EpochAdapter[Any] | None = None
-            self._position: dict[str, int] = {}
+            self._asked: dict[str, int] = {}  # by `load_state_dict`, for the fit that comes
+            self._left: dict[str, int] = {}  # where the last fit ended, for `state_dict` alone
             if val is not None:  # Lightning takes a method that is there for a loader that is there
                 make: MakeLoader = val
                 self.val_dataloader = lambda: make(self.trainer.global_rank, self.trainer.world_size)
 
         def train_dataloader(self) -> EpochAdapter[Any]:
             self.loader = train(self.trainer.global_rank, self.trainer.world_size)
-            if self._position:
-                self.loader.load_state_dict(self._position)
+            if self._asked:
+                self.loader.load_state_dict(self._asked)
             return self.loader
 
         def state_dict(self) -> dict[str, int]:
-            return self._position if self.loader is None else self.loader.state_dict()
+            return (self._asked or self._left) if self.loader is None else self.loader.state_dict()
 
         def load_state_dict(self, state_dict: dict[str, int]) -> None:
-            self._position = dict(state_dict)
+            self._asked = dict(state_dict)
 
         def teardown(self, stage: str) -> None:
             if stage == "fit" and self.loader is not None:
-                self._position = self.loader.state_dict()
+                self._asked, self._left = {}, self.loader.state_dict()
                 self.loader.close()
                 self.loader = None
 
