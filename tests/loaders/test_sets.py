@@ -1,5 +1,6 @@
 """Sets of .beton files: what one file of the same images gives, and a sentence that names the part where one is bad."""
 
+import gc
 import io
 import json
 import os
@@ -254,6 +255,27 @@ def test_few_parts_are_open_at_a_time(parts: Path, monkeypatch: pytest.MonkeyPat
     assert len(batch) == 29
     # two that are kept, and one for the part that is opened
     assert before < peak <= before + 3
+
+
+def test_few_parts_of_all_sets_together_are_open(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beton_set, "MOST_OPEN", 3)
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("open descriptors are read from /proc")
+    gc.collect()
+    before = open_files(parts)
+    sets = [open_set(parts / "set") for _ in range(3)]
+    whole = Beton(parts / "whole.beton")
+    for turn in range(2):
+        for index in range(turn, 29, 3):
+            for each in sets:
+                assert np.array_equal(each.payload(index), whole.payload(index))
+                assert open_files(parts) <= before + 3 + 1  # and the whole file
+    # what a set that is gone had open is no longer counted
+    sets = sets[:1]
+    gc.collect()
+    for index in (0, 8, 17, 28):
+        sets[0].payload(index)
+    assert open_files(parts) == before + 3 + 1
 
 
 def test_classes_are_the_sets_own_by_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -20,8 +21,13 @@ from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.values import local_path
 
 MOST_OPEN = 128
-"""Parts that are kept open; each takes one file descriptor, of 1,024 that many systems give a process."""
-
+"""Parts that are kept open, of all sets of a process together: each takes one file descriptor, in a store two, of the
+1,024 that many systems give a process."""
+_used: OrderedDict[tuple[weakref.ref["BetonSet"], int], None] = OrderedDict()
+"""The parts that are open, those used last at the end."""
+_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # or a child might find it taken for ever
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 _MANY = 10_000_000
 """Images, above which a set's index is not believed unseen."""
@@ -33,7 +39,7 @@ class BetonSet:
     Nothing is kept for an image: `height`, `width`, `size`, `mode` and `label` are Columns of n, which open the parts
     that they are asked about; `page_of` is one too, and opens none. `page_starts` int64 [P + 1] are the first images of
     the set's pages and n. `index`, `class_names`, `nbytes` (of all parts) and `identity`, a text that another set does
-    not have, come from the index. The `MOST_OPEN` parts that were used last stay open.
+    not have, come from the index. The `MOST_OPEN` parts that were used last, of all sets, stay open.
 
     Args:
         index: of the set.
@@ -68,8 +74,7 @@ class BetonSet:
             for name in ("height", "width", "size", "mode", "label")
         )
         self.page_of = Column(count, lambda indices: np.searchsorted(self.page_starts, indices, side="right") - 1)
-        self._open: OrderedDict[int, _Part] = OrderedDict()
-        self._lock = threading.Lock()
+        self._open: dict[int, _Part] = {}
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -116,11 +121,13 @@ class BetonSet:
 
     def part(self, number: int) -> Beton:
         """A part, opened and found to be what the index says. BetonError names it where it is not."""
-        with self._lock:
+        with _lock:
             kept = self._open.setdefault(number, _Part())
-            self._open.move_to_end(number)
-            while len(self._open) > MOST_OPEN:
-                self._open.popitem(last=False)
+            used: tuple[weakref.ref[BetonSet], int] = (weakref.ref(self), number)
+            _used[used] = None
+            _used.move_to_end(used)
+            gone = _unused()
+        del gone  # closed without the lock
         # others may be opened meanwhile
         with kept.lock:
             if kept.beton is None:
@@ -157,7 +164,7 @@ class BetonSet:
 
     def check_whole(self, unchanged: bool = False) -> None:
         """See `Beton.check_whole`; of the parts that are open."""
-        with self._lock:
+        with _lock:
             kept = [part.beton for part in self._open.values()]
         for beton in kept:
             if beton is not None:
@@ -191,6 +198,20 @@ class _Part:
     def __init__(self) -> None:
         self.beton: Beton | None = None
         self.lock = threading.Lock()
+
+
+def _unused() -> list[object]:
+    """Parts that are to be closed, taken out of their sets. The caller holds the lock."""
+    if len(_used) > MOST_OPEN:
+        for used in [used for used in _used if used[0]() is None]:
+            del _used[used]
+    found: list[object] = []
+    while len(_used) > MOST_OPEN:
+        (owner, number), _ = _used.popitem(last=False)
+        if (whole := owner()) is not None:
+            # the set too: were this its last reference, it would close its parts here
+            found += [whole, whole._open.pop(number, None)]
+    return found
 
 
 def _beside(folder: Path | Address, shard: Shard) -> Beton:

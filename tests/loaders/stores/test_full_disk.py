@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -157,3 +158,22 @@ def test_records_are_allocated_when_a_part_is_opened(tmp_path, fetcher):
         found = file.path.with_name(f"{kind}.records").stat()
         assert found.st_size == 12 * 50 * PAGE // page
         assert 512 * found.st_blocks >= found.st_size
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_part_takes_two_descriptors_and_too_many_are_told(tmp_path, fetcher):
+    cache = Cache(tmp_path, 18 * PAGE)
+    before = descriptors()
+    kept = [opened(cache, fetcher, f"part-{number}")[0] for number in range(8)]
+    assert kept[0].read(3, 1000).tobytes() == bytes(1000)
+    assert descriptors() - before == 2 * 8
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 1, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"no further file can be opened .* before the start: ulimit -n 65536"):
+            opened(cache, fetcher, "one-more")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
