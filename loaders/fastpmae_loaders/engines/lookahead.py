@@ -11,8 +11,7 @@ import numpy as np
 
 from fastpmae_loaders.engines.stream import Stream
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.stores.client import Closed
-from fastpmae_loaders.stores.prefetch import waits_end_when
+from fastpmae_loaders.stores.client import Closed, waits_end_when
 
 _PAUSE = 0.02
 

@@ -14,8 +14,7 @@ from contextlib import suppress
 from fastpmae_loaders.engines.base import Engine, Job
 from fastpmae_loaders.engines.scratch import Scratch
 from fastpmae_loaders.errors import UserError
-from fastpmae_loaders.stores.client import Closed
-from fastpmae_loaders.stores.prefetch import waits_end_when
+from fastpmae_loaders.stores.client import Closed, waits_end_when
 
 
 class Stream:

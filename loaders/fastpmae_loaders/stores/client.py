@@ -3,6 +3,7 @@
 What a store answers is put into words of our own: its own text may hold a key's name or a signature.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -32,6 +33,25 @@ _MOST_PARTS = 9000  # S3 takes 10,000
 
 class Closed(Exception):
     """A request that was given up because whoever wanted it has closed."""
+
+
+_waiting = threading.local()
+
+
+@contextlib.contextmanager
+def waits_end_when(stopped: Callable[[], bool]) -> Iterator[None]:
+    """Within it this thread waits for no request and no fetch any more once `stopped` says so: Closed is raised."""
+    before = waits_end()
+    _waiting.stopped = stopped
+    try:
+        yield
+    finally:
+        _waiting.stopped = before
+
+
+def waits_end() -> Callable[[], bool] | None:
+    """What says that this thread's waits end (see `waits_end_when`)."""
+    return getattr(_waiting, "stopped", None)
 
 
 class Stat(NamedTuple):
@@ -66,7 +86,7 @@ class Store:
     """One bucket. Its methods may be called by any number of threads; each takes the key within the bucket.
 
     A request that fails for a reason that may pass (a server's 5xx, a connection that breaks, a timeout) is tried again
-    with growing pauses for `deadline` seconds. Ctrl-C and `close` end the wait at once.
+    with growing pauses for `deadline` seconds. Ctrl-C, `close` and `waits_end_when` end the wait at once.
 
     Raises:
         UserError: without obstore, and for settings of the environment that it does not take.
@@ -148,7 +168,7 @@ class Store:
         """
         patience, self.deadline = self.deadline, FIRST_TRY
         try:
-            return _aside(lambda: act(self), FIRST_TRY, self._closed)
+            return _aside(lambda: act(self), FIRST_TRY, self._closed.is_set)
         except TimeoutError:
             where = self.address / key if key else self.address
             name = {"az": "account", "https": "host", "http": "host"}.get(where.scheme, "bucket")
@@ -201,13 +221,17 @@ class Store:
             )
         where = self.address / key if key else self.address
         began, pause = time.monotonic(), 0.1
+        given_up = waits_end()
+        alone = given_up is None and threading.current_thread() is not threading.main_thread()
+
+        def ended() -> bool:
+            return self._closed.is_set() or (given_up is not None and given_up())
+
         while True:
-            if self._closed.is_set():
+            if ended():
                 raise Closed
             try:
-                if threading.current_thread() is threading.main_thread():
-                    return _aside(lambda: request(obstore), None, self._closed)
-                return request(obstore)
+                return request(obstore) if alone else _aside(lambda: request(obstore), None, ended)
             except FileNotFoundError as error:
                 code = _CODE.search(str(error))
                 what = _NO_BUCKET.get(code[1]) if code else None
@@ -227,7 +251,9 @@ class Store:
                         "is there again"
                     ) from None
                 # drawn, so that ranks that failed together do not come back together
-                self._closed.wait(min(left, pause * _PAUSES.uniform(0.5, 1.5)))
+                end = time.monotonic() + min(left, pause * _PAUSES.uniform(0.5, 1.5))
+                while not ended() and (rest := end - time.monotonic()) > 0:
+                    self._closed.wait(min(rest, 0.2))
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
 
@@ -263,8 +289,8 @@ class _Listing:
         return []
 
 
-def _aside(work: Callable[[], Answer], seconds: float | None, closed: threading.Event) -> Answer:
-    """What `work` gives, computed in another thread, so that ctrl-C and `closed` are heard meanwhile.
+def _aside(work: Callable[[], Answer], seconds: float | None, ended: Callable[[], bool]) -> Answer:
+    """What `work` gives, computed in another thread, so that ctrl-C and `ended` are heard meanwhile.
 
     Raises:
         TimeoutError: after so many seconds; the thread is left to itself.
@@ -282,7 +308,7 @@ def _aside(work: Callable[[], Answer], seconds: float | None, closed: threading.
     threading.Thread(target=run, name="fastpmae-store", daemon=True).start()
     end = None if seconds is None else time.monotonic() + seconds
     while not done.wait(0.2):
-        if closed.is_set():
+        if ended():
             raise Closed
         if end is not None and time.monotonic() > end:
             raise TimeoutError

@@ -6,27 +6,13 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from fastpmae_loaders.stores.client import Closed, StoreError
+from fastpmae_loaders.stores.client import Closed, StoreError, waits_end, waits_end_when
 
 THREADS = 16
 """Requests at a time: a store answers one with some 100 MB/s."""
 _URGENT, _AHEAD = 0, 1
-
-
-_waiting = threading.local()
-
-
-@contextlib.contextmanager
-def waits_end_when(stopped: Callable[[], bool]) -> Iterator[None]:
-    """Within it this thread waits for nothing that is fetched any more once `stopped` says so: Closed is raised."""
-    before = getattr(_waiting, "stopped", None)
-    _waiting.stopped = stopped
-    try:
-        yield
-    finally:
-        _waiting.stopped = before
 
 
 def side_by_side(works: Sequence[Callable[[], int]], threads: int) -> int:
@@ -34,12 +20,12 @@ def side_by_side(works: Sequence[Callable[[], int]], threads: int) -> int:
 
     They are daemons: a program's end does not wait for them. Raises what one of them raised.
     """
-    stopped = getattr(_waiting, "stopped", None) or (lambda: False)
+    stopped = waits_end()
     left = iter(works)
     lock, found, errors = threading.Lock(), [0], []
 
     def run() -> None:
-        with waits_end_when(stopped):
+        with contextlib.nullcontext() if stopped is None else waits_end_when(stopped):
             while not errors:
                 with lock:
                     work = next(left, None)
@@ -114,7 +100,7 @@ class Fetcher:
             Exception: what a task raised.
         """
         left = set(keys)
-        stopped = getattr(_waiting, "stopped", None)
+        stopped = waits_end()
         with self._lock:
             while True:
                 for key in list(left):

@@ -199,3 +199,23 @@ def test_a_setting_that_no_store_takes_is_a_sentence(monkeypatch):
     monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
     with pytest.raises(UserError, match="az://container/x cannot be opened"):
         Store(parse_address("az://container/x"))
+
+
+def test_a_thread_that_is_to_end_gives_a_request_up(tmp_path):
+    """In a pause between two tries, and within one."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port in (9, silent.getsockname()[1]):  # nobody listens there; and one that never answers
+            store = Store(parse_address(f"http://127.0.0.1:{port}/set"), deadline=60)
+            stopped, ended = threading.Event(), []
+
+            def work(store=store, stopped=stopped, ended=ended) -> None:
+                with client.waits_end_when(stopped.is_set), pytest.raises(Closed):
+                    store.stat("set/part-0.beton")
+                ended.append(True)
+
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            time.sleep(1.5)
+            stopped.set()
+            thread.join(3)
+            assert ended == [True]
