@@ -183,47 +183,65 @@ def open_samples(
     kept on this machine. Samples that are open already come back as they are. Several paths are a Mixture of what lies
     there; a weight may stand behind each (`a.beton:0.7`), and behind one alone it says nothing.
 
+    Args:
+        split, flat: which images of a folder are taken and whether without labels (see `ImageFolder`); of several
+            folders each. Folders of tar shards have splits too.
+
     Raises:
-        UserError: where it is none of these, or a folder of both images and shards.
+        UserError: where it is none of these, or a folder of both images and shards, and for `split` or `flat` of what
+            has none.
     """
     if not isinstance(path, str | os.PathLike):
         if isinstance(path, list | tuple) and path:
-            return _mixed(path, cache)
+            return _mixed(path, split, flat, cache)
         if hasattr(path, "payload"):
-            return cast("Samples", path)
+            images = cast("Samples", path)
+            _check_whole_alone(images.path, split, flat)
+            return images
         raise UserError(f"{path!r} names no images: give a path, or images that are open")
     if isinstance(path, str | Path):
         path, _ = split_weight(str(path))
     if is_address(path):
+        _check_whole_alone(path, split, flat)
         return open_beton(path, cache)
     root = _existing(path)
-    if root.is_file():
-        return TarShards(root) if root.suffix.lower() == ".tar" else Beton(root)
-    if is_set(root):
-        return open_set(root)
+    if root.is_file() or is_set(root):
+        _check_whole_alone(root, split, flat)
+        return open_set(root) if root.is_dir() else TarShards(root) if root.suffix.lower() == ".tar" else Beton(root)
     files = Files(root)
     if files.tars and files.images:
         raise UserError(
             f"{printable(str(root))} holds {len(files.images):,} images and {len(files.tars):,} tar files: "
             "say which with ImageFolder(path) or TarShards(path)"
         )
+    if files.tars:
+        _check_whole_alone(root, None, flat)
     return TarShards(root, split) if files.tars else ImageFolder(root, split, flat)
 
 
-def _mixed(paths: Sequence[str | os.PathLike[str]], cache: CacheSettings | None) -> "Samples":
+def _check_whole_alone(path: object, split: str | None, flat: bool) -> None:
+    """Refuse what would be asked in vain of anything but a folder of images."""
+    for name, given in ((f"split={split!r}", split is not None), ("flat=True", flat)):
+        if given:
+            raise UserError(f"{printable(str(path))} has nothing that {name} chooses from: leave it out")
+
+
+def _mixed(
+    paths: Sequence[str | os.PathLike[str]], split: str | None, flat: bool, cache: CacheSettings | None
+) -> "Samples":
     """The mixture of what lies at some paths; one alone is itself."""
     from fastpmae_loaders.mixture import Mixture
 
     sources = [split_weight(os.fspath(path)) for path in paths]
     weights = [weight for _, weight in sources if weight is not None]
     if len(sources) == 1:
-        return open_samples(paths[0], cache=cache)
+        return open_samples(paths[0], split, flat, cache)
     if weights and len(weights) < len(sources):
         without = next(source for source, weight in sources if weight is None)
         if not is_address(without):  # what stands behind it may be meant for a weight
             _existing(without)
         raise UserError(f"{printable(without)} has no weight and others have: give one to each, as in {without}:0.5")
-    return Mixture([open_samples(source, cache=cache) for source, _ in sources], weights or None)
+    return Mixture([open_samples(source, split, flat, cache) for source, _ in sources], weights or None)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

@@ -116,6 +116,30 @@ def test_flat_split_and_single(tmp_path: Path) -> None:
         open_samples(splits, "test")
 
 
+def test_split_and_flat_count_for_each_of_several_and_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
+    names = ("train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg")
+    folders = [tree(tmp_path / name, {name: encoded(i) for i, name in enumerate(names)}) for name in ("one", "two")]
+    for paths, count in ((folders[:1], 1), (folders, 2)):
+        assert len(open_samples(paths, "val")) == count
+        every = open_samples(paths, flat=True)
+        assert np.asarray(every.label[np.arange(3 * count)]).tolist() == [-1] * 3 * count
+    with pytest.raises(UserError, match=r"flat takes every image, and split 'val' would take some"):
+        open_samples(folders[0], "val", flat=True)
+    assert len(open_samples(folders[0], "all", flat=True)) == 3
+    write_beton(folders[0], tmp_path / "one.beton", mode="raw", workers=1)
+    shard = tmp_path / "shards" / "0.tar"
+    shard.parent.mkdir()
+    with tarfile.open(shard, "w") as tar:
+        tar.add(folders[0] / names[0], "0.jpg")
+    whole = [tmp_path / "one.beton", Beton(tmp_path / "one.beton"), shard, "s3://bucket/set"]
+    for split, flat, said in (("val", False, "split='val'"), (None, True, "flat=True")):
+        for source in [*whole, [folders[1], tmp_path / "one.beton"]]:
+            with pytest.raises(UserError, match=f"has nothing that {said} chooses from: leave it out"):
+                open_samples(source, split, flat)
+    with pytest.raises(UserError, match="has nothing that flat=True chooses from"):
+        open_samples(shard.parent, flat=True)
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_sizes_are_those_of_the_upright_image(tmp_path: Path, form: str) -> None:
     folder = tree(tmp_path / form, {f"{i}.{form.lower()}": turned(i, form) for i in range(1, 9)})

@@ -337,6 +337,11 @@ def _looks_like_image(path: str) -> bool:
 
 def list_folder(root: Path, files: Files, wanted: str | None = None, flat: bool = False) -> tuple[Listing, list[str]]:
     """Labels from folder names: below what all images share, and below split folders, a folder is a class."""
+    if flat and wanted not in (None, *EVERYTHING):
+        raise UserError(
+            f"{printable(str(root))}: flat takes every image, and split {printable(wanted)!r} would take some: name "
+            "one of the two"
+        )
     names = files.images
     paths = [tuple(folder.name.split("/")) if folder.name else () for folder in names.folders]
     folders = [Named(path, path, names.folders[number].count, number) for number, path in enumerate(paths)]
