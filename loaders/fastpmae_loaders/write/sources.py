@@ -4,11 +4,13 @@ Nothing is decoded here. A source is listed in full before anything is written, 
 names alone, so that the same source gives the same file.
 """
 
+import json
 import os
 import shlex
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fastpmae_loaders.errors import UserError
@@ -149,13 +151,40 @@ def look_into(path: str | os.PathLike[str], settings: SourceSettings | None = No
             f"fastpmae-write --check {quoted}, or name the images that it was written from"
         )
     files = Files(root if stored is None else base, stored)
+    if not is_file:
+        own = _own_tables(base, files.tables)
+        beside = len(files.tables) - len(own)
+        files.tables, files.others = own, files.others + beside
+    else:
+        beside = 0
     with _named(remote):
         kind = settings.kind or _kind_of(root, files)
         names, notes = list[str](), list[str]()
         if kind != "folder":
             every = files.tars if kind == "tar" else files.tables
             names, notes = choose_split(every, splits_of_files(every), settings.split, root)
+        if kind == "hf" and beside:
+            what = "1 arrow file is" if beside == 1 else f"{beside:,} arrow files are"
+            notes.append(f"{what} passed over: no part of the data set, but kept beside it by Hugging Face's library.")
     return Found(root, base, kind, files, names, notes, settings, remote)
+
+
+def _own_tables(base: Path, tables: list[str]) -> list[str]:
+    """The tables that are a data set's own: what its state.json names, where that lies beside them.
+
+    Hugging Face's library keeps what its `map` and `filter` have made in the same folder.
+    """
+    named: dict[str, set[str]] = {}
+    for folder in {name.rpartition("/")[0] for name in tables}:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            state = json.loads((base / folder / "state.json").read_text(encoding="utf-8"))
+            named[folder] = {entry["filename"] for entry in state["_data_files"]}
+    own = []
+    for name in tables:
+        folder, _, last = name.rpartition("/")
+        if last in named[folder] if named.get(folder) else not fnmatchcase(last, "cache-*.arrow"):
+            own.append(name)
+    return own
 
 
 def list_files(found: Found, names: list[str]) -> Listing:

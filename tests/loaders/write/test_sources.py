@@ -479,6 +479,23 @@ def test_hugging_face_data_sets(tmp_path: Path, form: str) -> None:
     assert "test" in source.notes[0]
 
 
+@pytest.mark.parametrize("state", [True, False])
+def test_what_hugging_faces_library_keeps_beside_a_data_set_is_no_part_of_it(tmp_path: Path, state: bool) -> None:
+    pa, rows = table([2, 0, 1], features=FEATURES)
+    own = "cache-of-mine.arrow" if state else "data-00000-of-00001.arrow"
+    for name in (own, "cache-1c80317fa3b1799d.arrow", "cache-1c80317fa3b1799e.arrow"):
+        with pa.ipc.new_stream(str(tmp_path / name), rows.schema) as writer:
+            writer.write_table(rows)
+    if state:
+        (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": own}]}))
+    source = find_images(tmp_path)
+    assert [Path(item.path).name for item in source.items] == [own] * 3
+    assert source.passed_over == 2 + state
+    assert "2 arrow files are passed over" in source.notes[0]
+    # one that is named is meant
+    assert len(find_images(tmp_path / "cache-1c80317fa3b1799d.arrow").items) == 3
+
+
 @pytest.mark.slow
 def test_parquet_of_other_shapes(tmp_path: Path) -> None:
     pa, rows = table(["dog", "cat", "dog"], "jpg", struct=False)
