@@ -136,6 +136,10 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
     )
     if command.check is not None and (command.src is not None or command.to_jpeg):
         raise UserError("--check takes a .beton file and nothing else")
+    kept = replace(command.writing, workers=None, timeout=TIMEOUT)
+    if command.check is not None and (command.images, command.listing, kept) != (ImageSettings(), Source(), Writing()):
+        raise UserError("--check decodes every image as it is stored: of the settings it takes --workers and --timeout")
+    _check_mode(command.images)
     if command.to_jpeg and (command.images != ImageSettings() or command.listing != Source()):
         raise UserError(
             "--to-jpeg takes every image of a .beton as it is: leave out what says which images to take, and how to "
@@ -145,6 +149,17 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
     if command.check is None and (command.src is None or (command.out is None and not command.parts.finish)):
         raise UserError("SRC and OUT.beton are needed (or --check F.beton)")
     return command
+
+
+def _check_mode(images: ImageSettings) -> None:
+    """Refuse flags that the mode makes no use of."""
+    plain = ImageSettings()
+    if images.mode != "proportion":
+        for flag in ("proportion", "seed"):
+            if getattr(images, flag) != getattr(plain, flag):
+                raise UserError(f"--{flag} is of --mode proportion, and the mode is {images.mode}: leave one out")
+    if images.mode == "raw" and images.quality != plain.quality:
+        raise UserError("--quality is of JPEGs, and --mode raw stores none: leave one out")
 
 
 def _check_parts(command: Command) -> None:

@@ -57,6 +57,11 @@ class SourceSettings(Typed):
     image_column: str | None = None
     label_column: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind is not None and self.kind not in _KINDS:
+            raise UserError(f"a source's kind is {self.kind!r}; expected folder, tar or hf, or None to find out")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -159,6 +164,8 @@ def look_into(path: str | os.PathLike[str], settings: SourceSettings | None = No
         beside = 0
     with _named(remote):
         kind = settings.kind or _kind_of(root, files)
+        if kind != "folder" or files.images:
+            _check_settings(settings, kind)
         names, notes = list[str](), list[str]()
         if kind != "folder":
             every = files.tars if kind == "tar" else files.tables
@@ -167,6 +174,19 @@ def look_into(path: str | os.PathLike[str], settings: SourceSettings | None = No
             what = "1 arrow file is" if beside == 1 else f"{beside:,} arrow files are"
             notes.append(f"{what} passed over: no part of the data set, but kept beside it by Hugging Face's library.")
     return Found(root, base, kind, files, names, notes, settings, remote)
+
+
+_KINDS = {"folder": "a folder of images", "tar": "tar shards", "hf": "a Hugging Face data set"}
+_OF = {"flat": ("folder",), "image_column": ("tar", "hf"), "label_column": ("hf",)}
+"""Which kinds a setting is for."""
+
+
+def _check_settings(settings: SourceSettings, kind: str) -> None:
+    """Refuse what a source of this kind makes no use of."""
+    for name, kinds in _OF.items():
+        if getattr(settings, name) and kind not in kinds:
+            flag, meant = "--" + name.replace("_", "-"), " or ".join(_KINDS[each] for each in kinds)
+            raise UserError(f"{flag} is for {meant}, and the source is {_KINDS[kind]}: leave it out")
 
 
 def _own_tables(base: Path, tables: list[str]) -> list[str]:

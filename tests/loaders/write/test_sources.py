@@ -10,6 +10,7 @@ import pytest
 
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable
+from fastpmae_loaders.write.cli import read_command
 from fastpmae_loaders.write.sources import Listing, SourceSettings, find_images, read_item
 from tests.made import made_image
 
@@ -494,6 +495,46 @@ def test_what_hugging_faces_library_keeps_beside_a_data_set_is_no_part_of_it(tmp
     assert "2 arrow files are passed over" in source.notes[0]
     # one that is named is meant
     assert len(find_images(tmp_path / "cache-1c80317fa3b1799d.arrow").items) == 3
+
+
+def test_settings_of_another_kind_of_source_are_refused(tmp_path: Path) -> None:
+    tree(tmp_path / "folder", "a/1.jpg", "b/2.jpg")
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as tar:
+        tar.add(tmp_path / "folder" / "a" / "1.jpg", "1.jpg")
+    for name, settings, said in (
+        ("folder", SourceSettings(label_column="x"), "--label-column is for a Hugging Face data set"),
+        ("folder", SourceSettings(image_column="x"), "--image-column is for tar shards or a Hugging Face data set"),
+        ("shards", SourceSettings(label_column="x"), "--label-column is for a Hugging Face data set"),
+        ("shards", SourceSettings(flat=True), "--flat is for a folder of images, and the source is tar shards"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_images(tmp_path / name, settings)
+    with pytest.raises(UserError, match="a source's kind is 'foo'; expected folder, tar or hf"):
+        SourceSettings(kind="foo")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        *(
+            (["--check", "F.beton", *more], "--check decodes every image as it is stored")
+            for more in (["--limit", "9"], ["--split", "val"], ["--max-size", "99"], ["--skip-bad"], ["--force"],
+                         ["--mode", "raw"], ["--page-size", "4194304"])
+        ),
+        (["a", "b.beton", "--proportion", "0.3"], "--proportion is of --mode proportion, and the mode is jpg"),
+        (["a", "b.beton", "--mode", "raw", "--seed", "7"], "--seed is of --mode proportion, and the mode is raw"),
+        (["a", "b.beton", "--mode", "raw", "--quality", "50"], "--quality is of JPEGs, and --mode raw stores none"),
+    ],
+)  # fmt: skip
+def test_flags_that_would_do_nothing_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_command(words)
+
+
+def test_flags_that_do_something_are_taken() -> None:
+    read_command(["--check", "F.beton", "--workers", "2", "--timeout", "9"])
+    read_command(["a", "b.beton", "--mode", "proportion", "--proportion", "0.3", "--seed", "7", "--quality", "80"])
 
 
 @pytest.mark.slow
