@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss
 from torchvision.ops.poolers import initLevelMapper
 
@@ -88,6 +90,32 @@ class ExactRoIAlign(MultiScaleRoIAlign):
         return super().forward({name: each.float() for name, each in x.items()}, sound, image_shapes)
 
 
+class ExactRPNHead(RPNHead):
+    """torchvision's head of proposals, which answers in fp32 under autocast too.
+
+    torchvision's coder casts anchors and boxes to the dtype of the offsets: bf16 has steps of 4 pixels at 700.
+    """
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, offsets = super().forward(x)
+        return [each.float() for each in logits], [each.float() for each in offsets]
+
+
+class ExactBoxPredictor(FastRCNNPredictor):
+    """torchvision's classes and offsets of boxes, in fp32 under autocast too (see `ExactRPNHead`)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, offsets = super().forward(x)
+        return logits.float(), offsets.float()
+
+
+class ExactMaskPredictor(MaskRCNNPredictor):
+    """torchvision's masks of boxes, in fp32 under autocast too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).float()
+
+
 class Proposals(RegionProposalNetwork):
     """torchvision's region proposals; the losses are means over the anchors of all ranks' images.
 
@@ -144,7 +172,7 @@ class BoxHeads(RoIHeads):
             indices = [each[some] for each, some in zip(matched, positive, strict=True)]
             masks = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
             truths, classes = ([target[name] for target in targets] for name in ("masks", "labels"))
-            mean = maskrcnn_loss(masks.float(), boxes, truths, classes, indices)
+            mean = maskrcnn_loss(masks, boxes, truths, classes, indices)
             share = len(masks) / _count_over_ranks(masks[:, 0, 0, 0], self.group)
             losses["loss_mask"] = mean * share
         return [], losses
@@ -155,7 +183,7 @@ class BoxHeads(RoIHeads):
         classes = torch.cat(labels)
         count = _count_over_ranks(classes, self.group)
         positive = torch.where(classes > 0)[0]
-        own = deltas.float().view(len(classes), -1, 4)[positive, classes[positive]]
+        own = deltas.view(len(classes), -1, 4)[positive, classes[positive]]
         wanted = torch.cat(list(encoded))[positive]
         if self.box_loss == "giou":
             boxes = torch.cat(proposals)[positive]
@@ -163,7 +191,7 @@ class BoxHeads(RoIHeads):
         else:
             loss = F.smooth_l1_loss(own, wanted, beta=1 / 9, reduction="sum")
         return {
-            "loss_classifier": F.cross_entropy(logits.float(), classes, reduction="sum") / count,
+            "loss_classifier": F.cross_entropy(logits, classes, reduction="sum") / count,
             "loss_box_reg": self.box_loss_weight * loss / count,
         }
 

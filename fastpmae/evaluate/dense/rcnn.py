@@ -8,14 +8,23 @@ import torch.distributed as dist
 from jaxtyping import Float
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from fastpmae.evaluate.dense.proposals import BoxHeads, ExactAnchors, ExactRoIAlign, KeyedSampler, Proposals, Targets
+from fastpmae.evaluate.dense.proposals import (
+    BoxHeads,
+    ExactAnchors,
+    ExactBoxPredictor,
+    ExactMaskPredictor,
+    ExactRoIAlign,
+    ExactRPNHead,
+    KeyedSampler,
+    Proposals,
+    Targets,
+)
 from fastpmae.evaluate.dense.pyramid import LEVELS, Pyramid, TappedViT
 from fastpmae.evaluate.dense.recipe import DetectConfig
 
@@ -81,7 +90,7 @@ class Detector(nn.Module):
         )
         self.rpn = Proposals(
             anchors,
-            RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2 if simple else 1),
+            ExactRPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2 if simple else 1),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
@@ -98,7 +107,7 @@ class Detector(nn.Module):
         self.roi_heads = BoxHeads(
             pool(output_size=7),
             head,
-            FastRCNNPredictor(FULLY_CONNECTED, classes + 1),
+            ExactBoxPredictor(FULLY_CONNECTED, classes + 1),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
             batch_size_per_image=config.boxes_per_image,
@@ -109,7 +118,7 @@ class Detector(nn.Module):
             detections_per_img=config.detections,
             mask_roi_pool=pool(output_size=14) if masks else None,
             mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1, norm if simple else None) if masks else None,
-            mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1) if masks else None,
+            mask_predictor=ExactMaskPredictor(channels, channels, classes + 1) if masks else None,
         )
         self.roi_heads.box_loss, self.roi_heads.box_loss_weight = config.box_loss, config.box_loss_weight
         self.rpn.fg_bg_sampler = KeyedSampler(256, 0.5)

@@ -144,3 +144,42 @@ def test_a_diverged_network_finds_nothing():
         model.rpn.head.get_parameter("bbox_pred.weight").fill_(float("nan"))
         (found,) = model(torch.randn(1, 3, 64, 96), [(64, 96)])
     assert len(found["boxes"]) == 0
+
+
+def test_boxes_are_not_rounded_under_autocast(monkeypatch: pytest.MonkeyPatch):
+    """bf16 has 8 bits: at 700 pixels steps of 4. What torchvision decodes takes the dtype of the offsets."""
+    model, true = detector(), torch.tensor([[701.3, 303.7, 911.9, 601.2]])
+    image, size = torch.randn(1, 3, 640, 1024), [(640, 1024)]
+    sampled: list[Any] = []
+    sample = model.roi_heads.select_training_samples
+    monkeypatch.setattr(
+        model.roi_heads, "select_training_samples", lambda *given: sampled.append(sample(*given)) or sampled[0]
+    )
+    outlines = torch.ones(1, 640, 1024, dtype=torch.uint8)
+    target = [{"boxes": true, "labels": torch.tensor([1]), "masks": outlines}]
+    model.set_keys((1,), (2,))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.train()(image, size, target)
+    (proposals,), _, (labels,), (wanted,) = sampled[0]
+    exact = proposals[labels > 0]
+    assert (exact == true).all(dim=1).any()  # it is a proposal of its own
+    assert proposals.dtype == wanted.dtype == torch.float32
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+
+    seen: list[Tensor] = []
+    model.roi_heads.register_forward_pre_hook(lambda _, given: seen.extend(given[1]))
+    model.roi_heads.score_thresh = 0.0
+    # offsets of 0: every box is its anchor
+    for part in (model.rpn.head.bbox_pred, model.roi_heads.box_predictor.bbox_pred):
+        torch.nn.init.zeros_(part.weight)
+        torch.nn.init.zeros_(part.bias)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = model.eval()(image, size)
+    maps = [torch.empty(1, 1, 640 // stride, 1024 // stride) for stride in (4, 8, 16, 32, 64)]
+    anchors = model.rpn.anchor_generator(ImageList(image, size), maps)[0]
+    anchors = torch.stack([anchors[:, ::2].clamp(0, 1024), anchors[:, 1::2].clamp(0, 640)], dim=2).flatten(1)
+    for boxes in (seen[0], found["boxes"]):
+        assert boxes.dtype == torch.float32
+        assert len(boxes)
+        assert torch.cdist(boxes, anchors, p=torch.inf).min(dim=1).values.max() < 1e-3
+    assert found["masks"].dtype == torch.float32
