@@ -10,6 +10,7 @@ from fastpmae.evaluate.backbone import Backbone, find_backbone
 from fastpmae.evaluate.dense.arguments import Detect, Patches, Segment
 from fastpmae.evaluate.dense.labelled import Detection, Segmentation
 from fastpmae.evaluate.result_files import ResultFiles, ResultFolder, free_files, named_folder, place_of, stem_of
+from fastpmae.run.checkpoint import newest_checkpoint
 from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
@@ -56,8 +57,15 @@ class _Run:
 
     def steps_of(self, iterations: int) -> int:
         """How many steps of a training were done; says so where --steps ended it."""
-        steps = self.command.training.steps
-        if steps is None or steps >= iterations:
+        limit = self.command.training.steps
+        if limit is None or limit >= iterations:
+            return iterations
+        # a resumed training may stand beyond --steps
+        checkpoint, complaints = newest_checkpoint(self.folder)
+        if checkpoint is None:
+            raise UserError("; ".join([f"there is no sound checkpoint in {self.folder}", *complaints]))
+        steps = checkpoint.progress["step"]
+        if steps >= iterations:
             return iterations
         tell(f"after step {steps:,} of {iterations:,}, as --steps says; --resume without it ends the training")
         return steps

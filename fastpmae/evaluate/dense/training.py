@@ -177,6 +177,7 @@ def train_dense(
         images = (session.last_step - session.step) * batch_size
         with contextlib.closing(batches), progress.count(images, "images"):
             while session.step < session.last_step:
+                scores = None  # of an earlier step
                 train_step(training, batches, session.step, session.saver.before_update)
                 progress.advance(batch_size)
                 session.advance(int(session.step / per_epoch))

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from fastpmae import UserError
 from fastpmae.evaluate.cli import read_command
 from fastpmae.evaluate.dense.arguments import Segment
+from fastpmae.evaluate.dense.overlap import MaskScores
+from fastpmae.evaluate.protocols import run_command
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS
 from fastpmae.evaluate.result_files import ResultFiles
 from tests.evaluate.dense.made import scene, start
@@ -69,6 +72,31 @@ def test_a_folder_in_a_network_and_figures_out(tmp_path: Path):
     # whichever file begins with the result's name is one that another result would not replace
     assert set(out.glob("segment.*")) | set(out.glob("segment-*")) <= set(ResultFiles(out, "segment").every)
     assert (out / "train.log").read_text().splitlines()[-1].startswith("step 4/4: loss")
+
+
+@pytest.mark.slow
+def test_figures_are_of_the_step_that_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After a test at step 2 and an end at step 3, and of a training that stands beyond --steps."""
+    pytest.importorskip("segmentation_models_pytorch", reason="pip install 'fastpmae[dense]'")
+    from fastpmae.evaluate.dense import segment
+
+    tests: list[int] = []
+
+    def evaluated(*_: object, **how: object) -> MaskScores:
+        tests.append(len(tests) + 1)  # a test's number is the pixels that it has wrong
+        return MaskScores(torch.tensor([[10, tests[-1], 0], [0, 10, 0], [0, 0, 10]]), 2, torch.ones(2))
+
+    monkeypatch.setattr(segment, "evaluate_segmenter", evaluated)
+    images, out = folder_of_pairs(tmp_path / "set"), tmp_path / "out"
+    start(tmp_path)
+    words = ["segment", str(tmp_path / "vit.pth"), "--train", str(images), "--ignore", "255", "--out", str(out), *WORDS]
+    words += ["--eval-every", "2", "--log-every", "50", "--no-yardsticks"]
+    for number, more in ((2, ["--steps", "3"]), (3, ["--steps", "2", "--resume"])):
+        run_command(read_command([*words, *more]))
+        assert tests[-1] == number  # the first was at step 2
+        record = json.loads((out / "segment.json").read_text())
+        assert record["steps"] == 3
+        assert record["pixel_accuracy"] == pytest.approx(100 * 30 / (30 + number), abs=1e-3)
 
 
 @pytest.mark.untyped
