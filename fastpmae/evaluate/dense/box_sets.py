@@ -149,8 +149,9 @@ def _of_file(path: Path) -> tuple[Splits, list[str] | None]:
         case ".yaml" | ".yml":
             return read_yolo(path)
         case ".txt":
-            root = path.resolve().parents[2] if len(path.resolve().parents) > 2 else path.parent
-            listed = voc_splits(root, path)
-            if listed is not None:
-                return listed, None
+            # by its name first: images are called as the user calls them, where a link leads elsewhere
+            for named in (path.absolute(), path.resolve()):
+                root = named.parents[2] if len(named.parents) > 2 else path.parent
+                if (listed := voc_splits(root, path)) is not None:
+                    return listed, None
     raise UserError(f"{short(str(path))} is no JSON of COCO, YAML of YOLO or list of Pascal VOC: {LAYOUTS}")

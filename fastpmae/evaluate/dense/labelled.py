@@ -4,9 +4,11 @@ Everything here is upright: an image is turned by its EXIF orientation, and its 
 """
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -24,7 +26,7 @@ class Masked:
     """An image with a class for each pixel.
 
     Attributes:
-        name: of the image's file, below the set's folder.
+        name: of the image's file, as a user would name it.
         read: the image, and its mask in int16: classes from 0 on, and IGNORE. UserError names the file that is not
             sound.
         digest: of the mask's file.
@@ -56,8 +58,9 @@ class Segmentation:
 
     def describe(self) -> dict[str, object]:
         """What a result records about the images."""
-        print_ = _fingerprint([entry.name + entry.digest for entry in self.entries], self.names)
-        return {"path": str(self.path), "images": len(self), "fingerprint": print_}
+        digests = [entry.digest for entry in self.entries]
+        prints = _fingerprints(self.path, [entry.name for entry in self.entries], digests, self.names)
+        return {"path": str(self.path), "images": len(self), **prints}
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Boxed:
     """An image with boxes, or without any.
 
     Attributes:
-        name: of the image's file, below the set's folder.
+        name: of the image's file, as a user would name it.
         height, width: of the upright image, in pixels.
         read: the image. UserError names the file that is not sound.
     """
@@ -127,14 +130,31 @@ class Detection:
             found = entry.objects
             columns = (found.boxes, found.labels, found.crowd)
             digests = [hashlib.sha256(np.ascontiguousarray(column).tobytes()).hexdigest() for column in columns]
-            words.append(f"{entry.name} {entry.width}x{entry.height} {' '.join(digests)}")
+            words.append(f" {entry.width}x{entry.height} {' '.join(digests)}")
         boxes = sum(len(entry.objects) for entry in self.entries)
-        print_ = _fingerprint(words, self.names)
-        return {"path": str(self.path), "images": len(self), "boxes": boxes, "fingerprint": print_}
+        prints = _fingerprints(self.path, [entry.name for entry in self.entries], words, self.names)
+        return {"path": str(self.path), "images": len(self), "boxes": boxes, **prints}
+
+
+def same_images(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an earlier description is of the same images, written by an earlier version of fastpmae too."""
+    return before["fingerprint"] in (now["fingerprint"], now.get("fingerprint_with_path"))
+
+
+def _fingerprints(path: Path, files: list[str], contents: list[str], classes: tuple[str, ...]) -> dict[str, str]:
+    """A digest that tells one set from another wherever they lie; and one with the files' names as they were given,
+    which earlier versions wrote."""
+    own = path.parent if path.is_file() else path
+    split = [os.path.split(name) for name in files]
+    within = {folder: os.path.relpath(folder or ".", own) for folder, _ in split}
+    below = [f"{within[folder]}/{name}" for folder, name in split]
+    return {
+        word: _fingerprint([name + held for name, held in zip(names, contents, strict=True)], classes)
+        for word, names in (("fingerprint", below), ("fingerprint_with_path", files))
+    }
 
 
 def _fingerprint(words: list[str], names: tuple[str, ...]) -> str:
-    """A digest that tells one set from another wherever they lie."""
     total = hashlib.sha256()
     for word in (*names, "", *words):
         total.update(word.encode("utf-8", "backslashreplace") + b"\0")

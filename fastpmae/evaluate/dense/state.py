@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastpmae.distributed.ranks import Ranks
+from fastpmae.evaluate.dense.labelled import same_images
 from fastpmae.evaluate.dense.recipe import DenseConfig
 from fastpmae.evaluate.finetune_state import (
     STATES,
@@ -58,7 +59,7 @@ def take_up_dense(
     if not (all(isinstance(part, dict) for part in parts) and are_numbers(losses)):
         raise CheckpointError(f"{checkpoint.path} is damaged: its progress is none of such a training")
     changed = config.differences(parts[0]) + other_network(parts[1], record["backbone"])
-    if progress["fingerprint"] != record["train"]["fingerprint"] or parts[2] != record["set"]:
+    if not same_images(progress, record["train"]) or parts[2] != record["set"]:
         changed.append("the training images, their labels or the classes are others")
     if changed:
         raise UserError(f"the training in {folder} was started with other settings: {'; '.join(changed)}")
