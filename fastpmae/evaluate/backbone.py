@@ -89,7 +89,7 @@ def find_backbone(
             raise UserError(f"--network {which} chooses among the networks of a file, and {weights} is one network")
         if heads:
             raise UserError(f"--heads {heads}: timm knows how many attention heads {weights} has; leave it out")
-        return _of_timm(weights.removeprefix("timm:"), image_size)
+        return _of_timm(weights.removeprefix("timm:"), image_size, size_flag)
     named = Address.of_text(weights)
     if named is not None:
         with brought_here(named) as copy:
@@ -220,8 +220,7 @@ def _of_tensors(
             raise UserError(f"{source} makes no ViT: {error}") from None
         trained = patch * round((tensors["pos_embed"].shape[1] - prefix) ** 0.5)
     size = image_size or trained
-    if size % patch or size < patch:
-        raise UserError(f"{size_flag} {size} is no multiple of the network's patches of {patch} pixels")
+    _check_whole_patches(size, patch, size_flag)
     if size > LARGEST_IMAGE:
         raise UserError(
             f"{source} is for images of {size:,} pixels a side, more than {LARGEST_IMAGE:,}: choose with {size_flag}"
@@ -239,6 +238,11 @@ def _of_tensors(
         return model
 
     return Backbone(source, network, size, *normal, build)
+
+
+def _check_whole_patches(size: int, patch: int, size_flag: str) -> None:
+    if size % patch or size < patch:
+        raise UserError(f"{size_flag} {size} is no multiple of the network's patches of {patch} pixels")
 
 
 def _extent(tensor: Tensor, axis: int) -> int:
@@ -349,7 +353,7 @@ def start_head(model: nn.Module) -> None:
     nn.init.zeros_(head.bias)
 
 
-def _of_timm(name: str, image_size: int) -> Backbone:
+def _of_timm(name: str, image_size: int, size_flag: str) -> Backbone:
     """A model that timm fetches with its weights, or finds in a folder (`local-dir:PATH`)."""
     import timm
 
@@ -373,4 +377,5 @@ def _of_timm(name: str, image_size: int) -> Backbone:
         raise UserError(f"timm:{name} is no ViT but a {type(model).__name__}")
     cfg = model.pretrained_cfg
     size = model.patch_embed.img_size[0]
+    _check_whole_patches(size, model.patch_embed.patch_size[0], size_flag)
     return Backbone(f"timm, {name}", "", size, tuple(cfg["mean"]), tuple(cfg["std"]), build)

@@ -1,0 +1,29 @@
+"""Networks that timm makes: the size of their images, and what their tokens are."""
+
+import json
+
+import pytest
+import timm
+from timm.models import save_for_hf
+
+from fastpmae import UserError
+from fastpmae.evaluate.backbone import find_backbone
+
+
+@pytest.fixture(scope="module")
+def of_timm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of timm's, of a network for images of 64 pixels in patches of 16."""
+    folder = tmp_path_factory.mktemp("timm")
+    save_for_hf(timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0), folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_args": {"img_size": 64}}))
+    return f"timm:local-dir:{folder}"
+
+
+def test_images_of_timms_networks_are_whole_patches(of_timm: str):
+    """timm itself would look at 64 of 72 pixels, or end in its middle."""
+    assert find_backbone(of_timm).image_size == 64
+    assert find_backbone(of_timm, image_size=48).image_size == 48
+    for size, flag in ((72, "--image-size"), (40, "--crop-size")):
+        with pytest.raises(UserError, match=f"{flag} {size} is no multiple of the network's patches of 16 pixels"):
+            find_backbone(of_timm, image_size=size, size_flag=flag)
