@@ -130,11 +130,12 @@ def features(
     vit: Any = model
     tokens = vit.forward_features(images)
     prefix = vit.num_prefix_tokens
-    if prefix == 0 and "class" in pools:
-        raise UserError("this network has no class token: use --pool mean")
-    kept = tokens if prefix <= 1 else torch.cat([tokens[:, :1], tokens[:, prefix:]], dim=1)
-    if prefix == 0:
-        return [vit.fc_norm(kept.mean(dim=1)) for _ in pools]
+    # registers are prefix tokens too
+    if not getattr(vit, "has_class_token", prefix > 0):
+        if "class" in pools:
+            raise UserError("this network has no class token: use --pool mean")
+        return [vit.fc_norm(tokens[:, prefix:].mean(dim=1)) for _ in pools]
+    kept = tokens if prefix == 1 else torch.cat([tokens[:, :1], tokens[:, prefix:]], dim=1)
     return [vit.fc_norm(pooled(kept, pool)) for pool in pools]
 
 
