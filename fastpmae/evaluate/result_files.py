@@ -12,6 +12,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from fastpmae.config import run_at
+from fastpmae.evaluate.dense.labelled import same_images
 from fastpmae.run.checkpoint import step_of
 from fastpmae.run.folder import run_of
 from fastpmae.run.shards import is_sharded
@@ -73,33 +74,69 @@ def stem_of(evaluation: str, network: str) -> str:
 
 
 def free_files(folder: Path, stem: str, record: dict[str, Any]) -> ResultFiles:
-    """The files for a result: of that stem, or, where figures of other images or files that are no result bear it, of
-    one with these images' name.
+    """The files for a result: of that stem, or, where figures of other images, of other weights or files that are no
+    result bear it, of one with the name of what is other.
 
-    A second data set does not replace the figures of the first, and the same command finds its own files again.
+    A second data set or network does not replace the figures of the first, and the same command finds its own files
+    again.
     """
-    path = Path((record["val"] or record["train"])["path"])
-    images = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(path.with_suffix("").parts[-2:])).strip("-")
-    others = (f"{stem}-{images}-{number}" for number in itertools.count(2))
-    names = itertools.chain([stem, f"{stem}-{images}"], others)
+    first = ResultFiles(folder, stem)
+    before = _result_in(first)
+    if _has_room(first, record):
+        return first
+    others = before is not None and _same_images(before, record)
+    word = _word(record["weights"], 1) if others else _word((record["val"] or record["train"])["path"], 2)
+    names = itertools.chain([f"{stem}-{word}"], (f"{stem}-{word}-{number}" for number in itertools.count(2)))
     each = (ResultFiles(folder, name) for name in names)
     return next(files for files in each if _has_room(files, record))
 
 
+def _word(name: str, parts: int) -> str:
+    """The last parts of a path or an address, without an ending, for the name of a file."""
+    path = Path(name)
+    if path.name in ("", ".."):
+        path = path.resolve()
+    last = "-".join([*path.parts[:-1], path.stem][-parts:])
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", last).strip("-") or "other"
+
+
 def _has_room(files: ResultFiles, record: dict[str, Any]) -> bool:
-    """Whether none of the files is there, or they are a result of the same images."""
+    """Whether none of the files is there, or they are a result of the same images and weights."""
     if not any(map(os.path.lexists, files.every)):
         return True
+    before = _result_in(files)
+    return before is not None and _same_images(before, record) and _same_weights(before, record, files.folder)
+
+
+def _result_in(files: ResultFiles) -> dict[str, Any] | None:
+    """What is recorded there of a result's images and weights; None where it is no result."""
     try:
-        before = json.loads(files.figures.read_text(encoding="utf-8"))
-        return _prints(before) == _prints(record)
+        found = json.loads(files.figures.read_text(encoding="utf-8"))
+        prints = {
+            part: None if found[part] is None else {"fingerprint": found[part]["fingerprint"]}
+            for part in ("train", "val")
+        }
+        return prints | {"weights": str(found.get("weights", ""))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
+        return None
 
 
-def _prints(record: dict[str, Any]) -> list[str | None]:
-    """The fingerprints of the images that a result was trained and tested on."""
-    return [None if record[part] is None else record[part]["fingerprint"] for part in ("train", "val")]
+def _same_images(before: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether two results were trained and tested on the same images."""
+    return all(
+        before[part] is record[part] is None
+        or (before[part] is not None and record[part] is not None and same_images(before[part], record[part]))
+        for part in ("train", "val")
+    )
+
+
+def _same_weights(before: dict[str, Any], record: dict[str, Any], folder: Path) -> bool:
+    """Whether two results are of weights of one name; a run goes on, and its folder may be named from elsewhere."""
+    earlier, now = Path(before["weights"]), Path(str(record.get("weights", "")))
+    if earlier.resolve() == now.resolve():
+        return True
+    run = run_of(now)
+    return not earlier.exists() and run is not None and folder.resolve().is_relative_to(run.resolve())
 
 
 def place_of(weights: str) -> Path | Address:

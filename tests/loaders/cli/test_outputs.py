@@ -278,6 +278,43 @@ def test_a_result_takes_a_name_of_its_own_beside_others_files(tmp_path: Path):
     assert free_files(tmp_path, "knn-student", record) == files  # the same images: renewed
 
 
+def test_results_of_other_weights_do_not_replace_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    images = {"train": {"path": ".", "fingerprint": "1"}, "val": {"path": "/", "fingerprint": "2"}}
+    found = []
+    for weights in ("mae.pth", "dino.pth", "a/dino.pth", "timm:vit_base.mae", "mae.pth", str(tmp_path / "dino.pth")):
+        files = free_files(tmp_path, "knn", images | {"weights": weights})
+        files.figures.write_text(json.dumps(images | {"weights": weights}))
+        found.append(files.stem)
+    assert found == ["knn", "knn-dino", "knn-dino-2", "knn-timm-vit_base", "knn", "knn-dino"]
+    others = {**images, "val": {"path": "b/val", "fingerprint": "3"}, "weights": "mae.pth"}
+    assert free_files(tmp_path, "knn", others).stem == "knn-b-val"
+
+
+def test_a_run_goes_on_with_its_results_from_wherever_it_is_named(tmp_path: Path):
+    images = {"train": {"path": "a/b", "fingerprint": "1"}, "val": None}
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    folder = tmp_path / "run/eval"
+    folder.mkdir()
+    files = ResultFiles(folder, "knn-student")
+    files.figures.write_text(json.dumps(images | {"weights": "old/run"}))
+    assert free_files(folder, "knn-student", images | {"weights": str(tmp_path / "run")}) == files
+    assert free_files(folder, "knn-student", images | {"weights": "other.pth"}).stem == "knn-student-other"
+
+
+@pytest.mark.parametrize("path", [".", "..", "/", "../.."])
+def test_images_may_lie_in_the_folder_itself(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder without a name of its own is called by the one that it leads to."""
+    (tmp_path / "birds/train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "birds/train")
+    record = {"train": {"path": path, "fingerprint": "1"}, "val": None, "weights": "mae.pth"}
+    assert free_files(tmp_path, "knn", record).stem == "knn"
+    (tmp_path / "knn.json").write_text("mine")
+    wanted = {".": "knn-birds-train", "..": f"knn-{tmp_path.name}-birds"}
+    found = free_files(tmp_path, "knn", record).stem
+    assert found == wanted.get(path, found)
+
+
 def test_the_demo_takes_no_folder_of_others(tmp_path: Path):
     (tmp_path / "images/holiday").mkdir(parents=True)
     (tmp_path / "images/holiday/a.jpg").write_text("mine")
