@@ -20,7 +20,11 @@ from fastpmae.evaluate.datasets import half
 from fastpmae.evaluate.dense.context import Grid, grid_of
 from fastpmae.evaluate.dense.labelled import Pixels
 from fastpmae.model.initialization import initialise
+from fastpmae.model.patches import sincos_positions
 from fastpmae_loaders.errors import UserError
+
+LAYER_SCALES = {"gamma": 1e-5, "gamma_1": 0.1, "gamma_2": 0.1}
+"""What timm's ViT and its BEiT start them at, where the module does not say."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,34 @@ class PatchNetwork:
     def restarted(self, seed: int) -> "PatchNetwork":
         """The same network before any training: weights drawn as MAE starts them."""
         model = copy.deepcopy(self.model).cpu()
-        initialise(model, torch.Generator().manual_seed(seed))
+        start_anew(model, torch.Generator().manual_seed(seed))
         return PatchNetwork(model.to(self.device), self.backbone, self.device, self.patch, self.side)
+
+
+@torch.no_grad()
+def start_anew(vit: nn.Module, generator: torch.Generator) -> None:
+    """Nothing of timm's ViT stays as it was trained: products, norms and the class token start as MAE's, positions are
+    its sines and cosines, registers are drawn as the class token is, and the rest is as timm starts it."""
+    for parameter in vit.parameters():
+        parameter.fill_(torch.nan)  # what stays so MAE has not
+    initialise(vit, generator)
+    for name, parameter in vit.named_parameters():
+        if not parameter.isnan().any():
+            continue
+        of, _, last = name.rpartition(".")
+        if last == "pos_embed":
+            patch_embed: Any = vit.get_submodule("patch_embed")
+            positions = sincos_positions(*patch_embed.grid_size, parameter.shape[2])
+            parameter.zero_()
+            parameter[0, -len(positions) :] = positions
+        elif last in LAYER_SCALES:
+            parameter.fill_(getattr(vit.get_submodule(of), "init_values", LAYER_SCALES[last]))
+        elif "bias" in last:
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=0.02, generator=generator)
 
 
 def scaled(image: Pixels, grid: Grid) -> Pixels:

@@ -2,18 +2,23 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
 
 from fastpmae import PRESETS, pretrain, write_beton
 from fastpmae.evaluate import protocols
 from fastpmae.evaluate.backbone import find_backbone
-from fastpmae.evaluate.dense.patch_features import Kept, patch_network
+from fastpmae.evaluate.dense.patch_features import Kept, patch_network, start_anew
+from fastpmae.model.patches import sincos_positions
 from tests.made import write_tree
 
 SIDES = (30, 44)
@@ -112,6 +117,38 @@ def test_features_of_an_image_of_any_size(data: Path):
     assert not torch.allclose(other.features(image, network.grid(32, 32, 0)), found)
     assert torch.equal(other.features(cut, grid), network.restarted(1).features(cut, grid))
     assert torch.equal(network.features(image, network.grid(32, 32, 0)), found)
+
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: VisionTransformer(**SIZES),
+        lambda: VisionTransformer(**SIZES, init_values=1e-4, reg_tokens=2, no_embed_class=True, qk_norm=True),
+        lambda: Beit(**SIZES, use_abs_pos_emb=True, use_rel_pos_bias=True, init_values=0.1),
+    ],
+)
+def test_a_restarted_network_keeps_nothing_of_its_training(make: Callable[[], Any]):
+    trained, other = make(), make()
+    with torch.no_grad():
+        for number, model in enumerate((trained, other)):
+            for parameter in model.parameters():
+                parameter.fill_(number + 0.5)
+    for model in (trained, other):
+        start_anew(model, torch.Generator().manual_seed(0))
+    ours, theirs, fresh = (dict(model.named_parameters()) for model in (trained, other, make()))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name, tensor in ours.items():
+        # as timm starts it: what is constant there is the same constant, what is drawn is as small
+        if fresh[name].numel() and bool((fresh[name] == fresh[name].flatten()[0]).all()):
+            assert torch.equal(tensor, fresh[name]), name
+        elif not name.endswith(("bias", "pos_embed")):  # MAE's convolution has a bias of 0
+            assert 0 < tensor.float().std() < 1, name
+    positions = ours["pos_embed"][0]
+    assert torch.equal(positions[-16:], sincos_positions(4, 4, 16))
+    assert not positions[:-16].any()
 
 
 def test_features_are_kept_while_there_is_room():
