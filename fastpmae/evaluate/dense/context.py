@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastpmae.evaluate.dense.labelled import Mask
+from fastpmae.evaluate.dense.overlap import best_classes
 
 CHUNK_BYTES = 128 * 2**20
 
@@ -89,6 +90,13 @@ def at_mask_size(
     if grid.scaled != (grid.height, grid.width):
         found = F.interpolate(found, (grid.height, grid.width), mode="bilinear", align_corners=False)
     return found[0]
+
+
+def classes_at_mask_size(
+    scores: Float[Tensor, "rows columns classes"], grid: Grid
+) -> Int[Tensor, "height width"]:  # fmt: skip
+    """The class of the highest score of each of the image's pixels (see `at_mask_size`)."""
+    return best_classes(lambda some: at_mask_size(scores[..., some], grid), scores.shape[2], grid.height * grid.width)
 
 
 @dataclass(frozen=True)

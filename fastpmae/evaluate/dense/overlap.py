@@ -14,6 +14,29 @@ from torch import Tensor
 from fastpmae.evaluate.metrics import draw_confusion, write_result
 from fastpmae.evaluate.result_files import ResultFiles
 
+AT_ONCE = 1 << 28
+"""Scores of pixels that are held at a time, 1 GiB in fp32."""
+
+
+def best_classes(
+    scores: Callable[[slice], Float[Tensor, "some height width"]], classes: int, pixels: int
+) -> Int[Tensor, "height width"]:
+    """The class of the highest score at each pixel, of equal ones the first.
+
+    Args:
+        scores: of some of the classes. Of a large image they are asked for in parts: those of 150 classes at 12
+            megapixels would take 7 GB.
+    """
+    some = max(1, AT_ONCE // pixels)
+    if some >= classes:
+        return scores(slice(None)).argmax(dim=0)
+    best, found = scores(slice(0, some)).max(dim=0)
+    for first in range(some, classes, some):
+        values, places = scores(slice(first, first + some)).max(dim=0)
+        better = (values > best) | (values.isnan() & ~best.isnan())
+        best, found = torch.where(better, values, best), torch.where(better, places + first, found)
+    return found
+
 
 def confusion_of(
     truth: Int[Tensor, "height width"], predicted: Int[Tensor, "height width"], classes: int

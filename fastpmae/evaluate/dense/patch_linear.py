@@ -84,10 +84,9 @@ def train_patch_linear(
                     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
                 assert optimizer is not None
                 assert schedule is not None
-                loss = _loss(model, maps, [labels(place) for place in chosen], device)
-                if loss is not None:  # a batch of void alone teaches nothing, and its mean is not a number
-                    optimizer.zero_grad()
-                    loss.backward()
+                optimizer.zero_grad()
+                # a batch of void alone teaches nothing, and its mean is not a number
+                if _backward(model, maps, [labels(place) for place in chosen], device):
                     optimizer.step()
                 schedule.step()
                 done += 1
@@ -99,20 +98,27 @@ def train_patch_linear(
     return model.eval()
 
 
-def _loss(
+def _backward(
     model: PatchLinear,
     maps: list[Float[Tensor, "_rows _columns dim"]],
     labels: list[tuple[Int[np.ndarray, "_height _width"], Grid]],
     device: torch.device,
-) -> Float[Tensor, ""] | None:
+) -> bool:
+    """Add the gradient of the mean cross-entropy over the pixels with a class; whether there are any.
+
+    The scores of one image's pixels are held at a time.
+    """
     sizes = [(found.shape[0], found.shape[1]) for found in maps]
-    scores = model(torch.cat([found.flatten(0, 1) for found in maps])).split(
-        [rows * columns for rows, columns in sizes]
-    )
-    total, count = torch.zeros((), device=device), 0
-    for part, size, (mask, grid) in zip(scores, sizes, labels, strict=True):
+    scores = model(torch.cat([found.flatten(0, 1) for found in maps]))
+    count = sum(int((mask != IGNORE).sum()) for mask, _ in labels)
+    if not count:
+        return False
+    leaf = scores.detach().requires_grad_()
+    parts = leaf.split([rows * columns for rows, columns in sizes])
+    for part, size, (mask, grid) in zip(parts, sizes, labels, strict=True):
         truth = torch.from_numpy(mask.astype(np.int64)).to(device)
         pixels = at_mask_size(part.view(*size, -1), grid)
-        total = total + F.cross_entropy(pixels[None], truth[None], ignore_index=IGNORE, reduction="sum")
-        count += int((mask != IGNORE).sum())
-    return total / count if count else None
+        loss = F.cross_entropy(pixels[None], truth[None], ignore_index=IGNORE, reduction="sum")
+        loss.backward(torch.ones_like(loss) / count)
+    scores.backward(leaf.grad)
+    return True

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate.backbone import find_backbone
 from fastpmae.evaluate.dense.arguments import Patches
-from fastpmae.evaluate.dense.context import Grid, Memory, at_mask_size, chosen_patches, patch_labels
+from fastpmae.evaluate.dense.context import Grid, Memory, chosen_patches, classes_at_mask_size, patch_labels
 from fastpmae.evaluate.dense.labelled import Masked, Segmentation
 from fastpmae.evaluate.dense.mask_pictures import Overlay, best_median_worst, write_overlays
 from fastpmae.evaluate.dense.overlap import MaskScores, confusion_of, write_mask_scores
@@ -157,7 +157,7 @@ def probe(
         grid = network.grid(image.shape[0], image.shape[1], command.short_side)
         queries = F.normalize(of_val(place).flatten(0, 1).to(probing.device), dim=1)
         votes = memory.vote(queries, command.k, command.temperature)
-        return at_mask_size(votes.view(grid.rows, grid.columns, -1), grid).argmax(dim=0)
+        return classes_at_mask_size(votes.view(grid.rows, grid.columns, -1), grid)
 
     knn = probing.scores(f"{words}nearest neighbours", predict)
     if not command.linear:
@@ -183,7 +183,7 @@ def probe(
         found = of_val(place).to(probing.device)
         image, _ = entry.read()
         grid = network.grid(image.shape[0], image.shape[1], command.short_side)
-        return at_mask_size(layer(found.flatten(0, 1)).view(*found.shape[:2], -1), grid).argmax(dim=0)
+        return classes_at_mask_size(layer(found.flatten(0, 1)).view(*found.shape[:2], -1), grid)
 
     return knn, probing.scores(f"{words}linear layer", predict_linear), predict
 
@@ -248,7 +248,7 @@ def colour_neighbours(probing: Probing, network: PatchNetwork) -> MaskScores:
     def predict(entry: Masked, place: int) -> Int[Tensor, "height width"]:
         found, grid = features(entry)
         votes = memory.vote((found.to(probing.device) - mean) / spread, command.k, COLOUR_TEMPERATURE)
-        return at_mask_size(votes.view(grid.rows, grid.columns, -1), grid).argmax(dim=0)
+        return classes_at_mask_size(votes.view(grid.rows, grid.columns, -1), grid)
 
     return probing.scores("nearest neighbours by colour, contrast and place", predict)
 

@@ -149,7 +149,7 @@ def evaluate_segmenter(
 
     def judge(number: int, example: tuple[Tensor, Tensor]) -> None:
         planes, mask = example
-        predicted = segmenter.logits(planes, *mask.shape)[0].argmax(dim=0)
+        predicted = segmenter.classes(planes, *mask.shape)
         found = confusion_of(to_device(mask, segmenter.device), predicted, classes)
         confusion.add_(found)
         by_image[number] = MaskScores(found, 1).iou.nanmean()

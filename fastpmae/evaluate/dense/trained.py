@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
@@ -18,6 +18,7 @@ from fastpmae.evaluate.datasets import half
 from fastpmae.evaluate.dense.average_precision import Found, run_lengths
 from fastpmae.evaluate.dense.crops import whole_image
 from fastpmae.evaluate.dense.labelled import Mask, Pixels
+from fastpmae.evaluate.dense.overlap import best_classes
 from fastpmae.evaluate.dense.pyramid import padded, size_multiple
 from fastpmae.evaluate.dense.rcnn import Detector
 from fastpmae.evaluate.dense.recipe import DetectConfig, SegmentConfig
@@ -76,18 +77,17 @@ class TrainedSegmenter:
             UserError: as `pixels_of`.
         """
         pixels = pixels_of(picture)
-        logits = self.logits(self.resized(pixels), *pixels.shape[:2])
-        return logits[0].argmax(dim=0).cpu().numpy().astype(np.int16)
+        return self.classes(self.resized(pixels), *pixels.shape[:2]).cpu().numpy().astype(np.int16)
 
     def resized(self, pixels: Pixels) -> UInt8[Tensor, "3 rows columns"]:
         """An image as the network looks at it."""
         return whole_image(pixels, self.config.short_side, self.config.long_side)
 
     @torch.inference_mode()
-    def logits(
+    def classes(
         self, planes: UInt8[Tensor, "3 rows columns"], height: int, width: int
-    ) -> Float[Tensor, "1 classes height width"]:
-        """What the network makes of an image that is resized already, at the image's own size."""
+    ) -> Int[Tensor, "height width"]:  # fmt: skip
+        """The class of each pixel of an image that is resized already, at the image's own size."""
         image = self.backbone.normalised(to_device(planes[None], self.device))
         config, patch_size = self.config, self.model.backbone.patch_size
         least = self.model.backbone.fixed_side or size_multiple(patch_size)
@@ -100,7 +100,9 @@ class TrainedSegmenter:
                 patch_size=patch_size,
                 least=least,
             )
-        return found if found.shape[-2:] == (height, width) else upsampled(found, (height, width))
+        if found.shape[-2:] == (height, width):
+            return found[0].argmax(dim=0)
+        return best_classes(lambda some: upsampled(found[:, some], (height, width))[0], found.shape[1], height * width)
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ class TrainedDetector:
         boxes = found["boxes"].float() * scale
         masks = None
         if "masks" in found:
-            pasted = paste_masks_in_image(found["masks"].float(), boxes, (height, width))[:, 0]
-            masks = run_lengths(pasted > 0.5)
+            # one at a time: an image of 12 megapixels takes 48 MB for each
+            masks = []
+            for mask, box in zip(found["masks"].float().split(1), boxes.split(1), strict=True):
+                masks += run_lengths(paste_masks_in_image(mask, box, (height, width))[:, 0] > 0.5)
         return Found(boxes.cpu().numpy(), found["labels"].tolist(), found["scores"].tolist(), masks)

@@ -8,8 +8,9 @@ from sklearn.neighbors import NearestNeighbors
 from fastpmae.evaluate.dense.context import Memory, at_mask_size, cell_labels, chosen_patches, grid_of, patch_labels
 from fastpmae.evaluate.dense.labelled import IGNORE
 from fastpmae.evaluate.dense.mask_pictures import best_median_worst, class_colours, errors_in_red, painted
-from fastpmae.evaluate.dense.patch_linear import LinearSettings, train_patch_linear
+from fastpmae.evaluate.dense.patch_linear import LinearSettings, PatchLinear, train_patch_linear
 from fastpmae.evaluate.dense.yardsticks import PositionPrior, colour_features
+from fastpmae_loaders import epoch_order
 from fastpmae_loaders.cli.progress import Progress
 
 
@@ -115,6 +116,43 @@ def test_a_linear_layer_learns_what_is_linear_and_passes_void_over():
     assert all(bool(parameter.isfinite().all()) for parameter in layer.parameters())
     for found, mask in zip(maps[1:], masks[1:], strict=True):
         assert (layer(found.flatten(0, 1)).argmax(dim=1).numpy() == mask.ravel()).all()
+
+
+def test_a_linear_layer_is_that_of_all_images_scores_at_once():
+    """Bit for bit, though one image's pixels are held at a time."""
+    generator = torch.Generator().manual_seed(0)
+    grids = [grid_of(24, 40, 8), grid_of(21, 30, 8), grid_of(16, 16, 8)]
+    maps = [torch.randn(grid.rows, grid.columns, 6, generator=generator) for grid in grids]
+    random = np.random.default_rng(0)
+    masks = [random.integers(-1, 3, (grid.height, grid.width)).astype(np.int16) for grid in grids]
+    settings = LinearSettings(steps=4, batch_size=3, rate=0.02, weight_decay=0.1, seed=0)
+    layer = train_patch_linear(
+        lambda place: maps[place],
+        lambda place: (masks[place], grids[place]),
+        3, 3, settings, torch.device("cpu"), Progress(),
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = PatchLinear(6, 3)
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=0.02, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    for epoch in range(4):
+        order = epoch_order(0, epoch, 3).tolist()
+        scores = whole(torch.cat([maps[place].flatten(0, 1) for place in order]))
+        parts = scores.split([grids[place].rows * grids[place].columns for place in order])
+        total = torch.zeros(())
+        for part, place in zip(parts, order, strict=True):
+            pixels = at_mask_size(part.view(grids[place].rows, grids[place].columns, -1), grids[place])
+            truth = torch.from_numpy(masks[place].astype(np.int64))
+            total = total + torch.nn.functional.cross_entropy(
+                pixels[None], truth[None], ignore_index=IGNORE, reduction="sum"
+            )
+        optimizer.zero_grad()
+        (total / sum(int((mask != IGNORE).sum()) for mask in masks)).backward()
+        optimizer.step()
+        schedule.step()
+    ours, theirs = layer.state_dict(), whole.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_what_a_picture_shows():

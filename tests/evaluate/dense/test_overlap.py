@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastpmae.evaluate.dense.overlap import MaskScores, confusion_of, write_mask_scores
+from fastpmae.evaluate.dense import overlap
+from fastpmae.evaluate.dense.overlap import MaskScores, best_classes, confusion_of, write_mask_scores
 from fastpmae.evaluate.result_files import ResultFiles, free_files
 
 IGNORE = -1
@@ -94,3 +95,20 @@ def test_files(tmp_path: Path):
     assert files.overlays.read_text() == "drawn"
     assert not files.curves.exists()
     assert files.confusion.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_class_in_parts_is_that_of_all_classes(monkeypatch: pytest.MonkeyPatch):
+    scores = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0))
+    scores[4:, 0], scores[2, 1, 1] = scores[:3, 0], torch.nan  # equal ones, and what a diverged network says
+    held = []
+
+    def of(some: slice) -> torch.Tensor:
+        held.append(scores[some].numel())
+        return scores[some]
+
+    for most in (1, 30, 61, 120, 1000):
+        monkeypatch.setattr(overlap, "AT_ONCE", most)
+        held.clear()
+        assert torch.equal(best_classes(of, 7, 30), scores.argmax(dim=0)), most
+        assert max(held) <= max(most, 30)
+        assert sum(held) == scores.numel()

@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from fastpmae import UserError, export_encoder, load_detector, load_segmenter
 from fastpmae.distributed.ranks import Ranks
@@ -24,13 +25,16 @@ from fastpmae.pictures.view import draw_run
 from fastpmae.run.init_weights import header_of
 from tests.evaluate.dense.made import detection, scene, segmentation, start
 from tests.evaluate.dense.small import DETECT, SEGMENT
+from tests.evaluate.dense.test_rcnn import detector as small_detector
 
 pytest.importorskip("segmentation_models_pytorch", reason="pip install 'fastpmae[dense]'")
 pytest.importorskip("faster_coco_eval", reason="pip install 'fastpmae[dense]'")
 
-from fastpmae.evaluate.dense import detect
-from fastpmae.evaluate.dense.average_precision import BoxScores, Found, average_precision
+from fastpmae.evaluate.dense import detect, trained
+from fastpmae.evaluate.dense.average_precision import BoxScores, Found, average_precision, run_lengths
+from fastpmae.evaluate.dense.rcnn import Detector
 from fastpmae.evaluate.dense.segment import train_segmenter
+from fastpmae.evaluate.dense.trained import TrainedDetector
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 1, CPU, None)
@@ -297,3 +301,25 @@ def test_it_is_no_pretraining_run(segmented: tuple[Path, MaskScores], tmp_path: 
     with pytest.raises(UserError, match=sentence):
         draw_run(segmented[0], tmp_path / "images", tmp_path / "view.png")
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@torch.no_grad()
+def test_masks_are_pasted_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As planes of the whole image in fp32 a hundred of them would take 5 GB at 12 megapixels."""
+    torch.manual_seed(0)
+    masks, boxes = torch.rand(5, 1, 28, 28), torch.tensor([[4.0 * n, 3.0 * n, 30.0 + n, 20.0 + n] for n in range(5)])
+    answer = {"boxes": boxes, "labels": torch.ones(5, dtype=torch.int64), "scores": torch.rand(5), "masks": masks}
+    whole = paste_masks_in_image(masks, boxes * 2, (80, 112))[:, 0] > 0.5
+    pasted: list[int] = []
+
+    def counted(some: torch.Tensor, *where: Any) -> torch.Tensor:
+        pasted.append(len(some))
+        return paste_masks_in_image(some, *where)
+
+    monkeypatch.setattr(trained, "paste_masks_in_image", counted)
+
+    monkeypatch.setattr(Detector, "forward", lambda *_: [answer])
+    detector = TrainedDetector(small_detector(), start(tmp_path), DETECT, CPU, ("red",))
+    found = detector.found(torch.zeros(3, 40, 56, dtype=torch.uint8), 80, 112)
+    assert pasted == [1] * 5
+    assert found.masks == run_lengths(whole)
