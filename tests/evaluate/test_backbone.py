@@ -1,6 +1,7 @@
 """Networks that timm makes: the size of their images, and what their tokens are."""
 
 import json
+from typing import Any
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from fastpmae.evaluate.backbone import features, find_backbone
 def of_timm(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder of timm's, of a network for images of 64 pixels in patches of 16."""
     folder = tmp_path_factory.mktemp("timm")
-    save_for_hf(timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0), folder)
+    save_for_hf(timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0), str(folder))
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_args": {"img_size": 64}}))
     return f"timm:local-dir:{folder}"
@@ -32,8 +33,15 @@ def test_images_of_timms_networks_are_whole_patches(of_timm: str):
 
 
 def test_a_register_is_no_class_token():
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
-    without = {"class_token": False, "global_pool": "avg", "reg_tokens": 4, "no_embed_class": True}
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
+    without: dict[str, Any] = {"class_token": False, "global_pool": "avg", "reg_tokens": 4, "no_embed_class": True}
     vit = VisionTransformer(**sizes, **without).eval()
     images = torch.rand(2, 3, 32, 32)
     tokens = vit.forward_features(images)

@@ -81,7 +81,8 @@ def start_anew(vit: nn.Module, generator: torch.Generator) -> None:
         of, _, last = name.rpartition(".")
         if last == "pos_embed":
             patch_embed: Any = vit.get_submodule("patch_embed")
-            positions = sincos_positions(*patch_embed.grid_size, parameter.shape[2])
+            rows, columns = patch_embed.grid_size
+            positions = sincos_positions(rows, columns, parameter.shape[2])
             parameter.zero_()
             parameter[0, -len(positions) :] = positions
         elif last in LAYER_SCALES:

@@ -119,7 +119,7 @@ def test_features_of_an_image_of_any_size(data: Path):
     assert torch.equal(network.features(image, network.grid(32, 32, 0)), found)
 
 
-SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
+SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
 
 
 @pytest.mark.parametrize(

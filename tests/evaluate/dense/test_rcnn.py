@@ -170,9 +170,9 @@ def test_boxes_are_not_rounded_under_autocast(monkeypatch: pytest.MonkeyPatch):
     model.roi_heads.register_forward_pre_hook(lambda _, given: seen.extend(given[1]))
     model.roi_heads.score_thresh = 0.0
     # offsets of 0: every box is its anchor
-    for part in (model.rpn.head.bbox_pred, model.roi_heads.box_predictor.bbox_pred):
-        torch.nn.init.zeros_(part.weight)
-        torch.nn.init.zeros_(part.bias)
+    for part in (model.rpn.head, model.roi_heads.box_predictor):
+        for parameter in part.get_submodule("bbox_pred").parameters():
+            torch.nn.init.zeros_(parameter)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         (found,) = model.eval()(image, size)
     maps = [torch.empty(1, 1, 640 // stride, 1024 // stride) for stride in (4, 8, 16, 32, 64)]
