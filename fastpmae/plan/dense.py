@@ -108,15 +108,20 @@ class DenseCosts:
         return sum(self.memory.values())
 
 
-def segment_costs(model: str, config: SegmentConfig, images: int, classes: int, *, low: bool = True) -> DenseCosts:
+def segment_costs(
+    model: str, config: SegmentConfig, images: int, classes: int, *, low: bool = True, waits: bool = False
+) -> DenseCosts:
     """A step of `fastpmae-eval segment` on so many images at a time, run on tensors without memory.
 
     Args:
         low: products in bf16.
+        waits: gradients of earlier micro-batches, or those that travel between GPUs, stay while one is computed.
     """
     counting, side = Counting(), config.crop_size
     with torch.device("meta"):
         network = Segmenter(_body(model, config, side), classes, config.channels, config.dropout)
+    for module in (each for each in network.modules() if type(each) is nn.BatchNorm2d):
+        module.__class__ = _BatchNormOverRanks
     with counting:
         _materialize(network, counting)
         given, masks = torch.empty(images, 3, side, side), torch.empty(images, side, side, dtype=torch.int16)
@@ -134,12 +139,13 @@ def segment_costs(model: str, config: SegmentConfig, images: int, classes: int, 
             network.backbone, list(parts.values())[1:], lr=config.lr, weight_decay=config.weight_decay,
             layer_decay=config.layer_decay,
         )  # fmt: skip
-        return _step(counting, network, parts, groups, loss, low, (images, side, side))
+        return _step(counting, network, parts, groups, loss, low, waits, (images, side, side))
 
 
 def detect_costs(
-    model: str, config: DetectConfig, images: int, classes: int, *, masks: bool = True, low: bool = True
-) -> DenseCosts:
+    model: str, config: DetectConfig, images: int, classes: int, *, masks: bool = True, low: bool = True,
+    waits: bool = False,
+) -> DenseCosts:  # fmt: skip
     """The same of `fastpmae-eval detect`: the largest images of the training, and as many boxes as a step looks at.
 
     What depends on the boxes that are found (sorting, their overlaps, pooling) is no product and is left out.
@@ -154,16 +160,12 @@ def detect_costs(
         long = config.crop_size or min(config.long_side, round(short * 4 / 3))
         height, width = (-(-extent // multiple) * multiple for extent in (short, long))
         given = torch.empty(images, 3, height, width)
-        parts: dict[str, nn.Module] = {
-            "ViT": network.backbone,
-            "pyramid": network.pyramid,
-            "proposals": network.rpn.head,
-        }
-        parts |= {"boxes": nn.ModuleList([heads.box_head, heads.box_predictor])}
+        parts: dict[str, nn.Module] = {"ViT": network.backbone, "pyramid": network.pyramid}
+        parts |= {"proposals": network.rpn.head, "boxes": nn.ModuleList([heads.box_head, heads.box_predictor])}
         if masks:
             assert heads.mask_head is not None
             assert heads.mask_predictor is not None
-            parts["masks"] = nn.ModuleList([heads.mask_head, heads.mask_predictor])
+            parts["masks"] = nn.Sequential(heads.mask_head, heads.mask_predictor)
 
         def loss() -> Tensor:
             maps = list(network.pyramid(network.backbone(given)).values())
@@ -171,17 +173,22 @@ def detect_costs(
             pooled = _pooled(maps, images * config.boxes_per_image, 7)
             found += [each.float().sum() for each in heads.box_predictor(heads.box_head(pooled))]
             if masks:
-                assert heads.mask_head is not None
-                assert heads.mask_predictor is not None
                 pooled = _pooled(maps, images * config.boxes_per_image // 4, 14)
-                found.append(heads.mask_predictor(heads.mask_head(pooled)).float().sum())
+                found.append(parts["masks"](pooled).float().sum())
             return torch.stack(found).sum()
 
         groups = parameter_groups(
             network.backbone, network.new_parts, lr=config.lr, weight_decay=config.weight_decay,
             layer_decay=config.layer_decay,
         )  # fmt: skip
-        return _step(counting, network, parts, groups, loss, low, (images, height, width))
+        return _step(counting, network, parts, groups, loss, low, waits, (images, height, width))
+
+
+class _BatchNormOverRanks(nn.BatchNorm2d):
+    """Keeps what SyncBatchNorm does, for which one image is enough: others are on other GPUs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.batch_norm(input, self.weight, self.bias, None, None, True, 0.1, self.eps, True)
 
 
 def _pooled(maps: Sequence[Tensor], boxes: int, side: int) -> Tensor:
@@ -230,6 +237,7 @@ def _step(
     groups: list[dict[str, Any]],
     loss: Callable[[], Tensor],
     low: bool,
+    waits: bool,
     sizes: tuple[int, int, int],
 ) -> DenseCosts:
     """Forward pass, backward pass and update, as the second step does them: the optimizer's state is there."""
@@ -243,14 +251,15 @@ def _step(
             each.register_forward_hook(entering("rest"))
     counting.kind = "optimizer"
     optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
     gone = {number for number, nbytes, _ in counting.events if nbytes < 0}
     counting.events = [event for event in counting.events if event[0] not in gone]
     counting.flops.clear()
+    held = [counting.hold(parameter.nbytes, "gradients") for parameter in trained] if waits else []
     counting.kind, counting.part = "activations", "rest"
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         total = loss()
@@ -261,6 +270,7 @@ def _step(
     backward = sum(counting.flops.values())
     optimizer.step()
     memory, _ = counting.peak()
+    del held
     counted = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in parts.items()}
     return DenseCosts(*sizes, counted, forward, backward, memory)
 
@@ -305,13 +315,15 @@ def make_plan(options: SegmentPlan | DetectPlan) -> DensePlan:
     ):  # fmt: skip
         if not fits:
             raise UserError(sentence)
+    if isinstance(options, SegmentPlan):
+        options.config.check_images()
     low = common.precision != "fp32"
-    share = config.micro_batch // common.gpus
+    share, waits = config.micro_batch // common.gpus, common.gpus > 1 or config.accumulate > 1
 
     def costs(count: int) -> DenseCosts:
         if isinstance(options, SegmentPlan):
-            return segment_costs(common.model, options.config, count, classes, low=low)
-        return detect_costs(common.model, options.config, count, classes, masks=options.masks, low=low)
+            return segment_costs(common.model, options.config, count, classes, low=low, waits=waits)
+        return detect_costs(common.model, options.config, count, classes, masks=options.masks, low=low, waits=waits)
 
     counted, other = costs(share), costs(share + 1)
     room = gpu.usable - counted.peak

@@ -46,6 +46,32 @@ def test_a_detection_grows_with_its_boxes_and_masks():
 
 
 @pytest.mark.slow
+def test_one_image_a_gpu_is_normalised_over_the_gpus():
+    """As SyncBatchNorm does it: each image costs the same, however many a GPU has."""
+    config = dataclasses.replace(SEGMENT_PRESETS["paper"], crop_size=256, batch_size=4)
+    one, two, three = (segment_costs("vit_tiny", config, count, 150) for count in (1, 2, 3))
+    assert two.flops == 2 * one.flops
+    assert three.peak - two.peak == pytest.approx(two.peak - one.peak, rel=0.1)
+    words = ["segment", "--model", "vit_tiny", "--crop-size", "64", "--batch-size", "4", "--gpus", "4"]
+    assert make_plan(read(words)).costs.images == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["segment", "detect"])
+def test_gradients_wait_for_other_micro_batches_and_gpus(kind: str):
+    small = ["--crop-size", "64", "--batch-size", "8", "--model", "vit_tiny"]
+    alone, gpus, parts = (
+        make_plan(read([kind, *small, *more])).costs
+        for more in (["--batch-size", "2"], ["--gpus", "4"], ["--accumulate", "4"])
+    )
+    assert alone.images == gpus.images == parts.images == 2
+    assert gpus.memory == parts.memory
+    assert gpus.flops == parts.flops == alone.flops
+    gradients = 4 * sum(alone.parameters.values())
+    assert gpus.peak - alone.peak == pytest.approx(gradients, rel=0.01)
+
+
+@pytest.mark.slow
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = io.StringIO()
     words = ["segment", "--model", "vit_tiny", "--crop-size", "64", "--batch-size", "8", "--gpu", "a100-80"]
@@ -78,6 +104,7 @@ def test_every_preset_has_a_plan(kind: str, preset: str):
         ),
         (["detect", "--preset", "mae"], "--preset mae: there is no such preset; choose one of paper, vitdet"),
         (["detect", "--gpus", "5"], "--batch-size 32 does not share out over 5 GPUs"),
+        (["segment", "--batch-size", "4", "--accumulate", "4"], "computes one image at a time, and UPerNet normalises"),
         (["segment", "--classes", "0"], "--classes 0: at least 1"),
         (["segment", "--gpu", "abacus"], "--gpu abacus: nothing is known of it"),
     ],

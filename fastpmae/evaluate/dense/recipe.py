@@ -127,6 +127,14 @@ class SegmentConfig(DenseConfig):
         self._require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self._require(self.auxiliary_weight >= 0, "auxiliary_weight", "at least 0")
 
+    def check_images(self) -> None:
+        """Raise UserError where one image alone is computed at a time, on all ranks together."""
+        if self.micro_batch < 2:
+            raise UserError(
+                f"--batch-size {self.batch_size} with --accumulate {self.accumulate} computes one image at a time, and "
+                "UPerNet normalises the mean of each image over the images: 2 at least"
+            )
+
     def rate(self, step: int) -> float:
         """The learning rate's share of its peak at a step: linear from 0 over the warm-up, times linear to 0."""
         return _warm(step, self.warmup_iterations) * (1 - step / self.iterations)

@@ -77,11 +77,7 @@ def train_segmenter(
     """
     if len(train.names) < 2:
         raise UserError(f"{train.path} holds no two classes ({', '.join(train.names)}): there is nothing to tell apart")
-    if config.micro_batch < 2:
-        raise UserError(
-            f"--batch-size {config.batch_size} with --accumulate {config.accumulate} computes one image at a time, and "
-            "UPerNet normalises the mean of each image over the images: 2 at least"
-        )
+    config.check_images()
     model = make_segmenter(backbone, config, len(train.names)).to(setting.device)
     over_ranks(model, ranks.group, setting.device)
     segmenter = TrainedSegmenter(model, backbone, config, setting.device, train.names)
