@@ -119,6 +119,9 @@ def unwrapped(loaded: Mapping[str, Any], teacher: bool | None, name: str, most: 
             f"{name} holds no plain ViT{known_other(named)}: none of its {len(named)} tensors is called {PATCHES}"
         )
     prefix, found = _prefix(prefixes, teacher)
+    # some have a patch embedding too
+    if words := known_other([key for key in named if key.startswith(prefix)]):
+        raise UserError(f"{name} holds no plain ViT{words}")
     choice = found or choice
     if any("base_encoder." in other for other in prefixes):
         layout = "MoCo v3"

@@ -1,7 +1,7 @@
 """ViTs under other names than timm's: those of Hugging Face's transformers and of torchvision, brought to timm's."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -90,7 +90,7 @@ def joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def known_other(names: Mapping[str, object]) -> str:
+def known_other(names: Collection[str]) -> str:
     """What a file without a plain ViT seems to hold, in words that follow a comma; empty where nobody knows."""
     for tell, words in OTHERS.items():
         if any(name == tell or name.endswith("." + tell) for name in names):

@@ -72,3 +72,16 @@ def test_networks_that_are_no_plain_vit_are_called_by_their_names(name: str, wor
     save_file({name: torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=f"holds no plain ViT, but {words}"):
         read_foreign(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("rope_embed.periods", "DINOv3's ViT"), ("layers.0.blocks.0.norm1.weight", "a Swin transformer")],
+)
+@pytest.mark.parametrize("prefix", ["", "teacher.backbone."])
+def test_a_patch_embedding_makes_no_plain_vit(prefix: str, name: str, words: str, tmp_path: Path):
+    """DINOv3 and Swin have one under the name that a plain ViT's has."""
+    tensors = {"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4), "norm.weight": torch.zeros(8), name: torch.zeros(8)}
+    save_file({prefix + key: tensor for key, tensor in tensors.items()}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=f"holds no plain ViT, but {words}"):
+        read_foreign(tmp_path / "other.safetensors")
