@@ -84,11 +84,14 @@ def make_classifier(
 
 def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
     """The optimizer of `config`, with timm's groups for layer-wise decay of the rate."""
-    if config.opt == "adamw" and not isinstance(model, Probe):
+    by_layer = config.opt == "adamw" or (config.opt == "sgd" and config.layer_decay < 1)
+    if by_layer and not isinstance(model, Probe):
         vit: Any = model
         groups = param_groups_layer_decay(
             model, config.weight_decay, vit.no_weight_decay(), layer_decay=config.layer_decay
         )
+        if config.opt == "sgd":
+            return torch.optim.SGD(groups, lr=config.peak_lr, momentum=0.9)
         return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas)
     # As MAE's LARS: biases and norms take the plain rate, without decay.
     wide = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay}

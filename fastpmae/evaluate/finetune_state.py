@@ -58,11 +58,12 @@ class Setting(Typed):
 
 
 def recorded_setting(setting: Setting, config: FinetuneConfig) -> dict[str, Any]:
-    """What decides the numbers of a training, as a checkpoint keeps it."""
+    """What decides the numbers of a training, as a checkpoint keeps it; `layers` says that sgd heeds --layer-decay."""
     return {
         "finetune": json.loads(json.dumps(dataclasses.asdict(config))),
         "backbone": describe_backbone(setting.backbone),
         "frozen": setting.frozen,
+        "layers": True,
         "train": setting.train.describe(),
     }
 
@@ -108,7 +109,10 @@ def take_up(
     losses = progress.get("loss")
     if not (all(isinstance(part, dict) for part in recorded) and are_numbers(losses)):
         raise CheckpointError(f"{checkpoint.path} is damaged: its progress is none of a classifier's training")
-    changed = config.differences(recorded[0])
+    if "layers" not in before and config.opt == "sgd" and not before.get("frozen"):
+        # an earlier version trained all layers at one rate, whatever it recorded
+        recorded[0] = recorded[0] | {"layer_decay": 1.0}
+    changed = config.differences(recorded[0], record["frozen"])
     changed += other_network(recorded[1], record["backbone"])
     if before.get("frozen") != record["frozen"]:
         changed.append(f"frozen was {before.get('frozen')}")

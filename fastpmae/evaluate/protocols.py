@@ -43,6 +43,7 @@ from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.mixture import sources_named
 from fastpmae_loaders.stores.cache import CacheSettings
+from fastpmae.evaluate.recipe import PROBE, finetune_preset
 
 
 class Evaluation:
@@ -266,6 +267,10 @@ def run_training(command: Probe | Finetune, ranks: Ranks) -> None:
         tensorboard=training.tensorboard,
         wandb=training.wandb,
         upload=evaluation.results.address,
+    if isinstance(command, Probe):
+        command.config.check_used(PROBE, frozen=True)
+    else:
+        command.config.check_used(finetune_preset(command.preset), frozen=False)
     )
     scores = train_classifier(
         setting, command.config, resume=training.resume, steps=training.steps, progress=evaluation.progress, ranks=ranks

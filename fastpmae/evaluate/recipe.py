@@ -135,12 +135,29 @@ class FinetuneConfig(Typed):
             jitter_probability=1.0 if self.color_jitter else 0.0,
         )
 
-    def differences(self, record: dict[str, Any]) -> list[str]:
+    def unused(self, frozen: bool) -> set[str]:
+        """The settings that change nothing: with this optimizer, and where the network is frozen (a probe)."""
+        without_layers = frozen or self.opt == "lars"
+        return {
+            *(["betas"] if self.opt != "adamw" else []),
+            *(["layer_decay"] if without_layers else []),
+            *(["drop_path"] if frozen else []),
+        }
+
+    def check_used(self, start: "FinetuneConfig", frozen: bool) -> None:
+        """Raise UserError for a setting that differs from those to start from, and changes nothing."""
+        for name in sorted(self.unused(frozen)):
+            if getattr(self, name) != getattr(start, name):
+                why = "of a frozen network" if frozen and name != "betas" else f"with --opt {self.opt}"
+                raise UserError(f"--{name.replace('_', '-')} changes nothing {why}: leave it out")
+
+    def differences(self, record: dict[str, Any], frozen: bool = False) -> list[str]:
         """What the record of another says otherwise, a phrase each, without the settings that change no number."""
         own = dataclasses.asdict(self)
         changed = rate_changes(record, own)
+        passed_over = {"eval_every", "save_every", "blr", "lr", *self.unused(frozen)}
         for name, now in own.items():
-            before, compared = record.get(name), name not in ("eval_every", "save_every", "blr", "lr")
+            before, compared = record.get(name), name not in passed_over
             if compared and before != (list(now) if isinstance(now, tuple) else now):
                 changed.append(f"--{name.replace('_', '-')} was {before} and is now {now}")
         return changed

@@ -6,6 +6,7 @@ import math
 import random
 import signal
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from fastpmae.evaluate.datasets import Labelled, open_labelled
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
 from fastpmae.evaluate.recipe import FINETUNE_PRESETS, PROBE, FinetuneConfig
-from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, step_of
+from fastpmae.run.checkpoint import checkpoint_path, checkpoints_in, read_checkpoint, step_of, write_checkpoint
 from fastpmae.run.checkpoint_writer import Saver
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.errors import Interrupted, RunError
@@ -56,9 +57,9 @@ def layer_of(name: str, depth: int) -> int:
     return 0 if name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed") else depth + 1
 
 
-@pytest.mark.parametrize("preset", ["paper", "paper-a-large"])
-def test_every_rate_is_the_papers_formula_and_timms_number(setting: Setting, preset: str):
-    config = dataclasses.replace(FINETUNE_PRESETS[preset], epochs=20)
+@pytest.mark.parametrize(("preset", "opt"), [("paper", "adamw"), ("paper-a-large", "adamw"), ("paper", "sgd")])
+def test_every_rate_is_the_papers_formula_and_timms_number(setting: Setting, preset: str, opt: Literal["adamw", "sgd"]):
+    config = dataclasses.replace(FINETUNE_PRESETS[preset], epochs=20, opt=opt)
     model, _ = make_classifier(setting, config)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps_per_epoch=10)
@@ -84,6 +85,46 @@ def test_every_rate_is_the_papers_formula_and_timms_number(setting: Setting, pre
         id(p): (group["lr_scale"], group["weight_decay"]) for group in theirs.param_groups for p in group["params"]
     }
     assert scales == {key: (group["lr_scale"], group["weight_decay"]) for key, group in places.items()}
+
+
+def test_settings_that_change_nothing_are_refused():
+    """And one that an earlier version recorded all the same is no difference to a resumed training."""
+    paper = FINETUNE_PRESETS["paper"]
+    for config, start, frozen, sentence in (
+        (paper.using(opt="sgd", betas=(0.9, 0.95)), paper, False, "--betas changes nothing with --opt sgd"),
+        (paper.using(opt="lars", layer_decay=0.5), paper, False, "--layer-decay changes nothing with --opt lars"),
+        (PROBE.using(layer_decay=0.5), PROBE, True, "--layer-decay changes nothing of a frozen network"),
+        (PROBE.using(opt="adamw", drop_path=0.1), PROBE, True, "--drop-path changes nothing of a frozen network"),
+        (PROBE.using(betas=(0.9, 0.95)), PROBE, True, "--betas changes nothing with --opt lars"),
+    ):
+        with pytest.raises(UserError, match=f"{sentence}: leave it out"):
+            config.check_used(start, frozen)
+        assert start.using(opt=config.opt).differences(json.loads(json.dumps(dataclasses.asdict(config))), frozen) == []
+    paper.using(opt="sgd", layer_decay=0.5).check_used(paper, frozen=False)
+    paper.using(opt="lars").check_used(paper, frozen=False)
+    PROBE.using(opt="adamw", betas=(0.9, 0.95)).check_used(PROBE, frozen=True)
+
+
+@pytest.mark.slow
+def test_an_earlier_training_by_sgd_had_one_rate(setting: Setting):
+    """It goes on as it was with --layer-decay 1, to the bit, though it recorded another."""
+    config = dataclasses.replace(CONFIG, opt="sgd", epochs=1, layer_decay=1.0, drop_path=0.0, eval_every=9)
+    train_classifier(setting, config, steps=1)
+    (path,) = checkpoints_in(setting.folder)
+    checkpoint = read_checkpoint(path)
+    progress = json.loads(json.dumps(checkpoint.progress))
+    del progress["config"]["layers"]
+    progress["config"]["finetune"]["layer_decay"] = 0.65
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+    write_checkpoint(path, tensors, progress, keep=0)
+    decaying = dataclasses.replace(config, layer_decay=0.65)
+    with pytest.raises(UserError, match=r"--layer-decay was 1.0 and is now 0.65"):
+        train_classifier(setting, decaying, resume=True)
+    train_classifier(setting, config, resume=True)
+    whole = dataclasses.replace(setting, folder=setting.folder.with_name("whole"))
+    train_classifier(whole, config)
+    ours, theirs = (load_file(each.folder / "classifier.safetensors") for each in (setting, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -533,3 +574,16 @@ def test_a_negative_number_of_steps_is_refused_before_anything_is_written(settin
 def test_an_unknown_rand_augment_is_refused():
     with pytest.raises(UserError, match="timm knows no such RandAugment"):
         RandAugment("augmix-m3", 32, (0.5, 0.5, 0.5), seed=0)
+
+
+def test_registers_are_grouped_as_the_class_token_is():
+    """timm before 1.0.28 took them for what follows the blocks, and let them decay."""
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3, reg_tokens=2)
+    config = dataclasses.replace(CONFIG, layer_decay=0.5)
+    for group in make_optimizer(vit, config).param_groups:
+        if any(parameter is vit.reg_token for parameter in group["params"]):
+            assert (group["lr_scale"], group["weight_decay"]) == (0.5**3, 0.0)
+            assert any(parameter is vit.cls_token for parameter in group["params"])
+            break
+    else:
+        raise AssertionError("no group holds the registers")
