@@ -16,7 +16,7 @@ from fastpmae.evaluate.features import Pool
 from fastpmae.run.images import fingerprint
 from fastpmae_loaders import PlainViews, Samples, open_samples
 from fastpmae_loaders.cli.progress import Progress
-from fastpmae_loaders.engines.base import Located
+from fastpmae_loaders.engines import base
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
@@ -118,9 +118,13 @@ def needed(val: Labelled | None, train: Labelled) -> Labelled:
 
 def engine_for(samples: Samples, engine: Engine) -> str:
     """The engine that reads these images: as asked for, or the default for a .beton and Pillow for files."""
-    if engine != "auto":
-        return engine
-    return DEFAULT_ENGINE if isinstance(samples, Located) else "torch"
+    return base.engine_for(samples, DEFAULT_ENGINE) if engine == "auto" else engine
+
+
+def check_readable(images: Labelled, engine: Engine, *, image_size: int, batch_size: int, crop_ratio: float) -> None:
+    """Raise UserError now where an engine reads no such files, or a number makes no batch of whole images."""
+    kind = engine_for(images.samples, engine)
+    PlainViews(images.samples, batch_size, image_size=image_size, crop_ratio=crop_ratio, engine=kind).close()
 
 
 def half(device: torch.device) -> torch.autocast:

@@ -22,7 +22,7 @@ from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
-from fastpmae_loaders.engines.base import Located
+from fastpmae_loaders.engines.base import engine_for
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.machine import loader_threads
 from fastpmae_loaders.mixture import read_by, sources_named
@@ -136,7 +136,7 @@ def embed_images(
         batch_size,
         image_size=config.views.image_size,
         crop_ratio=crop_ratio,
-        engine=config.data.loader if isinstance(images, Located) else "torch",
+        engine=engine_for(images, config.data.loader),
         workers=loader_threads(workers),
         pin_memory=chosen.type == "cuda",
     )

@@ -21,6 +21,7 @@ from fastpmae.pretraining.step import labelling_forward, teacher_forward
 from fastpmae.run.checkpoint import Checkpoint, check_fits, restore_networks
 from fastpmae_kernels import nearest_patch, sinkhorn
 from fastpmae_loaders import Batch, PairedViews, Samples
+from fastpmae_loaders.engines.base import engine_for
 from fastpmae_loaders.errors import UserError
 
 
@@ -81,7 +82,7 @@ def networks_of(checkpoint: Checkpoint) -> tuple[Student, Teachers]:
 def batch_of(config: Config, images: Samples, samples: int, index: tuple[int, ...] = ()) -> Batch:
     """The views that a run's loader makes of some images in its first epoch: the first of its order, or these."""
     settings = view_settings(config)
-    with PairedViews(images, 1, config.data.loader, settings, config.run.seed) as views:
+    with PairedViews(images, 1, engine_for(images, config.data.loader), settings, config.run.seed) as views:
         views.set_epoch(0)
         return views.batch_of(np.array(index or views.order(0)[:samples], np.int64))
 

@@ -21,7 +21,7 @@ from fastpmae_loaders import Batch, PairedViews, Samples, ViewSettings, open_sam
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.cli.help_texts import HELP_TEXTS
 from fastpmae_loaders.cli.terminal import tell
-from fastpmae_loaders.engines.base import Located
+from fastpmae_loaders.engines.base import engine_for
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.engines.torch_engine import decode
 from fastpmae_loaders.errors import UserError
@@ -73,8 +73,8 @@ def draw_views(
     _check_count(len(index) or samples)
     images = open_samples(beton)
     settings = settings or ViewSettings()
-    if engine == DEFAULT_ENGINE and not isinstance(images, Located):
-        engine = "torch"
+    if engine == DEFAULT_ENGINE:
+        engine = engine_for(images, engine)
     with PairedViews(images, 1, engine, settings, seed) as views:
         views.set_epoch(epoch)
         wanted = np.array(index or views.order(epoch)[:samples], np.int64)

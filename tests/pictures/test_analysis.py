@@ -12,15 +12,16 @@ from sklearn.decomposition import PCA
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from fastpmae import Config, pretrain
-from fastpmae.pictures.analysis import analyse, class_attention, networks_of, principal_colours, prototype_use
+from fastpmae.model.build import view_settings
+from fastpmae.pictures.analysis import analyse, batch_of, class_attention, networks_of, principal_colours, prototype_use
 from fastpmae.pictures.figures import AGREES, DISAGREES
 from fastpmae.pictures.view import draw_run, view_command
 from fastpmae.pretraining.match_geometry import match_geometry
 from fastpmae.pretraining.step import compute_targets, labelling_forward, student_loss
 from fastpmae.run.checkpoint import find_checkpoint
-from fastpmae_loaders import Beton
+from fastpmae_loaders import Beton, open_samples
 from fastpmae_loaders.errors import UserError
-from tests.made import tiny_settings
+from tests.made import tiny_settings, write_tree
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,31 @@ def test_pictures(run: Path, small_beton: Path, tmp_path: Path, picture):
             wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
             assert (np.abs(drawn - wanted).max(-1) < 12).sum() > 50
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+@pytest.mark.slow
+def test_a_run_looks_at_a_folder_of_images(run: Path, tmp_path: Path):
+    """Its own engine, for .beton files, reads none."""
+    config = find_checkpoint(run).config
+    assert config.data.loader == "native"
+    write_tree(tmp_path / "images", 8)
+    batch = batch_of(config, open_samples(tmp_path / "images"), 3)
+    assert len(batch) == 3
+    draw_run(run, tmp_path / "images", tmp_path / "out.png", samples=2)
+
+
+@pytest.mark.slow
+def test_views_of_a_run_are_its_own(run: Path, small_beton: Path, tmp_path: Path):
+    """Of its sizes and its seed, in the epoch that is named."""
+    config = find_checkpoint(run).config
+    view_command(str(small_beton), tmp_path / "a.png", run=str(run), picture="views", samples=2, epoch=3)
+    settings = view_settings(config)
+    assert settings.image_size != 224
+    draw_views(small_beton, tmp_path / "b.png", samples=2, epoch=3, seed=config.run.seed, settings=settings)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with pytest.raises(UserError, match="--epoch 3: with --run it is --picture views that shows an epoch"):
+        view_command(str(small_beton), tmp_path / "c.png", run=str(run), epoch=3)
+    assert not (tmp_path / "c.png").exists()
 
 
 @pytest.mark.slow

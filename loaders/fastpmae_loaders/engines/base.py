@@ -75,6 +75,12 @@ class Located(Samples, Protocol):
         ...
 
 
+def engine_for(samples: Samples, wanted: str) -> str:
+    """The engine that reads these images where nobody has asked for one: that of a run, or the default, for .beton
+    files, and Pillow for others."""
+    return wanted if isinstance(samples, Located) else "torch"
+
+
 @dataclass(frozen=True)
 class Source:
     """What the rows are made from: images, the views of each, its masks (none where patches is 0), the seed.
