@@ -256,6 +256,19 @@ def _legend(settings: ViewSettings) -> list[Patch]:
     ]
 
 
+def _as_run(run: str, images: Samples) -> tuple[ViewSettings, int, str]:
+    """By what a run's loader makes its views of some images: settings, seed and engine."""
+    from fastpmae.model.build import view_settings
+    from fastpmae.run.checkpoint import find_checkpoint
+    from fastpmae.run.init_weights import check_pretrained
+    from fastpmae.run.stored_run import brought_here
+
+    with brought_here(run) as here:
+        check_pretrained(here)
+        config = find_checkpoint(here).phase.config
+    return view_settings(config), config.run.seed, engine_for(images, config.data.loader)
+
+
 def view_command(
     beton: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="F.beton")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.png")],
@@ -275,7 +288,7 @@ def view_command(
 ) -> None:
     """Draw a few samples: the image with both crops, both views, what the student sees, the teachers' folds.
 
-    With --run, what that run has learnt of them instead; sizes, seed and engine are then the run's own.
+    With --run, what that run has learnt of them instead, or its own views; sizes, seed and engine are then the run's.
 
     Args:
         beton: The .beton file of the images, a set of them, a folder or tar shards; in quotes several of these, as in
@@ -284,7 +297,7 @@ def view_command(
         samples: How many samples, from the start of the epoch's order.
         index: Numbers of the samples to draw, instead of the first ones.
         seed: Seed of views, masks and order, as that of a run.
-        epoch: The epoch whose views are drawn.
+        epoch: The epoch whose views are drawn; with --run, of --picture views alone.
         image_size: Side of the views in pixels.
         patch_size: Side of a patch in pixels.
         mask_ratio: Share of the patches hidden from the student.
@@ -293,10 +306,12 @@ def view_command(
         engine: Loader engine that decodes the images.
         run: Run folder or checkpoint: draw what it has learnt of the images.
         picture: What to draw with --run: "analysis" (the default) is predictions, matches, attention and features,
-            and "prototypes" the patches nearest to the most used prototypes.
+            "prototypes" the patches nearest to the most used prototypes, and "views" what its loader makes of them.
         force: Replace OUT.png if it exists, but no file of a run and nothing that is read here.
     """
     images = sources_named(beton)
+    if run is not None and epoch and picture != "views":
+        raise UserError(f"--epoch {epoch}: with --run it is --picture views that shows an epoch; leave it out")
     if run is not None and picture != "views":
         wrote = draw_run(run, images, out, picture=picture or "analysis", samples=samples, index=index, force=force)
         tell(f"wrote {wrote}")
@@ -310,6 +325,8 @@ def view_command(
         folds=folds,
         complex_recipe=complex_recipe,
     )
+    if run is not None:
+        settings, seed, engine = _as_run(run, open_samples(images))
     wrote = draw_views(
         images,
         out,

@@ -15,7 +15,7 @@ from fastpmae import Config, pretrain
 from fastpmae.model.build import view_settings
 from fastpmae.pictures.analysis import analyse, batch_of, class_attention, networks_of, principal_colours, prototype_use
 from fastpmae.pictures.figures import AGREES, DISAGREES
-from fastpmae.pictures.view import draw_run, view_command
+from fastpmae.pictures.view import draw_run, draw_views, view_command
 from fastpmae.pretraining.match_geometry import match_geometry
 from fastpmae.pretraining.step import compute_targets, labelling_forward, student_loss
 from fastpmae.run.checkpoint import find_checkpoint
@@ -172,4 +172,6 @@ def test_what_cannot_be_drawn(small_beton: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no sound checkpoint"):
         view_command(str(small_beton), tmp_path / "out.png", run=str(tmp_path))
     with pytest.raises(UserError, match="no sample 44"):
-        view_command(str(small_beton), tmp_path / "out.png", run=str(tmp_path), index=(44,), picture="views")
+        view_command(str(small_beton), tmp_path / "out.png", index=(44,), picture="views")
+    with pytest.raises(UserError, match="no sound checkpoint"):
+        view_command(str(small_beton), tmp_path / "out.png", run=str(tmp_path), picture="views")
