@@ -17,7 +17,7 @@ from fastpmae.distributed.data_parallel import average_gradients
 from fastpmae.distributed.ranks import Ranks, to_device
 from fastpmae.evaluate.augment import Mixing, RandAugment, take_over_drop_path
 from fastpmae.evaluate.classifier import Probe, make_classifier, make_optimizer, make_schedule, write_classifier
-from fastpmae.evaluate.datasets import engine_for, half
+from fastpmae.evaluate.datasets import check_readable, engine_for, half
 from fastpmae.evaluate.finetune_state import Setting, begin, recorded_setting, take_up
 from fastpmae.evaluate.finetune_step import ClassifierTraining, batches_of_epoch, make_loader, train_step
 from fastpmae.evaluate.metrics import Scores, rank
@@ -126,6 +126,11 @@ def set_up(
     for remark in session.lock(lock_folder(setting.folder)):
         progress.tell(remark)
     loader = session.enter(make_loader(setting, config, ranks))
+    # the first test comes after an epoch
+    check_readable(
+        setting.val, setting.engine, image_size=setting.backbone.image_size, batch_size=setting.feature_batch,
+        crop_ratio=setting.crop_ratio,
+    )  # fmt: skip
     # a process more than there are images would have nothing to do
     workers = min(setting.workers, loader.batch_size)
     backbone = setting.backbone

@@ -73,8 +73,7 @@ def knn_ranked(
     ks = typed(ks, tuple[int, ...], "k")
     for k in ks:
         _check(train_features, train_labels, test_features, k, leave_one_out)
-    if temperature is not None and not temperature > 0:
-        raise UserError(f"k-NN needs a temperature above 0, not {temperature}")
+    check_temperature(temperature)
     train = F.normalize(train_features.float(), dim=1)
     # Only classes that somebody votes for take memory, whatever their numbers are.
     known, train_labels = train_labels.long().unique(return_inverse=True)
@@ -149,8 +148,16 @@ def _nearest(similarity: Float[Tensor, "test train"], k: int) -> Int[Tensor, "te
     return indices
 
 
+def check_temperature(temperature: float | None) -> None:
+    """Raise UserError for one that is not above 0; None, one vote each, is sound."""
+    if temperature is not None and not temperature > 0:
+        raise UserError(f"k-NN needs a temperature above 0, not {temperature}")
+
+
 def check_neighbours(ks: Sequence[int], voters: int) -> None:
-    """Raise UserError for a k that is not between 1 and the number of training rows that may vote."""
+    """Raise UserError for no k, or one that is not between 1 and the number of training rows that may vote."""
+    if not ks:
+        raise UserError("k-NN needs at least one k")
     for k in ks:
         if not 1 <= k <= voters:
             raise UserError(f"k-NN with k = {k} needs k between 1 and the {voters} training rows that may vote.")

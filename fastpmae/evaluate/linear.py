@@ -120,6 +120,15 @@ def _by_class(
     return order[by], turn, counts.double().repeat_interleave(counts)
 
 
+def check_strengths(choices: Sequence[float]) -> None:
+    """Raise UserError for no inverse strength of the penalty, or one that is not above 0."""
+    if not choices:
+        raise UserError("--c: name at least one inverse strength of the penalty")
+    for c in choices:
+        if not c > 0:
+            raise UserError(f"--c {c} must be above 0: it is the inverse of the penalty's strength")
+
+
 def logistic_regression(
     features: Float[Tensor, "images dim"],
     labels: Int[Tensor, " images"],
@@ -136,8 +145,7 @@ def logistic_regression(
     Raises:
         UserError: when c is not positive.
     """
-    if not c > 0:
-        raise UserError(f"--c {c} must be above 0: it is the inverse of the penalty's strength")
+    check_strengths((c,))
     rows = features.double()
     penalty = (2 if classes == 2 else 1) / (2 * c * len(features))
     weight = torch.zeros(rows.shape[1], classes, dtype=torch.float64, device=rows.device, requires_grad=True)

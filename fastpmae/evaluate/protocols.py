@@ -23,7 +23,7 @@ from fastpmae.evaluate.cli import (
     Probe,
     read_command,
 )
-from fastpmae.evaluate.datasets import Labelled, extract, needed, open_labelled
+from fastpmae.evaluate.datasets import Labelled, check_readable, extract, needed, open_labelled
 from fastpmae.evaluate.dense.arguments import Detect, Predict, Segment
 from fastpmae.evaluate.dense.commands import run_detect, run_segment
 from fastpmae.evaluate.dense.patches import run_patches
@@ -31,9 +31,19 @@ from fastpmae.evaluate.dense.predictions import run_predict
 from fastpmae.evaluate.features import Pool
 from fastpmae.evaluate.finetune import train_classifier
 from fastpmae.evaluate.finetune_state import Setting
-from fastpmae.evaluate.knn import check_neighbours, knn_ranked
-from fastpmae.evaluate.linear import Sweep, best_c, draw_few, held_out, logistic_regression, standardised, train_sweep
+from fastpmae.evaluate.knn import check_neighbours, check_temperature, knn_ranked
+from fastpmae.evaluate.linear import (
+    Sweep,
+    best_c,
+    check_strengths,
+    draw_few,
+    held_out,
+    logistic_regression,
+    standardised,
+    train_sweep,
+)
 from fastpmae.evaluate.metrics import Scores, rank, write_scores
+from fastpmae.evaluate.recipe import PROBE, finetune_preset
 from fastpmae.evaluate.result_files import ResultFolder, free_files, named_folder, place_of, stem_of
 from fastpmae.run.images import source_notes
 from fastpmae.run.malloc import tune_allocator
@@ -43,7 +53,6 @@ from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.mixture import sources_named
 from fastpmae_loaders.stores.cache import CacheSettings
-from fastpmae.evaluate.recipe import PROBE, finetune_preset
 
 
 class Evaluation:
@@ -67,6 +76,11 @@ class Evaluation:
             for note in source_notes(images.samples) if images else ():
                 self.progress.tell(note)
         self.backbone = find_backbone(common.weights, common.network, image_size=common.image_size, heads=common.heads)
+        for images in filter(None, (self.train, self.val)):
+            check_readable(
+                images, common.engine, image_size=self.backbone.image_size, batch_size=common.feature_batch,
+                crop_ratio=common.crop_ratio,
+            )  # fmt: skip
         place = named or place_of(common.weights)
         if training and named is None:
             place = place / "-".join(filter(None, [training, self.backbone.network]))
@@ -115,6 +129,7 @@ class Evaluation:
 
 def run_knn(command: Knn, ranks: Ranks) -> None:
     """`fastpmae-eval knn`. Without a validation set every training image is left out once."""
+    check_temperature(command.temperature or None)
     evaluation = Evaluation(command.common, ranks)
     train, val = evaluation.train, evaluation.val
     pools: tuple[Pool, ...] = ("class", "mean") if command.pool == "both" else (command.pool,)
@@ -153,6 +168,8 @@ def run_knn(command: Knn, ranks: Ranks) -> None:
 
 def run_linear(command: Linear, ranks: Ranks) -> None:
     """`fastpmae-eval linear`."""
+    if command.method == "logistic":
+        check_strengths(command.c)
     evaluation = Evaluation(command.common, ranks)
     train, val = evaluation.train, needed(evaluation.val, evaluation.train)
     classes, seed = len(train.names), command.seed
@@ -203,10 +220,11 @@ def run_linear(command: Linear, ranks: Ranks) -> None:
 
 def run_lowshot(command: Lowshot, ranks: Ranks) -> None:
     """`fastpmae-eval lowshot`."""
+    check_strengths(command.c)
+    if command.draws < 1 or not command.shares:
+        raise UserError(f"--draws {command.draws} must be at least 1, and --shares name at least one share")
     evaluation = Evaluation(command.common, ranks)
     train, val = evaluation.train, needed(evaluation.val, evaluation.train)
-    if command.draws < 1:
-        raise UserError(f"--draws {command.draws} must be at least 1")
     for share in command.shares:
         draw_few(train.labels, share, 0)
     (train_features,), (val_features,) = (evaluation.features(images, (command.pool,)) for images in (train, val))
@@ -249,6 +267,10 @@ def run_training(command: Probe | Finetune, ranks: Ranks) -> None:
     """`fastpmae-eval probe` and `finetune`."""
     common, training = command.common, command.training
     name = "probe" if isinstance(command, Probe) else "finetune"
+    if isinstance(command, Probe):
+        command.config.check_used(PROBE, frozen=True)
+    else:
+        command.config.check_used(finetune_preset(command.preset), frozen=False)
     evaluation = Evaluation(common, ranks, name)
     tune_allocator(evaluation.device)
     val = needed(evaluation.val, evaluation.train)
@@ -267,10 +289,6 @@ def run_training(command: Probe | Finetune, ranks: Ranks) -> None:
         tensorboard=training.tensorboard,
         wandb=training.wandb,
         upload=evaluation.results.address,
-    if isinstance(command, Probe):
-        command.config.check_used(PROBE, frozen=True)
-    else:
-        command.config.check_used(finetune_preset(command.preset), frozen=False)
     )
     scores = train_classifier(
         setting, command.config, resume=training.resume, steps=training.steps, progress=evaluation.progress, ranks=ranks

@@ -1,5 +1,6 @@
 """Where the results of an evaluation lie, and what their files are called: none takes another one's place."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -8,7 +9,7 @@ import shutil
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryFile, mkdtemp
 from typing import Any
 
 from fastpmae.config import run_at
@@ -18,6 +19,7 @@ from fastpmae.run.folder import run_of
 from fastpmae.run.shards import is_sharded
 from fastpmae.run.stored_run import LARGEST_RESULT, is_checkpoint, local_copy, local_folder
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.stores import address as stores
 from fastpmae_loaders.stores.address import Address
 from fastpmae_loaders.stores.cache import CacheSettings
@@ -171,6 +173,21 @@ def named_folder(out: Path | None) -> Path | Address | None:
     return None if out is None else stores.place_of(out)
 
 
+def _check_writable(folder: Path, more: str) -> None:
+    """See before any work that a file can be written there; nothing of the trial is left."""
+    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{printable(str(folder))} cannot be written: {error.strerror or error}{more}") from None
+    finally:
+        for place in missing:  # the innermost first; what others have put something into by now stays
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
 class ResultFolder:
     """Where the files of a result are written: a folder of this machine, or one that is taken to an address.
 
@@ -185,22 +202,24 @@ class ResultFolder:
         address: the address, if it is one.
 
     Raises:
-        UserError: where the folder is a file, or the address cannot be written, within 20 s.
+        UserError: where the folder is a file, or it or the address cannot be written, within 20 s.
     """
 
     def __init__(self, place: Path | Address, *, named: bool, lasts: bool = False, is_main: bool = True) -> None:
         self._before: dict[str, bytes] = {}
+        more = "" if named else "; by default the result lies beside the weights: name another folder with --out"
         if isinstance(place, Path):
             self.path, self.address = place, None
             if place.exists() and not place.is_dir():
                 raise UserError(f"--out {place} is a file; name a folder")
+            if is_main:
+                _check_writable(place, more)
             return
         self.address = place
         try:
             self._target = StoreTarget(place)
         except StoreError as error:
-            words = "" if named else "; by default the result lies beside the weights: name another folder with --out"
-            raise UserError(f"{error}{words}") from None
+            raise UserError(f"{error}{more}") from None
         if lasts:
             self.path = local_folder(place, CacheSettings())
             self.path.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from fastpmae import PRESETS, UserError, embed_images, export_encoder, load_encoder, pretrain, write_beton
 from fastpmae.distributed.ranks import Ranks
-from fastpmae.evaluate import protocols
+from fastpmae.evaluate import finetune, protocols
 from fastpmae.evaluate.backbone import features, find_backbone
 from fastpmae.evaluate.datasets import open_labelled
 from fastpmae.evaluate.metrics import Scores, rank, write_scores
@@ -208,12 +208,29 @@ def test_the_installed_command_speaks_in_sentences(data: Path):
         (["knn", "timm:vit", "--train", "{beton}", "--network", "random"], "and timm:vit is one network"),
         (["finetune", "{run}", "--train", "{beton}", "--preset", "none"], "there is no such preset"),
         (["lowshot", "{run}", "--train", "{tree}", "--shares", "2"], "shares of the labels"),
+        (["lowshot", "{run}", "--train", "{tree}", "--c", "1", "0"], "--c 0.0 must be above 0"),
+        (["linear", "{run}", "--train", "{tree}", "--method", "logistic", "--c", "0"], "--c 0.0 must be above 0"),
+        (["knn", "{run}", "--train", "{tree}", "--temperature", "-1"], "a temperature above 0, not -1.0"),
+        (["knn", "{run}", "--train", "{tree}", "--out", "{beton}/a/b"], "train.beton/a/b cannot be written"),
+        (["knn", "{run}", "--train", "{beton}", "--val", "{tree}/val", "--engine", "native"], "native"),
+        (["finetune", "{run}", "--train", "{beton}", "--val", "{tree}/val", "--engine", "native",
+          "--preset", "small", "--batch-size", "8", "--out", "{out}/c"], "native"),
     ],
-)
-def test_bad_input_is_one_sentence(data: Path, words: list[str], sentence: str, monkeypatch, capsys):
-    places = {"run": data / "run", "beton": data / "train.beton", "tree": data / "tree"}
+)  # fmt: skip
+def test_bad_input_is_one_sentence(
+    data: Path, words: list[str], sentence: str, monkeypatch, capsys, tmp_path: Path
+):  # fmt: skip
+    """Before anything is computed, and nothing is left."""
+
+    def computed(*_: object, **how: object) -> None:
+        raise AssertionError("an image was looked at")
+
+    monkeypatch.setattr(protocols, "extract", computed)
+    monkeypatch.setattr(finetune, "train_epoch", computed)
+    places = {"run": data / "run", "beton": data / "train.beton", "tree": data / "tree", "out": tmp_path}
     assert call(monkeypatch, *(word.format(**places) for word in words)) == 2
     assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_classes_are_matched_by_name(tmp_path: Path):
