@@ -1,6 +1,7 @@
 """Folders of images and masks: which files belong together, of which split, and what their numbers mean by default."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -130,14 +131,15 @@ def _pair(image: Path, mask: Path) -> Pair:
 
 
 def _matched(images: Path, masks: Path, notes: list[str]) -> list[Pair]:
-    """Images and masks of one name, or of one with the same end for all masks, as 0001TP_006690_L.png in CamVid."""
+    """Images and masks of one name, or of one with the end that most images have a mask with, as 0001TP_006690_L.png
+    in CamVid."""
     pictures, found = _files(images, IMAGES), _files(masks, MASKS)
     if not pictures or not found:
         raise UserError(f"{printable(str(masks if pictures else images))} holds no images")
     if not pictures.keys() & found.keys():
-        ends = {name.removeprefix(first) for first in list(pictures)[:1] for name in found if name.startswith(first)}
-        end = next((end for end in sorted(ends, key=len) if all(name + end in found for name in pictures)), None)
-        if end is not None:
+        ends = Counter(name[place:] for name in found for place in range(len(name)) if name[:place] in pictures)
+        end = min(ends, key=lambda end: (-ends[end], len(end)), default="")
+        if 2 * ends[end] > len(pictures):  # of fewer it is chance
             found = {name.removesuffix(end): path for name, path in found.items() if name.endswith(end)}
     both = sorted(pictures.keys() & found.keys())
     if not both:
