@@ -325,8 +325,9 @@ def view_command(
         folds=folds,
         complex_recipe=complex_recipe,
     )
+    decoder: str = engine
     if run is not None:
-        settings, seed, engine = _as_run(run, open_samples(images))
+        settings, seed, decoder = _as_run(run, open_samples(images))
     wrote = draw_views(
         images,
         out,
@@ -335,7 +336,7 @@ def view_command(
         seed=seed,
         epoch=epoch,
         settings=settings,
-        engine=engine,
+        engine=decoder,
         force=force,
     )
     tell(f"wrote {wrote}")
