@@ -135,10 +135,13 @@ def _same_images(before: dict[str, Any], record: dict[str, Any]) -> bool:
 def _same_weights(before: dict[str, Any], record: dict[str, Any], folder: Path) -> bool:
     """Whether two results are of weights of one name; a run goes on, and its folder may be named from elsewhere."""
     earlier, now = Path(before["weights"]), Path(str(record.get("weights", "")))
-    if earlier.resolve() == now.resolve():
-        return True
-    run = run_of(now)
-    return not earlier.exists() and run is not None and folder.resolve().is_relative_to(run.resolve())
+    try:
+        if earlier.resolve() == now.resolve():
+            return True
+        run = run_of(now)
+        return not earlier.exists() and run is not None and folder.resolve().is_relative_to(run.resolve())
+    except (OSError, ValueError, RuntimeError):  # a stranger's file may name what is no path
+        return False
 
 
 def place_of(weights: str) -> Path | Address:

@@ -300,6 +300,9 @@ def test_a_run_goes_on_with_its_results_from_wherever_it_is_named(tmp_path: Path
     files.figures.write_text(json.dumps(images | {"weights": "old/run"}))
     assert free_files(folder, "knn-student", images | {"weights": str(tmp_path / "run")}) == files
     assert free_files(folder, "knn-student", images | {"weights": "other.pth"}).stem == "knn-student-other"
+    for odd in ("\0", "x" * 5000):
+        files.figures.write_text(json.dumps(images | {"weights": odd}))
+        assert free_files(folder, "knn-student", images | {"weights": "other.pth"}).stem == "knn-student-other"
 
 
 @pytest.mark.parametrize("path", [".", "..", "/", "../.."])
