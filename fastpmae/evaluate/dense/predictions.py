@@ -50,7 +50,9 @@ def run_predict(command: Predict) -> None:
     ending = "labels.png" if isinstance(network, TrainedSegmenter) else "objects.json"
     places = _places(command.images, command.out, ending)
     outputs = [path for place in places for path in (place.picture, place.result)]
-    if isinstance(network, TrainedSegmenter):
+    names = {str(number): name for number, name in enumerate(network.names)}
+    writes_names = isinstance(network, TrainedSegmenter) and not _says(command.out / CLASSES, names)
+    if writes_names:
         outputs.append(command.out / CLASSES)
     _check(outputs, command)
     progress = Progress(live=True)
@@ -72,8 +74,7 @@ def run_predict(command: Predict) -> None:
         raise UserError(
             bad[0] if len(bad) == 1 else f"none of the {len(bad):,} images can be read; the first: {bad[0]}"
         )
-    if isinstance(network, TrainedSegmenter):
-        names = {str(number): name for number, name in enumerate(network.names)}
+    if writes_names:
         _write_json(command.out / CLASSES, names, command.force)
     for sentence in bad:
         tell(f"warning: left out: {sentence}")
@@ -129,13 +130,22 @@ def _write_json(path: Path, said: Any, force: bool) -> None:
         beside.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
+def _says(path: Path, names: dict[str, str]) -> bool:
+    """Whether the file is there and says these classes, as that of other images by the same network does."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) == names
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 def _places(given: Iterable[Path], out: Path, ending: str) -> list[_Place]:
-    """The images that a user names, and those below the folders among them; results lie as the images do."""
+    """The images that a user names, and those below the folders among them but for results; these lie as the images
+    do."""
     places: dict[Path, _Place] = {}
     for path in map(local_path, given):
         if not path.exists():
             raise UserError(f"{printable(str(path))} does not exist")
-        images = sorted(files_below(path, IMAGES)) if path.is_dir() else [path]
+        images = _images_below(path, out) if path.is_dir() else [path]
         if not images:
             raise UserError(f"{printable(str(path))} holds no images ({', '.join(IMAGES)})")
         for image in images:
@@ -145,7 +155,17 @@ def _places(given: Iterable[Path], out: Path, ending: str) -> list[_Place]:
                 raise UserError(f"{both} would have results of one name: give one at a time")
             picture, result = (out / stem.with_name(f"{stem.name}-{end}") for end in ("overlay.png", ending))
             places[stem] = _Place(image, picture, result)
-    return list(places.values())
+    results = {path for place in places.values() for path in (place.picture, place.result)}
+    named = set(given)
+    return [place for place in places.values() if place.image in named or place.image not in results]
+
+
+def _images_below(folder: Path, out: Path) -> list[Path]:
+    """The images below a folder, without what lies in a folder for results within it."""
+    whole, within = folder.resolve(), out.resolve()
+    inside = within != whole and within.is_relative_to(whole)
+    found = sorted(files_below(folder, IMAGES))
+    return [path for path in found if not (inside and (whole / path.relative_to(folder)).is_relative_to(within))]
 
 
 def _check(outputs: Iterable[Path], command: Predict) -> None:

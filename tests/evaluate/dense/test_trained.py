@@ -323,3 +323,27 @@ def test_masks_are_pasted_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = detector.found(torch.zeros(3, 40, 56, dtype=torch.uint8), 80, 112)
     assert pasted == [1] * 5
     assert found.masks == run_lengths(whole)
+
+
+@pytest.mark.parametrize("out", ["images/out", "images", "."])
+def test_results_are_no_images(
+    out: str, segmented: tuple[Path, MaskScores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Wherever they lie, and in the folder of other images' results too."""
+    (tmp_path / "images").mkdir()
+    for number in (1, 2):
+        Image.fromarray(scene(number)[0]).save(tmp_path / "images" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    assert predict(monkeypatch, segmented[0], "images", "--out", out) == 0
+    made = sorted(tmp_path.rglob("*"))
+    assert len(list(tmp_path.rglob("*-labels.png"))) == 2
+    assert predict(monkeypatch, segmented[0], "images", "--out", out, "--force") == 0
+    assert sorted(tmp_path.rglob("*")) == made
+    # other images: classes.json says the same already
+    Image.fromarray(scene(3)[0]).save(tmp_path / "3.png")
+    assert predict(monkeypatch, segmented[0], "3.png", "--out", out) == 0
+    (classes,) = tmp_path.rglob("classes.json")
+    classes.write_text('{"0": "mine"}')
+    Image.fromarray(scene(4)[0]).save(tmp_path / "4.png")
+    assert predict(monkeypatch, segmented[0], "4.png", "--out", out) == 2
+    assert classes.read_text() == '{"0": "mine"}'
