@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,9 +44,14 @@ class Labelled:
     labels: Int[Tensor, " images"]
     names: list[str]
 
+    @property
+    def path(self) -> Path | Address:
+        """Where the images lie."""
+        return self.samples.path
+
     def describe(self) -> dict[str, object]:
         """What a result records about the images."""
-        return {"path": str(self.samples.path), "images": len(self.samples), "fingerprint": fingerprint(self.samples)}
+        return {"path": str(self.path), "images": len(self.samples), "fingerprint": fingerprint(self.samples)}
 
 
 @checked
@@ -109,10 +114,19 @@ def _by_number(val: Labelled, theirs: list[str] | None, ours: list[str] | None) 
     ]
 
 
-def needed(val: Labelled | None, train: Labelled) -> Labelled:
+@runtime_checkable
+class _Set(Protocol):
+    @property
+    def path(self) -> object: ...
+
+
+Found = TypeVar("Found", bound=_Set)
+
+
+def needed(val: Found | None, train: Found) -> Found:
     """The validation set. Raises UserError where there is none."""
     if val is None:
-        raise UserError(f"--val is missing: {train.samples.path} has no validation split of its own")
+        raise UserError(f"--val is missing: {printable(str(train.path))} has no validation split of its own")
     return val
 
 

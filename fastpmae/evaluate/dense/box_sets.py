@@ -37,7 +37,11 @@ class _Opened:
 
 @checked
 def open_detection(
-    train: Path, val: Path | None = None, classes: Path | None = None, masks: Masks = "auto"
+    train: Path,
+    val: Path | None = None,
+    classes: Path | None = None,
+    masks: Masks = "auto",
+    threads: int = 0,
 ) -> tuple[Detection, Detection | None]:
     """The images with boxes to learn from and those to test on, of the same classes.
 
@@ -48,6 +52,7 @@ def open_detection(
     Args:
         classes: the file of `--classes`, of names in the label files; without it all names are classes.
         masks: whether the masks of the boxes are read; "auto" does where every box to train on has one.
+        threads: that look at the files; 0 takes all cores.
 
     Raises:
         UserError: for what is of no known layout, files that are not sound, objects of a class that is not known, and
@@ -80,7 +85,7 @@ def open_detection(
         whole = outlines and all(a.outline is not None for file in opened.files for a in file.annotations)
         if outlines and not whole:
             raise UserError(f"{printable(str(opened.path))} has boxes without a mask: --masks off leaves masks out")
-        placed = over_all(partial(place, labels=labels, outlines=outlines), opened.files)
+        placed = over_all(partial(place, labels=labels, outlines=outlines), opened.files, threads)
         entries = tuple(entry for entry, _ in placed)
         notes = notes_of([left_out for _, left_out in placed])
         told = unnamed if names == tuple(map(str, range(len(names)))) else []

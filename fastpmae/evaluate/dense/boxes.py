@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import IO
 
 import numpy as np
 from jaxtyping import Float
 
 from fastpmae.evaluate.dense.labelled import Boxed, Objects, Outlines, Pixels
-from fastpmae.evaluate.dense.masks import sentence_about, turned
+from fastpmae.evaluate.dense.masks import opened, turned
 from fastpmae.evaluate.dense.outlines import Outline, outline_of
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import printable, short
@@ -49,13 +50,13 @@ class LabelledFile:
 
     Attributes:
         name: as a user would name it.
-        read: the bytes.
+        open: its file, to read from.
         said_size: (width, height) that the label file gives, or None.
         shares: whether boxes are shares of the image's sides instead of pixels.
     """
 
     name: str
-    read: Callable[[], bytes]
+    open: Callable[[], IO[bytes]]
     annotations: tuple[Annotation, ...]
     said_size: tuple[int, int] | None = None
     shares: bool = False
@@ -162,24 +163,14 @@ def _outlines(
 
 
 def _frame(file: LabelledFile) -> Frame:
-    try:
-        data = file.read()
-    except (OSError, UserError) as error:
-        raise UserError(f"{printable(file.name)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        return frame_of(io.BytesIO(data))
-    except UserError as error:
-        raise sentence_about(file.name, error) from None
+    with opened(file.open, file.name) as image:
+        return frame_of(image)
 
 
 def _pixels(file: LabelledFile, height: int, width: int) -> Pixels:
-    try:
-        image = open_image(io.BytesIO(file.read()))
+    with opened(file.open, file.name) as stored:
+        image = open_image(io.BytesIO(stored.read()))
         pixels = np.array(upright_rgb(image, load(image)))
-    except UserError as error:
-        raise sentence_about(file.name, error) from None
-    except OSError as error:
-        raise UserError(f"{printable(file.name)} cannot be read: {error.strerror or error}") from None
     if pixels.shape != (height, width, 3):
         raise UserError(f"{printable(file.name)} is another image than when it was opened")
     return pixels

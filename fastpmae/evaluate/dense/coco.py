@@ -10,7 +10,7 @@ from fastpmae.evaluate.dense.boxes import Annotation, LabelledFile
 from fastpmae.evaluate.dense.outlines import coco_outline
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import on_one_line, printable, short
-from fastpmae_loaders.sources.reading import read_below, read_file
+from fastpmae_loaders.sources.reading import open_below, read_file
 from fastpmae_loaders.sources.splits import split_of_folder
 
 Split = tuple[list[LabelledFile], list[str]]
@@ -82,7 +82,7 @@ def read_coco(path: Path) -> Split:
     return [
         LabelledFile(
             str(root / files[number]),
-            partial(read_below, root, files[number]),
+            partial(open_below, root, files[number]),
             tuple(found[number]),
             sizes[number] if min(sizes[number]) > 0 else None,
         )

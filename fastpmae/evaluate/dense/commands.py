@@ -7,6 +7,7 @@ from typing import Any
 
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate.backbone import Backbone, find_backbone
+from fastpmae.evaluate.datasets import needed
 from fastpmae.evaluate.dense.arguments import Detect, Patches, Segment
 from fastpmae.evaluate.dense.labelled import Detection, Segmentation
 from fastpmae.evaluate.result_files import ResultFiles, ResultFolder, free_files, named_folder, place_of, stem_of
@@ -15,6 +16,7 @@ from fastpmae.run.malloc import tune_allocator
 from fastpmae_loaders.cli.progress import Progress
 from fastpmae_loaders.cli.terminal import tell
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.machine import loader_threads
 
 
 class _Run:
@@ -96,13 +98,6 @@ class _Run:
         return free_files(self.folder, stem_of(self.name, self.backbone.network), record)
 
 
-def _needed(val: Any, train: Any) -> Any:
-    """The validation set. Raises UserError where there is none."""
-    if val is None:
-        raise UserError(f"--val is missing: {train.path} has no validation split of its own")
-    return val
-
-
 def run_segment(command: Segment, ranks: Ranks) -> None:
     """`fastpmae-eval segment`."""
     from fastpmae.evaluate.dense.overlap import write_mask_scores
@@ -110,8 +105,9 @@ def run_segment(command: Segment, ranks: Ranks) -> None:
     from fastpmae.evaluate.dense.sets import open_segmentation
 
     common = command.common
-    train, val = open_segmentation(common.train, common.val, common.classes, command.ignore)
-    val = _needed(val, train)
+    threads = loader_threads(common.workers, ranks.local_size)
+    train, val = open_segmentation(common.train, common.val, common.classes, command.ignore, threads)
+    val = needed(val, train)
     run = _Run(command, ranks, command.config.crop_size)
     run.told(train, val)
     scores, segmenter = train_segmenter(
@@ -157,8 +153,9 @@ def run_detect(command: Detect, ranks: Ranks) -> None:
     from fastpmae.evaluate.dense.detect import draw_detections, train_detector
 
     common = command.common
-    train, val = open_detection(common.train, common.val, common.classes, command.masks)
-    val = _needed(val, train)
+    threads = loader_threads(common.workers, ranks.local_size)
+    train, val = open_detection(common.train, common.val, common.classes, command.masks, threads)
+    val = needed(val, train)
     run = _Run(command, ranks, 0)
     run.told(train, val)
     for remark in command.config.remarks(len(train)):

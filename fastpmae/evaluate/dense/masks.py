@@ -1,10 +1,12 @@
 """A mask's file as the number of each pixel, and an image with its mask: upright both, and of one size."""
 
+import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -20,7 +22,6 @@ LOSSLESS = ("PNG", "BMP", "DIB", "TIFF", "GIF", "PPM")
 _LOSSY_TIFF = ("jpeg", "old-jpeg", "webp")
 _RAW = re.compile(r"[1L](?:;([24]?)(I?)R?)?")
 """Pillow's word for how gray is stored: so many bits, and inverted where white is 0."""
-Read = Callable[[], bytes]
 
 
 def turned(
@@ -105,21 +106,21 @@ class Pair:
 
     Attributes:
         image_name, mask_name: as a user would name them.
-        read_image, read_mask: their bytes.
+        open_image: the image's file, to read from.
+        read_mask: the bytes of the mask's.
     """
 
     image_name: str
     mask_name: str
-    read_image: Read
-    read_mask: Read
-
-    def image_bytes(self) -> bytes:
-        """Raises UserError where they cannot be read."""
-        return _bytes(self.read_image, self.image_name)
+    open_image: Callable[[], IO[bytes]]
+    read_mask: Callable[[], bytes]
 
     def mask_bytes(self) -> bytes:
         """Raises UserError where they cannot be read."""
-        return _bytes(self.read_mask, self.mask_name)
+        try:
+            return self.read_mask()
+        except (OSError, UserError) as error:
+            raise _unreadable(self.mask_name, error) from None
 
 
 def sentence_about(name: str, error: UserError) -> UserError:
@@ -127,11 +128,24 @@ def sentence_about(name: str, error: UserError) -> UserError:
     return UserError(f"{printable(name)}{':' if isinstance(error, ImageError) else ''} {error}")
 
 
-def _bytes(read: Read, name: str) -> bytes:
+def _unreadable(name: str, error: OSError | UserError) -> UserError:
+    return UserError(f"{printable(name)} cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+@contextlib.contextmanager
+def opened(open_: Callable[[], IO[bytes]], name: str) -> Iterator[IO[bytes]]:
+    """A picture's file to read from; what goes wrong with it is a sentence with its name, a UserError."""
     try:
-        return read()
+        file = open_()
     except (OSError, UserError) as error:
-        raise UserError(f"{printable(name)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise _unreadable(name, error) from None
+    with file:
+        try:
+            yield file
+        except UserError as error:
+            raise sentence_about(name, error) from None
+        except OSError as error:
+            raise _unreadable(name, error) from None
 
 
 @dataclass(frozen=True)
@@ -155,10 +169,8 @@ def contents(pair: Pair, coloured: bool = False) -> Contents:
     """
     data = pair.mask_bytes()
     ids, own = _mask(pair, data, coloured)
-    try:
-        frame = frame_of(io.BytesIO(pair.image_bytes()))
-    except UserError as error:
-        raise sentence_about(pair.image_name, error) from None
+    with opened(pair.open_image, pair.image_name) as image:
+        frame = frame_of(image)
     size = _turned_as_image(ids, own, frame.orientation, frame.stored).shape
     if (frame.height, frame.width) != size:
         raise _two_sizes(pair, (frame.height, frame.width), size)
@@ -173,13 +185,11 @@ def read_pair(pair: Pair, classes: MaskClasses) -> tuple[Pixels, Mask]:
     Raises:
         UserError: where one of the files is not sound, they are of two sizes, or the mask holds what is no class.
     """
-    try:
-        image = open_image(io.BytesIO(pair.image_bytes()))
+    with opened(pair.open_image, pair.image_name) as file:
+        image = open_image(io.BytesIO(file.read()))
         stored = image.height, image.width
         orientation = load(image)
         pixels = np.array(upright_rgb(image, orientation))
-    except UserError as error:
-        raise sentence_about(pair.image_name, error) from None
     ids, own = _mask(pair, pair.mask_bytes(), classes.coloured)
     ids = _turned_as_image(ids, own, orientation, stored)
     if ids.shape != pixels.shape[:2]:

@@ -11,7 +11,7 @@ from fastpmae.evaluate.dense.classes import ADE20K, VOC
 from fastpmae.evaluate.dense.masks import Pair
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import on_one_line, printable
-from fastpmae_loaders.sources.reading import read_file
+from fastpmae_loaders.sources.reading import open_file, read_file
 from fastpmae_loaders.sources.splits import split_of_folder
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".avif", ".gif", ".jp2", ".heic")
@@ -127,7 +127,7 @@ def _files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _pair(image: Path, mask: Path) -> Pair:
-    return Pair(str(image), str(mask), partial(read_file, image), partial(read_file, mask))
+    return Pair(str(image), str(mask), partial(open_file, image), partial(read_file, mask))
 
 
 def _matched(images: Path, masks: Path, notes: list[str]) -> list[Pair]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastpmae.distributed.ranks import Ranks
 from fastpmae.evaluate.backbone import find_backbone
+from fastpmae.evaluate.datasets import needed
 from fastpmae.evaluate.dense.arguments import Patches
 from fastpmae.evaluate.dense.context import Grid, Memory, chosen_patches, classes_at_mask_size, patch_labels
 from fastpmae.evaluate.dense.labelled import Masked, Segmentation
@@ -74,9 +75,8 @@ def run_patches(command: Patches, ranks: Ranks) -> None:
     began, common = time.monotonic(), command.common
     _check(command)
     progress = Progress(live=ranks.is_main)
-    train, val = open_segmentation(common.train, common.val, common.classes, command.ignore)
-    if val is None:
-        raise UserError(f"--val is missing: {printable(str(common.train))} has no validation split of its own")
+    train, val = open_segmentation(common.train, common.val, common.classes, command.ignore, common.workers)
+    val = needed(val, train)
     for note in dict.fromkeys((*train.notes, *val.notes)):
         progress.tell(note)
     backbone = find_backbone(common.weights, common.network, heads=common.heads)

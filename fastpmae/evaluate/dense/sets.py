@@ -41,7 +41,11 @@ SEGMENTATION_LAYOUTS = (
 
 @checked
 def open_segmentation(
-    train: Path, val: Path | None = None, classes: Path | None = None, ignore: tuple[int, ...] = ()
+    train: Path,
+    val: Path | None = None,
+    classes: Path | None = None,
+    ignore: tuple[int, ...] = (),
+    threads: int = 0,
 ) -> tuple[Segmentation, Segmentation | None]:
     """The images with masks to learn from and those to test on, of the same classes.
 
@@ -50,6 +54,7 @@ def open_segmentation(
     Args:
         classes: the file of `--classes`; without it the numbers mean what the layout says, or are classes themselves.
         ignore: numbers in the masks that are to be left out.
+        threads: that look at the files; 0 takes all cores.
 
     Raises:
         UserError: for folders of no known layout, files that are not sound, and numbers that are no class.
@@ -61,7 +66,7 @@ def open_segmentation(
     first, second = _split_pairs(train, val)
     coloured = _coloured(said, first, ignore)
     parts = [(path, found, pairs) for path, found, pairs in (first, second) if pairs]
-    looked = [over_all(partial(contents, coloured=coloured), pairs) for _, _, pairs in parts]
+    looked = [over_all(partial(contents, coloured=coloured), pairs, threads) for _, _, pairs in parts]
     table, notes = _mask_classes(said, first[1], [held for part in looked for held in part], ignore)
     sets = []
     for (path, found, pairs), held in zip(parts, looked, strict=True):
@@ -168,9 +173,9 @@ def _has_colours(found: Pairs) -> bool:
     return mask_classes(tuple(found.names)).coloured
 
 
-def over_all(function: Callable[[Given], Found], given: Sequence[Given]) -> list[Found]:
-    """What a function makes of each, by threads; the first error ends it."""
-    with ThreadPoolExecutor(loader_threads(0), "labels") as pool:
+def over_all(function: Callable[[Given], Found], given: Sequence[Given], threads: int) -> list[Found]:
+    """What a function makes of each, by threads (0: one a core); the first error ends it."""
+    with ThreadPoolExecutor(loader_threads(threads), "labels") as pool:
         try:
             return list(pool.map(function, given))
         except BaseException:

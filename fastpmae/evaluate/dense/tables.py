@@ -1,10 +1,12 @@
 """Hugging Face's parquet files with a column of images and one of masks."""
 
+import io
 import threading
+from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastpmae.evaluate.dense.masks import Pair
 from fastpmae.evaluate.dense.pairs import Pairs
@@ -37,8 +39,8 @@ def pairs_in_tables(folder: Path) -> Pairs | None:
         for group, count in enumerate(groups):
             for row in range(count):
                 name = f"{path}, row {sum(groups[:group]) + row}"
-                read = [partial(_cell, path, group, row, column) for column in (image, mask)]
-                rows.append(Pair(f"{name}, {image}", f"{name}, {mask}", read[0], read[1]))
+                of_image, of_mask = (partial(_cell, path, group, row, column) for column in (image, mask))
+                rows.append(Pair(f"{name}, {image}", f"{name}, {mask}", partial(_opened, of_image), of_mask))
     found.splits = {split: rows for split, rows in found.splits.items() if rows}
     if not found.splits:
         raise UserError(f"{printable(str(folder))}: its parquet files have no rows")
@@ -87,6 +89,10 @@ def _column(path: Path, group: int, name: str) -> Any:
         column = file.read_row_group(group, columns=[name]).column(name)
     column.validate(full=True)
     return column
+
+
+def _opened(read: Callable[[], bytes]) -> IO[bytes]:
+    return io.BytesIO(read())
 
 
 def _cell(path: Path, group: int, row: int, name: str) -> bytes:

@@ -8,7 +8,7 @@ from fastpmae.evaluate.dense.boxes import Annotation, LabelledFile
 from fastpmae.evaluate.dense.pairs import IMAGES, names_listed, visible
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import on_one_line, printable, short
-from fastpmae_loaders.sources.reading import read_file
+from fastpmae_loaders.sources.reading import open_file, read_file
 
 _SIZE = 1 << 24  # bytes
 _LISTS = ("ImageSets", "Main")
@@ -89,7 +89,7 @@ def read_voc(path: Path, image: Path) -> LabelledFile:
         raise UserError(f"{printable(str(path))} cannot be read: {error.strerror or error}") from None
     except (ValueError, OverflowError, UserError, ElementTree.ParseError) as error:
         raise UserError(f"{printable(str(path))} is no XML of Pascal VOC: {on_one_line(str(error), 200)}") from None
-    return LabelledFile(str(image), partial(read_file, image), tuple(found), sides if min(sides) > 0 else None)
+    return LabelledFile(str(image), partial(open_file, image), tuple(found), sides if min(sides) > 0 else None)
 
 
 def _name(each: ElementTree.Element) -> str:

@@ -13,7 +13,7 @@ from fastpmae.evaluate.dense.outlines import MOST_POINTS, Outline
 from fastpmae.evaluate.dense.pairs import IMAGES, files_below
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.printable import on_one_line, printable
-from fastpmae_loaders.sources.reading import read_file
+from fastpmae_loaders.sources.reading import open_file, read_file
 from fastpmae_loaders.sources.splits import split_of_folder
 
 _SIZE = 1 << 24  # bytes
@@ -140,7 +140,7 @@ def _is_below(folder: Path, above: Path) -> bool:
 def _labelled(image: Path, names: list[str] | None) -> LabelledFile:
     labels = _label_file(image)
     found = tuple(_annotations(labels, names)) if labels.is_file() else ()
-    return LabelledFile(str(image), partial(read_file, image), found, shares=True)
+    return LabelledFile(str(image), partial(open_file, image), found, shares=True)
 
 
 def _label_file(image: Path) -> Path:

@@ -3,12 +3,33 @@
 import os
 import stat
 from pathlib import Path
+from typing import IO
 
 from fastpmae_loaders.errors import BetonError, UserError
 from fastpmae_loaders.printable import printable, short
 
 FILE_LIMIT = 1 << 30
 """Larger image files are not taken: one is read as a whole."""
+
+
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A file to read from, as for a picture's header alone.
+
+    Raises:
+        UserError: where it is no regular file (a pipe or device may never end), or larger than FILE_LIMIT.
+        OSError: where it cannot be opened.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # a pipe without a writer opens at once
+    try:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError("not a regular file")
+        if status.st_size > FILE_LIMIT:
+            raise UserError(f"the file has {status.st_size:,} bytes, more than the {FILE_LIMIT:,} that are read")
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def read_file(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> bytes:
@@ -56,6 +77,15 @@ def read_below(folder: Path, name: str) -> bytes:
         UserError: for a file elsewhere, and as `read_file`.
         OSError: where it cannot be read.
     """
+    return read_file(_below(folder, name))
+
+
+def open_below(folder: Path, name: str) -> IO[bytes]:
+    """The same file to read from. Raises as `read_below`."""
+    return open_file(_below(folder, name))
+
+
+def _below(folder: Path, name: str) -> Path:
     try:
         base = folder.resolve()
         target = (base / name).resolve()
@@ -63,4 +93,4 @@ def read_below(folder: Path, name: str) -> bytes:
         raise UserError(f"the file {short(name)} cannot be read: that is no path") from None
     if not target.is_relative_to(base):
         raise UserError(f"the file {short(name)} lies outside {printable(str(folder))}, where alone files are read")
-    return read_file(target)
+    return target

@@ -3,16 +3,20 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from fastpmae import UserError
+from fastpmae.evaluate.dense import sets
+from fastpmae.evaluate.dense.box_sets import open_detection
 from fastpmae.evaluate.dense.classes import CITYSCAPES, VOC
 from fastpmae.evaluate.dense.labelled import IGNORE, Segmentation
 from fastpmae.evaluate.dense.masks import turned
 from fastpmae.evaluate.dense.sets import open_segmentation
+from fastpmae_loaders.sources import reading
 from tests.made import made_image
 
 WIDTH, HEIGHT = 40, 30
@@ -115,6 +119,36 @@ def test_an_end_is_that_of_most_masks(tmp_path: Path, lonely: str):
         write(tmp_path / "images" / f"{name}.jpg", made_image(5, WIDTH, HEIGHT))
     with pytest.raises(UserError, match="holds no mask of the name of an image"):
         open_segmentation(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["masks", "boxes"])
+def test_of_an_image_the_header_alone_is_read_when_a_set_is_opened(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    write_pairs(tmp_path, [0, 1])
+    if kind == "boxes":
+        for path in (tmp_path / "masks").iterdir():
+            path.with_suffix(".txt").write_text("0 0.5 0.5 0.5 0.5")
+        (tmp_path / "masks").rename(tmp_path / "labels")
+    for path in (tmp_path / "images").iterdir():  # what follows a JPEG's end is passed over
+        path.write_bytes(path.read_bytes() + bytes(1 << 20))
+    read: list[int] = []
+
+    class Counting(io.FileIO):
+        def readinto(self, buffer: Any, /) -> int | None:
+            read.append(count := super().readinto(buffer) or 0)
+            return count
+
+    monkeypatch.setattr(reading.os, "fdopen", lambda number, _: io.BufferedReader(Counting(number)))
+    used: list[int] = []
+    monkeypatch.setattr(sets, "loader_threads", lambda asked: used.append(asked) or 1)
+    if kind == "masks":
+        opened, _ = open_segmentation(tmp_path, threads=3)
+    else:
+        opened, _ = open_detection(tmp_path, threads=3)
+    assert len(opened) == 2
+    assert used == [3]
+    assert 0 < sum(read) < 1 << 19
 
 
 def test_images_without_a_mask_are_said(tmp_path: Path):
