@@ -3,6 +3,7 @@
 What is in the store is what `--resume` finds, on any machine (see `stored_run`).
 """
 
+import contextlib
 import threading
 import uuid
 from pathlib import Path
@@ -103,7 +104,11 @@ def on_every_machine(
 
     missing = is_missing()
     if missing and is_own and address is not None:
-        ranks.broadcast_from_main(lambda: None if uploads is None else uploads.take_now(checkpoint))
+        if uploads is not None:
+            uploads.checkpoint(checkpoint)
+        # asked again and again: in one message a rank waits for --rank-timeout alone
+        while not ranks.broadcast_from_main(lambda: uploads is None or uploads.is_done(5.0)):
+            pass
         bring_back(address, folder, checkpoint.name)
         missing = is_missing()
     if missing:
@@ -137,7 +142,8 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     mark.unlink(missing_ok=True)
     if missing:
         if ranks.is_main and is_new:
-            folder.rmdir()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise UserError(
             f"--sharded-checkpoints: {folder} is another folder on each machine, and all ranks write to one: name a "
             "folder that all machines see with --out (and the address of a run in a store with --upload)"
@@ -174,12 +180,15 @@ class Uploads:
                 self._thread.start()
             self._changed.notify_all()
 
-    def take_now(self, path: Path) -> None:
-        """Take a checkpoint to the store and return when it is there. Raises UserError where that cannot be done."""
-        try:
-            self._take(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    def is_done(self, seconds: float) -> bool:
+        """Whether nothing is on its way any more, within some seconds. Raises UserError where it did not get there."""
+        with self._lock:
+            self._changed.wait_for(lambda: self._due is None and not self._working, seconds)
+            if self._due is not None or self._working:
+                return False
+            if self._failed is not None:
+                raise UserError(f"the newest checkpoint could not be taken to {self.address}: {self._failed}")
+        return True
 
     def remarks(self) -> list[str]:
         """Sentences for the user since the last call."""

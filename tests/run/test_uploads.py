@@ -99,6 +99,8 @@ def test_a_store_that_goes_away_leaves_a_whole_run_here(tmp_path, short):
             taken.checkpoint(path)
             with pytest.raises(RunError, match=r"the run is whole in .*, and could not be taken to s3://bucket/run"):
                 taken.finish()
+            with pytest.raises(UserError, match="the newest checkpoint could not be taken to s3://bucket/run"):
+                taken.is_done(1.0)
             assert any("could not be taken" in sentence for sentence in taken.remarks())
             server.start()
             store.deadline = 60.0
