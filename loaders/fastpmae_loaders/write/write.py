@@ -127,8 +127,9 @@ def target_of(source: str | os.PathLike[str], place: Path | Address, force: bool
     if place == origin:
         raise UserError(f"{place} is the source itself; name another file to write")
     target = StoreTarget(place.parent)
-    if not force and target.size(place.name) is not None:
-        raise UserError(f"{place} exists already; --force replaces it")
+    for name in () if force else (place.name, bad_list_path(Path(place.name)).name):
+        if target.size(name) is not None:
+            raise UserError(f"{place.parent / name} exists already; --force replaces it")
     return target
 
 
@@ -148,9 +149,12 @@ def write_there(
         return write_listed(found, source, Path(place), setup, skip_bad, force, page_size, progress)
     with target.writing(place.name) as beside:
         written = write_listed(found, source, beside, setup, skip_bad, force, page_size, progress)
+        bad = bad_list_path(Path(place.name)).name
         if written.bad:
-            with target.writing(bad_list_path(Path(place.name)).name) as copy:
+            with target.writing(bad) as copy:
                 copy.write_bytes(bad_list_path(beside).read_bytes())
+        elif force and target.size(bad) is not None:
+            target.remove(bad)  # of a file that is being replaced
     return replace(written, path=place)
 
 

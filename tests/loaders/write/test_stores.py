@@ -120,3 +120,16 @@ def test_what_cannot_be_is_refused(tree, place, tmp_path):
         write_set(str(place / "raw"), str(place / "raw" / "set"), 2, workers=1)
     with pytest.raises(UserError, match="holds other files, such as"):
         write_set(tree, str(place / "raw"), 2, workers=1)
+
+
+def test_a_list_of_bad_images_is_that_of_the_file_beside_it(place, tree, tmp_path):
+    (tree / "class_0" / "broken.jpg").write_bytes(b"\xff\xd8\xff no image")
+    out = str(place / "out" / "a.beton")
+    write_beton(tree, out, workers=1, skip_bad=True)
+    assert sorted(contents(place / "out")) == ["a.beton", "a.beton.bad.txt"]
+    Store(place).delete(f"{place.key}/out/a.beton")
+    with pytest.raises(UserError, match=r"a\.beton\.bad\.txt exists already; --force replaces it"):
+        write_beton(tree, out, workers=1, skip_bad=True)
+    (tree / "class_0" / "broken.jpg").unlink()
+    write_beton(tree, out, workers=1, force=True)
+    assert sorted(contents(place / "out")) == ["a.beton"]
