@@ -110,7 +110,7 @@ class Mixture:
     def part_of(self, indices: np.ndarray) -> np.ndarray:
         """Numbers that are the same for images of one file."""
         numbers = np.zeros(len(indices), np.int64)
-        for source, here, own in self._by_source(indices):
+        for source, here, own in self.by_source(indices):
             if hasattr(source, "part_of"):
                 numbers[here] = source.part_of(own)
         return numbers + (np.searchsorted(self._first, indices, side="right") << 40)
@@ -122,7 +122,7 @@ class Mixture:
 
     def _ahead(self, indices: np.ndarray) -> int:
         """See `Fetched`; of the sources that lie in a store."""
-        found = ((source, own) for source, _, own in self._by_source(indices))
+        found = ((source, own) for source, _, own in self.by_source(indices))
         return sum(source.ahead(own) for source, own in found if isinstance(source, Fetched))
 
     def check_whole(self, unchanged: bool = False) -> None:
@@ -134,7 +134,7 @@ class Mixture:
         """What an epoch shows, from the orders of the sources."""
         return MixedOrder(self, epoch, order_of)
 
-    def _by_source(self, indices: np.ndarray):
+    def by_source(self, indices: np.ndarray):
         """Each source that some images are of, with their places among them and their numbers there."""
         numbers = np.searchsorted(self._first, indices, side="right") - 1
         for number in np.unique(numbers):
@@ -143,7 +143,7 @@ class Mixture:
 
     def _gather(self, name: str, indices: np.ndarray) -> np.ndarray:
         found = np.empty(len(indices), np.int64)
-        for source, here, own in self._by_source(indices):
+        for source, here, own in self.by_source(indices):
             values = getattr(source, name)[own]
             found[here] = self._joined(source, values) if name == "label" else values
         if name == "page_of":
@@ -153,7 +153,7 @@ class Mixture:
     def _locate(self, indices: np.ndarray) -> tuple[Places, object]:
         places = Places(*np.empty((len(Places._fields), len(indices)), np.int64))
         held = []
-        for source, here, own in self._by_source(indices):
+        for source, here, own in self.by_source(indices):
             found, files = source.locate(own)
             held.append(files)
             for column, values in zip(places, found, strict=True):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import tarfile
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -21,7 +22,10 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision.transforms import Normalize
 
 from fastpmae_loaders import (
+    ImageFolder,
+    Mixture,
     PairedViews,
+    TarShards,
     UserError,
     View,
     ViewSettings,
@@ -49,6 +53,8 @@ from fastpmae_loaders.adapters import (
 )
 from fastpmae_loaders.blockwise import DINOv2Masks, DINOv3Masks, IBOTMasks
 from fastpmae_loaders.multiblock import CAPIMasks
+from fastpmae_loaders.write.sets import write_set
+from fastpmae_loaders.write.sources import SourceSettings
 from tests.made import made_image
 
 SETTINGS = ViewSettings(image_size=32, patch_size=8, folds=3)
@@ -713,3 +719,41 @@ def test_local_crops_may_be_as_large_as_global_ones(name, mixed):
     for wrong in (0, 3):
         with pytest.raises(UserError, match=f"global_crops = {wrong}: .* the first 2 are alike"):
             kind(loader(mixed, PAIR + LOCALS), global_crops=wrong)
+
+
+def test_timm_takes_what_has_labels_and_nothing_else(tmp_path: Path):
+    def shard(name: str, classes: list[int]) -> TarShards:
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for number, label in enumerate(classes):
+                made_image(number, 40, 40).save(tmp_path / "image.png")
+                tar.add(tmp_path / "image.png", f"{number}.png")
+                (tmp_path / "label.cls").write_text(str(label))
+                tar.add(tmp_path / "label.cls", f"{number}.cls")
+        return TarShards(tmp_path / name)
+
+    def folder(name: str, *names: str) -> ImageFolder:
+        for number, image in enumerate(names):
+            (tmp_path / name / image).parent.mkdir(parents=True, exist_ok=True)
+            made_image(number, 40, 40).save(tmp_path / name / image)
+        return ImageFolder(tmp_path / name)
+
+    def timm_loader(samples: Any, **options: Any) -> TimmLoader:
+        options = {"batch_size": 2, "shuffle": False, "drop_last": False} | options
+        return TimmLoader(loader(samples, [mae_view(32)], **options))
+
+    def targets(samples: Any, **options: Any) -> list[int]:
+        return torch.cat([target for _, target in timm_loader(samples, **options)]).tolist()
+
+    numbered = Mixture([shard("x.tar", [3, 7, 9]), shard("y.tar", [1, 2, 0])])
+    assert sorted(targets(numbered)) == [0, 1, 2, 3, 7, 9]
+    named, flat = folder("named", "a/0.png", "b/1.png"), folder("flat", "0.png", "1.png")
+    for unlabelled in (flat, Mixture([named, flat]), Mixture([shard("x.tar", [3]), flat])):
+        with pytest.raises(UserError, match="holds images without a label"):
+            timm_loader(unlabelled)
+    assert targets(Mixture([named, flat]), indices=[1, 0]) == [1, 0]
+    for name, labels in (("numbers", [3, 7, 9, 1]), ("one-without", [3, 7, 9, -1])):
+        shard("z.tar", labels)
+        write_set(tmp_path / "z.tar", tmp_path / name, 2, listing=SourceSettings(), workers=1)
+    assert targets(tmp_path / "numbers") == [3, 7, 9, 1]
+    with pytest.raises(UserError, match="holds images without a label"):
+        targets(tmp_path / "one-without")

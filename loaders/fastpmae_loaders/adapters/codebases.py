@@ -12,7 +12,9 @@ from torch import Tensor
 from fastpmae_loaders.adapters.base import IMAGENET_MEAN, IMAGENET_STD, EpochAdapter
 from fastpmae_loaders.batch import Batch
 from fastpmae_loaders.blockwise import IBOTMasks, draw_patches
+from fastpmae_loaders.engines.base import Samples
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.mixture import Mixture
 from fastpmae_loaders.paired import PairedViews
 from fastpmae_loaders.sources.places import Column
 from fastpmae_loaders.values import checked
@@ -117,15 +119,8 @@ class TimmLoader(EpochAdapter[tuple[Tensor, Tensor]]):
         random_erasing: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(loader, mean, std, img_dtype)
-        label = loader.samples.label
-        # a set is not read through for it
-        unlabelled = (
-            loader.samples.class_names is None
-            if isinstance(label, Column)
-            else ((label if loader.indices is None else label[loader.indices]).min() < 0)
-        )
-        if unlabelled:
-            raise UserError(f"{loader.samples.path} holds images without a label; timm's train.py needs one for each")
+        if _lacks_labels(loader.samples, loader.indices):
+            raise self._unlabelled()
         if type(mixup).__name__ == "FastCollateMixup":
             raise UserError("mixup is a FastCollateMixup, which collates samples: give a timm.data.Mixup")
         self.img_dtype = img_dtype
@@ -143,11 +138,34 @@ class TimmLoader(EpochAdapter[tuple[Tensor, Tensor]]):
             self.mixup.mixup_enabled = enabled
 
     def collate(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
-        """(input, target); with mixup the targets are shares of the classes, float [B, classes]."""
+        """(input, target); with mixup the targets are shares of the classes, float [B, classes].
+
+        Raises:
+            UserError: for an image of a set that has no label; what is no set was looked at before.
+        """
+        labels = self.loader.samples.label
+        if isinstance(labels, Column) and len(batch) and labels[batch.samples].min() < 0:
+            raise self._unlabelled()
         images, target = self.normalised(batch.views[0]), batch.label
         if self.mixup is not None:
             images, target = self.mixup(images, target)
         return images if self.random_erasing is None else self.random_erasing(images), target
+
+    def _unlabelled(self) -> UserError:
+        return UserError(f"{self.loader.samples.path} holds images without a label; timm's train.py needs one for each")
+
+
+def _lacks_labels(samples: Samples, indices: np.ndarray | None) -> bool:
+    """Whether some of these images have no label; of a set the first alone is looked at, which opens one part."""
+    if isinstance(samples, Mixture):
+        # the images of a source without names have no label beside those of one with names
+        every = np.arange(len(samples)) if indices is None else indices
+        return any(
+            (samples.class_names is not None and source.class_names is None) or _lacks_labels(source, own)
+            for source, _, own in samples.by_source(every)
+        )
+    indices = np.arange(len(samples)) if indices is None else indices
+    return bool(samples.label[indices[:1] if isinstance(samples.label, Column) else indices].min() < 0)
 
 
 class LightlyLoader(EpochAdapter[tuple[list[Tensor], Tensor, list[str]]]):
