@@ -5,6 +5,7 @@ import itertools
 import math
 import tarfile
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -757,3 +758,18 @@ def test_timm_takes_what_has_labels_and_nothing_else(tmp_path: Path):
     assert targets(tmp_path / "numbers") == [3, 7, 9, 1]
     with pytest.raises(UserError, match="holds images without a label"):
         targets(tmp_path / "one-without")
+
+
+def test_each_sample_that_does_not_decode_is_told_once(tmp_path: Path):
+    for number in range(12):
+        path = tmp_path / f"{number:02}.jpg"
+        made_image(number, 64, 64).save(path)
+        if number in (3, 4, 9):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    adapter = MAELoader(loader(tmp_path, [mae_view(32)], shuffle=False, bad_fraction=1.0))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert [len(images) for images, _ in adapter] == [6, 6]
+    said = [f"{tmp_path}: sample {sample} does not decode; the next good one stands in" for sample in (3, 4, 9)]
+    assert [str(warning.message) for warning in told] == said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -55,6 +56,7 @@ class Adapter(Generic[Handed]):
         self._told = False
         self._loaded = False
         self._closed = False
+        self._failed: set[int] = set()
 
     def collate(self, batch: Batch, epoch: int) -> Handed:
         """A batch as the codebase takes it.
@@ -145,7 +147,18 @@ class Adapter(Generic[Handed]):
     def _handed(self, batches: Iteration, epoch: int) -> Iterator[Handed]:
         with closing(batches):
             for batch in batches:
+                self._tell_failed(batch)
                 yield self.collate(batch, epoch)
+
+    def _tell_failed(self, batch: Batch) -> None:
+        """Warn of each sample that does not decode, once: what is handed over has no place for them."""
+        for sample in batch.failed:
+            if sample not in self._failed:
+                self._failed.add(sample)
+                warnings.warn(
+                    f"{self.loader.samples.path}: sample {sample} does not decode; the next good one stands in",
+                    stacklevel=3,
+                )
 
 
 class EpochAdapter(Adapter[Handed]):
