@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastpmae_loaders.errors import UserError
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.stores.address import Address
 
 ENDPOINTS = {"s3": "AWS_ENDPOINT_URL", "gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
@@ -152,8 +153,24 @@ def _connection(text: str, address: Address) -> dict[str, Any]:
     return {"account_name": account, "endpoint": endpoint} | given
 
 
+_ELSEWHERE = ("sso_session", "sso_start_url", "role_arn", "credential_process", "web_identity_token_file")
+"""What says in a profile that its keys come from another program or server."""
+
+_WITHOUT_PROFILE = (
+    "AWS_SKIP_SIGNATURE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+"""Variables that obstore reads, by which no profile's keys are needed."""
+
+
 def _profile() -> dict[str, str]:
-    """Keys, region and endpoint of the AWS profile in use, from the files that its own tools read; obstore does not."""
+    """Keys, region and endpoint of the AWS profile in use, from the files that its own tools read; obstore does not.
+
+    Raises:
+        UserError: for a profile that is named and not there, and for one whose keys another program must fetch.
+    """
     name = os.environ.get("AWS_PROFILE", os.environ.get("AWS_DEFAULT_PROFILE", "default"))
     home = Path("~/.aws").expanduser()
     files = {
@@ -168,14 +185,31 @@ def _profile() -> dict[str, str]:
         "endpoint_url": "endpoint",
     }
     found: dict[str, str] = {}
+    every: set[str] = set()
+    there = False
     for path, section in files.items():
         parser = configparser.ConfigParser(interpolation=None, strict=False)
         try:
             parser.read(path, encoding="utf-8")
             values = dict(parser[section]) if section in parser else {}
+            there |= section in parser
+            every |= {key for key, value in values.items() if value}
         except (configparser.Error, OSError, UnicodeDecodeError):
             raise UserError(f"{path} is no file of AWS profiles that can be read") from None
         found |= {ours: values[theirs] for theirs, ours in wanted.items() if values.get(theirs)}
+    if not there and name != "default":
+        raise UserError(
+            f"AWS_PROFILE names the profile {printable(name)}, which is in neither of "
+            f"{' and '.join(printable(str(path)) for path in files)}: see to its name there, or unset AWS_PROFILE"
+        )
+    elsewhere = [key for key in _ELSEWHERE if key in every]
+    given = any(map(os.environ.get, _WITHOUT_PROFILE))
+    if elsewhere and not given and not found.keys() >= {"access_key_id", "secret_access_key"}:
+        raise UserError(
+            f"the AWS profile {printable(name)} has its keys by {elsewhere[0]}, which is not read here (nor are "
+            f"{', '.join(key for key in _ELSEWHERE if key != elsewhere[0])}): put keys in the environment, as with "
+            f'eval "$(aws configure export-credentials --profile {printable(name)} --format env)"'
+        )
     variables = {
         "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
         "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),

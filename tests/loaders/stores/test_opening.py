@@ -120,3 +120,38 @@ def test_the_endpoint_of_a_service_account_may_be_one_without_encryption(emulato
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", (tmp_path / "account.json").read_text())
     with pytest.raises(Missing):
         Store(parse_address(f"gs://{BUCKET}"), deadline=5).stat("nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("typo", r"AWS_PROFILE names the profile typo, which is in neither of .*credentials and .*config"),
+        ("sso", "the AWS profile sso has its keys by sso_session, which is not read here"),
+        ("role", "the AWS profile role has its keys by role_arn"),
+        ("process", "the AWS profile process has its keys by credential_process"),
+    ],
+)
+def test_a_profile_that_gives_no_keys_is_told(name, said, tmp_path, monkeypatch):
+    for variable in [variable for variable in os.environ if variable.startswith("AWS_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    (tmp_path / "credentials").write_text("[keys]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    (tmp_path / "config").write_text(
+        "[profile sso]\nsso_session = x\nregion = eu-west-1\n"
+        "[profile role]\nrole_arn = arn:aws:iam::1:role/r\nsource_profile = keys\n"
+        "[profile process]\ncredential_process = /bin/get\n"
+        "[profile keys]\nrole_arn = \nregion = eu-west-2\n"
+    )
+    monkeypatch.setenv("AWS_PROFILE", name)
+    with pytest.raises(UserError, match=said):
+        open_bucket(parse_address("s3://bucket"))
+    monkeypatch.setenv("AWS_PROFILE", "keys")
+    assert open_bucket(parse_address("s3://bucket")).config["region"] == "eu-west-2"
+    # without a name the machine's own role may serve
+    monkeypatch.delenv("AWS_PROFILE")
+    open_bucket(parse_address("s3://bucket"))
+    # nor does a bucket that everybody may read need a profile's keys
+    monkeypatch.setenv("AWS_PROFILE", "sso")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    open_bucket(parse_address("s3://bucket"))
