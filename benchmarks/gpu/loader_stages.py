@@ -68,7 +68,8 @@ def loaders(task: Task) -> None:
         with (
             task.record.trying(name),
             open_views(
-                task, beton, engine, workers=workers, augment_on=on, device=task.device, colour=photometric
+                task, beton, engine, workers=workers, augment_on=on, device=task.device,
+                colour=photometric if on == "device" else None,
             ) as views,
         ):  # fmt: skip
             task.record.note(name, **timed(task, views))
@@ -104,7 +105,7 @@ def dali(task: Task) -> None:
             with (
                 task.record.trying(name),
                 open_views(
-                    task, beton, "dali", device=device, dali=settings, colour=photometric,
+                    task, beton, "dali", device=device, dali=settings, colour=photometric if task.cuda else None,
                     augment_on="device" if task.cuda else "cpu",
                 ) as views,
             ):  # fmt: skip

@@ -101,8 +101,8 @@ def make_loader(images: Samples, config: Config, ranks: Ranks) -> PairedViews:
         views=views_needed(config),
         augment_on="device" if config.efficiency.augment_on == "device" else "cpu",
         device=ranks.device,
-        colour=photometric,
-        dali=DaliSettings(config.data.dali_part, config.data.hw_decoder_load),
+        colour=photometric if config.efficiency.augment_on == "device" else None,
+        dali=DaliSettings(config.data.dali_part, config.data.hw_decoder_load) if config.data.loader == "dali" else None,
     )
 
 

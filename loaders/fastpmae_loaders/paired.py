@@ -27,7 +27,7 @@ from fastpmae_loaders.engines.base import (
     make_job,
     shown,
 )
-from fastpmae_loaders.engines.dali_settings import DaliSettings
+from fastpmae_loaders.engines.dali_settings import DaliSettings, dali_of
 from fastpmae_loaders.engines.names import DEFAULT_ENGINE
 from fastpmae_loaders.engines.runner import Runner
 from fastpmae_loaders.errors import UserError
@@ -39,7 +39,7 @@ from fastpmae_loaders.recipes import MOST_VIEWS, View, with_shared
 from fastpmae_loaders.sampling import check_key
 from fastpmae_loaders.settings import ViewSettings
 from fastpmae_loaders.stores.address import Address
-from fastpmae_loaders.transfer import Sent, Transfer, device_named
+from fastpmae_loaders.transfer import Sent, Transfer, device_named, pinned
 from fastpmae_loaders.values import checked
 
 Colour = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -122,11 +122,8 @@ class PairedViews:
             raise UserError(f"{len(self.views)} views make no batch: ask for 1 to {MOST_VIEWS}")
         size = self.views[0].size
         masked = settings is not None or size % self.settings.patch_size == 0
-        if masked and self.settings.image_size != size:
-            self.settings = replace(self.settings, image_size=size)
+        self.settings = self.settings.of_size(size) if masked else self.settings
         self._fold_sizes = self.settings.fold_sizes if masked else ()
-        if augment_on not in ("cpu", "device"):
-            raise UserError(f"augment_on = {augment_on!r} must be 'cpu' or 'device'")
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size} must be at least 1")
         if not 0 <= rank < world_size:
@@ -156,12 +153,14 @@ class PairedViews:
         self.device = device_named(device)
         self.transfer = Transfer(self.device or torch.device("cpu"))
         on_gpu = self.transfer.on_gpu
-        self.pin_memory = on_gpu if pin_memory is None else pin_memory
+        self.pin_memory = pinned(pin_memory, on_gpu)
         self._colour = None
         if augment_on == "device" and any(view.coloured for view in self.views):
             from fastpmae_loaders.pixels.device_colour import change_colours
 
             self._colour = colour or change_colours
+        elif colour is not None and augment_on == "cpu":
+            raise UserError("colour= changes colours on the device: leave it out, or give augment_on='device' too")
         self._source = Source(
             self.samples,
             self.views,
@@ -173,7 +172,7 @@ class PairedViews:
             device=self.device,
             made_on_device=engine == "dali" and on_gpu,
             pin_memory=self.pin_memory,
-            dali=dali or DaliSettings(),
+            dali=dali_of(dali, engine),
             following=np.empty(0, np.int64) if self.indices is None else in_a_circle(self.indices, len(self.samples)),
         )
         self._bad = BadSamples(self.samples, self.count, bad_fraction, self._source.after)
@@ -210,8 +209,9 @@ class PairedViews:
         # of a set the digest of its images says it all
         return self._images if hasattr(self.samples, "identity") else digest(np.asarray(self.samples.page_of))
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int | np.integer) -> None:
         """Turn to an epoch's beginning, or keep the position within it that `load_state_dict` has just set."""
+        epoch = int(epoch) if isinstance(epoch, np.integer) else epoch  # a position holds plain numbers
         check_key(self.seed, epoch)
         if epoch != self._epoch or not self._resumed:
             self._batch = 0

@@ -15,6 +15,7 @@ from fastpmae_loaders.folders import open_samples
 from fastpmae_loaders.order import FileOrder, ListedOrder
 from fastpmae_loaders.recipes import Interpolation, plain_view
 from fastpmae_loaders.stores.address import Address
+from fastpmae_loaders.transfer import pinned
 from fastpmae_loaders.values import checked
 
 
@@ -58,7 +59,7 @@ class PlainViews:
             raise UserError(f"image_size = {image_size} must be between 2 and 4096")
         self.batch_size = batch_size
         view = plain_view(image_size, crop_ratio, interpolation)
-        self._source = Source(self.samples, (view,), 0, workers=workers or 1, pin_memory=pin_memory)
+        self._source = Source(self.samples, (view,), 0, workers=workers or 1, pin_memory=pinned(pin_memory, False))
         self._runner = Runner(self._source, engine, ahead)
 
     def __len__(self) -> int:

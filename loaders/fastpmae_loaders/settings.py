@@ -1,6 +1,6 @@
 """The pair of views and the masks of Pseudo-MAE as one frozen dataclass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastpmae_loaders.errors import UserError
@@ -75,6 +75,16 @@ class ViewSettings(Typed):
             if not 0 <= getattr(self, name) <= 1:
                 refuse(name, "a probability between 0 and 1")
         _ = self.views  # which check the rest
+
+    def of_size(self, size: int) -> "ViewSettings":
+        """The same for masks of views that are given, whose first has this side.
+
+        Raises:
+            UserError: where another side was asked for here.
+        """
+        if self.image_size not in (size, ViewSettings.image_size):
+            raise UserError(f"views: image_size {self.image_size} is not the first view's {size}: leave it out")
+        return self if self.image_size == size else replace(self, image_size=size)
 
     @property
     def patches(self) -> int:

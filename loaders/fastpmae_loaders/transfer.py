@@ -29,7 +29,8 @@ def device_named(device: torch.device | str | None) -> torch.device | None:
     """The device of that name; None is the host's memory.
 
     Raises:
-        UserError: for a name that torch does not know, and for a GPU where there is none.
+        UserError: for a name that torch does not know, for a GPU that is not there, and for a device that does not take
+            every tensor of a batch, which holds float64.
     """
     try:
         found = None if device is None else torch.device(device)
@@ -37,7 +38,20 @@ def device_named(device: torch.device | str | None) -> torch.device | None:
         raise UserError(f"device is {device!r}; expected one that torch has, such as cpu or cuda:0") from None
     if found is not None and found.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is {str(device)!r}, and torch finds no GPU here: leave device out, or name 'cpu'")
+    if found is not None and found.type == "cuda" and 0 < torch.cuda.device_count() <= (found.index or 0):
+        raise UserError(
+            f"device is {str(device)!r}, and this machine's GPUs are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        )
+    if found is not None and found.type == "mps":
+        raise UserError("device is 'mps', which has no float64, and batches hold some: leave it out and move the views")
     return found
+
+
+def pinned(asked: bool | None, on_gpu: bool) -> bool:
+    """Whether batches are made in memory that the system leaves where it is. UserError without a GPU to copy it to."""
+    if asked and not torch.cuda.is_available():
+        raise UserError("pin_memory=True is for copies to a GPU, and torch finds none here: leave it out")
+    return on_gpu if asked is None else asked
 
 
 class Transfer:

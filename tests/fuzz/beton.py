@@ -201,7 +201,7 @@ def epoch_of(path: Path, engine: str) -> tuple[list[Batch], list[int]] | UserErr
     try:
         with quiet, PairedViews(
             path, 3, engine, SETTINGS, shuffle=False, drop_last=False, bad_fraction=1.0, workers=2,
-            dali=DaliSettings(part=2),
+            dali=DaliSettings(part=2) if engine == "dali" else None,
         ) as views:  # fmt: skip
             return list(views), sorted(set(views.failed))
     except UserError as error:

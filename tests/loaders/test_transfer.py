@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpmae_loaders import Batch, PairedViews, UserError, ViewSettings
+from fastpmae_loaders import Batch, PairedViews, PlainViews, UserError, ViewSettings, mae_view
 from fastpmae_loaders.transfer import Transfer
 from tests.loaders.files import write_beton
 from tests.timeline import GPU, TimedStream
@@ -200,3 +200,20 @@ def test_nothing_comes_after_the_end(mixed: Any, gpu: GPU):
         next(taken)
         taken.close()
         assert next(taken, None) is None
+
+
+def test_devices_that_take_no_batch_are_refused_at_once(mixed, monkeypatch):
+    def made(**options):
+        PairedViews(mixed, 4, engine="torch", views=[mae_view(32)], workers=1, **options)
+
+    with pytest.raises(UserError, match="device is 'mps', which has no float64"):
+        made(device="mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="device is 'cuda:7', and this machine's GPUs are cuda:0 to cuda:1"):
+        made(device="cuda:7")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="pin_memory=True is for copies to a GPU, and torch finds none"):
+        made(pin_memory=True)
+    with pytest.raises(UserError, match="pin_memory=True is for copies to a GPU, and torch finds none"):
+        PlainViews(mixed, 4, 32, engine="torch", pin_memory=True)

@@ -33,3 +33,10 @@ class DaliSettings(Typed):
             raise UserError(f"dali: part = {self.part} must be between 1 and {MOST} images, or 0")
         if not 0 <= self.hw_decoder_load <= 1:
             raise UserError(f"dali: hw_decoder_load = {self.hw_decoder_load} must be a share between 0 and 1")
+
+
+def dali_of(settings: DaliSettings | None, engine: str) -> DaliSettings:
+    """The settings that were asked for, or the usual ones. UserError for some of another engine."""
+    if settings is not None and engine != "dali":
+        raise UserError(f"dali: settings of engine 'dali' were given, and the engine is {engine!r}: leave them out")
+    return settings or DaliSettings()

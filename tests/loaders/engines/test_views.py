@@ -1,5 +1,6 @@
 """Lists of views: each is what its recipe says, whatever stands beside it, and an image is decoded once."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from fastpmae_loaders import (
     Batch,
     Beton,
+    DaliSettings,
     PairedViews,
     PlainViews,
     UserError,
@@ -241,3 +243,23 @@ def test_another_colour_function_gets_geometry_and_factors(mixed):
     assert torch.equal(factors, batch.factors[:, 1])
     assert torch.equal(choices, batch.choices[:, 1])
     assert threshold == 128
+
+
+def test_arguments_that_would_do_nothing_are_refused(mixed):
+    def made(views=None, **options):
+        return PairedViews(mixed, 2, engine="torch", views=views, workers=1, **options)
+
+    with pytest.raises(UserError, match="settings of engine 'dali' were given, and the engine is 'torch'"):
+        made(dali=DaliSettings(part=7))
+    with pytest.raises(UserError, match="colour= changes colours on the device"):
+        made(colour=lambda images, *_: images)
+    with pytest.raises(UserError, match="image_size 96 is not the first view's 32"):
+        made([mae_view(32)], settings=ViewSettings(image_size=96))
+    for settings in (ViewSettings(folds=2, mask_ratio=0.5), ViewSettings(image_size=32, folds=2, mask_ratio=0.5)):
+        assert made([mae_view(32)], settings=settings).settings.image_size == 32
+
+
+def test_an_epoch_of_numpys_is_written_as_any_other(mixed):
+    views = PairedViews(mixed, 2, engine="torch", views=[mae_view(32)], workers=1)
+    views.set_epoch(np.int64(3))
+    assert json.loads(json.dumps(views.state_dict()))["epoch"] == 3
