@@ -82,9 +82,10 @@ class ViewSettings(Typed):
         Raises:
             UserError: where another side was asked for here.
         """
+        fitting = self if self.image_size == size else replace(self, image_size=size)
         if self.image_size not in (size, ViewSettings.image_size):
             raise UserError(f"views: image_size {self.image_size} is not the first view's {size}: leave it out")
-        return self if self.image_size == size else replace(self, image_size=size)
+        return fitting
 
     @property
     def patches(self) -> int:
