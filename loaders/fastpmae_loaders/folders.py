@@ -193,6 +193,8 @@ def open_samples(
     """
     if not isinstance(path, str | os.PathLike):
         if isinstance(path, list | tuple) and path:
+            if not all(isinstance(each, str | os.PathLike) for each in path):
+                raise UserError("a list names paths: of images that are open make a Mixture")
             return _mixed(path, split, flat, cache)
         if hasattr(path, "payload"):
             images = cast("Samples", path)

@@ -12,6 +12,7 @@ from fastpmae_loaders.engines.base import Located, Samples, check_whole, digest,
 from fastpmae_loaders.engines.lookahead import Fetched
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.order import Chosen, FileOrder, Order, PageOrder, Pages, pages_of, shuffled_order
+from fastpmae_loaders.printable import printable
 from fastpmae_loaders.sources.beton_set import BetonSet
 from fastpmae_loaders.sources.places import Column, Largest, Places, by_names
 from fastpmae_loaders.sources.weighted import split_weight
@@ -25,10 +26,18 @@ OrderOf = Callable[[Samples, int], Order]
 
 
 def sources_named(text: str) -> str | tuple[str, ...]:
-    """What one word of a command line names: a source of images, or several in quotes, as in `"a.beton:0.7 b/:0.3"`."""
+    """What one word of a command line names: a source of images, or several in quotes, as in `"a.beton:0.7 b/:0.3"`.
+
+    Raises:
+        UserError: where some of several are there and another is not.
+    """
     words = () if os.path.lexists(text) else tuple(text.split())
-    several = len(words) > 1 and all(is_address(name) or os.path.lexists(name) for name, _ in map(split_weight, words))
-    return words if several else text
+    if len(words) < 2 or os.path.lexists(split_weight(text)[0]):
+        return text
+    missing = [name for name, _ in map(split_weight, words) if not is_address(name) and not os.path.lexists(name)]
+    if missing and len(missing) < len(words):  # a path with blanks in it names nothing by its parts
+        raise UserError(f"of the sources in {printable(text)!r} {printable(missing[0])} does not exist")
+    return text if missing else words
 
 
 def read_by(images: "Samples | str | os.PathLike[str] | Sequence[str]") -> list[str | os.PathLike[str]]:

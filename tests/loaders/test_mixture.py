@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastpmae_loaders import PairedViews, UserError, ViewSettings, open_samples
-from fastpmae_loaders.mixture import Mixture, split_weight
+from fastpmae_loaders.mixture import Mixture, sources_named, split_weight
 from fastpmae_loaders.order import FileOrder, shuffled_order
 from tests.engines import FFCV
 from tests.loaders.files import made_pixels, write_beton
@@ -228,3 +229,21 @@ def test_some_images_alone_are_shown_once_each(files: Path) -> None:
     with loader(files, 5, indices=some) as views:
         (batch,) = views
     assert sorted(batch.index.tolist()) == sorted(some)
+
+
+def test_the_source_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "with blanks").mkdir()
+    for text in ("tree:0.7 treee:0.3", "treee tree", "s3://bucket/set treee"):
+        with pytest.raises(UserError, match=f"of the sources in '{text}' treee does not exist"):
+            sources_named(text)
+    for text in ("with blanks", "with blanks:0.5", "no such thing"):
+        assert sources_named(text) == text
+    assert sources_named("tree:0.7 s3://bucket/set") == ("tree:0.7", "s3://bucket/set")
+
+
+def test_a_list_of_images_that_are_open_is_a_sentence(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match="of images that are open make a Mixture"):
+        open_samples([open_samples(tmp_path)] * 2)  # pyright: ignore[reportArgumentType]
