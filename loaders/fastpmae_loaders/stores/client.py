@@ -79,7 +79,7 @@ class Refused(StoreError):
 
 
 class Changed(StoreError):
-    """A file that is no longer the version that was opened, or that was to be made new and is there."""
+    """A file that is no longer the version that was opened."""
 
 
 class Store:
@@ -132,24 +132,19 @@ class Store:
         while chunk := self._patiently(prefix, listing.more):
             yield from ((entry["path"], int(entry["size"])) for entry in chunk)
 
-    def put(self, key: str, data: bytes | Path, *, new: bool = False) -> None:
+    def put(self, key: str, data: bytes | Path) -> None:
         """Write a file, whole or not at all; what is large goes in parts.
 
         Args:
             data: the bytes, or the file that holds them.
-            new: refuse where there is one of that name. For what fits one request.
 
         Raises:
-            Changed: with `new`, where it is there.
             StoreError: where it cannot be written.
         """
 
         def send(obstore: Any) -> None:
-            if new:
-                obstore.put(self._store, key, data, mode="create")
-            else:
-                size = data.stat().st_size if isinstance(data, Path) else len(data)
-                obstore.put(self._store, key, data, chunk_size=max(UPLOAD_PART, -(-size // _MOST_PARTS)))
+            size = data.stat().st_size if isinstance(data, Path) else len(data)
+            obstore.put(self._store, key, data, chunk_size=max(UPLOAD_PART, -(-size // _MOST_PARTS)))
 
         self._patiently(key, send)
 
@@ -236,8 +231,8 @@ class Store:
                 code = _CODE.search(str(error))
                 what = _NO_BUCKET.get(code[1]) if code else None
                 raise Missing(f"{where}: {what}" if what else f"{where} does not exist") from None
-            except (obstore.exceptions.PreconditionError, obstore.exceptions.AlreadyExistsError):
-                raise Changed(f"{where} is there already, or is no longer the file that was opened") from None
+            except obstore.exceptions.PreconditionError:
+                raise Changed(f"{where} is no longer the file that was opened") from None
             except (obstore.exceptions.BaseError, OSError, ValueError, RuntimeError) as error:
                 reason, passing = _reason(error, where.scheme)
                 if reason.startswith(_REFUSED):

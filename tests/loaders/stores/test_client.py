@@ -22,9 +22,7 @@ def test_files_are_written_read_listed_and_removed(place):
     stat = store.stat(f"{place.key}/large")
     assert stat.size == len(data)
     assert store.read(f"{place.key}/large", 9 << 20, 1000, stat.version) == data[9 << 20 : (9 << 20) + 1000]
-    store.put(f"{place.key}/new", b"1", new=True)
-    with pytest.raises(Changed, match="there already"):
-        store.put(f"{place.key}/new", b"2", new=True)
+    store.put(f"{place.key}/new", b"1")
     assert bytes(store.read(f"{place.key}/new")) == b"1"
     assert list(store.files(place.key)) == [(f"{place.key}/large", len(data)), (f"{place.key}/new", 1)]
     store.delete(f"{place.key}/new")
