@@ -138,7 +138,9 @@ def engine_for(samples: Samples, engine: Engine) -> str:
 def check_readable(images: Labelled, engine: Engine, *, image_size: int, batch_size: int, crop_ratio: float) -> None:
     """Raise UserError now where an engine reads no such files, or a number makes no batch of whole images."""
     kind = engine_for(images.samples, engine)
-    PlainViews(images.samples, batch_size, image_size=image_size, crop_ratio=crop_ratio, engine=kind).close()
+    PlainViews(
+        images.samples, batch_size, image_size=image_size, crop_ratio=crop_ratio, engine=kind, workers=loader_threads()
+    ).close()
 
 
 def half(device: torch.device) -> torch.autocast:
