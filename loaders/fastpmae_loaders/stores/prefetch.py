@@ -161,6 +161,7 @@ class Fetcher:
                 _, _, key = heapq.heappop(self._queue)
                 work = self._tasks.pop(key, None)
                 if work is None:  # done already, by a more urgent entry
+                    del key
                     continue
                 self._running.add(key)
             error: BaseException | None = None
@@ -173,3 +174,5 @@ class Fetcher:
                 if error is not None:
                     self._errors[key] = error
                 self._changed.notify_all()
+            # while it waits for the next, a thread keeps no file open that a task was of
+            del work, key, error

@@ -30,9 +30,9 @@ from tests.engines import FFCV
 MANY = (mae_view(32), dino_global("t1", 32), dino_global("t2", 48), dino_local(24), plain_view(40), dino_local(24))
 
 
-def batch_of(file, views, engine="torch", seed=3, epoch=0, **options) -> Batch:
+def batch_of(file, views, engine="torch", seed=3, epoch=0, side=32, **options) -> Batch:
     """The whole file as one batch, in its own order."""
-    settings = ViewSettings(image_size=32, patch_size=8)
+    settings = ViewSettings(image_size=side, patch_size=8)
     count = len(Beton(file))
     with PairedViews(file, count, engine, settings, seed, shuffle=False, views=views, **options) as loader:
         loader.set_epoch(epoch)
@@ -96,7 +96,7 @@ def test_a_plain_view_is_that_of_evaluation_in_every_epoch(mixed, engine):
     with PlainViews(mixed, 23, 40, engine=engine) as plain:
         ((images, label, index),) = plain
     for epoch in (0, 5):
-        batch = batch_of(mixed, [dino_local(24), plain_view(40)], engine, epoch=epoch)
+        batch = batch_of(mixed, [dino_local(24), plain_view(40)], engine, epoch=epoch, side=24)
         assert torch.equal(batch.views[1], images)
         assert torch.equal(batch.label, label)
         assert torch.equal(batch.index, index)
