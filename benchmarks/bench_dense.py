@@ -18,11 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import SHARED, Row, arguments, device_name, finish, make_row, renew_tables, unpack
+from benchmarks.common import CAMVID, SHARED, Row, arguments, device_name, finish, make_row, renew_tables, unpack
 from fastpmae_loaders.cli.exits import exit_with_sentence
 from fastpmae_loaders.errors import RunError
 
-CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist")
 NETWORKS = ("student", "random")
 PRETRAINING = (
     "--preset mae --model vit_tiny --depth 6 --image-size 128 --patch-size 8 --decoder-width 128 --decoder-depth 2 "
@@ -55,7 +54,7 @@ class Evening:
         data.mkdir(parents=True, exist_ok=True)
         for archive in ("camvid_240x180.tar", "bccd.tar"):
             unpack(SHARED / archive, data)
-        names = {str(number): name for number, name in enumerate(CLASSES)} | {str(len(CLASSES)): None}
+        names = {str(number): name for number, name in enumerate(CAMVID)} | {str(len(CAMVID)): None}
         (data / "camvid.json").write_text(json.dumps(names))
         images = self.out / "images"
         shutil.rmtree(images, ignore_errors=True)

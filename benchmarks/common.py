@@ -32,6 +32,8 @@ PACKAGES = (
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 """The real images that lie beside a checkout."""
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist")
+"""CamVid's 11 classes, by their number in a mask; 11 is void."""
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -7,12 +7,10 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from benchmarks.common import SHARED, unpack
+from benchmarks.common import CAMVID, SHARED, unpack
 from fastpmae_loaders.errors import UserError
 from fastpmae_loaders.write.write import write_beton
 
-CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
-"""Those of CamVid's 11, by their number in a mask; 11 is void."""
 SIDE, MIDDLE, STRIDE = 64, 8, 8
 """Pixels of a crop's side, of the side of its middle, and from one place of a crop to the next."""
 CROPS = {"train": 1000, "val": 200}
@@ -36,7 +34,7 @@ def camvid(folder: Path) -> tuple[Path, Path]:
     def made() -> Path:
         for split in CROPS:
             for number, (label, crop) in enumerate(camvid_crops(folder / "camvid" / FRAMES[split], CROPS[split])):
-                place = folder / "crops" / split / CLASSES[label]
+                place = folder / "crops" / split / CAMVID[label]
                 place.mkdir(parents=True, exist_ok=True)
                 crop.save(place / f"{number:05}.png")
         return folder / "crops"
@@ -50,7 +48,7 @@ def camvid_crops(frames: Path, most: int) -> Iterator[tuple[int, Image.Image]]:
     The label is what more than half of a crop's middle is of; where that is void or nothing, it is none.
     """
     masks = sorted((frames / "masks").iterdir())
-    places: list[list[tuple[int, int, int]]] = [[] for _ in CLASSES]
+    places: list[list[tuple[int, int, int]]] = [[] for _ in CAMVID]
     for frame, path in enumerate(masks):
         labels = labels_of(np.asarray(Image.open(path)))
         for row, column in zip(*np.nonzero(labels >= 0), strict=True):
@@ -68,7 +66,7 @@ def labels_of(mask: np.ndarray) -> np.ndarray:
     edge = (SIDE - MIDDLE) // 2
     inner = mask[edge : len(mask) - edge, edge : mask.shape[1] - edge]
     middles = sliding_window_view(inner, (MIDDLE, MIDDLE))[::STRIDE, ::STRIDE]
-    counts = np.stack([(middles == label).sum((2, 3)) for label in range(len(CLASSES))])
+    counts = np.stack([(middles == label).sum((2, 3)) for label in range(len(CAMVID))])
     return np.where(counts.max(0) > MIDDLE * MIDDLE // 2, counts.argmax(0), -1)
 
 

@@ -83,9 +83,9 @@ def free_files(folder: Path, stem: str, record: dict[str, Any]) -> ResultFiles:
     again.
     """
     first = ResultFiles(folder, stem)
-    before = _result_in(first)
     if _has_room(first, record):
         return first
+    before = _result_in(first)
     others = before is not None and _same_images(before, record)
     word = _word(record["weights"], 1) if others else _word((record["val"] or record["train"])["path"], 2)
     names = itertools.chain([f"{stem}-{word}"], (f"{stem}-{word}-{number}" for number in itertools.count(2)))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.learning_images import CLASSES, SIDE, camvid_crops, labels_of, tiny_imagenet
+from benchmarks.common import CAMVID
+from benchmarks.learning_images import SIDE, camvid_crops, labels_of, tiny_imagenet
 from fastpmae_loaders.errors import UserError
 
 
@@ -37,7 +38,7 @@ def test_crops_are_drawn_alike_from_all_frames(tmp_path):
     assert len({crop.getpixel((0, 0)) for _, crop in crops}) == 3  # of every frame
     assert [label for label, _ in camvid_crops(tmp_path, 4)] == labels
     assert [label for label, _ in camvid_crops(tmp_path, 100)].count(1) == 6
-    assert len(CLASSES) == 11
+    assert len(CAMVID) == 11
 
 
 def test_a_set_that_is_not_there_gets_a_sentence(tmp_path, monkeypatch):

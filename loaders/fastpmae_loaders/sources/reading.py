@@ -21,15 +21,23 @@ def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
     """
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # a pipe without a writer opens at once
     try:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError("not a regular file")
-        if status.st_size > FILE_LIMIT:
-            raise UserError(f"the file has {status.st_size:,} bytes, more than the {FILE_LIMIT:,} that are read")
+        _check_limit(_size_of(file))
     except BaseException:
         file.close()
         raise
     return file
+
+
+def _size_of(file: IO[bytes]) -> int:
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError("not a regular file")
+    return status.st_size
+
+
+def _check_limit(wanted: int) -> None:
+    if wanted > FILE_LIMIT:
+        raise UserError(f"the file has {wanted:,} bytes, more than the {FILE_LIMIT:,} that are read")
 
 
 def read_file(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> bytes:
@@ -40,13 +48,10 @@ def read_file(path: str | os.PathLike[str], offset: int = 0, size: int | None = 
         OSError: where it cannot be read.
     """
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe without a writer opens at once
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError("not a regular file")
-        wanted = max(0, status.st_size - offset) if size is None else size
-        if wanted > FILE_LIMIT:
-            raise UserError(f"the file has {wanted:,} bytes, more than the {FILE_LIMIT:,} that are read")
-        if offset + wanted > status.st_size:
+        there = _size_of(file)
+        wanted = max(0, there - offset) if size is None else size
+        _check_limit(wanted)
+        if offset + wanted > there:
             raise UserError("the file has become shorter")
         file.seek(offset)
         return file.read(wanted)
